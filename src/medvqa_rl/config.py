@@ -1,0 +1,208 @@
+"""Settings: frozen models of everything a run can be told. Imports no torch.
+
+Names follow TRL's ``GRPOConfig`` where it has one. Every field has a default that is safe on a laptop; the files
+in ``configs/`` hold the papers' values.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters (PEFT) on the language model."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers of the language model that get an adapter."""
+
+
+class ModelConfig(Settings):
+    """Which model is trained and which of its parts."""
+
+    path: str = "phantom:instruct"
+    """A local folder, a Hugging Face Hub id, or the embedded ``phantom:base`` / ``phantom:instruct``."""
+    revision: str | None = None
+    """Commit or tag on the Hub; None takes the newest."""
+    adapter: str | None = None
+    """Folder of a trained LoRA adapter to put on top of path."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraConfig | None = None
+    """None trains all weights of the language model."""
+    train_vision: bool = False
+    """Train the vision tower (its blocks and patch embedding)."""
+    train_projector: bool = False
+    """Train the projector (the merger between vision tower and language model)."""
+    gradient_checkpointing: bool = False
+    min_pixels: Positive | None = None
+    """Images are enlarged to at least this area in pixels; None keeps the checkpoint's setting."""
+    max_pixels: Positive | None = None
+    """Images are shrunk to at most this area in pixels; one image token covers 28 x 28 of them."""
+
+
+class DataConfig(Settings):
+    """Which questions are asked."""
+
+    name: Literal["phantom", "vqa_rad"] = "phantom"
+    path: str | None = None
+    """Folder of a data set on disk; the phantom world needs none."""
+    split: Literal["official", "image"] = "official"
+    """VQA-RAD: its owners' split by question, or one by image (no image in two splits)."""
+    scanner: str = "home"
+    """Phantom world: the scanner that takes the images, ``home`` or ``unseen``."""
+    answer_types: tuple[Literal["choice", "closed", "open"], ...] = ("choice", "closed", "open")
+    families: tuple[str, ...] = ()
+    """Question families to keep; empty keeps all."""
+    letter_skew: Share = 0.0
+    """Phantom world: share of choice questions whose answer is moved to B or C, as in PMC-VQA."""
+    num_train: Positive | None = None
+    """Keep this many training samples (a seeded choice); None takes all."""
+    num_val: Positive | None = 200
+    num_test: Positive | None = None
+    seed: int = 0
+    """Seed of the choice of samples and of the split by image."""
+    max_dropped: Share = 0.05
+    """Loading stops when a larger share of the rows is unusable."""
+
+
+class PromptConfig(Settings):
+    """How questions are asked."""
+
+    template: Literal["think_answer", "direct"] = "think_answer"
+
+
+class RolloutConfig(Settings):
+    """How completions are sampled."""
+
+    num_generations: int = Field(default=8, ge=1)
+    """G, completions per prompt."""
+    max_completion_length: Positive = 256
+    """Tokens per completion, the end-of-sequence token included."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps all tokens."""
+    max_batch: Positive = 64
+    """Prompts prefilled together; bounds the memory of the KV cache."""
+
+
+class RewardsConfig(Settings):
+    """Weights of the reward parts; a part with weight 0 is off."""
+
+    format: Annotated[float, Field(ge=0.0)] = 1.0
+    correctness: Annotated[float, Field(ge=0.0)] = 1.0
+    functions: dict[str, float] = Field(default_factory=dict)
+    """Your own rewards: dotted path of a function with TRL's signature -> weight."""
+    max_unscored: Share = 0.2
+    """The run stops when a larger share of a step's completions could not be scored."""
+
+
+class AdvantageConfig(Settings):
+    """How rewards of a group become advantages."""
+
+    scale: Literal["group", "none"] = "group"
+    """group divides by the group's standard deviation (GRPO); none only centers (Dr. GRPO). TRL's scale_rewards."""
+
+
+class LossConfig(Settings):
+    """The policy loss."""
+
+    type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    """How token losses are averaged. TRL's loss_type."""
+    beta: Annotated[float, Field(ge=0.0)] = 0.04
+    """Weight of the KL divergence from the reference policy."""
+    epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
+    """Upper clip range; None takes epsilon."""
+    num_iterations: Positive = 1
+    """Optimizer passes over the completions of one rollout."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit the token limit out of the loss."""
+
+
+class OptimizerConfig(Settings):
+    """AdamW and its schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    min_lr_ratio: Share = 0.0
+    """Learning rate at the last step as a share of the highest."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Gradients are scaled down to this norm; None never clips."""
+
+
+class TrainConfig(Settings):
+    """The loop."""
+
+    steps: Positive = 300
+    prompts_per_step: Positive = 8
+    """P, prompts per optimizer step over all ranks (TRL: batch x accumulation x ranks / G)."""
+    prompts_per_micro_batch: Positive = 8
+    """Whole groups that share one forward and backward pass; changes memory and speed, never the gradient."""
+    seed: int = 0
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Evaluate greedily on the validation split every so many steps; 0 never."""
+    save_steps: Annotated[int, Field(ge=0)] = 0
+    """Checkpoint every so many steps; 0 only at the end and when stopped."""
+    save_total_limit: Positive = 2
+    """Checkpoints kept besides the best."""
+    logging_steps: Positive = 1
+    log_completions_steps: Annotated[int, Field(ge=0)] = 25
+    """Print and store sample completions every so many steps; 0 never."""
+    tensorboard: bool = False
+
+
+class SftConfig(Settings):
+    """Supervised fine-tuning; steps, seeds and saving come from train."""
+
+    batch_size: Positive = 32
+    samples_per_micro_batch: Positive = 32
+    use_reasoning: bool = True
+    """Train on the data set's reference reasoning where it has one; otherwise the answer alone is the target."""
+
+
+class EvalConfig(Settings):
+    """Greedy evaluation."""
+
+    batch_size: Positive = 64
+    max_samples: Positive | None = None
+    bootstrap: Positive = 2000
+    """Resamples of the 95 % intervals."""
+    seed: int = 0
+
+
+class Config(Settings):
+    """Everything a run can be told."""
+
+    output_dir: str = "runs/run"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
