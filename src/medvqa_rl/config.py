@@ -6,26 +6,38 @@ in ``configs/`` hold the papers' values.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
+
+Purpose = Literal["train", "sft", "eval"]
+"""What a configuration is about to be used for: some combinations are wrong for one verb only."""
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused."""
+    """Base of all sections: frozen, unknown keys refused, the string under a field is its description."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class LoraConfig(Settings):
     """Low-rank adapters (PEFT) on the language model."""
 
     rank: Positive = 16
+    """Rank of the two factors; more can learn more and costs more."""
     alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before the adapter while training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers of the language model that get an adapter."""
 
@@ -40,9 +52,11 @@ class ModelConfig(Settings):
     adapter: str | None = None
     """Folder of a trained LoRA adapter to put on top of path."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers."""
     lora: LoraConfig | None = None
     """None trains all weights of the language model."""
     train_vision: bool = False
@@ -50,6 +64,7 @@ class ModelConfig(Settings):
     train_projector: bool = False
     """Train the projector (the merger between vision tower and language model)."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     min_pixels: Positive | None = None
     """Images are enlarged to at least this area in pixels; None keeps the checkpoint's setting."""
     max_pixels: Positive | None = None
@@ -60,13 +75,15 @@ class DataConfig(Settings):
     """Which questions are asked."""
 
     name: Literal["phantom", "vqa_rad"] = "phantom"
+    """phantom: drawn by this package, endless, no download. vqa_rad: VQA-RAD as its owners publish it."""
     path: str | None = None
     """Folder of a data set on disk; the phantom world needs none."""
     split: Literal["official", "image"] = "official"
     """VQA-RAD: its owners' split by question, or one by image (no image in two splits)."""
-    scanner: str = "home"
-    """Phantom world: the scanner that takes the images, ``home`` or ``unseen``."""
+    scanner: Literal["home", "unseen"] = "home"
+    """Phantom world: the scanner that takes the images; the checkpoints were trained on ``home``."""
     answer_types: tuple[Literal["choice", "closed", "open"], ...] = ("choice", "closed", "open")
+    """Kinds of questions to keep."""
     families: tuple[str, ...] = ()
     """Question families to keep; empty keeps all."""
     letter_skew: Share = 0.0
@@ -74,7 +91,9 @@ class DataConfig(Settings):
     num_train: Positive | None = None
     """Keep this many training samples (a seeded choice); None takes all."""
     num_val: Positive | None = 200
+    """Keep this many validation samples."""
     num_test: Positive | None = None
+    """Keep this many test samples."""
     seed: int = 0
     """Seed of the choice of samples and of the split by image."""
     max_dropped: Share = 0.05
@@ -85,19 +104,22 @@ class PromptConfig(Settings):
     """How questions are asked."""
 
     template: Literal["think_answer", "direct"] = "think_answer"
+    """think_answer asks for reasoning and answer in tags, direct for the answer alone."""
 
 
 class RolloutConfig(Settings):
     """How completions are sampled."""
 
-    num_generations: int = Field(default=8, ge=1)
-    """G, completions per prompt."""
+    num_generations: Positive = 8
+    """G, completions per prompt; training needs 2 or more."""
     max_completion_length: Positive = 256
     """Tokens per completion, the end-of-sequence token included."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Logits are divided by it, when sampling and in the loss."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample from the fewest tokens that hold this much probability; 1 keeps all."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps all tokens."""
+    """Sample from this many of the likeliest tokens; 0 keeps all."""
     max_batch: Positive = 64
     """Prompts prefilled together; bounds the memory of the KV cache."""
 
@@ -106,7 +128,9 @@ class RewardsConfig(Settings):
     """Weights of the reward parts; a part with weight 0 is off."""
 
     format: Annotated[float, Field(ge=0.0)] = 1.0
+    """1 where the completion has exactly the requested form, else 0."""
     correctness: Annotated[float, Field(ge=0.0)] = 1.0
+    """1 where the answer is right, else 0."""
     functions: dict[str, float] = Field(default_factory=dict)
     """Your own rewards: dotted path of a function with TRL's signature -> weight."""
     max_unscored: Share = 0.2
@@ -128,6 +152,7 @@ class LossConfig(Settings):
     beta: Annotated[float, Field(ge=0.0)] = 0.04
     """Weight of the KL divergence from the reference policy."""
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Clip range of the probability ratio."""
     epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
     """Upper clip range; None takes epsilon."""
     num_iterations: Positive = 1
@@ -139,14 +164,20 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW and its schedule."""
 
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-6
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    """The highest learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """How it falls after the warmup."""
     min_lr_ratio: Share = 0.0
-    """Learning rate at the last step as a share of the highest."""
+    """Learning rate at the last step as a share of the highest; a constant schedule does not use it."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Steps in which the learning rate rises linearly from zero."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Gradients are scaled down to this norm; None never clips."""
 
@@ -155,11 +186,13 @@ class TrainConfig(Settings):
     """The loop."""
 
     steps: Positive = 300
+    """Training steps: one rollout and the update from it."""
     prompts_per_step: Positive = 8
-    """P, prompts per optimizer step over all ranks (TRL: batch x accumulation x ranks / G)."""
+    """P, prompts per step over all ranks (TRL: batch x accumulation x ranks / G)."""
     prompts_per_micro_batch: Positive = 8
-    """Whole groups that share one forward and backward pass; changes memory and speed, never the gradient."""
+    """At most this many whole groups share one forward and backward pass; memory and speed, never the gradient."""
     seed: int = 0
+    """Seed of the order of the samples and of every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate greedily on the validation split every so many steps; 0 never."""
     save_steps: Annotated[int, Field(ge=0)] = 0
@@ -167,16 +200,20 @@ class TrainConfig(Settings):
     save_total_limit: Positive = 2
     """Checkpoints kept besides the best."""
     logging_steps: Positive = 1
+    """Write metrics every so many steps."""
     log_completions_steps: Annotated[int, Field(ge=0)] = 25
     """Print and store sample completions every so many steps; 0 never."""
     tensorboard: bool = False
+    """Write TensorBoard files beside metrics.jsonl (needs the extra ``track``)."""
 
 
 class SftConfig(Settings):
     """Supervised fine-tuning; steps, seeds and saving come from train."""
 
     batch_size: Positive = 32
+    """Samples per optimizer step over all ranks."""
     samples_per_micro_batch: Positive = 32
+    """At most this many samples share one forward and backward pass."""
     use_reasoning: bool = True
     """Train on the data set's reference reasoning where it has one; otherwise the answer alone is the target."""
 
@@ -185,16 +222,20 @@ class EvalConfig(Settings):
     """Greedy evaluation."""
 
     batch_size: Positive = 64
+    """Questions answered together."""
     max_samples: Positive | None = None
+    """Evaluate on this many samples at most; None takes all."""
     bootstrap: Positive = 2000
     """Resamples of the 95 % intervals."""
     seed: int = 0
+    """Seed of the resampling."""
 
 
 class Config(Settings):
     """Everything a run can be told."""
 
-    output_dir: str = "runs/run"
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
+    """Folder of the run; a new one, or with --resume the one to continue."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
@@ -206,3 +247,38 @@ class Config(Settings):
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be used. Its text is one complete sentence per problem, a line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        assert problems
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of the canonical JSON of a configuration: equal exactly when every setting is equal."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by dotted path; an empty section is a value of its own."""
+    result: dict[str, Any] = {}
+    for key, value in section.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            result.update(leaves(value, f"{path}."))
+        else:
+            result[path] = value
+    return result
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """Dotted paths of the settings in which two configurations differ, sorted."""
+    old, new = (leaves(config.model_dump(mode="json")) for config in (before, after))
+    paths = {path for path in old.keys() | new.keys() if (path in old, old.get(path)) != (path in new, new.get(path))}
+    # A section that is null on one side is one difference, not one for each of its settings.
+    return sorted(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))
