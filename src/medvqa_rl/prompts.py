@@ -108,43 +108,49 @@ def parse_completion(text: str, template: Template = "think_answer") -> ParsedAn
 
 
 _ARTICLES = {"a", "an", "the"}
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 _EDGES = re.compile(r"^[\s.,;:!?\"'()\[\]*`]+|[\s.,;:!?\"'()\[\]*`]+$")
 
 
 def normalise(text: str) -> str:
-    """The one normalisation of answers: lower case, white space and edge punctuation of words removed, leading
-    articles dropped, number words up to ten as digits. Words are compared whole, never as substrings, so
-    "abnormal" is not "no". An answer of nothing but articles keeps them ("A" is an option's letter)."""
-    words = [_EDGES.sub("", word) for word in text.lower().split()]
+    """The one normalisation of answers: special-token strings neutralised as in the prompt, lower case, white space
+    and edge punctuation of words removed, leading articles dropped, number words up to ten as digits. Words are
+    compared whole, never as substrings, so "abnormal" is not "no". An answer of nothing but articles keeps them
+    ("A" is an option's letter)."""
+    words = [_EDGES.sub("", word) for word in neutralise(text)[0].lower().split()]
     words = [_NUMBERS.get(word, word) for word in words if word]
     return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
-_LETTER = re.compile(r"^\(?([A-Za-z])\)?(?:[.:,)\-]+\s*|\s+|$)(.*)$", re.DOTALL)
+def _literal(text: str) -> str:
+    """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
+    return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
+
+
+# Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
+_LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
+_LABEL = re.compile(r"[.:,)]|\s[-–—]")
 
 
 def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
     """The letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
 
-    Letter and text that disagree, a letter beyond the options, or anything else names none.
+    A lone letter is the option's letter, for that is what the prompt asks for, even where the options' texts are
+    letters themselves (blood groups). Letter and text that disagree, a text that two options share, a letter beyond
+    the options, or anything else names none.
 
     Returns:
         The letter, or None.
     """
     answer = answer.strip()
-    by_text = {normalise(option): letter for option, letter in zip(reversed(options), reversed(LETTERS[: len(options)]))}
-    named = by_text.get(normalise(answer))
-    match = _LETTER.match(answer)
-    if match is None:
-        return named
-    letter, rest = match[1].upper(), normalise(match[2])
-    if letter not in LETTERS[: len(options)]:
-        return named
-    if not rest:
-        # A lone letter that is itself another option's text ("A" among the blood groups) is ambiguous.
-        return letter if named in (None, letter) else None
-    return letter if normalise(options[LETTERS.index(letter)]) == rest else named
+    reading = normalise
+    if match := _LETTER.match(answer):
+        opening, letter, closing, separator, text = match.groups()
+        index, text = LETTERS.index(letter.upper()), normalise(text)
+        if index < len(options) and (not text or text == normalise(options[index])):
+            return LETTERS[index]
+        if opening or closing or _LABEL.search(separator):
+            reading = _literal  # "A: lung" must not lose its A as an article, but an option may be "A. fumigatus"
+    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
+    return named[0] if len(named) == 1 and reading(answer) else None
