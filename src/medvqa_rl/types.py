@@ -143,3 +143,5 @@ class Scores:
     """(P, G) each part before its weight."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Scalars that reward functions logged through ``log_metric``."""
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """(P * G) values per completion, prompt by prompt, that reward functions logged through ``log_extra``."""

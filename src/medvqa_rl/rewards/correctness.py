@@ -1,0 +1,30 @@
+"""The one scorer of answers, used as a reward and by the evaluation, so that they cannot disagree. No torch."""
+
+from __future__ import annotations
+
+from medvqa_rl.prompts import Template, normalise, parse_completion, read_choice
+from medvqa_rl.types import Sample
+
+
+def is_correct(sample: Sample, answer: str | None) -> bool:
+    """Whether an answer, as :func:`medvqa_rl.prompts.parse_completion` read it, is the sample's gold answer.
+
+    Choice questions: the answer names the gold option, by letter or by its text (:func:`read_choice`). Closed and
+    open questions: both are equal after :func:`normalise`, whole and never as a substring; where normalising leaves
+    nothing of the gold answer ("?"), both are equal as written.
+
+    Args:
+        sample: the question with its gold answer.
+        answer: text of the answer section; None (no answer) is wrong.
+    """
+    if answer is None:
+        return False
+    if sample.answer_type == "choice":
+        return read_choice(answer, sample.options) == sample.answer
+    gold = normalise(sample.answer)
+    return normalise(answer) == gold if gold else answer.strip() == sample.answer.strip()
+
+
+def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
+    """1 if the completion's answer is correct, else 0; a completion without a readable answer gets 0."""
+    return float(is_correct(sample, parse_completion(text, template).answer))

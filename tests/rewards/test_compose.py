@@ -1,0 +1,229 @@
+"""The weighted sum of reward parts, and user functions called as TRL calls them.
+
+Run: pytest tests/rewards/test_compose.py
+"""
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvqa_rl.config import RewardsConfig
+from medvqa_rl.rewards import Rewards
+from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
+
+GOOD, WRONG, UNFORMED, NOTHING = (
+    "<think>x</think><answer>B</answer>",
+    "<think>x</think><answer>A</answer>",
+    "well <answer>(B)</answer>",
+    "B",
+)
+
+
+class OneImage:
+    key = "scan.png"
+    loads = 0
+
+    def load(self) -> Image.Image:
+        OneImage.loads += 1
+        return Image.new("RGB", (2, 2))
+
+
+def group(*texts: str, sample_id: str = "q1") -> Group:
+    sample = Sample(
+        sample_id, "What?", "B", "choice", (OneImage(),), ("mass", "cyst"), groups={"family": "kind", "organ": "lung"}
+    )
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+    return Group(sample, prompt, [Completion((index, 7), text, False) for index, text in enumerate(texts)])
+
+
+GROUPS = [group(GOOD, WRONG, UNFORMED), group(NOTHING, GOOD, GOOD, sample_id="q2")]
+FORMAT = np.array([[1, 1, 0], [0, 1, 1]], dtype=float)
+CORRECT = np.array([[1, 0, 1], [0, 1, 1]], dtype=float)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of user functions, importable as my_rewards."""
+    user = ModuleType("my_rewards")
+    monkeypatch.setitem(sys.modules, "my_rewards", user)
+    return user
+
+
+def with_function(module: ModuleType, function: Any, weight: float = 1.0) -> Rewards:
+    module.mine = function  # type: ignore[attr-defined]
+    return Rewards(RewardsConfig(format=0, correctness=0, functions={"my_rewards.mine": weight}))
+
+
+def test_the_total_is_the_weighted_sum_of_the_parts() -> None:
+    rewards = Rewards(RewardsConfig(format=0.5, correctness=2.0))
+    scores = rewards.score(GROUPS, step=0)
+    assert rewards.names == ("format", "correctness")
+    np.testing.assert_array_equal(scores.parts["format"], FORMAT)
+    np.testing.assert_array_equal(scores.parts["correctness"], CORRECT)
+    np.testing.assert_array_equal(scores.total, 0.5 * FORMAT + 2.0 * CORRECT)
+
+
+def test_a_weight_of_0_turns_a_part_off() -> None:
+    rewards = Rewards(RewardsConfig(format=0, functions={"no_such_module.function": 0.0}))
+    assert rewards.names == ("correctness",)
+    scores = rewards.score(GROUPS, step=0)
+    assert set(scores.parts) == {"correctness"}
+    np.testing.assert_array_equal(scores.total, CORRECT)
+
+
+def test_the_direct_template_is_scored_in_its_own_form() -> None:
+    scores = Rewards(RewardsConfig(), "direct").score([group("B", "", GOOD)], step=0)
+    np.testing.assert_array_equal(scores.parts["format"], [[1, 0, 1]])
+    np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 0]])
+
+
+def test_a_function_gets_what_trl_would_pass(module: ModuleType) -> None:
+    seen: dict[str, Any] = {}
+
+    def function(prompts: Any, completions: Any, completion_ids: Any, **kwargs: Any) -> list[float]:
+        seen.update(kwargs, prompts=prompts, completions=completions, completion_ids=completion_ids)
+        kwargs["log_metric"]("mean_of_two", 1.0)
+        kwargs["log_metric"]("mean_of_two", 2.0)
+        kwargs["log_extra"]("numbers", list(range(6)))
+        return [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+
+    scores = with_function(module, function, weight=-2.0).score(GROUPS, step=17)
+    np.testing.assert_array_equal(scores.parts["mine"], [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5]])
+    np.testing.assert_array_equal(scores.total, -2.0 * scores.parts["mine"])
+    assert seen["completions"] == [
+        [{"role": "assistant", "content": text}] for text in (GOOD, WRONG, UNFORMED, NOTHING, GOOD, GOOD)
+    ]
+    assert seen["completion_ids"] == [[0, 7], [1, 7], [2, 7]] * 2
+    assert [prompt[0]["role"] for prompt in seen["prompts"]] == ["user"] * 6
+    assert seen["prompts"][0][0]["content"][-1]["text"].startswith("What?\nA: mass\nB: cyst\n")
+    assert seen["solution"] == seen["answer"] == ["B"] * 6
+    assert seen["answer_text"] == ["cyst"] * 6
+    assert seen["id"] == ["q1"] * 3 + ["q2"] * 3
+    assert seen["options"] == [["mass", "cyst"]] * 6
+    assert seen["question"] == ["What?"] * 6
+    assert seen["answer_type"] == ["choice"] * 6
+    assert seen["groups"] == [{"family": "kind", "organ": "lung"}] * 6
+    assert seen["image_key"] == ["scan.png"] * 6
+    assert seen["trainer_state"].global_step == 17
+    assert "images" not in seen
+    assert scores.extras == {"mean_of_two": 1.5}
+    assert scores.columns == {"numbers": list(range(6))}
+
+
+def test_images_are_decoded_once_per_prompt_and_only_for_functions_that_name_them(module: ModuleType) -> None:
+    def function(completions: Any, images: Any, **kwargs: Any) -> list[float]:
+        assert len(images) == len(completions)
+        return [float(image.size == (2, 2)) for (image,) in images]
+
+    OneImage.loads = 0
+    assert with_function(module, function).score(GROUPS, step=0).total.min() == 1.0
+    assert OneImage.loads == 2
+
+
+def test_none_and_numbers_that_are_not_finite_are_unscored(module: ModuleType) -> None:
+    module.mine = lambda **kwargs: [None, 1, True, math.nan, math.inf, np.float32(0.5)]  # type: ignore[attr-defined]
+    rewards = Rewards(RewardsConfig(functions={"my_rewards.mine": 1.0}))
+    scores = rewards.score(GROUPS, step=0)
+    np.testing.assert_array_equal(scores.parts["mine"], [[np.nan, 1, 1], [np.nan, np.nan, 0.5]])
+    np.testing.assert_array_equal(scores.total, FORMAT + CORRECT + scores.parts["mine"])
+    np.testing.assert_array_equal(scores.parts["format"], FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0] * 5, "returned 5 rewards for 6 completions"),
+        ([1.0] * 5 + ["good"], "returned 'good' for completion 5"),
+        ([1.0] * 5 + [[1.0]], "for completion 5"),
+        (1.0, "returned a float"),
+        (None, "returned a NoneType"),
+        ("111111", "returned a str"),
+    ],
+)
+def test_wrong_returns_are_refused_by_the_function_s_name(module: ModuleType, returned: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=r"'my_rewards\.mine'") as caught:
+        with_function(module, lambda **kwargs: returned).score(GROUPS, step=0)
+    assert message in str(caught.value)
+
+
+def test_wrong_columns_are_refused(module: ModuleType) -> None:
+    def function(log_extra: Any, **kwargs: Any) -> list[float]:
+        log_extra("numbers", [1])
+        return [0.0] * 6
+
+    with pytest.raises(ValueError, match="logged 1 values as 'numbers' for 6 completions"):
+        with_function(module, function).score(GROUPS, step=0)
+
+
+def test_errors_of_a_function_propagate_with_its_name(module: ModuleType) -> None:
+    def function(**kwargs: Any) -> list[float]:
+        raise KeyError("oops")
+
+    with pytest.raises(KeyError, match="oops") as caught:
+        with_function(module, function).score(GROUPS, step=3)
+    assert caught.value.__notes__ == ["This was raised by the reward function 'my_rewards.mine' in step 3."]
+
+
+async def coroutine(**kwargs: Any) -> list[float]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "is a int"),
+        (SimpleNamespace, "is a type"),
+        (lambda prompts, completions: [0.0], r"does not take \*\*kwargs"),
+        (coroutine, "is asynchronous"),
+    ],
+)
+def test_what_cannot_be_called_is_refused_when_loading(module: ModuleType, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_function(module, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("function", "not a dotted path"),
+        ("my rewards.function", "not a dotted path"),
+        ("no_such_module.function", "no module 'no_such_module'"),
+        ("medvqa_rl.no_such.function", "no module 'medvqa_rl.no_such'"),
+        ("medvqa_rl.rewards.no_such", "has no 'no_such'"),
+    ],
+)
+def test_unknown_functions_are_refused_when_loading(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rewards(RewardsConfig(functions={path: 1.0}))
+
+
+def test_functions_in_the_working_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_a_test.py").write_text(
+        "def always(completions, **kwargs):\n    return [1] * len(completions)\n"
+    )
+    (tmp_path / "broken_rewards_of_a_test.py").write_text("import a_module_that_is_missing\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    rewards = Rewards(RewardsConfig(format=0, correctness=0, functions={"rewards_of_a_test.always": 1.0}))
+    assert rewards.names == ("always",)
+    np.testing.assert_array_equal(rewards.score(GROUPS, step=0).total, np.ones((2, 3)))
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        Rewards(RewardsConfig(functions={"broken_rewards_of_a_test.always": 1.0}))
+
+
+def test_two_parts_of_one_name_are_refused(module: ModuleType) -> None:
+    module.format = lambda **kwargs: [0.0]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="Two reward parts are called 'format'"):
+        Rewards(RewardsConfig(functions={"my_rewards.format": 1.0}))
+    assert Rewards(RewardsConfig(format=0, functions={"my_rewards.format": 1.0})).names == ("correctness", "format")
+
+
+def test_no_part_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="No reward is enabled"):
+        Rewards(RewardsConfig(format=0, correctness=0))
