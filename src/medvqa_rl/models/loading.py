@@ -1,0 +1,372 @@
+"""Policies and their references: from a path in the settings to a model ready to sample and train.
+
+A policy is a plain Hugging Face model, or a PEFT model around it, with the right parts frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from medvqa_rl.config import ModelConfig
+from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
+
+ADAPTER_FILE = "adapter_model.safetensors"
+REFERENCE_ADAPTER = "reference"
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+@dataclass
+class Policy:
+    """A model that samples and learns, with what it needs to read samples."""
+
+    model: nn.Module
+    """``Qwen2VLForConditionalGeneration``, ``Qwen2_5_VLForConditionalGeneration``, or a ``PeftModel`` around one."""
+    processor: Processor
+    device: torch.device
+    config: ModelConfig
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """True where neither the vision tower nor the merger is trained, so that image features may be cached."""
+        return vision_is_frozen(self.model)
+
+    @property
+    def is_lora(self) -> bool:
+        """True where adapters are trained instead of the language model's own weights."""
+        return isinstance(self.model, PeftModel)
+
+
+def load_policy(config: ModelConfig) -> Policy:
+    """Load the model named in the settings, put LoRA on it where asked, and freeze what is not trained.
+
+    Raises:
+        ValueError: the folder, Hub repository or adapter is missing, of another architecture, or its weights do not
+            fit the model; the message says which and what to do.
+    """
+    device = resolve_device(config.device)
+    folder = resolve_folder(config.path, config.revision)
+    model = _load_weights(folder, config, device)
+    processor = Processor.from_folder(
+        folder,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        vocab_size=model.config.text_config.vocab_size,
+    )
+    return make_policy(model, processor, config, device)
+
+
+def make_policy(
+    model: nn.Module, processor: Processor, config: ModelConfig, device: torch.device | str = "cpu"
+) -> Policy:
+    """Make a policy of a model in memory: LoRA, freezing, checkpointing and device as the settings say."""
+    device = torch.device(device)
+    model.requires_grad_(False)
+    inner = backbone(model)
+    if config.lora is not None or config.adapter is not None:
+        model = _add_adapter(model, config)
+    else:
+        inner.language_model.requires_grad_(True)
+        causal_model(model).lm_head.requires_grad_(True)
+        for name, parameter in inner.visual.named_parameters():
+            is_projector = name.startswith("merger.")
+            parameter.requires_grad_(config.train_projector if is_projector else config.train_vision)
+    if config.gradient_checkpointing:
+        _checkpoint_layers(inner.language_model)
+        if config.train_vision:
+            _checkpoint_layers(inner.visual)
+    return Policy(model.to(device), processor, device, config)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that the settings name; ``auto`` takes a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "model.device is cuda, but this torch sees no CUDA device: set model.device to cpu or auto, or install "
+            "a CUDA build of torch and check nvidia-smi."
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
+def resolve_folder(path: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: an embedded ``phantom:NAME``, a folder, or a snapshot of a Hub repository.
+
+    Hub files are taken from the local cache where the Hub cannot be reached.
+
+    Raises:
+        ValueError: there is no such folder or repository, or it is neither cached nor reachable.
+    """
+    if path.startswith("phantom:"):
+        from medvqa_rl.phantom.vlm import checkpoint_path  # the world's package imports models
+
+        return checkpoint_path(path.removeprefix("phantom:"))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1 or folder.parent.is_dir()
+    if looks_local:
+        raise ValueError(
+            f"model.path is {path!r}, but there is no such folder: give the folder of a checkpoint, a Hugging Face "
+            "Hub id such as Qwen/Qwen2-VL-2B-Instruct, or phantom:base or phantom:instruct for the embedded models."
+        )
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"model.path is {path!r}{at}, which is no folder here, and the Hugging Face Hub did not deliver it "
+            f"({type(error).__name__}): check the spelling and the connection, log in where the repository asks for "
+            "it, or download it elsewhere and give its folder."
+        ) from error
+
+
+def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> Any:
+    """Load a checkpoint's weights, refusing other architectures and weights that do not fit exactly."""
+    if not (folder / "config.json").exists():
+        if (folder / "adapter_config.json").exists():
+            raise ValueError(
+                f"{folder} holds a LoRA adapter, not a whole model: set model.adapter to it and model.path to the "
+                "model that it was trained on."
+            )
+        raise ValueError(f"{folder} has no config.json, so it is no checkpoint of a model: give the folder that does.")
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read as a model's configuration: {error}") from error
+    if settings.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"The checkpoint in {folder} is a {settings.model_type} model, but only Qwen2-VL (qwen2_vl) and "
+            "Qwen2.5-VL (qwen2_5_vl) are supported: choose one of these for model.path."
+        )
+    use_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+            attn_implementation=config.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are listed below instead of raised one by one
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"The weights in {folder} cannot be loaded: {error}") from error
+    model, info = loaded
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(item[0]) for item in info["mismatched_keys"]),
+    }
+    _refuse(wrong, f"The weights in {folder} do not fit its config.json", "take both from the same checkpoint")
+    return model
+
+
+def _refuse(wrong: dict[str, list[str]], what: str, remedy: str) -> None:
+    """Raise a sentence that counts and samples wrong weights, if there are any."""
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+        for kind, names in wrong.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{what}: {'; '.join(parts)}. Please {remedy}.")
+
+
+def _checkpoint_layers(module: nn.Module) -> None:
+    """Recompute layers in the backward pass instead of keeping their activations.
+
+    Done layer by layer because the model-wide switch also makes every input embedding require gradients, the frozen
+    vision tower's included, which non-reentrant checkpointing does not need.
+    """
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+
+def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
+    """Names of the modules outside the language model that are trained whole and saved with the adapter."""
+    names = ["visual.merger"] if config.train_projector else []
+    if config.train_vision:
+        names += ["visual.patch_embed"]
+        names += [f"visual.blocks.{index}" for index in range(len(backbone(model).visual.blocks))]
+    return names
+
+
+def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
+    """LoRA on linear layers of the language model only: the tower's layers share some of their names."""
+    assert config.lora is not None
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in backbone(model).language_model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    unknown = sorted(set(config.lora.targets) - linear)
+    if unknown or not config.lora.targets:
+        raise ValueError(
+            f"model.lora.targets names {', '.join(unknown) or 'nothing'}, but the linear layers of this language "
+            f"model are {', '.join(sorted(linear))}: choose among these."
+        )
+    targets = "|".join(re.escape(name) for name in config.lora.targets)
+    return PeftLoraConfig(
+        r=config.lora.rank,
+        lora_alpha=cast(int, config.lora.alpha),
+        lora_dropout=config.lora.dropout,
+        target_modules=rf".*language_model\..*\.({targets})",
+        modules_to_save=_trained_alongside(model, config) or None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
+    """Wrap the model with a new adapter, or with the trained one that the settings name."""
+    if config.adapter is None:
+        return _wrap(model, _new_adapter(model, config), config)
+    folder = Path(config.adapter).expanduser()
+    settings = _read_adapter(folder)
+    if config.lora is not None and (settings.r, settings.lora_alpha) != (config.lora.rank, config.lora.alpha):
+        raise ValueError(
+            f"model.lora asks for rank {config.lora.rank} and alpha {config.lora.alpha:g}, but the adapter in "
+            f"{folder} has rank {settings.r} and alpha {settings.lora_alpha:g}: leave model.lora out to go on "
+            "with the adapter."
+        )
+    expected, saved = set(_trained_alongside(model, config)), set(settings.modules_to_save or ())
+    if not expected <= saved:
+        raise ValueError(
+            f"The adapter in {folder} was trained without {', '.join(sorted(expected - saved))}, so "
+            "model.train_vision and model.train_projector cannot be switched on for it: switch them off or "
+            "start a new adapter."
+        )
+    try:
+        wrapped = _wrap(model, settings, config)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {folder} does not fit the model {config.path!r}: {error}") from error
+    _fill_adapter(wrapped, folder, "default")
+    return wrapped
+
+
+def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> PeftModel:
+    """Put the adapter on the model; its saved settings name the base model as the user did, not where it lay."""
+    settings.base_model_name_or_path = None
+    wrapped = get_peft_model(cast(Any, model), settings)
+    settings.base_model_name_or_path, settings.revision = config.path, config.revision
+    return cast(PeftModel, wrapped)
+
+
+def _read_adapter(folder: Path) -> PeftLoraConfig:
+    """The settings of a saved LoRA adapter."""
+    if not (folder / "adapter_config.json").exists() or not (folder / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"model.adapter is {str(folder)!r}, but that folder does not hold adapter_config.json and {ADAPTER_FILE}: "
+            "give the folder of a checkpoint that was trained with model.lora."
+        )
+    settings = PeftLoraConfig.from_pretrained(str(folder))
+    if not isinstance(settings, PeftLoraConfig):
+        raise ValueError(f"The adapter in {folder} is of type {settings.peft_type}, but only LoRA is supported.")
+    settings.inference_mode = False
+    return settings
+
+
+def _fill_adapter(model: PeftModel, folder: Path, name: str) -> None:
+    """Load an adapter's weights into the named adapter of the model, refusing any that do not fit exactly."""
+    try:
+        result: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=name)
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]} It was trained on another "
+            "model: set model.path to the one in its adapter_config.json."
+        ) from error
+    own = (".lora_A.", ".lora_B.", "modules_to_save.")
+    missing = sorted(key for key in result.missing_keys if any(part in key for part in own) and name in key.split("."))
+    wrong = {"missing": missing, "unexpected": sorted(result.unexpected_keys)}
+    _refuse(wrong, f"The adapter in {folder} does not fit the model", "set model.path to the model it was trained on")
+
+
+class Reference:
+    """The policy before training, for the KL term and nothing else."""
+
+    def __init__(self, policy: Policy, frozen: nn.Module | None) -> None:
+        self._policy = policy
+        self._frozen = frozen
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The module to run the reference pass with, under ``no_grad`` and in evaluation mode.
+
+        With LoRA it is the policy's own module with the trained adapter out of action, so only for the time of the
+        context; nothing may be trained meanwhile.
+        """
+        if self._frozen is not None:
+            with torch.no_grad():
+                yield self._frozen
+            return
+        model = cast(PeftModel, self._policy.model)
+        is_training = model.training
+        gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                if REFERENCE_ADAPTER in model.peft_config:
+                    model.set_adapter(REFERENCE_ADAPTER)
+                    try:
+                        yield model
+                    finally:
+                        model.set_adapter("default")
+                else:
+                    with model.disable_adapter():
+                        yield model
+        finally:
+            # PEFT switches gradients with adapters; what was frozen by the settings stays frozen.
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(gradients[name])
+            model.train(is_training)
+
+
+def load_reference(policy: Policy) -> Reference:
+    """The reference of a policy as it is now: call this before training, and before a checkpoint is resumed.
+
+    Full fine-tuning: a frozen copy that shares the weights that are not trained. A new LoRA adapter: the same model
+    with the adapter off, no copy. An adapter that was trained before (``model.adapter``): a second, frozen copy of
+    that adapter, because the reference is where this training began, not the model below.
+    """
+    if not policy.is_lora:
+        shared = {id(parameter): parameter for parameter in policy.model.parameters() if not parameter.requires_grad}
+        frozen = copy.deepcopy(policy.model, dict(shared))
+        frozen.requires_grad_(False)
+        return Reference(policy, frozen.eval())
+    if policy.config.adapter is not None:
+        model = cast(PeftModel, policy.model)
+        gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        folder = Path(policy.config.adapter).expanduser()
+        model.add_adapter(REFERENCE_ADAPTER, _read_adapter(folder))
+        _fill_adapter(model, folder, REFERENCE_ADAPTER)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(gradients.get(name, False))
+        model.to(policy.device)
+    return Reference(policy, None)

@@ -1,0 +1,300 @@
+"""The adapter: all that knows how Qwen2-VL and Qwen2.5-VL read images, prompts and positions.
+
+The stock processor needs torchvision, which does not import beside a CPU-only torch, so a prompt is put together
+here from the tokenizer and the Pillow image processor. Checkpoints are written so that the stock one loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from medvqa_rl.prompts import Template, render_prompt
+from medvqa_rl.types import EncodedPrompt, Sample
+
+ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
+IMAGE_TOKEN = "<|image_pad|>"
+Side = Literal["left", "right"]
+
+
+class Processor:
+    """Turns samples into prompts and token ids into text; read-only once made."""
+
+    def __init__(
+        self, tokenizer: Any, image_processor: Any, *, vocab_size: int | None = None, stop_ids: Iterable[int] = ()
+    ) -> None:
+        """
+        Args:
+            tokenizer: a Hugging Face tokenizer with Qwen2-VL's special tokens and a chat template.
+            image_processor: a ``Qwen2VLImageProcessorPil``.
+            vocab_size: rows of the model's output layer, which may be padded beyond the tokenizer; None takes the
+                tokenizer's size.
+            stop_ids: tokens besides the tokenizer's end-of-sequence token that end a completion.
+
+        Raises:
+            ValueError: the tokenizer lacks the image token, an end-of-sequence token or a chat template.
+        """
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        if IMAGE_TOKEN not in tokenizer.get_added_vocab():
+            raise ValueError(
+                f"The tokenizer has no {IMAGE_TOKEN} token, so it does not belong to a Qwen2-VL or Qwen2.5-VL model: "
+                "take the tokenizer files of the checkpoint itself."
+            )
+        if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
+            raise ValueError(
+                "The tokenizer has no end-of-sequence token or no chat template: Qwen2-VL checkpoints carry both, in "
+                "tokenizer_config.json and chat_template.json or chat_template.jinja; copy these files beside it."
+            )
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.stop_ids: tuple[int, ...] = (self.eos_id, *sorted(set(stop_ids) - {self.eos_id}))
+        control = {
+            id
+            for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
+        }
+        padding = range(len(tokenizer), vocab_size or len(tokenizer))
+        self.suppressed_ids: tuple[int, ...] = tuple(sorted((control | set(padding)) - set(self.stop_ids)))
+        """Control tokens and padding rows of the vocabulary: never sampled. Stop tokens are not among them."""
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        vocab_size: int | None = None,
+    ) -> Processor:
+        """Read the tokenizer, chat template and image settings of a checkpoint folder; opens no connection.
+
+        Raises:
+            ValueError: files are missing or do not belong to a Qwen2-VL or Qwen2.5-VL checkpoint.
+        """
+        folder = Path(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The tokenizer or the image settings in {folder} cannot be read ({error}): the folder needs "
+                "tokenizer.json, tokenizer_config.json and preprocessor_config.json of a Qwen2-VL checkpoint."
+            ) from error
+        template = folder / "chat_template.json"
+        if tokenizer.chat_template is None and template.exists():
+            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        size = {"shortest_edge": image_processor.size["shortest_edge"]}
+        size["longest_edge"] = image_processor.size["longest_edge"]
+        size["shortest_edge"] = min_pixels or size["shortest_edge"]
+        size["longest_edge"] = max_pixels or size["longest_edge"]
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise ValueError(
+                f"Images shall have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set "
+                "model.min_pixels below model.max_pixels (the checkpoint's own values hold where yours are unset)."
+            )
+        image_processor.size = size
+        stop: int | list[int] = []
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            stop = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") or []
+        stop_ids = [stop] if isinstance(stop, int) else stop
+        return cls(tokenizer, image_processor, vocab_size=vocab_size, stop_ids=stop_ids)
+
+    def encode(self, sample: Sample, template: Template = "think_answer") -> EncodedPrompt:
+        """Render the sample's question, preprocess its images and expand each placeholder to its image's tokens.
+
+        Each image is loaded once. An image of h x w patches takes h * w / merge_size**2 tokens.
+
+        Raises:
+            ValueError: an image cannot be loaded or used, or the chat template does not place the images; the
+                message names the sample.
+        """
+        rendered = render_prompt(sample, template)
+        text: str = self.tokenizer.apply_chat_template(rendered.messages, tokenize=False, add_generation_prompt=True)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        is_image = ids == self.image_token_id
+        if int(is_image.sum()) != len(sample.images):
+            raise ValueError(
+                f"The prompt of sample {sample.id!r} has {int(is_image.sum())} image placeholders for "
+                f"{len(sample.images)} images: use the chat template that came with the checkpoint."
+            )
+        if not sample.images:
+            return EncodedPrompt(ids, None, None, text, rendered.neutralised)
+        try:
+            images = [source.load() for source in sample.images]
+            features = self.image_processor(images=images, return_tensors="np")
+        except ValueError as error:
+            raise ValueError(f"An image of sample {sample.id!r} cannot be used: {error}") from error
+        grid = np.asarray(features["image_grid_thw"], dtype=np.int64)
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_image] = grid.prod(axis=-1) // self.image_processor.merge_size**2
+        pixels = np.ascontiguousarray(features["pixel_values"], dtype=np.float32)
+        return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised)
+
+    def encode_completion(self, text: str) -> tuple[int, ...]:
+        """Token ids of a completion as supervised fine-tuning teaches it, the end-of-sequence token included."""
+        return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens skipped."""
+        text: str = self.tokenizer.decode(
+            [int(id) for id in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer, chat template and image settings in standard form beside a model or an adapter."""
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        # Without the class name AutoProcessor silently returns only a tokenizer for a folder with no config.json.
+        path = folder / "preprocessor_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"processor_class": "Qwen2VLProcessor"}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The ``...ForConditionalGeneration`` inside a LoRA-wrapped or plain model; it has ``model`` and ``lm_head``."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: nn.Module) -> Any:
+    """The ``Qwen2VLModel`` or ``Qwen2_5_VLModel`` inside; it has ``visual`` and ``language_model``."""
+    return causal_model(model).model
+
+
+def vision_is_frozen(model: nn.Module) -> bool:
+    """True where neither the vision tower nor the merger is trained, so that image features may be cached."""
+    return not any(parameter.requires_grad for parameter in backbone(model).visual.parameters())
+
+
+def image_features(
+    model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device | str
+) -> list[Tensor | None]:
+    """Encode the images of all prompts in one pass of the vision tower.
+
+    Under ``no_grad`` where tower and merger are frozen: adapters with checkpointing make even frozen features
+    require gradients, and the tower would be walked back through for nothing.
+
+    Returns:
+        Per prompt (image tokens, hidden) in the order of its placeholders, or None for a prompt without images.
+    """
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    if not pixels:
+        return [None] * len(prompts)
+    with torch.no_grad() if vision_is_frozen(model) else nullcontext():
+        encoded = backbone(model).get_image_features(
+            torch.from_numpy(np.concatenate(pixels)).to(device),
+            torch.from_numpy(np.concatenate(grids)).to(device),
+            return_dict=True,
+        )
+    features = iter(encoded.pooler_output)
+    return [
+        None if prompt.image_grid_thw is None else torch.cat([next(features) for _ in prompt.image_grid_thw])
+        for prompt in prompts
+    ]
+
+
+def rope_positions(prompt: EncodedPrompt, *, image_token_id: int, merge_size: int) -> NDArray[np.int64]:
+    """(3, T) M-RoPE positions (time, height, width) of a prompt's tokens.
+
+    Text advances all three rows by one. An image of t x h x w merged patches that begins at position p gets
+    (p + time, p + row, p + column), and the text after it continues at p + max(h, w) (Qwen2-VL, arXiv 2409.12191,
+    section 2.1).
+    """
+    ids = prompt.input_ids
+    grids = [] if prompt.image_grid_thw is None else (prompt.image_grid_thw // (1, merge_size, merge_size)).tolist()
+    images = np.flatnonzero(ids == image_token_id)
+    assert len(images) == sum(t * h * w for t, h, w in grids), "image tokens and image grids do not match"
+    positions = np.empty((3, len(ids)), dtype=np.int64)
+    token, start, seen = 0, 0, 0
+    for t, h, w in grids:
+        first = int(images[seen])
+        positions[:, token:first] = np.arange(start, start + first - token)
+        start += first - token
+        token, seen = first + t * h * w, seen + t * h * w
+        positions[:, first:token] = np.indices((t, h, w)).reshape(3, -1) + start
+        start += max(h, w)
+    positions[:, token:] = np.arange(start, start + len(ids) - token)
+    return positions
+
+
+class PaddedPrompts(NamedTuple):
+    """Prompts of different lengths in one rectangle."""
+
+    input_ids: Tensor
+    """(P, T) token ids, pad_id at padding."""
+    mask: Tensor
+    """(P, T) bool, True at tokens of the prompt."""
+    position_ids: Tensor
+    """(3, P, T) M-RoPE positions, 0 at padding."""
+    next_positions: Tensor
+    """(P,) the position of the first completion token, equal in all three rows."""
+
+
+def pad_prompts(
+    model: nn.Module,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    pad_id: int,
+    device: torch.device | str,
+    side: Side = "left",
+) -> PaddedPrompts:
+    """Lay prompts out side by side with explicit positions, from the prompts alone."""
+    config = backbone(model).config
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(prompts), width), dtype=bool)
+    positions = np.zeros((3, len(prompts), width), dtype=np.int64)
+    following = np.zeros(len(prompts), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        length = len(prompt.input_ids)
+        columns = slice(width - length, width) if side == "left" else slice(0, length)
+        ids[row, columns] = prompt.input_ids
+        mask[row, columns] = True
+        own = rope_positions(
+            prompt, image_token_id=config.image_token_id, merge_size=config.vision_config.spatial_merge_size
+        )
+        positions[:, row, columns] = own
+        following[row] = own.max() + 1
+    return PaddedPrompts(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions, following)))
+
+
+def prompt_positions(
+    model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device | str, *, side: Side = "left"
+) -> tuple[Tensor, Tensor]:
+    """(3, P, T) M-RoPE positions of padded prompts (0 at padding) and (P,) the position that follows each prompt."""
+    padded = pad_prompts(model, prompts, pad_id=0, device=device, side=side)
+    return padded.position_ids, padded.next_positions
+
+
+def embed_prompts(model: nn.Module, input_ids: Tensor, mask: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+    """(P, T, hidden) embeddings of padded prompts with image features at their placeholders.
+
+    Args:
+        input_ids: (P, T) token ids; may go on beyond the prompt with sampled tokens.
+        mask: (P, T) bool, True at tokens of the prompt: only there is the image token a placeholder, so nothing
+            that was sampled can shift the features.
+        features: per prompt (image tokens, hidden) or None, as from :func:`image_features`.
+    """
+    inner = backbone(model)
+    embeds: Tensor = inner.language_model.embed_tokens(input_ids)
+    present = [feature for feature in features if feature is not None]
+    if not present:
+        return embeds
+    placeholders = (input_ids == inner.config.image_token_id) & mask
+    return embeds.masked_scatter(placeholders.unsqueeze(-1), torch.cat(present).to(embeds.dtype))

@@ -1,0 +1,107 @@
+"""Saved folders load with stock transformers and PEFT, give the same logits, and are never left half written."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from medvqa_rl.config import LoraConfig, ModelConfig
+from medvqa_rl.models.checkpoints import atomic_folder, save_model
+from medvqa_rl.models.loading import load_policy
+from medvqa_rl.models.qwen_vl import backbone
+
+BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+LORA = LoraConfig(rank=4, alpha=8)
+
+
+def shake(policy):
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def logits_of(model, prompt, inner, model_inputs):
+    with torch.no_grad():
+        return model(**model_inputs(inner, prompt, completion=(5, 6, 7))).logits
+
+
+@BOTH
+def test_full_checkpoint_loads_in_stock_transformers(arch, tiny_policy, tmp_path, make_sample, model_inputs):
+    policy = tiny_policy(arch, train_vision=True, train_projector=True)
+    shake(policy)
+    save_model(policy, tmp_path / "checkpoint")
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= names
+
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
+    ours = load_policy(ModelConfig(path=str(tmp_path / "checkpoint"), device="cpu"))
+    prompt = policy.processor.encode(make_sample())
+    expected = logits_of(policy.model, prompt, backbone(policy.model), model_inputs)
+    for model in (stock.eval(), ours.model):
+        assert torch.equal(logits_of(model, prompt, backbone(policy.model), model_inputs), expected)
+    assert ours.processor.encode(make_sample()).input_ids.tolist() == prompt.input_ids.tolist()
+    assert ours.processor.stop_ids == policy.processor.stop_ids
+
+
+@BOTH
+@pytest.mark.parametrize("settings", [{}, {"train_projector": True}, {"train_projector": True, "train_vision": True}])
+def test_adapter_loads_in_stock_peft(arch, settings, tiny_policy, tiny_folder, tmp_path, make_sample, model_inputs):
+    policy = tiny_policy(arch, lora=LORA, **settings)
+    shake(policy)
+    save_model(policy, tmp_path / "checkpoint")
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"} <= names
+    assert not names & {"model.safetensors", "README.md"}
+
+    stock = AutoModelForImageTextToText.from_pretrained(tiny_folder(arch), dtype=torch.float32)
+    stock = PeftModel.from_pretrained(stock, tmp_path / "checkpoint").eval()
+    adapter = str(tmp_path / "checkpoint")
+    ours = load_policy(ModelConfig(path=str(tiny_folder(arch)), adapter=adapter, device="cpu", **settings))
+    prompt = policy.processor.encode(make_sample())
+    expected = logits_of(policy.model, prompt, backbone(policy.model), model_inputs)
+    for model in (stock, ours.model):
+        assert torch.equal(logits_of(model, prompt, backbone(policy.model), model_inputs), expected)
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in ours.model.named_parameters() if parameter.requires_grad} == trained
+
+
+def test_saving_an_adapter_asks_no_network(tiny_policy, tmp_path, monkeypatch):
+    policy = tiny_policy(lora=LORA)
+    policy.model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen2-VL-2B-Instruct"
+    policy.model.get_base_model().config.vocab_size = 151936  # what PEFT compares with the Hub's
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    save_model(policy, tmp_path / "checkpoint")
+
+
+def test_older_folder_is_replaced_and_nothing_else_is_left(tiny_policy, tmp_path):
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "best") as folder:
+            (folder / content).write_text(content)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["new"]
+
+
+def test_failure_leaves_the_older_folder(tmp_path):
+    with atomic_folder(tmp_path / "best") as folder:
+        (folder / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "best") as folder:
+        (folder / "new").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["old"]
+
+
+def test_full_device_is_a_clear_sentence(tmp_path):
+    with pytest.raises(ValueError, match="No space is left to write"), atomic_folder(tmp_path / "best"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())

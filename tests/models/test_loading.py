@@ -1,0 +1,275 @@
+"""Loading, freezing, adapters and references; everything that cannot be loaded says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medvqa_rl.config import LoraConfig, ModelConfig
+from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.loading import load_policy, load_reference, resolve_device, resolve_folder
+from medvqa_rl.models.qwen_vl import backbone, image_features
+
+BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+LORA = LoraConfig(rank=4, alpha=8)
+
+
+def trained_names(policy):
+    return {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+
+
+def logits_of(policy, model, sample, model_inputs):
+    inputs = model_inputs(backbone(policy.model), policy.processor.encode(sample))
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def shake(policy, seed=1):
+    """Change every trained weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@BOTH
+def test_full_policy_trains_the_language_model_only(arch, tiny_folder):
+    policy = load_policy(ModelConfig(path=str(tiny_folder(arch)), device="cpu"))
+    names = trained_names(policy)
+    assert policy.vision_is_frozen
+    assert not policy.is_lora
+    assert names == {name for name, _ in policy.model.named_parameters() if "visual." not in name}
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
+
+
+@BOTH
+def test_vision_and_projector_have_their_own_settings(arch, tiny_policy):
+    projector = trained_names(tiny_policy(arch, train_projector=True))
+    tower = trained_names(tiny_policy(arch, train_vision=True))
+    assert {name for name in projector if "visual." in name} == {
+        name for name in projector if "visual.merger." in name
+    }
+    assert any("visual.merger." in name for name in projector)
+    assert any("visual.patch_embed." in name for name in tower)
+    assert any("visual.blocks.1." in name for name in tower)
+    assert not any("visual.merger." in name for name in tower)
+    assert not tiny_policy(arch, train_projector=True).vision_is_frozen
+
+
+@BOTH
+def test_lora_is_on_the_language_model_only(arch, tiny_policy):
+    policy = tiny_policy(arch, lora=LORA)
+    names = trained_names(policy)
+    assert policy.vision_is_frozen
+    assert all(".language_model.layers." in name and ".lora_" in name for name in names)
+    assert len(names) == 2 * 7 * 2  # 2 layers, 7 linear layers, A and B
+
+
+def test_lora_targets_are_checked(tiny_policy):
+    with pytest.raises(ValueError, match=r"names qkv_proj, but .* q_proj"):
+        tiny_policy(lora=LoraConfig(targets=("q_proj", "qkv_proj")))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("settings", [{}, {"train_projector": True}, {"train_vision": True}])
+def test_gradients_reach_exactly_what_is_trained(lora, settings, tiny_policy, make_sample, model_inputs):
+    policy = tiny_policy(lora=lora, gradient_checkpointing=True, **settings)
+    policy.model.train()
+    prompt = policy.processor.encode(make_sample())
+    policy.model(**model_inputs(backbone(policy.model), prompt)).logits.square().mean().backward()
+    with_gradient = {name for name, parameter in policy.model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == trained_names(policy)
+
+
+@BOTH
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_checkpointing_leaves_frozen_features_without_graph(arch, lora, tiny_policy, make_sample, model_inputs):
+    policy = tiny_policy(arch, lora=lora, gradient_checkpointing=True)
+    policy.model.train()
+    prompt = policy.processor.encode(make_sample())
+    (features,) = image_features(policy.model, [prompt], "cpu")
+    assert not features.requires_grad
+    # The tower itself must build no graph either, without our no_grad around it.
+    inputs = model_inputs(backbone(policy.model), prompt)
+    raw = backbone(policy.model).get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+    assert not any(feature.requires_grad for feature in raw)
+
+
+def test_checkpointing_gives_the_same_gradients(tiny_policy, make_sample, model_inputs):
+    gradients = []
+    for checkpointing in (False, True):
+        policy = tiny_policy(lora=LORA, gradient_checkpointing=checkpointing)
+        shake(policy)
+        policy.model.train()
+        inputs = model_inputs(backbone(policy.model), policy.processor.encode(make_sample()))
+        policy.model(**inputs).logits.square().mean().backward()
+        gradients.append([parameter.grad for parameter in policy.model.parameters() if parameter.grad is not None])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_trained_vision_features_carry_a_graph(tiny_policy, make_sample):
+    policy = tiny_policy(train_projector=True)
+    (features,) = image_features(policy.model, [policy.processor.encode(make_sample())], "cpu")
+    assert features.requires_grad
+
+
+@BOTH
+def test_full_reference_stays_where_training_began(arch, tiny_policy, make_sample, model_inputs):
+    policy = tiny_policy(arch, train_projector=True)
+    before = logits_of(policy, policy.model, make_sample(), model_inputs)
+    reference = load_reference(policy)
+    shake(policy)
+    with reference.active() as module:
+        assert torch.equal(logits_of(policy, module, make_sample(), model_inputs), before)
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        # Weights that are not trained are shared, not copied.
+        assert backbone(module).visual.patch_embed.proj.weight is backbone(policy.model).visual.patch_embed.proj.weight
+        assert backbone(module).language_model.norm.weight is not backbone(policy.model).language_model.norm.weight
+        assert module.lm_head.weight is backbone(module).language_model.embed_tokens.weight
+    assert not torch.equal(logits_of(policy, policy.model, make_sample(), model_inputs), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_projector": True}, {"train_vision": True}])
+def test_lora_reference_is_the_model_without_adapter(settings, tiny_policy, make_sample, model_inputs):
+    policy = tiny_policy(lora=LORA, **settings)
+    before = logits_of(policy, policy.model, make_sample(), model_inputs)
+    reference = load_reference(policy)
+    shake(policy)
+    policy.model.train()
+    after = logits_of(policy, policy.model, make_sample(), model_inputs)
+    names = trained_names(policy)
+    with reference.active() as module:
+        torch.testing.assert_close(logits_of(policy, module, make_sample(), model_inputs), before)
+        assert not module.training
+    assert policy.model.training
+    assert trained_names(policy) == names
+    assert torch.equal(logits_of(policy, policy.model, make_sample(), model_inputs), after)
+    assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_projector": True}])
+def test_reference_of_a_trained_adapter_is_that_adapter(settings, tiny_policy, tmp_path, make_sample, model_inputs):
+    first = tiny_policy(lora=LORA, **settings)
+    shake(first)
+    save_model(first, tmp_path / "sft")
+    expected = logits_of(first, first.model, make_sample(), model_inputs)
+
+    policy = tiny_policy(adapter=str(tmp_path / "sft"), **settings)
+    torch.testing.assert_close(logits_of(policy, policy.model, make_sample(), model_inputs), expected)
+    names = trained_names(policy)
+    assert names == trained_names(first)
+    reference = load_reference(policy)
+    shake(policy, seed=2)
+    after = logits_of(policy, policy.model, make_sample(), model_inputs)
+    with reference.active() as module:
+        torch.testing.assert_close(logits_of(policy, module, make_sample(), model_inputs), expected)
+    assert trained_names(policy) == names
+    assert torch.equal(logits_of(policy, policy.model, make_sample(), model_inputs), after)
+    save_model(policy, tmp_path / "grpo")  # the reference is not saved with it
+    saved = load_file(tmp_path / "grpo" / "adapter_model.safetensors")
+    assert saved.keys() == load_file(tmp_path / "sft" / "adapter_model.safetensors").keys()
+
+
+def test_adapter_that_does_not_fit_is_refused(tiny_policy, tiny_folder, tmp_path):
+    policy = tiny_policy("qwen2_vl", lora=LORA)
+    save_model(policy, tmp_path / "adapter")
+    path = str(tiny_folder("qwen2_vl"))
+
+    def load(**settings):
+        return load_policy(ModelConfig(path=path, device="cpu", adapter=str(tmp_path / "adapter"), **settings))
+
+    load()
+    with pytest.raises(ValueError, match=r"rank 8 .* has rank 4"):
+        load(lora=LoraConfig(rank=8, alpha=8))
+    with pytest.raises(ValueError, match=r"trained without visual.merger"):
+        load(train_projector=True)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file({key: value for key, value in weights.items() if key != name}, file)
+    with pytest.raises(ValueError, match=r"1 missing"):
+        load()
+    save_file(weights | {name + "x": torch.zeros(3)}, file)
+    with pytest.raises(ValueError, match=r"1 unexpected"):
+        load()
+    save_file(weights | {name: torch.zeros(4, 7)}, file)
+    with pytest.raises(ValueError, match=r"does not fit the model"):
+        load()
+    with pytest.raises(ValueError, match=r"does not hold adapter_config.json"):
+        load_policy(ModelConfig(path=path, adapter=str(tmp_path)))
+
+
+def test_missing_folder(tmp_path):
+    for path in (str(tmp_path / "absent"), "./absent", "~/absent-folder", "absent", "tests/absent/model"):
+        with pytest.raises(ValueError, match=r"no such folder"):
+            resolve_folder(path)
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        load_policy(ModelConfig(path=str(tmp_path)))
+
+
+def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"'nobody/nothing' at revision 'v1'.*Hub did not deliver"):
+        load_policy(ModelConfig(path="nobody/nothing", revision="v1"))
+
+
+def test_adapter_folder_as_path(tiny_policy, tmp_path):
+    save_model(tiny_policy(lora=LORA), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter, not a whole model"):
+        load_policy(ModelConfig(path=str(tmp_path / "adapter")))
+
+
+def test_another_architecture(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"is a llama model, but only Qwen2-VL"):
+        load_policy(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+    with pytest.raises(ValueError, match=r"cannot be read as a model's configuration"):
+        load_policy(ModelConfig(path=str(tmp_path)))
+
+
+def test_weights_that_do_not_fit(tiny_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("qwen2_vl"), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
+
+    def load(changed):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        return load_policy(ModelConfig(path=str(folder), device="cpu"))
+
+    load(weights)
+    with pytest.raises(ValueError, match=r"1 missing \(model.language_model.layers.1.mlp.up_proj.weight\)"):
+        load({key: value for key, value in weights.items() if key != name})
+    with pytest.raises(ValueError, match=r"1 unexpected \(something.else\)"):
+        load(weights | {"something.else": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"1 of another shape"):
+        load(weights | {name: torch.zeros(47, 32)})
+    (folder / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"cannot be loaded"):
+        load_policy(ModelConfig(path=str(folder)))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded"):
+        load_policy(ModelConfig(path=str(folder)))
+
+
+def test_bfloat16_and_attention_settings(tiny_folder):
+    policy = load_policy(
+        ModelConfig(path=str(tiny_folder("qwen2_vl")), device="cpu", dtype="bfloat16", attention="eager")
+    )
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
+    assert policy.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_asked_for_where_there_is_none():
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"sees no CUDA device"):
+        resolve_device("cuda")

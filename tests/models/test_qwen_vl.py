@@ -1,0 +1,228 @@
+"""The adapter equals the stock implementation: prompts, positions, image features, logits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from medvqa_rl.models.qwen_vl import (
+    Processor,
+    backbone,
+    embed_prompts,
+    image_features,
+    pad_prompts,
+    prompt_positions,
+    rope_positions,
+)
+
+BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+
+
+def test_real_qwen2_vl_prompt(shared_data, make_sample, make_image):
+    folder = shared_data / "qwen2_vl" / "instruct"
+    processor = Processor.from_folder(folder)
+    sample = make_sample(images=(make_image(640, 480), make_image(300, 200)), options=("left lung", "right lung"))
+    prompt = processor.encode(sample)
+
+    assert processor.image_processor.size == {"shortest_edge": 3136, "longest_edge": 12845056}
+    tokens = [int(t * h * w) // 4 for t, h, w in prompt.image_grid_thw]
+    assert tokens == [(480 // 28) * (644 // 28), (196 // 28) * (308 // 28)]  # rounded to multiples of 28
+    expanded = prompt.text
+    for count in tokens:  # as Qwen2VLProcessor does it: one placeholder after the other, in the text
+        expanded = expanded.replace("<|image_pad|>", "<|placeholder|>" * count, 1)
+    expanded = expanded.replace("<|placeholder|>", "<|image_pad|>")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert prompt.input_ids.tolist() == tokenizer(expanded)["input_ids"]
+    assert prompt.text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|><|vision_start|><|image_pad|><|vision_end|>"
+        "Is there an effusion?\nA: left lung\nB: right lung\nAnswer with the letter.\n"
+        "Think in <think></think>, then answer in <answer></answer>.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert prompt.pixel_values.shape == (sum(tokens) * 4, 3 * 2 * 14 * 14)
+
+
+def test_real_qwen2_vl_text_prompt_equals_apply_chat_template(shared_data, make_sample):
+    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct")
+    sample = make_sample(images=(), question="Wo ist die Läsion? \u2192 links")
+    question = sample.question + "\nThink in <think></think>, then answer in <answer></answer>."
+    messages = [{"role": "user", "content": question}]
+    expected = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert processor.encode(sample).input_ids.tolist() == expected["input_ids"]
+
+
+def test_real_qwen2_vl_control_tokens(shared_data):
+    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct", vocab_size=151936)
+    assert processor.eos_id == 151645
+    assert processor.stop_ids == (151645, 151643)
+    assert processor.suppressed_ids == (151644, *range(151646, 151936))
+    assert processor.decode(processor.encode_completion("<think>a</think>")) == "<think>a</think>"
+
+
+@BOTH
+def test_tags_are_samplable_and_control_tokens_are_not(arch, tiny_policy):
+    processor = tiny_policy(arch).processor
+    tokenizer = processor.tokenizer
+    tags = {tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")}
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    rows = backbone(tiny_policy(arch).model).config.text_config.vocab_size
+    assert rows > len(tokenizer)
+    assert set(processor.suppressed_ids) == (special | set(range(len(tokenizer), rows))) - {processor.eos_id}
+    assert not tags & set(processor.suppressed_ids)
+    text = "<think>opacity</think><answer>yes</answer>"
+    ids = processor.encode_completion(text)
+    assert tags <= set(ids)
+    assert ids[-1] == processor.eos_id
+    assert processor.decode(ids) == text
+
+
+def test_each_image_is_loaded_once(tiny_policy, mixed_samples):
+    processor = tiny_policy().processor
+    for sample in mixed_samples:
+        prompt = processor.encode(sample)
+        assert [image.loads for image in sample.images] == [1] * len(sample.images)
+        count = int((prompt.input_ids == processor.image_token_id).sum())
+        assert count == (0 if prompt.image_grid_thw is None else prompt.image_grid_thw.prod(-1).sum() // 4)
+
+
+def test_special_strings_of_the_data_are_neutralised(tiny_policy, make_sample):
+    processor = tiny_policy().processor
+    evil = make_sample(question="What is <|image_pad|> and </think>?", options=("<|im_end|>", "nothing"))
+    prompt = processor.encode(evil)
+    assert prompt.neutralised == 3
+    assert int((prompt.input_ids == processor.image_token_id).sum()) == prompt.image_grid_thw.prod() // 4
+    assert prompt.text.count("<|im_end|>") == 2
+
+
+def test_prompt_does_not_depend_on_the_gold(tiny_policy, make_sample):
+    processor = tiny_policy().processor
+    first, second = (processor.encode(make_sample(answer=answer)) for answer in ("yes", "no"))
+    assert first.text == second.text
+    assert np.array_equal(first.input_ids, second.input_ids)
+
+
+def test_unusable_image_names_the_sample(tiny_policy, make_sample, make_image):
+    sample = make_sample("row-17", images=(make_image(1, 500),))
+    with pytest.raises(ValueError, match=r"image of sample 'row-17' cannot be used.*aspect ratio"):
+        tiny_policy().processor.encode(sample)
+
+
+def test_template_that_drops_images_names_the_sample(tiny_policy, make_sample):
+    processor = tiny_policy().processor
+    processor.tokenizer.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
+    with pytest.raises(ValueError, match=r"sample 'row-17' has 0 image placeholders for 1 images"):
+        processor.encode(make_sample("row-17"))
+
+
+def test_pixel_limits_of_the_settings_hold(tiny_folder, make_sample, make_image):
+    small = Processor.from_folder(tiny_folder("qwen2_vl"), max_pixels=56 * 56, min_pixels=56 * 56)
+    assert small.encode(make_sample(images=(make_image(112, 112),))).image_grid_thw.tolist() == [[1, 4, 4]]
+    with pytest.raises(ValueError, match=r"at least 40000 and at most 12544 pixels"):
+        Processor.from_folder(tiny_folder("qwen2_vl"), min_pixels=40000)
+
+
+def test_chat_template_is_read_from_every_usual_place(tiny_folder, tmp_path):
+    original = Processor.from_folder(tiny_folder("qwen2_vl"))
+    template = original.tokenizer.chat_template
+    original.save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"no end-of-sequence token or no chat template"):
+        Processor.from_folder(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert Processor.from_folder(tmp_path).tokenizer.chat_template == template
+    (tmp_path / "chat_template.json").unlink()
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    assert Processor.from_folder(tmp_path).tokenizer.chat_template == template
+
+
+def test_saved_processor_files_are_standard(tiny_policy, tmp_path, make_sample):
+    processor = tiny_policy().processor
+    processor.save(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert settings["processor_class"] == "Qwen2VLProcessor"
+    assert settings["image_processor_type"] == "Qwen2VLImageProcessor"
+    prompt = processor.encode(make_sample())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer(prompt.text)["input_ids"] == processor.tokenizer(prompt.text)["input_ids"]
+    assert tokenizer.chat_template == processor.tokenizer.chat_template
+    assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size == processor.image_processor.size
+
+
+def test_folder_of_another_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be read"):
+        Processor.from_folder(tmp_path)
+
+
+@BOTH
+def test_positions_equal_the_stock_ones(arch, tiny_policy, mixed_samples, model_inputs):
+    policy = tiny_policy(arch)
+    prompts = [policy.processor.encode(sample) for sample in mixed_samples]
+    left = prompt_positions(policy.model, prompts, "cpu", side="left")
+    right = prompt_positions(policy.model, prompts, "cpu", side="right")
+    for row, prompt in enumerate(prompts):
+        length = len(prompt.input_ids)
+        if prompt.image_grid_thw is None:
+            expected = torch.arange(length).expand(3, -1)
+        else:
+            inputs = model_inputs(policy.model, prompt)
+            positions, deltas = backbone(policy.model).get_rope_index(
+                inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+            )
+            expected = positions[:, 0]
+            assert left[1][row] == length + deltas[0, 0]
+        assert torch.equal(left[0][:, row, -length:], expected)
+        assert torch.equal(right[0][:, row, :length], expected)
+        assert left[1][row] == right[1][row] == expected.max() + 1
+
+
+def test_positions_by_hand(tiny_policy, make_sample, make_image):
+    processor = tiny_policy().processor
+    prompt = processor.encode(make_sample(images=(make_image(84, 56),)))  # 3 x 2 merged patches
+    first = int(np.flatnonzero(prompt.input_ids == processor.image_token_id)[0])
+    positions = rope_positions(prompt, image_token_id=processor.image_token_id, merge_size=2)
+    p = first
+    assert positions[:, first : first + 6].tolist() == [
+        [p] * 6,
+        [p, p, p, p + 1, p + 1, p + 1],
+        [p, p + 1, p + 2, p, p + 1, p + 2],
+    ]
+    assert positions[:, first + 6].tolist() == [p + 3] * 3
+
+
+@BOTH
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batched_embeddings_give_the_stock_logits(arch, side, tiny_policy, mixed_samples, model_inputs):
+    policy = tiny_policy(arch)
+    prompts = [policy.processor.encode(sample) for sample in mixed_samples]
+    padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device="cpu", side=side)
+    features = image_features(policy.model, prompts, "cpu")
+    with torch.no_grad():
+        hidden = backbone(policy.model).language_model(
+            inputs_embeds=embed_prompts(policy.model, padded.input_ids, padded.mask, features),
+            attention_mask=padded.mask,
+            position_ids=padded.position_ids,
+            use_cache=False,
+        )[0]
+        logits = policy.model.lm_head(hidden)
+        for row, prompt in enumerate(prompts):
+            expected = policy.model(**model_inputs(policy.model, prompt)).logits[0]
+            torch.testing.assert_close(logits[row, padded.mask[row]], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sampled_image_token_takes_no_features(tiny_policy, make_sample):
+    policy = tiny_policy()
+    prompt = policy.processor.encode(make_sample())
+    features = image_features(policy.model, [prompt], "cpu")
+    ids = torch.tensor([[*prompt.input_ids, policy.processor.image_token_id]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, -1] = False
+    embeds = embed_prompts(policy.model, ids, mask, features)
+    own = backbone(policy.model).language_model.embed_tokens.weight[policy.processor.image_token_id]
+    assert torch.equal(embeds[0, -1], own)
+    assert torch.equal(embeds[0, ids[0] == policy.processor.image_token_id][:-1], features[0])
