@@ -155,9 +155,6 @@ CROSS = [
     ("train", {"rewards": {"format": 0, "correctness": 0}}, "all have weight 0"),
     ("train", {"rewards": {"format": 0, "correctness": 0, "functions": {"a.b": 0}}}, "all have weight 0"),
     ("sft", {"optimizer": {"warmup_steps": 10}, "train": {"steps": 10}}, "optimizer.warmup_steps is 10"),
-    ("sft", {"model": {"adapter": "folder"}}, "model.adapter is folder, but model.lora is null"),
-    ("sft", {"model": {"train_vision": True, "lora": {}}}, "model.train_vision is true, but model.lora is given"),
-    ("sft", {"model": {"train_projector": True, "lora": {}}}, "model.train_projector is true, but model.lora"),
     (
         "eval",
         {"model": {"min_pixels": 5000, "max_pixels": 4000}},

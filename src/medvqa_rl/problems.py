@@ -155,6 +155,27 @@ def all_settings(schema: Schema = SCHEMA, prefix: str = "") -> Iterator[tuple[st
             yield from all_settings(inner, f"{prefix}{name}.")
 
 
+def reference_tables() -> str:
+    """Every setting with its default, what it allows and what it does, as Markdown tables; docs/ holds a copy."""
+    lines: list[str] = []
+    sections = [("", SCHEMA)] + [(name, resolve(field)) for name, field in all_settings()]
+    for name, section in sections:
+        fields = section.get("properties", {})
+        rows = [(key, field) for key, field in fields.items() if not (name == "" and "$ref" in field)]
+        if not rows:
+            continue
+        lines += [f"### {name or 'top level'}", ""]
+        lines += [section["description"].replace("``", "`"), ""]
+        lines += ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
+        for key, field in rows:
+            path = f"{name}.{key}".removeprefix(".")
+            what = field.get("description", "See below.").replace("``", "`").replace("None ", "null ")
+            default = json.dumps(field["default"], ensure_ascii=False) if "default" in field else "{}"
+            lines.append(f"| `{path}` | `{default}` | {allowed(field)} | {what} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """``("data", "answer_types", 0)`` as ``data.answer_types[0]``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).removeprefix(".")
@@ -323,7 +344,6 @@ def _check_loss(config: Config) -> Iterator[Problem]:
 
 
 def _check_training(config: Config) -> Iterator[Problem]:
-    model = config.model
     if config.optimizer.warmup_steps >= config.train.steps:
         yield _problem(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps} and train.steps {config.train.steps}, so the "
@@ -331,21 +351,6 @@ def _check_training(config: Config) -> Iterator[Problem]:
             "optimizer.warmup_steps",
             "train.steps",
         )
-    if model.adapter is not None and model.lora is None:
-        yield _problem(
-            f"model.adapter is {model.adapter}, but model.lora is null: to train the adapter further give model.lora "
-            "with its rank, alpha and targets, to train all weights remove model.adapter.",
-            "model.adapter",
-            "model.lora",
-        )
-    for name, is_trained in (("train_vision", model.train_vision), ("train_projector", model.train_projector)):
-        if is_trained and model.lora is not None:
-            yield _problem(
-                f"model.{name} is true, but model.lora is given: an adapter's checkpoint holds the adapter only, and "
-                f"the reference is the model without it. Set model.{name}=false or model.lora=null.",
-                f"model.{name}",
-                "model.lora",
-            )
 
 
 def _check_grpo(config: Config) -> Iterator[Problem]:

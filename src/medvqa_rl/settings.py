@@ -112,7 +112,8 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         data = read_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError([f"The configuration {path} does not exist: give the path of a YAML file."]) from None
+        order = " The YAML file comes first, then key=value." if "=" in str(path) else ""
+        raise ConfigError([f"The configuration {path} does not exist: give the path of a YAML file.{order}"]) from None
     except IsADirectoryError:
         raise ConfigError([f"The configuration {path} is a folder: give the path of a YAML file in it."]) from None
     except OSError as error:

@@ -1,0 +1,44 @@
+# make demo    fine-tune the embedded model on a CPU and show that it got better
+# make test    run the tests
+# make check   lint, formatting, types
+#
+# Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
+# pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
+# pytorch.org names for it: make demo PIP_FLAGS="--extra-index-url URL"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+WORKERS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: demo test check format clean
+
+demo: .venv/installed
+	$(BIN)/medvqa-rl demo
+
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(PIP) -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(PIP) -e '.[dev]'
+	touch $@ .venv/installed

@@ -1,0 +1,293 @@
+"""The command ``medvqa-rl``: each verb reads its arguments and makes one call. Imports no torch until a verb runs.
+
+Exit codes: 0 done, 1 the run failed, 2 something given was wrong (said in a sentence), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from medvqa_rl import __version__
+
+app = typer.Typer(
+    name="medvqa-rl",
+    help="Fine-tune vision-language models for medical visual question answering with reinforcement learning, and "
+    "measure honestly whether it helped. Research software, not for clinical use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+phantom_app = typer.Typer(help="The embedded phantom world: its tiny models and its images.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at settings without running anything.", no_args_is_help=True)
+app.add_typer(phantom_app, name="phantom")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with settings, as those in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's, such as train.steps=100."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error comes from.")]
+Split = Literal["train", "val", "test"]
+Scanner = Literal["home", "unseen"]
+Purpose = Literal["train", "sft", "eval"]
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app(prog_name="medvqa-rl")
+
+
+@contextmanager
+def _told_plainly(debug: bool = False) -> Iterator[None]:
+    """Turn errors that the user can mend into one clear message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("Stopped.")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ArithmeticError) as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.errno == errno.EPIPE:
+            raise  # the reader of our output has gone; click ends quietly
+        _say(_sentence(error))
+        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error, as a sentence."""
+    from medvqa_rl.config import ConfigError
+
+    if not isinstance(error, OSError):
+        return (
+            "\nerror: ".join(error.problems)
+            if isinstance(error, ConfigError)
+            else str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
+        )
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space is left on the device{where}: free some, or choose another output folder."
+    return f"{error.strerror or error}{where}: check the path and its permissions."
+
+
+def _say(message: str) -> None:
+    """Write an error message, unwrapped so that it can be searched for."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"medvqa-rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of every sampled token.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Adapt the embedded model to a scanner it has not seen, and show that it got better. Minutes on a CPU."""
+    with _told_plainly(debug):
+        from medvqa_rl.phantom.demo import run_demo
+
+        run_demo(output, seed)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune with reinforcement learning (GRPO, Dr. GRPO or DAPO)."""
+    with _told_plainly(debug):
+        from medvqa_rl.settings import load_config
+
+        loaded = load_config(config, overrides or (), purpose="train")
+        from medvqa_rl.learning.grpo import train as run
+
+        run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+
+
+@app.command()
+def sft(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune with supervision on the same data and prompts: the baseline."""
+    with _told_plainly(debug):
+        from medvqa_rl.settings import load_config
+
+        loaded = load_config(config, overrides or (), purpose="sft")
+        from medvqa_rl.learning.sft import train_sft
+
+        train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a trained model or adapter; without it, the model that the settings name."),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which questions.")] = "test",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for samples.jsonl and results.json; without it, a new one under output_dir."),
+    ] = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a split greedily and report accuracy with intervals."""
+    with _told_plainly(debug):
+        from medvqa_rl.settings import load_config
+
+        loaded = load_config(config, overrides or (), purpose="eval")
+        from medvqa_rl.commands import run_eval
+
+        run_eval(loaded.config, checkpoint=checkpoint, split=split, output=output, dry_run=dry_run)
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Annotated[
+        str, typer.Option(help="Folder of a model or adapter, Hub id, phantom:base or phantom:instruct.")
+    ] = "phantom:instruct",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="An option to choose from; give it once for each."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Sample so many answers and count votes; 0 is greedy.")] = 0,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Temperature of the samples.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    direct: Annotated[bool, typer.Option("--direct", help="Ask for the answer alone, without reasoning.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a model one question about an image. Never for a decision about a patient."""
+    with _told_plainly(debug):
+        from medvqa_rl.commands import run_ask
+
+        run_ask(
+            image,
+            question,
+            model=model,
+            options=tuple(option or ()),
+            samples=samples,
+            temperature=temperature,
+            seed=seed,
+            max_length=max_length,
+            template="direct" if direct else "think_answer",
+        )
+
+
+@app.command()
+def env(debug: Debug = False) -> None:
+    """Versions, device, threads and memory: what to send along with a question."""
+    with _told_plainly(debug):
+        from medvqa_rl.commands import show_environment
+
+        show_environment()
+
+
+@phantom_app.command("build")
+def phantom_build(
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Train the embedded checkpoints again from nothing, by the committed recipe."""
+    with _told_plainly(debug):
+        from medvqa_rl.phantom.build import build
+
+        build(output, seed=seed)
+
+
+@phantom_app.command("draw")
+def phantom_draw(
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("phantom.png"),
+    count: Annotated[int, typer.Option(min=1, max=600, help="How many images.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
+    scanner: Annotated[Scanner, typer.Option(help="Which scanner takes the images.")] = "home",
+    debug: Debug = False,
+) -> None:
+    """Draw a contact sheet of phantom images with a question and its answer."""
+    with _told_plainly(debug):
+        from medvqa_rl.phantom.sheet import draw_sheet
+
+        print(draw_sheet(output, count, seed, scanner))
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath, overrides: Overrides = None, debug: Debug = False) -> None:
+    """Print every setting as it would be used, those that were given marked."""
+    with _told_plainly(debug):
+        from medvqa_rl.settings import load_config, show_config
+
+        sys.stdout.write(show_config(load_config(config, overrides or ())))
+
+
+@config_app.command("check")
+def config_check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    purpose: Annotated[Purpose, typer.Option("--for", help="The verb that will use them.")] = "train",
+    debug: Debug = False,
+) -> None:
+    """Say 'ok', or everything that is wrong at once."""
+    with _told_plainly(debug):
+        from medvqa_rl.settings import load_config
+
+        load_config(config, overrides or (), purpose=purpose)
+        print("ok")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the settings, for editors that check YAML while you type."""
+    import json
+
+    from medvqa_rl.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@config_app.command("tables", hidden=True)
+def config_tables() -> None:
+    """Print the tables of docs/configuration.md."""
+    from medvqa_rl.problems import reference_tables
+
+    print(reference_tables())
