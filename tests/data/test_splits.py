@@ -1,0 +1,59 @@
+"""Splits and choices depend on names and seeds alone.
+
+Run: pytest tests/data/test_splits.py
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medvqa_rl.data.splits import StoredDataset, choose, connected, split_of
+from medvqa_rl.types import Sample
+
+NAMES = [f"scan{index}.jpg" for index in range(4000)]
+
+
+def test_images_are_split_in_the_given_shares() -> None:
+    counts = Counter(split_of(name, 0, val=0.1, test=0.2) for name in NAMES)
+    assert abs(counts["test"] - 800) < 100 and abs(counts["val"] - 400) < 80
+    assert Counter(split_of(name, 0, val=0.0, test=0.0) for name in NAMES) == {"train": 4000}
+
+
+def test_splits_are_the_same_everywhere_and_differ_by_seed() -> None:
+    # Second letters of val, train, train, test ...
+    assert "".join(split_of(f"{index}", 0)[1] for index in range(12)) == "arrerreeerrr"
+    assert [split_of(name, 0) for name in NAMES] != [split_of(name, 1) for name in NAMES]
+
+
+@given(st.lists(st.text(max_size=5), unique=True, max_size=30), st.integers(0, 40), st.integers(0, 3))
+def test_a_smaller_choice_is_part_of_a_larger_one(ids: list[str], num: int, seed: int) -> None:
+    chosen = choose(ids, num, seed)
+    assert len(chosen) == min(num, len(ids)) and chosen == sorted(set(chosen))
+    assert set(chosen) <= set(choose(ids, num + 1, seed))
+    # Removing an id that was not chosen, or turning the order around, changes nothing.
+    names = {ids[index] for index in chosen}
+    rest = [name for name in reversed(ids) if name in names or len(name) % 2]
+    assert {rest[index] for index in choose(rest, num, seed)} >= names
+
+
+def test_no_limit_keeps_all() -> None:
+    assert choose(["a", "b"], None, 0) == [0, 1]
+    assert choose(NAMES, 10, 0) != choose(NAMES, 10, 1)
+
+
+def test_images_that_share_a_case_are_connected() -> None:
+    pairs = [("a", 1), ("b", 2), ("c", 1), ("c", 3), ("d", 3), ("e", "b"), ("b", 2)]
+    assert connected(pairs) == {"a": "a", "b": "b", "c": "a", "d": "a", "e": "e"}
+    assert connected([("a", 1), ("b", 2), ("c", 1), ("c", 2)]) == {"a": "a", "b": "a", "c": "a"}
+
+
+def test_the_fingerprint_says_what_the_samples_are() -> None:
+    sample = Sample("1", "What?", "A", "choice", options=("mass", "cyst"))
+    base = StoredDataset("x", (sample,)).fingerprint
+    assert StoredDataset("y", (sample,), {"dropped": 1}).fingerprint == base
+    changes = [{"id": "2"}, {"question": "Where?"}, {"answer": "B"}, {"options": ("mass", "node")}]
+    others = {StoredDataset("x", (replace(sample, **change),)).fingerprint for change in changes}  # type: ignore[arg-type]
+    assert len(others) == 4 and base not in others
+    assert len(StoredDataset("x", (sample, sample))) == 2
