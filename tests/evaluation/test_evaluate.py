@@ -1,0 +1,236 @@
+"""Evaluation end to end with an engine that recites given texts: every number against hand computation.
+
+Run: pytest tests/evaluation/test_evaluate.py
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from medvqa_rl.config import EvalConfig
+from medvqa_rl.data.images import FileImage, MemoryImage
+from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.evaluation.evaluate import (
+    evaluate,
+    paired_gain,
+    read_records,
+    results_table,
+    summarise,
+    write_evaluation,
+)
+from medvqa_rl.evaluation.stats import cluster_bootstrap
+from medvqa_rl.types import Completion, EncodedPrompt, Group, ImageSource, Sample
+
+CONFIG = EvalConfig(batch_size=2, bootstrap=500)
+PIXEL = Image.new("RGB", (2, 2))
+PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+
+
+class Reciter:
+    """Answers with the text given for each sample; notes what it was asked."""
+
+    def __init__(self, texts: dict[str, str], truncated: frozenset[str] = frozenset()) -> None:
+        self.texts, self.truncated = texts, truncated
+        self.batches: list[list[str]] = []
+
+    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]:
+        self.batches.append([sample.id for sample in samples])
+        for sample in samples:
+            assert all(isinstance(image, MemoryImage) for image in sample.images)
+            text = self.texts[sample.id]
+            tokens = tuple(range(len(text.split())))
+            yield Group(sample, PROMPT, [Completion(tokens, text, sample.id in self.truncated)])
+
+
+def image(key: str) -> tuple[ImageSource, ...]:
+    return (MemoryImage(key, PIXEL),)
+
+
+def in_form(answer: str) -> str:
+    return f"<think>two words</think><answer>{answer}</answer>"
+
+
+SAMPLES = (
+    Sample("1", "Which?", "B", "choice", image("x"), ("mass", "cyst"), groups={"modality": "CT", "family": "kind"}),
+    Sample("2", "Which?", "A", "choice", image("x"), ("mass", "cyst"), groups={"modality": "CT", "family": "kind"}),
+    Sample("3", "Is it?", "yes", "closed", image("y"), groups={"modality": "MRI", "family": "presence"}),
+    Sample("4", "Where?", "left upper lobe", "open", image("z"), groups={"modality": "MRI"}),
+    Sample("5", "Which?", "B", "choice", image("z"), ("mass", "cyst"), groups={"modality": "MRI", "family": "kind"}),
+)
+TEXTS = {
+    "1": in_form("B"),  # right
+    "2": "<think>I go on and on",  # no answer, truncated
+    "3": "I say <answer>Yes.</answer>",  # right, malformed
+    "4": in_form("left lobe"),  # wrong; F1 = 2 * 2 / (2 + 3)
+    "5": in_form("cyst"),  # right
+}
+DATASET = StoredDataset("tiny", SAMPLES, {"dropped": 1})
+
+
+def run(config: EvalConfig = CONFIG, dataset: StoredDataset = DATASET, **texts: str):
+    engine = Reciter({**TEXTS, **{name[1:]: text for name, text in texts.items()}}, frozenset({"2"}))
+    return evaluate(engine, dataset, config, max_completion_length=64)
+
+
+def test_results_by_hand() -> None:
+    results = run().results
+    assert (results["n"], results["num_scored"], results["num_clusters"]) == (5, 5, 3)
+    assert results["accuracy"] == 3 / 5
+    interval = cluster_bootstrap([1, 0, 1, 0, 1], ["x", "x", "y", "z", "z"], resamples=500)
+    assert (results["accuracy_low"], results["accuracy_high"]) == (interval.low, interval.high)
+    assert results["format_rate"] == 3 / 5
+    assert results["no_answer_rate"] == 1 / 5
+    assert results["truncated_rate"] == 1 / 5
+    assert results["unscored_rate"] == 0
+    lengths = [len(text.split()) for text in TEXTS.values()]
+    assert results["mean_length"] == pytest.approx(sum(lengths) / 5)
+    assert results["median_length"] == sorted(lengths)[2]
+    assert results["token_f1"] == pytest.approx(0.8)
+    by = results["by"]
+    assert {value: summary["accuracy"] for value, summary in by["answer_type"].items()} == {
+        "choice": 2 / 3,
+        "closed": 1.0,
+        "open": 0.0,
+    }
+    assert by["answer_type"]["choice"]["majority_baseline"] == 2 / 3  # always B
+    assert {value: (summary["n"], summary["accuracy"]) for value, summary in by["modality"].items()} == {
+        "CT": (2, 1 / 2),
+        "MRI": (3, 2 / 3),
+    }
+    assert {value: summary["n"] for value, summary in by["family"].items()} == {"kind": 3, "presence": 1}
+    assert math.isnan(by["family"]["presence"]["accuracy_low"])  # one image, no interval
+    assert math.isnan(by["answer_type"]["choice"]["token_f1"])
+    assert results["dataset"] == {
+        "name": "tiny",
+        "fingerprint": DATASET.fingerprint,
+        "size": 5,
+        "notes": {"dropped": 1},
+    }
+    assert results["settings"]["template"] == "think_answer"
+    assert results["settings"]["max_completion_length"] == 64
+    assert set(results["versions"]) >= {"python", "torch", "transformers", "numpy"}
+
+
+def test_metrics_have_the_names_of_the_training_log() -> None:
+    metrics = run().metrics
+    assert metrics["eval/accuracy"] == 3 / 5
+    assert metrics["eval/accuracy/choice"] == 2 / 3
+    assert metrics["eval/no_answer_rate"] == 1 / 5
+    assert {"eval/format_rate", "eval/mean_length", "eval/accuracy_low", "eval/accuracy_high"} <= metrics.keys()
+    assert not any(math.isnan(value) for value in metrics.values())
+
+
+def test_records_keep_what_was_said() -> None:
+    records = run().records
+    assert [record.sample_id for record in records] == ["1", "2", "3", "4", "5"]
+    assert (records[2].answer, records[2].think, records[2].is_well_formed) == ("Yes.", None, False)
+    assert (records[1].output, records[1].has_answer, records[1].is_correct) == (TEXTS["2"], False, False)
+    assert records[3].token_f1 == pytest.approx(0.8) and records[0].token_f1 is None
+
+
+def test_results_are_recomputed_from_the_files(tmp_path: Path) -> None:
+    evaluation = run(_5="line\u2028break\x85 \ud800 <answer>é</answer>\n")
+    write_evaluation(evaluation, tmp_path / "eval")
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["results.json", "samples.jsonl"]
+    records = read_records(tmp_path / "eval" / "samples.jsonl")
+    assert records == list(evaluation.records)
+    stored = json.loads((tmp_path / "eval" / "results.json").read_text())
+    again = summarise(records, CONFIG)
+    assert again.keys() < stored.keys()
+    for name, value in again.items():
+        if name != "by":
+            assert stored[name] == value
+    assert stored["by"]["family"]["presence"]["accuracy_low"] is None
+    assert stored["by"]["modality"]["MRI"]["accuracy"] == again["by"]["modality"]["MRI"]["accuracy"]
+
+
+def test_an_image_of_ours_that_fails_is_unscored_and_spoils_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    broken = tuple(
+        replace(sample, images=(FileImage("bad.png", tmp_path),)) if sample.id == "4" else sample for sample in SAMPLES
+    )
+    evaluation = run(dataset=StoredDataset("tiny", broken))
+    record = evaluation.records[3]
+    assert record.is_correct is None and not record.is_scored
+    assert "bad.png" in (record.unscored_reason or "")
+    assert (evaluation.results["n"], evaluation.results["num_scored"]) == (5, 4)
+    assert evaluation.results["accuracy"] == 3 / 4
+    assert evaluation.results["unscored_rate"] == 1 / 5
+    assert evaluation.results["no_answer_rate"] == 1 / 4
+    assert math.isnan(evaluation.results["by"]["answer_type"]["open"]["accuracy"])
+    table = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    table.print(evaluation.table())
+    assert "1 of 5 questions could not be scored" in table.export_text()
+
+
+def test_batches_and_progress() -> None:
+    engine = Reciter(TEXTS)
+    seen: list[tuple[int, int]] = []
+    evaluate(engine, DATASET, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total)))
+    assert engine.batches == [["1", "2"], ["3", "4"], ["5"]]
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_a_limit_keeps_the_same_choice_for_every_model() -> None:
+    config = CONFIG.model_copy(update={"max_samples": 3})
+    one, other = run(config), run(config, _1="nothing")
+    assert len(one.records) == 3
+    assert [record.sample_id for record in one.records] == [record.sample_id for record in other.records]
+
+
+def test_nothing_to_evaluate_is_refused() -> None:
+    with pytest.raises(ValueError, match="no questions"):
+        run(dataset=StoredDataset("empty", ()))
+    with pytest.raises(ValueError, match="endless"):
+        run(dataset=StoredDataset("endless", SAMPLES, is_endless=True))
+
+
+def test_the_paired_gain_by_hand() -> None:
+    before, after = run(), run(_2=in_form("A"), _4=in_form("left upper lobe"), _1=in_form("A"))
+    gain = paired_gain(before.records, after.records[::-1], CONFIG)
+    assert (gain["n"], gain["num_clusters"]) == (5, 3)
+    assert (gain["accuracy_before"], gain["accuracy_after"]) == (3 / 5, 4 / 5)
+    assert gain["gain"] == pytest.approx(1 / 5)
+    interval = cluster_bootstrap([-1, 1, 0, 1, 0], ["x", "x", "y", "z", "z"], resamples=500)
+    assert (gain["gain_low"], gain["gain_high"]) == (interval.low, interval.high)
+    assert (gain["improved"], gain["worsened"], gain["mcnemar_p"]) == (2, 1, 1.0)
+
+
+def test_gains_of_different_questions_are_refused() -> None:
+    records = run().records
+    with pytest.raises(ValueError, match="5 and 4, 4 in common"):
+        paired_gain(records, records[:4], CONFIG)
+    unscored = [replace(record, is_correct=None) for record in records]
+    with pytest.raises(ValueError, match="No question is scored in both"):
+        paired_gain(records, unscored, CONFIG)
+
+
+def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    with pytest.raises(ValueError, match="no evaluation records"):
+        read_records(path)
+    path.write_text('{"sample_id": "1"}\n')
+    with pytest.raises(ValueError, match=r"Line 1 .* not an evaluation record"):
+        read_records(path)
+    path.write_text("not json\n")
+    with pytest.raises(ValueError, match=r"Line 1 .* not JSON"):
+        read_records(path)
+
+
+def test_the_table_shows_stored_results_too(tmp_path: Path) -> None:
+    evaluation = run()
+    write_evaluation(evaluation, tmp_path)
+    texts = []
+    for results in (evaluation.results, json.loads((tmp_path / "results.json").read_text())):
+        console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(results_table(results, "before"))
+        texts.append(console.export_text())
+    assert texts[0] == texts[1]
+    assert "60.0" in texts[0] and "modality: MRI" in texts[0]
