@@ -163,6 +163,11 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
             f"The checkpoint in {folder} is a {settings.model_type} model, but only Qwen2-VL (qwen2_vl) and "
             "Qwen2.5-VL (qwen2_5_vl) are supported: choose one of these for model.path."
         )
+    if set(settings.text_config.layer_types) != {"full_attention"}:
+        raise ValueError(
+            f"The checkpoint in {folder} uses sliding-window attention, which is not supported (no published Qwen2-VL "
+            "or Qwen2.5-VL does): choose another model.path, or set use_sliding_window to false in its config.json."
+        )
     use_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(

@@ -1,0 +1,105 @@
+"""Picking tokens: addressed uniforms and the inverse of the truncated distribution.
+
+The uniform that picks a token depends only on where the token stands, so any completion can be sampled again alone,
+in another batch, on another number of ranks or after a resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvqa_rl.randomness import address, uniforms
+
+Stream = Literal["train", "eval", "ask"]
+"""What is sampled for: numbers of one stream never meet those of another."""
+
+
+def uniform_table(
+    seed: int,
+    stream: Stream,
+    step: int,
+    sample_ids: Sequence[str],
+    occurrences: Sequence[int],
+    num_generations: int,
+    length: int,
+) -> NDArray[np.float64]:
+    """The uniforms of a rollout, one per token position.
+
+    Args:
+        seed: of the run.
+        stream: train, eval or ask.
+        step: optimizer step, or another counter of the stream.
+        sample_ids: ids of the P samples.
+        occurrences: how often the same id came before in this step, so that a repeated sample is sampled anew.
+        num_generations: G.
+        length: token positions.
+
+    Returns:
+        (P * G, length) in [0, 1); row p * G + g is keyed by (seed, stream, step, sample id, occurrence, g).
+    """
+    keys = [
+        address(seed, stream, step, sample_id, occurrence, index)
+        for sample_id, occurrence in zip(sample_ids, occurrences, strict=True)
+        for index in range(num_generations)
+    ]
+    return np.stack([uniforms(key, length) for key in keys]) if keys else np.empty((0, length))
+
+
+def pick_tokens(
+    logits: Tensor,
+    u: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    suppressed: Tensor | None = None,
+) -> Tensor:
+    """Sample one token per row by the inverse of the cumulative distribution, by token id, in float64.
+
+    Order: suppress, divide by temperature, keep the top_k most likely tokens, of these the fewest most likely ones
+    whose share reaches top_p, then the first token whose cumulative mass exceeds u times the total. Equal logits
+    rank by token id. A token without mass is never picked.
+
+    Args:
+        logits: (B, V).
+        u: (B,) float64 in [0, 1).
+        temperature: above 0.
+        top_k: 0 keeps all tokens.
+        top_p: 1 keeps all tokens.
+        suppressed: (n,) token ids that are never picked.
+
+    Returns:
+        (B,) int64 token ids.
+    """
+    scores = _suppress(logits.double(), suppressed) / temperature
+    mass = (scores - scores.max(dim=-1, keepdim=True).values).exp()
+    if 0 < top_k < logits.shape[-1] or top_p < 1.0:
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+        if 0 < top_k < logits.shape[-1]:
+            ranked[:, top_k:] = -torch.inf
+        share = ranked.softmax(dim=-1)
+        is_kept = (ranked > -torch.inf) & (share.cumsum(dim=-1) - share < top_p)
+        mass = mass * torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+    cumulative = mass.cumsum(dim=-1)
+    has_mass = mass > 0
+    is_beyond = (cumulative > u.unsqueeze(-1) * cumulative[:, -1:]) & has_mass
+    # Parallel sums on a GPU may round so that no entry exceeds the last: then the last token with mass is meant.
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    last = torch.where(has_mass, vocabulary, -1).argmax(dim=-1)
+    return torch.where(is_beyond.any(dim=-1), is_beyond.to(torch.uint8).argmax(dim=-1), last)
+
+
+def pick_greedy(logits: Tensor, *, suppressed: Tensor | None = None) -> Tensor:
+    """(B,) the most likely token of each row of (B, V) logits that is not suppressed; the first where tied."""
+    return _suppress(logits, suppressed).argmax(dim=-1)
+
+
+def _suppress(logits: Tensor, suppressed: Tensor | None) -> Tensor:
+    """Logits with the suppressed columns at minus infinity."""
+    return logits if suppressed is None else logits.index_fill(-1, suppressed, -torch.inf)

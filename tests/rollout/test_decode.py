@@ -1,0 +1,286 @@
+"""The engine equals stock generation, and its samples do not depend on how they were batched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medvqa_rl.config import LoraConfig, RolloutConfig
+from medvqa_rl.models import qwen_vl
+from medvqa_rl.models.qwen_vl import backbone
+from medvqa_rl.rollout import decode
+from medvqa_rl.rollout.decode import RolloutEngine
+
+BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+LENGTH = 24
+
+
+@pytest.fixture
+def make_policy(tiny_policy):
+    """Tiny policies whose completions end at various lengths: one token in eight ends them, not one in 350."""
+
+    def make(*args, **settings):
+        policy = tiny_policy(*args, **settings)
+        policy.processor.stop_ids = (policy.processor.eos_id, *range(0, 320, 8))
+        return policy
+
+    return make
+
+
+def stock_greedy(policy, prompt, model_inputs, length=LENGTH):
+    """Greedy tokens of transformers' own ``generate``, one prompt at a time."""
+    processor = policy.processor
+    ids = policy.model.generate(
+        **model_inputs(backbone(policy.model), prompt),
+        max_new_tokens=length,
+        do_sample=False,
+        suppress_tokens=list(processor.suppressed_ids),
+        eos_token_id=list(processor.stop_ids),
+        pad_token_id=processor.pad_id,
+    )
+    return tuple(ids[0, len(prompt.input_ids) :].tolist())
+
+
+def sampled(policy, samples, *, seed=0, step=0, stream="train", **settings):
+    """Token ids of a rollout by sample id."""
+    config = RolloutConfig(**({"num_generations": 4, "max_completion_length": LENGTH} | settings))
+    groups = RolloutEngine(policy).rollout(samples, config, seed=seed, stream=stream, step=step)
+    assert [group.sample for group in groups] == list(samples)
+    return {group.sample.id: [completion.token_ids for completion in group.completions] for group in groups}
+
+
+@BOTH
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_greedy_equals_generate(arch, attention, make_policy, mixed_samples, model_inputs):
+    lengths = set()
+    for seed in range(4):
+        policy = make_policy(arch, seed=seed, attention=attention)
+        policy.model.set_attn_implementation(attention)
+        groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
+        for group, sample in zip(groups, mixed_samples, strict=True):
+            (completion,) = group.completions
+            expected = stock_greedy(policy, group.prompt, model_inputs)
+            assert completion.token_ids == expected
+            assert completion.is_truncated == (expected[-1] not in policy.processor.stop_ids)
+            assert completion.text == policy.processor.decode(expected)
+            assert group.sample is sample
+            lengths.add(len(expected))
+    assert len(lengths) > 2  # some ended early, so rows were finished at different times
+
+
+@BOTH
+def test_lora_and_checkpointing_while_training(arch, make_policy, mixed_samples, model_inputs):
+    policy = make_policy(arch, lora=LoraConfig(rank=4), gradient_checkpointing=True)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    policy.model.train()
+    groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=3))
+    assert policy.model.training
+    assert all(module.training for module in policy.model.modules())
+    policy.model.eval()
+    for group in groups:
+        assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
+
+
+def test_shifted_positions_are_noticed(make_policy, mixed_samples, model_inputs, monkeypatch):
+    """Negative control: positions that go on from the number of tokens, as for text, give other tokens."""
+
+    def wrong(*args, **kwargs):
+        padded = qwen_vl.pad_prompts(*args, **kwargs)
+        return padded._replace(next_positions=padded.mask.sum(-1))
+
+    def shifted(*args, **kwargs):
+        padded = qwen_vl.pad_prompts(*args, **kwargs)
+        return padded._replace(next_positions=padded.next_positions + 1)
+
+    images = [sample for sample in mixed_samples if sample.images]
+    for change in (wrong, shifted):
+        monkeypatch.setattr(decode, "pad_prompts", change)
+        differ = 0
+        for seed in range(4):
+            policy = make_policy(seed=seed)
+            for group in RolloutEngine(policy).greedy(images, max_completion_length=LENGTH, batch_size=4):
+                differ += group.completions[0].token_ids != stock_greedy(policy, group.prompt, model_inputs)
+        assert differ >= 6  # of 12
+
+
+def test_leaking_padding_is_noticed(make_policy, mixed_samples, model_inputs, monkeypatch):
+    """Negative control: without the mask, rows shorter than the longest see its padding."""
+
+    def leaking(*args, **kwargs):
+        padded = qwen_vl.pad_prompts(*args, **kwargs)
+        assert not padded.mask.all()
+        return padded._replace(mask=_AllTrueInTotal(padded.mask))
+
+    class _AllTrueInTotal(torch.Tensor):
+        """A mask that claims to have no padding."""
+
+        @staticmethod
+        def __new__(cls, data):
+            return torch.Tensor._make_subclass(cls, data)
+
+        def all(self, *args, **kwargs):
+            return torch.tensor(True)
+
+    monkeypatch.setattr(decode, "pad_prompts", leaking)
+    policy = make_policy()
+    groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
+    assert any(group.completions[0].token_ids != stock_greedy(policy, group.prompt, model_inputs) for group in groups)
+
+
+@BOTH
+def test_sampling_does_not_depend_on_batching(arch, make_policy, mixed_samples):
+    policy = make_policy(arch, seed=3)
+    expected = sampled(policy, mixed_samples, max_batch=64)
+    assert len({len(tokens) for group in expected.values() for tokens in group}) > 3
+    assert sampled(policy, mixed_samples, max_batch=1) == expected
+    assert sampled(policy, mixed_samples, max_batch=3) == expected
+    assert sampled(policy, mixed_samples[::-1]) == expected
+    assert sampled(policy, mixed_samples[1:2])["two"] == expected["two"]
+    for count in (1, 3, 7):
+        for id, group in sampled(policy, mixed_samples, num_generations=count).items():
+            assert group[:4] == expected[id][:count]
+    for id, group in sampled(policy, mixed_samples, max_completion_length=9).items():
+        assert group == [tokens[:9] for tokens in expected[id]]
+
+
+def test_sampling_does_not_depend_on_compaction(make_policy, mixed_samples, monkeypatch):
+    policy = make_policy(seed=3)
+    expected = sampled(policy, mixed_samples)
+    for share in (1e-9, 2.0):  # after every finished row, and never
+        monkeypatch.setattr(decode, "COMPACT_SHARE", share)
+        assert sampled(policy, mixed_samples) == expected
+
+
+def test_addresses_tell_samplings_apart(make_policy, mixed_samples):
+    policy = make_policy(seed=3)
+    expected = sampled(policy, mixed_samples)
+    assert sampled(policy, mixed_samples) == expected
+    assert sampled(policy, mixed_samples, seed=1) != expected
+    assert sampled(policy, mixed_samples, step=1) != expected
+    assert sampled(policy, mixed_samples, stream="ask") != expected
+    assert len(set(expected["one"])) == 4
+
+
+def test_repeated_samples_are_sampled_anew_wherever_they_lie(make_policy, mixed_samples):
+    policy = make_policy(seed=3)
+    first = mixed_samples[0]
+    config = RolloutConfig(num_generations=2, max_completion_length=LENGTH)
+    engine = RolloutEngine(policy)
+
+    def tokens(samples, **settings):
+        groups = engine.rollout(samples, config.model_copy(update=settings), seed=0, stream="train", step=0)
+        return [[completion.token_ids for completion in group.completions] for group in groups]
+
+    together = tokens([first, mixed_samples[1], first])
+    assert together[0] != together[2]
+    assert tokens([first, mixed_samples[1], first], max_batch=1) == together
+    assert tokens([first])[0] == together[0]
+
+
+@BOTH
+def test_sampled_tokens_follow_the_stock_logits(arch, make_policy, mixed_samples, model_inputs):
+    """Each token is what its uniform picks from the plain forward of the whole row."""
+    from medvqa_rl.rollout.sampling import pick_tokens, uniform_table
+
+    policy = make_policy(arch, seed=3)
+    config = RolloutConfig(num_generations=2, max_completion_length=LENGTH, temperature=0.8, top_k=20, top_p=0.9)
+    groups = RolloutEngine(policy).rollout(mixed_samples, config, seed=5, stream="eval", step=2)
+    suppressed = torch.tensor(policy.processor.suppressed_ids)
+    for group in groups:
+        table = uniform_table(5, "eval", 2, [group.sample.id], [0], 2, LENGTH)
+        for index, completion in enumerate(group.completions):
+            inputs = model_inputs(backbone(policy.model), group.prompt, completion=completion.token_ids)
+            with torch.no_grad():
+                logits = policy.model(**inputs).logits[0, len(group.prompt.input_ids) - 1 : -1]
+            u = torch.from_numpy(table[index, : len(completion.token_ids)])
+            picked = pick_tokens(logits, u, temperature=0.8, top_k=20, top_p=0.9, suppressed=suppressed)
+            assert tuple(picked.tolist()) == completion.token_ids
+
+
+def test_dominating_control_tokens_are_never_sampled(make_policy, mixed_samples):
+    policy = make_policy()
+    suppressed = torch.tensor(policy.processor.suppressed_ids)
+    with torch.no_grad():
+        head = policy.model.lm_head
+        head.weight = torch.nn.Parameter(head.weight.clone())  # untied from the embeddings
+        hidden = torch.ones(head.in_features)
+        head.weight[suppressed] += 50 * hidden
+        head.weight[suppressed[::2]] -= 100 * hidden  # whatever the sign of the hidden state
+    engine = RolloutEngine(policy)
+    config = RolloutConfig(num_generations=4, max_completion_length=LENGTH)
+    groups = engine.rollout(mixed_samples, config, seed=0, stream="train", step=0)
+    groups += engine.greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4)
+    tokens = {id for group in groups for completion in group.completions for id in completion.token_ids}
+    assert not tokens & set(policy.processor.suppressed_ids)
+
+
+def test_features_are_kept_only_where_the_tower_is_frozen(make_policy, mixed_samples):
+    config = RolloutConfig(num_generations=2, max_completion_length=4)
+    frozen, trained = make_policy(), make_policy(train_projector=True)
+    groups = RolloutEngine(frozen).rollout(mixed_samples, config, seed=0, stream="train", step=0)
+    for group in groups:
+        if group.sample.images:
+            (alone,) = qwen_vl.image_features(frozen.model, [group.prompt], "cpu")
+            torch.testing.assert_close(group.image_features, alone)
+            assert not group.image_features.requires_grad
+        else:
+            assert group.image_features is None
+    groups = RolloutEngine(trained).rollout(mixed_samples, config, seed=0, stream="train", step=0)
+    assert all(group.image_features is None for group in groups)
+
+
+def test_images_are_encoded_once_per_prompt(make_policy, mixed_samples, monkeypatch):
+    policy = make_policy()
+    patches = []
+    tower = backbone(policy.model).visual
+    forward = tower.forward
+    monkeypatch.setattr(
+        tower, "forward", lambda pixels, **kwargs: patches.append(len(pixels)) or forward(pixels, **kwargs)
+    )
+    config = RolloutConfig(num_generations=5, max_completion_length=4)
+    groups = RolloutEngine(policy).rollout(mixed_samples, config, seed=0, stream="train", step=0)
+    prompts = [group.prompt.pixel_values for group in groups if group.prompt.pixel_values is not None]
+    assert patches == [sum(len(pixels) for pixels in prompts)]
+    assert [image.loads for sample in mixed_samples for image in sample.images] == [1] * 4
+
+
+def test_prompts_of_equal_length_need_no_mask(make_policy, make_sample, monkeypatch):
+    policy = make_policy()
+    masks = []
+    language_model = backbone(policy.model).language_model
+    forward = language_model.forward
+
+    def spy(*args, **kwargs):
+        masks.append(kwargs.get("attention_mask"))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(language_model, "forward", spy)
+    config = RolloutConfig(num_generations=2, max_completion_length=5)
+    samples = [make_sample("a"), make_sample("b")]
+    RolloutEngine(policy).rollout(samples, config, seed=0, stream="train", step=0)
+    assert masks
+    assert all(mask is None for mask in masks)
+
+
+def test_bfloat16(make_policy, mixed_samples):
+    policy = make_policy()
+    policy.model.to(torch.bfloat16)
+    groups = sampled(policy, mixed_samples)
+    assert all(0 < len(tokens) <= LENGTH for group in groups.values() for tokens in group)
+
+
+def test_diverged_weights_are_noticed(make_policy, mixed_samples):
+    policy = make_policy()
+    with torch.no_grad():
+        backbone(policy.model).language_model.norm.weight.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match=r"not finite numbers"):
+        sampled(policy, mixed_samples)
+
+
+def test_no_samples(make_policy):
+    assert sampled(make_policy(), []) == {}
+    assert list(RolloutEngine(make_policy()).greedy([], max_completion_length=4, batch_size=2)) == []
