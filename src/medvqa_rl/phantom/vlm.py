@@ -1,0 +1,193 @@
+"""The phantom VLM: a real, tiny ``Qwen2VLForConditionalGeneration`` and its tokenizer, built from nothing.
+
+Same architecture, special tokens, chat template and files as Qwen2-VL, so every line of the real path runs. Trained
+weights ship in ``phantom/assets``; :mod:`medvqa_rl.phantom.build` makes them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.phantom.drawing import SIZE
+from medvqa_rl.phantom.questions import draw_sample
+from medvqa_rl.prompts import CHOICE_HINT, INSTRUCTIONS, TAGS
+from medvqa_rl.types import LETTERS
+
+ASSETS = Path(__file__).parent / "assets"
+CHECKPOINTS = ("base", "instruct")
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def checkpoint_path(name: str) -> Path:
+    """Folder of an embedded checkpoint.
+
+    Raises:
+        ValueError: there is none of that name, or the package was installed without it.
+    """
+    if name not in CHECKPOINTS:
+        raise ValueError(f"There is no phantom checkpoint '{name}': use phantom:base or phantom:instruct.")
+    folder = ASSETS / name
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"The phantom checkpoint '{name}' is not installed in {folder}: run `medvqa-rl phantom build` to make it."
+        )
+    return folder
+
+
+def corpus(count: int = 4000) -> list[str]:
+    """Texts of the phantom world that the tokenizer is trained on."""
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", CHOICE_HINT, *INSTRUCTIONS.values()]
+    texts += [f"cyst {letter}." for letter in LETTERS[:8]] * 200  # each letter a token of its own
+    for index in range(count):
+        sample = draw_sample(seed=0, split="tokenizer", index=index)
+        options = "".join(f"\n{letter}: {text}" for letter, text in zip("ABCD", sample.options))
+        texts += [f"{sample.question}{options}", sample.reasoning, sample.answer]
+    return texts
+
+
+def build_tokenizer(vocab_size: int = 620) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the phantom corpus: any text can be encoded, the world's words are one token each.
+
+    The four answer tags are added, non-special tokens: one token each, and visible when decoded.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
+    )
+
+
+def build_processor() -> Processor:
+    """The tokenizer and the image processor of the phantom VLM; images become 112 x 112 pixels, 16 image tokens."""
+    image_processor = Qwen2VLImageProcessorPil(min_pixels=SIZE * SIZE, max_pixels=SIZE * SIZE)
+    return Processor(build_tokenizer(), image_processor)
+
+
+def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """A phantom VLM with random weights, about 1.3 million parameters, float32."""
+    tokenizer = processor.tokenizer
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": -(-len(tokenizer) // 16) * 16,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "bos_token_id": ids["<|im_start|>"],
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 3,
+            "embed_dim": 96,
+            "hidden_size": 128,
+            "num_heads": 4,
+            "mlp_ratio": 3,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config)
+    _prepare_for_copying(model, torch.Generator().manual_seed(seed))
+    model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    return model
+
+
+@torch.no_grad()
+def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
+    """Start the language model as one that can look tokens up in its context.
+
+    To bind an option to its letter, one layer must note at each word which tokens stood before it, and a later layer
+    must find the word again. From a usual start both are needed before either helps, and training stays at chance
+    for thousands of steps. So the heads of layer 0 begin by looking 1, 2, 3 and 4 tokens back: rotary positions turn
+    a constant query and key bias into a function of distance, here the sum over the fast frequencies f of
+    cos(f * (distance - offset)), which peaks at the offset. Half the heads of layers 1 and 2 begin with equal query
+    and key projections, on the slow frequencies that hardly depend on distance, so that a token attends to its like.
+    All of it is trained on from there.
+    """
+    text = model.model.language_model
+    for parameter in text.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.06, generator=generator)
+    text.embed_tokens.weight.normal_(0, 0.1, generator=generator)
+    heads = text.config.num_attention_heads
+    width = text.config.hidden_size // heads
+    half, fast, strength = width // 2, 5, 7.0
+    frequency = text.config.rope_parameters["rope_theta"] ** (-torch.arange(fast) / half)
+    first = text.layers[0].self_attn
+    for head in range(heads):
+        rows, offset = slice(head * width, (head + 1) * width), head + 1
+        query, key = torch.zeros(width), torch.zeros(width)
+        key[:fast] = strength
+        query[:fast] = strength * torch.cos(frequency * offset)
+        query[half : half + fast] = -strength * torch.sin(frequency * offset)
+        first.q_proj.bias[rows], first.k_proj.bias[rows] = query, key
+        first.q_proj.weight[rows] *= 0.1
+        first.k_proj.weight[rows] *= 0.1
+    for layer in text.layers[1:3]:
+        for head in range(heads // 2):
+            rows = slice(head * width, (head + 1) * width)
+            projection = torch.randn(width, text.config.hidden_size, generator=generator) * 0.15
+            projection[: fast + 1] *= 0.1
+            projection[half : half + fast + 1] *= 0.1
+            layer.self_attn.q_proj.weight[rows] = projection
+            layer.self_attn.k_proj.weight[rows] = projection
