@@ -1,0 +1,158 @@
+"""Group relative policy optimisation: the loop. GRPO, Dr. GRPO and DAPO by ``loss.type`` and ``advantage.scale``.
+
+Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl.cli train CONFIG`` on several devices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.accelerator import Accelerator
+from accelerate.utils.operations import gather_object
+
+from medvqa_rl.config import Config
+from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
+from medvqa_rl.learning.metrics import record_completions, rollout_metrics
+from medvqa_rl.learning.run import Run
+from medvqa_rl.learning.sampler import samples_at
+from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
+from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.loading import load_reference
+from medvqa_rl.rewards import Rewards
+from medvqa_rl.types import Dataset, Group, Scores
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    given: Mapping[str, Any] | None = None,
+    train_set: Dataset | None = None,
+    val_set: Dataset | None = None,
+) -> Path:
+    """Train a policy on rewards.
+
+    Args:
+        config: all settings.
+        resume: continue the run in ``config.output_dir``; the result is that of a run that was never interrupted.
+        dry_run: load everything, roll out and differentiate one step, print its shapes, and leave nothing behind.
+        given: the settings as the user wrote them, kept beside the resolved ones.
+        train_set: samples to train on instead of those that ``config.data`` names.
+        val_set: the same for evaluations.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ValueError: the settings, the data, the model or the folder cannot be used; a sentence says why.
+        NonFiniteError: a loss or gradient is not finite; the last sound weights and the samples are saved.
+        UnscoredError: more than ``rewards.max_unscored`` of a step's completions could not be scored.
+        Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
+    """
+    accelerator = make_accelerator(config, config.train.prompts_per_step)
+    rewards = Rewards(config.rewards, config.prompt.template)
+    if dry_run:
+        return _dry_run(config, accelerator, rewards, train_set)
+    with Run(config, accelerator, kind="train", resume=resume, given=given) as run:
+        setup = set_up(config, train_set, val_set)
+        # The reference is the policy as it is before a checkpoint is loaded.
+        reference = load_reference(setup.policy) if config.loss.beta > 0 else None
+        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
+        learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+        run.begin()
+        for step in range(run.state.step, config.train.steps):
+            began = time.perf_counter()
+            groups = roll_out(config, accelerator, setup, step)
+            rolled_out = time.perf_counter()
+            scores = rewards.score(groups, step=step)
+            total = torch.from_numpy(scores.total)  # (P, G)
+            advantages = group_advantages(total, scale=config.advantage.scale)
+            records = gather_object(record_completions(groups, scores, advantages.numpy(), config.prompt.template))
+            metrics = rollout_metrics(records, config.rollout.num_generations)
+            check_unscored(config, groups, scores, metrics["unscored_rate"], step)
+            scored = time.perf_counter()
+            metrics |= learner.update(groups, advantages, ~total.isnan(), step)
+            metrics |= scores.extras
+            metrics |= {
+                "time/rollout": rolled_out - began,
+                "time/update": time.perf_counter() - scored,
+                "step_time": time.perf_counter() - began,
+            }
+            run.state.num_tokens += sum(record.prompt_length + record.length for record in records)
+            run.finish_step(metrics, records)
+        run.finish()
+    return run.dir.path
+
+
+def roll_out(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
+    """This rank's groups of a step: P prompts with G sampled completions each."""
+    samples = samples_at(
+        setup.datasets["train"],
+        step,
+        num_prompts=config.train.prompts_per_step,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    try:
+        return setup.engine.rollout(samples, config.rollout, seed=config.train.seed, stream="train", step=step)
+    except FloatingPointError as error:
+        names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
+        raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
+
+
+def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate: float, step: int) -> None:
+    """Stop where our own machinery fails too often: training on what is left would be another experiment.
+
+    Raises:
+        UnscoredError: the rate over all ranks is above ``rewards.max_unscored``.
+    """
+    if rate <= config.rewards.max_unscored:
+        return
+    failing = [name for name, values in scores.parts.items() if np.isnan(values).any()]
+    bad = [group for group, row in zip(groups, scores.total) if np.isnan(row).any()]
+    names = ", ".join(group.sample.id for group in bad[:8]) + (" ..." if len(bad) > 8 else "")
+    parts = ", ".join(failing) or "another rank"
+    raise UnscoredError(
+        f"Step {step + 1}: {rate:.0%} of the completions could not be scored by {parts} (samples: {names}), but "
+        f"rewards.max_unscored is {config.rewards.max_unscored:.0%}: repair the reward, or "
+        "raise the limit.",
+        bad,
+    )
+
+
+def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_set: Dataset | None) -> Path:
+    """One rollout, one forward and backward pass, no optimizer step, nothing written."""
+    setup = set_up(config, train_set, None, with_validation=False)
+    reference = load_reference(setup.policy) if config.loss.beta > 0 else None
+    learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+    began = time.perf_counter()
+    groups = roll_out(config, accelerator, setup, 0)
+    scores = rewards.score(groups, step=0)
+    total = torch.from_numpy(scores.total)
+    experience = learner.prepare(groups, group_advantages(total, scale=config.advantage.scale), ~total.isnan())
+    metrics, _ = learner.accumulate(experience, None, 0)
+    shapes = {
+        f"micro-batch {index}": f"{tuple(micro.batch.input_ids.shape)} rows x tokens, "
+        f"{tuple(micro.batch.mask.shape)} completions x tokens"
+        for index, micro in enumerate(experience.micro_batches)
+    }
+    report_dry_run(
+        setup,
+        groups,
+        {
+            **{f"reward {name}": f"{np.nanmean(values):.3f}" for name, values in scores.parts.items()},
+            **shapes,
+            "loss": f"{metrics['loss']:.6f}",
+            "gradient norm": f"{metrics['grad_norm']:.4f}",
+            "seconds": f"{time.perf_counter() - began:.2f}",
+        },
+    )
+    return Path(config.output_dir)

@@ -1,0 +1,113 @@
+"""AdamW with float32 master weights, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from medvqa_rl.config import OptimizerConfig
+
+_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+def lr_at(step: int, config: OptimizerConfig, steps: int) -> float:
+    """The learning rate of a step, counted from 0.
+
+    Warmup rises linearly and reaches the full rate at step ``warmup_steps - 1``. Then ``constant`` stays, ``linear``
+    and ``cosine`` fall to ``min_lr_ratio`` times the full rate at the last step. A resumed run with another number
+    of steps follows the schedule of the new number.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
+    fall = {"constant": 0.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * progress))}
+    return config.learning_rate * (1 - (1 - config.min_lr_ratio) * fall[config.lr_scheduler_type])
+
+
+def should_decay(name: str, parameter: Tensor) -> bool:
+    """Weight decay is for matrices: not for norms and biases, nor for embeddings."""
+    return parameter.ndim >= 2 and "embed_tokens" not in name
+
+
+class Optimizer:
+    """AdamW (decoupled weight decay) on the trainable parameters of a model.
+
+    Parameters in bfloat16 are trained through a float32 copy: at a learning rate of 1e-6 an update is smaller than
+    bfloat16's rounding step and would be lost. The copy is rounded into the model after every step; it belongs to
+    the optimizer's state, the model's files hold the rounded weights.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        if not self.parameters:
+            raise ValueError(
+                "No parameter of the model is trained: train the language model (model.lora null), an adapter, "
+                "model.train_projector or model.train_vision."
+            )
+        self._masters: dict[str, Tensor] = {
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
+            for name, parameter in self.parameters.items()
+        }
+        decayed = [self._masters[name] for name, p in self.parameters.items() if should_decay(name, p)]
+        others = [self._masters[name] for name, p in self.parameters.items() if not should_decay(name, p)]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.epsilon,
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self._masters[name].grad = None
+
+    def step(self, learning_rate: float) -> None:
+        """Update the parameters from their gradients, then forget the gradients."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        copies = [(p, self._masters[name]) for name, p in self.parameters.items() if self._masters[name] is not p]
+        for parameter, master in copies:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self._adamw.step()
+        with torch.no_grad():
+            for parameter, master in copies:
+                parameter.copy_(master)
+        self.zero_grad()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state as flat tensors: ``exp_avg/NAME`` and so on, ``master/NAME`` for float32 copies."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            master = self._masters[name]
+            if master is not parameter:
+                tensors[f"master/{name}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state from :meth:`state_tensors`; the model's weights are loaded by the caller."""
+        for name, parameter in self.parameters.items():
+            master = self._masters[name]
+            if master is not parameter:
+                with torch.no_grad():
+                    master.copy_(tensors[f"master/{name}"])
+                    parameter.copy_(master)
+            if f"step/{name}" in tensors:
+                state = {key: tensors[f"{key}/{name}"] for key in _STATE}
+                # The step counter stays on the CPU, as AdamW keeps it.
+                self._adamw.state[master] = {
+                    key: value.clone() if key == "step" else value.to(master.device, copy=True)
+                    for key, value in state.items()
+                }

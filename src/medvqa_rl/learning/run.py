@@ -1,0 +1,235 @@
+"""The life of a run: its folder, checkpoints, evaluations, logs, and how it ends. The loops tell it what they did."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate.accelerator import Accelerator
+
+from medvqa_rl.config import Config
+from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
+from medvqa_rl.learning.checkpoint import (
+    TrainState,
+    checkpoint_folder,
+    clean_up,
+    list_checkpoints,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_best,
+    save_checkpoint,
+)
+from medvqa_rl.learning.errors import Stopped, TrainingFailed
+from medvqa_rl.learning.metrics import CompletionRecord
+from medvqa_rl.learning.optimizer import Optimizer
+from medvqa_rl.learning.run_dir import RunDir
+from medvqa_rl.learning.tracking import Tracker
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import Dataset, Group
+
+
+class Run:
+    """One run as a context manager. Entering takes the folder; leaving says how it ended.
+
+    All ranks go through the same calls; only the main one writes.
+    """
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, *, kind: str, resume: bool, given: Mapping[str, Any] | None
+    ) -> None:
+        """
+        Args:
+            kind: the command that runs, ``train`` or ``sft``.
+            resume: continue the run in ``config.output_dir``.
+            given: the settings as the user wrote them.
+        """
+        self.config = config
+        self.dir = RunDir(config.output_dir)
+        self.state = TrainState()
+        self._accelerator = accelerator
+        self._kind, self._resume, self._given = kind, resume, given
+        self._is_main = accelerator.is_main_process
+        self._signal: int | None = None
+        self._exits = ExitStack()
+        self._tracker: Tracker | None = None
+        self._has_begun = False
+
+    def __enter__(self) -> Run:
+        if self._is_main:
+            self.dir.open(self.config, self._given, kind=self._kind, resume=self._resume)
+            self._exits.callback(self.dir.close)
+            clean_up(self.dir.path)
+        # Only the main thread may handle signals; elsewhere they are someone else's business.
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if is_main_thread else ():
+            previous = signal.signal(number, self._ask_to_stop)
+            self._exits.callback(signal.signal, number, previous)
+        return self
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: the step under way is finished first; a second signal does not wait."""
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def attach(
+        self,
+        policy: Policy,
+        optimizer: Optimizer,
+        engine: RolloutEngine,
+        datasets: Mapping[str, Dataset],
+    ) -> None:
+        """Take what is trained, go back to the last checkpoint when resuming, and start the logs.
+
+        Args:
+            datasets: ``train``, and ``val`` where there are evaluations.
+        """
+        self.policy, self.optimizer, self.engine, self.datasets = policy, optimizer, engine, datasets
+        checkpoints = list_checkpoints(self.dir.checkpoints) if self._resume else []
+        if checkpoints:
+            self.state = load_checkpoint(checkpoints[-1], policy, optimizer)
+            self._has_begun = True
+        if not self._is_main:
+            return
+        if self._resume:
+            self.dir.cut_back(self.state.step, self.state.metrics_bytes)
+        self.dir.check_data(datasets, resume=self._resume)
+        self.dir.write_environment(self.config.train.seed, self.state.step)
+        self._write_status("running")
+        self._tracker = self._exits.enter_context(Tracker(self.dir, self.config.train, first_step=self.state.step))
+        if self._resume:
+            where = f"step {self.state.step}" if checkpoints else "the beginning, because no checkpoint was written"
+            self._tracker.say(f"Resuming {self.dir.path} from {where}.")
+
+    def begin(self) -> None:
+        """The evaluation before the first step."""
+        if self.config.train.eval_steps and not self._has_begun:
+            self.evaluate()
+
+    def finish_step(self, metrics: Mapping[str, float], records: Sequence[CompletionRecord] = ()) -> None:
+        """Log a step that was done; evaluate, save and stop as is due.
+
+        Raises:
+            Stopped: a signal asked for it; a checkpoint is saved.
+        """
+        train, state = self.config.train, self.state
+        state.step += 1
+        if self._tracker is not None:
+            self._tracker.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
+            if records and train.log_completions_steps and state.step % train.log_completions_steps == 0:
+                self._tracker.samples(state.step, records)
+            self._write_status("running")
+        is_last = state.step >= train.steps
+        if train.eval_steps and (is_last or state.step % train.eval_steps == 0):
+            self.evaluate()
+        number = self._agreed_signal()
+        if is_last or number or (train.save_steps and state.step % train.save_steps == 0):
+            self.save()
+        if number and not is_last:
+            if self._tracker is not None:
+                self._write_status("stopped", reason=signal.Signals(number).name)
+                self._tracker.say(
+                    f"Stopped after step {state.step} as asked; a checkpoint is saved. Continue with the same command "
+                    "and --resume."
+                )
+            raise Stopped(number, self.dir.path)
+
+    def finish(self) -> None:
+        """All steps are done."""
+        if self._tracker is not None:
+            self._write_status("finished")
+            self._tracker.say(f"Finished after {self.state.step} steps: {self.dir.path}")
+
+    def evaluate(self) -> None:
+        """Evaluate greedily on the validation split, keep the model if it is the best so far."""
+        state = self.state
+        if self._tracker is not None:
+            evaluation = evaluate(
+                self.engine,
+                self.datasets["val"],
+                self.config.eval,
+                max_completion_length=self.config.rollout.max_completion_length,
+                template=self.config.prompt.template,
+                progress=self._tracker.evaluating,
+            )
+            write_evaluation(evaluation, self.dir.evaluation(state.step))
+            metrics = evaluation.metrics
+            self._tracker.log(state.step, metrics)
+            accuracy = metrics.get("eval/accuracy")
+            if accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy):
+                state.best_accuracy, state.best_step = accuracy, state.step
+                save_best(self.dir.best, self.policy, state)
+        self._accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and remove older ones beyond the limit."""
+        if self._tracker is not None:
+            self._save(self._tracker)
+        self._accelerator.wait_for_everyone()
+
+    def _save(self, tracker: Tracker) -> None:
+        self.state.metrics_bytes = tracker.flush()
+        folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+        save_checkpoint(folder, self.policy, self.optimizer, self.state)
+        remove_old_checkpoints(self.dir.checkpoints, self.config.train.save_total_limit)
+
+    def _agreed_signal(self) -> int:
+        """The signal that any rank received, 0 for none: all ranks stop at the same step."""
+        own = self._signal or 0
+        if self._accelerator.num_processes == 1:
+            return own
+        received = self._accelerator.gather(torch.tensor([own], device=self._accelerator.device))
+        return int(received.max())
+
+    def _write_status(self, state: str, **details: Any) -> None:
+        best = {"best_step": self.state.best_step, "best_accuracy": self.state.best_accuracy}
+        self.dir.write_status(state, self.state.step, self.config.train.steps, kind=self._kind, **best, **details)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._exits:
+            if error is None or isinstance(error, Stopped) or self._tracker is None:
+                return
+            if isinstance(error, TrainingFailed):
+                self._write_failure(error, self._tracker)
+            try:
+                state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+                self._write_status(state, reason=str(error) or type(error).__name__)
+            except OSError:
+                # A full disk refuses this file too; the error under way says so.
+                self._tracker = None
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ValueError(
+                    f"No space is left on the device of {self.dir.path}: free some and continue with --resume from "
+                    "the last checkpoint, which is whole."
+                ) from error
+
+    def _write_failure(self, error: TrainingFailed, tracker: Tracker) -> None:
+        """Save the groups that made training fail, and the weights before that where they are sound."""
+        path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
+        path.write_text("".join(json.dumps(_describe(group)) + "\n" for group in error.groups), encoding="utf-8")
+        tracker.say(f"{error} The samples and their completions are in {path}.")
+        if error.has_sound_weights:
+            self._save(tracker)
+            folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+            tracker.say(f"The weights after the last whole step are in {folder}.")
+
+
+def _describe(group: Group) -> dict[str, Any]:
+    """A group as plain values."""
+    return {
+        "sample_id": group.sample.id,
+        "images": [image.key for image in group.sample.images],
+        "prompt": group.prompt.text,
+        "gold": group.sample.answer,
+        "completions": [completion.text for completion in group.completions],
+    }

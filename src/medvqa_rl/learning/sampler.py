@@ -1,0 +1,39 @@
+"""Which samples a step trains on: a function of the step alone, so a resumed run goes on where it stopped."""
+
+from __future__ import annotations
+
+from medvqa_rl.randomness import address, permutation
+from medvqa_rl.types import Dataset, Sample
+
+
+def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) -> list[int]:
+    """Indices of the samples of one step.
+
+    An endless data set is read in order: step s takes s * P ... s * P + P - 1. A finite one is shuffled anew in every
+    epoch; epochs join without a gap, so a step may hold the end of one and the beginning of the next.
+
+    Args:
+        step: counted from 0.
+        num_prompts: P, prompts of a step over all ranks.
+        length: samples in the data set; None is endless.
+        seed: of the shuffling.
+    """
+    places = range(step * num_prompts, (step + 1) * num_prompts)
+    if length is None:
+        return list(places)
+    orders = {epoch: permutation(address(seed, "epoch", epoch), length) for epoch in {i // length for i in places}}
+    return [int(orders[place // length][place % length]) for place in places]
+
+
+def samples_at(
+    dataset: Dataset, step: int, *, num_prompts: int, seed: int, rank: int = 0, num_ranks: int = 1
+) -> list[Sample]:
+    """The samples of one step that one rank works on; ranks share a step's samples out evenly.
+
+    The random numbers of a rollout are addressed by step and sample, so a sample that comes again in a later epoch
+    gets others.
+    """
+    length = None if dataset.is_endless else len(dataset)
+    indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed)
+    share = num_prompts // num_ranks
+    return [dataset[index] for index in indices[rank * share : (rank + 1) * share]]

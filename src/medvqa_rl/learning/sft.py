@@ -1,0 +1,165 @@
+"""Supervised fine-tuning: the baseline, from the same data, prompts and checkpoint format as GRPO.
+
+Run it with ``medvqa-rl sft CONFIG``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.accelerator import Accelerator
+from torch import Tensor, nn
+
+from medvqa_rl.config import Config
+from medvqa_rl.learning.errors import NonFiniteError
+from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
+from medvqa_rl.learning.optimizer import lr_at
+from medvqa_rl.learning.run import Run
+from medvqa_rl.learning.sampler import samples_at
+from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
+from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.prompts import Template, neutralise, render_answer
+from medvqa_rl.randomness import address
+from medvqa_rl.types import Completion, Dataset, Group, Sample
+
+
+def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> str:
+    """The completion that a sample teaches: its reference reasoning and its gold answer in the requested form.
+
+    A choice question's answer is the letter. Where there is no reasoning, or it shall not be used, none is invented:
+    the target is the answer section alone, ``<answer>B</answer>``. The parser reads it, but the form is incomplete, so
+    the ``direct`` template is the better choice for data without reasoning.
+    """
+    if template == "think_answer" and not (use_reasoning and sample.reasoning.strip()):
+        return f"<answer>{neutralise(sample.answer.strip())[0]}</answer>"
+    return render_answer(sample.reasoning, sample.answer, template)
+
+
+def target_group(sample: Sample, text: str, processor: Processor, template: Template) -> Group:
+    """A sample and the text that it teaches, as a group of one completion."""
+    completion = Completion(processor.encode_completion(text), text, is_truncated=False)
+    return Group(sample, processor.encode(sample, template), (completion,))
+
+
+def target_groups(
+    samples: Sequence[Sample], processor: Processor, template: Template, *, use_reasoning: bool = True
+) -> list[Group]:
+    """Groups of one completion, the target, for supervised learning."""
+    return [
+        target_group(sample, target_text(sample, template, use_reasoning=use_reasoning), processor, template)
+        for sample in samples
+    ]
+
+
+def sft_loss(forward: nn.Module, batch: CompletionBatch, num_tokens: int | None = None) -> Tensor:
+    """Negative log-likelihood per target token, the end-of-sequence token included.
+
+    Args:
+        forward: a :class:`GroupForward`, wrapped or not.
+        batch: targets laid out by ``collate``.
+        num_tokens: target tokens of the whole step over all micro-batches and ranks; None is this batch alone.
+
+    Returns:
+        (,) this batch's share of the loss, in nats per token.
+    """
+    logps: Tensor = forward(batch).logps
+    return -logps.sum() / (len(batch.targets) if num_tokens is None else num_tokens)
+
+
+def train_sft(
+    config: Config,
+    *,
+    resume: bool = False,
+    dry_run: bool = False,
+    given: Mapping[str, Any] | None = None,
+    train_set: Dataset | None = None,
+    val_set: Dataset | None = None,
+) -> Path:
+    """Train a policy on reference answers. Arguments, result and errors: :func:`medvqa_rl.learning.grpo.train`."""
+    accelerator = make_accelerator(config, config.sft.batch_size)
+    if dry_run:
+        setup = set_up(config, train_set, None, with_validation=False)
+        forward = accelerator.prepare_model(GroupForward(setup.policy.model))
+        groups = step_groups(config, accelerator, setup, 0)
+        metrics = accumulate(config, accelerator, setup, forward, groups)
+        report_dry_run(setup, groups, {name: f"{value:.4f}" for name, value in metrics.items()})
+        return Path(config.output_dir)
+    with Run(config, accelerator, kind="sft", resume=resume, given=given) as run:
+        setup = set_up(config, train_set, val_set)
+        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
+        forward = accelerator.prepare_model(GroupForward(setup.policy.model))
+        run.begin()
+        for step in range(run.state.step, config.train.steps):
+            began = time.perf_counter()
+            groups = step_groups(config, accelerator, setup, step)
+            setup.policy.model.train()
+            torch.manual_seed(address(config.train.seed, "dropout", step, accelerator.process_index))
+            metrics = accumulate(config, accelerator, setup, forward, groups)
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                names = ", ".join(group.sample.id for group in groups[:8])
+                raise NonFiniteError(
+                    f"Step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} "
+                    f"(samples: {names} ...): lower optimizer.learning_rate, or train in float32 (model.dtype).",
+                    groups,
+                )
+            learning_rate = lr_at(step, config.optimizer, config.train.steps)
+            setup.optimizer.step(learning_rate)
+            run.state.num_tokens += int(metrics.pop("step_tokens"))
+            run.finish_step(metrics | {"learning_rate": learning_rate, "step_time": time.perf_counter() - began})
+        run.finish()
+    return run.dir.path
+
+
+def step_groups(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
+    """This rank's targets of a step."""
+    samples = samples_at(
+        setup.datasets["train"],
+        step,
+        num_prompts=config.sft.batch_size,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+    return target_groups(
+        samples, setup.policy.processor, config.prompt.template, use_reasoning=config.sft.use_reasoning
+    )
+
+
+def accumulate(
+    config: Config, accelerator: Accelerator, setup: Setup, forward: nn.Module, groups: Sequence[Group]
+) -> dict[str, float]:
+    """Forward and backward over all micro-batches: leaves the clipped gradient of the step's loss.
+
+    Returns:
+        ``loss``, ``grad_norm`` and ``step_tokens`` (prompts and targets) over all ranks.
+    """
+    device, size = setup.policy.device, config.sft.samples_per_micro_batch
+    batches = [
+        collate(groups[start : start + size], setup.policy.processor, device) for start in range(0, len(groups), size)
+    ]
+    num_targets = sum(len(batch.targets) for batch in batches)
+    num_tokens = num_targets + sum(len(group.prompt.input_ids) for group in groups)
+    counts = accelerator.reduce(torch.tensor([num_targets, num_tokens], device=device), "sum").tolist()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches[:-1]:
+        with accelerator.no_sync(forward):
+            total += _backward(accelerator, forward, batch, counts[0])
+    total += _backward(accelerator, forward, batches[-1], counts[0])
+    limit = config.optimizer.max_grad_norm
+    grad_norm = accelerator.clip_grad_norm_(
+        list(setup.optimizer.parameters.values()), math.inf if limit is None else limit
+    )
+    loss = float(accelerator.reduce(total, "sum"))
+    return {"loss": loss, "grad_norm": float(grad_norm), "step_tokens": float(counts[1])}
+
+
+def _backward(accelerator: Accelerator, forward: nn.Module, batch: CompletionBatch, num_tokens: int) -> Tensor:
+    """Add a batch's gradient; returns its share of the loss."""
+    loss = sft_loss(forward, batch, num_tokens)
+    accelerator.backward(loss * accelerator.num_processes)  # distributed wrappers average over ranks
+    return loss.detach()

@@ -1,0 +1,160 @@
+"""What a run tells while it goes: metrics.jsonl, samples, TensorBoard, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from medvqa_rl.config import TrainConfig
+from medvqa_rl.learning.metrics import CompletionRecord, to_json
+from medvqa_rl.learning.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
+"""Metrics that the progress line shows."""
+
+
+class Tracker:
+    """Writes the log files of a run and shows its progress; a context manager.
+
+    metrics.jsonl gets every step. ``logging_steps`` thins out the terminal and TensorBoard only.
+    """
+
+    def __init__(self, run: RunDir, config: TrainConfig, *, first_step: int) -> None:
+        self._run = run
+        self._config = config
+        self._console = Console(stderr=True)
+        self._log: IO[str] = run.log.open("a", encoding="utf-8")
+        self._metrics: IO[bytes] = run.metrics.open("ab")
+        self._board: SummaryWriter | None = _summary_writer(run, first_step) if config.tensorboard else None
+        self._first_step, self._began = first_step, time.perf_counter()
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=config.steps, completed=first_step)
+
+    def __enter__(self) -> Tracker:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        self._metrics.close()
+        self._log.close()
+
+    def flush(self) -> int:
+        """Force metrics.jsonl to disk and return its length in bytes."""
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def say(self, text: str) -> None:
+        """A line for people: on the terminal and in train.log."""
+        self._console.print(Text(text))
+        self._write(text)
+
+    def _write(self, text: str) -> None:
+        self._log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+        self._log.flush()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step, or of the evaluation after it."""
+        line = json.dumps({"step": step, **to_json(metrics)}) + "\n"
+        self._metrics.write(line.encode())
+        self._metrics.flush()
+        is_evaluation = all(name.startswith("eval/") for name in metrics)
+        is_due = step % self._config.logging_steps == 0 or step == self._config.steps
+        if self._board is not None and (is_due or is_evaluation):
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+        done = step - self._first_step
+        rate = (time.perf_counter() - self._began) / max(1, done)
+        shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
+        left = "" if is_evaluation else f"  {rate:.2f} s/step, {_duration(rate * (self._config.steps - step))} left"
+        line = f"step {step}/{self._config.steps}  {shown}{left}"
+        self._write(line)
+        if self._progress.disable:
+            if is_due or is_evaluation:
+                self._console.print(Text(line), soft_wrap=True)
+        elif is_evaluation:
+            self._console.print(Text(line))
+        else:
+            self._progress.update(self._task, completed=step, description=f"{shown}  {rate:.2f} s/step")
+
+    def evaluating(self, done: int, total: int) -> None:
+        """Show how far an evaluation is."""
+        self._progress.update(self._task, description=f"evaluating {done}/{total}")
+
+    def samples(self, step: int, records: Sequence[CompletionRecord]) -> None:
+        """Store a step's completions and show those of its first prompt."""
+        path = self._run.samples(step)
+        path.parent.mkdir(exist_ok=True)
+        lines = [json.dumps({"step": step, **record.to_json()}, ensure_ascii=False) + "\n" for record in records]
+        path.write_text("".join(lines), encoding="utf-8")
+        self._console.print(completions_table(step, [r for r in records if r.sample_id == records[0].sample_id]))
+
+
+def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
+    """The completions of one prompt with rewards and advantages, best first."""
+    first = group[0]
+    options = "".join(f"  {letter}: {text}" for letter, text in zip("ABCDEFGHIJ", first.options))
+    table = Table(
+        title=Text(f"Step {step}: {first.question}{options}  [gold: {first.gold}]"),
+        title_justify="left",
+        show_lines=False,
+    )
+    table.add_column("completion", ratio=1, overflow="fold")
+    for name in (*first.rewards, "advantage", "tokens"):
+        table.add_column(name, justify="right")
+    for record in sorted(group, key=lambda record: -record.advantage)[:4]:
+        tokens = f"{record.length}{'…' if record.is_truncated else ''}"
+        rewards = [f"{value:.2f}" for value in record.rewards.values()]
+        table.add_row(Text(record.completion), *rewards, f"{record.advantage:+.2f}", tokens)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _summary_writer(run: RunDir, first_step: int) -> SummaryWriter:
+    """TensorBoard's writer; the package is an extra.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            "train.tensorboard is on, but TensorBoard is not installed: pip install 'medvqa-rl[track]', or switch it "
+            "off (metrics.jsonl holds the same numbers)."
+        ) from error
+    return SummaryWriter(run.path / "tensorboard", purge_step=first_step + 1)

@@ -1,0 +1,230 @@
+"""One policy update: reference pass, loss, gradients and optimizer steps on the groups of one rollout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate.accelerator import Accelerator
+from torch import Tensor, nn
+
+from medvqa_rl.config import Config
+from medvqa_rl.learning.errors import NonFiniteError
+from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
+from medvqa_rl.learning.losses import aggregate, token_loss
+from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.models.loading import Policy, Reference
+from medvqa_rl.randomness import address
+from medvqa_rl.types import Group
+
+_SUMS = ("loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole groups that share one forward and backward pass."""
+
+    groups: Sequence[Group]
+    batch: CompletionBatch
+    advantages: Tensor
+    """(B,) float32."""
+    mask: Tensor
+    """(B, Tc) bool, True at tokens that count in the loss."""
+    ref_logps: Tensor | None
+    """(B, Tc) under the reference; None where beta is 0."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This rank's micro-batches of one rollout, and the denominators over all ranks."""
+
+    micro_batches: Sequence[MicroBatch]
+    num_completions: int
+    """Scored completions of the step."""
+    num_tokens: int
+    """Tokens of the step that count in the loss."""
+
+
+class Learner:
+    """Updates a policy from scored groups."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        policy: Policy,
+        reference: Reference | None,
+        optimizer: Optimizer,
+    ) -> None:
+        """
+        Args:
+            reference: the policy before training; None exactly where ``loss.beta`` is 0.
+        """
+        assert (reference is None) == (config.loss.beta == 0.0)
+        self.config = config
+        self.accelerator = accelerator
+        self.policy = policy
+        self.reference = reference
+        self.optimizer = optimizer
+        self.forward: nn.Module = accelerator.prepare_model(GroupForward(policy.model))
+
+    def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
+        """Train on this rank's groups: ``num_iterations`` rounds, each with one optimizer step on all of them.
+
+        Args:
+            groups: P groups.
+            advantages: (P, G) as from ``group_advantages``.
+            is_scored: (P, G) bool; unscored completions have no part in the loss, its divergence included.
+            step: counted from 0.
+
+        Returns:
+            ``loss``, ``kl``, ``entropy``, ``clip_ratio/...``, ``grad_norm`` and ``learning_rate`` over all ranks,
+            means over the rounds (entropy: of the first, which is the policy that sampled).
+
+        Raises:
+            NonFiniteError: the loss or its gradient is not finite; no weight was touched in this round.
+        """
+        self.policy.model.train()
+        # Dropout draws from torch's generator: addressed like all randomness, so that a resumed run meets the same.
+        torch.manual_seed(address(self.config.train.seed, "dropout", step, self.accelerator.process_index))
+        experience = self.prepare(groups, advantages, is_scored)
+        learning_rate = lr_at(step, self.config.optimizer, self.config.train.steps)
+        rounds: list[dict[str, float]] = []
+        old_logps: list[Tensor] | None = None
+        for _ in range(self.config.loss.num_iterations):
+            metrics, logps = self.accumulate(experience, old_logps, step)
+            if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
+                self.optimizer.zero_grad()
+                raise self._non_finite(experience, logps, metrics, step, is_first_round=not rounds)
+            self.optimizer.step(learning_rate)
+            rounds.append(metrics)
+            # In the first round the policy is the one that sampled: its log-probabilities are the old ones of all.
+            old_logps = logps if old_logps is None else old_logps
+        means = {name: sum(metrics[name] for metrics in rounds) / len(rounds) for name in rounds[0]}
+        return means | {"entropy": rounds[0]["entropy"], "learning_rate": learning_rate}
+
+    def prepare(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor) -> Experience:
+        """Lay the groups out in micro-batches, run the reference over them and count the denominators."""
+        size = self.config.train.prompts_per_micro_batch
+        micro_batches = []
+        for start in range(0, len(groups), size):
+            own = groups[start : start + size]
+            batch = self.collate(own)
+            counts = is_scored[start : start + size].reshape(-1)
+            if self.config.loss.mask_truncated_completions:
+                counts = counts & torch.tensor([not c.is_truncated for group in own for c in group.completions])
+            micro_batches.append(
+                MicroBatch(
+                    groups=own,
+                    batch=batch,
+                    advantages=advantages[start : start + size].reshape(-1).float().to(batch.mask.device),
+                    mask=batch.mask & counts.to(batch.mask.device)[:, None],
+                    ref_logps=self._reference_logps(batch),
+                )
+            )
+        counted = torch.stack([is_scored.sum(), sum((m.mask.sum().cpu() for m in micro_batches), torch.tensor(0))])
+        totals = self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist()
+        return Experience(micro_batches, num_completions=totals[0], num_tokens=totals[1])
+
+    def collate(self, groups: Sequence[Group]) -> CompletionBatch:
+        """One row per group; one per completion where the attention cannot take the mask that groups need."""
+        share_prefix = self.config.model.attention != "flash_attention_2"
+        return collate(groups, self.policy.processor, self.policy.device, share_prefix=share_prefix)
+
+    def _reference_logps(self, batch: CompletionBatch) -> Tensor | None:
+        """(B, Tc) log-probabilities under the reference."""
+        if self.reference is None:
+            return None
+        with self.reference.active() as model, torch.no_grad():
+            logps: Tensor = GroupForward(model)(batch, temperature=self.config.rollout.temperature).logps
+            return logps
+
+    def accumulate(
+        self, experience: Experience, old_logps: Sequence[Tensor] | None, step: int
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """Forward and backward over all micro-batches: leaves the clipped gradient of the step's loss.
+
+        Args:
+            old_logps: per micro-batch (B, Tc) under the policy that sampled; None where that is the policy itself.
+
+        Returns:
+            Metrics over all ranks, and the log-probabilities of every micro-batch.
+        """
+        loss_config, num_ranks = self.config.loss, self.accelerator.num_processes
+        is_first_round = old_logps is None
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.policy.device)
+        all_logps = []
+        for index, micro in enumerate(experience.micro_batches):
+            is_last = index == len(experience.micro_batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.forward):
+                stats = self.forward(
+                    micro.batch, temperature=self.config.rollout.temperature, with_entropy=is_first_round
+                )
+                logps = stats.logps.detach()
+                tokens = token_loss(
+                    stats.logps,
+                    logps if old_logps is None else old_logps[index],
+                    micro.advantages,
+                    micro.ref_logps,
+                    beta=loss_config.beta,
+                    epsilon=loss_config.epsilon,
+                    epsilon_high=loss_config.epsilon_high,
+                )
+                loss = aggregate(
+                    tokens.loss,
+                    micro.mask,
+                    kind=loss_config.type,
+                    num_completions=experience.num_completions,
+                    num_tokens=experience.num_tokens,
+                    max_completion_length=self.config.rollout.max_completion_length,
+                )
+                # Distributed wrappers average gradients over ranks; the denominators are of the whole step already.
+                self.accelerator.backward(loss * num_ranks)
+            all_logps.append(logps)
+            per_token = (
+                tokens.kl,
+                torch.zeros_like(logps) if stats.entropy is None else stats.entropy,
+                tokens.is_low_clipped,
+                tokens.is_high_clipped,
+                tokens.is_low_clipped | tokens.is_high_clipped,
+            )
+            parts = [torch.where(micro.mask, values, 0).sum() / max(experience.num_tokens, 1) for values in per_token]
+            sums += torch.stack([loss.detach(), *parts])
+        limit = self.config.optimizer.max_grad_norm
+        grad_norm = self.accelerator.clip_grad_norm_(
+            list(self.optimizer.parameters.values()), math.inf if limit is None else limit
+        )
+        totals: list[float] = self.accelerator.reduce(sums, "sum").tolist()
+        return {**dict(zip(_SUMS, totals)), "grad_norm": float(grad_norm)}, all_logps
+
+    def _non_finite(
+        self,
+        experience: Experience,
+        all_logps: Sequence[Tensor],
+        metrics: dict[str, float],
+        step: int,
+        *,
+        is_first_round: bool,
+    ) -> NonFiniteError:
+        """The error that names the step and the samples: those with log-probabilities that are not finite, or all."""
+        groups = [group for micro in experience.micro_batches for group in micro.groups]
+        bad = [
+            group
+            for micro, logps in zip(experience.micro_batches, all_logps)
+            for group, rows in zip(micro.groups, logps.split([len(group.completions) for group in micro.groups]))
+            if not bool(rows.isfinite().all())
+        ]
+        named = bad or groups
+        names = ", ".join(group.sample.id for group in named[:8]) + (" ..." if len(named) > 8 else "")
+        what = "gradient norm" if math.isfinite(metrics["loss"]) else "loss"
+        value = metrics["grad_norm"] if math.isfinite(metrics["loss"]) else metrics["loss"]
+        return NonFiniteError(
+            f"Step {step + 1}: the {what} is {value} (samples: {names}). Lower optimizer.learning_rate or "
+            "optimizer.max_grad_norm, or train in float32 (model.dtype), and start again from the last checkpoint "
+            "(model.path).",
+            named,
+            has_sound_weights=is_first_round,
+        )
