@@ -69,7 +69,7 @@ def set_up(
             raise ValueError(
                 f"The {split} split of {dataset.name} is empty: check data.path, data.answer_types and data.families."
             )
-    transformers_logging.disable_progress_bar()  # the run shows its own progress
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own
     torch.manual_seed(config.train.seed)  # a new adapter begins with random weights
     policy = load_policy(config.model)
     return Setup(
