@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from medvqa_rl import __version__
 from medvqa_rl.cli import app
 from medvqa_rl.config import Config
+from medvqa_rl.learning.errors import NonFiniteError
 
 VERBS = ["demo", "train", "sft", "eval", "ask", "env", "phantom build", "phantom draw"]
 VERBS += ["config show", "config check", "config schema"]
@@ -120,6 +121,7 @@ def test_demo_and_phantom_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
         (ValueError("The folder x is in use."), 2, "error: The folder x is in use."),
         (ValueError(), 2, "error: ValueError without a message: run again with --debug"),
         (FloatingPointError("The loss is nan at step 7."), 1, "error: The loss is nan at step 7."),
+        (NonFiniteError("Step 7: the loss is nan.", []), 1, "error: Step 7: the loss is nan."),
         (KeyboardInterrupt(), 130, "error: Stopped."),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "No space is left on the device (runs/x)"),
         (
@@ -145,8 +147,9 @@ def test_debug_lets_the_error_through(monkeypatch: pytest.MonkeyPatch, config_fi
 
 
 def test_defects_are_not_hidden(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
-    stand_in(monkeypatch, "medvqa_rl.learning.grpo", "train", AssertionError("x"))
-    assert isinstance(invoke("train", config_file).exception, AssertionError)
+    for error in (AssertionError("x"), RuntimeError("x")):
+        stand_in(monkeypatch, "medvqa_rl.learning.grpo", "train", error)
+        assert invoke("train", config_file).exception is error
 
 
 def test_all_wrong_settings_are_said_with_exit_code_2(config_file: str) -> None:

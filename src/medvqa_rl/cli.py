@@ -58,12 +58,17 @@ def _told_plainly(debug: bool = False) -> Iterator[None]:
         _say("Stopped.")
         raise typer.Exit(130) from None
     except (ValueError, OSError, ArithmeticError) as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):  # the reader of our output has gone; that ends quietly
             raise
-        if isinstance(error, OSError) and error.errno == errno.EPIPE:
-            raise  # the reader of our output has gone; click ends quietly
         _say(_sentence(error))
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
+    except RuntimeError as error:
+        from medvqa_rl.learning.errors import TrainingFailed
+
+        if debug or not isinstance(error, TrainingFailed):
+            raise
+        _say(_sentence(error))
+        raise typer.Exit(1) from None
 
 
 def _sentence(error: Exception) -> str:
@@ -89,6 +94,19 @@ def _say(message: str) -> None:
     console.print(message, markup=False)
 
 
+def _quiet() -> None:
+    """Switch off the bars and notices of the libraries below, which would run into ours."""
+    import warnings
+
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"medvqa-rl {__version__}")
@@ -112,6 +130,7 @@ def demo(
 ) -> None:
     """Adapt the embedded model to a scanner it has not seen, and show that it got better. Minutes on a CPU."""
     with _told_plainly(debug):
+        _quiet()
         from medvqa_rl.phantom.demo import run_demo
 
         run_demo(output, seed)
@@ -130,6 +149,7 @@ def train(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="train")
+        _quiet()
         from medvqa_rl.learning.grpo import train as run
 
         run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -148,6 +168,7 @@ def sft(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="sft")
+        _quiet()
         from medvqa_rl.learning.sft import train_sft
 
         train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -174,6 +195,7 @@ def evaluate(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="eval")
+        _quiet()
         from medvqa_rl.commands import run_eval
 
         run_eval(loaded.config, checkpoint=checkpoint, split=split, output=output, dry_run=dry_run)
@@ -199,6 +221,7 @@ def ask(
 ) -> None:
     """Ask a model one question about an image. Never for a decision about a patient."""
     with _told_plainly(debug):
+        _quiet()
         from medvqa_rl.commands import run_ask
 
         run_ask(
@@ -231,6 +254,7 @@ def phantom_build(
 ) -> None:
     """Train the embedded checkpoints again from nothing, by the committed recipe."""
     with _told_plainly(debug):
+        _quiet()
         from medvqa_rl.phantom.build import build
 
         build(output, seed=seed)

@@ -1,0 +1,252 @@
+"""What the verbs ``eval``, ``ask`` and ``env`` do: load the parts, run them, show the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from medvqa_rl.config import Config, ModelConfig, RolloutConfig
+from medvqa_rl.data import Split, load_dataset
+from medvqa_rl.data.images import FileImage
+from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
+from medvqa_rl.models.loading import load_policy
+from medvqa_rl.prompts import Template, normalise, parse_completion, read_choice
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import LETTERS, Completion, Group, Sample
+
+NO_ANSWER = "(no answer)"
+
+
+def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The settings of a model with its weights taken from a checkpoint's folder, whole model or LoRA adapter.
+
+    Raises:
+        ValueError: the folder does not exist or holds neither.
+    """
+    if (folder / "config.json").is_file():
+        return model.model_copy(update={"path": str(folder), "adapter": None, "lora": None, "revision": None})
+    if (folder / "adapter_config.json").is_file():
+        return model.model_copy(update={"adapter": str(folder), "lora": None})
+    if not folder.is_dir():
+        raise ValueError(f"The checkpoint {folder} does not exist: give the folder of a saved model or adapter.")
+    found = {path.parent for name in ("config.json", "adapter_config.json") for path in folder.rglob(name)}
+    inside = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    best = [path for path in inside if path.name == "best"]
+    hint = f"try {(best or inside)[-1]}" if inside else "give the folder of a saved model or adapter"
+    raise ValueError(f"The folder {folder} holds neither config.json nor adapter_config.json: {hint}.")
+
+
+def _console() -> Console:
+    """The terminal, or a file wide enough for the tables."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: Path | None, dry_run: bool) -> None:
+    """Answer a split greedily, print accuracy with intervals and write ``samples.jsonl`` and ``results.json``.
+
+    Args:
+        checkpoint: folder of the weights; None takes the model of the settings.
+        output: folder to write; None names one under ``output_dir`` by split and model.
+        dry_run: answer one batch, show its sizes and write nothing.
+
+    Raises:
+        ValueError: data, model or folder cannot be used.
+    """
+    name = checkpoint.name if checkpoint is not None else re.sub(r"[^\w.-]+", "-", config.model.path)
+    folder = output if output is not None else Path(config.output_dir) / "eval" / f"{split}-{name}"
+    if not dry_run and (folder / "results.json").exists():
+        raise ValueError(f"The folder {folder} already holds an evaluation: choose another with --output.")
+    model = config.model if checkpoint is None else with_checkpoint(config.model, checkpoint)
+    dataset = load_dataset(config.data, split)
+    engine = RolloutEngine(load_policy(model), config.prompt.template)
+    length = config.rollout.max_completion_length
+    console = _console()
+    if dry_run:
+        count = min(config.eval.batch_size, len(dataset))
+        samples = [dataset[index] for index in range(count)]
+        groups = list(engine.greedy(samples, max_completion_length=length, batch_size=count))
+        prompts = [len(group.prompt.input_ids) for group in groups]
+        tokens = [len(group.completions[0].token_ids) for group in groups]
+        console.print(
+            f"Dry run: everything loads, and a batch is answered. Nothing was written.\n"
+            f"  {dataset.name}, {split}: {len(dataset):,} questions\n"
+            f"  batch: {count} prompts of {min(prompts)} to {max(prompts)} tokens, "
+            f"answers of {min(tokens)} to {max(tokens)} tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    with Progress(
+        TextColumn("questions"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("", total=None)
+        evaluation = evaluate(
+            engine,
+            dataset,
+            config.eval,
+            max_completion_length=length,
+            template=config.prompt.template,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    write_evaluation(evaluation, folder)
+    console.print(evaluation.table(f"{dataset.name}, {split}: {model.adapter or model.path}"))
+    console.print(f"Written: {folder / 'results.json'} and samples.jsonl", highlight=False, soft_wrap=True)
+
+
+def model_for(path: str) -> ModelConfig:
+    """Settings of a model from one path: phantom name, Hub id, folder of a model, or of an adapter, whose base model
+    is the one it was trained on.
+
+    Raises:
+        ValueError: an adapter's folder does not name its base model.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return ModelConfig(path=path)
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"The adapter in {folder} does not name the model that it was trained on: write it as "
+            "base_model_name_or_path into its adapter_config.json."
+        )
+    return ModelConfig(path=base, adapter=str(folder))
+
+
+def make_question(image: Path, question: str, options: Sequence[str]) -> Sample:
+    """A sample for a question whose answer nobody knows.
+
+    Raises:
+        ValueError: no question, a single option, or more options than letters.
+    """
+    if not question.strip():
+        raise ValueError("The question is empty: give it as the second argument, in quotes.")
+    if len(options) == 1 or len(options) > len(LETTERS):
+        raise ValueError(
+            f"There are {len(options)} options, but a choice needs 2 to {len(LETTERS)}: give --option each."
+        )
+    return Sample(
+        id=f"{image.name}: {question}",
+        question=question,
+        answer=LETTERS[0] if options else "",  # unknown, and no prompt depends on it
+        answer_type="choice" if options else "open",
+        images=(FileImage(image.name, image.parent),),
+        options=tuple(options),
+    )
+
+
+def read_vote(sample: Sample, completion: Completion, template: Template) -> str:
+    """What a completion votes for: an option as "B: text", a normalised answer, or no answer."""
+    answer = parse_completion(completion.text, template).answer
+    if answer is None:
+        return NO_ANSWER
+    if sample.answer_type != "choice":
+        return normalise(answer) or answer
+    letter = read_choice(answer, sample.options)
+    return NO_ANSWER if letter is None else f"{letter}: {sample.options[LETTERS.index(letter)]}"
+
+
+def run_ask(
+    image: Path,
+    question: str,
+    *,
+    model: str,
+    options: Sequence[str],
+    samples: int,
+    temperature: float,
+    seed: int,
+    max_length: int,
+    template: Template,
+) -> None:
+    """Print a model's answer to one question, or a group of sampled ones with their votes.
+
+    Raises:
+        ValueError: image, question, options or model cannot be used.
+    """
+    sample = make_question(image, question, options)
+    sample.images[0].load()  # a wrong path is said before the model is loaded
+    engine = RolloutEngine(load_policy(model_for(model)), template)
+    console = _console()
+    if samples == 0:
+        (group,) = engine.greedy([sample], max_completion_length=max_length, batch_size=1)
+    else:
+        rollout = RolloutConfig(num_generations=samples, max_completion_length=max_length, temperature=temperature)
+        (group,) = engine.rollout([sample], rollout, seed=seed, stream="ask", step=0)
+    show_group(console, group, template)
+
+
+def show_group(console: Console, group: Group, template: Template) -> None:
+    """Print completions as they are, and what they vote for."""
+    table = Table(show_header=len(group.completions) > 1, show_lines=len(group.completions) > 1, title_justify="left")
+    table.add_column("completion", ratio=1, overflow="fold")
+    table.add_column("answer", overflow="fold")
+    table.add_column("tokens", justify="right")
+    votes: Counter[str] = Counter()
+    for completion in group.completions:
+        vote = read_vote(group.sample, completion, template)
+        votes[vote] += 1
+        length = f"{len(completion.token_ids)}{' (cut off)' if completion.is_truncated else ''}"
+        table.add_row(Text(completion.text), Text(vote), length)
+    console.print(table)
+    if len(group.completions) > 1:
+        for vote, count in votes.most_common():
+            console.print(Text(f"{count:>3} of {len(group.completions)}  {vote}"))
+    console.print("Research software: never use it for a decision about a patient.", style="dim")
+
+
+def installed_extras() -> dict[str, bool]:
+    """Each optional extra of this package, and whether all that it needs is installed."""
+    extras: dict[str, bool] = {}
+    for requirement in requires("medvqa-rl") or ():
+        match = re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", requirement)
+        if match is None:
+            continue
+        try:
+            version(match[1])
+            is_there = True
+        except PackageNotFoundError:
+            is_there = False
+        extras[match[2]] = extras.get(match[2], True) and is_there
+    return extras
+
+
+def show_environment() -> None:
+    """Print versions, device, threads, memory and extras."""
+    names = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow", "pydantic")
+    gib = 2**30
+    rows = {"python": platform.python_version(), "platform": platform.platform()}
+    rows |= {name: version(name) for name in names}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            rows[f"GPU {index}"] = f"{properties.name}, {properties.total_memory / gib:.0f} GiB"
+        rows["CUDA of torch"] = str(torch.version.cuda)
+    else:
+        rows["GPU"] = "none that torch can use"
+    rows["CPU"] = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    rows["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / gib:.1f} GiB"
+    extras = installed_extras()
+    rows["extras"] = ", ".join(name for name, is_there in extras.items() if is_there) or "none"
+    rows["other extras"] = ", ".join(name for name, is_there in extras.items() if not is_there) or "none"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
