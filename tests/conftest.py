@@ -160,7 +160,7 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     def make(arch: str = "qwen2_vl", *, seed: int = 0, **settings: Any) -> Policy:
         model = tiny_model(arch, seed)
         folder = tiny_folder(arch)
-        processor = Processor.from_folder(folder, vocab_size=model.config.text_config.vocab_size)
+        processor = Processor.from_folder(folder)
         return make_policy(model, processor, ModelConfig(path=str(folder), device="cpu", **settings), "cpu")
 
     return make

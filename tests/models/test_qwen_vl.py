@@ -57,10 +57,10 @@ def test_real_qwen2_vl_text_prompt_equals_apply_chat_template(shared_data, make_
 
 
 def test_real_qwen2_vl_control_tokens(shared_data):
-    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct", vocab_size=151936)
+    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct")
     assert processor.eos_id == 151645
     assert processor.stop_ids == (151645, 151643)
-    assert processor.suppressed_ids == (151644, *range(151646, 151936))
+    assert processor.suppressed_ids == (151644, *range(151646, 151657))
     assert processor.decode(processor.encode_completion("<think>a</think>")) == "<think>a</think>"
 
 
@@ -70,9 +70,7 @@ def test_tags_are_samplable_and_control_tokens_are_not(arch, tiny_policy):
     tokenizer = processor.tokenizer
     tags = {tokenizer.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>", "<answer>", "</answer>")}
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    rows = backbone(tiny_policy(arch).model).config.text_config.vocab_size
-    assert rows > len(tokenizer)
-    assert set(processor.suppressed_ids) == (special | set(range(len(tokenizer), rows))) - {processor.eos_id}
+    assert set(processor.suppressed_ids) == special - {processor.eos_id}
     assert not tags & set(processor.suppressed_ids)
     text = "<think>opacity</think><answer>yes</answer>"
     ids = processor.encode_completion(text)

@@ -28,6 +28,13 @@ def make_policy(tiny_policy):
     return make
 
 
+def never_sampled(policy):
+    """Control tokens and the rows of the output layer beyond the tokenizer."""
+    rows = backbone(policy.model).config.text_config.vocab_size
+    assert rows > len(policy.processor.tokenizer)
+    return [*policy.processor.suppressed_ids, *range(len(policy.processor.tokenizer), rows)]
+
+
 def stock_greedy(policy, prompt, model_inputs, length=LENGTH):
     """Greedy tokens of transformers' own ``generate``, one prompt at a time."""
     processor = policy.processor
@@ -35,7 +42,7 @@ def stock_greedy(policy, prompt, model_inputs, length=LENGTH):
         **model_inputs(backbone(policy.model), prompt),
         max_new_tokens=length,
         do_sample=False,
-        suppress_tokens=list(processor.suppressed_ids),
+        suppress_tokens=never_sampled(policy),
         eos_token_id=list(processor.stop_ids),
         pad_token_id=processor.pad_id,
     )
@@ -56,7 +63,7 @@ def test_greedy_equals_generate(arch, attention, make_policy, mixed_samples, mod
     lengths = set()
     for seed in range(4):
         policy = make_policy(arch, seed=seed, attention=attention)
-        policy.model.set_attn_implementation(attention)
+        policy.model.set_attn_implementation(attention)  # the model was made in memory, not loaded
         groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
         for group, sample in zip(groups, mixed_samples, strict=True):
             (completion,) = group.completions
@@ -189,7 +196,7 @@ def test_sampled_tokens_follow_the_stock_logits(arch, make_policy, mixed_samples
     policy = make_policy(arch, seed=3)
     config = RolloutConfig(num_generations=2, max_completion_length=LENGTH, temperature=0.8, top_k=20, top_p=0.9)
     groups = RolloutEngine(policy).rollout(mixed_samples, config, seed=5, stream="eval", step=2)
-    suppressed = torch.tensor(policy.processor.suppressed_ids)
+    suppressed = torch.tensor(never_sampled(policy))
     for group in groups:
         table = uniform_table(5, "eval", 2, [group.sample.id], [0], 2, LENGTH)
         for index, completion in enumerate(group.completions):
@@ -203,7 +210,7 @@ def test_sampled_tokens_follow_the_stock_logits(arch, make_policy, mixed_samples
 
 def test_dominating_control_tokens_are_never_sampled(make_policy, mixed_samples):
     policy = make_policy()
-    suppressed = torch.tensor(policy.processor.suppressed_ids)
+    suppressed = torch.tensor(never_sampled(policy))
     with torch.no_grad():
         head = policy.model.lm_head
         head.weight = torch.nn.Parameter(head.weight.clone())  # untied from the embeddings
@@ -215,7 +222,7 @@ def test_dominating_control_tokens_are_never_sampled(make_policy, mixed_samples)
     groups = engine.rollout(mixed_samples, config, seed=0, stream="train", step=0)
     groups += engine.greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4)
     tokens = {id for group in groups for completion in group.completions for id in completion.token_ids}
-    assert not tokens & set(policy.processor.suppressed_ids)
+    assert not tokens & set(never_sampled(policy))
 
 
 def test_features_are_kept_only_where_the_tower_is_frozen(make_policy, mixed_samples):

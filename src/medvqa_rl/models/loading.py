@@ -66,12 +66,7 @@ def load_policy(config: ModelConfig) -> Policy:
     device = resolve_device(config.device)
     folder = resolve_folder(config.path, config.revision)
     model = _load_weights(folder, config, device)
-    processor = Processor.from_folder(
-        folder,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        vocab_size=model.config.text_config.vocab_size,
-    )
+    processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     return make_policy(model, processor, config, device)
 
 

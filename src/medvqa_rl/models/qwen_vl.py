@@ -31,15 +31,11 @@ Side = Literal["left", "right"]
 class Processor:
     """Turns samples into prompts and token ids into text; read-only once made."""
 
-    def __init__(
-        self, tokenizer: Any, image_processor: Any, *, vocab_size: int | None = None, stop_ids: Iterable[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Any, image_processor: Any, *, stop_ids: Iterable[int] = ()) -> None:
         """
         Args:
             tokenizer: a Hugging Face tokenizer with Qwen2-VL's special tokens and a chat template.
             image_processor: a ``Qwen2VLImageProcessorPil``.
-            vocab_size: rows of the model's output layer, which may be padded beyond the tokenizer; None takes the
-                tokenizer's size.
             stop_ids: tokens besides the tokenizer's end-of-sequence token that end a completion.
 
         Raises:
@@ -66,18 +62,13 @@ class Processor:
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
         }
-        padding = range(len(tokenizer), vocab_size or len(tokenizer))
-        self.suppressed_ids: tuple[int, ...] = tuple(sorted((control | set(padding)) - set(self.stop_ids)))
-        """Control tokens and padding rows of the vocabulary: never sampled. Stop tokens are not among them."""
+        self.suppressed_ids: tuple[int, ...] = tuple(sorted(control - set(self.stop_ids)))
+        """Control tokens, which are never sampled; stop tokens are not among them. The rows that pad the output layer
+        beyond the tokenizer are not tokens at all: the rollout engine, which knows the model, suppresses them too."""
 
     @classmethod
     def from_folder(
-        cls,
-        path: str | Path,
-        *,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        vocab_size: int | None = None,
+        cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> Processor:
         """Read the tokenizer, chat template and image settings of a checkpoint folder; opens no connection.
 
@@ -96,10 +87,10 @@ class Processor:
         template = folder / "chat_template.json"
         if tokenizer.chat_template is None and template.exists():
             tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
-        size = {"shortest_edge": image_processor.size["shortest_edge"]}
-        size["longest_edge"] = image_processor.size["longest_edge"]
-        size["shortest_edge"] = min_pixels or size["shortest_edge"]
-        size["longest_edge"] = max_pixels or size["longest_edge"]
+        size = {
+            "shortest_edge": min_pixels or image_processor.size["shortest_edge"],
+            "longest_edge": max_pixels or image_processor.size["longest_edge"],
+        }
         if size["shortest_edge"] > size["longest_edge"]:
             raise ValueError(
                 f"Images shall have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set "
@@ -111,7 +102,7 @@ class Processor:
         if generation.exists():
             stop = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") or []
         stop_ids = [stop] if isinstance(stop, int) else stop
-        return cls(tokenizer, image_processor, vocab_size=vocab_size, stop_ids=stop_ids)
+        return cls(tokenizer, image_processor, stop_ids=stop_ids)
 
     def encode(self, sample: Sample, template: Template = "think_answer") -> EncodedPrompt:
         """Render the sample's question, preprocess its images and expand each placeholder to its image's tokens.

@@ -37,7 +37,10 @@ class RolloutEngine:
     def __init__(self, policy: Policy, template: Template = "think_answer") -> None:
         self._policy = policy
         self._template = template
-        self._suppressed = torch.tensor(policy.processor.suppressed_ids, dtype=torch.long, device=policy.device)
+        # Output layers are often padded to a round size; the surplus rows are no tokens.
+        surplus = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
+        suppressed = sorted({*policy.processor.suppressed_ids, *surplus})
+        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
         self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
 
     def rollout(
@@ -201,7 +204,7 @@ class RolloutEngine:
 
     def _attention_mask(self, mask: Tensor) -> Tensor:
         """A (b, keys) mask of one query per row in the form that the model's attention takes untouched."""
-        attention = self._policy.config.attention
+        attention = backbone(self._policy.model).language_model.config._attn_implementation
         if attention == "flash_attention_2":
             return mask
         if attention == "sdpa":
@@ -210,7 +213,7 @@ class RolloutEngine:
         return additive.masked_fill_(~mask, torch.finfo(additive.dtype).min)[:, None, None]
 
 
-class _ForkedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _ForkedLayer(DynamicLayer):
     """One layer's keys and values with room for the completions: appending a token writes it, copying nothing."""
 
     def __init__(self, prefilled: Any, repeats: int, capacity: int) -> None:
