@@ -93,7 +93,7 @@ def test_the_run_that_the_cases_start_from_works(config: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
     shown = accepted("eval", config, "--checkpoint", tmp_path / "run" / "best")
     assert "vqa_rad/official/test" in shown
-    assert (tmp_path / "run" / "eval" / "test-best" / "results.json").exists()
+    assert (tmp_path / "run" / "eval" / "vqa_rad-official-test-best" / "results.json").exists()
 
 
 def test_sft_runs_through_the_command_too(config: Path, tmp_path: Path) -> None:

@@ -76,10 +76,13 @@ def test_eval_uses_the_weights_of_a_checkpoint_whole_or_adapter(
         run_eval(config, checkpoint=tmp_path / name, split="val", output=None, dry_run=False)
         groups = RolloutEngine(policy, "think_answer").greedy(questions.samples, max_completion_length=6, batch_size=3)
         expected = [group.completions[0].text for group in groups]
-        assert outputs(Path(config.output_dir) / "eval" / f"val-{name}") == expected
+        assert outputs(Path(config.output_dir) / "eval" / f"three-{name}") == expected
 
 
-def test_eval_refuses_a_folder_in_use_before_it_loads_anything(config: Config, tmp_path: Path) -> None:
+def test_eval_refuses_a_folder_in_use_before_it_loads_a_model(
+    config: Config, questions: StoredDataset, tmp_path: Path
+) -> None:
+    config = config.model_copy(update={"model": ModelConfig(path="/nowhere")})
     (tmp_path / "results.json").touch()
     with pytest.raises(ValueError, match="already holds an evaluation: choose another with --output"):
         run_eval(config, checkpoint=None, split="test", output=tmp_path, dry_run=False)

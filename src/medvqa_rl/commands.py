@@ -59,18 +59,18 @@ def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: P
 
     Args:
         checkpoint: folder of the weights; None takes the model of the settings.
-        output: folder to write; None names one under ``output_dir`` by split and model.
+        output: folder to write; None names one under ``output_dir`` by data and model.
         dry_run: answer one batch, show its sizes and write nothing.
 
     Raises:
         ValueError: data, model or folder cannot be used.
     """
-    name = checkpoint.name if checkpoint is not None else re.sub(r"[^\w.-]+", "-", config.model.path)
-    folder = output if output is not None else Path(config.output_dir) / "eval" / f"{split}-{name}"
-    if not dry_run and (folder / "results.json").exists():
-        raise ValueError(f"The folder {folder} already holds an evaluation: choose another with --output.")
     model = config.model if checkpoint is None else with_checkpoint(config.model, checkpoint)
     dataset = load_dataset(config.data, split)
+    name = f"{dataset.name}-{config.model.path if checkpoint is None else checkpoint.name}"
+    folder = Path(config.output_dir) / "eval" / re.sub(r"[^\w.-]+", "-", name) if output is None else output
+    if not dry_run and (folder / "results.json").exists():
+        raise ValueError(f"The folder {folder} already holds an evaluation: choose another with --output.")
     engine = RolloutEngine(load_policy(model), config.prompt.template)
     length = config.rollout.max_completion_length
     console = _console()
@@ -82,7 +82,7 @@ def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: P
         tokens = [len(group.completions[0].token_ids) for group in groups]
         console.print(
             f"Dry run: everything loads, and a batch is answered. Nothing was written.\n"
-            f"  {dataset.name}, {split}: {len(dataset):,} questions\n"
+            f"  {dataset.name}: {len(dataset):,} questions\n"
             f"  batch: {count} prompts of {min(prompts)} to {max(prompts)} tokens, "
             f"answers of {min(tokens)} to {max(tokens)} tokens",
             highlight=False,
@@ -109,7 +109,7 @@ def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: P
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     write_evaluation(evaluation, folder)
-    console.print(evaluation.table(f"{dataset.name}, {split}: {model.adapter or model.path}"))
+    console.print(evaluation.table(f"{dataset.name}: {model.adapter or model.path}"))
     console.print(f"Written: {folder / 'results.json'} and samples.jsonl", highlight=False, soft_wrap=True)
 
 

@@ -194,13 +194,13 @@ class TrainConfig(Settings):
     seed: int = 0
     """Seed of the order of the samples and of every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Evaluate greedily on the validation split every so many steps; 0 never."""
+    """Evaluate greedily on the validation split before the first step, every so many and after the last; 0 never."""
     save_steps: Annotated[int, Field(ge=0)] = 0
     """Checkpoint every so many steps; 0 only at the end and when stopped."""
     save_total_limit: Positive = 2
     """Checkpoints kept besides the best."""
     logging_steps: Positive = 1
-    """Write metrics every so many steps."""
+    """Show metrics every so many steps; metrics.jsonl has every one."""
     log_completions_steps: Annotated[int, Field(ge=0)] = 25
     """Print and store sample completions every so many steps; 0 never."""
     tensorboard: bool = False
