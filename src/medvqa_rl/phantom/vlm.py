@@ -187,7 +187,7 @@ def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torc
         for head in range(heads // 2):
             rows = slice(head * width, (head + 1) * width)
             projection = torch.randn(width, text.config.hidden_size, generator=generator) * 0.15
-            projection[: fast + 1] *= 0.1
-            projection[half : half + fast + 1] *= 0.1
+            projection[: half // 2] *= 0.1
+            projection[half : half + half // 2] *= 0.1
             layer.self_attn.q_proj.weight[rows] = projection
             layer.self_attn.k_proj.weight[rows] = projection
