@@ -18,7 +18,7 @@ from accelerate.utils.operations import gather_object
 from medvqa_rl.config import Config
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
-from medvqa_rl.learning.metrics import record_completions, rollout_metrics
+from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
@@ -79,7 +79,7 @@ def train(
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
             scored = time.perf_counter()
             metrics |= learner.update(groups, advantages, ~total.isnan(), step)
-            metrics |= scores.extras
+            metrics |= mean_of_ranks(gather_object([scores.extras]))
             metrics |= {
                 "time/rollout": rolled_out - began,
                 "time/update": time.perf_counter() - scored,

@@ -36,6 +36,8 @@ class CompletionRecord:
     is_truncated: bool
     is_correct: bool
     has_answer: bool
+    extra: dict[str, Any]
+    """What reward functions logged about this completion."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN as None."""
@@ -53,7 +55,7 @@ def record_completions(
     groups: Sequence[Group], scores: Scores, advantages: NDArray[np.float64], template: Template
 ) -> list[CompletionRecord]:
     """Records of P groups of G completions, group after group."""
-    records = []
+    records: list[CompletionRecord] = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
             answer = parse_completion(completion.text, template).answer
@@ -73,6 +75,7 @@ def record_completions(
                     is_truncated=completion.is_truncated,
                     is_correct=is_correct(group.sample, answer),
                     has_answer=answer is not None,
+                    extra={name: values[len(records)] for name, values in scores.columns.items()},
                 )
             )
     return records
@@ -120,6 +123,12 @@ def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -
         "no_answer_rate": _mean(not record.has_answer for record in records),
     }
     return metrics
+
+
+def mean_of_ranks(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics that every rank has for itself, averaged over the ranks that have them."""
+    names = {name for own in metrics for name in own}
+    return {name: _mean(own[name] for own in metrics if name in own) for name in sorted(names)}
 
 
 def to_json(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -113,7 +113,7 @@ class Tracker:
         """Store a step's completions and show those of its first prompt."""
         path = self._run.samples(step)
         path.parent.mkdir(exist_ok=True)
-        lines = [json.dumps({"step": step, **record.to_json()}, ensure_ascii=False) + "\n" for record in records]
+        lines = [json.dumps({"step": step, **record.to_json()}, default=str) + "\n" for record in records]
         path.write_text("".join(lines), encoding="utf-8")
         self._console.print(completions_table(step, [r for r in records if r.sample_id == records[0].sample_id]))
 

@@ -1,0 +1,36 @@
+"""Which samples a step gets."""
+
+from __future__ import annotations
+
+from toy import ToyData
+
+from medvqa_rl.learning.sampler import indices_at, samples_at
+
+
+def test_endless_data_is_read_in_order():
+    assert indices_at(0, num_prompts=3, length=None, seed=0) == [0, 1, 2]
+    assert indices_at(7, num_prompts=3, length=None, seed=5) == [21, 22, 23]
+
+
+def test_every_epoch_holds_every_sample_once_and_has_an_order_of_its_own():
+    drawn = [index for step in range(14) for index in indices_at(step, num_prompts=5, length=7, seed=3)]
+    epochs = [drawn[start : start + 7] for start in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+
+
+def test_the_seed_decides():
+    assert indices_at(0, num_prompts=9, length=50, seed=1) != indices_at(0, num_prompts=9, length=50, seed=2)
+    assert indices_at(4, num_prompts=9, length=50, seed=1) == indices_at(4, num_prompts=9, length=50, seed=1)
+
+
+def test_a_step_larger_than_the_data_goes_round():
+    assert sorted(indices_at(0, num_prompts=8, length=4, seed=0)) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_ranks_share_a_step_out():
+    data = ToyData(10)
+    whole = samples_at(data, 2, num_prompts=4, seed=0)
+    parts = [samples_at(data, 2, num_prompts=4, seed=0, rank=rank, num_ranks=2) for rank in range(2)]
+    assert [sample.id for sample in parts[0] + parts[1]] == [sample.id for sample in whole]
+    assert len(parts[0]) == 2
