@@ -122,7 +122,7 @@ def test_demo_and_phantom_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
         (ValueError(), 2, "error: ValueError without a message: run again with --debug"),
         (FloatingPointError("The loss is nan at step 7."), 1, "error: The loss is nan at step 7."),
         (NonFiniteError("Step 7: the loss is nan.", []), 1, "error: Step 7: the loss is nan."),
-        (KeyboardInterrupt(), 130, "error: Stopped."),
+        (KeyboardInterrupt(), 130, "Stopped."),
         (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 2, "No space is left on the device (runs/x)"),
         (
             PermissionError(errno.EACCES, "Permission denied", "runs/x"),

@@ -12,6 +12,8 @@ import pytest
 import typer.main
 
 from medvqa_rl.cli import app
+from medvqa_rl.config import differences
+from medvqa_rl.phantom.demo import demo_config
 from medvqa_rl.problems import all_settings, reference_tables
 from medvqa_rl.settings import load_config, read_file
 
@@ -93,3 +95,8 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_the_demo_runs_the_settings_of_its_file(tmp_path: Path) -> None:
+    loaded = load_config(ROOT / "configs" / "phantom_cpu.yaml", [f"output_dir={tmp_path}"], purpose="train")
+    assert differences(demo_config(tmp_path, seed=0), loaded.config) == []

@@ -55,7 +55,7 @@ def _told_plainly(debug: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say("Stopped.")
+        print("Stopped.", file=sys.stderr)
         raise typer.Exit(130) from None
     except (ValueError, OSError, ArithmeticError) as error:
         if debug or isinstance(error, BrokenPipeError):  # the reader of our output has gone; that ends quietly
