@@ -21,7 +21,6 @@ def test_answers_belong_to_their_questions_whatever_the_batch(
     config = DataConfig(name="vqa_rad", path=str(shared_data / "vqa_rad"), num_test=5)
     dataset = load_vqa_rad(config, "test")
     engine = RolloutEngine(tiny_policy(), "think_answer")
-    limits = {"max_completion_length": 6}
     whole, single = (
         evaluate(engine, dataset, EvalConfig(batch_size=size, bootstrap=50), max_completion_length=6)
         for size in (5, 1)
