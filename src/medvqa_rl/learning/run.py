@@ -102,12 +102,20 @@ class Run:
         if self._resume:
             self.dir.cut_back(self.state.step, self.state.metrics_bytes)
         self.dir.check_data(datasets, resume=self._resume)
-        self.dir.write_environment(self.config.train.seed, self.state.step)
+        seed = self.config.train.seed
+        changed = self.dir.compare_environment(seed, self.state.step) if self._resume else []
+        if not self._resume:
+            self.dir.write_environment(seed)
         self._write_status("running")
         self._tracker = self._exits.enter_context(Tracker(self.dir, self.config.train, first_step=self.state.step))
         if self._resume:
             where = f"step {self.state.step}" if checkpoints else "the beginning, because no checkpoint was written"
             self._tracker.say(f"Resuming {self.dir.path} from {where}.")
+        if changed:
+            self._tracker.say(
+                f"The environment is another than at the start: {', '.join(changed)}. The result can differ from that "
+                "of an uninterrupted run by rounding."
+            )
 
     def begin(self) -> None:
         """The evaluation before the first step."""

@@ -119,10 +119,19 @@ class RunDir:
             {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "updated": now, **details},
         )
 
-    def write_environment(self, seed: int, step: int) -> None:
-        """env.json; a run resumed at a step writes env.resumed_STEP.json beside it."""
-        name = "env.json" if step == 0 else f"env.resumed_{step:06d}.json"
-        write_json(self.path / name, environment() | {"seed": seed})
+    def write_environment(self, seed: int) -> None:
+        """env.json: what the run was started on."""
+        write_json(self.path / "env.json", environment() | {"seed": seed})
+
+    def compare_environment(self, seed: int, step: int) -> list[str]:
+        """Write env.resumed_STEP.json, and name what of the environment the bits of a result depend on differs."""
+        now = environment() | {"seed": seed}
+        write_json(self.path / f"env.resumed_{step:06d}.json", now)
+        path = self.path / "env.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        old, new = leaves(before), leaves(now)
+        names = ("threads", "python", "machine", "gpu", *(f"packages.{name}" for name in PACKAGES))
+        return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
         """Write data.json, or compare with the one of the run that is resumed.

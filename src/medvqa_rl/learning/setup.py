@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.utils.dataclasses import DistributedDataParallelKwargs
+from accelerate.utils.dataclasses import DistributedDataParallelKwargs, DistributedType
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -36,7 +36,7 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     """Join the processes that a launcher started, or run alone.
 
     Raises:
-        ValueError: the prompts of a step cannot be shared out evenly.
+        ValueError: the prompts of a step cannot be shared out evenly, or the launcher asks for sharded weights.
     """
     # With a trained vision tower a micro-batch without images leaves parameters unused.
     trains_vision = config.model.train_vision or config.model.train_projector
@@ -45,6 +45,12 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
         mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=trains_vision)],
     )
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"The launcher asks for {kind.value}, but this version trains with one process or with plain data "
+            "parallelism: run `accelerate launch --multi_gpu` without DeepSpeed or FSDP."
+        )
     if prompts_per_step % accelerator.num_processes:
         raise ValueError(
             f"A step has {prompts_per_step} prompts, which {accelerator.num_processes} processes cannot share out "

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
-"""Metrics that the progress line shows."""
+"""Metrics that a line shows; the bar has room for one."""
 
 
 class Tracker:
@@ -42,13 +42,11 @@ class Tracker:
         self._board: SummaryWriter | None = _summary_writer(run, first_step) if config.tensorboard else None
         self._first_step, self._began = first_step, time.perf_counter()
         self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=16),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
@@ -103,7 +101,10 @@ class Tracker:
         elif is_evaluation:
             self._console.print(Text(line))
         else:
-            self._progress.update(self._task, completed=step, description=f"{shown}  {rate:.2f} s/step")
+            name = "reward" if "reward" in metrics else "loss"
+            self._progress.update(
+                self._task, completed=step, description=f"{name} {metrics[name]:.3f}  {rate:.2f} s/step"
+            )
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far an evaluation is."""

@@ -1,0 +1,77 @@
+"""What a run tells: TensorBoard, the terminal, the table of completions."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from toy import ToyData, read_metrics, toy_config
+
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.metrics import CompletionRecord
+from medvqa_rl.learning.run_dir import write_json
+from medvqa_rl.learning.tracking import completions_table
+
+
+def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = {"steps": 3, "logging_steps": 2, "tensorboard": True, "eval_steps": 3}
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train=changes)
+    run = train(config, train_set=ToyData(), val_set=ToyData(2))
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rewards = {event.step: event.value for event in events.Scalars("reward")}
+    logged = {line["step"]: line["reward"] for line in read_metrics(run) if "reward" in line}
+    assert set(rewards) == {2, 3} and set(logged) == {1, 2, 3}  # metrics.jsonl keeps every step
+    assert all(rewards[step] == pytest.approx(logged[step]) for step in rewards)
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [0, 3]
+
+
+def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 4, "logging_steps": 2})
+    train(config, train_set=ToyData())
+    shown = capsys.readouterr().err
+    assert "step 2/4" in shown and "step 4/4" in shown and "step 1/4" not in shown
+    assert "s/step" in shown and "left" in shown
+    assert "\r" not in shown and "\x1b[" not in shown and "━━━━━━━━━━ " not in shown
+
+
+def test_table_of_completions():
+    def record(index: int, text: str, reward: float, advantage: float) -> CompletionRecord:
+        return CompletionRecord(
+            sample_id="s",
+            index=index,
+            question="Which [bold]side?",
+            options=("left", "right"),
+            gold="B",
+            completion=text,
+            rewards={"format": 1.0, "correctness": reward},
+            reward=reward + 1,
+            advantage=advantage,
+            length=7,
+            prompt_length=3,
+            is_truncated=index == 0,
+            is_correct=reward == 1.0,
+            has_answer=True,
+            extra={},
+        )
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(completions_table(5, [record(0, "worse", 0.0, -0.7), record(1, "[red]better", 1.0, 0.7)]))
+    lines = console.export_text().splitlines()
+    assert "Step 5: Which [bold]side?  A: left  B: right  [gold: B]" in lines[0]
+    better, worse = (next(i for i, line in enumerate(lines) if word in line) for word in ("[red]better", "worse"))
+    assert better < worse and "+0.70" in lines[better] and "7…" in lines[worse]
+
+
+def test_another_environment_is_named_when_resuming(tiny_folder, tmp_path):
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 1})
+    run = train(config, train_set=ToyData())
+    environment = json.loads((run / "env.json").read_text())
+    write_json(run / "env.json", environment | {"threads": 64})
+    train(toy_config(tiny_folder("qwen2_vl"), run, train={"steps": 2}), train_set=ToyData(), resume=True)
+    log = (run / "train.log").read_text()
+    assert f"threads (64 -> {environment['threads']})" in log and "packages" not in log
+    assert (run / "env.resumed_000001.json").exists()
