@@ -188,6 +188,8 @@ def test_unusable_rows_are_counted_by_reason_with_their_numbers(
     }
     for number, reason in enumerate(BAD, start=1):
         assert f"{reason}: numbers {number}" in caplog.text
+        assert (number, FILE, reason, "dropped") in {issue[:4] for issue in dataset.issues}
+    assert len(dataset.issues) == len(BAD)
 
 
 def test_too_many_unusable_rows_stop_the_load(tmp_path: Path) -> None:
@@ -200,7 +202,13 @@ def test_too_many_unusable_rows_stop_the_load(tmp_path: Path) -> None:
 def test_values_are_cleaned(tmp_path: Path) -> None:
     changes = {"answer": 4, "answer_type": "OPEN ", "question_type": "PRSE, ATRIB", "question": " How  many? "}
     write(tmp_path, [row(7, image_organ="NECK", **changes)])
-    (sample,) = load(tmp_path, "test").samples
+    dataset = load(tmp_path, "test")
+    (sample,) = dataset.samples
+    assert [(issue.row, issue.reason, issue.action, issue.detail) for issue in dataset.issues] == [
+        (0, "blanks in answer_type", "repaired", "'OPEN '"),
+        (0, "answer that is a number", "repaired", "4"),
+        (0, "misspelt question_type", "repaired", "PRSE, ATRIB"),
+    ]
     assert (sample.id, sample.question, sample.answer, sample.answer_type) == ("vqa_rad/7", "How many?", "4", "open")
     assert sample.groups == {"organ": "neck", "family": "ATTRIB+PRES", "answer_kind": "other"}
 

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from medvqa_rl.data.issues import RowIssue
 from medvqa_rl.randomness import address
 from medvqa_rl.types import Sample
 
@@ -74,8 +75,11 @@ class StoredDataset:
     """The samples of one split, held in memory; their images stay on disk."""
 
     name: str
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     notes: Mapping[str, int] = field(default_factory=dict)
+    """Counts by reason: what ``issues`` lists, and what is worth knowing about the whole split."""
+    issues: tuple[RowIssue, ...] = ()
+    """Every row that was dropped or repaired, in all files that were read."""
     is_endless: bool = False
 
     def __len__(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data.images import FileImage
+from medvqa_rl.data.issues import RowIssue, count_issues, log_issues, refuse_if_too_many_dropped
 from medvqa_rl.data.splits import Split, StoredDataset, choose, connected, split_of
 from medvqa_rl.prompts import neutralise, normalise
 from medvqa_rl.types import AnswerType, Sample
@@ -48,13 +48,12 @@ class Row:
 
 @dataclass
 class Reading:
-    """All usable rows, and what was wrong with the others."""
+    """All usable rows, and what was wrong with these and the others."""
 
     rows: list[Row] = field(default_factory=list)
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    """Reason -> positions of the rows in the file, from 0."""
-    repaired: Counter[str] = field(default_factory=Counter)
-    """What was repaired -> number of rows."""
+    issues: list[RowIssue] = field(default_factory=list)
+    total: int = 0
+    """Rows of the file."""
 
 
 def load_vqa_rad(config: DataConfig, split: Split) -> StoredDataset:
@@ -76,10 +75,11 @@ def load_vqa_rad(config: DataConfig, split: Split) -> StoredDataset:
     """
     root = _root(config)
     reading = read_rows(root)
-    _refuse_if_too_many_dropped(reading, root, config)
+    refuse_if_too_many_dropped(
+        reading.issues, total=reading.total, max_dropped=config.max_dropped, name="VQA-RAD", folder=root
+    )
     rows = [row for row, place in zip(reading.rows, _places(reading.rows, config)) if place == split]
-    notes = {f"dropped: {reason}": len(numbers) for reason, numbers in reading.dropped.items()}
-    notes |= {f"repaired: {what}": count for what, count in reading.repaired.items()}
+    notes = count_issues(reading.issues)
     if split == "test" and config.split == "official":
         others = {row.image for row in reading.rows if not row.is_test}
         notes["test images that also occur in train"] = len({row.image for row in rows} & others)
@@ -95,7 +95,7 @@ def load_vqa_rad(config: DataConfig, split: Split) -> StoredDataset:
     samples = tuple(kept[index] for index in choose([sample.id for sample in kept], limit, config.seed))
     if neutralised := sum(neutralise(sample.question)[1] > 0 for sample in samples):
         notes["neutralised: questions with special-token strings"] = neutralised
-    return StoredDataset(f"vqa_rad/{config.split}/{split}", samples, notes)
+    return StoredDataset(f"vqa_rad/{config.split}/{split}", samples, notes, tuple(reading.issues))
 
 
 def _root(config: DataConfig) -> Path:
@@ -125,64 +125,58 @@ def read_rows(root: Path) -> Reading:
     if not isinstance(content, list) or not content or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"The file {file} is not a list of questions, as VQA-RAD's is: download it again.")
     folder = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), root / IMAGE_FOLDERS[0])
-    reading = Reading()
+    reading = Reading(total=len(content))
     problems: dict[str, str | None] = {}
     ids: set[str] = set()
     for number, fields in enumerate(content):
-        found = _read_row(fields, folder, reading.repaired, problems)
+        found, repairs = _read_row(fields, folder, problems)
         if isinstance(found, Row) and found.sample.id in ids:
             found = "repeated qid"
         if isinstance(found, Row):
             ids.add(found.sample.id)
             reading.rows.append(found)
+            reading.issues += [
+                RowIssue(number, FILE, reason, "repaired", detail) for reason, detail in repairs.items()
+            ]
         else:
-            reading.dropped.setdefault(found, []).append(number)
+            reading.issues.append(RowIssue(number, FILE, found, "dropped", str(fields.get("image_name", ""))))
     if problems and set(problems.values()) == {MISSING}:
         raise ValueError(
             f"Every image of VQA-RAD is missing from {folder}, {min(problems)} for example: put them there."
         )
-    for reason, numbers in reading.dropped.items():
-        log.warning("%d rows of %s are dropped, %s: numbers %s", len(numbers), file, reason, _few(numbers))
+    log_issues(reading.issues)
     return reading
 
 
 def _read_row(
-    fields: Mapping[str, Any], folder: Path, repaired: Counter[str], problems: dict[str, str | None]
-) -> Row | str:
-    """A row's sample, or the reason why it is unusable."""
-    for name in (
-        "qid",
-        "image_name",
-        "question",
-        "answer",
-        "answer_type",
-        "question_type",
-        "image_organ",
-        "phrase_type",
-    ):
+    fields: Mapping[str, Any], folder: Path, problems: dict[str, str | None]
+) -> tuple[Row | str, dict[str, str]]:
+    """A row's sample, or the reason why it is unusable; and what was repaired, with the value as it was."""
+    for name in REQUIRED:
         if fields.get(name) is None:
-            return f"no {name}"
+            return f"no {name}", {}
     text = {name: " ".join(str(value).split()) for name, value in fields.items()}
     for name in ("qid", "image_name", "question", "answer"):
         if not text[name]:
-            return f"empty {name}"
+            return f"empty {name}", {}
     answer_type = ANSWER_TYPES.get(text["answer_type"].lower())
     if answer_type is None:
-        return "unknown answer_type"
+        return "unknown answer_type", {}
     if text["phrase_type"] not in PHRASES:
-        return "unknown phrase_type"
+        return "unknown phrase_type", {}
     image = FileImage(text["image_name"], folder)
     if image.key not in problems:
         problems[image.key] = _problem(image)
     if problem := problems[image.key]:
-        return problem
+        return problem, {}
     tags = [tag.strip().upper() for tag in text["question_type"].split(",") if tag.strip()]
-    repairs = {
-        "blanks in answer_type": text["answer_type"] != fields["answer_type"],
-        "answer that is a number": not isinstance(fields["answer"], str),
-        "misspelt question_type": any(tag in TAG_REPAIRS for tag in tags),
-    }
-    repaired.update(what for what, happened in repairs.items() if happened)
+    repairs = {}
+    if text["answer_type"] != fields["answer_type"]:
+        repairs["blanks in answer_type"] = repr(fields["answer_type"])
+    if not isinstance(fields["answer"], str):
+        repairs["answer that is a number"] = text["answer"]
+    if any(tag in TAG_REPAIRS for tag in tags):
+        repairs["misspelt question_type"] = text["question_type"]
     sample = Sample(
         id=f"vqa_rad/{text['qid']}",
         question=text["question"],
@@ -196,7 +190,8 @@ def _read_row(
         },
     )
     url = text.get("image_case_url", "")
-    return Row(sample, image.key, url if url.startswith("http") else image.key, PHRASES[text["phrase_type"]])
+    case = url if url.startswith("http") else image.key
+    return Row(sample, image.key, case, PHRASES[text["phrase_type"]]), repairs
 
 
 def _problem(image: FileImage) -> str | None:
@@ -209,21 +204,6 @@ def _problem(image: FileImage) -> str | None:
         log.warning("%s", error)
         return "unreadable image"
     return None
-
-
-def _few(numbers: list[int], most: int = 20) -> str:
-    return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most} more" if len(numbers) > most else "")
-
-
-def _refuse_if_too_many_dropped(reading: Reading, root: Path, config: DataConfig) -> None:
-    count = sum(map(len, reading.dropped.values()))
-    total = count + len(reading.rows)
-    if count > config.max_dropped * total:
-        reasons = "; ".join(f"{reason}: rows {_few(numbers, 5)}" for reason, numbers in reading.dropped.items())
-        raise ValueError(
-            f"{count} of {total} rows of VQA-RAD at {root} are unusable ({reasons}), more than data.max_dropped = "
-            f"{config.max_dropped:g} allows: repair the folder, or raise data.max_dropped."
-        )
 
 
 def _places(rows: list[Row], config: DataConfig) -> list[Split]:
