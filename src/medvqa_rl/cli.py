@@ -126,6 +126,7 @@ def _root(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the samples and of every sampled token.")] = 0,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Adapt the embedded model to a scanner it has not seen, and show that it got better. Minutes on a CPU."""
@@ -133,7 +134,7 @@ def demo(
         _quiet()
         from medvqa_rl.phantom.demo import run_demo
 
-        run_demo(output, seed)
+        run_demo(output, seed, dry_run=dry_run)
 
 
 @app.command()
@@ -250,6 +251,7 @@ def env(debug: Debug = False) -> None:
 def phantom_build(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom"),
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Train the embedded checkpoints again from nothing, by the committed recipe."""
@@ -257,7 +259,7 @@ def phantom_build(
         _quiet()
         from medvqa_rl.phantom.build import build
 
-        build(output, seed=seed)
+        build(output, seed=seed, dry_run=dry_run)
 
 
 @phantom_app.command("draw")

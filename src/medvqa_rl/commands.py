@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.data.images import FileImage
 from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
 from medvqa_rl.models.loading import load_policy
+from medvqa_rl.progress import progress_bar
 from medvqa_rl.prompts import Template, normalise, parse_completion, read_choice
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import LETTERS, Completion, Group, Sample
@@ -89,24 +89,14 @@ def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: P
             soft_wrap=True,
         )
         return
-    with Progress(
-        TextColumn("questions"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        task = bar.add_task("", total=None)
+    with progress_bar("questions") as progress:
         evaluation = evaluate(
             engine,
             dataset,
             config.eval,
             max_completion_length=length,
             template=config.prompt.template,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     write_evaluation(evaluation, folder)
     console.print(evaluation.table(f"{dataset.name}: {model.adapter or model.path}"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +51,8 @@ FORM_RATE = 0.1
 DESCRIBE_RATE = 0.35
 """Share of the base model's lessons that are descriptions of the image."""
 BATCH = 32
-STEPS = {"base": 1800, "instruct": 1200}
-LEARNING_RATES = {"binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
+STEPS: dict[Stage, int] = {"base": 1800, "instruct": 1200}
+LEARNING_RATES: dict[str, float] = {"binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
 WORDS = tuple(dict.fromkeys((*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "equal")))
 _REACH = 60
 """Random tokens between the options and the questions about them, at the end of the binding stage."""
@@ -60,19 +60,26 @@ _REACH = 60
 Log = Callable[[dict[str, Any]], None]
 
 
-def build(output: Path, *, seed: int = 0, steps: dict[str, int] | None = None) -> Path:
+def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = None, dry_run: bool = False) -> Path:
     """Train both checkpoints and evaluate them on both scanners.
 
     Args:
         output: gets ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (curves) and ``build.json``
             (accuracy of both on both scanners).
         steps: optimizer steps of the stages ``base`` and ``instruct``; None takes the recipe's.
+        dry_run: show the shapes of one step of each kind and stop; nothing is written.
 
     Raises:
         ValueError: the output folder holds something already.
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is not empty: name another with --output, or remove it.")
+    processor = build_processor()
+    model = build_model(processor, seed)
+    policy = Policy(model, processor, torch.device("cpu"), ModelConfig(train_vision=True, train_projector=True))
+    if dry_run:
+        _show_one_step(policy, seed)
+        return output
     output.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
@@ -82,16 +89,13 @@ def build(output: Path, *, seed: int = 0, steps: dict[str, int] | None = None) -
             file.write(json.dumps(row) + "\n")
         print(
             "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
 
-    processor = build_processor()
-    model = build_model(processor, seed)
-    policy = Policy(model, processor, torch.device("cpu"), ModelConfig(train_vision=True, train_projector=True))
     results: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     learn_binding(policy, seed, log)
-    for stage in ("base", "instruct"):
+    for stage in STEPS:
         learn(policy, stage, steps[stage] if steps else STEPS[stage], seed, log)
         save(policy, output / stage)
         results[stage] = examine(policy, stage)
@@ -99,6 +103,18 @@ def build(output: Path, *, seed: int = 0, steps: dict[str, int] | None = None) -
     results["seconds"] = round(time.perf_counter() - began)
     (output / "build.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return output
+
+
+def _show_one_step(policy: Policy, seed: int) -> None:
+    """Print sizes and shapes of one step of each kind."""
+    print(f"{sum(parameter.numel() for parameter in policy.model.parameters()):,} parameters, {STEPS} steps")
+    ids, at = Binding(policy, seed).draw(64, 8, _REACH, use_words=True)
+    print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {at.tolist()}")
+    for stage in STEPS:
+        batch = collate(_lesson_groups(policy, stage, seed, 0), policy.processor, policy.device)
+        loss = sft_loss(GroupForward(policy.model), batch)
+        loss.backward()
+        print(f"{stage}: {tuple(batch.input_ids.shape)} rows x tokens, {len(batch.targets)} targets, loss {loss:.3f}")
 
 
 class Binding:
@@ -211,12 +227,9 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
         Binding(policy, seed + 1),
     )
     policy.model.train()
-    recent = deque[float](maxlen=50)
+    recent, began = deque[float](maxlen=50), time.perf_counter()
     for step in range(steps):
-        lessons = [lesson(stage, seed, step * BATCH + i) for i in range(BATCH)]
-        groups: Sequence[Group] = [
-            target_group(sample, text, policy.processor, "think_answer") for sample, text in lessons
-        ]
+        groups = _lesson_groups(policy, stage, seed, step)
         loss = sft_loss(forward, collate(groups, policy.processor, policy.device))
         recent.append(loss.item())
         if step % 8 == 0:
@@ -226,7 +239,22 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
         clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step(lr_at(step, settings, steps))
         if (step + 1) % 50 == 0:
-            log({"stage": stage, "step": step + 1, "loss": sum(recent) / len(recent)})
+            left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
+            log(
+                {
+                    "stage": stage,
+                    "step": step + 1,
+                    "of": steps,
+                    "loss": sum(recent) / len(recent),
+                    "minutes left": left / 60,
+                }
+            )
+
+
+def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[Group]:
+    """The lessons of one step as groups of one completion."""
+    lessons = [lesson(stage, seed, step * BATCH + index) for index in range(BATCH)]
+    return [target_group(sample, text, policy.processor, "think_answer") for sample, text in lessons]
 
 
 def save(policy: Policy, folder: Path) -> None:

@@ -22,7 +22,6 @@ from medvqa_rl.config import (
     AdvantageConfig,
     Config,
     DataConfig,
-    EvalConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -34,6 +33,7 @@ from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, wri
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.models.loading import load_policy
+from medvqa_rl.progress import progress_bar
 from medvqa_rl.report.page import Comparison, DemoPage, FigureFile, ShownGroup, shown_group, write_demo_page
 from medvqa_rl.report.plots import plot_before_after, plot_training
 from medvqa_rl.rewards import Rewards
@@ -59,16 +59,18 @@ def demo_config(output: Path, seed: int = 0) -> Config:
     )
 
 
-def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
+def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str, Any]:
     """Run the demo and write everything it shows to a run folder.
 
     Args:
         output: the run folder; must not exist, or be empty.
         seed: of the training; the questions of the evaluation are the same for every seed.
+        dry_run: show the shapes of one training step and stop; nothing is written.
 
     Returns:
         The content of ``demo.json``: ``accuracy_before``, ``accuracy_after``, ``gain``, ``gain_low``, ``gain_high``
-        (paired 95 % interval), ``num_questions`` on the unseen scanner, the same under ``home``, and ``seconds``.
+        (paired 95 % interval), ``num_questions`` on the unseen scanner, the same under ``home``, and ``seconds``;
+        empty after a dry run.
 
     Raises:
         ValueError: the folder is in use, or the embedded checkpoint is not installed.
@@ -76,6 +78,9 @@ def run_demo(output: Path, seed: int = 0) -> dict[str, Any]:
     began = time.perf_counter()
     console = Console(width=None if os.isatty(1) else 120)
     config = demo_config(output, seed)
+    if dry_run:
+        train(config, dry_run=True)
+        return {}
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is in use: remove it, or name another with --output.")
 
@@ -111,13 +116,15 @@ def _evaluate_both(config: Config, model: ModelConfig) -> dict[str, Evaluation]:
     evaluations = {}
     for scanner, count in NUM_QUESTIONS.items():
         data = config.data.model_copy(update={"scanner": scanner, "num_test": count})
-        evaluations[scanner] = evaluate(
-            engine,
-            load_dataset(data, "test"),
-            EvalConfig(),
-            max_completion_length=config.rollout.max_completion_length,
-            template=config.prompt.template,
-        )
+        with progress_bar("questions") as progress:
+            evaluations[scanner] = evaluate(
+                engine,
+                load_dataset(data, "test"),
+                config.eval,
+                max_completion_length=config.rollout.max_completion_length,
+                template=config.prompt.template,
+                progress=progress,
+            )
     return evaluations
 
 
