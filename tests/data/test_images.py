@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medvqa_rl.data.images import MAX_PIXELS, FileImage, MemoryImage
+from medvqa_rl.data.images import MAX_PIXELS, FileImage, MemoryImage, shrink
 
 GRADIENT = np.linspace(0, 255, 48 * 32).reshape(32, 48).astype(np.uint8)
 
@@ -151,3 +151,20 @@ def test_damaged_files_give_an_image_or_a_value_error(
         assert FileImage("damaged", tmp_path).load().mode == "RGB"
     except ValueError as error:
         assert "damaged" in str(error)
+
+
+def test_shrinking_keeps_the_ratio_and_the_limit() -> None:
+    image = Image.new("RGB", (400, 300))
+    assert shrink(image, 120_000) is image
+    assert shrink(image, 30_000).size == (200, 150)  # a quarter of the area, half of each side
+    assert shrink(image, 1).size == (1, 1)
+    assert shrink(Image.new("L", (1, 1000)), 10).size == (1, 10)
+    with pytest.raises(ValueError, match="at least 1"):
+        shrink(image, 0)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_no_image_is_larger_than_asked_for(width: int, height: int, limit: int) -> None:
+    small = shrink(Image.new("L", (width, height)), limit)
+    assert small.width * small.height <= max(limit, 1) and small.width <= width and small.height <= height

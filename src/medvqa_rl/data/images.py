@@ -1,7 +1,12 @@
-"""Images on disk, decoded only when asked for and safely: any file becomes an RGB image or a clear error. No torch."""
+"""Images on disk, decoded only when asked for and safely: any file becomes an RGB image or a clear error. No torch.
+
+DICOM (.dcm, .dicom) and NIfTI (.nii, .nii.gz) are read where their extras are installed; a fragment after the name
+says which frame, slice and window (:mod:`medvqa_rl.data.windowing`).
+"""
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -9,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from medvqa_rl.data.windowing import grey_levels, medical_kind, split_fragment, stretch
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
 """What is decoded. Others are refused, EPS above all: Pillow would hand it to an interpreter of PostScript."""
@@ -42,15 +49,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        values = np.where(np.isfinite(values), values, 0.0)
-        low, high = float(values.min()), float(values.max())
-        scaled = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-        return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(grey_levels(stretch(np.asarray(image)))).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An image of at most max_pixels in area, its ratio kept to the nearest pixel; smaller ones stay as they are.
+
+    Each side is multiplied by sqrt(max_pixels / area) and rounded down, to at least 1; a strip so narrow that one side
+    is 1 already loses length instead of its ratio.
+
+    Raises:
+        ValueError: max_pixels is not positive.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"An image cannot shrink to {max_pixels} pixels: give at least 1.")
+    width, height = image.size
+    if width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    width, height = min(width, max_pixels // height) or 1, min(height, max_pixels // width) or 1
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _open(path: Path) -> Image.Image:
@@ -59,8 +82,7 @@ def _open(path: Path) -> Image.Image:
     Raises:
         ValueError: the file is missing, not an image of a known format, or too large.
     """
-    if not path.is_file():
-        raise ValueError(f"The image {path} does not exist: check the data folder, or leave its rows out.")
+    _must_exist(path)
     try:
         image = Image.open(path, formats=FORMATS)
     except _DECODE_ERRORS as error:
@@ -75,6 +97,11 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"The image {path} does not exist: check the data folder, or leave its rows out.")
+
+
 def _unreadable(path: Path, error: BaseException) -> str:
     return (
         f"The image {path} cannot be decoded ({type(error).__name__}: {str(error).rstrip('.') or 'no details'}): "
@@ -84,7 +111,11 @@ def _unreadable(path: Path, error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class FileImage:
-    """An image file of a data set; ``path`` is relative to ``root``, the data set's folder."""
+    """An image file of a data set; ``path`` is relative to ``root``, the data set's folder.
+
+    Names of DICOM and NIfTI files may carry a fragment (``ct.dcm#window=40,400``), which is part of the key: another
+    slice is another image.
+    """
 
     path: str
     root: Path
@@ -94,13 +125,29 @@ class FileImage:
         """The relative path: it names the image on every machine."""
         return self.path
 
+    @property
+    def file(self) -> Path:
+        """The file on disk, without a fragment."""
+        return self.root / split_fragment(self.path)[0]
+
     def load(self) -> Image.Image:
         """Decode the first frame to RGB (:func:`to_rgb`).
 
         Raises:
-            ValueError: the file is missing, damaged, truncated, too large or not an image; the message names it.
+            ValueError: the file is missing, damaged, truncated, too large or not an image, or its format needs an
+                extra that is not installed; the message names it.
         """
-        path = self.root / self.path
+        path = self.file
+        if kind := medical_kind(self.path):
+            _must_exist(path)
+            fragment = split_fragment(self.path)[1]
+            if kind == "dicom":
+                from medvqa_rl.data.dicom import decode_dicom
+
+                return decode_dicom(path, fragment, max_pixels=MAX_PIXELS)
+            from medvqa_rl.data.nifti import decode_nifti
+
+            return decode_nifti(path, fragment, max_pixels=MAX_PIXELS)
         image = _open(path)
         try:
             with image:
@@ -115,7 +162,17 @@ class FileImage:
         Raises:
             ValueError: as :meth:`load`, except for damage inside the pixel data.
         """
-        _open(self.root / self.path).close()
+        path = self.file
+        if kind := medical_kind(self.path):
+            _must_exist(path)
+            if kind == "dicom":
+                from medvqa_rl.data.dicom import check_dicom
+
+                return check_dicom(path, max_pixels=MAX_PIXELS)
+            from medvqa_rl.data.nifti import check_nifti
+
+            return check_nifti(path, max_pixels=MAX_PIXELS)
+        _open(path).close()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,109 @@
+"""Measured values to grey levels, for medical formats whose pixels are no colours yet. Pure functions; no torch.
+
+A file's name may end in a fragment that says what to show of it: ``ct.dcm#frame=3&window=40,400`` or
+``brain.nii.gz#axis=0&slice=40``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Function = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+FUNCTIONS: tuple[Function, ...] = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+_VOLUME = re.compile(r"(.*\.(?:dcm|dicom|nii|nii\.gz))(?:#(.*))?", re.IGNORECASE | re.DOTALL)
+
+
+def split_fragment(name: str) -> tuple[str, str | None]:
+    """A file's name without its fragment, and the fragment; only names of DICOM and NIfTI files have one."""
+    match = _VOLUME.fullmatch(name)
+    return (match[1], match[2]) if match else (name, None)
+
+
+def medical_kind(name: str) -> Literal["dicom", "nifti"] | None:
+    """The medical format of a file by its name (.dcm, .dicom, .nii, .nii.gz), or None for an ordinary image."""
+    match = _VOLUME.fullmatch(name)
+    if match is None:
+        return None
+    return "nifti" if match[1].lower().endswith((".nii", ".nii.gz")) else "dicom"
+
+
+def read_fragment(fragment: str | None, allowed: Collection[str], path: Path) -> dict[str, tuple[float, ...]]:
+    """The numbers of a fragment by name: ``window=40,400&frame=3`` is ``{"window": (40.0, 400.0), "frame": (3.0,)}``.
+
+    Raises:
+        ValueError: a name that is not allowed or occurs twice, or values that are not numbers: two with a positive
+            width for ``window``, one whole number that is not negative for all others.
+    """
+    result: dict[str, tuple[float, ...]] = {}
+    for part in fragment.split("&") if fragment else ():
+        name, _, text = part.partition("=")
+        try:
+            values = tuple(float(value) for value in text.split(","))
+        except ValueError:
+            values = ()
+        is_window = name == "window" and len(values) == 2 and np.isfinite(values).all() and values[1] > 0
+        is_index = name != "window" and len(values) == 1 and values[0] >= 0 and values[0].is_integer()
+        if name not in allowed or name in result or not (is_window or is_index):
+            raise ValueError(
+                f"The fragment #{fragment} after the image {path} is not understood at {part!r}: join any of "
+                f"{', '.join(f'{each}=CENTER,WIDTH' if each == 'window' else f'{each}=NUMBER' for each in allowed)} "
+                "by &, each once; the width is positive, and numbers count from 0."
+            )
+        result[name] = values
+    return result
+
+
+def window(values: NDArray[Any], center: float, width: float, function: Function = "LINEAR") -> NDArray[np.float64]:
+    """Apply a DICOM window: values to shares of full brightness.
+
+    LINEAR is 0 up to c - 0.5 - (w-1)/2, 1 above c - 0.5 + (w-1)/2 and (x - (c-0.5))/(w-1) + 0.5 between; LINEAR_EXACT
+    is (x-c)/w + 0.5, clipped; SIGMOID is 1 / (1 + exp(-4 (x-c)/w)). Source: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3.
+
+    Args:
+        values: any shape, in the units of the window (after rescaling).
+        center: c.
+        width: w; at least 1 for LINEAR, above 0 for the others.
+
+    Returns:
+        The same shape, in [0, 1].
+
+    Raises:
+        ValueError: the width is too small.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if width < 1 if function == "LINEAR" else width <= 0:
+        least = "at least 1" if function == "LINEAR" else "above 0"
+        raise ValueError(f"The window's width is {width:g}, but a {function} window needs one {least}: give another.")
+    if function == "SIGMOID":
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
+    if function == "LINEAR_EXACT":
+        return np.asarray(np.clip((x - center) / width + 0.5, 0.0, 1.0))
+    if width == 1:
+        return np.asarray(x > center - 0.5, dtype=np.float64)
+    return np.asarray(np.clip((x - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0))
+
+
+def stretch(values: NDArray[Any], is_valid: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
+    """Stretch linearly from the range of the values to [0, 1]; a constant gives zeros.
+
+    Args:
+        values: any shape; what is not finite counts as 0.
+        is_valid: the same shape; where False (padding), values do not enter the range and are clipped to it.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    x = np.where(np.isfinite(x), x, 0.0)
+    inside = x if is_valid is None or not is_valid.any() else x[is_valid]
+    low, high = (float(inside.min()), float(inside.max())) if inside.size else (0.0, 0.0)
+    return np.clip((x - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(x)
+
+
+def grey_levels(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Shares of full brightness in [0, 1] as 8-bit grey levels."""
+    return np.asarray(np.rint(shares * 255.0), dtype=np.uint8)
