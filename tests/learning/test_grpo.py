@@ -38,6 +38,7 @@ def test_golden_run(folder, tmp_path):
     found = [{name: line[name] for name in GOLDEN_NAMES} for line in read_metrics(run)]
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{GOLDEN} was missing and is recorded anew: look at it and run again.")
     for line, expected in zip(found, json.loads(GOLDEN.read_text()), strict=True):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-6)
 

@@ -8,13 +8,14 @@ from medvqa_rl.learning.sampler import indices_at, samples_at
 
 
 def test_endless_data_is_read_in_order():
-    assert indices_at(0, num_prompts=3, length=None, seed=0) == [0, 1, 2]
-    assert indices_at(7, num_prompts=3, length=None, seed=5) == [21, 22, 23]
+    assert indices_at(0, num_prompts=3, length=None, seed=0) == [(0, 0), (1, 0), (2, 0)]
+    assert indices_at(7, num_prompts=3, length=None, seed=5) == [(21, 0), (22, 0), (23, 0)]
 
 
 def test_every_epoch_holds_every_sample_once_and_has_an_order_of_its_own():
-    drawn = [index for step in range(14) for index in indices_at(step, num_prompts=5, length=7, seed=3)]
-    epochs = [drawn[start : start + 7] for start in range(0, 70, 7)]
+    drawn = [draw for step in range(14) for draw in indices_at(step, num_prompts=5, length=7, seed=3)]
+    assert [epoch for _, epoch in drawn] == [place // 7 for place in range(70)]
+    epochs = [[index for index, _ in drawn[start : start + 7]] for start in range(0, 70, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 10
 
@@ -25,12 +26,13 @@ def test_the_seed_decides():
 
 
 def test_a_step_larger_than_the_data_goes_round():
-    assert sorted(indices_at(0, num_prompts=8, length=4, seed=0)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    drawn = indices_at(0, num_prompts=8, length=4, seed=0)
+    assert sorted(drawn) == [(index, epoch) for index in range(4) for epoch in range(2)]
 
 
 def test_ranks_share_a_step_out():
     data = ToyData(10)
     whole = samples_at(data, 2, num_prompts=4, seed=0)
     parts = [samples_at(data, 2, num_prompts=4, seed=0, rank=rank, num_ranks=2) for rank in range(2)]
-    assert [sample.id for sample in parts[0] + parts[1]] == [sample.id for sample in whole]
+    assert parts[0] + parts[1] == whole
     assert len(parts[0]) == 2

@@ -93,7 +93,7 @@ def train(
 
 def roll_out(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
     """This rank's groups of a step: P prompts with G sampled completions each."""
-    samples = samples_at(
+    draws = samples_at(
         setup.datasets["train"],
         step,
         num_prompts=config.train.prompts_per_step,
@@ -101,8 +101,16 @@ def roll_out(config: Config, accelerator: Accelerator, setup: Setup, step: int) 
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
+    samples = [draw.sample for draw in draws]
     try:
-        return setup.engine.rollout(samples, config.rollout, seed=config.train.seed, stream="train", step=step)
+        return setup.engine.rollout(
+            samples,
+            config.rollout,
+            seed=config.train.seed,
+            stream="train",
+            step=step,
+            occurrences=[draw.epoch for draw in draws],
+        )
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from medvqa_rl.randomness import address, permutation
 from medvqa_rl.types import Dataset, Sample
 
 
-def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) -> list[int]:
-    """Indices of the samples of one step.
+class Draw(NamedTuple):
+    """A sample and the epoch that it is drawn in: a step that holds the end of one epoch and the beginning of the
+    next can hold a sample twice."""
+
+    sample: Sample
+    epoch: int
+
+
+def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) -> list[tuple[int, int]]:
+    """Indices of the samples of one step, each with its epoch.
 
     An endless data set is read in order: step s takes s * P ... s * P + P - 1. A finite one is shuffled anew in every
     epoch; epochs join without a gap, so a step may hold the end of one and the beginning of the next.
@@ -20,20 +30,16 @@ def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) ->
     """
     places = range(step * num_prompts, (step + 1) * num_prompts)
     if length is None:
-        return list(places)
+        return [(place, 0) for place in places]
     orders = {epoch: permutation(address(seed, "epoch", epoch), length) for epoch in {i // length for i in places}}
-    return [int(orders[place // length][place % length]) for place in places]
+    return [(int(orders[place // length][place % length]), place // length) for place in places]
 
 
 def samples_at(
     dataset: Dataset, step: int, *, num_prompts: int, seed: int, rank: int = 0, num_ranks: int = 1
-) -> list[Sample]:
-    """The samples of one step that one rank works on; ranks share a step's samples out evenly.
-
-    The random numbers of a rollout are addressed by step and sample, so a sample that comes again in a later epoch
-    gets others.
-    """
+) -> list[Draw]:
+    """The samples of one step that one rank works on; ranks share a step's samples out evenly."""
     length = None if dataset.is_endless else len(dataset)
     indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed)
     share = num_prompts // num_ranks
-    return [dataset[index] for index in indices[rank * share : (rank + 1) * share]]
+    return [Draw(dataset[index], epoch) for index, epoch in indices[rank * share : (rank + 1) * share]]

@@ -117,7 +117,7 @@ def train_sft(
 
 def step_groups(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
     """This rank's targets of a step."""
-    samples = samples_at(
+    draws = samples_at(
         setup.datasets["train"],
         step,
         num_prompts=config.sft.batch_size,
@@ -125,6 +125,7 @@ def step_groups(config: Config, accelerator: Accelerator, setup: Setup, step: in
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
+    samples = [draw.sample for draw in draws]
     return target_groups(
         samples, setup.policy.processor, config.prompt.template, use_reasoning=config.sft.use_reasoning
     )

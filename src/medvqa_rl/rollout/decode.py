@@ -44,30 +44,42 @@ class RolloutEngine:
         self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
 
     def rollout(
-        self, samples: Sequence[Sample], config: RolloutConfig, *, seed: int, stream: Stream, step: int
+        self,
+        samples: Sequence[Sample],
+        config: RolloutConfig,
+        *,
+        seed: int,
+        stream: Stream,
+        step: int,
+        occurrences: Sequence[int] | None = None,
     ) -> list[Group]:
         """Sample G completions for each sample.
 
-        Every token's randomness is addressed by (seed, stream, step, sample id, occurrence in this call, completion
-        index, position), so the result does not depend on the other samples, their order or ``max_batch``.
+        Every token's randomness is addressed by (seed, stream, step, sample id, occurrence, completion index,
+        position), so the result does not depend on the other samples, their order or ``max_batch``.
+
+        Args:
+            samples: the prompts.
+            config: how to sample.
+            seed: of the run.
+            stream: what the numbers are for.
+            step: of the run.
+            occurrences: per sample, tells apart the times that it occurs in the step, on any rank; None counts them
+                in this call.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
             FloatingPointError: the model gives logits that are not finite.
         """
-        seen: Counter[str] = Counter()
+        numbers = iter(_count_occurrences(samples) if occurrences is None else occurrences)
         groups: list[Group] = []
         for batch in _batches(samples, config.max_batch):
-            occurrences = []
-            for sample in batch:
-                occurrences.append(seen[sample.id])
-                seen[sample.id] += 1
             table = uniform_table(
                 seed,
                 stream,
                 step,
                 [sample.id for sample in batch],
-                occurrences,
+                list(islice(numbers, len(batch))),
                 config.num_generations,
                 config.max_completion_length,
             )
@@ -246,6 +258,16 @@ class _ForkedLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at these indices."""
         self._make_room([states.index_select(0, indices) for states in self._filled()])
+
+
+def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
+    """How often each sample's id has come before it."""
+    seen: Counter[str] = Counter()
+    counts = []
+    for sample in samples:
+        counts.append(seen[sample.id])
+        seen[sample.id] += 1
+    return counts
 
 
 def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
