@@ -219,16 +219,26 @@ class SftConfig(Settings):
 
 
 class EvalConfig(Settings):
-    """Greedy evaluation."""
+    """Evaluation: greedy answers, and sampled ones where asked."""
 
     batch_size: Positive = 64
     """Questions answered together."""
     max_samples: Positive | None = None
     """Evaluate on this many samples at most; None takes all."""
+    num_samples: Annotated[int, Field(ge=0)] = 0
+    """Sample this many answers to each question besides the greedy one, for majority@k and pass@k; 0 samples none."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Temperature of the sampled answers."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sampled answers: from the fewest tokens that hold this much probability; 1 keeps all."""
+    fail_on_unscored: Share = 0.05
+    """The evaluation fails, its files written, when a larger share of the questions could not be scored."""
+    interval: Literal["bca", "percentile"] = "bca"
+    """How the 95 % intervals are read off the resampled images: bias-corrected and accelerated, or percentiles."""
     bootstrap: Positive = 2000
     """Resamples of the 95 % intervals."""
     seed: int = 0
-    """Seed of the resampling."""
+    """Seed of the choice of samples, of the sampled answers and of the resampling."""
 
 
 class Config(Settings):

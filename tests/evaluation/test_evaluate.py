@@ -3,6 +3,7 @@
 Run: pytest tests/evaluation/test_evaluate.py
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -14,18 +15,28 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from medvqa_rl.config import EvalConfig
+from medvqa_rl.config import EvalConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage, MemoryImage
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.evaluate import (
+    EvaluationFailed,
+    check_unscored,
     evaluate,
     paired_gain,
+    questions_hash,
     read_records,
     results_table,
     summarise,
     write_evaluation,
 )
-from medvqa_rl.evaluation.stats import cluster_bootstrap
+from medvqa_rl.evaluation.records import write_records
+from medvqa_rl.evaluation.stats import (
+    cluster_bootstrap,
+    cluster_permutation,
+    cluster_standard_error,
+    effective_n,
+    minimum_detectable_effect,
+)
 from medvqa_rl.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=500)
@@ -111,11 +122,136 @@ def test_results_by_hand() -> None:
         "name": "tiny",
         "fingerprint": DATASET.fingerprint,
         "size": 5,
+        "questions": questions_hash(SAMPLES),
         "notes": {"dropped": 1},
     }
+    assert questions_hash(SAMPLES) != questions_hash(SAMPLES[:4])
+    assert results["seeds"] == {"choice": 0, "sampling": 0, "bootstrap": 0}
+    assert results["effective_n"] == pytest.approx(effective_n([1, 0, 1, 0, 1], ["x", "x", "y", "z", "z"]))
+    assert results["exact_match"] == 0 and results["rouge_l"] == pytest.approx(0.8)
     assert results["settings"]["template"] == "think_answer"
     assert results["settings"]["max_completion_length"] == 64
     assert set(results["versions"]) >= {"python", "torch", "transformers", "numpy"}
+
+
+def test_averages_are_named_and_by_hand() -> None:
+    results = run().results
+    assert results["averages"] == {
+        "micro_questions": 3 / 5,
+        "macro_images": pytest.approx((1 / 2 + 1 + 1 / 2) / 3),
+        "macro_answer_type": pytest.approx((2 / 3 + 1 + 0) / 3),
+        "macro_answer_kind": pytest.approx((1 + 2 / 4) / 2),
+        "macro_modality": pytest.approx((1 / 2 + 2 / 3) / 2),
+        "macro_family": pytest.approx((2 / 3 + 1) / 2),
+    }
+    # A quarter of the answers differ, 80 % power at 5 %.
+    assert results["detectable_difference"] == pytest.approx(
+        2.8016 * math.sqrt(0.25 / results["effective_n"]), rel=1e-4
+    )
+
+
+def test_scores_by_annotation_and_by_yes_or_no() -> None:
+    by = run().results["by"]
+    assert {value: summary["n"] for value, summary in by["answer_type"].items()} == {
+        "choice": 3,
+        "closed": 1,
+        "open": 1,
+    }
+    assert {value: summary["n"] for value, summary in by["answer_kind"].items()} == {"other": 4, "yes/no": 1}
+
+
+def test_letters_by_hand() -> None:
+    letters = run().results["letters"]
+    assert letters["gold"] == {"A": 1, "B": 2, "none": 0}
+    assert letters["given"] == {"A": 0, "B": 2, "none": 1}
+    assert letters["distance"] == pytest.approx(1 / 3)
+
+
+class Sampler(Reciter):
+    """Also samples: the words of a text, in turn, are the answers."""
+
+    def rollout(self, samples: Sequence[Sample], config: RolloutConfig, *, seed: int, stream: str, step: int) -> list:
+        assert (config.num_generations, seed, stream, config.temperature) == (4, 0, "eval", 0.7)
+        answers = {"1": "B A B A", "2": "A A B -", "3": "yes no Yes. no", "4": "x y z x", "5": "B B B B"}
+        return [
+            Group(
+                sample,
+                PROMPT,
+                [Completion((0,), "" if word == "-" else in_form(word), False) for word in answers[sample.id].split()],
+            )
+            for sample in samples
+        ]
+
+
+def test_sampled_answers_by_hand() -> None:
+    config = CONFIG.model_copy(update={"num_samples": 4, "temperature": 0.7})
+    evaluation = evaluate(Sampler(TEXTS), DATASET, config, max_completion_length=64)
+    assert evaluation.results["accuracy"] == 3 / 5  # greedy, as without samples
+    sampled = evaluation.results["sampled"]
+    # Right among four: 2, 2, 2, 0, 4.
+    assert sampled["num_samples"] == 4
+    assert sampled["mean_accuracy"]["value"] == sampled["pass@1"]["value"] == pytest.approx(10 / 20)
+    assert sampled["majority@1"]["value"] == pytest.approx(10 / 20)
+    assert sampled["pass@2"]["value"] == pytest.approx((5 / 6 * 3 + 0 + 1) / 5)
+    assert sampled["pass@4"]["value"] == pytest.approx(4 / 5)
+    assert sampled["majority@4"]["value"] == pytest.approx((1 / 2 + 1 + 1 / 2 + 0 + 1) / 5)
+    assert sampled["no_answer_rate"] == pytest.approx(1 / 20)
+    assert sampled["pass@2"]["low"] < sampled["pass@2"]["value"] < sampled["pass@2"]["high"]
+    record = evaluation.records[1]
+    assert [answer.vote for answer in record.sampled] == ["A", "A", "B", None]
+    assert run().results["sampled"] == {}
+
+
+def test_records_say_why(tmp_path: Path) -> None:
+    records = run(_5=in_form("mass or cyst"), _1=in_form("A")).records
+    assert [record.why for record in records] == [
+        "the answer names A, not B",
+        "no answer: the token limit came first",
+        "normalised, 'yes' is the gold answer",
+        "normalised, 'left lobe' is not 'left upper lobe'",
+        "the answer names none of the options",
+    ]
+    assert [record.choice for record in records] == ["A", None, None, None, None]
+    assert {record.dataset for record in records} == {"tiny"} and {r.template for r in records} == {"think_answer"}
+    assert {record.prompt_hash for record in records} == {hashlib.sha256(b"").hexdigest()[:16]}
+    pixels = hashlib.sha256(b"(2, 2)" + bytes(12)).hexdigest()[:16]
+    assert {record.image_hash for record in records} == {pixels}
+    more = run(_3="<answer>yes</answer><answer>no</answer>", _4="<answer></answer>", _1="B").records
+    assert [more[place].why for place in (0, 2, 3)] == [
+        "no answer: 0 answer sections",
+        "no answer: 2 answer sections",
+        "no answer: its section is empty or unclosed",
+    ]
+
+
+def test_an_image_that_the_model_refuses_spoils_nothing_else() -> None:
+    class Picky(Reciter):
+        def greedy(self, samples: Sequence[Sample], **rest: int) -> Iterator[Group]:
+            if any(sample.id == "4" for sample in samples):
+                raise ValueError("An image of sample '4' cannot be used: absolute aspect ratio.")
+            yield from super().greedy(samples, **rest)
+
+    evaluation = evaluate(Picky(TEXTS), DATASET, CONFIG, max_completion_length=8)
+    assert [record.is_scored for record in evaluation.records] == [True, True, True, False, True]
+    assert "aspect ratio" in (evaluation.records[3].unscored_reason or "")
+    with pytest.raises(EvaluationFailed, match=r"1 of 5 questions of tiny could not be scored, more than .* = 0.05"):
+        check_unscored(evaluation.results, CONFIG)
+    check_unscored(evaluation.results, CONFIG.model_copy(update={"fail_on_unscored": 0.2}))
+
+
+def test_records_of_an_older_version_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    write_records(run().records, path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        for name in ("why", "sampled", "prompt_hash", "image_hash", "template", "choice", "exact_match"):
+            del row[name]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_records(path)
+    assert summarise(records, CONFIG)["accuracy"] == 3 / 5 and records[0].why == ""
+    path.write_text(json.dumps(rows[0] | {"sampled": [{"shape": 1}]}))
+    with pytest.raises(ValueError, match=r"Line 1 .* not an evaluation record .*shape"):
+        read_records(path)
 
 
 def test_metrics_have_the_names_of_the_training_log() -> None:
@@ -170,11 +306,14 @@ def test_an_image_of_ours_that_fails_is_unscored_and_spoils_nothing_else(tmp_pat
     assert "1 of 5 questions could not be scored" in table.export_text()
 
 
-def test_batches_and_progress() -> None:
+def test_batches_of_similar_length_and_progress() -> None:
     engine = Reciter(TEXTS)
     seen: list[tuple[int, int]] = []
-    evaluate(engine, DATASET, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total)))
-    assert engine.batches == [["1", "2"], ["3", "4"], ["5"]]
+    evaluation = evaluate(
+        engine, DATASET, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total))
+    )
+    assert engine.batches == [["3", "4"], ["1", "2"], ["5"]]  # "Is it?" and "Where?" are shortest
+    assert [record.sample_id for record in evaluation.records] == ["1", "2", "3", "4", "5"]
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
@@ -201,12 +340,18 @@ def test_the_paired_gain_by_hand() -> None:
     interval = cluster_bootstrap([-1, 1, 0, 1, 0], ["x", "x", "y", "z", "z"], resamples=500)
     assert (gain["gain_low"], gain["gain_high"]) == (interval.low, interval.high)
     assert (gain["improved"], gain["worsened"], gain["mcnemar_p"]) == (2, 1, 1.0)
+    clusters = ["x", "x", "y", "z", "z"]
+    assert gain["permutation_p"] == cluster_permutation([0, 0, 0, 0, 0], [-1, 1, 0, 1, 0], clusters) == 1.0
+    error = cluster_standard_error([-1, 1, 0, 1, 0], clusters)
+    assert gain["detectable_gain"] == pytest.approx(minimum_detectable_effect(error))
 
 
 def test_gains_of_different_questions_are_refused() -> None:
     records = run().records
     with pytest.raises(ValueError, match="5 and 4, 4 in common"):
         paired_gain(records, records[:4], CONFIG)
+    with pytest.raises(ValueError, match=r"'1' asks 'Which\?' with the gold answer 'B' in one and"):
+        paired_gain(records, [replace(records[0], gold="A"), *records[1:]], CONFIG)
     unscored = [replace(record, is_correct=None) for record in records]
     with pytest.raises(ValueError, match="No question is scored in both"):
         paired_gain(records, unscored, CONFIG)

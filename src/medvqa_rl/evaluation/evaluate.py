@@ -1,36 +1,42 @@
-"""Greedy evaluation of a model on a data set: answers, per-sample records, results and files.
+"""Evaluation of a model on a data set: answers, per-sample records, results and files.
 
 Imports torch only through the engine that is passed in.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.table import Table
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.data.images import MemoryImage
-from medvqa_rl.data.splits import choose
-from medvqa_rl.evaluation.metrics import token_f1
-from medvqa_rl.evaluation.records import EvalRecord, flat_metrics, paired_gain, read_records, summarise, write_records
-from medvqa_rl.prompts import Template, parse_completion
-from medvqa_rl.rewards.correctness import is_correct
-from medvqa_rl.types import Completion, Dataset, Group, Sample
+from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
+from medvqa_rl.evaluation.records import (
+    EvalRecord,
+    flat_metrics,
+    paired_gain,
+    read_records,
+    record_line,
+    summarise,
+)
+from medvqa_rl.evaluation.store import write_text
+from medvqa_rl.prompts import Template
+from medvqa_rl.types import Dataset, Sample
 
 __all__ = [
     "EvalRecord",
     "Evaluation",
+    "EvaluationFailed",
     "Progress",
+    "check_unscored",
     "evaluate",
     "paired_gain",
     "read_records",
@@ -39,14 +45,12 @@ __all__ = [
     "write_evaluation",
 ]
 
-Progress = Callable[[int, int], None]
-"""Called with the number of questions done and their total."""
+PACKAGES = ("medvqa-rl", "torch", "transformers", "numpy", "scipy", "pillow")
+_INTERVALS = {"bca": "95 %, BCa bootstrap of images", "percentile": "95 %, percentile bootstrap of images"}
 
 
-class GreedyEngine(Protocol):
-    """What evaluation needs of :class:`medvqa_rl.rollout.decode.RolloutEngine`."""
-
-    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]: ...
+class EvaluationFailed(RuntimeError):
+    """Too many questions could not be scored for the results to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Evaluation:
 
     records: tuple[EvalRecord, ...]
     results: Mapping[str, Any]
-    """As :func:`medvqa_rl.evaluation.records.summarise` returns them, with ``dataset``, ``settings`` and
+    """As :func:`medvqa_rl.evaluation.records.summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
     ``versions``: the content of ``results.json``."""
 
     @property
@@ -69,7 +73,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: GreedyEngine,
+    engine: Engine,
     dataset: Dataset,
     config: EvalConfig,
     *,
@@ -77,10 +81,11 @@ def evaluate(
     template: Template = "think_answer",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Answer every question greedily and score the answers with the rewards' own scorer.
+    """Answer every question and score the answers with the rewards' own scorer.
 
-    A question whose image cannot be decoded is unscored: recorded with its reason, left out of every rate and
-    counted in ``unscored_rate``. ``eval.max_samples`` keeps a choice by ``eval.seed``.
+    Answers are greedy; with ``eval.num_samples`` further ones are sampled. A question whose image cannot be used is
+    unscored: recorded with its reason, left out of every rate and counted in ``unscored_rate``. ``eval.max_samples``
+    keeps a choice by ``eval.seed``. Prompts of similar length are answered together.
 
     Args:
         engine: generates the answers.
@@ -91,114 +96,70 @@ def evaluate(
         progress: called after every batch.
 
     Raises:
-        ValueError: the data set is endless or has no questions.
+        ValueError: the data set is endless, has no questions, or not unique ids.
     """
-    if dataset.is_endless:
-        raise ValueError(
-            f"The data set {dataset.name} is endless and cannot be evaluated: use its val or test split, or set a "
-            "number of samples."
-        )
-    samples = _chosen(dataset, config)
-    total = len(dataset) if config.max_samples is None else min(len(dataset), config.max_samples)
-    records: list[EvalRecord] = []
-    while batch := list(islice(samples, config.batch_size)):
-        records += _answer(engine, batch, config, max_completion_length, template)
-        if progress is not None:
-            progress(len(records), total)
+    samples = chosen_samples(dataset, config)
+    asking = Asking(config, max_completion_length, template, dataset.name)
+    records: dict[str, EvalRecord] = {}
+
+    def keep(some: Sequence[EvalRecord]) -> None:
+        records.update({record.sample_id: record for record in some})
+
+    answer_all(lambda: engine, samples, asking, keep=keep, progress=progress)
+    return make_evaluation([records[sample.id] for sample in samples], samples, dataset, asking)
+
+
+def make_evaluation(
+    records: Sequence[EvalRecord], samples: Sequence[Sample], dataset: Dataset, asking: Asking
+) -> Evaluation:
+    """Results of the records of all chosen questions, in their order.
+
+    Raises:
+        ValueError: there are none.
+    """
+    config = asking.config
     results = summarise(records, config)
     results["dataset"] = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "size": len(dataset),
+        "questions": questions_hash(samples),
         "notes": dict(dataset.notes),
     }
     results["settings"] = {
         **config.model_dump(),
-        "max_completion_length": max_completion_length,
-        "template": template,
+        "max_completion_length": asking.max_completion_length,
+        "template": asking.template,
         "decoding": "greedy",
-        "interval": "95 %, percentile bootstrap of images",
+        "interval": _INTERVALS[config.interval],
     }
-    packages = ("medvqa-rl", "torch", "transformers", "numpy", "scipy", "pillow")
-    results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    results["seeds"] = {"choice": config.seed, "sampling": config.seed, "bootstrap": config.seed}
+    results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return Evaluation(tuple(records), results)
 
 
-def _chosen(dataset: Dataset, config: EvalConfig) -> Iterator[Sample]:
-    """The samples to evaluate, one after the other (drawing one may cost time)."""
-    if config.max_samples is None or config.max_samples >= len(dataset):
-        return (dataset[index] for index in range(len(dataset)))
-    chosen = choose([str(index) for index in range(len(dataset))], config.max_samples, config.seed)
-    return (dataset[index] for index in chosen)
+def questions_hash(samples: Sequence[Sample]) -> str:
+    """16 hexadecimal digits of the SHA-256 of the evaluated questions: ids, questions, options, gold answers, image
+    names."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.id, sample.question, sample.options, sample.answer, sample.image_key)).encode())
+    return digest.hexdigest()[:16]
 
 
-def _answer(
-    engine: GreedyEngine, batch: Sequence[Sample], config: EvalConfig, max_completion_length: int, template: Template
-) -> list[EvalRecord]:
-    """Records of some samples in their order. Images are decoded here, so that one that fails is told apart from
-    any other error and spoils its own question only."""
-    reasons: dict[str, str] = {}
-    decoded = []
-    for sample in batch:
-        try:
-            images = tuple(MemoryImage(image.key, image.load()) for image in sample.images)
-        except ValueError as error:
-            reasons[sample.id] = str(error)
-        else:
-            decoded.append(replace(sample, images=images))
-    groups = engine.greedy(decoded, max_completion_length=max_completion_length, batch_size=config.batch_size)
-    completions = {group.sample.id: group.completions[0] for group in groups} if decoded else {}
-    assert len(completions) == len(decoded), "one answer per question, and ids are unique"
-    return [
-        _unscored(sample, reasons[sample.id])
-        if sample.id in reasons
-        else _scored(sample, completions[sample.id], template)
-        for sample in batch
-    ]
+def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
+    """Refuse results of which too much is missing.
 
-
-def _scored(sample: Sample, completion: Completion, template: Template) -> EvalRecord:
-    parsed = parse_completion(completion.text, template)
-    return EvalRecord(
-        sample_id=sample.id,
-        image_key=sample.image_key,
-        question=sample.question,
-        options=sample.options,
-        gold=sample.answer,
-        output=completion.text,
-        think=parsed.think,
-        answer=parsed.answer,
-        is_correct=is_correct(sample, parsed.answer),
-        is_well_formed=parsed.is_well_formed,
-        has_answer=parsed.answer is not None,
-        is_truncated=completion.is_truncated,
-        num_tokens=len(completion.token_ids),
-        token_f1=token_f1(parsed.answer, sample.answer) if sample.answer_type == "open" else None,
-        answer_type=sample.answer_type,
-        groups=dict(sample.groups),
-    )
-
-
-def _unscored(sample: Sample, reason: str) -> EvalRecord:
-    return EvalRecord(
-        sample_id=sample.id,
-        image_key=sample.image_key,
-        question=sample.question,
-        options=sample.options,
-        gold=sample.answer,
-        output="",
-        think=None,
-        answer=None,
-        is_correct=None,
-        is_well_formed=False,
-        has_answer=False,
-        is_truncated=False,
-        num_tokens=0,
-        token_f1=None,
-        answer_type=sample.answer_type,
-        groups=dict(sample.groups),
-        unscored_reason=reason,
-    )
+    Raises:
+        EvaluationFailed: more than ``eval.fail_on_unscored`` of the questions could not be scored.
+    """
+    if results["unscored_rate"] > config.fail_on_unscored:
+        count = results["n"] - results["num_scored"]
+        raise EvaluationFailed(
+            f"{count} of {results['n']} questions of {results['dataset']['name']} could not be scored, more than "
+            f"eval.fail_on_unscored = {config.fail_on_unscored:g} allows: see unscored_reason in samples.jsonl, "
+            "repair the data, or raise the setting."
+        )
 
 
 def _without_nan(value: Any) -> Any:
@@ -210,13 +171,9 @@ def _without_nan(value: Any) -> Any:
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write ``samples.jsonl`` and then ``results.json``, each atomically, into a folder that is made if needed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples, results = folder / "samples.jsonl", folder / "results.json"
-    write_records(evaluation.records, samples.with_suffix(".partial"))
-    os.replace(samples.with_suffix(".partial"), samples)
+    write_text(folder / "samples.jsonl", "".join(map(record_line, evaluation.records)))
     text = json.dumps(_without_nan(dict(evaluation.results)), indent=2, ensure_ascii=False, allow_nan=False)
-    results.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
-    os.replace(results.with_suffix(".partial"), results)
+    write_text(folder / "results.json", text + "\n")
 
 
 def _percent(value: float | None) -> str:

@@ -5,19 +5,44 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.metrics import majority_share, rate
-from medvqa_rl.evaluation.stats import cluster_bootstrap, exact_mcnemar, paired_cluster_bootstrap
-from medvqa_rl.prompts import normalise
-from medvqa_rl.types import AnswerType
+from medvqa_rl.evaluation.metrics import majority_at_k, majority_share, pass_at_k, rate
+from medvqa_rl.evaluation.stats import (
+    cluster_permutation,
+    cluster_standard_error,
+    effective_n,
+    exact_mcnemar,
+    minimum_detectable_effect,
+    paired_cluster_bootstrap,
+    proportion_interval,
+)
+from medvqa_rl.prompts import Template, normalise
+from medvqa_rl.types import LETTERS, AnswerType
 
-Numbers = dict[str, float | int]
+Numbers = dict[str, Any]
+
+CHANGED = 0.25
+"""Share of answers that are assumed to differ between two models for ``detectable_difference``."""
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """One of the k sampled answers to a question."""
+
+    output: str
+    answer: str | None
+    vote: str | None
+    """What it counts as in a majority vote: an option's letter, or the normalised answer; None has no vote."""
+    is_correct: bool
+    num_tokens: int
+    is_truncated: bool
 
 
 @dataclass(frozen=True)
@@ -37,7 +62,7 @@ class EvalRecord:
     answer: str | None
     """The answer as parsed; None is no answer."""
     is_correct: bool | None
-    """None is unscored: our failure, left out of every rate."""
+    """The score. None is unscored: our failure, left out of every rate."""
     is_well_formed: bool
     has_answer: bool
     is_truncated: bool
@@ -46,18 +71,70 @@ class EvalRecord:
     token_f1: float | None
     """Token F1 of open questions; None for others and where unscored."""
     answer_type: AnswerType
+    """As the data set annotates it."""
     groups: Mapping[str, str] = field(default_factory=dict)
     unscored_reason: str | None = None
+    exact_match: float | None = None
+    """Exact match of open questions; None for others and where unscored."""
+    rouge_l: float | None = None
+    """ROUGE-L of open questions; None for others and where unscored."""
+    choice: str | None = None
+    """Choice questions: the letter of the option that the answer names; None where it names none."""
+    why: str = ""
+    """Why the score is what it is, in words."""
+    dataset: str = ""
+    template: Template = "think_answer"
+    prompt_hash: str | None = None
+    """First 16 hexadecimal digits of the SHA-256 of the prompt as the model got it; None where it got none."""
+    image_hash: str | None = None
+    """The same of the decoded pixels of the images that were shown; None without images."""
+    sampled: tuple[SampledAnswer, ...] = ()
+    """The k sampled answers, where there are any, besides the greedy one."""
 
     @property
     def is_scored(self) -> bool:
         return self.is_correct is not None
 
+    @property
+    def answer_kind(self) -> str:
+        """``yes/no`` where the gold answer says either, else ``other``, whatever the data set's annotation."""
+        gold = self.options[LETTERS.index(self.gold)] if self.answer_type == "choice" and self.options else self.gold
+        return "yes/no" if normalise(gold) in ("yes", "no") else "other"
+
+
+REQUIRED = frozenset(
+    item.name for item in fields(EvalRecord) if item.default is MISSING and item.default_factory is MISSING
+)
+
+
+def record_line(record: EvalRecord) -> str:
+    """A record as one line of JSON in ASCII, so that no character of an output can break the line or the file."""
+    return json.dumps(asdict(record)) + "\n"
+
 
 def write_records(records: Iterable[EvalRecord], path: Path) -> None:
-    """Write one JSON object per line, in ASCII, so that no character of an output can break a line or the file."""
-    lines = [json.dumps(asdict(record)) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
+    """Write one line per record."""
+    path.write_text("".join(map(record_line, records)), encoding="utf-8")
+
+
+def parse_record(line: str, where: str) -> EvalRecord:
+    """Read one line. Fields that an older version did not write get their defaults.
+
+    Raises:
+        ValueError: the line is no evaluation record; ``where`` names it in the message.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON ({error}): evaluate again.") from error
+    names = {item.name for item in fields(EvalRecord)}
+    if not isinstance(row, dict) or not REQUIRED <= row.keys() <= names:
+        raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
+    try:
+        sampled = tuple(SampledAnswer(**answer) for answer in row.get("sampled", ()))
+        return EvalRecord(**{**row, "options": tuple(row["options"]), "sampled": sampled})
+    except TypeError as error:
+        raise ValueError(f"{where} is not an evaluation record of this version ({error}): evaluate again.") from error
 
 
 def read_records(path: Path) -> list[EvalRecord]:
@@ -70,41 +147,41 @@ def read_records(path: Path) -> list[EvalRecord]:
         raise ValueError(
             f"There are no evaluation records at {path}: name a samples.jsonl that `medvqa-rl eval` wrote."
         )
-    names = {item.name for item in fields(EvalRecord)}
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is not JSON ({error}): evaluate again.") from error
-        if not isinstance(row, dict) or row.keys() != names:
-            raise ValueError(f"Line {number} of {path} is not an evaluation record of this version: evaluate again.")
-        records.append(EvalRecord(**{**row, "options": tuple(row["options"])}))
-    return records
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [parse_record(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
+
+
+def _average(values: Iterable[float | None]) -> float:
+    """Mean of what is not None; NaN of nothing."""
+    given = [value for value in values if value is not None]
+    return mean(given) if given else math.nan
 
 
 def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
     """Numbers of a set of questions; rates are shares of the scored ones, NaN where there are none."""
     scored = [record for record in records if record.is_scored]
     clusters = [record.image_key for record in scored]
+    right = [bool(record.is_correct) for record in scored]
     summary: Numbers = {
         "n": len(records),
         "num_scored": len(scored),
         "num_clusters": len(set(clusters)),
+        "effective_n": math.nan,
         "accuracy": math.nan,
         "accuracy_low": math.nan,
         "accuracy_high": math.nan,
     }
     if scored:
-        interval = cluster_bootstrap(
-            [float(bool(record.is_correct)) for record in scored],
-            clusters,
-            resamples=config.bootstrap,
-            seed=config.seed,
+        interval = proportion_interval(
+            right, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
         )
-        summary |= {"accuracy": interval.estimate, "accuracy_low": interval.low, "accuracy_high": interval.high}
+        summary |= {
+            "effective_n": effective_n(right, clusters),
+            "accuracy": interval.estimate,
+            "accuracy_low": interval.low,
+            "accuracy_high": interval.high,
+        }
     lengths = [record.num_tokens for record in scored]
-    f1 = [record.token_f1 for record in scored if record.token_f1 is not None]
     return summary | {
         "format_rate": rate([record.is_well_formed for record in scored]),
         "no_answer_rate": rate([not record.has_answer for record in scored]),
@@ -112,7 +189,9 @@ def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
         "unscored_rate": rate([not record.is_scored for record in records]),
         "mean_length": mean(lengths) if lengths else math.nan,
         "median_length": median(lengths) if lengths else math.nan,
-        "token_f1": mean(f1) if f1 else math.nan,
+        "exact_match": _average(record.exact_match for record in scored),
+        "token_f1": _average(record.token_f1 for record in scored),
+        "rouge_l": _average(record.rouge_l for record in scored),
         "majority_baseline": majority_share([_gold_key(record) for record in scored]),
     }
 
@@ -122,33 +201,116 @@ def _gold_key(record: EvalRecord) -> str:
     return record.gold if record.answer_type == "choice" else normalise(record.gold)
 
 
+def _by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
+    """Records by key and value: the data set's answer type, yes/no or other, and the samples' own groups."""
+    by: dict[str, dict[str, list[EvalRecord]]] = {}
+    for record in records:
+        keys = {"answer_type": record.answer_type, "answer_kind": record.answer_kind, **record.groups}
+        for key, value in keys.items():
+            by.setdefault(key, {}).setdefault(value, []).append(record)
+    return {key: dict(sorted(values.items())) for key, values in by.items()}
+
+
 def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, Any]:
     """All numbers of an evaluation from its records alone.
 
     Returns:
-        ``n``, ``num_scored``, ``num_clusters`` (images), ``accuracy`` with the bounds of its 95 % interval
-        (cluster bootstrap, percentile) ``accuracy_low`` and ``accuracy_high``, ``format_rate``, ``no_answer_rate``,
-        ``truncated_rate``, ``unscored_rate``, ``mean_length`` and ``median_length`` in tokens, ``token_f1`` of the
-        open questions, ``majority_baseline`` (always the most frequent gold answer; the majority letter for choice
-        questions), and under ``by`` the same for each value of ``answer_type`` and of every key of the samples'
-        groups, such as modality and family. What does not apply is NaN.
+        ``n``, ``num_scored``, ``num_clusters`` (images), ``effective_n`` (independent questions that would tell as
+        much), ``accuracy`` with the bounds of its 95 % interval (images resampled, ``eval.interval``)
+        ``accuracy_low`` and ``accuracy_high``, ``format_rate``, ``no_answer_rate``, ``truncated_rate``,
+        ``unscored_rate``, ``mean_length`` and ``median_length`` in tokens, ``exact_match``, ``token_f1`` and
+        ``rouge_l`` of the open questions, ``majority_baseline`` (always the most frequent gold answer; the majority
+        letter for choice questions), and under ``by`` the same for each value of ``answer_type`` (as annotated),
+        ``answer_kind`` (yes/no or other) and every key of the samples' groups, such as modality and family.
+
+        ``averages``: ``micro_questions`` is the accuracy, in which every question weighs the same;
+        ``macro_images`` and ``macro_<key>`` are means of the accuracies of images, or of a key's values, in which
+        each of them weighs the same. ``detectable_difference``: what another model must differ by on these questions
+        to be told apart with 80 % power, if a quarter of the answers differ. ``letters``: how often each letter is
+        the gold and the given answer of choice questions. ``sampled``: of the k sampled answers, where there are any.
+        What does not apply is NaN.
 
     Raises:
         ValueError: there are no records.
     """
     if not records:
         raise ValueError("There is nothing to evaluate: the split has no questions; check data and eval.max_samples.")
-    by: dict[str, dict[str, list[EvalRecord]]] = {}
-    for record in records:
-        for key, value in {"answer_type": record.answer_type, **record.groups}.items():
-            by.setdefault(key, {}).setdefault(value, []).append(record)
-    return {
-        **_summary(records, config),
-        "by": {
-            key: {value: _summary(members, config) for value, members in sorted(values.items())}
-            for key, values in by.items()
-        },
+    overall = _summary(records, config)
+    by = {
+        key: {value: _summary(members, config) for value, members in values.items()}
+        for key, values in _by_group(records).items()
     }
+    images: dict[str, list[bool]] = {}
+    for record in records:
+        if record.is_scored:
+            images.setdefault(record.image_key, []).append(bool(record.is_correct))
+    averages = {
+        "micro_questions": overall["accuracy"],
+        "macro_images": _average(mean(map(float, right)) for right in images.values()),
+    }
+    for key, values in by.items():
+        accuracies = [summary["accuracy"] for summary in values.values() if summary["num_scored"]]
+        averages[f"macro_{key}"] = _average(accuracies)
+    return {
+        **overall,
+        "averages": averages,
+        "detectable_difference": minimum_detectable_effect(math.sqrt(CHANGED / overall["effective_n"])),
+        "letters": _letters(records),
+        "sampled": _sampled(records, config),
+        "by": by,
+    }
+
+
+def _letters(records: Sequence[EvalRecord]) -> Numbers:
+    """Gold and given letters of the scored choice questions, and the distance between the two distributions: half the
+    sum of the absolute differences of shares (total variation), answers that name no option being a letter of their
+    own."""
+    chosen = [record for record in records if record.answer_type == "choice" and record.is_scored]
+    gold, given = Counter(record.gold for record in chosen), Counter(record.choice or "none" for record in chosen)
+    letters = sorted(gold.keys() | given.keys() - {"none"}) + (["none"] if given["none"] else [])
+    return {
+        "gold": {letter: gold[letter] for letter in letters},
+        "given": {letter: given[letter] for letter in letters},
+        "distance": _half_distance(gold, given) if chosen else math.nan,
+    }
+
+
+def _half_distance(one: Counter[str], other: Counter[str]) -> float:
+    """Total variation of two distributions given as counts of the same total."""
+    return sum(abs(one[key] - other[key]) for key in one.keys() | other.keys()) / (2 * one.total())
+
+
+def _sampled(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
+    """Numbers of the sampled answers; empty where there are none."""
+    scored = [record for record in records if record.is_scored and record.sampled]
+    if not scored:
+        return {}
+    count = min(len(record.sampled) for record in scored)
+    sizes = sorted({2**power for power in range(count.bit_length()) if 2**power <= count} | {count})
+    clusters = [record.image_key for record in scored]
+    summary: Numbers = {"num_samples": count, "num_scored": len(scored)}
+
+    def add(name: str, values: Sequence[float]) -> None:
+        interval = paired_cluster_bootstrap(
+            [0.0] * len(values), values, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+        )
+        summary[name] = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+
+    add("mean_accuracy", [mean(float(answer.is_correct) for answer in record.sampled) for record in scored])
+    for k in sizes:
+        right = [sum(answer.is_correct for answer in record.sampled) for record in scored]
+        add(f"pass@{k}", [pass_at_k(len(record.sampled), c, k) for record, c in zip(scored, right)])
+        add(f"majority@{k}", [_majority(record, k) for record in scored])
+    return summary | {
+        "no_answer_rate": _average(float(answer.answer is None) for record in scored for answer in record.sampled),
+        "mean_length": _average(float(answer.num_tokens) for record in scored for answer in record.sampled),
+    }
+
+
+def _majority(record: EvalRecord, k: int) -> float:
+    votes = Counter(answer.vote for answer in record.sampled if answer.vote is not None)
+    correct = next((answer.vote for answer in record.sampled if answer.is_correct), None)
+    return majority_at_k(votes, correct, len(record.sampled) - votes.total(), k)
 
 
 _LOGGED = (
@@ -175,8 +337,39 @@ def paired_gain(
 
     Returns:
         ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with the bounds of
-        its 95 % paired interval ``gain_low`` and ``gain_high`` (cluster bootstrap), ``improved`` and ``worsened``
-        (questions), ``mcnemar_p``.
+        its 95 % paired interval ``gain_low`` and ``gain_high`` (images resampled), ``improved`` and ``worsened``
+        (questions), ``mcnemar_p`` (exact, questions as independent), ``permutation_p`` (signs of whole images
+        flipped) and ``detectable_gain`` (found with 80 % power at this number of questions and changes).
+
+    Raises:
+        ValueError: the evaluations are of different questions, or no question is scored in both.
+    """
+    pairs = pair(before, after)
+    then, now = [bool(one.is_correct) for one, _ in pairs], [bool(other.is_correct) for _, other in pairs]
+    clusters = [one.image_key for one, _ in pairs]
+    gain = paired_cluster_bootstrap(
+        then, now, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+    )
+    test = exact_mcnemar(then, now)
+    differences = [float(later) - float(earlier) for earlier, later in zip(then, now)]
+    return {
+        "n": len(pairs),
+        "num_clusters": len(set(clusters)),
+        "accuracy_before": mean(map(float, then)),
+        "accuracy_after": mean(map(float, now)),
+        "gain": gain.estimate,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+        "improved": test.improved,
+        "worsened": test.worsened,
+        "mcnemar_p": test.p_value,
+        "permutation_p": cluster_permutation(then, now, clusters, seed=config.seed),
+        "detectable_gain": minimum_detectable_effect(cluster_standard_error(differences, clusters)),
+    }
+
+
+def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tuple[EvalRecord, EvalRecord]]:
+    """The questions that are scored in both evaluations, in the order of the first.
 
     Raises:
         ValueError: the evaluations are of different questions, or no question is scored in both.
@@ -189,22 +382,14 @@ def paired_gain(
             "evaluate both on the same split with the same data settings."
         )
     pairs = [(record, later[record.sample_id]) for record in before]
+    for one, other in pairs:
+        if (one.question, one.options, one.gold) != (other.question, other.options, other.gold):
+            raise ValueError(
+                f"The two evaluations are of different questions: {one.sample_id!r} asks {one.question!r} with the "
+                f"gold answer {one.gold!r} in one and {other.question!r} with {other.gold!r} in the other; evaluate "
+                "both on the same version of the data."
+            )
     pairs = [(one, other) for one, other in pairs if one.is_scored and other.is_scored]
     if not pairs:
         raise ValueError("No question is scored in both evaluations: see unscored_reason in their samples.jsonl.")
-    then, now = [bool(one.is_correct) for one, _ in pairs], [bool(other.is_correct) for _, other in pairs]
-    clusters = [one.image_key for one, _ in pairs]
-    gain = paired_cluster_bootstrap(then, now, clusters, resamples=config.bootstrap, seed=config.seed)
-    test = exact_mcnemar(then, now)
-    return {
-        "n": len(pairs),
-        "num_clusters": len(set(clusters)),
-        "accuracy_before": mean(map(float, then)),
-        "accuracy_after": mean(map(float, now)),
-        "gain": gain.estimate,
-        "gain_low": gain.low,
-        "gain_high": gain.high,
-        "improved": test.improved,
-        "worsened": test.worsened,
-        "mcnemar_p": test.p_value,
-    }
+    return pairs

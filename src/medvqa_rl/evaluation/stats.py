@@ -1,18 +1,27 @@
 """Intervals and tests that respect clusters: many questions share one image. Imports no torch.
 
-Questions about one image are not independent, so intervals resample images, not questions.
+Questions about one image are not independent, so intervals resample images and permutations flip images, not
+questions. Everything random is seeded; everything that can be computed exactly is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy.stats import binomtest
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import beta, binomtest, norm
+
+Method = Literal["bca", "percentile"]
+"""How bounds are read off the resampled estimates."""
+Floats = NDArray[np.float64]
+K = TypeVar("K", bound=Hashable)
 
 _DRAWS_AT_ONCE = 4_000_000  # cluster draws held in memory together (32 MB as int64)
+_MOST_STATES = 10_000_000  # of the exact permutation distribution: the number of clusters times the sum of all
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,17 @@ class Interval:
     high: float
 
 
+def _per_cluster(values: ArrayLike, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
+    """(K,) sums of the values and (K,) numbers of values of each cluster, in order of appearance."""
+    numbers = np.asarray(values, dtype=np.float64)
+    assert numbers.ndim == 1 and len(numbers) == len(clusters) > 0, "one cluster per value, and at least one value"
+    assert np.isfinite(numbers).all(), "leave unscored values out before"
+    positions: dict[Hashable, int] = {}
+    index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters])
+    sums: Floats = np.bincount(index, weights=numbers).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
+
+
 def cluster_bootstrap(
     values: ArrayLike,
     clusters: Sequence[Hashable],
@@ -31,14 +51,17 @@ def cluster_bootstrap(
     resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    method: Method = "bca",
 ) -> Interval:
-    """Mean of values with a percentile interval from resampling whole clusters.
+    """Mean of values with an interval from resampling whole clusters.
 
     K clusters are drawn with replacement from the K there are; a resample's mean is (sum of all values of the drawn
-    clusters) / (their number). The bounds are the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the
-    resampled means (linear interpolation). Percentile intervals have zero width where all values are equal and are
-    somewhat too narrow below about 20 clusters (Davison and Hinkley 1997, section 2.4 and 3.8): show the number of
-    clusters beside them.
+    clusters) / (their number). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of
+    the resampled means (linear interpolation); ``bca`` moves both quantiles by the bias and the skewness of the
+    estimate (Efron 1987; Davison and Hinkley 1997, section 5.3.2), where the jackknife leaves out whole clusters and
+    ties count half. Intervals have zero width where all clusters have the same mean (:func:`proportion_interval`
+    knows better for proportions) and are somewhat too narrow below about 20 clusters: show the number of clusters
+    beside them.
 
     Args:
         values: (N,) finite numbers, such as 0 and 1 for wrong and right.
@@ -46,26 +69,67 @@ def cluster_bootstrap(
         resamples: number of bootstrap resamples.
         seed: of NumPy's PCG64 generator; equal inputs give equal intervals.
         confidence: coverage of the interval.
+        method: ``bca`` or ``percentile``.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    assert numbers.ndim == 1 and len(numbers) == len(clusters) > 0, "one cluster per value, and at least one value"
-    assert np.isfinite(numbers).all(), "leave unscored values out before"
-    positions: dict[Hashable, int] = {}
-    index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters])
-    count = len(positions)
-    estimate = float(numbers.mean())
+    sums, sizes = _per_cluster(values, clusters)
+    count = len(sums)
+    estimate = float(sums.sum() / sizes.sum())
     if count < 2:
-        return Interval(estimate, float("nan"), float("nan"))
-    sums = np.bincount(index, weights=numbers)
-    sizes = np.bincount(index).astype(np.float64)
+        return Interval(estimate, math.nan, math.nan)
     generator = np.random.Generator(np.random.PCG64(seed))
     means = np.empty(resamples)
     rows = max(1, _DRAWS_AT_ONCE // count)
     for start in range(0, resamples, rows):
         drawn = generator.integers(0, count, size=(min(rows, resamples - start), count))
         means[start : start + rows] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    if method == "bca":
+        levels = _bca_levels(means, estimate, sums, sizes, levels)
+    low, high = np.quantile(means, levels)
     return Interval(estimate, float(low), float(high))
+
+
+def _bca_levels(means: Floats, estimate: float, sums: Floats, sizes: Floats, levels: Floats) -> Floats:
+    """The quantiles of the resampled means that BCa takes in place of the nominal ones."""
+    tolerance = 1e-12 * max(1.0, abs(estimate))  # equal estimates may differ in the last bit
+    below = np.mean(means < estimate - tolerance)
+    share = below + np.mean(np.abs(means - estimate) <= tolerance) / 2
+    if not 0 < share < 1:
+        return levels  # no resample on one side: only where resamples are very few
+    bias = norm.ppf(share)
+    remaining = sizes.sum() - sizes
+    jackknife = (sums.sum() - sums) / remaining
+    deviation = jackknife.mean() - jackknife
+    spread = float((deviation**2).sum())
+    acceleration = float((deviation**3).sum()) / (6 * spread**1.5) if spread > tolerance**2 else 0.0
+    shifted = bias + norm.ppf(levels)
+    return np.asarray(norm.cdf(bias + shifted / (1 - acceleration * shifted)), dtype=np.float64)
+
+
+def proportion_interval(
+    flags: Sequence[bool],
+    clusters: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    method: Method = "bca",
+) -> Interval:
+    """Share of the flags that are true, with the interval of :func:`cluster_bootstrap`.
+
+    Where all flags are equal every resample is equal too, and the bootstrap would claim certainty. Then the bound is
+    that of Clopper and Pearson (1934) with the clusters as independent trials: ((1 - confidence) / 2) ** (1 / K) from
+    1, or from 0, which treats the questions of an image as one.
+    """
+    values = np.asarray(flags, dtype=np.float64)
+    interval = cluster_bootstrap(
+        values, clusters, resamples=resamples, seed=seed, confidence=confidence, method=method
+    )
+    count = len(set(clusters))
+    if count < 2 or 0 < values.sum() < len(values):
+        return interval
+    bound = float(beta.ppf((1 - confidence) / 2, count, 1))
+    return Interval(interval.estimate, bound, 1.0) if values[0] else Interval(interval.estimate, 0.0, 1 - bound)
 
 
 def paired_cluster_bootstrap(
@@ -76,6 +140,7 @@ def paired_cluster_bootstrap(
     resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    method: Method = "bca",
 ) -> Interval:
     """Mean of after - before on the same questions, with an interval from resampling whole clusters.
 
@@ -85,10 +150,49 @@ def paired_cluster_bootstrap(
         before: (N,) finite values.
         after: (N,) finite values of the same questions in the same order.
         clusters: (N,) name of each question's cluster.
-        resamples: see :func:`cluster_bootstrap`, as are seed and confidence.
+        resamples: see :func:`cluster_bootstrap`, as are seed, confidence and method.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return cluster_bootstrap(difference, clusters, resamples=resamples, seed=seed, confidence=confidence)
+    return cluster_bootstrap(
+        difference, clusters, resamples=resamples, seed=seed, confidence=confidence, method=method
+    )
+
+
+def cluster_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
+    """Standard error of a mean whose values come in clusters.
+
+    sqrt(K / (K - 1) * sum over clusters of (S_k - m_k * mean)^2) / N for sums S_k and sizes m_k: the linearised ratio
+    estimator (Cochran 1977, section 11.8), which is also the cluster-robust error (CR1) of a regression on a constant.
+    NaN for fewer than two clusters.
+    """
+    sums, sizes = _per_cluster(values, clusters)
+    count, total = len(sums), sizes.sum()
+    if count < 2:
+        return math.nan
+    residuals = sums - sizes * sums.sum() / total
+    return float(math.sqrt(count / (count - 1) * (residuals**2).sum()) / total)
+
+
+def effective_n(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
+    """How many independent questions would tell as much: N / design effect (Kish 1965).
+
+    The variance of the values over the squared :func:`cluster_standard_error`. NaN for fewer than two clusters and
+    where all values are equal; may exceed N where questions of an image compensate each other.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    error = cluster_standard_error(numbers, clusters)
+    if math.isnan(error) or error == 0 or np.ptp(numbers) == 0:
+        return math.nan
+    return float(numbers.var(ddof=1) / error**2)
+
+
+def minimum_detectable_effect(standard_error: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The smallest true difference that a two-sided test at level alpha finds with the given power.
+
+    (z(1 - alpha / 2) + z(power)) * standard error (normal approximation). With the cluster standard error of the
+    paired differences it holds for clustered questions.
+    """
+    return float((norm.ppf(1 - alpha / 2) + norm.ppf(power)) * standard_error)
 
 
 @dataclass(frozen=True)
@@ -107,7 +211,7 @@ def exact_mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
     """Exact McNemar test: are changes in both directions equally likely?
 
     p = P(at least as uneven a split | changes ~ Binomial(improved + worsened, 1/2)), two-sided; 1 without changes.
-    It takes questions as independent, so with many questions per image read it beside the clustered interval.
+    It takes questions as independent; :func:`cluster_permutation` does not.
 
     Args:
         before: (N,) whether each answer was right.
@@ -118,3 +222,58 @@ def exact_mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
     worsened = sum(then and not now for then, now in zip(before, after))
     changed = improved + worsened
     return McNemar(improved, worsened, float(binomtest(improved, changed).pvalue) if changed else 1.0)
+
+
+def cluster_permutation(
+    before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable], *, resamples: int = 20_000, seed: int = 0
+) -> float:
+    """Two-sided p-value of a paired difference by flipping the signs of whole clusters.
+
+    If before and after were exchangeable, the sum D_k of a cluster's differences would as often be -D_k. The p-value
+    is the share of the sign patterns whose absolute total is at least the observed one. For whole-numbered sums, as
+    those of right and wrong answers are, that share is computed exactly over all 2^K patterns (convolution); with one
+    question per cluster it is the exact McNemar test. Otherwise it is (1 + hits) / (1 + resamples) of random patterns
+    (Phipson and Smyth 2010).
+
+    Args:
+        before: (N,) finite values.
+        after: (N,) finite values of the same questions in the same order.
+        clusters: (N,) name of each question's cluster.
+        resamples: random patterns, where it is not exact.
+        seed: of NumPy's PCG64 generator, where it is not exact.
+    """
+    sums, _ = _per_cluster(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), clusters)
+    observed = abs(float(sums.sum()))
+    sums = np.abs(sums[sums != 0])
+    if not len(sums):
+        return 1.0
+    if np.array_equal(sums, np.rint(sums)) and len(sums) * sums.sum() <= _MOST_STATES:
+        steps = sums.astype(np.int64)
+        chances = np.ones(1)  # of each total, from -reach to reach in steps of two
+        for step in steps:
+            wider = np.zeros(len(chances) + step)
+            wider[: len(chances)] += chances / 2
+            wider[step:] += chances / 2
+            chances = wider
+        totals = 2 * np.arange(len(chances)) - int(steps.sum())
+        return min(1.0, float(chances[np.abs(totals) >= round(observed)].sum()))
+    generator = np.random.Generator(np.random.PCG64(seed))
+    hits = 0
+    rows = max(1, _DRAWS_AT_ONCE // len(sums))
+    for start in range(0, resamples, rows):
+        signs = generator.integers(0, 2, size=(min(rows, resamples - start), len(sums))) * 2.0 - 1.0
+        hits += int((np.abs(signs @ sums) >= observed - 1e-12 * sums.sum()).sum())
+    return (1 + hits) / (1 + resamples)
+
+
+def holm(p_values: Mapping[K, float]) -> dict[K, float]:
+    """P-values adjusted for having looked at several comparisons (Holm 1979): the largest of (number of p-values that
+    are not smaller) * p over all p up to one's own, at most 1. Rejecting those below alpha keeps the chance of any
+    false rejection below alpha, whatever the dependence. NaN (no test) stays NaN and does not count."""
+    tested = sorted((p, order, name) for order, (name, p) in enumerate(p_values.items()) if not math.isnan(p))
+    adjusted = dict.fromkeys(p_values, math.nan)
+    highest = 0.0
+    for place, (p, _, name) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - place) * p))
+        adjusted[name] = highest
+    return adjusted

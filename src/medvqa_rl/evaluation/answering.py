@@ -1,0 +1,290 @@
+"""From questions to records: decode the images, ask the engine in batches of similar length, score the answers.
+
+Imports torch only through the engine that is passed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from medvqa_rl.config import EvalConfig, RolloutConfig
+from medvqa_rl.data.images import MemoryImage
+from medvqa_rl.data.splits import choose
+from medvqa_rl.evaluation.metrics import exact_match, rouge_l, token_f1
+from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
+from medvqa_rl.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
+from medvqa_rl.rewards.correctness import is_correct
+from medvqa_rl.types import Completion, Dataset, Group, ImageSource, Sample
+
+if TYPE_CHECKING:
+    from medvqa_rl.rollout.sampling import Stream
+
+Progress = Callable[[int, int], None]
+"""Called with the number of questions done and their total."""
+
+View = Callable[[Sample], Sample]
+"""What the model is shown instead of a sample, such as the same question with a blank image."""
+
+
+class Engine(Protocol):
+    """What evaluation needs of :class:`medvqa_rl.rollout.decode.RolloutEngine`."""
+
+    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]: ...
+
+    def rollout(
+        self, samples: Sequence[Sample], config: RolloutConfig, *, seed: int, stream: Stream, step: int
+    ) -> list[Group]: ...
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked."""
+
+    config: EvalConfig
+    max_completion_length: int
+    template: Template = "think_answer"
+    dataset: str = ""
+    """Name of the data set, for the records."""
+
+
+def chosen_samples(dataset: Dataset, config: EvalConfig) -> list[Sample]:
+    """The questions to evaluate, their images not decoded yet; ``eval.max_samples`` keeps a choice by ``eval.seed``.
+
+    Raises:
+        ValueError: the data set is endless, or two of its samples have the same id.
+    """
+    if dataset.is_endless:
+        raise ValueError(
+            f"The data set {dataset.name} is endless and cannot be evaluated: use its val or test split, or set a "
+            "number of samples."
+        )
+    keys = [str(index) for index in range(len(dataset))]
+    samples = [dataset[index] for index in choose(keys, config.max_samples, config.seed)]
+    if len({sample.id for sample in samples}) != len(samples):
+        raise ValueError(f"Two samples of {dataset.name} have the same id: ids must be unique within a data set.")
+    return samples
+
+
+def batches(samples: Sequence[Sample], template: Template, size: int) -> list[list[Sample]]:
+    """Questions in batches of prompts of similar length, so that little is padded.
+
+    The order is that of the length of the text (images are not decoded for it). It depends on the questions alone,
+    so a continued evaluation forms the same batches.
+    """
+
+    def length(sample: Sample) -> int:
+        content = render_prompt(sample, template).messages[0]["content"]
+        return sum(len(part["text"]) for part in content if part["type"] == "text")
+
+    ordered = sorted(samples, key=length)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def answer_all(
+    engine: Callable[[], Engine],
+    samples: Sequence[Sample],
+    asking: Asking,
+    *,
+    view: View | None = None,
+    done: Collection[str] = (),
+    keep: Callable[[Sequence[EvalRecord]], None],
+    progress: Progress | None = None,
+) -> None:
+    """Ask every question that is not done yet, and hand the records over batch by batch.
+
+    A batch of which anything is missing is asked again as a whole, so that its answers do not depend on where an
+    earlier attempt stopped; only what is missing is handed over.
+
+    Args:
+        engine: gives the engine; called only if there is something to ask.
+        samples: the questions.
+        view: what the model is shown instead.
+        done: ids that have a record already.
+        keep: takes the records of a batch.
+        progress: called after every batch.
+    """
+    count = sum(sample.id in done for sample in samples)
+    for batch in batches(samples, asking.template, asking.config.batch_size):
+        missing = [sample.id for sample in batch if sample.id not in done]
+        if missing:
+            records = answer(engine(), batch, asking, view)
+            keep([record for record in records if record.sample_id in set(missing)])
+            count += len(missing)
+            if progress is not None:
+                progress(count, len(samples))
+
+
+def answer(engine: Engine, batch: Sequence[Sample], asking: Asking, view: View | None = None) -> list[EvalRecord]:
+    """Records of some questions in their order. Images are decoded here, so that one that fails is told apart from
+    any other error and spoils its own question only."""
+    config = asking.config
+    reasons: dict[str, str] = {}
+    ready: dict[str, Sample] = {}
+    hashes: dict[str, str | None] = {}
+    for sample in batch:
+        shown = view(sample) if view is not None else sample
+        try:
+            images = tuple(MemoryImage(image.key, image.load()) for image in shown.images)
+        except ValueError as error:
+            reasons[sample.id] = str(error)
+        else:
+            ready[sample.id] = replace(shown, images=images)
+            hashes[sample.id] = image_hash(images)
+    groups, refused = _greedy(engine, list(ready.values()), asking)
+    reasons |= refused
+    decoded = [sample for sample in ready.values() if sample.id in groups]
+    sampled: dict[str, Group] = {}
+    if config.num_samples and decoded:
+        rollout = RolloutConfig(
+            num_generations=config.num_samples,
+            max_completion_length=asking.max_completion_length,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_batch=max(1, config.batch_size // config.num_samples),
+        )
+        drawn = engine.rollout(decoded, rollout, seed=config.seed, stream="eval", step=0)
+        sampled = {group.sample.id: group for group in drawn}
+    return [
+        _unscored(sample, asking, reasons[sample.id])
+        if sample.id in reasons
+        else _scored(sample, ready[sample.id], groups[sample.id], sampled.get(sample.id), hashes[sample.id], asking)
+        for sample in batch
+    ]
+
+
+def _greedy(engine: Engine, samples: Sequence[Sample], asking: Asking) -> tuple[dict[str, Group], dict[str, str]]:
+    """Groups of one by sample id, and reasons by id of those whose images the model cannot take."""
+
+    def ask(some: Sequence[Sample]) -> dict[str, Group]:
+        length, size = asking.max_completion_length, asking.config.batch_size
+        groups = engine.greedy(some, max_completion_length=length, batch_size=size)
+        found = {group.sample.id: group for group in groups}
+        assert found.keys() == {sample.id for sample in some}, "one answer per question, and ids are unique"
+        return found
+
+    if not samples:
+        return {}, {}
+    try:
+        return ask(samples), {}
+    except ValueError as error:
+        if len(samples) == 1:
+            return {}, {samples[0].id: str(error)}
+    # One of them cannot be used, a strip of an image for example: the others shall not suffer.
+    groups: dict[str, Group] = {}
+    reasons: dict[str, str] = {}
+    for sample in samples:
+        answered, refused = _greedy(engine, [sample], asking)
+        groups, reasons = groups | answered, reasons | refused
+    return groups, reasons
+
+
+def image_hash(images: Iterable[ImageSource]) -> str | None:
+    """16 hexadecimal digits of the SHA-256 of sizes and RGB pixels in order; None without images."""
+    digest, pixels = hashlib.sha256(), b""
+    for source in images:
+        image = source.load().convert("RGB")
+        pixels = image.tobytes()
+        digest.update(f"{image.size}".encode() + pixels)
+    return digest.hexdigest()[:16] if pixels else None
+
+
+def why(sample: Sample, completion: Completion, parsed: ParsedAnswer, template: Template) -> str:
+    """In words, why :func:`medvqa_rl.rewards.correctness.is_correct` says what it says."""
+    if parsed.answer is None:
+        if completion.is_truncated:
+            return "no answer: the token limit came first"
+        if template == "direct":
+            return "no answer: the output is empty"
+        count = completion.text.count("<answer>")
+        return f"no answer: {count} answer sections" if count != 1 else "no answer: its section is empty or unclosed"
+    if sample.answer_type == "choice":
+        letter = read_choice(parsed.answer, sample.options)
+        if letter is None:
+            return "the answer names none of the options"
+        return f"the answer names {letter}, " + ("the gold" if letter == sample.answer else f"not {sample.answer}")
+    given, gold = normalise(parsed.answer), normalise(sample.answer)
+    is_equal = is_correct(sample, parsed.answer)
+    return f"normalised, {given!r} " + ("is the gold answer" if is_equal else f"is not {gold!r}")
+
+
+def _scored(
+    sample: Sample, shown: Sample, group: Group, sampled: Group | None, images: str | None, asking: Asking
+) -> EvalRecord:
+    """The record of an answered question; groups and cluster are the sample's, the rest is as it was shown."""
+    completion = group.completions[0]
+    parsed = parse_completion(completion.text, asking.template)
+    is_open = shown.answer_type == "open"
+    return EvalRecord(
+        sample_id=sample.id,
+        image_key=sample.image_key,
+        question=shown.question,
+        options=shown.options,
+        gold=shown.answer,
+        output=completion.text,
+        think=parsed.think,
+        answer=parsed.answer,
+        is_correct=is_correct(shown, parsed.answer),
+        is_well_formed=parsed.is_well_formed,
+        has_answer=parsed.answer is not None,
+        is_truncated=completion.is_truncated,
+        num_tokens=len(completion.token_ids),
+        token_f1=token_f1(parsed.answer, shown.answer) if is_open else None,
+        answer_type=shown.answer_type,
+        groups=dict(sample.groups),
+        exact_match=exact_match(parsed.answer, shown.answer) if is_open else None,
+        rouge_l=rouge_l(parsed.answer, shown.answer) if is_open else None,
+        choice=_letter(shown, parsed.answer),
+        why=why(shown, completion, parsed, asking.template),
+        dataset=asking.dataset,
+        template=asking.template,
+        prompt_hash=hashlib.sha256(group.prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        image_hash=images,
+        sampled=() if sampled is None else tuple(_sampled(shown, c, asking.template) for c in sampled.completions),
+    )
+
+
+def _letter(sample: Sample, answer: str | None) -> str | None:
+    return read_choice(answer, sample.options) if answer is not None and sample.answer_type == "choice" else None
+
+
+def _sampled(sample: Sample, completion: Completion, template: Template) -> SampledAnswer:
+    answer = parse_completion(completion.text, template).answer
+    vote = _letter(sample, answer)
+    if answer is not None and sample.answer_type != "choice":
+        vote = normalise(answer) or answer.strip()
+    return SampledAnswer(
+        output=completion.text,
+        answer=answer,
+        vote=vote,
+        is_correct=is_correct(sample, answer),
+        num_tokens=len(completion.token_ids),
+        is_truncated=completion.is_truncated,
+    )
+
+
+def _unscored(sample: Sample, asking: Asking, reason: str) -> EvalRecord:
+    return EvalRecord(
+        sample_id=sample.id,
+        image_key=sample.image_key,
+        question=sample.question,
+        options=sample.options,
+        gold=sample.answer,
+        output="",
+        think=None,
+        answer=None,
+        is_correct=None,
+        is_well_formed=False,
+        has_answer=False,
+        is_truncated=False,
+        num_tokens=0,
+        token_f1=None,
+        answer_type=sample.answer_type,
+        groups=dict(sample.groups),
+        unscored_reason=reason,
+        why="unscored: the image could not be used",
+        dataset=asking.dataset,
+        template=asking.template,
+    )
