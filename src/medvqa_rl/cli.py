@@ -5,17 +5,16 @@ Exit codes: 0 done, 1 the run failed, 2 something given was wrong (said in a sen
 
 from __future__ import annotations
 
-import errno
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from medvqa_rl import __version__
+from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split
+from medvqa_rl.cli_common import told_plainly as _told_plainly
+from medvqa_rl.cli_data import data_app
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -30,16 +29,10 @@ phantom_app = typer.Typer(help="The embedded phantom world: its tiny models and 
 config_app = typer.Typer(help="Look at settings without running anything.", no_args_is_help=True)
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with settings, as those in configs/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's, such as train.steps=100."),
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error comes from.")]
-Split = Literal["train", "val", "test"]
 Scanner = Literal["home", "unseen"]
 Purpose = Literal["train", "sft", "eval"]
 
@@ -47,51 +40,6 @@ Purpose = Literal["train", "sft", "eval"]
 def main() -> None:
     """Entry point of the installed command."""
     app(prog_name="medvqa-rl")
-
-
-@contextmanager
-def _told_plainly(debug: bool = False) -> Iterator[None]:
-    """Turn errors that the user can mend into one clear message and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ArithmeticError) as error:
-        if debug or isinstance(error, BrokenPipeError):  # the reader of our output has gone; that ends quietly
-            raise
-        _say(_sentence(error))
-        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
-    except RuntimeError as error:
-        from medvqa_rl.learning.errors import TrainingFailed
-
-        if debug or not isinstance(error, TrainingFailed):
-            raise
-        _say(_sentence(error))
-        raise typer.Exit(1) from None
-
-
-def _sentence(error: Exception) -> str:
-    """The message of an error, as a sentence."""
-    from medvqa_rl.config import ConfigError
-
-    if not isinstance(error, OSError):
-        return (
-            "\nerror: ".join(error.problems)
-            if isinstance(error, ConfigError)
-            else str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
-        )
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"No space is left on the device{where}: free some, or choose another output folder."
-    return f"{error.strerror or error}{where}: check the path and its permissions."
-
-
-def _say(message: str) -> None:
-    """Write an error message, unwrapped so that it can be searched for."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
 
 
 def _quiet() -> None:

@@ -1,0 +1,66 @@
+"""What all verbs of the command share: common arguments, and errors told in plain sentences. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with settings, as those in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's, such as train.steps=100."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error comes from.")]
+Split = Literal["train", "val", "test"]
+
+
+@contextmanager
+def told_plainly(debug: bool = False) -> Iterator[None]:
+    """Turn errors that the user can mend into one clear message and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ArithmeticError) as error:
+        if debug or isinstance(error, BrokenPipeError):  # the reader of our output has gone; that ends quietly
+            raise
+        _say(_sentence(error))
+        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
+    except RuntimeError as error:
+        from medvqa_rl.learning.errors import TrainingFailed
+
+        if debug or not isinstance(error, TrainingFailed):
+            raise
+        _say(_sentence(error))
+        raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error, as a sentence."""
+    from medvqa_rl.config import ConfigError
+
+    if not isinstance(error, OSError):
+        return (
+            "\nerror: ".join(error.problems)
+            if isinstance(error, ConfigError)
+            else str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
+        )
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space is left on the device{where}: free some, or choose another output folder."
+    return f"{error.strerror or error}{where}: check the path and its permissions."
+
+
+def _say(message: str) -> None:
+    """Write an error message, unwrapped so that it can be searched for."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    console.print(message, markup=False)

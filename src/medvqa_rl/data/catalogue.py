@@ -1,0 +1,114 @@
+"""The data sets that this package reads: what they hold, their terms, and where to get them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from medvqa_rl.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set as ``medvqa-rl data list`` shows it. Numbers are its owners'."""
+
+    name: str
+    """What ``data.name`` is set to."""
+    what: str
+    splits: str
+    columns: str
+    """Columns or fields that are read."""
+    terms: str
+    """Licence as its owners state it."""
+    source: str
+    """Where to get it."""
+
+
+ENTRIES = (
+    Entry(
+        "phantom",
+        "PhantomVQA: drawn images, questions with exactly known answers",
+        "train (endless), val, test; scanners home and unseen",
+        "none: drawn on demand",
+        "Apache-2.0, part of this package",
+        "nothing to download",
+    ),
+    Entry(
+        "vqa_rad",
+        "VQA-RAD: clinicians' questions about radiology images, as its owners publish it",
+        "train 1,797 (val is a tenth of its images), test 451; 202 of 203 test images are in train",
+        "image_name, question, answer, answer_type, question_type, image_organ, phrase_type, qid",
+        "CC0 1.0",
+        "https://osf.io/89kps/",
+    ),
+    Entry(
+        "vqa_rad_hub",
+        "VQA-RAD as copied to the Hugging Face Hub, without organs and question types",
+        "train 1,793, test 451",
+        "image, question, answer",
+        "CC0 1.0",
+        "https://huggingface.co/datasets/flaviagiammarino/vqa-rad",
+    ),
+    Entry(
+        "pmc_vqa",
+        "PMC-VQA: four options about figures of papers; v1, v1_clean or v2",
+        "v1: train, test or test_clean; v2: train 152,603, test 33,430",
+        "Figure_path, Question, Choice A to D, Answer, Answer_label",
+        "CC BY-SA",
+        "https://huggingface.co/datasets/xmcmic/PMC-VQA",
+    ),
+    Entry(
+        "slake_en",
+        "SLAKE, the English questions",
+        "train 4,919, val 1,053, test 1,061 over 450, 96 and 96 images",
+        "img_name, question, answer, q_lang, answer_type, modality, location, content_type, qid",
+        "CC BY 4.0",
+        "https://www.med-vqa.com/slake/",
+    ),
+    Entry(
+        "slake_zh",
+        "SLAKE, the Chinese questions; never together with the English ones, whose test images are in train here",
+        "train, val, test",
+        "as slake_en",
+        "CC BY 4.0",
+        "https://www.med-vqa.com/slake/",
+    ),
+    Entry(
+        "path_vqa",
+        "Path-VQA: questions about pathology images from textbooks",
+        "train 19,654, val 6,259, test 6,719",
+        "image, question, answer",
+        "MIT by the copy on the Hub; the images' copyright stays with books and library",
+        "https://huggingface.co/datasets/flaviagiammarino/path-vqa",
+    ),
+    Entry(
+        "vqa_med",
+        "VQA-Med 2019: modality, plane, organ and abnormality in radiology images",
+        "train 12,792, val 2,000, test 500 over 3,200, 500 and 500 images",
+        "image name | question | answer",
+        "as stated by the organisers of ImageCLEF",
+        "https://github.com/abachaa/VQA-Med-2019",
+    ),
+    Entry(
+        "omnimed",
+        "OmniMedVQA: multiple choice over 73 medical image data sets",
+        "no official splits; 127,995 questions, part of them open",
+        "image_path, question, option_A to option_D, gt_answer",
+        "those of the 73 data sets",
+        "https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
+    ),
+    Entry(
+        "own",
+        "your own questions: JSONL, CSV or parquet with a folder of images",
+        "yours, or made by `medvqa-rl data split`",
+        "see docs/data.md",
+        "yours",
+        "your own disk",
+    ),
+)
+
+
+def readable() -> tuple[Entry, ...]:
+    """The entries of the data sets that ``data.name`` may be set to, in its order."""
+    known = {entry.name: entry for entry in ENTRIES}
+    return tuple(known[name] for name in get_args(DataConfig.model_fields["name"].annotation))
