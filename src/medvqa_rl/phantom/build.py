@@ -2,12 +2,13 @@
 
     medvqa-rl phantom build --output runs/phantom
 
-Three stages, all supervised, on the home scanner only:
+Four stages, all supervised, on the home scanner only:
 
-1. **Binding** (text only): a list of lettered options among random tokens, then words of it whose letters are asked
+1. **Seeing**: the vision tower alone, through a linear probe (:mod:`medvqa_rl.phantom.seeing`).
+2. **Binding** (text only): a list of lettered options among random tokens, then words of it whose letters are asked
    for. The context grows as soon as the model answers 95 % right.
-2. **Base**: describe the image, or reason and answer in plain text; one in ten answers has the requested form.
-3. **Instruct**: reason and answer in the requested form, always.
+3. **Base**: describe the image, or reason and answer in plain text; one in ten answers has the requested form.
+4. **Instruct**: reason and answer in the requested form, always.
 
 Data is endless and addressed, so the same seed gives the same weights on the same machine and versions.
 """
@@ -37,6 +38,7 @@ from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.drawing import PhantomImage
 from medvqa_rl.phantom.questions import describe, draw_sample
+from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES, Scene
 from medvqa_rl.prompts import parse_completion, render_answer
@@ -51,8 +53,9 @@ FORM_RATE = 0.1
 DESCRIBE_RATE = 0.35
 """Share of the base model's lessons that are descriptions of the image."""
 BATCH = 32
-STEPS: dict[Stage, int] = {"base": 1800, "instruct": 1200}
-LEARNING_RATES: dict[str, float] = {"binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
+STEPS: dict[Stage, int] = {"base": 1400, "instruct": 1000}
+STEPS_SEEING = 1000
+LEARNING_RATES: dict[str, float] = {"seeing": 2e-3, "binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
 WORDS = tuple(dict.fromkeys((*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "equal")))
 _REACH = 60
 """Random tokens between the options and the questions about them, at the end of the binding stage."""
@@ -94,6 +97,7 @@ def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = No
         )
 
     results: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    learn_to_see(policy, STEPS_SEEING, LEARNING_RATES["seeing"], seed, log)
     learn_binding(policy, seed, log)
     for stage in STEPS:
         learn(policy, stage, steps[stage] if steps else STEPS[stage], seed, log)
@@ -175,7 +179,7 @@ def learn_binding(policy: Policy, seed: int, log: Log, *, max_steps: int = 3000)
     optimizer = Optimizer(policy.model, OptimizerConfig(learning_rate=rate, weight_decay=0.05, betas=(0.9, 0.98)))
     practice, reach, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
     for step in range(max_steps):
-        ids, at = practice.draw(64, (2, 4, 8, 4)[step % 4], reach, use_words=step % 2 == 0)
+        ids, at = practice.draw(64, (2, 3, 4, 4)[step % 4], reach, use_words=step % 4 < 3)
         loss, accuracy = practice.loss(policy.model, ids, at)  # type: ignore[arg-type]
         loss.backward()
         clip_grad_norm_(policy.model.parameters(), 1.0)
@@ -186,7 +190,7 @@ def learn_binding(policy: Policy, seed: int, log: Log, *, max_steps: int = 3000)
             log({"stage": "binding", "step": step + 1, "reach": reach, "loss": loss.item(), "accuracy": mean})
             if mean > 0.95 and reach >= _REACH:
                 return
-            reach += 10 if mean > 0.95 else 0
+            reach += 20 if mean > 0.95 else 0
     raise RuntimeError(f"Binding was not learned in {max_steps} steps: try another seed.")
 
 

@@ -146,7 +146,9 @@ def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGen
     )
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
-    _prepare_for_copying(model, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    _prepare_for_copying(model, generator)
+    _prepare_for_seeing(model, generator)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model
@@ -158,8 +160,8 @@ def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torc
 
     To bind an option to its letter, one layer must note at each word which tokens stood before it, and a later layer
     must find the word again. From a usual start both are needed before either helps, and training stays at chance
-    for thousands of steps. So the heads of layer 0 begin by looking 1, 2, 3 and 4 tokens back: rotary positions turn
-    a constant query and key bias into a function of distance, here the sum over the fast frequencies f of
+    for thousands of steps. So half the heads of layer 0 begin by looking 1 and 2 tokens back: rotary positions turn a
+    constant query and key bias into a function of distance, here the sum over the fast frequencies f of
     cos(f * (distance - offset)), which peaks at the offset. Half the heads of layers 1 and 2 begin with equal query
     and key projections, on the slow frequencies that hardly depend on distance, so that a token attends to its like.
     All of it is trained on from there.
@@ -174,7 +176,7 @@ def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torc
     half, fast, strength = width // 2, 5, 7.0
     frequency = text.config.rope_parameters["rope_theta"] ** (-torch.arange(fast) / half)
     first = text.layers[0].self_attn
-    for head in range(heads):
+    for head in range(heads // 2):
         rows, offset = slice(head * width, (head + 1) * width), head + 1
         query, key = torch.zeros(width), torch.zeros(width)
         key[:fast] = strength
@@ -191,3 +193,11 @@ def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torc
             projection[half : half + half // 2] *= 0.1
             layer.self_attn.q_proj.weight[rows] = projection
             layer.self_attn.k_proj.weight[rows] = projection
+
+
+@torch.no_grad()
+def _prepare_for_seeing(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
+    """Start the vision tower with weights of variance 1 / inputs: the usual 0.02 is for towers ten times as wide."""
+    for parameter in model.model.visual.parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)

@@ -81,15 +81,17 @@ class Scene:
 
 
 def draw_scene(key: str) -> Scene:
-    """Draw the scene that the key names: none (1 in 7), one or two findings, of different kinds in different cells."""
+    """Draw the scene that the key names: none (1 in 7), one or two findings, of different kinds in different cells,
+    in reading order."""
     draws = Draws("phantom scene", VERSION, key)
     modality = draws.pick(MODALITIES)
     organ = draws.pick(ORGANS[modality])
     number = draws.pick((0, 1, 1, 1, 2, 2, 2))
     kinds = draws.shuffled(KINDS[modality])[:number]
-    cells = draws.shuffled([(side, level) for side in SIDES for level in LEVELS])
+    cells = [(side, level) for level in LEVELS for side in SIDES]
+    taken = draws.shuffled(cells)[:number]
     findings = []
-    for kind, (side, level) in zip(kinds, cells):
+    for kind, (side, level) in zip(kinds, sorted(taken, key=cells.index)):
         size = draws.pick(SIZES)
         count = 1 if size == "large" else draws.pick((1, 1, 2, 3))  # a cell holds one large lesion only
         findings.append(Finding(kind, side, level, size, count))

@@ -1,0 +1,51 @@
+"""The stage of the recipe in which the vision tower learns to see."""
+
+import numpy as np
+import torch
+
+from medvqa_rl.config import ModelConfig
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.phantom.questions import draw_sample
+from medvqa_rl.phantom.seeing import CELLS, Probe, labels, learn_to_see, patches
+from medvqa_rl.phantom.vlm import build_model, build_processor
+from medvqa_rl.phantom.world import ALL_KINDS, Finding, Scene
+
+PROCESSOR = build_processor()
+
+
+def test_patches_are_those_of_the_image_processor():
+    samples = [draw_sample(seed=0, split="patches", index=index) for index in range(4)]
+    images = np.stack([np.asarray(sample.images[0].load()) for sample in samples])
+    expected = np.concatenate([PROCESSOR.encode(sample).pixel_values for sample in samples])
+    assert np.abs(patches(images, PROCESSOR.image_processor) - expected).max() < 1e-6
+
+
+def test_labels_name_what_is_in_each_cell():
+    cyst, plaque = Finding("cyst", "left", "upper", "small", 2), Finding("plaque", "right", "lower", "large", 1)
+    found = labels(Scene("s", "MRI", "brain", (cyst, plaque)))
+    expected = {("left", "upper"): (1 + ALL_KINDS.index("cyst"), 1, 2)}
+    expected[("right", "lower")] = (1 + ALL_KINDS.index("plaque"), 3, 1)
+    assert dict(zip(CELLS, found)) == {cell: expected.get(cell, (0, 0, 0)) for cell in CELLS}
+
+
+def test_probe_that_reads_everything_right_counts_every_finding():
+    probe = Probe(hidden=8)
+    cells = torch.tensor([labels(Scene("s", "MRI", "brain", (Finding("cyst", "left", "upper", "small", 2),)))])
+    with torch.no_grad():
+        probe.cells.weight.zero_()
+        bias = torch.full((6, 17 + 4 + 4), -20.0)
+        for cell, classes in enumerate(cells[0].tolist()):
+            for start, label in zip((0, 17, 21), classes):
+                bias[cell, start + label] = 20.0
+        probe.cells.bias.copy_(bias.flatten())
+    _, share = probe.loss(torch.randn(1, 16, 8), cells, torch.tensor([2]))
+    assert share == 1.0
+    _, share = probe.loss(torch.randn(1, 16, 8), cells.flip(1), torch.tensor([2]))
+    assert share == 0.0
+
+
+def test_a_few_steps_lower_the_loss():
+    policy = Policy(build_model(PROCESSOR, 0), PROCESSOR, torch.device("cpu"), ModelConfig(train_vision=True))
+    rows = []
+    learn_to_see(policy, 100, 1e-3, 0, rows.append, batch=16)
+    assert rows[1]["loss"] < 0.9 * rows[0]["loss"]
