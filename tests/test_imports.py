@@ -49,6 +49,7 @@ LIGHT = [
     "report",
     "report.data_page",
     "report.page",
+    "report.report",
     "rewards",
     "settings",
     "types",

@@ -187,6 +187,20 @@ def ask(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    debug: Debug = False,
+) -> None:
+    """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
+    with _told_plainly(debug):
+        from medvqa_rl.report.report import write_report
+
+        path = write_report(runs, output)
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def env(debug: Debug = False) -> None:
     """Versions, device, threads and memory: what to send along with a question."""
     with _told_plainly(debug):

@@ -55,6 +55,8 @@ def test_table_of_completions():
             is_truncated=index == 0,
             is_correct=reward == 1.0,
             has_answer=True,
+            answer_type="choice",
+            groups={"modality": "CT"},
             extra={},
         )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medvqa_rl.prompts import Template, parse_completion
 from medvqa_rl.rewards.correctness import is_correct
-from medvqa_rl.types import Group, Scores
+from medvqa_rl.types import AnswerType, Group, Scores
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class CompletionRecord:
     is_truncated: bool
     is_correct: bool
     has_answer: bool
+    answer_type: AnswerType
+    groups: dict[str, str]
+    """The sample's groups, such as modality and family."""
     extra: dict[str, Any]
     """What reward functions logged about this completion."""
 
@@ -75,6 +78,8 @@ def record_completions(
                     is_truncated=completion.is_truncated,
                     is_correct=is_correct(group.sample, answer),
                     has_answer=answer is not None,
+                    answer_type=group.sample.answer_type,
+                    groups=dict(group.sample.groups),
                     extra={name: values[len(records)] for name, values in scores.columns.items()},
                 )
             )

@@ -6,8 +6,6 @@ rest. All text is escaped, for completions and data sets can hold any string. Im
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 import re
@@ -20,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from medvqa_rl.prompts import TAGS, Template, parse_completion
+from medvqa_rl.report.inline import data_uri, thumbnail_uri
 from medvqa_rl.report.style import number
 from medvqa_rl.rewards.correctness import is_correct
 from medvqa_rl.types import LETTERS, Group, Scores
@@ -48,6 +47,8 @@ class Comparison:
     """What :func:`medvqa_rl.evaluation.records.paired_gain` returns."""
     note: str = ""
     """A sentence below the numbers."""
+    names: tuple[str, str] = ("before", "after")
+    """What the two are called."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,12 @@ def write_demo_page(out: Path, page: DemoPage) -> Path:
     first = page.comparisons[0]
     known = [key for key in page.breakdown if key in first.before["by"] and key in first.after["by"]]
     html = (
-        _environment()
+        environment()
         .get_template("demo.html.j2")
         .render(
             page=page,
-            tables=[_table(key, first) for key in known],
-            settings=_flat(page.settings),
+            tables=[breakdown_table(key, first) for key in known],
+            settings=flat_settings(page.settings),
             letters=LETTERS,
         )
     )
@@ -166,17 +167,19 @@ def write_demo_page(out: Path, page: DemoPage) -> Path:
     return out
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates with escaping on and the filters that they use."""
+    made = Environment(
         loader=PackageLoader("medvqa_rl.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "percent": _percent,
         "signed": _signed,
+        "p_value": _p_value,
         "points": _points,
         "figure": _figure,
         "thumbnail": _thumbnail,
@@ -185,10 +188,10 @@ def _environment() -> Environment:
         "place": _place,
         "scale": _scale,
     }
-    return environment
+    return made
 
 
-def _table(key: str, comparison: Comparison) -> dict[str, Any]:
+def breakdown_table(key: str, comparison: Comparison) -> dict[str, Any]:
     """Rows of a breakdown: name, summaries before and after, change; the largest groups first."""
     before, after = comparison.before["by"][key], comparison.after["by"][key]
     rows = [(value, before[value], after[value]) for value in before if value in after]
@@ -196,12 +199,12 @@ def _table(key: str, comparison: Comparison) -> dict[str, Any]:
     return {"title": f"By {key.replace('_', ' ')}", "rows": rows}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings under dotted names, as they are written on the command line."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flat_settings(value, f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
             flat[prefix + name] = ", ".join(map(str, value)) or "none"
         else:
@@ -223,6 +226,11 @@ def _points(value: float | None) -> str:
     return "–" if math.isnan(share) else f"{100 * share:+.1f}".replace("-", "−")
 
 
+def _p_value(value: float) -> str:
+    """A p-value of a permutation test, which cannot be 0."""
+    return f"{value:.3f}" if value >= 0.001 else "below 0.001"
+
+
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
@@ -242,24 +250,12 @@ def _scale(group: ShownGroup) -> float:
     return max((abs(completion.advantage) for completion in group.completions), default=0.0) or 1.0
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def _figure(path: Path) -> str:
-    return _data_uri(path.read_bytes(), "png")
+    return data_uri(path.read_bytes(), "png")
 
 
 def _thumbnail(image: Image.Image) -> str:
-    """The image inside the page; small ones without loss, so that single pixels stay visible."""
-    buffer = io.BytesIO()
-    if max(image.size) <= MAX_THUMBNAIL:
-        image.save(buffer, "PNG")
-        return _data_uri(buffer.getvalue(), "png")
-    small = image.copy()
-    small.thumbnail((MAX_THUMBNAIL, MAX_THUMBNAIL))
-    small.save(buffer, "JPEG", quality=85)
-    return _data_uri(buffer.getvalue(), "jpeg")
+    return thumbnail_uri(image, MAX_THUMBNAIL)
 
 
 _TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")

@@ -1,0 +1,189 @@
+"""Signs that training went wrong, each a rule with a threshold and the figure it was held against. Imports no torch.
+
+The signs are those that the four-factor study (arXiv 2505.13973) names: verbose and wrong, low thinking reward with
+high accuracy, high perplexity, and curves that break. It gives no thresholds; those here are inferred, and are meant
+to make someone look, not to judge. All figures come from metrics.jsonl and the stored completions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from medvqa_rl.report.runs import Row
+
+Verdict = Literal["fine", "look", "not measured"]
+
+WRONG_LONGER = 1.5
+"""Wrong answers this many times as long as right ones are verbose."""
+LONGER_NOW = 1.5
+"""Completions this many times as long as at the start ought to have brought accuracy."""
+HIGH_ACCURACY = 0.6
+LOW_THINKING = 0.5
+"""Share of the highest thinking reward below which reasoning and answer have parted."""
+HIGH_PERPLEXITY = 30.0
+"""About twice what the study reports for its models (13 to 14)."""
+BREAK = 3.0
+"""Standard deviations between the means of two neighbouring stretches of a curve."""
+ENTROPY_LEFT = 0.2
+LENGTH_LEFT = 0.5
+"""Shares of the start's value below which entropy and length have collapsed."""
+MIN_STEPS = 20
+"""Logged steps below which a beginning and an end cannot be told apart."""
+
+THINKING_PARTS = ("format", "semantic")
+"""Reward parts, from 0 to 1 each, whose sum is the thinking reward."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One sign, the rule by which it is looked for, and what was found."""
+
+    name: str
+    verdict: Verdict
+    rule: str
+    figure: str
+
+
+def check_health(rows: Sequence[Row]) -> list[Check]:
+    """All checks of a run, from the lines of its metrics.jsonl in their order."""
+    return [
+        verbose_and_wrong(rows),
+        thinking_against_accuracy(rows),
+        perplexity(rows),
+        broken_curve(rows),
+        collapse(rows, "entropy", "Entropy collapses", "nats per token", ENTROPY_LEFT),
+        collapse(rows, "completions/mean_length", "Length collapses", "tokens", LENGTH_LEFT),
+    ]
+
+
+def _percent(share: float, decimals: int = 1) -> str:
+    return f"{100 * share:.{decimals}f} %"
+
+
+def series(rows: Sequence[Row], name: str) -> list[float]:
+    """The values of one metric in their order."""
+    return [row[name] for row in rows if name in row]
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Means of the first and of the last tenth of a curve of at least ten values."""
+    size = len(values) // 10
+    return fmean(values[:size]), fmean(values[-size:])
+
+
+def _too_short(name: str, rule: str, values: Sequence[float], what: str) -> Check | None:
+    if len(values) >= MIN_STEPS:
+        return None
+    found = (
+        f"{what} was not logged." if not values else f"Only {len(values)} steps have {what}, {MIN_STEPS} are needed."
+    )
+    return Check(name, "not measured", rule, found)
+
+
+def verbose_and_wrong(rows: Sequence[Row]) -> Check:
+    """Length without accuracy: the sign that a length reward is exploited."""
+    name = "Verbose and wrong"
+    rule = (
+        f"In the last tenth of the steps wrong completions are at least {WRONG_LONGER:g} times as long as right ones, "
+        f"or all are at least {LONGER_NOW:g} times as long as in the first tenth while accuracy has not risen."
+    )
+    accuracy, lengths = series(rows, "rewards/correctness/mean"), series(rows, "completions/mean_length")
+    short = _too_short(name, rule, lengths, "the length of completions")
+    if short is not None:
+        return short
+    last = [row for row in rows if "completions/mean_length" in row][-(len(lengths) // 10) :]
+    right, wrong = series(last, "completions/mean_length_correct"), series(last, "completions/mean_length_wrong")
+    start, end = ends(lengths)
+    figures = [f"Length {start:.0f} tokens at the start, {end:.0f} at the end."]
+    is_verbose = False
+    if right and wrong:
+        ratio = fmean(wrong) / max(fmean(right), 1.0)
+        is_verbose = ratio >= WRONG_LONGER
+        figures.append(f"At the end wrong {fmean(wrong):.0f}, right {fmean(right):.0f}: {ratio:.2f} times.")
+    if len(accuracy) >= MIN_STEPS:
+        then, now = ends(accuracy)
+        is_verbose |= end >= LONGER_NOW * start and now <= then
+        figures.append(f"Sampled accuracy {_percent(then)} at the start, {_percent(now)} at the end.")
+    return Check(name, "look" if is_verbose else "fine", rule, " ".join(figures))
+
+
+def thinking_against_accuracy(rows: Sequence[Row]) -> Check:
+    """Right answers without reasoning that deserves a reward: the reasoning does not carry the answer."""
+    name = "Low thinking reward with high accuracy"
+    rule = (
+        f"In the last tenth of the steps accuracy is at least {_percent(HIGH_ACCURACY, 0)} while the thinking reward "
+        f"({' + '.join(THINKING_PARTS)}, as far as they are on) is below {_percent(LOW_THINKING, 0)} of its "
+        "highest value."
+    )
+    accuracy = series(rows, "rewards/correctness/mean")
+    short = _too_short(name, rule, accuracy, "accuracy of samples")
+    if short is not None:
+        return short
+    parts = {part: series(rows, f"rewards/{part}/mean") for part in THINKING_PARTS}
+    known = {part: ends(values)[1] for part, values in parts.items() if len(values) >= MIN_STEPS}
+    if not known:
+        return Check(name, "not measured", rule, "No part of the thinking reward was on.")
+    now, thinking = ends(accuracy)[1], sum(known.values())
+    missing = [part for part in THINKING_PARTS if part not in known]
+    note = f" The {' and '.join(missing)} part was not measured." if missing else ""
+    is_low = now >= HIGH_ACCURACY and thinking < LOW_THINKING * len(known)
+    figure = f"Sampled accuracy {_percent(now)}, thinking reward {thinking:.2f} of {len(known)}.{note}"
+    return Check(name, "look" if is_low else "fine", rule, figure)
+
+
+def perplexity(rows: Sequence[Row]) -> Check:
+    """Text that a fixed language model finds unlikely: the model has lost its fluency."""
+    name = "High perplexity"
+    rule = f"The last evaluation's perplexity under a fixed language model is above {HIGH_PERPLEXITY:g}."
+    values = series(rows, "eval/perplexity")
+    if not values:
+        return Check(name, "not measured", rule, "No evaluation measured perplexity.")
+    verdict: Verdict = "look" if values[-1] > HIGH_PERPLEXITY else "fine"
+    return Check(name, verdict, rule, f"Perplexity {values[0]:.1f} at first, {values[-1]:.1f} at last.")
+
+
+def broken_curve(rows: Sequence[Row]) -> Check:
+    """A jump of the reward (of the loss in supervised fine-tuning) that its noise does not explain."""
+    name = "Abrupt change of the curve"
+    metric = "reward" if series(rows, "reward") else "loss"
+    values = series(rows, metric)
+    window = min(100, max(MIN_STEPS // 2, len(values) // 20))
+    rule = (
+        f"Somewhere the mean {metric} of {window} steps differs from that of the {window} before by more than "
+        f"{BREAK:g} standard deviations of the steps within them."
+    )
+    short = _too_short(name, rule, values, "the reward" if metric == "reward" else "the loss")
+    if short is not None:
+        return short
+    steps = [row["step"] for row in rows if metric in row]
+    stretches = sliding_window_view(np.asarray(values), window)
+    means, variances = stretches.mean(axis=1), stretches.var(axis=1, ddof=1)
+    changes = means[window:] - means[:-window]  # at the steps from `window` on
+    spreads = np.sqrt((variances[window:] + variances[:-window]) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = np.where(np.abs(changes) > 1e-9, np.abs(changes) / spreads, 0.0)
+    place = int(sizes.argmax())
+    worst, change, where = float(sizes[place]), float(changes[place]), steps[place + window]
+    times = "the steps before do not vary" if math.isinf(worst) else f"{worst:.1f} standard deviations"
+    figure = f"The largest is {change:+.2f} at step {where:.0f} ({times})."
+    return Check(name, "look" if worst > BREAK else "fine", rule, figure.replace("-", "−"))
+
+
+def collapse(rows: Sequence[Row], metric: str, name: str, unit: str, left: float) -> Check:
+    """A curve that has lost most of its height."""
+    rule = f"The mean of the last tenth of the steps is below {_percent(left, 0)} of that of the first tenth."
+    values = series(rows, metric)
+    short = _too_short(name, rule, values, metric.rpartition("/")[2].replace("_", " "))
+    if short is not None:
+        return short
+    start, end = ends(values)
+    share = f" ({_percent(end / start, 0)})" if start > 0 else ""
+    figure = f"{start:.3g} {unit} at the start, {end:.3g} at the end{share}."
+    return Check(name, "look" if end < left * start else "fine", rule, figure)
