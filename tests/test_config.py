@@ -99,7 +99,8 @@ optim: {weight: 3}
     assert problems_of(text, tmp_path, ("steps", "train.seed="), purpose="train") == [
         "The override 'steps' is not of the form key=value, as in train.steps=100.",
         "The override 'train.seed=' has no value: write train.seed=null for none, train.seed='\"\"' for no text.",
-        "data.name is the text 'vqa_rda', but must be phantom or vqa_rad: did you mean vqa_rad?",
+        "data.name is the text 'vqa_rda', but must be phantom, vqa_rad, vqa_rad_hub, pmc_vqa, slake_en, slake_zh, "
+        "path_vqa, vqa_med, omnimed or own: did you mean vqa_rad?",
         "data.answer_types[0] is the text 'chocie', but must be choice, closed or open: did you mean choice?",
         "rollout.temperature is 0, but must be a number above 0.",
         "loss.type is the text 'drgrpo', but must be grpo, dr_grpo or dapo: did you mean dr_grpo?",
@@ -168,6 +169,15 @@ CROSS = [
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "letter_skew": 0.5}}, "data.letter_skew is 0.5, but only"),
     ("eval", {"data": {"path": "x"}}, "data.path is x, but data.name is phantom, which needs no folder"),
     ("eval", {"data": {"split": "image"}}, "data.split is image, but data.name is phantom"),
+    ("eval", {"data": {"name": "own"}}, "data.path is missing, but data.name is own, which is read from disk"),
+    ("eval", {"data": {"name": "own", "path": "x", "variant": "v2"}}, "data.variant is v2, but only pmc_vqa has that"),
+    ("eval", {"data": {"name": "own", "hub": "a/b", "revision": "0" * 40}}, "data.hub is a/b, but data.name is own"),
+    ("eval", {"data": {"name": "slake_en", "hub": "a/b"}}, "data.revision is missing, but data.hub is a/b"),
+    (
+        "eval",
+        {"data": {"name": "slake_en", "hub": "a/b", "revision": "0" * 40, "path": "x"}},
+        "the data can come from one place only",
+    ),
     ("eval", {"data": {"answer_types": []}}, "data.answer_types is an empty list"),
     ("eval", {"loss": {"epsilon_high": 0.1}}, "loss.epsilon_high is 0.1 and loss.epsilon 0.2"),
 ]
@@ -267,7 +277,7 @@ def test_every_setting_is_described() -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_configuration_in_the_repository_is_sound(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    needs_folder = ["data.path=/somewhere"] if "vqa_rad" in text else []
+    needs_folder = ["data.path=/somewhere"] if "data.path=" in text else []
     load_config(path, needs_folder, purpose="train")
     for line in text.splitlines():
         is_value = ": " in line.partition("#")[0] or line.partition("#")[0].strip().startswith("-")

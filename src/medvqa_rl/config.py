@@ -71,15 +71,37 @@ class ModelConfig(Settings):
     """Images are shrunk to at most this area in pixels; one image token covers 28 x 28 of them."""
 
 
+DataName = Literal[
+    "phantom",
+    "vqa_rad",
+    "vqa_rad_hub",
+    "pmc_vqa",
+    "slake_en",
+    "slake_zh",
+    "path_vqa",
+    "vqa_med",
+    "omnimed",
+    "own",
+]
+
+
 class DataConfig(Settings):
     """Which questions are asked."""
 
-    name: Literal["phantom", "vqa_rad"] = "phantom"
-    """phantom: drawn by this package, endless, no download. vqa_rad: VQA-RAD as its owners publish it."""
+    name: DataName = "phantom"
+    """phantom is drawn by this package, without a download; own is your own table; docs/data.md has all others."""
     path: str | None = None
     """Folder of a data set on disk; the phantom world needs none."""
+    hub: str | None = None
+    """Repository of the data set on the Hugging Face Hub (owner/name), in place of path."""
+    revision: str | None = None
+    """Commit of that repository, 40 hexadecimal digits."""
+    image_folder: str | None = None
+    """Folder of the images below path; None finds the usual ones."""
+    variant: Literal["v1", "v1_clean", "v2"] = "v1"
+    """PMC-VQA: train.csv with test.csv, train.csv with test_clean.csv, or train_2.csv with test_2.csv."""
     split: Literal["official", "image"] = "official"
-    """VQA-RAD: its owners' split by question, or one by image (no image in two splits)."""
+    """The owners' split, or one by image that this package makes (no image in two splits)."""
     scanner: Literal["home", "unseen"] = "home"
     """Phantom world: the scanner that takes the images; the checkpoints were trained on ``home``."""
     answer_types: tuple[Literal["choice", "closed", "open"], ...] = ("choice", "closed", "open")
@@ -98,6 +120,8 @@ class DataConfig(Settings):
     """Seed of the choice of samples and of the split by image."""
     max_dropped: Share = 0.05
     """Loading stops when a larger share of the rows is unusable."""
+    cache_dir: str | None = None
+    """Folder for indexes of large tables and unpacked images; None is medvqa-rl in the user's cache folder."""
 
 
 class PromptConfig(Settings):

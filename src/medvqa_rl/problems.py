@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
+from medvqa_rl.data_problems import data_problems
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -293,43 +294,8 @@ def _check_model(config: Config) -> Iterator[Problem]:
 
 
 def _check_data(config: Config) -> Iterator[Problem]:
-    data = config.data
-    if not data.answer_types:
-        yield _problem(
-            "data.answer_types is an empty list, so no question is left: name some of choice, closed and open.",
-            "data.answer_types",
-        )
-    if data.name == "vqa_rad":
-        if not (data.path or "").strip():
-            yield _problem(
-                "data.path is missing, but data.name is vqa_rad, which is read from disk: set data.path to the "
-                "folder that holds 'VQA_RAD Dataset Public.json' and its images.",
-                "data.path",
-                "data.name",
-            )
-        for name, value, default in (("scanner", data.scanner, "home"), ("letter_skew", data.letter_skew, 0.0)):
-            if value != default:
-                yield _problem(
-                    f"data.{name} is {value}, but only the phantom world has that and data.name is vqa_rad: remove "
-                    f"data.{name} or set data.name=phantom.",
-                    f"data.{name}",
-                    "data.name",
-                )
-    else:
-        if data.path is not None:
-            yield _problem(
-                f"data.path is {data.path}, but data.name is {data.name}, which needs no folder: remove data.path, "
-                "or set data.name to the data set that is in the folder (vqa_rad).",
-                "data.path",
-                "data.name",
-            )
-        if data.split == "image":
-            yield _problem(
-                f"data.split is image, but data.name is {data.name}, whose splits never share an image: remove "
-                "data.split.",
-                "data.split",
-                "data.name",
-            )
+    for sentence, *paths in data_problems(config.data):
+        yield _problem(sentence, *paths)
 
 
 def _check_loss(config: Config) -> Iterator[Problem]:

@@ -24,3 +24,27 @@ def load_dataset(config: DataConfig, split: Split) -> Dataset:
             from medvqa_rl.data.vqa_rad import load_vqa_rad
 
             return load_vqa_rad(config, split)
+        case "pmc_vqa":
+            from medvqa_rl.data.pmc_vqa import load_pmc_vqa
+
+            return load_pmc_vqa(config, split)
+        case "slake_en" | "slake_zh":
+            from medvqa_rl.data.slake import load_slake
+
+            return load_slake(config, split)
+        case "path_vqa" | "vqa_rad_hub":
+            from medvqa_rl.data.path_vqa import load_image_parquet
+
+            return load_image_parquet(config, split)
+        case "vqa_med":
+            from medvqa_rl.data.vqa_med import load_vqa_med
+
+            return load_vqa_med(config, split)
+        case "omnimed":
+            from medvqa_rl.data.omnimed import load_omnimed
+
+            return load_omnimed(config, split)
+        case "own":
+            from medvqa_rl.data.own import load_own
+
+            return load_own(config, split)

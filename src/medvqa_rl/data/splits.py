@@ -46,6 +46,11 @@ def choose(ids: Sequence[str], num: int | None, seed: int) -> list[int]:
     return sorted(heapq.nsmallest(num, range(len(ids)), key=lambda index: address("choice", seed, ids[index])))
 
 
+def ids_hash(ids: Iterable[str]) -> str:
+    """SHA-256 of the ids, sorted and one per line; 16 hexadecimal digits. Names a subset in print."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
+
+
 def connected(pairs: Iterable[tuple[K, Hashable]]) -> dict[K, K]:
     """Put together what shares something: images of one case, or of one patient.
 

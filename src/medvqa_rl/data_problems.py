@@ -1,0 +1,84 @@
+"""What can be wrong with the settings of a data set, said in complete sentences. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from medvqa_rl.config import DataConfig
+
+
+def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
+    """Everything that does not fit together: a sentence, then the dotted paths of the settings it is about."""
+    if not data.answer_types:
+        yield (
+            "data.answer_types is an empty list, so no question is left: name some of choice, closed and open.",
+            "data.answer_types",
+        )
+    if data.name != "phantom":
+        yield from _stored_data_problems(data)
+        return
+    for name, given in (("path", data.path), ("hub", data.hub), ("image_folder", data.image_folder)):
+        if given is not None:
+            yield (
+                f"data.{name} is {given}, but data.name is phantom, which needs no folder: remove data.{name}, or set "
+                "data.name to the data set that is there (vqa_rad, pmc_vqa, own ...).",
+                f"data.{name}",
+                "data.name",
+            )
+    if data.split == "image":
+        yield (
+            "data.split is image, but data.name is phantom, whose splits never share an image: remove data.split.",
+            "data.split",
+            "data.name",
+        )
+
+
+FROM_HUB = ("pmc_vqa", "slake_en", "slake_zh", "path_vqa", "vqa_rad_hub")
+"""Data sets that are read from the Hugging Face Hub as well as from a folder."""
+
+
+def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
+    if data.hub is None and not (data.path or "").strip():
+        files = (
+            "'VQA_RAD Dataset Public.json' and its images" if data.name == "vqa_rad" else "its files (docs/data.md)"
+        )
+        yield (
+            f"data.path is missing, but data.name is {data.name}, which is read from disk: set data.path to the "
+            f"folder that holds {files}.",
+            "data.path",
+            "data.name",
+        )
+    if data.hub is not None:
+        if data.name not in FROM_HUB:
+            yield (
+                f"data.hub is {data.hub}, but data.name is {data.name}, which is read from a folder only: set "
+                f"data.path, or data.name to one of {', '.join(FROM_HUB)}.",
+                "data.hub",
+                "data.name",
+            )
+        if data.path is not None:
+            yield (
+                f"data.hub is {data.hub} and data.path {data.path}, but the data can come from one place only: "
+                "remove one of the two.",
+                "data.hub",
+                "data.path",
+            )
+        if data.revision is None:
+            yield (
+                f"data.revision is missing, but data.hub is {data.hub}: set it to a commit of that repository (40 "
+                "hexadecimal digits), so that the data cannot change under you.",
+                "data.revision",
+                "data.hub",
+            )
+    for name, value, default, owner in (
+        ("scanner", data.scanner, "home", "the phantom world"),
+        ("letter_skew", data.letter_skew, 0.0, "the phantom world"),
+        ("variant", data.variant, "v1", "pmc_vqa"),
+    ):
+        if value != default and data.name != owner:
+            yield (
+                f"data.{name} is {value}, but only {owner} has that and data.name is {data.name}: remove "
+                f"data.{name} or set data.name={owner.split()[-2] if ' ' in owner else owner}.",
+                f"data.{name}",
+                "data.name",
+            )

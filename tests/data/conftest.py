@@ -1,0 +1,57 @@
+"""Shared by the tests of data sets: images on disk, and the check that every gold answer scores 1."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.prompts import parse_completion, render_answer
+from medvqa_rl.rewards.correctness import is_correct
+
+
+@pytest.fixture
+def write_images() -> Callable[..., None]:
+    """Writes small grey PNGs: ``write_images(folder, "a.jpg", "b/c.jpg")``."""
+
+    def write(folder: Path, *names: str) -> None:
+        for index, name in enumerate(names):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8), 10 + index).save(path, "PNG")
+
+    return write
+
+
+@pytest.fixture
+def write_csv() -> Callable[..., Path]:
+    """Writes a CSV file with a header: ``write_csv(path, rows)``."""
+
+    def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def gold_scores_1() -> Callable[[StoredDataset], None]:
+    """Fails where a gold answer, written in either form, does not score 1."""
+
+    def check(dataset: StoredDataset) -> None:
+        assert len(dataset) > 0
+        for sample in dataset.samples:
+            for answer in (sample.answer, sample.answer_text):
+                for template in ("think_answer", "direct"):
+                    text = render_answer("seen", answer, template)
+                    assert is_correct(sample, parse_completion(text, template).answer), sample
+
+    return check
