@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "medvqa_rl"
 
 LAYERS = [
-    ["randomness", "types", "prompts", "config", "data_problems", "problems", "settings", "progress"],
+    ["randomness", "types", "prompts", "config", "data_problems", "problems", "settings", "progress", "memory"],
     ["phantom", "data", "models"],
     ["rollout"],
     ["rewards"],

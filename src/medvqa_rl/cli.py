@@ -42,13 +42,16 @@ def main() -> None:
     app(prog_name="medvqa-rl")
 
 
-def _quiet() -> None:
-    """Switch off the bars and notices of the libraries below, which would run into ours."""
+def _prepare_process() -> None:
+    """Switch off the bars and notices of the libraries below, which would run into ours; reuse memory."""
     import warnings
 
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
+    from medvqa_rl.memory import keep_freed_memory
+
+    keep_freed_memory()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -79,7 +82,7 @@ def demo(
 ) -> None:
     """Adapt the embedded model to a scanner it has not seen, and show that it got better. Minutes on a CPU."""
     with _told_plainly(debug):
-        _quiet()
+        _prepare_process()
         from medvqa_rl.phantom.demo import run_demo
 
         run_demo(output, seed, dry_run=dry_run)
@@ -98,7 +101,7 @@ def train(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="train")
-        _quiet()
+        _prepare_process()
         from medvqa_rl.learning.grpo import train as run
 
         run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -117,7 +120,7 @@ def sft(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="sft")
-        _quiet()
+        _prepare_process()
         from medvqa_rl.learning.sft import train_sft
 
         train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -144,7 +147,7 @@ def evaluate(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="eval")
-        _quiet()
+        _prepare_process()
         from medvqa_rl.commands import run_eval
 
         run_eval(loaded.config, checkpoint=checkpoint, split=split, output=output, dry_run=dry_run)
@@ -170,7 +173,7 @@ def ask(
 ) -> None:
     """Ask a model one question about an image. Never for a decision about a patient."""
     with _told_plainly(debug):
-        _quiet()
+        _prepare_process()
         from medvqa_rl.commands import run_ask
 
         run_ask(
@@ -218,7 +221,7 @@ def phantom_build(
 ) -> None:
     """Train the embedded checkpoints again from nothing, by the committed recipe."""
     with _told_plainly(debug):
-        _quiet()
+        _prepare_process()
         from medvqa_rl.phantom.build import build
 
         build(output, seed=seed, dry_run=dry_run)
