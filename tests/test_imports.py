@@ -24,7 +24,7 @@ LAYERS = [
     ["learning"],
     ["phantom.build", "phantom.demo", "report"],
     ["commands"],
-    ["cli", "cli_common", "cli_data", "data_commands", "__main__"],
+    ["cli", "cli_common", "cli_data", "cli_report", "data_commands", "__main__"],
 ]
 """From the ground up: a module imports from its own layer and those above it in this list."""
 
@@ -32,6 +32,7 @@ LIGHT = [
     "cli",
     "cli_common",
     "cli_data",
+    "cli_report",
     "config",
     "data",
     "data.export",
@@ -48,6 +49,7 @@ LIGHT = [
     "randomness",
     "report",
     "report.data_page",
+    "report.card",
     "report.page",
     "report.report",
     "rewards",

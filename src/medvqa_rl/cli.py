@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 something given was wrong (said in a sen
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from medvqa_rl import __version__
 from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split
 from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
+from medvqa_rl.cli_report import report
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -30,6 +32,7 @@ config_app = typer.Typer(help="Look at settings without running anything.", no_a
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.command()(report)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
@@ -56,6 +59,14 @@ def _prepare_process() -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+
+
+def _write_cards(run: Path, dry_run: bool) -> None:
+    """Describe the checkpoints of a run that has ended; of several processes the first one does."""
+    from medvqa_rl.report.card import write_cards
+
+    if not dry_run and os.environ.get("RANK", "0") == "0":
+        write_cards(run)
 
 
 def _show_version(wanted: bool) -> None:
@@ -104,7 +115,8 @@ def train(
         _prepare_process()
         from medvqa_rl.learning.grpo import train as run
 
-        run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+        folder = run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+        _write_cards(folder, dry_run)
 
 
 @app.command()
@@ -123,7 +135,8 @@ def sft(
         _prepare_process()
         from medvqa_rl.learning.sft import train_sft
 
-        train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+        folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+        _write_cards(folder, dry_run)
 
 
 @app.command(name="eval")
@@ -187,20 +200,6 @@ def ask(
             max_length=max_length,
             template="direct" if direct else "think_answer",
         )
-
-
-@app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    debug: Debug = False,
-) -> None:
-    """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
-    with _told_plainly(debug):
-        from medvqa_rl.report.report import write_report
-
-        path = write_report(runs, output)
-        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 @app.command()

@@ -34,6 +34,7 @@ from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.progress import progress_bar
+from medvqa_rl.report.card import write_cards
 from medvqa_rl.report.page import Comparison, DemoPage, FigureFile, ShownGroup, shown_group, write_demo_page
 from medvqa_rl.report.plots import plot_before_after, plot_training
 from medvqa_rl.rewards import Rewards
@@ -106,6 +107,7 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
     page = _draw(config, run_dir, adapted, before, after, gains)
     summary["seconds"] = round(time.perf_counter() - began, 1)
     (run_dir / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_cards(run_dir)
     _print_summary(console, summary, page)
     return summary
 

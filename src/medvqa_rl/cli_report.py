@@ -1,0 +1,33 @@
+"""The verbs ``medvqa-rl report`` and ``medvqa-rl watch``, which read the folders of runs. They never import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvqa_rl.cli_common import Debug, told_plainly
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the model cards of the runs' checkpoints instead of a page.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
+    with told_plainly(debug):
+        if card:
+            from medvqa_rl.report.card import write_cards
+
+            for run in runs:
+                for path in write_cards(run):
+                    print(path)
+            return
+        from medvqa_rl.report.report import write_report
+
+        path = write_report(runs, output)
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,270 @@
+"""Model cards: the README.md of a checkpoint, written from its run's folder alone. Imports no torch.
+
+Nothing in a card is prose about what ought to be: every number is read from results, settings and data.json. Folders
+of this machine are named by their last part only, for a card travels with the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medvqa_rl.config import Config, EvalConfig, leaves
+from medvqa_rl.evaluation.records import paired_gain
+from medvqa_rl.report.health import check_health
+from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
+from medvqa_rl.report.style import percent
+
+LIMITS = (
+    "Not for clinical use. This is not a medical device, it is not validated for any clinical purpose, and its "
+    "answers must not inform the care of a patient.",
+    "Its reasoning reads well also where it is wrong. A right answer does not show that the reasoning led to it.",
+    "It was measured on the questions above and nothing else: not on other scanners, hospitals, languages or ages, "
+    "and not by clinicians.",
+    "Intervals resample the images of one evaluation. They do not cover another training seed.",
+)
+"""What every card says."""
+
+_METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO"}
+_PATHS = ("model.path", "model.adapter", "data.path")
+"""Settings that can hold folders of the machine."""
+
+
+def write_cards(run: Path) -> list[Path]:
+    """Write a card into the best checkpoint and into the last one, as far as they are there.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: the folder is not that of a run, or has no checkpoint.
+    """
+    stored = read_run(run)
+    checkpoints = [path for path in (run / "best", *sorted(run.glob("checkpoints/step_*"))[-1:]) if path.is_dir()]
+    if not checkpoints:
+        raise ValueError(
+            f"The run {run} has no checkpoint to write a card for: it is written when training ends or saves."
+        )
+    written = []
+    for checkpoint in checkpoints:
+        path = checkpoint / "README.md"
+        partial = path.with_name(".README.md.partial")
+        partial.write_text(model_card(stored, checkpoint), encoding="utf-8", errors="replace")
+        os.replace(partial, path)
+        written.append(path)
+    return written
+
+
+def model_card(run: StoredRun, checkpoint: Path) -> str:
+    """The card of one of a run's checkpoints, as Markdown with the front matter that the Hugging Face Hub reads."""
+    settings = leaves(run.config)
+    is_best, step = checkpoint.name == "best", _step(checkpoint)
+    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    base = _base(settings)
+    lines = [
+        *_front_matter(base, settings, is_adapter, is_sft=run.status.get("kind") == "sft"),
+        f"# {_plain(run.name)}, {'best' if is_best else 'last'} checkpoint",
+        "",
+        "**Research software. Not for clinical use.**",
+        "",
+        f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`, fine-tuned for visual question answering on "
+        f"medical images by {_method(run, settings)}. "
+        f"These are the weights after step {'unknown' if step is None else step}"
+        + (", which had the highest validation accuracy of the run." if is_best else ", the last that was saved."),
+        "",
+        "## Results",
+        "",
+        *_results(run, checkpoint, step, is_best),
+        "",
+        "## Data",
+        "",
+        *_data(run),
+        "",
+        "## Method",
+        "",
+        *_settings(settings),
+        "",
+        "## Limits",
+        "",
+        *(f"- {limit}" for limit in LIMITS),
+        *(f"- {warning}" for warning in _warnings(run)),
+        *(f"- Missing when this card was written: {_plain(problem)}" for problem in run.problems),
+        "",
+        "## Versions",
+        "",
+        _versions(run),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _step(checkpoint: Path) -> int | None:
+    """The step whose weights these are."""
+    number = checkpoint.name.removeprefix("step_")
+    if number != checkpoint.name and number.isdecimal():
+        return int(number)
+    try:
+        best = json.loads((checkpoint / "best.json").read_text(encoding="utf-8"))
+        return int(best["step"])
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or without a step: the card says unknown
+        return None
+
+
+def _plain(text: object) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+
+
+def _is_hub_id(path: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not Path(path).exists()
+
+
+def _base(settings: Mapping[str, Any]) -> str:
+    """Name of the model that training began with; of a folder its last part."""
+    path = str(settings.get("model.path", "unknown"))
+    return (path if _is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
+
+
+def _front_matter(base: str, settings: Mapping[str, Any], is_adapter: bool, *, is_sft: bool) -> list[str]:
+    lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: image-text-to-text"]
+    if _is_hub_id(str(settings.get("model.path", ""))):
+        lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if is_adapter else 'finetune'}"]
+    tags = [
+        "medical-visual-question-answering",
+        *(["sft"] if is_sft else ["reinforcement-learning", "grpo"]),
+        "medvqa-rl",
+    ]
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _method(run: StoredRun, settings: Mapping[str, Any]) -> str:
+    done = run.status.get("step", "an unknown number of")
+    if run.status.get("kind") == "sft":
+        return f"supervised fine-tuning ({done} steps of {settings.get('sft.batch_size', '?')} samples)"
+    name = _METHODS.get(str(settings.get("loss.type")), "reinforcement learning")
+    return (
+        f"{name} ({done} steps of {settings.get('train.prompts_per_step', '?')} prompts with "
+        f"{settings.get('rollout.num_generations', '?')} sampled completions each)"
+    )
+
+
+def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) -> list[str]:
+    """A table of the evaluations of these weights and of the model before training, and the paired difference."""
+    steps = {evaluation.step: evaluation for evaluation in run.evaluations if evaluation.step is not None}
+    start, own = steps.get(0), steps.get(step) if step is not None else None
+    rows = [("before training", start)] if start is not None and own is not start else []
+    rows += [("these weights", own)] if own is not None else []
+    rows += [("these weights", evaluation) for evaluation in run.evaluations if _is_of(evaluation, checkpoint)]
+    pairs = [(start, own)] if start is not None and own is not None and own is not start else []
+    named = {evaluation.name: evaluation for evaluation in run.evaluations}
+    if not is_best:  # what a demo writes: the model it began with and the last weights
+        for name, after in named.items():
+            before = named.get("before_" + name.removeprefix("after_"))
+            if name.startswith("after_") and before is not None:
+                rows += [("before training", before), ("these weights", after)]
+                pairs.append((before, after))
+    if not rows:
+        return ["No evaluation of these weights is stored in the run."]
+    lines = [
+        "| weights | evaluation | questions | images | accuracy, % | 95 % interval | majority, % | no answer, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, evaluation in rows:
+        results = evaluation.results
+        shown = {name: f"{percent(results, name):.1f}".replace("nan", "–") for name in _SHOWN if name in results}
+        lines.append(
+            f"| {label} | {_plain(_name(evaluation))} | {results['num_scored']} | {results['num_clusters']} | "
+            f"{shown['accuracy']} | {shown['accuracy_low']} to {shown['accuracy_high']} | "
+            f"{shown['majority_baseline']} | {shown.get('no_answer_rate', '–')} |"
+        )
+    for before, after in pairs:
+        lines += ["", _difference(before, after)]
+    if is_best:
+        lines += [
+            "",
+            "These weights were chosen by their validation accuracy, which is therefore too high by an unknown "
+            "amount: judge them by a test set.",
+        ]
+    return lines
+
+
+_SHOWN = ("accuracy", "accuracy_low", "accuracy_high", "majority_baseline", "no_answer_rate")
+
+
+def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
+    """Whether an evaluation that was made apart from training is of these weights."""
+    model = evaluation.results.get("model")
+    if evaluation.step is not None or not isinstance(model, dict):
+        return False
+    folder = model.get("adapter") or model.get("path")
+    return isinstance(folder, str) and Path(folder).resolve() == checkpoint.resolve()
+
+
+def _name(evaluation: StoredEvaluation) -> str:
+    dataset = evaluation.results.get("dataset")
+    name = dataset.get("name", evaluation.name) if isinstance(dataset, dict) else evaluation.name
+    return f"{name}, after step {evaluation.step}" if evaluation.step else str(name)
+
+
+def _difference(before: StoredEvaluation, after: StoredEvaluation) -> str:
+    """A sentence with the paired difference of two evaluations."""
+    try:
+        gain = paired_gain(before.records(), after.records(), EvalConfig())
+    except (ValueError, TypeError) as error:
+        return f"The paired difference on {_plain(_name(after))} is not known: {_plain(error)}"
+    low, high = (f"{100 * float(gain[name]):+.1f}" for name in ("gain_low", "gain_high"))
+    return (
+        f"On {_plain(_name(after))}, the same {gain['n']} questions about {gain['num_clusters']} images before and "
+        f"after: {100 * float(gain['gain']):+.1f} points, 95 % interval {low} to {high} (paired, images resampled); "
+        f"{gain['improved']} questions improved, {gain['worsened']} worsened."
+    )
+
+
+def _data(run: StoredRun) -> list[str]:
+    splits = [(split, data) for split, data in run.data.items() if isinstance(data, dict)]
+    if not splits:
+        return ["data.json is not there."]
+    lines = ["| split | data | samples | fingerprint | notes |", "|---|---|---|---|---|"]
+    for split, data in splits:
+        samples = data.get("samples")
+        noted = data["notes"].items() if isinstance(data.get("notes"), dict) else ()
+        notes = ", ".join(f"{_plain(key)}: {count}" for key, count in noted) or "–"
+        size = "endless" if samples is None else samples
+        name, fingerprint = _plain(data.get("name")), _plain(data.get("fingerprint"))
+        lines.append(f"| {_plain(split)} | {name} | {size} | {fingerprint} | {notes} |")
+    return lines
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    """The settings that are not the default, as YAML paths."""
+    defaults = leaves(Config().model_dump(mode="json"))
+    lines = []
+    for name, value in settings.items():
+        if name == "output_dir" or (name in defaults and defaults[name] == value):
+            continue
+        if name in _PATHS and isinstance(value, str) and not _is_hub_id(value):
+            value = Path(value).name
+        lines.append(f"{name}={json.dumps(value)}".replace("```", ""))
+    if not settings:
+        return ["The settings are not there."]
+    return ["Settings that differ from the defaults of medvqa-rl:", "", "```text", *(lines or ["none"]), "```"]
+
+
+def _warnings(run: StoredRun) -> list[str]:
+    """Signs of failure that the run shows."""
+    return [
+        f"Sign of failure during training: {check.name.lower()}. {check.figure}"
+        for check in check_health(run.metrics)
+        if check.verdict == "look"
+    ]
+
+
+def _versions(run: StoredRun) -> str:
+    packages = run.env.get("packages")
+    if not isinstance(packages, dict):
+        return "env.json is not there."
+    return ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in packages.items()) + "."
