@@ -21,7 +21,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.learning.errors import NonFiniteError
 
 VERBS = ["demo", "train", "sft", "eval", "ask", "env", "phantom build", "phantom draw"]
-VERBS += ["config show", "config check", "config schema"]
+VERBS += ["config show", "config check", "config schema", "report", "watch"]
 
 
 def invoke(*args: str) -> Any:
@@ -79,12 +79,14 @@ def test_training_verbs_hand_over_settings(
     verb: str, module: str, name: str, monkeypatch: pytest.MonkeyPatch, config_file: str
 ) -> None:
     calls = stand_in(monkeypatch, module, name)
+    cards = stand_in(monkeypatch, "medvqa_rl.report.card", "write_cards")
     assert invoke(verb, config_file, "train.seed=3", "--resume", "--dry-run").exit_code == 0
     assert invoke(verb, config_file).exit_code == 0
     (config,), kwargs = calls[0]
     assert isinstance(config, Config) and (config.train.steps, config.train.seed) == (5, 3)
     assert kwargs == {"resume": True, "dry_run": True, "given": {"train": {"steps": 5, "seed": 3}}}
     assert calls[1][1] == {"resume": False, "dry_run": False, "given": {"train": {"steps": 5}}}
+    assert len(cards) == 1  # none for the dry run
 
 
 def test_eval_hands_over_checkpoint_split_and_output(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:

@@ -52,6 +52,7 @@ LIGHT = [
     "report.card",
     "report.page",
     "report.report",
+    "report.watch",
     "rewards",
     "settings",
     "types",

@@ -16,7 +16,7 @@ from medvqa_rl import __version__
 from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split
 from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
-from medvqa_rl.cli_report import report
+from medvqa_rl.cli_report import report, watch
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -33,6 +33,7 @@ app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.command()(report)
+app.command()(watch)
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]

@@ -31,3 +31,16 @@ def report(
 
         path = write_report(runs, output)
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, which may still be going.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now and stop.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    debug: Debug = False,
+) -> None:
+    """Watch a run in the terminal: curves, last samples, time left. Ends when the run ends."""
+    with told_plainly(debug):
+        from medvqa_rl.report.watch import watch as follow
+
+        follow(run, once=once, interval=interval)

@@ -1,0 +1,222 @@
+"""A live view of a run in the terminal, from its folder alone: curves, last samples, time left. Imports no torch.
+
+    medvqa-rl watch runs/lora
+
+It can be started before, during and after the run, and on another machine that sees the folder. It ends when the run
+does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from medvqa_rl.report.runs import Row, StoredGroup, StoredRun, read_groups, read_run
+
+BARS = "▁▂▃▄▅▆▇█"
+SILENT_SECONDS = 300.0
+"""After so long without news of a run that says it is running, the view says so."""
+RECENT_STEPS = 20
+"""Steps whose mean duration gives the time left."""
+
+CURVES = (
+    ("reward", "reward", False),
+    ("accuracy, sampled", "rewards/correctness/mean", True),
+    ("accuracy, greedy", "eval/accuracy", True),
+    ("loss", "loss", False),
+    ("KL", "kl", False),
+    ("entropy", "entropy", False),
+    ("gradient norm", "grad_norm", False),
+    ("length", "completions/mean_length", False),
+    ("length, right", "completions/mean_length_correct", False),
+    ("length, wrong", "completions/mean_length_wrong", False),
+    ("no answer", "no_answer_rate", True),
+    ("groups without signal", "frac_reward_zero_std", True),
+)
+"""Name, metric, and whether it is a share."""
+
+_STATES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "bold red"}
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A curve in one line of text: means of stretches, scaled from the lowest to the highest.
+
+    Args:
+        values: the curve; of more values than ``width`` neighbours are averaged.
+        width: characters at most.
+    """
+    if not values or width < 1:
+        return ""
+    count = min(width, len(values))
+    cuts = [len(values) * place // count for place in range(count + 1)]
+    means = [fmean(values[start:end]) for start, end in pairwise(cuts)]
+    low, high = min(means), max(means)
+    if high == low:
+        return BARS[len(BARS) // 2 - 1] * count
+    return "".join(BARS[min(len(BARS) - 1, int((mean - low) / (high - low) * len(BARS)))] for mean in means)
+
+
+def seconds_left(run: StoredRun) -> float | None:
+    """Seconds until the last step by the pace of the last ones, evaluations not counted; None where it is unknown."""
+    durations = [row["step_time"] for row in run.steps if "step_time" in row][-RECENT_STEPS:]
+    step, steps = run.status.get("step"), run.status.get("steps")
+    if not durations or not isinstance(step, int) or not isinstance(steps, int) or step >= steps:
+        return None
+    return fmean(durations) * (steps - step)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silent_for(run: StoredRun, now: datetime) -> float | None:
+    """Seconds since a run that says it is running wrote its status; None for others."""
+    if run.status.get("state") != "running":
+        return None
+    try:
+        updated = datetime.fromisoformat(str(run.status.get("updated")))
+    except ValueError:
+        return None
+    return (now - updated).total_seconds() if updated.tzinfo is not None else None
+
+
+def frame(run: StoredRun, width: int, now: datetime) -> RenderableType:
+    """One picture of a run.
+
+    Args:
+        run: its folder as read.
+        width: of the terminal in characters.
+        now: the time, with its zone.
+    """
+    parts: list[RenderableType] = [_heading(run, now)]
+    step, steps = run.status.get("step"), run.status.get("steps")
+    if isinstance(step, int) and isinstance(steps, int) and steps > 0:
+        bar = Table.grid()  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=steps, completed=step, width=min(60, max(10, width - 4))))
+        parts.append(bar)
+    parts.append(_curves(run, width))
+    groups, problems = read_groups(run)
+    if groups:
+        parts.append(_samples(groups[-1], width))
+    parts += [Text(problem, style="yellow") for problem in (*run.problems, *problems)]
+    return Group(*parts)
+
+
+def _heading(run: StoredRun, now: datetime) -> Text:
+    status = run.status
+    state = str(status.get("state", "no status yet"))
+    text = Text.assemble((run.name, "bold"), "  ", (state, _STATES.get(state, "")))
+    if "step" in status:
+        text.append(f"  step {status['step']} of {status.get('steps')}")
+    left = seconds_left(run)
+    if left is not None and state == "running":
+        text.append(f"  about {duration(left)} left")
+    elif left is not None:
+        text.append(f"  {duration(left)} of training to go")
+    if status.get("best_accuracy") is not None:
+        text.append(f"  best {100 * float(status['best_accuracy']):.1f} % at step {status.get('best_step')}")
+    if status.get("reason"):
+        text.append(f"\n{printable(str(status['reason']))}", style="yellow")
+    silence = silent_for(run, now)
+    if silence is not None and silence > SILENT_SECONDS:
+        text.append(
+            f"\nNo news for {duration(silence)}: it may have been killed. Its log is train.log.", style="yellow"
+        )
+    return text
+
+
+def _curves(run: StoredRun, width: int) -> Table:
+    """Each metric that is logged with its curve, the first and the last value."""
+    table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
+    table.add_column("")
+    for name in ("first", "curve", "last"):
+        table.add_column(name, justify="left" if name == "curve" else "right", no_wrap=True)
+    room = max(8, min(60, width - 48))
+    for name, metric, is_share in (*CURVES, *_own_rewards(run.steps)):
+        values = [row[metric] for row in run.metrics if metric in row]
+        if values:
+            first, last = (f"{100 * value:.1f} %" if is_share else f"{value:.3g}" for value in (values[0], values[-1]))
+            table.add_row(escape(name), first, Text(sparkline(values, room), style="cyan"), last)
+    if not table.row_count:
+        table.add_row("No step is logged yet.")
+    return table
+
+
+def _own_rewards(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
+    """The reward parts besides correctness, which has its line."""
+    names = sorted({name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")})
+    return [(f"reward: {name.split('/')[1]}", name, False) for name in names if name != "rewards/correctness/mean"]
+
+
+def printable(text: str) -> str:
+    """Text on one line without what would steer the terminal; a model can write any character."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+
+
+def _samples(group: StoredGroup, width: int) -> Panel:
+    """The completions of the group that was stored last, best first, each cut to two lines."""
+    body = Text(printable(group.question))
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", group.options):
+        body.append(f"  {letter}: {printable(option)}", style="bold" if letter == group.gold else "")
+    if not group.options:
+        body.append(f"  gold: {printable(group.gold)}", style="bold")
+    room = max(20, 2 * (width - 8) - 24)
+    for item in sorted(group.completions, key=lambda item: -item.advantage)[:4]:
+        outcome = "right" if item.is_correct else "wrong" if item.has_answer else "no answer"
+        text = printable(item.text)
+        text = text if len(text) <= room else text[: room - 1] + "…"
+        body.append(f"\n{outcome:<9} {item.advantage:+.2f}  ", style="green" if item.is_correct else "red")
+        body.append(text)
+    return Panel(body, title=f"step {group.step}", title_align="left", border_style="dim")
+
+
+def watch(
+    path: Path,
+    *,
+    once: bool = False,
+    interval: float = 2.0,
+    console: Console | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+) -> StoredRun:
+    """Show a run until it ends.
+
+    Args:
+        path: its folder.
+        once: show one picture and return.
+        interval: seconds between pictures.
+        console: where to show it; None is the terminal.
+        sleep: waits between pictures.
+
+    Returns:
+        The run as it was last read.
+
+    Raises:
+        ValueError: the folder is not that of a run.
+    """
+    shown = Console() if console is None else console
+    run = read_run(path)
+    if once:
+        shown.print(frame(run, shown.width, datetime.now(UTC)))
+        return run
+    with Live(console=shown, auto_refresh=False, transient=False) as live:
+        while True:
+            live.update(frame(run, shown.width, datetime.now(UTC)), refresh=True)
+            if run.status.get("state") not in ("running", None):
+                return run
+            sleep(interval)
+            run = read_run(path)
