@@ -77,6 +77,15 @@ def test_check_exits_with_1_and_names_a_leak_under_another_name(folder: Path) ->
     assert code == 0 and "0 of the 4 test images" in output
 
 
+def test_the_owners_split_is_told_where_it_is_not_used(folder: Path) -> None:
+    rows = json.loads((folder / FILE).read_text())
+    rows += [row(50 + n, f"{n}.png", "test_freeform") for n in range(6)]
+    (folder / FILE).write_text(json.dumps(rows))
+    code, output = run("check", CONFIG, f"data.path={folder}", "data.seed=6")
+    assert code == 0, output
+    assert "owners' split, not used here: of its 10 test images are also in train or val: 6" in output
+
+
 def test_strict_counts_what_is_only_to_be_looked_at(folder: Path) -> None:
     rows = json.loads((folder / FILE).read_text())
     rows.append({**rows[5], "qid": "900"})
@@ -128,3 +137,66 @@ def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path, shared_
     (tmp_path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(ValueError, match="is no image settings"):
         image_budget(ModelConfig(path=str(tmp_path)))
+
+
+def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
+    lines = ["image,question,answer,patient"]
+    lines += [f"{n % 40}.png,Question {n}?,yes,p{n % 20}" for n in range(120)]
+    (tmp_path / "mine.csv").write_text("\n".join(lines) + "\n")
+    code, output = run("split", str(tmp_path / "mine.csv"), "--by", "patient", "--test", "0.2", "--seed", "3")
+    assert code == 0 and "20 groups stay together" in output and "data.name=own" in output
+    written = (tmp_path / "data.csv").read_text().splitlines()
+    assert written[0] == "image,question,answer,patient,split" and len(written) == 121
+    places: dict[str, set[str]] = {}
+    for line in written[1:]:
+        *_, patient, place = line.split(",")
+        places.setdefault(patient, set()).add(place)
+    assert all(len(found) == 1 for found in places.values())
+    assert sum(line.endswith(",test") for line in written) == 24
+    code, output = run("split", str(tmp_path / "mine.csv"))
+    assert code == 2 and "exists already" in output
+    code, output = run("split", str(tmp_path / "gone.csv"), "--output", str(tmp_path / "x.csv"))
+    assert code == 2 and "gone.csv" in output
+
+
+def test_export_writes_every_split(folder: Path) -> None:
+    out = folder / "out"
+    code, output = run("export", CONFIG, f"data.path={folder}", "data.split=official", "--output", str(out))
+    assert code == 0 and "test.jsonl, 4 rows, 4 images, 4 of them as they were" in output
+    rows = [json.loads(line) for name in ("train", "val", "test") for line in (out / f"{name}.jsonl").open()]
+    assert len(rows) == 24 and {row["solution"] for row in rows} == {"yes"}
+    assert all((out / name).is_file() for row in rows for name in row["images"])
+    assert run("export", CONFIG, f"data.path={folder}", "--output", str(out))[0] == 2
+
+
+def test_a_data_set_with_one_split_is_checked(tmp_path: Path) -> None:
+    lines = []
+    for n in range(12):
+        Image.effect_noise((40, 30), 90).resize((80, 60)).save(tmp_path / f"{n}.png")
+        options = {"options": ["cyst", "stone", "tumour", "abscess"], "answer": "ABCD"[n % 4]}
+        lines.append(json.dumps({"image": f"{n}.png", "question": f"Which is number {n}?", **options}))
+    (tmp_path / "test.jsonl").write_text("\n".join(lines))
+    own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
+    code, output = run("check", *own)
+    assert code == 0 and "test images" not in output and "12 choice" in output, output
+    code, output = run("export", *own, "--output", str(tmp_path / "out"))
+    assert code == 0 and [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["test.jsonl"]
+    (tmp_path / "test.jsonl").unlink()
+    code, output = run("check", *own)
+    assert code == 2 and "no table of questions" in output
+
+
+def test_what_split_writes_is_read_and_shares_nothing(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    lines = ["image,question,answer,patient"]
+    for n in range(60):
+        if n < 30:
+            Image.effect_noise((40, 30), 90).resize((80, 60)).save(tmp_path / "images" / f"{n}.png")
+        lines.append(f"{n % 30}.png,Question {n}?,yes,p{n % 15}")
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    arguments = ("--by", "patient", "--images", str(tmp_path / "images"), "--val", "0.2", "--test", "0.2")
+    code, output = run("split", str(tmp_path / "mine.csv"), *arguments)
+    assert code == 0 and "15 groups" in output and "0 images have the same pixels" in output
+    own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
+    code, output = run("check", *own, "data.answer_types=[closed]")
+    assert code == 0 and "0 of the 6 test images" in output, output

@@ -24,7 +24,7 @@ LAYERS = [
     ["learning"],
     ["phantom.build", "phantom.demo", "report"],
     ["commands"],
-    ["cli", "cli_common", "cli_data", "cli_report", "data_commands", "__main__"],
+    ["cli", "cli_common", "cli_data", "cli_report", "data_commands", "data_files", "__main__"],
 ]
 """From the ground up: a module imports from its own layer and those above it in this list."""
 
@@ -35,11 +35,13 @@ LIGHT = [
     "cli_report",
     "config",
     "data",
+    "data.division",
     "data.export",
     "data.fingerprints",
     "data.images",
     "data.sheet",
     "data_commands",
+    "data_files",
     "evaluation",
     "evaluation.data_check",
     "evaluation.metrics",

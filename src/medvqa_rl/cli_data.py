@@ -6,7 +6,7 @@ Exit codes of ``check``: 0 nothing is wrong, 1 something is, 2 settings or data 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -74,3 +74,49 @@ def data_show(
         from medvqa_rl.data_commands import run_show
 
         run_show(loaded.config, split=split, count=count, output=output)
+
+
+@data_app.command("split")
+def data_split(
+    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, JSON Lines, JSON or parquet.")],
+    by: Annotated[
+        str, typer.Option(help="What must not be in two splits: image, or a column such as patient (and images too).")
+    ] = "image",
+    val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for validation.")] = 0.1,
+    test: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for testing.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; those with equal pixels then stay together too.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The table to write; data.* beside TABLE.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write your table again with a column that says train, val or test, no image in two of them."""
+    with told_plainly(debug):
+        from medvqa_rl.data_files import run_split
+
+        run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)
+
+
+@data_app.command("export")
+def data_export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("export"),
+    split: Annotated[Split | None, typer.Option(help="Which questions; without it, all three splits.")] = None,
+    form: Annotated[
+        Literal["jsonl", "parquet"],
+        typer.Option("--format", help="jsonl with image files, or parquet with all inside."),
+    ] = "jsonl",
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Shrink larger images to this area.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write so many samples of each split at most.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a data set with the columns that TRL reads: prompt, images, solution."""
+    with told_plainly(debug):
+        from medvqa_rl.settings import load_config
+
+        loaded = load_config(config, overrides or (), purpose="eval")
+        from medvqa_rl.data_files import run_export
+
+        run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from medvqa_rl.data.catalogue import readable
 from medvqa_rl.data.fingerprints import NEAR, ImageBudget
 from medvqa_rl.data.issues import count_issues
 from medvqa_rl.data.sheet import draw_sheet, save_sheet
-from medvqa_rl.data.splits import choose
+from medvqa_rl.data.splits import NoSuchSplit, choose
 from medvqa_rl.evaluation.data_check import ENDLESS_LIMIT, DataReport, check_data
 from medvqa_rl.progress import progress_bars
 from medvqa_rl.types import Dataset, Sample
@@ -54,12 +55,21 @@ def run_list() -> None:
 
 
 def load_splits(config: Config) -> dict[str, Dataset]:
-    """All splits of the data that the settings name.
+    """All splits that the data of the settings have, in the order train, val, test.
 
     Raises:
-        ValueError: the data cannot be found or read.
+        ValueError: the data cannot be found or read, or there is no split at all.
     """
-    return {split: load_dataset(config.data, split) for split in SPLITS}
+    found: dict[str, Dataset] = {}
+    missing: list[NoSuchSplit] = []
+    for split in SPLITS:
+        try:
+            found[split] = load_dataset(config.data, split)
+        except NoSuchSplit as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
 
 
 def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
@@ -139,6 +149,8 @@ def run_check(
             workers=threads,
             progress=progress,
         )
+    if config.data.split == "image" and config.data.name != "own":
+        report = replace(report, notes={**report.notes, **owners_split(config)})
     out = console()
     print_report(report, out, where)
     if html is not None:
@@ -146,6 +158,26 @@ def run_check(
 
         out.print(f"Written: {write_data_page(html, report, where)}", soft_wrap=True)
     return not report.is_wrong(strict=strict)
+
+
+def owners_split(config: Config) -> dict[str, int]:
+    """What the owners' split of a data set shares, by the images' names, for settings that split by image instead:
+    published numbers are on that split. Empty where it has no test split or nothing else.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
+    whole = {"split": "official", "num_train": None, "num_val": None, "num_test": None}
+    datasets = load_splits(config.model_copy(update={"data": config.data.model_copy(update=whole)}))
+    names = {
+        split: {image.key for index in range(len(dataset)) for image in dataset[index].images}
+        for split, dataset in datasets.items()
+    }
+    test = names.pop("test", set())
+    if not test or not names:
+        return {}
+    shared = len(test & set().union(*names.values()))
+    return {f"owners' split, not used here: of its {len(test):,} test images are also in train or val": shared}
 
 
 def _spread(values: Sequence[int]) -> str:

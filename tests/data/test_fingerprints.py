@@ -122,6 +122,13 @@ def test_overlap_is_by_name_then_pixels_then_looks() -> None:
     assert twins(["a", "A", "b", "unread"], measured) == [("a", "A")]
 
 
+def test_slices_of_one_volume_are_one_image() -> None:
+    found = find_overlap(("train", ["v.nii#slice=3"]), ("test", ["v.nii#slice=4", "w.nii#slice=3"]), {})
+    assert [(pair.first, pair.second, pair.how) for pair in found.pairs] == [
+        ("v.nii#slice=3", "v.nii#slice=4", "name")
+    ]
+
+
 def test_flat_and_constant_images_are_told_apart() -> None:
     constant = image_facts(MemoryImage("x", Image.new("RGB", (40, 30), (9, 8, 7))))
     assert constant.is_constant and constant.spread == 0 and constant.look == b""

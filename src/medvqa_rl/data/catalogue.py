@@ -92,7 +92,7 @@ ENTRIES = (
     Entry(
         "omnimed",
         "OmniMedVQA: multiple choice over 73 medical image data sets",
-        "no official splits; 127,995 questions, part of them open",
+        "test only; 127,995 questions, some of them without their images",
         "image_path, question, option_A to option_D, gt_answer",
         "those of the 73 data sets",
         "https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",

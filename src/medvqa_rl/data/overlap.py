@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medvqa_rl.data.fingerprints import NEAR, ImageFacts, as_words, near_pairs
+from medvqa_rl.data.windowing import split_fragment
 
 How = Literal["name", "pixels", "looks"]
-"""The same key; other names but equal pixels; other pixels but nearly equal perceptual hashes."""
+"""name: the same key, or another frame or slice of the same file; pixels: other names but equal pixels; looks: other
+pixels but nearly equal perceptual hashes."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,16 @@ def find_overlap(
     """
     (first_name, first_keys), (second_name, second_keys) = first, second
     known = set(first_keys)
-    pairs = [SharedImage(key, key, "name") for key in second_keys if key in known]
-    rest = [key for key in second_keys if key not in known and key in facts]
+    files = {split_fragment(key)[0]: key for key in reversed(list(first_keys))}
+    pairs: list[SharedImage] = []
+    rest: list[str] = []
+    for key in second_keys:
+        if key in known:
+            pairs.append(SharedImage(key, key, "name"))
+        elif slice_of := files.get(split_fragment(key)[0]):
+            pairs.append(SharedImage(slice_of, key, "name"))
+        elif key in facts:
+            rest.append(key)
     by_pixels = {facts[key].pixels: key for key in reversed(list(first_keys)) if key in facts}
     unmatched: list[str] = []
     for key in rest:

@@ -18,6 +18,10 @@ Split = Literal["train", "val", "test"]
 K = TypeVar("K", bound=Hashable)
 
 
+class NoSuchSplit(ValueError):
+    """A data set has no split of this name; the message says which it has."""
+
+
 def _fraction(*parts: str | int) -> float:
     """A float in [0, 1) that depends on the address alone."""
     return (address(*parts) >> 11) * 2.0**-53

@@ -12,7 +12,7 @@ from medvqa_rl.data.images import FileImage
 from medvqa_rl.data.index import cache_folder
 from medvqa_rl.data.issues import count_issues, log_issues, refuse_if_too_many_dropped
 from medvqa_rl.data.rows import Reading, Row
-from medvqa_rl.data.splits import Split, StoredDataset, choose, connected, ids_hash, split_of
+from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, split_of
 from medvqa_rl.data.windowing import split_fragment
 from medvqa_rl.prompts import neutralise
 from medvqa_rl.types import Sample
@@ -118,8 +118,12 @@ def _files(source: Source, split: Split, is_official: bool, root: Path) -> list[
         files = list(source.files.get(wanted, ()))
         if not files:
             has = [name for name in SPLITS if source.files.get(name)]
-            raise ValueError(
-                f"{source.title} at {root} has no {split} split ({', '.join(has) or 'no files'} only): set "
+            if not has:
+                raise ValueError(
+                    f"There are no files of {source.title} in {root}: set data.path to the folder that has them."
+                )
+            raise NoSuchSplit(
+                f"{source.title} at {root} has no {split} split ({', '.join(has)} only): set "
                 "data.split=image to make splits that share no image."
             )
     else:

@@ -303,7 +303,7 @@ def _leaks(overlaps: Sequence[Overlap]) -> list[Finding]:
                     f"{f', {renamed:,} of them under another name' if renamed else ''}: what is measured on "
                     f"{overlap.second} is partly memory. Split by image.",
                     tuple(
-                        pair.second if pair.how == "name" else f"{pair.second} = {pair.first}"
+                        pair.second if pair.first == pair.second else f"{pair.second} = {pair.first}"
                         for pair in overlap.pairs
                         if pair.how != "looks"
                     )[:8],
