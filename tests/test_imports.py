@@ -22,7 +22,7 @@ LAYERS = [
     ["rewards"],
     ["evaluation"],
     ["learning"],
-    ["phantom.build", "phantom.demo", "report"],
+    ["phantom.build", "phantom.demo", "phantom.seeing", "report"],
     ["commands"],
     ["cli", "cli_common", "cli_data", "cli_report", "data_commands", "data_files", "__main__"],
 ]
