@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 
 from medvqa_rl import __version__
 from medvqa_rl.cli import app
-from medvqa_rl.config import Config
+from medvqa_rl.config import Config, DataConfig
+from medvqa_rl.evaluation.store import Shard
 from medvqa_rl.learning.errors import NonFiniteError
 
-VERBS = ["demo", "train", "sft", "eval", "ask", "env", "phantom build", "phantom draw"]
+VERBS = ["demo", "train", "sft", "eval", "compare", "ask", "env", "phantom build", "phantom draw"]
 VERBS += ["config show", "config check", "config schema", "report", "watch"]
 
 
@@ -90,11 +91,52 @@ def test_training_verbs_hand_over_settings(
 
 
 def test_eval_hands_over_checkpoint_split_and_output(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
-    calls = stand_in(monkeypatch, "medvqa_rl.commands", "run_eval")
+    calls = stand_in(monkeypatch, "medvqa_rl.eval_command", "run_eval")
     assert invoke("eval", config_file, "--checkpoint", "a", "--split", "val", "--output", "b").exit_code == 0
     (config,), kwargs = calls[0]
     assert isinstance(config, Config)
-    assert kwargs == {"checkpoint": Path("a"), "split": "val", "output": Path("b"), "dry_run": False}
+    assert kwargs == {
+        "checkpoint": Path("a"),
+        "split": "val",
+        "output": Path("b"),
+        "dry_run": False,
+        "data": [],
+        "prompts": (),
+        "controls": False,
+        "shard": None,
+        "resume": False,
+    }
+
+
+def test_eval_hands_over_data_prompts_samples_and_shard(
+    monkeypatch: pytest.MonkeyPatch, config_file: str, tmp_path: Path
+) -> None:
+    calls = stand_in(monkeypatch, "medvqa_rl.eval_command", "run_eval")
+    other = tmp_path / "other.yaml"
+    other.write_text("data: {scanner: unseen}\n")
+    options = ["--data", str(other), "--prompts", "direct, think_answer", "--samples", "8"]
+    result = invoke("eval", config_file, *options, "--controls", "--shard", "1/4", "--resume")
+    assert result.exit_code == 0, result.output
+    (config,), kwargs = calls[0]
+    assert isinstance(config, Config) and config.eval.num_samples == 8
+    assert kwargs["data"] == [DataConfig(scanner="unseen")]
+    assert kwargs["prompts"] == ("direct", "think_answer")
+    assert (kwargs["controls"], kwargs["shard"], kwargs["resume"]) == (True, Shard(1, 4), True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--shard", "4/4"], "The shard '4/4' is not of the form I/N"),
+        (["--shard", "half"], "is not of the form I/N"),
+        (["--prompts", "chain"], "There is no prompt 'chain': choose from think_answer, direct"),
+        (["--prompts", "direct,direct"], "must name each prompt once"),
+        (["--data", "none.yaml"], "none.yaml does not exist"),
+    ],
+)
+def test_eval_says_what_is_wrong_with_its_options(config_file: str, options: list[str], message: str) -> None:
+    result = invoke("eval", config_file, *options)
+    assert result.exit_code == 2 and message in result.output
 
 
 def test_ask_hands_over_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from medvqa_rl import __version__, commands
+from medvqa_rl import __version__, eval_command
 from medvqa_rl.cli import app
-from medvqa_rl.commands import installed_extras, make_question, model_for, read_vote, run_eval, with_checkpoint
+from medvqa_rl.commands import installed_extras, make_question, model_for, read_vote, with_checkpoint
 from medvqa_rl.config import Config, EvalConfig, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.eval_command import run_eval
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -38,7 +39,7 @@ def config(tiny_folder: MakeFolder, tmp_path: Path) -> Config:
 def questions(monkeypatch: pytest.MonkeyPatch, make_sample: MakeSample) -> StoredDataset:
     """Three questions in the place of the data set that settings name."""
     data = StoredDataset("three", tuple(make_sample(f"q{index}") for index in range(3)))
-    monkeypatch.setattr(commands, "load_dataset", lambda config, split: data)
+    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)
     return data
 
 

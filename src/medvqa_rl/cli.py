@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 import typer
 
 from medvqa_rl import __version__
-from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split
+from medvqa_rl.cli_common import ConfigPath, Debug, DryRun, Overrides, prepare_process
 from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
+from medvqa_rl.cli_eval import compare, evaluate
 from medvqa_rl.cli_report import report, watch
 
 app = typer.Typer(
@@ -32,10 +33,11 @@ config_app = typer.Typer(help="Look at settings without running anything.", no_a
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.command(name="eval")(evaluate)
+app.command()(compare)
 app.command()(report)
 app.command()(watch)
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
 Scanner = Literal["home", "unseen"]
 Purpose = Literal["train", "sft", "eval"]
@@ -44,22 +46,6 @@ Purpose = Literal["train", "sft", "eval"]
 def main() -> None:
     """Entry point of the installed command."""
     app(prog_name="medvqa-rl")
-
-
-def _prepare_process() -> None:
-    """Switch off the bars and notices of the libraries below, which would run into ours; reuse memory."""
-    import warnings
-
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
-
-    from medvqa_rl.memory import keep_freed_memory
-
-    keep_freed_memory()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def _write_cards(run: Path, dry_run: bool) -> None:
@@ -94,7 +80,7 @@ def demo(
 ) -> None:
     """Adapt the embedded model to a scanner it has not seen, and show that it got better. Minutes on a CPU."""
     with _told_plainly(debug):
-        _prepare_process()
+        prepare_process()
         from medvqa_rl.phantom.demo import run_demo
 
         run_demo(output, seed, dry_run=dry_run)
@@ -113,7 +99,7 @@ def train(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="train")
-        _prepare_process()
+        prepare_process()
         from medvqa_rl.learning.grpo import train as run
 
         folder = run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -133,38 +119,11 @@ def sft(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="sft")
-        _prepare_process()
+        prepare_process()
         from medvqa_rl.learning.sft import train_sft
 
         folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
         _write_cards(folder, dry_run)
-
-
-@app.command(name="eval")
-def evaluate(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a trained model or adapter; without it, the model that the settings name."),
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which questions.")] = "test",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder for samples.jsonl and results.json; without it, a new one under output_dir."),
-    ] = None,
-    dry_run: DryRun = False,
-    debug: Debug = False,
-) -> None:
-    """Answer a split greedily and report accuracy with intervals."""
-    with _told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="eval")
-        _prepare_process()
-        from medvqa_rl.commands import run_eval
-
-        run_eval(loaded.config, checkpoint=checkpoint, split=split, output=output, dry_run=dry_run)
 
 
 @app.command()
@@ -187,7 +146,7 @@ def ask(
 ) -> None:
     """Ask a model one question about an image. Never for a decision about a patient."""
     with _told_plainly(debug):
-        _prepare_process()
+        prepare_process()
         from medvqa_rl.commands import run_ask
 
         run_ask(
@@ -221,7 +180,7 @@ def phantom_build(
 ) -> None:
     """Train the embedded checkpoints again from nothing, by the committed recipe."""
     with _told_plainly(debug):
-        _prepare_process()
+        prepare_process()
         from medvqa_rl.phantom.build import build
 
         build(output, seed=seed, dry_run=dry_run)

@@ -17,6 +17,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's, such as train.steps=100."),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error comes from.")]
 Split = Literal["train", "val", "test"]
 
@@ -35,9 +36,10 @@ def told_plainly(debug: bool = False) -> Iterator[None]:
         _say(_sentence(error))
         raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
     except RuntimeError as error:
+        from medvqa_rl.evaluation.evaluate import EvaluationFailed
         from medvqa_rl.learning.errors import TrainingFailed
 
-        if debug or not isinstance(error, TrainingFailed):
+        if debug or not isinstance(error, TrainingFailed | EvaluationFailed):
             raise
         _say(_sentence(error))
         raise typer.Exit(1) from None
@@ -64,3 +66,19 @@ def _say(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="bold red", end=" ")
     console.print(message, markup=False)
+
+
+def prepare_process() -> None:
+    """Switch off the bars and notices of the libraries below, which would run into ours; reuse memory."""
+    import warnings
+
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    from medvqa_rl.memory import keep_freed_memory
+
+    keep_freed_memory()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

@@ -1,4 +1,4 @@
-"""What the verbs ``eval``, ``ask`` and ``env`` do: load the parts, run them, show the result."""
+"""What the verbs ``ask`` and ``env`` do: load the parts, run them, show the result."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.config import Config, ModelConfig, RolloutConfig
-from medvqa_rl.data import Split, load_dataset
+from medvqa_rl.config import ModelConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage
-from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
 from medvqa_rl.models.loading import load_policy
-from medvqa_rl.progress import progress_bar
 from medvqa_rl.prompts import Template, normalise, parse_completion, read_choice
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import LETTERS, Completion, Group, Sample
@@ -52,55 +49,6 @@ def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:
 def _console() -> Console:
     """The terminal, or a file wide enough for the tables."""
     return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def run_eval(config: Config, *, checkpoint: Path | None, split: Split, output: Path | None, dry_run: bool) -> None:
-    """Answer a split greedily, print accuracy with intervals and write ``samples.jsonl`` and ``results.json``.
-
-    Args:
-        checkpoint: folder of the weights; None takes the model of the settings.
-        output: folder to write; None names one under ``output_dir`` by data and model.
-        dry_run: answer one batch, show its sizes and write nothing.
-
-    Raises:
-        ValueError: data, model or folder cannot be used.
-    """
-    model = config.model if checkpoint is None else with_checkpoint(config.model, checkpoint)
-    dataset = load_dataset(config.data, split)
-    name = f"{dataset.name}-{config.model.path if checkpoint is None else checkpoint.name}"
-    folder = Path(config.output_dir) / "eval" / re.sub(r"[^\w.-]+", "-", name) if output is None else output
-    if not dry_run and (folder / "results.json").exists():
-        raise ValueError(f"The folder {folder} already holds an evaluation: choose another with --output.")
-    engine = RolloutEngine(load_policy(model), config.prompt.template)
-    length = config.rollout.max_completion_length
-    console = _console()
-    if dry_run:
-        count = min(config.eval.batch_size, len(dataset))
-        samples = [dataset[index] for index in range(count)]
-        groups = list(engine.greedy(samples, max_completion_length=length, batch_size=count))
-        prompts = [len(group.prompt.input_ids) for group in groups]
-        tokens = [len(group.completions[0].token_ids) for group in groups]
-        console.print(
-            f"Dry run: everything loads, and a batch is answered. Nothing was written.\n"
-            f"  {dataset.name}: {len(dataset):,} questions\n"
-            f"  batch: {count} prompts of {min(prompts)} to {max(prompts)} tokens, "
-            f"answers of {min(tokens)} to {max(tokens)} tokens",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return
-    with progress_bar("questions") as progress:
-        evaluation = evaluate(
-            engine,
-            dataset,
-            config.eval,
-            max_completion_length=length,
-            template=config.prompt.template,
-            progress=progress,
-        )
-    write_evaluation(evaluation, folder)
-    console.print(evaluation.table(f"{dataset.name}: {model.adapter or model.path}"))
-    console.print(f"Written: {folder / 'results.json'} and samples.jsonl", highlight=False, soft_wrap=True)
 
 
 def model_for(path: str) -> ModelConfig:

@@ -20,6 +20,22 @@ INSTRUCTIONS: dict[Template, str] = {
 }
 CHOICE_HINT = "Answer with the letter."
 
+
+def read_templates(text: str) -> tuple[Template, ...]:
+    """Names of templates separated by commas.
+
+    Raises:
+        ValueError: one is unknown or named twice, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in INSTRUCTIONS:
+            raise ValueError(f"There is no prompt {name!r}: choose from {', '.join(INSTRUCTIONS)}, with commas.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"The prompts {text!r} must name each prompt once, from {', '.join(INSTRUCTIONS)}.")
+    return tuple(template for name in names for template in INSTRUCTIONS if template == name)
+
+
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:think|answer))>", re.IGNORECASE)
 

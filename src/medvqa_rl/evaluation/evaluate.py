@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,8 @@ from medvqa_rl.evaluation.records import (
     record_line,
     summarise,
 )
-from medvqa_rl.evaluation.store import write_text
+from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.evaluation.tables import controls_table, results_table
 from medvqa_rl.prompts import Template
 from medvqa_rl.types import Dataset, Sample
 
@@ -37,6 +37,7 @@ __all__ = [
     "EvaluationFailed",
     "Progress",
     "check_unscored",
+    "controls_table",
     "evaluate",
     "paired_gain",
     "read_records",
@@ -162,52 +163,8 @@ def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
         )
 
 
-def _without_nan(value: Any) -> Any:
-    """NaN as null: what does not apply, in a form that every JSON reader takes."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write ``samples.jsonl`` and then ``results.json``, each atomically, into a folder that is made if needed."""
     write_text(folder / "samples.jsonl", "".join(map(record_line, evaluation.records)))
-    text = json.dumps(_without_nan(dict(evaluation.results)), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(without_nan(dict(evaluation.results)), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / "results.json", text + "\n")
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-
-def results_table(results: Mapping[str, Any], title: str = "") -> Table:
-    """A table of results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
-    table = Table(title=title or None, title_justify="left")
-    table.add_column("")
-    for name in ("questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"):
-        table.add_column(name, justify="right")
-
-    def add(name: str, summary: Mapping[str, Any], style: str = "") -> None:
-        low, high = _percent(summary["accuracy_low"]), _percent(summary["accuracy_high"])
-        length = summary["mean_length"]
-        table.add_row(
-            name,
-            f"{summary['num_scored']:,}",
-            f"{summary['num_clusters']:,}",
-            _percent(summary["accuracy"]),
-            f"{low} to {high}" if low else "",
-            _percent(summary["majority_baseline"]),
-            _percent(summary["no_answer_rate"]),
-            _percent(summary["format_rate"]),
-            "" if length is None or math.isnan(length) else f"{length:.0f}",
-            style=style,
-        )
-
-    add("all", results, "bold")
-    for key, values in results["by"].items():
-        table.add_section()
-        for value, summary in values.items():
-            add(f"{key.replace('_', ' ')}: {value}", summary)
-    if unscored := results["n"] - results["num_scored"]:
-        table.caption = f"{unscored} of {results['n']} questions could not be scored and are left out."
-    return table

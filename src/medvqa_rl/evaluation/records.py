@@ -201,7 +201,7 @@ def _gold_key(record: EvalRecord) -> str:
     return record.gold if record.answer_type == "choice" else normalise(record.gold)
 
 
-def _by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
+def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
     """Records by key and value: the data set's answer type, yes/no or other, and the samples' own groups."""
     by: dict[str, dict[str, list[EvalRecord]]] = {}
     for record in records:
@@ -227,7 +227,8 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
         ``macro_images`` and ``macro_<key>`` are means of the accuracies of images, or of a key's values, in which
         each of them weighs the same. ``detectable_difference``: what another model must differ by on these questions
         to be told apart with 80 % power, if a quarter of the answers differ. ``letters``: how often each letter is
-        the gold and the given answer of choice questions. ``sampled``: of the k sampled answers, where there are any.
+        the gold and the given answer of choice questions. ``majority_per_type``: always the most frequent gold answer
+        of the question's answer type. ``sampled``: of the k sampled answers, where there are any.
         What does not apply is NaN.
 
     Raises:
@@ -238,7 +239,7 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
     overall = _summary(records, config)
     by = {
         key: {value: _summary(members, config) for value, members in values.items()}
-        for key, values in _by_group(records).items()
+        for key, values in by_group(records).items()
     }
     images: dict[str, list[bool]] = {}
     for record in records:
@@ -256,9 +257,20 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
         "averages": averages,
         "detectable_difference": minimum_detectable_effect(math.sqrt(CHANGED / overall["effective_n"])),
         "letters": _letters(records),
+        "majority_per_type": _majority_per_type(records),
         "sampled": _sampled(records, config),
         "by": by,
     }
+
+
+def _majority_per_type(records: Sequence[EvalRecord]) -> float:
+    """Accuracy of always giving the most frequent gold answer of a question's answer type, chosen with hindsight."""
+    by_type: dict[str, list[str]] = {}
+    for record in records:
+        if record.is_scored:
+            by_type.setdefault(record.answer_type, []).append(_gold_key(record))
+    count = sum(map(len, by_type.values()))
+    return sum(majority_share(golds) * len(golds) for golds in by_type.values()) / count if count else math.nan
 
 
 def _letters(records: Sequence[EvalRecord]) -> Numbers:

@@ -13,6 +13,7 @@ results.json                         written last: with it the evaluation is com
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def without_nan(value: Any) -> Any:
+    """NaN as null: what does not apply, in a form that every JSON reader takes."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class RecordFile:
@@ -120,23 +130,38 @@ class RecordFile:
 
 
 def agree(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down what is evaluated how, or compare it with what was written before.
+    """Write down what is evaluated how, and compare it with what was written before.
 
     Raises:
         ValueError: an evaluation of something else has begun in the folder; the message names what differs.
     """
     path = folder / "evaluation.json"
-    if not path.is_file():
-        write_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
-        return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The file {path} is damaged ({error}): choose another folder with --output.") from error
-    different = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+    given = json.loads(json.dumps(identity))
+    before = read_identity(folder)
+    different = sorted(key for key in before.keys() & given.keys() if before[key] != given[key])
     if different:
-        told = "; ".join(f"{key} was {before.get(key)!r} and is {identity.get(key)!r}" for key in different)
+        told = "; ".join(f"{key} was {before[key]!r} and is {given[key]!r}" for key in different)
         raise ValueError(
             f"The folder {folder} holds an evaluation of something else ({told}): restore what differs, or choose "
             "another folder with --output."
         )
+    if given.keys() - before.keys():
+        write_text(path, json.dumps(before | given, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What :func:`agree` wrote; empty before that.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The file {path} is damaged ({error}): choose another folder with --output.") from error
+    if not isinstance(identity, dict):
+        raise ValueError(f"The file {path} is damaged (it holds no mapping): choose another folder with --output.")
+    return identity

@@ -1,0 +1,199 @@
+"""What is answered without looking: the same questions with another image, none, or their options in another order.
+
+An answer that stays right without its image was guessed from the words; one that changes with the order of the
+options was chosen by its letter. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+from PIL import Image
+
+from medvqa_rl.config import EvalConfig
+from medvqa_rl.evaluation.answering import View
+from medvqa_rl.evaluation.records import EvalRecord, paired_gain
+from medvqa_rl.evaluation.stats import Interval, proportion_interval
+from medvqa_rl.randomness import Draws
+from medvqa_rl.types import LETTERS, ImageSource, Sample
+
+IMAGE_CONTROLS = ("blank", "shuffled", "no_image")
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class BlankImage:
+    """A grey image of the size of another."""
+
+    source: ImageSource
+
+    @property
+    def key(self) -> str:
+        return f"blank:{self.source.key}"
+
+    def load(self) -> Image.Image:
+        return Image.new("RGB", self.source.load().size, GREY)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A pass over some of the questions."""
+
+    name: str
+    samples: Sequence[Sample]
+    """The questions that it applies to, as they are."""
+    view: View
+    """What is shown in their place."""
+
+
+def make_controls(samples: Sequence[Sample], seed: int) -> list[Control]:
+    """The passes that the questions allow.
+
+    ``blank``: every image grey; ``shuffled``: the images of another question, which is of other images (drawn by
+    address); ``no_image``: the question alone. ``order_1``, ``order_2`` ...: the options of choice questions moved
+    up by so many places, cyclically, so that over all orders each option stands at every letter (CircularEval, Liu
+    et al. 2023, arXiv 2307.06281).
+    """
+    controls = []
+    with_images = [sample for sample in samples if sample.images]
+    if with_images:
+        controls.append(Control("blank", with_images, _blank))
+        if len({sample.image_key for sample in with_images}) > 1:
+            donors = {sample.id: _donor(sample, with_images, seed) for sample in with_images}
+            controls.append(Control("shuffled", with_images, lambda sample: replace(sample, images=donors[sample.id])))
+        controls.append(Control("no_image", with_images, lambda sample: replace(sample, images=())))
+    choices = [sample for sample in samples if sample.answer_type == "choice"]
+    for shift in range(1, max((len(sample.options) for sample in choices), default=1)):
+        some = [sample for sample in choices if shift < len(sample.options)]
+        controls.append(Control(f"order_{shift}", some, lambda sample, shift=shift: rotated(sample, shift)))  # type: ignore[misc]
+    return controls
+
+
+def _blank(sample: Sample) -> Sample:
+    return replace(sample, images=tuple(BlankImage(image) for image in sample.images))
+
+
+def _donor(sample: Sample, samples: Sequence[Sample], seed: int) -> tuple[ImageSource, ...]:
+    """The images of another question, which is not about the same images."""
+    draws = Draws("shuffled image", seed, sample.id)
+    while True:
+        donor = draws.pick(samples)
+        if donor.image_key != sample.image_key:
+            return donor.images
+
+
+def rotated(sample: Sample, shift: int) -> Sample:
+    """A choice question whose options are moved up by some places; the first ones come last."""
+    options = sample.options[shift:] + sample.options[:shift]
+    place = (LETTERS.index(sample.answer) - shift) % len(options)
+    return replace(sample, options=options, answer=LETTERS[place])
+
+
+def summarise_controls(
+    records: Sequence[EvalRecord], controls: Mapping[str, Sequence[EvalRecord]], config: EvalConfig
+) -> dict[str, Any]:
+    """Numbers of the controls beside those of the evaluation.
+
+    Returns:
+        For each image control ``n``, ``accuracy`` with its interval, ``drop`` = accuracy of the same questions with
+        their image minus that (positive: looking helps) with its paired interval and ``permutation_p``, and
+        ``same_answer_rate``, how often the answer is the same as with the image. ``option_order``: see
+        :func:`order_summary`; absent without choice questions.
+    """
+    by_id = {record.sample_id: record for record in records}
+    summary: dict[str, Any] = {}
+    for name in IMAGE_CONTROLS:
+        seen = [(by_id[record.sample_id], record) for record in controls.get(name, ())]
+        pairs = [(one, other) for one, other in seen if one.is_scored and other.is_scored]
+        if pairs:
+            summary[name] = _image_summary(pairs, config)
+    orders = {int(name.removeprefix("order_")): rows for name, rows in controls.items() if name.startswith("order_")}
+    if orders:
+        summary["option_order"] = order_summary(records, orders, config)
+    return summary
+
+
+def _image_summary(pairs: Sequence[tuple[EvalRecord, EvalRecord]], config: EvalConfig) -> dict[str, Any]:
+    looking, blind = [one for one, _ in pairs], [other for _, other in pairs]
+    interval = _share([bool(record.is_correct) for record in blind], blind, config)
+    gain = paired_gain(blind, looking, config)
+    return {
+        "n": len(pairs),
+        "num_clusters": gain["num_clusters"],
+        "accuracy": interval.estimate,
+        "accuracy_low": interval.low,
+        "accuracy_high": interval.high,
+        "drop": gain["gain"],
+        "drop_low": gain["gain_low"],
+        "drop_high": gain["gain_high"],
+        "permutation_p": gain["permutation_p"],
+        "same_answer_rate": mean(float(_said(one) == _said(other)) for one, other in pairs),
+    }
+
+
+def _said(record: EvalRecord) -> str | None:
+    """An answer for comparing it with another one to the same options."""
+    return record.choice if record.answer_type == "choice" else record.answer
+
+
+def _share(flags: Sequence[bool], records: Sequence[EvalRecord], config: EvalConfig) -> Interval:
+    return proportion_interval(
+        flags,
+        [record.image_key for record in records],
+        resamples=config.bootstrap,
+        seed=config.seed,
+        method=config.interval,
+    )
+
+
+def order_summary(
+    records: Sequence[EvalRecord], orders: Mapping[int, Sequence[EvalRecord]], config: EvalConfig
+) -> dict[str, Any]:
+    """How much the order of the options matters, over the choice questions that are scored in every order.
+
+    Args:
+        records: of the options in their own order.
+        orders: records by the number of places that the options were moved up.
+
+    Returns:
+        ``n``, ``consistency``: share of the questions for which the same option, by its content, is named in every
+        order; ``accuracy_all_orders``: share that is right in every order; both with intervals; ``mean_accuracy``
+        over all orders.
+    """
+    asked: dict[str, dict[int, EvalRecord]] = {}
+    for record in records:
+        if record.answer_type == "choice":
+            asked[record.sample_id] = {0: record}
+    for shift, rows in orders.items():
+        for record in rows:
+            asked[record.sample_id][shift] = record
+    whole = [
+        versions
+        for versions in asked.values()
+        if len(versions) == len(versions[0].options) and all(record.is_scored for record in versions.values())
+    ]
+    if not whole:
+        return {"n": 0, "consistency": math.nan, "accuracy_all_orders": math.nan, "mean_accuracy": math.nan}
+    first = [versions[0] for versions in whole]
+    named = [{_option(record, shift) for shift, record in versions.items()} for versions in whole]
+    consistency = _share([len(options) == 1 and None not in options for options in named], first, config)
+    all_right = _share([all(record.is_correct for record in v.values()) for v in whole], first, config)
+    return {
+        "n": len(whole),
+        "consistency": consistency.estimate,
+        "consistency_low": consistency.low,
+        "consistency_high": consistency.high,
+        "accuracy_all_orders": all_right.estimate,
+        "accuracy_all_orders_low": all_right.low,
+        "accuracy_all_orders_high": all_right.high,
+        "mean_accuracy": mean(mean(float(bool(record.is_correct)) for record in v.values()) for v in whole),
+    }
+
+
+def _option(record: EvalRecord, shift: int) -> int | None:
+    """Which option of the original order an answer names."""
+    return None if record.choice is None else (LETTERS.index(record.choice) + shift) % len(record.options)

@@ -1,0 +1,88 @@
+"""Results of an evaluation as tables for the terminal. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def results_table(results: Mapping[str, Any], title: str = "") -> Table:
+    """A table of results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
+    table = Table(title=title or None, title_justify="left")
+    table.add_column("")
+    for name in ("questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, summary: Mapping[str, Any], style: str = "") -> None:
+        low, high = _percent(summary["accuracy_low"]), _percent(summary["accuracy_high"])
+        length = summary["mean_length"]
+        table.add_row(
+            name,
+            f"{summary['num_scored']:,}",
+            f"{summary['num_clusters']:,}",
+            _percent(summary["accuracy"]),
+            f"{low} to {high}" if low else "",
+            _percent(summary["majority_baseline"]),
+            _percent(summary["no_answer_rate"]),
+            _percent(summary["format_rate"]),
+            "" if length is None or math.isnan(length) else f"{length:.0f}",
+            style=style,
+        )
+
+    add("all", results, "bold")
+    for key, values in results["by"].items():
+        table.add_section()
+        for value, summary in values.items():
+            add(f"{key.replace('_', ' ')}: {value}", summary)
+    notes = []
+    if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
+        notes.append(
+            f"Worth {effective:,.0f} independent questions. If another model answers a quarter of them differently, a "
+            f"true difference of {_percent(results['detectable_difference'])} points is found with 80 % power."
+        )
+    if unscored := results["n"] - results["num_scored"]:
+        notes.append(f"{unscored} of {results['n']} questions could not be scored and are left out.")
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def controls_table(results: Mapping[str, Any]) -> Table:
+    """What is answered without looking, and whether the order of the options matters, as computed or as read."""
+    table = Table(title="Bias controls, in percent", title_justify="left")
+    for name in ("", "questions", "value", "95 % interval", "the image adds", "95 % interval", "same answer"):
+        table.add_column(name, justify="right" if name else "left")
+    controls = results["controls"]
+    for name, title in (("blank", "blank image"), ("shuffled", "another's image"), ("no_image", "no image")):
+        if row := controls.get(name):
+            table.add_row(
+                f"accuracy, {title}",
+                f"{row['n']:,}",
+                _percent(row["accuracy"]),
+                _range(row, "accuracy"),
+                _percent(row["drop"]),
+                _range(row, "drop"),
+                _percent(row["same_answer_rate"]),
+            )
+    table.add_row("accuracy, majority answer", f"{results['num_scored']:,}", _percent(results["majority_per_type"]))
+    if (order := controls.get("option_order")) and order["n"]:
+        table.add_section()
+        rows = {"consistency": "same option in every order", "accuracy_all_orders": "right in every order"}
+        for key, title in rows.items():
+            table.add_row(title, f"{order['n']:,}", _percent(order[key]), _range(order, key))
+    letters = results["letters"]
+    if letters["gold"]:
+        shares = [f"{letter} {letters['gold'][letter]}/{letters['given'][letter]}" for letter in letters["gold"]]
+        table.caption = "Letters, gold/given: " + ", ".join(shares)
+    return table
+
+
+def _range(row: Mapping[str, Any], key: str) -> str:
+    low, high = _percent(row[f"{key}_low"]), _percent(row[f"{key}_high"])
+    return f"{low} to {high}" if low else ""

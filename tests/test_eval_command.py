@@ -1,0 +1,229 @@
+"""The verb eval on a tiny random model: killed and continued, shared by processes, several prompts and data sets,
+controls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medvqa_rl import eval_command
+from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
+from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.eval_command import run_eval
+from medvqa_rl.evaluation.evaluate import EvaluationFailed
+from medvqa_rl.evaluation.store import Shard
+from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.fingerprint import weights_fingerprint
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import Group, Sample
+
+MakePolicy = Callable[..., Policy]
+
+
+@pytest.fixture
+def config(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Config:
+    return Config(
+        output_dir=str(tmp_path / "run"),
+        model=ModelConfig(path=str(tiny_folder("qwen2_vl")), device="cpu"),
+        rollout=RolloutConfig(max_completion_length=6),
+        eval=EvalConfig(batch_size=2, bootstrap=50, num_samples=2),
+    )
+
+
+@pytest.fixture
+def questions(
+    monkeypatch: pytest.MonkeyPatch, make_sample: Callable[..., Sample], make_image: Callable[..., Any]
+) -> StoredDataset:
+    """Seven questions about five images, in the place of the data set that settings name; prompts of all lengths."""
+    samples = [
+        make_sample(
+            f"q{index}", images=(make_image(seed=index % 5),), question="Is there an effusion " * (1 + index % 3)
+        )
+        for index in range(5)
+    ]
+    options = ("left lung", "right lung", "liver")
+    samples += [make_sample(f"q{index}", images=(make_image(seed=index % 5),), options=options) for index in (5, 6)]
+    data = StoredDataset("seven", tuple(samples))
+    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)
+    return data
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every final file of an evaluation by its path."""
+    files = [path for path in folder.rglob("*.json*") if "shards" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def test_a_killed_evaluation_continues_with_the_same_results(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_eval(config, output=tmp_path / "whole", controls=True)
+    whole = content(tmp_path / "whole")
+    greedy = RolloutEngine.greedy
+    asked: list[str] = []
+
+    def dying(limit: int) -> Callable[..., Iterator[Group]]:
+        calls = iter(range(limit))
+
+        def answer(self: RolloutEngine, samples: Sequence[Sample], **rest: Any) -> Iterator[Group]:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            asked.extend(sample.id for sample in samples)
+            return greedy(self, samples, **rest)
+
+        return answer
+
+    folder = tmp_path / "killed"
+    for limit in (1, 3, 2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(RolloutEngine, "greedy", dying(limit))
+            run_eval(config, output=folder, controls=True, resume=limit != 1)
+        assert not (folder / "results.json").exists()
+        with (folder / "samples.jsonl").open("a") as file:
+            file.write('{"sample_id": "q')  # the power went off in the middle of a line
+    run_eval(config, output=folder, controls=True, resume=True)
+    assert content(folder) == whole
+    assert asked.count("q0") + asked.count("q3") <= 4  # what was answered is not asked again
+
+
+def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
+    config: Config, questions: StoredDataset, tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    run_eval(config, output=folder)
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(ValueError, match="already holds an evaluation: choose another with --output, or show"):
+        run_eval(config, output=folder)
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match="is not finished: continue it with --resume"):
+        run_eval(config, output=folder)
+    longer = config.model_copy(update={"rollout": RolloutConfig(max_completion_length=7)})
+    with pytest.raises(ValueError, match="max_completion_length was 6 and is 7"):
+        run_eval(longer, output=folder, resume=True)
+    save_model(tiny_policy(seed=1), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"holds an evaluation of something else \(model.path was"):
+        run_eval(config, checkpoint=tmp_path / "other", output=folder, resume=True)
+    # Other weights at the same place are noticed too.
+    load = eval_command.load_policy
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_command, "load_policy", lambda model: tiny_policy(seed=1))
+        with pytest.raises(ValueError, match="weights was"):
+            run_eval(config, output=folder, resume=True)
+    assert load is eval_command.load_policy
+    (folder / "samples.jsonl").write_text(lines[0] + "broken\n" + lines[1])
+    with pytest.raises(ValueError, match=r"Line 2 of .*samples.jsonl is not JSON"):
+        run_eval(config, output=folder, resume=True)
+
+
+def test_two_shards_give_what_one_process_gives(
+    config: Config, questions: StoredDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_eval(config, output=tmp_path / "whole", controls=True)
+    folder = tmp_path / "shared"
+    capsys.readouterr()
+    run_eval(config, output=folder, controls=True, shard=Shard(1, 2))
+    assert "shard 1/2 is done, others are missing" in capsys.readouterr().out
+    assert not (folder / "results.json").exists() and not (folder / "samples.jsonl").exists()
+    with pytest.raises(ValueError, match="is not finished"):
+        run_eval(config, output=folder, controls=True, shard=Shard(1, 2))
+    run_eval(config, output=folder, controls=True, shard=Shard(0, 2))
+    assert content(folder) == content(tmp_path / "whole")
+    assert len(list((folder / "shards").iterdir())) == 2
+
+
+def test_a_complete_evaluation_is_shown_again_without_a_model(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_eval(config, output=tmp_path / "out")
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(eval_command, "load_policy", None)
+    run_eval(config, output=tmp_path / "out", resume=True)
+    assert content(tmp_path / "out") == before
+
+
+def test_several_prompts_and_data_sets_have_folders_and_are_compared(
+    config: Config,
+    questions: StoredDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    datasets = {"home": questions, "unseen": StoredDataset("other/data", questions.samples[:3])}
+    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: datasets[config.scanner])
+    run_eval(
+        config,
+        output=tmp_path / "out",
+        data=[DataConfig(scanner="unseen")],
+        prompts=("think_answer", "direct"),
+    )
+    folders = ["other-data-direct", "other-data-think_answer", "seven-direct", "seven-think_answer"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == folders
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / "out" / name / "samples.jsonl").read_text().splitlines()]
+        for name in folders
+    }
+    assert [len(rows[name]) for name in folders] == [3, 3, 7, 7]
+    hashes = {name: {row["prompt_hash"] for row in some} for name, some in rows.items()}
+    assert hashes["seven-direct"].isdisjoint(hashes["seven-think_answer"])
+    assert {row["image_hash"] for row in rows["seven-direct"]} == {
+        row["image_hash"] for row in rows["seven-think_answer"]
+    }
+    out = capsys.readouterr().out
+    assert "direct minus think_answer, in points" in out
+    results = json.loads((tmp_path / "out" / "other-data-direct" / "results.json").read_text())
+    assert results["config"]["data"]["scanner"] == "unseen" and results["dataset"]["name"] == "other/data"
+    datasets["unseen"] = questions
+    with pytest.raises(ValueError, match="Two of the data sets are called seven"):
+        run_eval(config, output=tmp_path / "twice", data=[DataConfig(scanner="unseen")])
+
+
+def test_results_say_what_they_are_of(
+    config: Config, questions: StoredDataset, tiny_policy: MakePolicy, tmp_path: Path
+) -> None:
+    run_eval(config, output=tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["model"]["weights"] == weights_fingerprint(tiny_policy().model)
+    assert results["model"]["weights"] != weights_fingerprint(tiny_policy(seed=1).model)
+    assert results["config"] == config.model_dump(mode="json")
+    assert results["seeds"] == {"choice": 0, "sampling": 0, "bootstrap": 0, "data": 0}
+    assert results["dataset"]["fingerprint"] == questions.fingerprint
+    assert (results["n"], results["effective_n"] is None or results["effective_n"] > 0) == (7, True)
+    assert results["sampled"]["num_samples"] == 2 and "torch" in results["versions"]
+
+
+def test_too_many_unscored_questions_fail_after_writing(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        key = "broken"
+
+        def load(self) -> None:
+            raise ValueError("The image broken.png cannot be decoded.")
+
+    samples = (*questions.samples[:6], replace(questions.samples[6], images=(Broken(),)))
+    data = StoredDataset("seven", samples)
+    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)
+    with pytest.raises(EvaluationFailed, match=r"1 of 7 questions of seven could not be scored, more than"):
+        run_eval(config, output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["unscored_rate"] == pytest.approx(1 / 7)
+    lenient = config.model_copy(update={"eval": config.eval.model_copy(update={"fail_on_unscored": 0.5})})
+    run_eval(lenient, output=tmp_path / "lenient", controls=True)
+
+
+def test_controls_are_in_the_results_and_on_the_screen(
+    config: Config, questions: StoredDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_eval(config, output=tmp_path / "out", controls=True)
+    controls = json.loads((tmp_path / "out" / "results.json").read_text())["controls"]
+    assert set(controls) == {"blank", "shuffled", "no_image", "option_order"}
+    assert [controls[name]["n"] for name in ("blank", "shuffled", "no_image")] == [7, 7, 7]
+    assert controls["option_order"]["n"] == 2
+    out = capsys.readouterr().out
+    assert "Bias controls" in out and "blank image" in out and "Letters, gold/given" in out
