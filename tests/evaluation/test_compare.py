@@ -118,7 +118,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["compare", *folders, "--output", str(tmp_path / "out.json"), "--flips", "2"])
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
-    for part in ("87.5", "+37.5", "permutation p", "modality: CT", "3 of 11 questions that flipped", "[no] <b>"):
+    for part in ("87.5", "+37.5", "permut. p", "modality: CT", "3 of 11 questions that flipped", "[no] <b>"):
         assert part in text
     stored = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert len(stored) == 1 and len(stored[0]["pairs"][0]["flipped"]) == 11

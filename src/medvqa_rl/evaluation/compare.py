@@ -178,7 +178,8 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
     """Accuracy of every run in percent."""
     table = Table(title=f"{comparison['dataset'] or 'evaluations'}: accuracy in percent", title_justify="left")
     for name in ("run", "prompt", "questions", "images", "accuracy", "95 % interval", "no answer"):
-        table.add_column(name, justify="left" if name in ("run", "prompt") else "right")
+        is_text = name in ("run", "prompt")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in comparison["runs"]:
         table.add_row(
             Text(row["name"]),
@@ -195,9 +196,9 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
 def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
     """Differences of one run from the baseline, overall and by group, in points."""
     table = Table(title=Text(f"{gains['run']} minus {baseline}, in points"), title_justify="left")
-    names = ("", "questions", "images", "difference", "95 % interval", "better", "worse", "McNemar p")
-    for name in (*names, "permutation p", "Holm p", "detectable"):
-        table.add_column(name, justify="right" if name else "left")
+    names = ("", "n", "images", "difference", "95 % interval", "better", "worse", "McNemar p", "permut. p", "Holm p")
+    for name in (*names, "detect."):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
 
     def add(name: str, row: Mapping[str, Any], style: str = "") -> None:
         table.add_row(
@@ -245,8 +246,9 @@ def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> Non
         if flips and row["flipped"]:
             console.print(flips_table(row, flips))
     console.print(
-        "Intervals and the permutation test take all questions of an image together; McNemar's test does not. Holm: "
-        "adjusted for the number of runs, or of values of a group. Detectable: found with 80 % power.",
+        "Intervals and the permutation test take all questions of an image together; McNemar's does not. Holm: "
+        "the permutation test adjusted for the number of runs, or of values of a group. Detect.: the difference that is "
+        "found with 80 % power.",
         style="dim",
     )
 

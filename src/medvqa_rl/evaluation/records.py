@@ -351,7 +351,8 @@ def paired_gain(
         ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with the bounds of
         its 95 % paired interval ``gain_low`` and ``gain_high`` (images resampled), ``improved`` and ``worsened``
         (questions), ``mcnemar_p`` (exact, questions as independent), ``permutation_p`` (signs of whole images
-        flipped) and ``detectable_gain`` (found with 80 % power at this number of questions and changes).
+        flipped) and ``detectable_gain`` (found with 80 % power at this number of questions and changes; NaN where
+        nothing changed).
 
     Raises:
         ValueError: the evaluations are of different questions, or no question is scored in both.
@@ -364,6 +365,7 @@ def paired_gain(
     )
     test = exact_mcnemar(then, now)
     differences = [float(later) - float(earlier) for earlier, later in zip(then, now)]
+    error = cluster_standard_error(differences, clusters)
     return {
         "n": len(pairs),
         "num_clusters": len(set(clusters)),
@@ -376,7 +378,7 @@ def paired_gain(
         "worsened": test.worsened,
         "mcnemar_p": test.p_value,
         "permutation_p": cluster_permutation(then, now, clusters, seed=config.seed),
-        "detectable_gain": minimum_detectable_effect(cluster_standard_error(differences, clusters)),
+        "detectable_gain": minimum_detectable_effect(error) if any(differences) else math.nan,
     }
 
 
