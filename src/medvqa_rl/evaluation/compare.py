@@ -247,8 +247,8 @@ def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> Non
             console.print(flips_table(row, flips))
     console.print(
         "Intervals and the permutation test take all questions of an image together; McNemar's does not. Holm: "
-        "the permutation test adjusted for the number of runs, or of values of a group. Detect.: the difference that is "
-        "found with 80 % power.",
+        "the permutation test adjusted for the number of runs, or of values of a group. Detect.: the difference found "
+        "with 80 % power.",
         style="dim",
     )
 
