@@ -8,7 +8,7 @@ modulo 2**64, hence identical on every platform.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +22,11 @@ _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
 
+def _update(digest: hashlib.blake2b, part: str | int) -> None:
+    text = str(part).encode()
+    digest.update((b"i" if isinstance(part, int) else b"s") + len(text).to_bytes(8, "little") + text)
+
+
 def address(*parts: str | int) -> int:
     """Hash an address to 64 bits (BLAKE2b of its parts, each with its type and length, so that no two collide by
     concatenation).
@@ -32,10 +37,21 @@ def address(*parts: str | int) -> int:
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        text = str(part).encode()
-        kind = b"i" if isinstance(part, int) else b"s"
-        digest.update(kind + len(text).to_bytes(8, "little") + text)
+        _update(digest, part)
     return int.from_bytes(digest.digest(), "little")
+
+
+def addresses(*parts: str | int, last: Iterable[str | int]) -> list[int]:
+    """``address(*parts, x)`` for every x in ``last``; the common parts are hashed once."""
+    common = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        _update(common, part)
+    result = []
+    for part in last:
+        digest = common.copy()
+        _update(digest, part)
+        result.append(int.from_bytes(digest.digest(), "little"))
+    return result
 
 
 def integers(key: int, count: int, start: int = 0) -> NDArray[np.uint64]:

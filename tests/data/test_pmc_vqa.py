@@ -163,6 +163,13 @@ def test_a_subset_is_seeded_and_named_by_the_hash_of_its_ids(folder: Path) -> No
     assert not [key for key in load(folder, "train").notes if key.startswith("chosen")]
 
 
+def test_samples_are_a_sequence(folder: Path) -> None:
+    samples = load(folder, "train").samples
+    assert len(samples[2:5]) == 3 and samples[2:5][1] == samples[3] == list(samples)[3] and samples[-1] in samples
+    with pytest.raises(IndexError):
+        samples[len(samples)]
+
+
 def test_options_keep_their_published_places(folder: Path) -> None:
     assert {sample.answer for sample in load(folder, "train").samples} == {"B"}
 

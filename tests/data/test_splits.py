@@ -9,7 +9,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.data.splits import StoredDataset, choose, connected, split_of
+from medvqa_rl.data.splits import StoredDataset, choose, connected, ids_hash, split_of, splits_of
+from medvqa_rl.randomness import address, addresses
 from medvqa_rl.types import Sample
 
 NAMES = [f"scan{index}.jpg" for index in range(4000)]
@@ -57,3 +58,18 @@ def test_the_fingerprint_says_what_the_samples_are() -> None:
     others = {StoredDataset("x", (replace(sample, **change),)).fingerprint for change in changes}  # type: ignore[arg-type]
     assert len(others) == 4 and base not in others
     assert len(StoredDataset("x", (sample, sample))) == 2
+
+
+@given(st.lists(st.text(max_size=8), max_size=10), st.integers(0, 3))
+def test_many_are_split_as_each_is_alone(names: list[str], seed: int) -> None:
+    assert splits_of(names, seed, test=0.3) == {name: split_of(name, seed, test=0.3) for name in names}
+    assert addresses("a", seed, last=names) == [address("a", seed, name) for name in names]
+    # As first written: the upper 53 bits of the address as a fraction.
+    for name in names:
+        place = (address("split by image", seed, name) >> 11) * 2.0**-53
+        assert split_of(name, seed) == ("test" if place < 0.1 else "val" if place < 0.2 else "train")
+
+
+def test_a_hash_names_a_set_of_ids_whatever_their_order() -> None:
+    assert ids_hash(["b", "a"]) == ids_hash(["a", "b"]) != ids_hash(["a", "c"])
+    assert ids_hash([]) == "e3b0c44298fc1c14"  # SHA-256 of nothing

@@ -1,29 +1,37 @@
 """An index on disk of what reading a large table found, so that the second load need not read it again. No torch.
 
-An index holds rows and reports as JSON columns. It is used only as long as nothing has changed that it depends on:
-the table's path, size and time, the folders of its images, and the code that reads rows. One file per table and way
-of reading it, written atomically; anything odd about it means that the table is read again.
+An index is a line of JSON with the report, then one column of the rows after the other, a value per line: cleaned
+texts hold no line breaks, and nothing splits faster. It is used only as long as nothing has changed that it depends
+on: the table's path, size and time, the folders of its images, and the code that reads rows. One file per table and
+way of reading it, written atomically; anything odd about it means that the table is read again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medvqa_rl.data.folder import ImageFolder, stamp
 from medvqa_rl.data.issues import RowIssue
 from medvqa_rl.data.rows import Reading, Row
+from medvqa_rl.types import AnswerType
 
 SMALLEST = 4 * 2**20
 """Tables below this size in bytes are read every time: that is as quick."""
+
+TEXTS = ("id", "question", "answer", "answer_type", "together", "place", "reasoning")
+LISTS = ("options", "images")
+"""Fields of a row that are one text, and those that are several, between tabs."""
 
 log = logging.getLogger(__name__)
 
@@ -90,20 +98,37 @@ def _code_hash() -> str:
 
 
 def _save(file: Path, header: dict[str, Any], reading: Reading) -> None:
-    text = json.dumps(
-        {
-            **header,
-            "total": reading.total,
-            "left_out": reading.left_out,
-            "rows": list(zip(*reading.rows)),
-            "issues": list(zip(*reading.issues)),
-        },
-        separators=(",", ":"),
-    )
+    row_groups = [json.dumps(row.groups) for row in reading.rows]
+    kinds = list(dict.fromkeys(row_groups))
+    numbers = {kind: str(index) for index, kind in enumerate(kinds)}
+    issues: dict[tuple[str, str, str], dict[str, list[Any]]] = {}
+    for issue in reading.issues:
+        found = issues.setdefault((issue.file, issue.reason, issue.action), {"rows": [], "details": []})
+        found["rows"].append(issue.row)
+        found["details"].append(issue.detail)
+    header = {
+        **header,
+        "total": reading.total,
+        "left_out": reading.left_out,
+        "num_rows": len(reading.rows),
+        "groups": [json.loads(kind) for kind in kinds],
+        "issues": [
+            [*key, found["rows"], found["details"] if any(found["details"]) else None] for key, found in issues.items()
+        ],
+    }
+    columns: list[Iterable[str]] = [
+        *([getattr(row, name) for row in reading.rows] for name in TEXTS),
+        *(["\t".join(getattr(row, name)) for row in reading.rows] for name in LISTS),
+        [numbers[groups] for groups in row_groups],
+    ]
+    lines = itertools.chain([json.dumps(header, separators=(",", ":"))], *columns)
+    text = "\n".join(lines)
+    if text.count("\n") != len(columns) * len(reading.rows):
+        return  # a line break inside a text would shift the others: such a table is read every time
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as temporary:
-            temporary.write(text)
+        with tempfile.NamedTemporaryFile("wb", dir=file.parent, delete=False) as temporary:
+            temporary.write(text.encode())
         os.replace(temporary.name, file)
     except OSError as error:
         log.warning("The index %s cannot be written (%s): the next load reads the table again.", file, error)
@@ -112,20 +137,44 @@ def _save(file: Path, header: dict[str, Any], reading: Reading) -> None:
 def _load(file: Path, source: list[int], images: Path) -> Reading | None:
     """The rows of an index; None where there is none, or it is not of what is on disk now."""
     try:
-        content = json.loads(file.read_bytes())
-        if content["source"] != source:
+        lines = file.read_bytes().decode().split("\n")
+        header = json.loads(lines[0])
+        if header["source"] != source:
             return None
-        if any(stamp(images / folder) != time for folder, time in content["folders"].items()):
+        if any(stamp(images / folder) != time for folder, time in header["folders"].items()):
             return None
-        rows, issues = content["rows"], content["issues"]
-        if rows:
-            # Tuples become lists in JSON: options and images, the fields 4 and 5 of a row.
-            rows[4], rows[5] = map(tuple, rows[4]), map(tuple, rows[5])
-        return Reading(
-            list(map(Row._make, zip(*rows, strict=False))),
-            list(map(RowIssue._make, zip(*issues))),
-            int(content["total"]),
-            Counter(content["left_out"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        count = header["num_rows"]
+        if len(lines) != 1 + (len(TEXTS) + len(LISTS) + 1) * count:
+            return None
+        columns = [lines[start : start + count] for start in range(1, len(lines), count)] if count else []
+        rows = []
+        if columns:
+            texts = dict(zip(TEXTS, columns))
+            options, pictures = (
+                [tuple(cell.split("\t")) if cell else () for cell in cells] for cells in columns[-3:-1]
+            )
+            kinds = header["groups"]
+            rows = list(
+                map(
+                    Row,
+                    texts["id"],
+                    texts["question"],
+                    texts["answer"],
+                    cast("list[AnswerType]", texts["answer_type"]),
+                    options,
+                    pictures,
+                    texts["together"],
+                    texts["place"],
+                    [kinds[int(kind)] for kind in columns[-1]],
+                    texts["reasoning"],
+                )
+            )
+        issues = [
+            RowIssue(row, name, reason, action, detail)
+            for name, reason, action, numbers, details in header["issues"]
+            for row, detail in zip(numbers, details or itertools.repeat(""))
+        ]
+        issues.sort(key=itemgetter(0))
+        return Reading(rows, issues, int(header["total"]), Counter(header["left_out"]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None  # absent, or damaged: the table is read again

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 Action = Literal["dropped", "repaired"]
@@ -27,11 +28,8 @@ class RowIssue(NamedTuple):
 
 def count_issues(issues: Iterable[RowIssue]) -> dict[str, int]:
     """Rows per action and reason, as in ``{"dropped: missing image": 3}``; dropped ones first."""
-    counts: dict[str, int] = {}
-    for issue in sorted(issues, key=lambda issue: (issue.action, issue.reason)):
-        key = f"{issue.action}: {issue.reason}"
-        counts[key] = counts.get(key, 0) + 1
-    return counts
+    counts = Counter((issue.action, issue.reason) for issue in issues)
+    return {f"{action}: {reason}": count for (action, reason), count in sorted(counts.items())}
 
 
 def numbers_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[str, str], list[int]]:
@@ -50,9 +48,11 @@ def few(numbers: Sequence[int], most: int = 20) -> str:
 
 def log_issues(issues: Sequence[RowIssue]) -> None:
     """Log dropped rows as warnings and repaired ones as information, a line for every file and reason."""
-    for action, level in (("dropped", logging.WARNING), ("repaired", logging.INFO)):
-        reasons: Mapping[tuple[str, str], list[int]] = numbers_by_reason(issues, action)  # type: ignore[arg-type]
-        for (file, reason), numbers in reasons.items():
+    levels: dict[Action, int] = {"dropped": logging.WARNING, "repaired": logging.INFO}
+    for action, level in levels.items():
+        if not log.isEnabledFor(level):
+            continue
+        for (file, reason), numbers in numbers_by_reason(issues, action).items():
             log.log(level, "%d rows of %s are %s, %s: numbers %s", len(numbers), file, action, reason, few(numbers))
 
 

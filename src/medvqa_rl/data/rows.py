@@ -192,6 +192,8 @@ _PREFIX = re.compile(r"^\(?([A-Z])\s*[:)]\s*(.*)$", re.DOTALL)
 def strip_quotes(text: str) -> str:
     """Text without a quotation mark that has no partner: the first character, or the last one after a blank."""
     for mark in "\"'":
+        if mark not in text:
+            continue
         if text.count(mark) % 2 and text.startswith(mark):
             text = text[1:].lstrip()
         elif text.count(mark) % 2 and text.endswith(" " + mark):

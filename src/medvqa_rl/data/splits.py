@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from medvqa_rl.data.issues import RowIssue
-from medvqa_rl.randomness import address
+from medvqa_rl.randomness import addresses
 from medvqa_rl.types import Sample
 
 Split = Literal["train", "val", "test"]
@@ -22,11 +22,6 @@ class NoSuchSplit(ValueError):
     """A data set has no split of this name; the message says which it has."""
 
 
-def _fraction(*parts: str | int) -> float:
-    """A float in [0, 1) that depends on the address alone."""
-    return (address(*parts) >> 11) * 2.0**-53
-
-
 def split_of(image_key: str, seed: int, *, val: float = 0.1, test: float = 0.1) -> Split:
     """The split of an image and of every question about it.
 
@@ -36,8 +31,18 @@ def split_of(image_key: str, seed: int, *, val: float = 0.1, test: float = 0.1) 
         val: share of the images for validation.
         test: share of the images for testing; the rest is for training.
     """
-    place = _fraction("split by image", seed, image_key)
-    return "test" if place < test else "val" if place < test + val else "train"
+    return splits_of([image_key], seed, val=val, test=test)[image_key]
+
+
+def splits_of(image_keys: Iterable[str], seed: int, *, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
+    """:func:`split_of` of many images, each hashed once."""
+    keys = list(dict.fromkeys(image_keys))
+    places = addresses("split by image", seed, last=keys)
+    found: dict[str, Split] = {}
+    for key, number in zip(keys, places):
+        place = (number >> 11) * 2.0**-53  # in [0, 1), a function of seed and key alone
+        found[key] = "test" if place < test else "val" if place < test + val else "train"
+    return found
 
 
 def choose(ids: Sequence[str], num: int | None, seed: int) -> list[int]:
@@ -47,7 +52,8 @@ def choose(ids: Sequence[str], num: int | None, seed: int) -> list[int]:
     """
     if num is None or num >= len(ids):
         return list(range(len(ids)))
-    return sorted(heapq.nsmallest(num, range(len(ids)), key=lambda index: address("choice", seed, ids[index])))
+    keys = addresses("choice", seed, last=ids)
+    return sorted(heapq.nsmallest(num, range(len(ids)), key=keys.__getitem__))
 
 
 def ids_hash(ids: Iterable[str]) -> str:
@@ -81,7 +87,7 @@ def connected(pairs: Iterable[tuple[K, Hashable]]) -> dict[K, K]:
 
 @dataclass(frozen=True)
 class StoredDataset:
-    """The samples of one split, held in memory; their images stay on disk."""
+    """The samples of one split: what they say is in memory, their images stay on disk."""
 
     name: str
     samples: Sequence[Sample]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data.hub import download
@@ -12,7 +15,7 @@ from medvqa_rl.data.images import FileImage
 from medvqa_rl.data.index import cache_folder
 from medvqa_rl.data.issues import count_issues, log_issues, refuse_if_too_many_dropped
 from medvqa_rl.data.rows import Reading, Row
-from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, split_of
+from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, splits_of
 from medvqa_rl.data.windowing import split_fragment
 from medvqa_rl.prompts import neutralise
 from medvqa_rl.types import Sample
@@ -88,8 +91,9 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     is_official = config.split == "official"
     files = _files(source, split, is_official, root)
     reading = Reading()
-    for file in files:
-        reading.extend(source.read(file))
+    with collector_paused():
+        for file in files:
+            reading.extend(source.read(file))
     log_issues(reading.issues)
     refuse_if_too_many_dropped(
         reading.issues, total=reading.total, max_dropped=config.max_dropped, name=source.title, folder=root
@@ -107,8 +111,7 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     if count := sum("<" in row.question and neutralise(row.question)[1] > 0 for row in chosen):
         notes["neutralised: questions with special-token strings"] = count
     name = source.names[split] if is_official else f"{config.name}/image/{split}"
-    samples = tuple(_sample(row, source.images) for row in chosen)
-    return StoredDataset(name, samples, notes, tuple(reading.issues))
+    return StoredDataset(name, Samples(chosen, source.images), notes, tuple(reading.issues))
 
 
 def _files(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
@@ -145,11 +148,10 @@ def _places(source: Source, rows: Sequence[Row], config: DataConfig) -> list[str
         return [row.place for row in rows]
     together = keep_together(rows)
     if is_official:
-        return [
-            split_of(name, config.seed, test=0.0) if row.place == "train" else row.place
-            for row, name in zip(rows, together)
-        ]
-    return [split_of(name, config.seed) for name in together]
+        places = splits_of(together, config.seed, test=0.0)
+        return [places[name] if row.place == "train" else row.place for row, name in zip(rows, together)]
+    places = splits_of(together, config.seed)
+    return [places[name] for name in together]
 
 
 def keep_together(rows: Sequence[Row]) -> list[str]:
@@ -170,17 +172,49 @@ def keep_together(rows: Sequence[Row]) -> list[str]:
     return [names[links[index]] for index in range(len(rows))]
 
 
-def _sample(row: Row, images: Path) -> Sample:
-    return Sample(
-        id=row.id,
-        question=row.question,
-        answer=row.answer,
-        answer_type=row.answer_type,
-        images=tuple(FileImage(path, images) for path in row.images),
-        options=row.options,
-        reasoning=row.reasoning,
-        groups=row.groups,
-    )
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause Python's search for reference cycles: rows have none, and walking all of them again and again takes longer
+    than reading them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class Samples(Sequence[Sample]):
+    """Rows as samples, made when asked for: hundreds of thousands of them take a second that most uses can save."""
+
+    def __init__(self, rows: Sequence[Row], images: Path) -> None:
+        self._rows = rows
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Samples: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | Samples:
+        if isinstance(index, slice):
+            return Samples(self._rows[index], self._images)
+        row = self._rows[index]
+        return Sample(
+            id=row.id,
+            question=row.question,
+            answer=row.answer,
+            answer_type=row.answer_type,
+            images=tuple(FileImage(path, self._images) for path in row.images),
+            options=row.options,
+            reasoning=row.reasoning,
+            groups=row.groups,
+        )
 
 
 def _is_wanted(row: Row, config: DataConfig) -> bool:
