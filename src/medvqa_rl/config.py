@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -227,8 +229,12 @@ class TrainConfig(Settings):
     """Show metrics every so many steps; metrics.jsonl has every one."""
     log_completions_steps: Annotated[int, Field(ge=0)] = 25
     """Print and store sample completions every so many steps; 0 never."""
-    tensorboard: bool = False
-    """Write TensorBoard files beside metrics.jsonl (needs the extra ``track``)."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Programs that get a copy of metrics.jsonl (need the extra ``track``)."""
+    tracker_samples: Literal["none", "texts", "images"] = "none"
+    """What trackers get of logged completions: nothing, the texts, or the texts and the images."""
+    tracker_online: bool = False
+    """Let trackers send what they get to their servers; false keeps it on this machine."""
 
 
 class SftConfig(Settings):
@@ -308,6 +314,19 @@ def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[path] = value
     return result
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a model's path names a repository on the Hugging Face Hub, not a folder."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
+
+
+def shareable(config: Config) -> dict[str, Any]:
+    """The settings by dotted path without folders of this machine: of each only the last part."""
+    found = leaves(config.model_dump(mode="json"))
+    folders = ("output_dir", "model.path", "model.adapter", "data.path")
+    cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
+    return found | cut
 
 
 def differences(before: Config, after: Config) -> list[str]:

@@ -46,7 +46,7 @@ OTHER_NAMES = {
     "lora_alpha": "model.lora.alpha",
     "target_modules": "model.lora.targets",
     "freeze_vision_tower": "model.train_vision",
-    "report_to": "train.tensorboard",
+    "report_to": "train.trackers",
 }
 """Names that other programs give to our settings."""
 

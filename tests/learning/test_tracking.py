@@ -17,7 +17,7 @@ from medvqa_rl.learning.tracking import completions_table
 
 def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    changes = {"steps": 3, "logging_steps": 2, "tensorboard": True, "eval_steps": 3}
+    changes = {"steps": 3, "logging_steps": 2, "trackers": ["tensorboard"], "eval_steps": 3}
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train=changes)
     run = train(config, train_set=ToyData(), val_set=ToyData(2))
     events = accumulator.EventAccumulator(str(run / "tensorboard"))

@@ -86,7 +86,7 @@ def train(
                 "step_time": time.perf_counter() - began,
             }
             run.state.num_tokens += sum(record.prompt_length + record.length for record in records)
-            run.finish_step(metrics, records)
+            run.finish_step(metrics, records, groups)
         run.finish()
     return run.dir.path
 

@@ -107,7 +107,7 @@ class Run:
         if not self._resume:
             self.dir.write_environment(seed)
         self._write_status("running")
-        self._tracker = self._exits.enter_context(Tracker(self.dir, self.config.train, first_step=self.state.step))
+        self._tracker = self._exits.enter_context(Tracker(self.dir, self.config, first_step=self.state.step))
         if self._resume:
             where = f"step {self.state.step}" if checkpoints else "the beginning, because no checkpoint was written"
             self._tracker.say(f"Resuming {self.dir.path} from {where}.")
@@ -122,8 +122,15 @@ class Run:
         if self.config.train.eval_steps and not self._has_begun:
             self.evaluate()
 
-    def finish_step(self, metrics: Mapping[str, float], records: Sequence[CompletionRecord] = ()) -> None:
+    def finish_step(
+        self, metrics: Mapping[str, float], records: Sequence[CompletionRecord] = (), groups: Sequence[Group] = ()
+    ) -> None:
         """Log a step that was done; evaluate, save and stop as is due.
+
+        Args:
+            metrics: of the step, over all ranks.
+            records: its completions, over all ranks.
+            groups: this rank's groups, whose images trackers may get.
 
         Raises:
             Stopped: a signal asked for it; a checkpoint is saved.
@@ -133,7 +140,7 @@ class Run:
         if self._tracker is not None:
             self._tracker.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
             if records and train.log_completions_steps and state.step % train.log_completions_steps == 0:
-                self._tracker.samples(state.step, records)
+                self._tracker.samples(state.step, records, groups)
             self._write_status("running")
         is_last = state.step >= train.steps
         if train.eval_steps and (is_last or state.step % train.eval_steps == 0):
@@ -207,6 +214,7 @@ class Run:
         with self._exits:
             if error is None or isinstance(error, Stopped) or self._tracker is None:
                 return
+            self._tracker.has_failed = True
             if isinstance(error, TrainingFailed):
                 self._write_failure(error, self._tracker)
             try:

@@ -34,7 +34,9 @@ MAY_CHANGE = (
     "train.save_total_limit",
     "train.logging_steps",
     "train.log_completions_steps",
-    "train.tensorboard",
+    "train.trackers",
+    "train.tracker_samples",
+    "train.tracker_online",
 )
 """Settings that a resumed run may change. Another number of steps changes the learning-rate schedule from there on."""
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, samples, TensorBoard, and a progress bar or plain lines."""
+"""What a run tells while it goes: metrics.jsonl, samples, trackers, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.config import TrainConfig
+from medvqa_rl.config import Config
 from medvqa_rl.learning.metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from medvqa_rl.learning.trackers import Images, open_boards
+from medvqa_rl.types import Group
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
 """Metrics that a line shows; the bar has room for one."""
@@ -30,16 +29,18 @@ HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", 
 class Tracker:
     """Writes the log files of a run and shows its progress; a context manager.
 
-    metrics.jsonl gets every step. ``logging_steps`` thins out the terminal and TensorBoard only.
+    metrics.jsonl gets every step. ``logging_steps`` thins out the terminal and the trackers only.
     """
 
-    def __init__(self, run: RunDir, config: TrainConfig, *, first_step: int) -> None:
+    def __init__(self, run: RunDir, config: Config, *, first_step: int) -> None:
+        self.has_failed = False
+        """Whether the run ends by an error, which trackers show."""
         self._run = run
-        self._config = config
+        self._config = config.train
         self._console = Console(stderr=True)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
-        self._board: SummaryWriter | None = _summary_writer(run, first_step) if config.tensorboard else None
+        self._boards = open_boards(run.path, config, first_step=first_step)
         self._first_step, self._began = first_step, time.perf_counter()
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -50,7 +51,7 @@ class Tracker:
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task("", total=config.steps, completed=first_step)
+        self._task = self._progress.add_task("", total=config.train.steps, completed=first_step)
 
     def __enter__(self) -> Tracker:
         self._progress.start()
@@ -60,8 +61,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=self.has_failed)
         self._metrics.close()
         self._log.close()
 
@@ -86,9 +87,8 @@ class Tracker:
         self._metrics.flush()
         is_evaluation = all(name.startswith("eval/") for name in metrics)
         is_due = step % self._config.logging_steps == 0 or step == self._config.steps
-        if self._board is not None and (is_due or is_evaluation):
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+        for board in self._boards if is_due or is_evaluation else ():
+            board.log(step, metrics)
         done = step - self._first_step
         rate = (time.perf_counter() - self._began) / max(1, done)
         shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
@@ -110,13 +110,19 @@ class Tracker:
         """Show how far an evaluation is."""
         self._progress.update(self._task, description=f"evaluating {done}/{total}")
 
-    def samples(self, step: int, records: Sequence[CompletionRecord]) -> None:
-        """Store a step's completions and show those of its first prompt."""
+    def samples(self, step: int, records: Sequence[CompletionRecord], groups: Sequence[Group] = ()) -> None:
+        """Store a step's completions and show those of its first prompt; trackers get what they are allowed to."""
         path = self._run.samples(step)
         path.parent.mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, **record.to_json()}, default=str) + "\n" for record in records]
         path.write_text("".join(lines), encoding="utf-8")
         self._console.print(completions_table(step, [r for r in records if r.sample_id == records[0].sample_id]))
+        if self._boards and self._config.tracker_samples != "none":
+            images: Images = {}
+            if self._config.tracker_samples == "images":
+                images = {group.sample.id: [image.load() for image in group.sample.images] for group in groups}
+            for board in self._boards:
+                board.samples(step, records, images)
 
 
 def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
@@ -143,19 +149,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _summary_writer(run: RunDir, first_step: int) -> SummaryWriter:
-    """TensorBoard's writer; the package is an extra.
-
-    Raises:
-        ValueError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            "train.tensorboard is on, but TensorBoard is not installed: pip install 'medvqa-rl[track]', or switch it "
-            "off (metrics.jsonl holds the same numbers)."
-        ) from error
-    return SummaryWriter(run.path / "tensorboard", purge_step=first_step + 1)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.config import Config, EvalConfig, leaves
+from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
 from medvqa_rl.evaluation.records import paired_gain
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
@@ -119,19 +119,15 @@ def _plain(text: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
 
-def _is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not path.startswith(".") and not Path(path).exists()
-
-
 def _base(settings: Mapping[str, Any]) -> str:
     """Name of the model that training began with; of a folder its last part."""
     path = str(settings.get("model.path", "unknown"))
-    return (path if _is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
+    return (path if is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
 
 
 def _front_matter(base: str, settings: Mapping[str, Any], is_adapter: bool, *, is_sft: bool) -> list[str]:
     lines = ["---", f"library_name: {'peft' if is_adapter else 'transformers'}", "pipeline_tag: image-text-to-text"]
-    if _is_hub_id(str(settings.get("model.path", ""))):
+    if is_hub_id(str(settings.get("model.path", ""))):
         lines += [f"base_model: {base}", f"base_model_relation: {'adapter' if is_adapter else 'finetune'}"]
     tags = [
         "medical-visual-question-answering",
@@ -246,7 +242,7 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         if name == "output_dir" or (name in defaults and defaults[name] == value):
             continue
-        if name in _PATHS and isinstance(value, str) and not _is_hub_id(value):
+        if name in _PATHS and isinstance(value, str) and not is_hub_id(value):
             value = Path(value).name
         lines.append(f"{name}={json.dumps(value)}".replace("```", ""))
     if not settings:
