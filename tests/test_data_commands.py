@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -200,3 +201,18 @@ def test_what_split_writes_is_read_and_shares_nothing(tmp_path: Path) -> None:
     own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
     code, output = run("check", *own, "data.answer_types=[closed]")
     assert code == 0 and "0 of the 6 test images" in output, output
+
+
+def test_slices_of_one_volume_in_two_splits_are_a_leak(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    for name in ("a", "b"):
+        volume = np.random.default_rng(ord(name)).normal(100, 30, (40, 50, 6)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    for place, images in (("train", "a.nii.gz#slice=1|a.nii.gz#slice=2"), ("test", "a.nii.gz#slice=4&window=100,200")):
+        lines = ["image,question,answer", f'"{images}",Is it normal?,yes', "b.nii.gz,Is it large?,no"]
+        (tmp_path / f"{place}.csv").write_text("\n".join(lines[: 2 if place == "train" else 3]))
+    own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
+    (tmp_path / "val.csv").write_text("image,question,answer\nb.nii.gz#slice=0,Is it small?,no")
+    code, output = run("check", *own, "data.answer_types=[closed]")
+    assert code == 1 and "2 of the 2 test images" in output and "a.nii.gz#slice=4&window=100,200" in output, output
+    assert "images in train and test" in output and "images in val and test" in output

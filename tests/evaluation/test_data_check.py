@@ -61,6 +61,10 @@ def test_a_clean_set_has_no_findings() -> None:
 def test_gold_answers_that_no_model_can_give_are_found() -> None:
     report = check(stored(sample(1), sample(2, answer="")))
     assert found(report)["gold answer scores below 1"].examples == ("train: s2 ('')",)
+    outside = sample(2, answer_type="choice", options=("cyst", "tumour"), answer="C")
+    report = check(stored(outside))
+    assert found(report)["gold answer scores below 1"].examples == ("train: s2 ('C')",)
+    assert not report.splits[0].letters
     same = sample(3, answer_type="choice", options=("Cyst", "a cyst.", "tumour"), answer="B")
     report = check(stored(same, sample(4)))
     assert found(report)["gold option not unique"].count == 1 and report.is_wrong()

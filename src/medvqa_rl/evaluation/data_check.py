@@ -241,9 +241,10 @@ def _read_split(
         if sample.id in ids:
             faults.add("repeated id", place)
         ids.add(sample.id)
-        if score_correctness(sample, render_answer("seen", sample.answer, template), template) != 1.0:
+        is_option = sample.answer_type != "choice" or sample.answer in list(LETTERS[: len(sample.options)])
+        if not is_option or score_correctness(sample, render_answer("seen", sample.answer, template), template) != 1.0:
             faults.add("gold answer scores below 1", f"{place} ({sample.answer!r})")
-        if not _is_gold_unique(sample):
+        elif not _is_gold_unique(sample):
             faults.add("gold option not unique", f"{place} ({sample.answer_text!r})")
         question = (sample.image_key, normalise(sample.question), *map(normalise, sample.options))
         gold = normalise(sample.answer)
@@ -252,7 +253,7 @@ def _read_split(
             kind = "repeated question" if gold in others else "contradiction"
             faults.add(kind, f"{place} ({sample.question!r})")
         others.add(gold)
-        _count(facts, sample)
+        _count(facts, sample, sample.answer_text if is_option else "")
         if (index + 1) % 500 == 0 or index + 1 == total:
             progress(f"{split} questions", index + 1, total)
     return facts
@@ -266,12 +267,12 @@ def _is_gold_unique(sample: Sample) -> bool:
     return texts.count(texts[LETTERS.index(sample.answer)]) == 1
 
 
-def _count(facts: SplitFacts, sample: Sample) -> None:
+def _count(facts: SplitFacts, sample: Sample, answer: str) -> None:
     facts.seen += 1
     facts.types[sample.answer_type] += 1
     facts.question_words.append(len(sample.question.split()))
-    facts.answer_words.append(len(sample.answer_text.split()))
-    if sample.answer_type == "choice":
+    facts.answer_words.append(len(answer.split()))
+    if sample.answer_type == "choice" and answer:
         facts.letters[len(sample.options), sample.answer] += 1
     elif sample.answer_type == "closed":
         facts.answers[normalise(sample.answer)] += 1
