@@ -4,6 +4,9 @@ controls."""
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +120,10 @@ def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
         with pytest.raises(ValueError, match="weights was"):
             run_eval(config, output=folder, resume=True)
     assert load is eval_command.load_policy
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="was not written by this command, so it cannot be continued"):
+        run_eval(config, output=tmp_path / "trained", resume=True)
     (folder / "samples.jsonl").write_text(lines[0] + "broken\n" + lines[1])
     with pytest.raises(ValueError, match=r"Line 2 of .*samples.jsonl is not JSON"):
         run_eval(config, output=folder, resume=True)
@@ -227,3 +234,35 @@ def test_controls_are_in_the_results_and_on_the_screen(
     assert controls["option_order"]["n"] == 2
     out = capsys.readouterr().out
     assert "Bias controls" in out and "blank image" in out and "Letters, gold/given" in out
+
+
+KILLED = """
+import os, signal, sys
+from medvqa_rl.config import Config
+from medvqa_rl.eval_command import run_eval
+from medvqa_rl.rollout.decode import RolloutEngine
+from pathlib import Path
+
+greedy, calls = RolloutEngine.greedy, iter(range(2))
+
+def dying(self, samples, **rest):
+    if next(calls, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return greedy(self, samples, **rest)
+
+RolloutEngine.greedy = dying
+run_eval(Config.model_validate_json(sys.argv[1]), output=Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_on_real_processes(config: Config, tmp_path: Path) -> None:
+    config = config.model_copy(update={"data": DataConfig(num_test=8)})
+    folder = tmp_path / "killed"
+    arguments = [sys.executable, "-c", KILLED, config.model_dump_json(), str(folder)]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+    run_eval(config, output=folder, resume=True)
+    run_eval(config, output=tmp_path / "whole")
+    assert content(folder) == content(tmp_path / "whole")

@@ -132,9 +132,14 @@ def run_eval(
     if shard is None:
         state = PartialState(cpu=resolve_device(model.device).type == "cpu")
         shard = Shard(state.process_index, state.num_processes)  # type: ignore[has-type]
-    if not dry_run and not resume:
-        for cell in cells:
+    for cell in cells if not dry_run else ():
+        if not resume:
             _refuse_if_used(cell, shard)
+        elif (cell.folder / "results.json").exists() and not read_identity(cell.folder):
+            raise ValueError(
+                f"The evaluation in {cell.folder} was not written by this command, so it cannot be continued: choose "
+                "another folder with --output."
+            )
     console = Console(width=None if sys.stdout.isatty() else 120)
 
     @cache

@@ -196,6 +196,8 @@ def test_sampled_answers_by_hand() -> None:
     assert sampled["pass@4"]["value"] == pytest.approx(4 / 5)
     assert sampled["majority@4"]["value"] == pytest.approx((1 / 2 + 1 + 1 / 2 + 0 + 1) / 5)
     assert sampled["no_answer_rate"] == pytest.approx(1 / 20)
+    shown = " ".join(str(evaluation.table().caption).split())
+    assert "Of 4 sampled answers: mean accuracy 50.0, pass@1 50.0, majority@1 50.0, pass@2 70.0," in shown
     assert sampled["pass@2"]["low"] < sampled["pass@2"]["value"] < sampled["pass@2"]["high"]
     record = evaluation.records[1]
     assert [answer.vote for answer in record.sampled] == ["A", "A", "B", None]
@@ -378,4 +380,7 @@ def test_the_table_shows_stored_results_too(tmp_path: Path) -> None:
         console.print(results_table(results, "before"))
         texts.append(console.export_text())
     assert texts[0] == texts[1]
-    assert "60.0" in texts[0] and "modality: MRI" in texts[0]
+    shown = " ".join(texts[0].split())
+    assert "60.0" in shown and "modality: MRI" in shown
+    assert "over images 66.7, answer type 55.6, answer kind 75.0, modality 58.3, family 83.3." in shown
+    assert "Open answers: exact match 0.0, token F1 80.0, ROUGE-L 80.0." in shown

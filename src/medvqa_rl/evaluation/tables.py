@@ -15,7 +15,7 @@ def _percent(value: float | None) -> str:
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     """A table of results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=title or None, title_justify="left", caption_justify="left")
     table.add_column("")
     for name in ("questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"):
         table.add_column(name, justify="right")
@@ -41,7 +41,7 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
         table.add_section()
         for value, summary in values.items():
             add(f"{key.replace('_', ' ')}: {value}", summary)
-    notes = []
+    notes = _further(results)
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
         notes.append(
             f"Worth {effective:,.0f} independent questions. If another model answers a quarter of them differently, a "
@@ -51,6 +51,26 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
         notes.append(f"{unscored} of {results['n']} questions could not be scored and are left out.")
     table.caption = "\n".join(notes) or None
     return table
+
+
+def _further(results: Mapping[str, Any]) -> list[str]:
+    """Lines with the numbers that have no column, where there are any; older results have fewer."""
+    lines = []
+    macro = {
+        name.removeprefix("macro_").replace("_", " "): _percent(value)
+        for name, value in results.get("averages", {}).items()
+        if name.startswith("macro_")
+    }
+    if told := [f"{name} {value}" for name, value in macro.items() if value]:
+        lines.append("Macro averages of the accuracy, over " + ", ".join(told) + ".")
+    names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
+    if told := [f"{name} {value}" for key, name in names.items() if (value := _percent(results.get(key)))]:
+        lines.append("Open answers: " + ", ".join(told) + ".")
+    if sampled := results.get("sampled"):
+        values = {name: row["value"] for name, row in sampled.items() if isinstance(row, Mapping)}
+        told = [f"{name.replace('_', ' ')} {_percent(value)}" for name, value in values.items()]
+        lines.append(f"Of {sampled['num_samples']} sampled answers: " + ", ".join(told) + ".")
+    return lines
 
 
 def controls_table(results: Mapping[str, Any]) -> Table:
