@@ -18,6 +18,7 @@ from rich.console import Console
 from medvqa_rl.config import EvalConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage, MemoryImage
 from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.evaluation.answering import batches
 from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,
     check_unscored,
@@ -317,6 +318,16 @@ def test_batches_of_similar_length_and_progress() -> None:
     assert engine.batches == [["3", "4"], ["1", "2"], ["5"]]  # "Is it?" and "Where?" are shortest
     assert [record.sample_id for record in evaluation.records] == ["1", "2", "3", "4", "5"]
     assert seen == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_batches_go_by_the_size_of_the_images_too(tmp_path: Path) -> None:
+    sizes = {"a": 300, "b": 30, "c": 290, "d": 40}
+    for name, size in sizes.items():
+        Image.new("L", (size, size)).save(tmp_path / f"{name}.png")
+    (tmp_path / "e.png").write_bytes(b"broken")  # its size is not known, and that is no error here
+    samples = [replace(SAMPLES[2], id=name, images=(FileImage(f"{name}.png", tmp_path),)) for name in "abcde"]
+    found = batches(samples, "think_answer", 2)
+    assert [[sample.id for sample in batch] for batch in found] == [["e", "b"], ["d", "c"], ["a"]]
 
 
 def test_a_limit_keeps_the_same_choice_for_every_model() -> None:

@@ -174,6 +174,17 @@ class FileImage:
             return check_nifti(path, max_pixels=MAX_PIXELS)
         _open(path).close()
 
+    def header_pixels(self) -> int | None:
+        """Width times height as the header has it, nothing decoded; None where no header tells (DICOM, NIfTI, files
+        that cannot be read)."""
+        if medical_kind(self.path):
+            return None
+        try:
+            with _open(self.file) as image:
+                return image.width * image.height
+        except ValueError:
+            return None
+
 
 @dataclass(frozen=True)
 class MemoryImage:

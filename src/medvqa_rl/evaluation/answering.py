@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from medvqa_rl.config import EvalConfig, RolloutConfig
-from medvqa_rl.data.images import MemoryImage
+from medvqa_rl.data.images import FileImage, MemoryImage
 from medvqa_rl.data.splits import choose
 from medvqa_rl.evaluation.metrics import exact_match, rouge_l, token_f1
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
@@ -71,16 +71,24 @@ def chosen_samples(dataset: Dataset, config: EvalConfig) -> list[Sample]:
 def batches(samples: Sequence[Sample], template: Template, size: int) -> list[list[Sample]]:
     """Questions in batches of prompts of similar length, so that little is padded.
 
-    The order is that of the length of the text (images are not decoded for it). It depends on the questions alone,
-    so a continued evaluation forms the same batches.
+    The length is estimated: four characters and 784 pixels (28 x 28) a token, the pixels of image files by their
+    headers. It depends on the questions alone, so a continued evaluation forms the same batches.
     """
 
-    def length(sample: Sample) -> int:
+    def length(sample: Sample) -> float:
         content = render_prompt(sample, template).messages[0]["content"]
-        return sum(len(part["text"]) for part in content if part["type"] == "text")
+        characters = sum(len(part["text"]) for part in content if part["type"] == "text")
+        return characters / 4 + sum(map(_pixels, sample.images)) / 784
 
     ordered = sorted(samples, key=length)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _pixels(source: ImageSource) -> int:
+    """Width times height of an image; 0 where only decoding it would tell."""
+    if isinstance(source, MemoryImage):
+        return source.image.width * source.image.height
+    return (source.header_pixels() or 0) if isinstance(source, FileImage) else 0
 
 
 def answer_all(
