@@ -8,10 +8,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
@@ -30,7 +33,7 @@ from medvqa_rl.evaluation.evaluate import (
     summarise,
     write_evaluation,
 )
-from medvqa_rl.evaluation.records import write_records
+from medvqa_rl.evaluation.records import REQUIRED, EvalRecord, parse_record, record_line, write_records
 from medvqa_rl.evaluation.stats import (
     cluster_bootstrap,
     cluster_permutation,
@@ -395,3 +398,27 @@ def test_the_table_shows_stored_results_too(tmp_path: Path) -> None:
     assert "60.0" in shown and "modality: MRI" in shown
     assert "over images 66.7, answer type 55.6, answer kind 75.0, modality 58.3, family 83.3." in shown
     assert "Open answers: exact match 0.0, token F1 80.0, ROUGE-L 80.0." in shown
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(sorted(REQUIRED | {"sampled", "groups"})), JSON, st.integers(0, 400))
+def test_a_damaged_line_is_a_record_or_a_sentence(field: str, value: object, cut: int) -> None:
+    line = record_line(run_once())
+    for damaged in (json.dumps(json.loads(line) | {field: value}), line[:cut], line[cut:]):
+        try:
+            record = parse_record(damaged, "Line 7 of x")
+        except ValueError as error:
+            assert str(error).startswith("Line 7 of x is not ")
+        else:
+            assert isinstance(record, EvalRecord)
+
+
+@cache
+def run_once() -> EvalRecord:
+    return run().records[0]
