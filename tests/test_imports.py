@@ -61,6 +61,7 @@ LIGHT = [
     "report",
     "report.data_page",
     "report.card",
+    "report.figures",
     "report.page",
     "report.report",
     "report.watch",

@@ -16,6 +16,9 @@ def report(
     card: Annotated[
         bool, typer.Option("--card", help="Write the model cards of the runs' checkpoints instead of a page.")
     ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write the figures for a paper, as PDF and SVG, to this folder instead.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
@@ -26,6 +29,12 @@ def report(
             for run in runs:
                 for path in write_cards(run):
                     print(path)
+            return
+        if figures is not None:
+            from medvqa_rl.report.figures import write_figures
+
+            for path in write_figures(runs, figures):
+                print(path)
             return
         from medvqa_rl.report.report import write_report
 

@@ -115,7 +115,7 @@ def test_figures_are_those_of_the_curve() -> None:
     start, end = statistics.mean([1, 2, 3, 4]), statistics.mean([37, 38, 39, 40])
     assert ends([row["completions/mean_length"] for row in values]) == (start, end)
     found = collapse(values, "completions/mean_length", "x", "tokens", 0.5)
-    assert found.figure == f"{start:.3g} tokens at the start, {end:.3g} at the end ({100 * end / start:.0f} %)."
+    assert found.figure == f"{start:.3g} tokens at the start, {end:.3g} at the end ({100 * end / start:.0f}\u00a0%)."
 
 
 def test_the_break_is_the_largest_standardised_difference() -> None:

@@ -22,7 +22,7 @@ NUM_COLORS = 6
 MAX_POINTS = 200
 """Points of a line; longer curves are thinned by means, which keeps the page small."""
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340.0, 190.0, 40.0, 8.0, 8.0, 22.0
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340.0, 190.0, 40.0, 16.0, 8.0, 22.0
 
 Points = NDArray[np.float64]
 

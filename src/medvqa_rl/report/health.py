@@ -64,7 +64,7 @@ def check_health(rows: Sequence[Row]) -> list[Check]:
 
 
 def _percent(share: float, decimals: int = 1) -> str:
-    return f"{100 * share:.{decimals}f} %"
+    return f"{100 * share:.{decimals}f}\u00a0%"
 
 
 def series(rows: Sequence[Row], name: str) -> list[float]:

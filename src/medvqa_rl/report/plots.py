@@ -1,4 +1,6 @@
-"""Figures of a run as PNG files: training curves, and accuracy before and after. Imports no torch.
+"""Figures of a run: training curves, and accuracy before and after. Imports no torch.
+
+The name of the file says what it is: PNG for pages, PDF or SVG for papers.
 
 Everything is drawn from ``metrics.jsonl`` and ``results.json``; nothing is computed here that is not in them, except
 moving averages.
@@ -34,7 +36,8 @@ def _save(figure: Figure, path: Path) -> Path:
     """Write without a display and without the global state of pyplot."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    dates: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    figure.savefig(path, metadata=dates.get(path.suffix))
     return path
 
 
@@ -84,9 +87,9 @@ def plot_training(
 
     Args:
         metrics: lines of ``metrics.jsonl``, each with ``step``; a metric that is not logged leaves its panel empty.
-        path: PNG file to write; its folder is made.
+        path: file to write (.png, .pdf or .svg); its folder is made.
         evals: lines with ``eval/accuracy`` and its bounds; None takes those among metrics.
-        theme: light or dark.
+        theme: light, dark or print.
 
     Raises:
         ValueError: there is no training step to draw.
@@ -209,11 +212,11 @@ def plot_before_after(
     Args:
         before: results of the first evaluation.
         after: results of the second, of the same questions.
-        path: PNG file to write; its folder is made.
+        path: file to write (.png, .pdf or .svg); its folder is made.
         overall: results to compare as a whole, by name, such as the scanners; None compares before and after.
         keys: groups to break before and after down by, as in ``results["by"]``; those that are absent are left out.
         names: what the two are called in the legend.
-        theme: light or dark.
+        theme: light, dark or print.
     """
     whole = {"all questions": (before, after)} if overall is None else overall
     blocks = [_Block("Accuracy", [(name, one, other) for name, (one, other) in whole.items()])]
