@@ -44,7 +44,7 @@ class Scanner(NamedTuple):
 
 SCANNERS = {
     "home": Scanner((0.9, 1.1), (-8, 8), (0.0, 0.15), (0.0, 0.08), (2, 6), False),
-    "unseen": Scanner((0.35, 0.45), (30, 50), (1.0, 1.0), (0.5, 0.6), (10, 18), False),
+    "unseen": Scanner((0.35, 0.45), (30, 50), (1.0, 1.0), (0.5, 0.6), (3, 6), False),
 }
 
 
