@@ -172,6 +172,8 @@ CROSS = [
     ("eval", {"data": {"name": "own"}}, "data.path is missing, but data.name is own, which is read from disk"),
     ("eval", {"data": {"name": "own", "path": "x", "variant": "v2"}}, "data.variant is v2, but only pmc_vqa has that"),
     ("eval", {"data": {"name": "own", "hub": "a/b", "revision": "0" * 40}}, "data.hub is a/b, but data.name is own"),
+    ("eval", {"data": {"name": "own", "path": "x", "revision": "0" * 40}}, "but data.hub is not set"),
+    ("eval", {"data": {"name": "path_vqa", "path": "x", "image_folder": "y"}}, "the images of path_vqa come with"),
     ("eval", {"data": {"name": "slake_en", "hub": "a/b"}}, "data.revision is missing, but data.hub is a/b"),
     (
         "eval",

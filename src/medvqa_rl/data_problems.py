@@ -36,6 +36,9 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
 FROM_HUB = ("pmc_vqa", "slake_en", "slake_zh", "path_vqa", "vqa_rad_hub")
 """Data sets that are read from the Hugging Face Hub as well as from a folder."""
 
+NO_IMAGE_FOLDER = ("path_vqa", "vqa_rad_hub", "vqa_med")
+"""Data sets whose images lie inside their tables, or in folders of fixed names."""
+
 
 def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
     if data.hub is None and not (data.path or "").strip():
@@ -70,6 +73,21 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
                 "data.revision",
                 "data.hub",
             )
+    if data.hub is None and data.revision is not None:
+        yield (
+            f"data.revision is {data.revision}, but data.hub is not set: set data.hub to the repository, or remove "
+            "data.revision.",
+            "data.revision",
+            "data.hub",
+        )
+    if data.image_folder is not None and (data.name in NO_IMAGE_FOLDER or data.hub is not None):
+        yield (
+            f"data.image_folder is {data.image_folder}, but the images of {data.name} come with its files: remove "
+            "data.image_folder.",
+            "data.image_folder",
+            "data.name",
+            "data.hub",
+        )
     for name, value, default, owner in (
         ("scanner", data.scanner, "home", "the phantom world"),
         ("letter_skew", data.letter_skew, 0.0, "the phantom world"),

@@ -7,22 +7,29 @@ import csv
 import io
 import json
 import string
-import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.folder import MISSING, OUTSIDE, ImageFolder
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.data.tables import LATIN_1, Fields, Report, read_table
+from medvqa_rl.data.vqa_rad import FILE, REQUIRED
 from medvqa_rl.prompts import parse_completion, render_answer
 from medvqa_rl.rewards.correctness import is_correct
 
 HEADER = "image,question,answer\n"
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all examples of the property tests, which each write their table into it anew."""
+    return tmp_path_factory.mktemp("scratch")
 
 
 def read(path: Path, content: bytes) -> tuple[list[tuple[int, Fields]], Report]:
@@ -32,8 +39,10 @@ def read(path: Path, content: bytes) -> tuple[list[tuple[int, Fields]], Report]:
 
 
 def own_folder(root: Path, name: str, content: bytes) -> StoredDataset:
-    (root / "images").mkdir(exist_ok=True)
-    (root / "images" / "a.png").write_bytes(b"x")
+    root = root / name.partition(".")[2]
+    if not root.exists():
+        (root / "images").mkdir(parents=True)
+        (root / "images" / "a.png").write_bytes(b"x")
     (root / name).write_bytes(content)
     dataset = load_dataset(DataConfig(name="own", path=str(root), max_dropped=1.0), "test")
     assert isinstance(dataset, StoredDataset)
@@ -74,10 +83,9 @@ CELLS = st.one_of(
 @example(content=b"[" * 100_000, suffix="jsonl", with_header=False)
 @example(content=b'{"image": ' + b"9" * 5000 + b"}", suffix="jsonl", with_header=False)
 @example(content=b'{"image": "a.png", "question": "\\ud800?", "answer": 1}', suffix="jsonl", with_header=False)
-@settings(max_examples=250, deadline=None)
-def test_random_bytes(content: bytes, suffix: str, with_header: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder), f"test.{suffix}", HEADER.encode() * with_header + content)
+@settings(max_examples=100, deadline=None)
+def test_random_bytes(scratch: Path, content: bytes, suffix: str, with_header: bool) -> None:
+    check(scratch, f"test.{suffix}", HEADER.encode() * with_header + content)
 
 
 @given(
@@ -85,15 +93,14 @@ def test_random_bytes(content: bytes, suffix: str, with_header: bool) -> None:
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "latin-1", "utf-16"]),
     quoting=st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL]),
 )
-@settings(max_examples=150, deadline=None)
-def test_ragged_rows_in_any_encoding(rows: list[list[str]], encoding: str, quoting: int) -> None:
+@settings(max_examples=80, deadline=None)
+def test_ragged_rows_in_any_encoding(scratch: Path, rows: list[list[str]], encoding: str, quoting: int) -> None:
     text = io.StringIO()
     writer = csv.writer(text, quoting=quoting)  # type: ignore[arg-type]
     writer.writerow(["image", "question", "answer"])
     writer.writerows(rows)
     content = text.getvalue().encode(encoding, "replace")
-    with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder), "test.csv", content)
+    check(scratch, "test.csv", content)
 
 
 JSON = st.recursive(
@@ -105,30 +112,109 @@ COLUMN = st.sampled_from(["image", "images", "question", "answer", "options", "a
 
 
 @given(rows=st.lists(st.dictionaries(COLUMN, JSON, max_size=8), max_size=6))
-@settings(max_examples=150, deadline=None)
-def test_any_json(rows: list[dict[str, object]]) -> None:
+@settings(max_examples=80, deadline=None)
+def test_any_json(scratch: Path, rows: list[dict[str, object]]) -> None:
     content = "\n".join(map(json.dumps, rows)).encode()
-    with tempfile.TemporaryDirectory() as folder:
-        check(Path(folder), "test.jsonl", content)
+    check(scratch, "test.jsonl", content)
+
+
+KINDS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "pmc_vqa": (
+        "test.csv",
+        "images",
+        dict(zip(("Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D"), "qqqabcd"))
+        | {"Answer_label": "A"},
+    ),
+    "slake_en": (
+        "test.json",
+        "imgs",
+        {"img_name": "a.png", "question": "q", "answer": "yes", "q_lang": "en", "answer_type": "OPEN", "qid": 1},
+    ),
+    "vqa_rad": (
+        FILE,
+        "images",
+        dict.fromkeys(REQUIRED, "x")
+        | {"image_name": "a.png", "answer_type": "OPEN", "phrase_type": "test_para", "answer": "no"},
+    ),
+    "omnimed": (
+        "test.json",
+        ".",
+        {
+            "question_id": "1",
+            "question": "q",
+            "option_A": "a",
+            "option_B": "b",
+            "gt_answer": "a",
+            "image_path": "a.png",
+        },
+    ),
+    "vqa_med": (
+        "VQAMed2019_Test_Questions_w_Ref_Answers.txt",
+        "VQAMed2019_Test_Images",
+        dict.fromkeys(("image", "category", "question", "answer"), "x"),
+    ),
+}
+
+
+@given(data=st.data(), name=st.sampled_from(sorted(KINDS)))
+@settings(max_examples=100, deadline=None)
+def test_every_loader_survives_any_values(scratch: Path, data: st.DataObject, name: str) -> None:
+    file, images, good = KINDS[name]
+    values = CELLS | st.sampled_from(["a.png", "b.png", "../a.png", "A", "B", "yes", "a#b", "A: x", '"A: x'])
+    rows = [good]
+    for _ in range(data.draw(st.integers(0, 4))):
+        changed = data.draw(st.dictionaries(st.sampled_from(sorted(good)), values if name in TEXT else JSON | values))
+        rows.append({**good, **changed})
+    if data.draw(st.booleans()):
+        content = data.draw(st.binary(max_size=120))
+    elif name == "pmc_vqa":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(good))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode("utf-8", "replace")
+    elif name == "vqa_med":
+        content = "\n".join("|".join(map(str, row.values())) for row in rows).encode("utf-8", "replace")
+    else:
+        content = json.dumps(rows).encode()
+    root = scratch / name
+    if not root.exists():
+        (root / images).mkdir(parents=True)
+        for image in ("a.png", "q", "x.jpg"):
+            Image.new("L", (2, 2)).save(root / images / image, "PNG")
+    (root / file).write_bytes(content)
+    try:
+        dataset = load_dataset(DataConfig(name=name, path=str(root), max_dropped=1.0), "test")  # type: ignore[arg-type]
+    except ValueError as error:
+        assert file in str(error) or "No question is left" in str(error) or "Every image" in str(error)
+        return
+    assert isinstance(dataset, StoredDataset) and dataset.fingerprint
+    assert all(issue.file == file and issue.reason and issue.detail.isprintable() for issue in dataset.issues)
+    for sample in dataset.samples:
+        assert is_correct(sample, parse_completion(render_answer("seen", sample.answer)).answer), sample
+
+
+TEXT = ("pmc_vqa", "vqa_med")
+"""Data sets whose tables hold text only."""
 
 
 @given(name=st.text(max_size=30) | st.text("./\\a", max_size=12))
 @example(name="../secret")
 @example(name="a/../../secret")
 @example(name="/secret")
-@settings(max_examples=200, deadline=None)
-def test_no_name_leads_out_of_the_folder(name: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        (root / "secret").write_bytes(b"x")
+@settings(max_examples=100, deadline=None)
+def test_no_name_leads_out_of_the_folder(scratch: Path, name: str) -> None:
+    root = scratch / "names"
+    if not root.exists():
         (root / "images" / "a").mkdir(parents=True)
+        (root / "secret").write_bytes(b"x")
         (root / "images" / "a" / "aa").write_bytes(b"x")
-        images = ImageFolder(root / "images")
-        path, problem = images.find(name)
-        assert problem or (root / "images" / path).resolve().is_relative_to((root / "images").resolve())
-        if name.startswith("/") or ".." in name.split("/"):
-            assert problem == OUTSIDE
-        assert images.find("a//aa") == ("a/aa", "") and images.find("b")[1] == MISSING
+    images = ImageFolder(root / "images")
+    path, problem = images.find(name)
+    assert problem or (root / "images" / path).resolve().is_relative_to((root / "images").resolve())
+    if name.startswith("/") or ".." in name.split("/"):
+        assert problem == OUTSIDE
+    assert images.find("a//aa") == ("a/aa", "") and images.find("b")[1] == MISSING
 
 
 # --- single faults ------------------------------------------------------------------------------------------------

@@ -172,6 +172,11 @@ BAD: dict[str, dict[str, Any]] = {
     "unknown answer_type": {"answer_type": "MAYBE"},
     "unknown phrase_type": {"phrase_type": "dev"},
     "repeated qid": {"qid": 0},
+    "image path leaves the folder": {"image_name": "../a.jpg"},
+    "empty image file": {"image_name": "empty.jpg"},
+    "question is not text": {"question": ["Is there a mass?"]},
+    "NUL character in answer": {"answer": "y\0es"},
+    "half a character in question": {"question": "\ud800?"},
 }
 
 
@@ -181,6 +186,8 @@ def test_unusable_rows_are_counted_by_reason_with_their_numbers(
     rows = [row(0), *(row(index, **changes) for index, changes in enumerate(BAD.values(), start=1)), row("x")]
     write(tmp_path, rows)
     (tmp_path / "images" / "broken.jpg").write_bytes(b"<html>")
+    (tmp_path / "images" / "empty.jpg").touch()
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "images" / "a.jpg").read_bytes())
     dataset = load(tmp_path, "test", max_dropped=0.9)
     assert [sample.id for sample in dataset.samples] == ["vqa_rad/0", "vqa_rad/x"]
     assert {key: value for key, value in dataset.notes.items() if key.startswith("dropped")} == {
@@ -232,7 +239,8 @@ def test_the_owners_folder_name_is_known_and_changes_nothing(tmp_path: Path) -> 
     [
         (lambda root: (root / FILE).unlink(), "There is no file"),
         (lambda root: (root / FILE).write_text("[{"), "is not JSON"),
-        (lambda root: (root / FILE).write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+        (lambda root: (root / FILE).write_bytes(b"\xff\xfe\x00"), "is UTF-16"),
+        (lambda root: (root / FILE).write_text("[" * 100_000), "nested too deeply"),
         (lambda root: (root / FILE).write_text("{}"), "is not a list of questions"),
         (lambda root: (root / FILE).write_text("[]"), "is not a list of questions"),
         (lambda root: [path.unlink() for path in (root / "images").iterdir()], "Every image of VQA-RAD is missing"),

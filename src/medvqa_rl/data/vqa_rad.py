@@ -6,17 +6,17 @@ owners' archive). Imports no torch.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.data.folder import MISSING, ImageFolder
 from medvqa_rl.data.images import FileImage
 from medvqa_rl.data.issues import RowIssue, count_issues, log_issues, refuse_if_too_many_dropped
+from medvqa_rl.data.rows import Repairs, Unusable, is_missing, optional_text, text_of
 from medvqa_rl.data.splits import Split, StoredDataset, choose, connected, split_of
+from medvqa_rl.data.tables import Fields, Report, read_table
 from medvqa_rl.prompts import neutralise, normalise
 from medvqa_rl.types import AnswerType, Sample
 
@@ -25,7 +25,6 @@ IMAGE_FOLDERS = ("images", "VQA_RAD Image Folder")
 
 ORGANS = {"CHEST": "chest", "ABD": "abdomen", "HEAD": "head"}
 REQUIRED = ("qid", "image_name", "question", "answer", "answer_type", "question_type", "image_organ", "phrase_type")
-MISSING = "missing image"
 TAG_REPAIRS = {"ATRIB": "ATTRIB", "PRSE": "PRES"}
 ANSWER_TYPES: dict[str, AnswerType] = {"closed": "closed", "open": "open"}
 PHRASES = {"freeform": False, "para": False, "test_freeform": True, "test_para": True}
@@ -74,7 +73,7 @@ def load_vqa_rad(config: DataConfig, split: Split) -> StoredDataset:
             ``data.max_dropped`` of the rows are unusable, or no question is left.
     """
     root = _root(config)
-    reading = read_rows(root)
+    reading = read_rows(root, config.image_folder)
     refuse_if_too_many_dropped(
         reading.issues, total=reading.total, max_dropped=config.max_dropped, name="VQA-RAD", folder=root
     )
@@ -109,8 +108,12 @@ def _root(config: DataConfig) -> Path:
     return root
 
 
-def read_rows(root: Path) -> Reading:
+def read_rows(root: Path, image_folder: str | None = None) -> Reading:
     """Read and check every row of the file; unusable rows are left out, counted and logged with their numbers.
+
+    Args:
+        root: the data set's folder.
+        image_folder: the folder of the images below it; None finds the usual ones.
 
     Raises:
         ValueError: the file is missing or not a list of rows, or every image is missing.
@@ -118,92 +121,93 @@ def read_rows(root: Path) -> Reading:
     file = root / FILE
     if not file.is_file():
         raise ValueError(f"There is no file {FILE!r} in {root}: set data.path to the folder of VQA-RAD that holds it.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"The file {file} is not JSON ({error}): download it again.") from error
-    if not isinstance(content, list) or not content or not all(isinstance(row, dict) for row in content):
-        raise ValueError(f"The file {file} is not a list of questions, as VQA-RAD's is: download it again.")
-    folder = next((root / name for name in IMAGE_FOLDERS if (root / name).is_dir()), root / IMAGE_FOLDERS[0])
-    reading = Reading(total=len(content))
-    problems: dict[str, str | None] = {}
+    names = IMAGE_FOLDERS if image_folder is None else (image_folder,)
+    images = next((root / name for name in names if (root / name).is_dir()), root / names[0])
+    folder = ImageFolder(images)
+    report = Report(FILE)
+    rows: list[Row] = []
+    problems: dict[str, str] = {}
     ids: set[str] = set()
-    for number, fields in enumerate(content):
-        found, repairs = _read_row(fields, folder, problems)
-        if isinstance(found, Row) and found.sample.id in ids:
-            found = "repeated qid"
-        if isinstance(found, Row):
-            ids.add(found.sample.id)
-            reading.rows.append(found)
-            reading.issues += [
-                RowIssue(number, FILE, reason, "repaired", detail) for reason, detail in repairs.items()
-            ]
-        else:
-            reading.issues.append(RowIssue(number, FILE, found, "dropped", str(fields.get("image_name", ""))))
+    for number, fields in read_table(file, report):
+        repairs: Repairs = {}
+        try:
+            row = _read_row(fields, repairs, folder, images, problems)
+            if row.sample.id in ids:
+                raise Unusable("repeated qid", row.sample.id)
+        except Unusable as problem:
+            report.drop(number, problem.reason, problem.detail)
+            continue
+        ids.add(row.sample.id)
+        rows.append(row)
+        for reason, was in repairs.items():
+            report.repair(number, reason, was)
     if problems and set(problems.values()) == {MISSING}:
         raise ValueError(
-            f"Every image of VQA-RAD is missing from {folder}, {min(problems)} for example: put them there."
+            f"Every image of VQA-RAD is missing from {images}, {min(problems)} for example: put them there."
         )
-    log_issues(reading.issues)
-    return reading
+    log_issues(report.issues)
+    return Reading(rows, report.issues, report.total)
 
 
-def _read_row(
-    fields: Mapping[str, Any], folder: Path, problems: dict[str, str | None]
-) -> tuple[Row | str, dict[str, str]]:
-    """A row's sample, or the reason why it is unusable; and what was repaired, with the value as it was."""
+def _read_row(fields: Fields, repairs: Repairs, folder: ImageFolder, images: Path, problems: dict[str, str]) -> Row:
+    """A row's sample.
+
+    Raises:
+        Unusable: the row cannot be used.
+    """
     for name in REQUIRED:
-        if fields.get(name) is None:
-            return f"no {name}", {}
-    text = {name: " ".join(str(value).split()) for name, value in fields.items()}
-    for name in ("qid", "image_name", "question", "answer"):
-        if not text[name]:
-            return f"empty {name}", {}
-    answer_type = ANSWER_TYPES.get(text["answer_type"].lower())
+        if is_missing(fields.get(name)):
+            raise Unusable(f"no {name}")
+    by_design: Repairs = {}  # the owners' ids are numbers
+    qid = text_of(fields, "qid", by_design)
+    name, question, answer = (text_of(fields, key, by_design) for key in ("image_name", "question", "answer"))
+    kind, phrase, types, organ = (
+        optional_text(fields, key, by_design) for key in ("answer_type", "phrase_type", "question_type", "image_organ")
+    )
+    answer_type = ANSWER_TYPES.get(kind.lower())
     if answer_type is None:
-        return "unknown answer_type", {}
-    if text["phrase_type"] not in PHRASES:
-        return "unknown phrase_type", {}
-    image = FileImage(text["image_name"], folder)
-    if image.key not in problems:
-        problems[image.key] = _problem(image)
-    if problem := problems[image.key]:
-        return problem, {}
-    tags = [tag.strip().upper() for tag in text["question_type"].split(",") if tag.strip()]
-    repairs = {}
-    if text["answer_type"] != fields["answer_type"]:
+        raise Unusable("unknown answer_type", kind)
+    if phrase not in PHRASES:
+        raise Unusable("unknown phrase_type", phrase)
+    if name not in problems:
+        problems[name] = _problem(name, folder, images)
+    if problems[name]:
+        raise Unusable(problems[name], name)
+    tags = [tag.strip().upper() for tag in types.split(",") if tag.strip()]
+    if kind != fields["answer_type"]:
         repairs["blanks in answer_type"] = repr(fields["answer_type"])
     if not isinstance(fields["answer"], str):
-        repairs["answer that is a number"] = text["answer"]
+        repairs["answer that is a number"] = answer
     if any(tag in TAG_REPAIRS for tag in tags):
-        repairs["misspelt question_type"] = text["question_type"]
+        repairs["misspelt question_type"] = types
+    image = FileImage(folder.find(name)[0], images)
     sample = Sample(
-        id=f"vqa_rad/{text['qid']}",
-        question=text["question"],
-        answer=text["answer"],
+        id=f"vqa_rad/{qid}",
+        question=question,
+        answer=answer,
         answer_type=answer_type,
         images=(image,),
         groups={
-            "organ": ORGANS.get(text["image_organ"], text["image_organ"].lower()),
+            "organ": ORGANS.get(organ, organ.lower()),
             "family": "+".join(sorted({TAG_REPAIRS.get(tag, tag) for tag in tags})) or "OTHER",
-            "answer_kind": "yes/no" if normalise(text["answer"]) in ("yes", "no") else "other",
+            "answer_kind": "yes/no" if normalise(answer) in ("yes", "no") else "other",
         },
     )
-    url = text.get("image_case_url", "")
-    case = url if url.startswith("http") else image.key
-    return Row(sample, image.key, case, PHRASES[text["phrase_type"]]), repairs
+    url = optional_text(fields, "image_case_url", by_design)
+    return Row(sample, image.key, url if url.startswith("http") else image.key, PHRASES[phrase])
 
 
-def _problem(image: FileImage) -> str | None:
-    """What is wrong with an image file, by its header."""
-    if not (image.root / image.path).is_file():
-        return MISSING
+def _problem(name: str, folder: ImageFolder, images: Path) -> str:
+    """What is wrong with an image: with its path, or with the header of its file; "" where nothing is."""
+    path, problem = folder.find(name)
+    if problem:
+        return problem
     try:
-        image.check()
+        FileImage(path, images).check()
     except ValueError as error:
         log.warning("%s", error)
         return "unreadable image"
-    return None
+    return ""
 
 
 def _places(rows: list[Row], config: DataConfig) -> list[Split]:
