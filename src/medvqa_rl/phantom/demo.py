@@ -55,7 +55,9 @@ def demo_config(output: Path, seed: int = 0) -> Config:
         rollout=RolloutConfig(num_generations=8, max_completion_length=96),
         advantage=AdvantageConfig(scale="none"),
         loss=LossConfig(type="dr_grpo", beta=0.04),
-        optimizer=OptimizerConfig(learning_rate=2e-4, lr_scheduler_type="linear", min_lr_ratio=0.1, warmup_steps=10),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4, lr_scheduler_type="linear", min_lr_ratio=0.1, warmup_steps=10, max_grad_norm=0.1
+        ),
         train=TrainConfig(steps=300, seed=seed, eval_steps=100, save_steps=100, log_completions_steps=50),
     )
 
