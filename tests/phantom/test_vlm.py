@@ -126,6 +126,7 @@ def test_instruct_checkpoint_knows_its_scanner_and_not_the_other():
     assert home["format_rate"] > 0.97
 
 
+@pytest.mark.xfail(reason="the aim is missed: 30 of 64 groups when this was written", strict=False)
 def test_groups_on_the_unseen_scanner_hold_right_and_wrong_answers():
     policy = load_policy(ModelConfig(path="phantom:instruct"))
     dataset = load_dataset(DataConfig(scanner="unseen", answer_types=("choice",)), "test")
@@ -136,7 +137,7 @@ def test_groups_on_the_unseen_scanner_hold_right_and_wrong_answers():
     for group in groups:
         right = [is_correct(group.sample, parse_completion(c.text).answer) for c in group.completions]
         mixed += 0 < sum(right) < len(right)
-    assert mixed > 0.4 * len(groups)  # 30 of 64 when this was written; half was hoped for
+    assert mixed > len(groups) / 2
 
 
 def test_base_checkpoint_falls_into_the_form_now_and_then():
