@@ -46,6 +46,27 @@ class Experience:
     """Scored completions of the step."""
     num_tokens: int
     """Tokens of the step that count in the loss."""
+    num_computed_tokens: int
+    """Those of them that are in a micro-batch."""
+    num_groups: int
+    """Groups of the step."""
+    num_skipped: int
+    """Groups that are in no micro-batch because their gradient is zero."""
+
+
+def contributing(advantages: Tensor, beta: float) -> list[int]:
+    """Indices of the groups whose loss has a gradient; never none of them.
+
+    With beta 0 a group whose advantages are all 0 adds nothing to the gradient, so leaving it out changes nothing as
+    long as it stays in the denominators. One group always stays: wrappers for several devices wait for every rank.
+
+    Args:
+        advantages: (P, G) as from ``group_advantages``.
+        beta: weight of the divergence, which has a gradient whatever the advantages are.
+    """
+    if beta > 0:
+        return list(range(len(advantages)))
+    return (advantages != 0).any(1).nonzero().flatten().tolist() or [0]
 
 
 class Learner:
@@ -81,8 +102,9 @@ class Learner:
             step: counted from 0.
 
         Returns:
-            ``loss``, ``kl``, ``entropy``, ``clip_ratio/...``, ``grad_norm`` and ``learning_rate`` over all ranks,
-            means over the rounds (entropy: of the first, which is the policy that sampled).
+            ``loss``, ``kl``, ``entropy``, ``clip_ratio/...``, ``grad_norm``, ``frac_groups_skipped`` and
+            ``learning_rate`` over all ranks, means over the rounds (entropy: of the first, which is the policy that
+            sampled, over the groups that were not skipped).
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite; no weight was touched in this round.
@@ -108,26 +130,32 @@ class Learner:
 
     def prepare(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor) -> Experience:
         """Lay the groups out in micro-batches, run the reference over them and count the denominators."""
+        counts = is_scored.cpu()
+        if self.config.loss.mask_truncated_completions:
+            is_truncated = [[completion.is_truncated for completion in group.completions] for group in groups]
+            counts = counts & ~torch.tensor(is_truncated)
+        lengths = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
+        num_tokens = torch.where(counts, lengths, 0).sum(1)  # (P,) that count
+        kept = contributing(advantages, self.config.loss.beta)
         size = self.config.train.prompts_per_micro_batch
         micro_batches = []
-        for start in range(0, len(groups), size):
-            own = groups[start : start + size]
+        for start in range(0, len(kept), size):
+            indices = kept[start : start + size]
+            own = [groups[index] for index in indices]
             batch = self.collate(own)
-            counts = is_scored[start : start + size].reshape(-1)
-            if self.config.loss.mask_truncated_completions:
-                counts = counts & torch.tensor([not c.is_truncated for group in own for c in group.completions])
             micro_batches.append(
                 MicroBatch(
                     groups=own,
                     batch=batch,
-                    advantages=advantages[start : start + size].reshape(-1).float().to(batch.mask.device),
-                    mask=batch.mask & counts.to(batch.mask.device)[:, None],
+                    advantages=advantages[indices].reshape(-1).float().to(batch.mask.device),
+                    mask=batch.mask & counts[indices].reshape(-1, 1).to(batch.mask.device),
                     ref_logps=self._reference_logps(batch),
                 )
             )
-        counted = torch.stack([is_scored.sum(), sum((m.mask.sum().cpu() for m in micro_batches), torch.tensor(0))])
-        totals = self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist()
-        return Experience(micro_batches, num_completions=totals[0], num_tokens=totals[1])
+        counted = torch.tensor(
+            [is_scored.sum(), num_tokens.sum(), num_tokens[kept].sum(), len(groups), len(groups) - len(kept)]
+        )
+        return Experience(micro_batches, *self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist())
 
     def collate(self, groups: Sequence[Group]) -> CompletionBatch:
         """One row per group; one per completion where the attention cannot take the mask that groups need."""
@@ -191,14 +219,25 @@ class Learner:
                 tokens.is_high_clipped,
                 tokens.is_low_clipped | tokens.is_high_clipped,
             )
-            parts = [torch.where(micro.mask, values, 0).sum() / max(experience.num_tokens, 1) for values in per_token]
-            sums += torch.stack([loss.detach(), *parts])
+            sums += torch.stack([loss.detach(), *(torch.where(micro.mask, values, 0).sum() for values in per_token)])
+        if experience.num_skipped:
+            # A parameter that only skipped groups reach, as the vision tower beside text-only questions, has the
+            # gradient zero and not none: the optimizer's running means move on.
+            for parameter in self.optimizer.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         limit = self.config.optimizer.max_grad_norm
         grad_norm = self.accelerator.clip_grad_norm_(
             list(self.optimizer.parameters.values()), math.inf if limit is None else limit
         )
-        totals: list[float] = self.accelerator.reduce(sums, "sum").tolist()
-        return {**dict(zip(_SUMS, totals)), "grad_norm": float(grad_norm)}, all_logps
+        loss_sum, kl, entropy, *clipped = self.accelerator.reduce(sums, "sum").tolist()
+        num_tokens = max(experience.num_tokens, 1)
+        means = [loss_sum, kl / num_tokens, entropy / max(experience.num_computed_tokens, 1)]
+        return {
+            **dict(zip(_SUMS, [*means, *(count / num_tokens for count in clipped)])),
+            "grad_norm": float(grad_norm),
+            "frac_groups_skipped": experience.num_skipped / experience.num_groups,
+        }, all_logps
 
     def _non_finite(
         self,
