@@ -55,6 +55,7 @@ LIGHT = [
     "evaluation.stats",
     "evaluation.store",
     "evaluation.tables",
+    "models.cost",
     "problems",
     "prompts",
     "randomness",
