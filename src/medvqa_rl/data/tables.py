@@ -156,21 +156,24 @@ def _read_csv(path: Path, report: Report, required: tuple[str, ...]) -> Iterator
 
 def _read_txt(path: Path, report: Report, columns: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Lines of cells between bars; empty lines are no rows."""
+    for number, (count, line, is_latin) in enumerate(_filled_lines(path)):
+        cells = line.rstrip("\r\n").split("|")
+        if len(cells) != len(columns):
+            report.drop(number, "wrong number of cells", f"line {count}: {len(cells)}, not {len(columns)}")
+            continue
+        if is_latin:
+            report.repair(number, LATIN_1, f"line {count}")
+        yield number, dict(zip(columns, cells))
+
+
+def _filled_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Lines that hold something: their number from 1, their text, and whether they were read as Latin-1."""
     _refuse_utf16(path)
-    number = -1
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for count, raw in enumerate(file, start=1):
             line, is_latin = _utf8(raw)
-            if not line.strip():
-                continue
-            number += 1
-            cells = line.rstrip("\r\n").split("|")
-            if len(cells) != len(columns):
-                report.drop(number, "wrong number of cells", f"line {count}: {len(cells)}, not {len(columns)}")
-                continue
-            if is_latin:
-                report.repair(number, LATIN_1, f"line {count}")
-            yield number, dict(zip(columns, cells))
+            if line.strip():
+                yield count, line, is_latin
 
 
 def _parse_json(text: str) -> Any:
@@ -187,25 +190,18 @@ def _parse_json(text: str) -> Any:
 
 def _read_jsonl(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """One JSON object per line; empty lines are no rows."""
-    _refuse_utf16(path)
-    number = -1
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for count, raw in enumerate(file, start=1):
-            line, is_latin = _utf8(raw)
-            if not line.strip():
-                continue
-            number += 1
-            try:
-                fields = _parse_json(line)
-            except ValueError as error:
-                report.drop(number, "not JSON", f"line {count}: {error}")
-                continue
-            if not isinstance(fields, dict):
-                report.drop(number, "not a JSON object", f"line {count}")
-                continue
-            if is_latin:
-                report.repair(number, LATIN_1, f"line {count}")
-            yield number, fields
+    for number, (count, line, is_latin) in enumerate(_filled_lines(path)):
+        try:
+            fields = _parse_json(line)
+        except ValueError as error:
+            report.drop(number, "not JSON", f"line {count}: {error}")
+            continue
+        if not isinstance(fields, dict):
+            report.drop(number, "not a JSON object", f"line {count}")
+            continue
+        if is_latin:
+            report.repair(number, LATIN_1, f"line {count}")
+        yield number, fields
 
 
 def _read_json(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
