@@ -1,55 +1,148 @@
-"""Decoding images ahead of their use, by threads, within a bound on memory. Imports no torch.
+"""Work done ahead of its use, by threads, within a bound on memory: images decoded, prompts encoded. Imports no torch.
 
-Pillow releases the interpreter's lock while it decodes, so threads are enough and nothing is copied between processes.
+Pillow and NumPy release the interpreter's lock while they decode and resize, so threads are enough and nothing is
+copied between processes.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from typing import TypeVar
 
-from PIL import Image
-
-from medvqa_rl.data.images import MemoryImage, shrink
+from medvqa_rl.data.images import FileImage, MemoryImage, shrink
 from medvqa_rl.types import Sample
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BYTES_PER_PIXEL = 4
+"""Pillow keeps RGB in four bytes a pixel, not three."""
 
 
 class _Budget:
-    """Bytes of decoded images that wait to be used."""
+    """Bytes of work under way and of results that wait to be used."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.held = 0
-        self.next = 0
-        """The sample that will be handed out next; it may always be decoded, or nothing would move."""
+        self._max_bytes = max_bytes
+        self._held = 0
+        self._next = 0
+        """The item that is handed out next; it may always begin, or nothing would move."""
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def wait(self, number: int) -> bool:
-        """Until there is room for the sample; False when nobody wants it any more."""
+    def reserve(self, number: int, size: int) -> bool:
+        """Wait until there is room for the item and take it; False when nobody wants it any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self.held < self.max_bytes or number <= self.next)
+            self._changed.wait_for(
+                lambda: self._is_closed or self._held + size <= self._max_bytes or number <= self._next
+            )
+            self._held += size
             return not self._is_closed
 
-    def add(self, size: int) -> None:
+    def change(self, by: int) -> None:
+        """What an item holds is more, or less, than it was."""
         with self._changed:
-            self.held += size
+            self._held += by
+            self._changed.notify_all()
 
-    def hand_out(self, number: int, size: int) -> None:
-        """Sample ``number`` was used and its images are given back."""
+    def used(self, number: int, size: int) -> None:
+        """Item ``number`` was used and its memory is given back."""
         with self._changed:
-            self.held -= size
-            self.next = number + 1
+            self._held -= size
+            self._next = number + 1
             self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+
+class _Unwanted(Exception):
+    """Nobody will ask for this result."""
+
+
+def work_ahead(
+    work: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    workers: int,
+    max_bytes: int,
+    ahead: int,
+    cost: Callable[[T], int],
+    size: Callable[[R], int],
+) -> Iterator[R]:
+    """``map(work, items)``, with the next results computed by threads while the caller uses the last one.
+
+    An error of ``work`` is raised where its result would have come, and ends the iteration. Closing the iterator, or
+    dropping it, leaves no thread behind: what is being worked on is finished, the rest is not begun.
+
+    Results that wait, the one in use and the work under way hold at most ``max_bytes``, and what one item needs
+    besides: the item that is due next always goes ahead.
+
+    Args:
+        work: called once per item, by several threads at a time.
+        items: read lazily by the caller's thread, at most ``ahead`` of them beyond the one in use.
+        workers: threads; with 0 each result is computed when it is asked for.
+        max_bytes: the bound.
+        ahead: items under way.
+        cost: bytes that working on an item is expected to take at most, its result included; 0 where nothing is
+            known before, which counts once the result is there.
+        size: bytes of a result.
+
+    Raises:
+        ValueError: fewer than 0 workers, or nothing may be under way.
+    """
+    if workers < 0 or ahead < 1 or max_bytes < 1:
+        raise ValueError(
+            f"Working ahead with {workers} workers, {ahead} items and {max_bytes} bytes: give 0 or more workers, and "
+            "1 or more of the others."
+        )
+    if workers == 0:
+        yield from map(work, items)
+        return
+    budget = _Budget(max_bytes)
+
+    def run(number: int, item: T) -> tuple[R, int]:
+        expected = cost(item)
+        if not budget.reserve(number, expected):
+            raise _Unwanted
+        result = work(item)
+        held = size(result)
+        budget.change(held - expected)
+        return result, held
+
+    numbered = enumerate(items)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
+    under_way: deque[tuple[int, Future[tuple[R, int]]]] = deque()
+    try:
+        while True:
+            for number, item in islice(numbered, ahead - len(under_way)):
+                under_way.append((number, pool.submit(run, number, item)))
+            if not under_way:
+                return
+            number, future = under_way.popleft()
+            result, held = future.result()
+            del future
+            # Nothing here refers to a result once it is handed out: its memory is the caller's to free.
+            handed_out = [result]
+            del result
+            yield handed_out.pop()
+            budget.used(number, held)
+    finally:
+        budget.close()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def image_pixels(sample: Sample) -> int:
+    """Pixels of a sample's images as their headers have them; images whose headers do not tell count as 0."""
+    return sum(source.header_pixels() or 0 for source in sample.images if isinstance(source, FileImage))
 
 
 def prefetch(
@@ -62,52 +155,42 @@ def prefetch(
 ) -> Iterator[Sample]:
     """The samples in their order with their images decoded, while the next ones are being decoded.
 
-    Decoded images that wait take at most ``max_bytes`` and what one sample per worker takes besides. A sample with an
-    image that cannot be decoded comes unchanged: whoever loads the image gets the error, at its place.
+    A sample with an image that cannot be decoded comes unchanged: whoever loads the image gets the error, at its
+    place.
 
     Args:
-        samples: read lazily, at most ``ahead`` of them beyond the one in use.
-        workers: threads that decode.
-        max_bytes: of RGB pixels that are decoded and not yet asked for.
+        samples: as ``items`` of :func:`work_ahead`, as are ``workers``, ``max_bytes`` and ``ahead``.
+        workers: 1 or more.
+        max_bytes: of decoded images. Each counts twice while it is decoded, because it is copied once.
         max_pixels: images are shrunk to at most this area, keeping their ratio; None keeps them.
         ahead: samples under way.
 
     Raises:
-        ValueError: no workers, or nothing may be under way.
+        ValueError: as :func:`work_ahead`.
     """
-    if workers < 1 or ahead < 1 or max_bytes < 1:
-        raise ValueError(f"Prefetching with {workers} workers, {ahead} samples and {max_bytes} bytes: give 1 or more.")
-    budget = _Budget(max_bytes)
-
-    def decode(number: int, sample: Sample) -> tuple[Sample, int]:
-        if not budget.wait(number):
-            return sample, 0
-        try:
-            images = [_decode(source.load(), max_pixels) for source in sample.images]
-        except ValueError:
-            return sample, 0
-        size = sum(3 * image.width * image.height for image in images)
-        budget.add(size)
-        sources = zip(sample.images, images)
-        return replace(sample, images=tuple(MemoryImage(source.key, image) for source, image in sources)), size
-
-    numbered = enumerate(samples)
-    with ThreadPoolExecutor(workers, thread_name_prefix="prefetch") as pool:
-        under_way: deque[tuple[int, Future[tuple[Sample, int]]]] = deque()
-        try:
-            while True:
-                for number, sample in islice(numbered, ahead - len(under_way)):
-                    under_way.append((number, pool.submit(decode, number, sample)))
-                if not under_way:
-                    return
-                number, future = under_way.popleft()
-                ready, size = future.result()
-                yield ready
-                budget.hand_out(number, size)
-        finally:
-            budget.close()
-            pool.shutdown(wait=False, cancel_futures=True)
+    return work_ahead(
+        partial(_decode, max_pixels=max_pixels),
+        samples,
+        workers=workers,
+        max_bytes=max_bytes,
+        ahead=ahead,
+        cost=lambda sample: 2 * BYTES_PER_PIXEL * image_pixels(sample),
+        size=_decoded_bytes,
+    )
 
 
-def _decode(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    return image if max_pixels is None else shrink(image, max_pixels)
+def _decode(sample: Sample, max_pixels: int | None) -> Sample:
+    try:
+        images = [source.load() for source in sample.images]
+    except ValueError:
+        return sample
+    if max_pixels is not None:
+        images = [shrink(image, max_pixels) for image in images]
+    return replace(
+        sample, images=tuple(MemoryImage(source.key, image) for source, image in zip(sample.images, images))
+    )
+
+
+def _decoded_bytes(sample: Sample) -> int:
+    images = [source.image for source in sample.images if isinstance(source, MemoryImage)]
+    return sum(BYTES_PER_PIXEL * image.width * image.height for image in images)
