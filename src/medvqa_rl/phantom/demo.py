@@ -51,14 +51,19 @@ def demo_config(output: Path, seed: int = 0) -> Config:
     return Config(
         output_dir=str(output),
         model=ModelConfig(path="phantom:instruct", device="cpu", train_vision=True, train_projector=True),
-        data=DataConfig(name="phantom", scanner="unseen", answer_types=("choice",), num_val=200),
-        rollout=RolloutConfig(num_generations=8, max_completion_length=96),
+        data=DataConfig(name="phantom", scanner="unseen", answer_types=("choice",), num_val=200, seed=1),
+        rollout=RolloutConfig(num_generations=8, max_completion_length=96, temperature=1.2),
         advantage=AdvantageConfig(scale="none"),
-        loss=LossConfig(type="dr_grpo", beta=0.04),
+        loss=LossConfig(type="dr_grpo", beta=0.0),
         optimizer=OptimizerConfig(
-            learning_rate=2e-4, lr_scheduler_type="linear", min_lr_ratio=0.1, warmup_steps=10, max_grad_norm=0.1
+            learning_rate=2e-4,
+            lr_scheduler_type="linear",
+            min_lr_ratio=0.1,
+            warmup_steps=40,
+            betas=(0.9, 0.98),
+            max_grad_norm=0.1,
         ),
-        train=TrainConfig(steps=300, seed=seed, eval_steps=100, save_steps=100, log_completions_steps=50),
+        train=TrainConfig(steps=400, seed=seed, eval_steps=100, save_steps=100, log_completions_steps=50),
     )
 
 
