@@ -151,12 +151,34 @@ class RolloutConfig(Settings):
 
 
 class RewardsConfig(Settings):
-    """Weights of the reward parts; a part with weight 0 is off."""
+    """Weights of the reward parts and what they need; a part with weight 0 is off."""
 
     format: Annotated[float, Field(ge=0.0)] = 1.0
     """1 where the completion has exactly the requested form, else 0."""
     correctness: Annotated[float, Field(ge=0.0)] = 1.0
     """1 where the answer is right, else 0."""
+    ecr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Extended chain reward: tokens of the reasoning over length_target, at most 1."""
+    cwr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Correctness-weighted length reward: the same where the answer is right, else 0."""
+    cosine: Annotated[float, Field(ge=0.0)] = 0.0
+    """Cosine length reward: between the values of cosine_correct or cosine_wrong by the completion's length."""
+    overlong: Annotated[float, Field(ge=0.0)] = 0.0
+    """Soft overlong punishment (DAPO): 0, falling to -1 over the last tokens before the limit."""
+    repetition: Annotated[float, Field(ge=0.0)] = 0.0
+    """Repetition penalty: minus the share of n-grams of words that occurred before in the completion."""
+    length_target: Positive = 128
+    """ecr and cwr: tokens of reasoning beyond which the reward does not grow."""
+    cosine_correct: tuple[float, float] = (1.0, 0.5)
+    """cosine: reward of a right answer at length 0 and at the token limit."""
+    cosine_wrong: tuple[float, float] = (-1.0, -0.5)
+    """cosine: reward of a wrong answer at length 0 and at the token limit."""
+    cosine_exceeded: float = -1.0
+    """cosine: reward of a completion that the token limit cut off."""
+    overlong_buffer: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """overlong: the share of rollout.max_completion_length over which it falls; DAPO has 4096 of 20480."""
+    repetition_ngram: Positive = 3
+    """repetition: words of an n-gram."""
     functions: dict[str, float] = Field(default_factory=dict)
     """Your own rewards: dotted path of a function with TRL's signature -> weight."""
     max_unscored: Share = 0.2

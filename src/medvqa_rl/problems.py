@@ -340,16 +340,25 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "rollout.max_completion_length",
             "prompt.template",
         )
+    for name, weight in (("ecr", rewards.ecr), ("cwr", rewards.cwr)):
+        if weight and config.prompt.template == "direct":
+            yield _problem(
+                f"rewards.{name} is {weight:g}, but it counts the tokens of the reasoning, and prompt.template=direct "
+                f"asks for none: set rewards.{name}=0 or prompt.template=think_answer.",
+                f"rewards.{name}",
+                "prompt.template",
+            )
     if rollout.max_completion_length > 32768:
         yield _problem(
             f"rollout.max_completion_length is {rollout.max_completion_length}, but Qwen2-VL reads at most 32768 "
             "tokens, the prompt included: lower it (256 to 1024 is usual).",
             "rollout.max_completion_length",
         )
-    if not (rewards.format or rewards.correctness or any(rewards.functions.values())):
+    named = (rewards.ecr, rewards.cwr, rewards.cosine, rewards.overlong, rewards.repetition)
+    if not (rewards.format or rewards.correctness or any(named) or any(rewards.functions.values())):
         yield _problem(
-            "rewards.format, rewards.correctness and rewards.functions all have weight 0, so every completion would "
-            "get the same reward: set one of them above 0.",
+            "rewards.format, rewards.correctness and rewards.functions all have weight 0, and so has every other "
+            "part, so every completion would get the same reward: set one of them above 0.",
             "rewards.format",
             "rewards.correctness",
             "rewards.functions",

@@ -123,6 +123,13 @@ def parse_completion(text: str, template: Template = "think_answer") -> ParsedAn
     return ParsedAnswer(think, answer, is_well_formed)
 
 
+def without_tags(text: str) -> str:
+    """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    return text.strip()
+
+
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}

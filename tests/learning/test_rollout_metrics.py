@@ -66,3 +66,21 @@ def test_what_is_not_a_number_is_null():
 
 def test_mean_of_ranks():
     assert mean_of_ranks([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
+
+
+def test_the_correlation_of_a_part_with_right_answers():
+    texts = ["<answer>B</answer>", "<answer>A</answer>", "<answer>B</answer>", "<answer>A</answer>"]
+    group = Group(SAMPLE, PROMPT, [completion(text, 3) for text in texts])
+    parts = {
+        "correctness": np.array([[1.0, 0.0, 1.0, 0.0]]),
+        "length": np.array([[1.0, 0.5, 0.5, 0.25]]),
+        "against": np.array([[0.0, 1.0, NAN, 1.0]]),
+        "constant": np.full((1, 4), 0.1) + np.array([[0, 1e-16, 0, 0]]),
+    }
+    found = record_completions([group], Scores(sum(parts.values()), parts), np.zeros((1, 4)), "think_answer")
+    metrics = rollout_metrics(found, 4)
+    expected = np.corrcoef([1.0, 0.5, 0.5, 0.25], [1, 0, 1, 0])[0, 1]
+    assert metrics["rewards/length/corr_correctness"] == pytest.approx(expected) and 0.6 < expected < 0.8
+    assert metrics["rewards/against/corr_correctness"] == pytest.approx(-1.0)  # the unscored one is left out
+    assert math.isnan(metrics["rewards/constant/corr_correctness"])
+    assert "rewards/correctness/corr_correctness" not in metrics

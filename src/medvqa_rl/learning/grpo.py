@@ -57,7 +57,9 @@ def train(
         Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     accelerator = make_accelerator(config, config.train.prompts_per_step)
-    rewards = Rewards(config.rewards, config.prompt.template)
+    rewards = Rewards(
+        config.rewards, config.prompt.template, max_completion_length=config.rollout.max_completion_length
+    )
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)
     with Run(config, accelerator, kind="train", resume=resume, given=given) as run:
@@ -71,7 +73,7 @@ def train(
             began = time.perf_counter()
             groups = roll_out(config, accelerator, setup, step)
             rolled_out = time.perf_counter()
-            scores = rewards.score(groups, step=step)
+            scores = rewards.score(groups, step=step, count_tokens=setup.policy.processor.count_tokens)
             total = torch.from_numpy(scores.total)  # (P, G)
             advantages = group_advantages(total, scale=config.advantage.scale)
             records = gather_object(record_completions(groups, scores, advantages.numpy(), config.prompt.template))
@@ -143,7 +145,7 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
     learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
     began = time.perf_counter()
     groups = roll_out(config, accelerator, setup, 0)
-    scores = rewards.score(groups, step=0)
+    scores = rewards.score(groups, step=0, count_tokens=setup.policy.processor.count_tokens)
     total = torch.from_numpy(scores.total)
     experience = learner.prepare(groups, group_advantages(total, scale=config.advantage.scale), ~total.isnan())
     metrics, _ = learner.accumulate(experience, None, 0)

@@ -98,6 +98,14 @@ def _std(values: Iterable[float]) -> float:
     return float(array.std(ddof=1)) if array.size > 1 else 0.0
 
 
+def _correlation(values: Sequence[float], flags: Sequence[bool]) -> float:
+    """Pearson's correlation of values with 0 and 1, over the values that are not NaN; NaN where either is constant."""
+    pairs = [(value, float(flag)) for value, flag in zip(values, flags) if not math.isnan(value)]
+    if not pairs or np.ptp(np.asarray(pairs), axis=0).min() < 1e-12:
+        return math.nan
+    return float(np.corrcoef(np.asarray(pairs).T)[0, 1])
+
+
 def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -> dict[str, float]:
     """Rewards, lengths and rates of a step's completions, over all ranks.
 
@@ -116,6 +124,8 @@ def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -
     for name in records[0].rewards:
         values = [record.rewards[name] for record in records]
         metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = _mean(values), _std(values)
+        if name != "correctness":
+            metrics[f"rewards/{name}/corr_correctness"] = _correlation(values, [r.is_correct for r in records])
     lengths = [record.length for record in records]
     metrics |= {
         "completions/mean_length": _mean(lengths),

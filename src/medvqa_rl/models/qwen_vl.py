@@ -139,6 +139,10 @@ class Processor:
         """Token ids of a completion as supervised fine-tuning teaches it, the end-of-sequence token included."""
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id)
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens that a text makes by itself, without special ones around it."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens skipped."""
         text: str = self.tokenizer.decode(

@@ -203,11 +203,15 @@ def _draw(
 
 def _sample_groups(config: Config, adapted: ModelConfig) -> list[ShownGroup]:
     """Groups that the adapted model samples for held-out questions, scored as in training."""
-    engine = RolloutEngine(load_policy(adapted), config.prompt.template)
+    policy = load_policy(adapted)
+    engine = RolloutEngine(policy, config.prompt.template)
     dataset = load_dataset(config.data, "test")
     samples = [dataset[index] for index in range(0, 2 * _NUM_GROUPS, 2)]
     groups = engine.rollout(samples, config.rollout, seed=config.train.seed, stream="eval", step=config.train.steps)
-    scores = Rewards(config.rewards, config.prompt.template).score(groups, step=config.train.steps)
+    rewards = Rewards(
+        config.rewards, config.prompt.template, max_completion_length=config.rollout.max_completion_length
+    )
+    scores = rewards.score(groups, step=config.train.steps, count_tokens=policy.processor.count_tokens)
     advantages = group_advantages(torch.from_numpy(scores.total), scale=config.advantage.scale)
     return [
         shown_group(group, scores, advantages, index, caption="after training", template=config.prompt.template)

@@ -90,14 +90,18 @@ _PANELS: tuple[tuple[str, bool, tuple[_Line, ...]], ...] = (
 def charts(runs: Sequence[StoredRun]) -> list[Chart]:
     """The charts of some runs; what no run logged is left out."""
     names = sorted({name for run in runs for row in run.steps for name in row})
-    parts = [
-        _Line(name.split("/")[1], name) for name in names if name.startswith("rewards/") and name.endswith("/mean")
-    ]
     panels: list[tuple[str, bool, tuple[_Line, ...]]] = []
-    if len(runs) == 1 and parts:
-        panels.append(("Reward parts", False, tuple(parts)))
-    elif parts:  # one picture each, or colours for runs and dashes for parts would not do
-        panels += [(f"Reward: {part.label}", False, (_Line("", part.metric),)) for part in parts]
+    for kind, title in (("mean", "Reward parts"), ("corr_correctness", "Correlation of parts with right answers")):
+        parts = [
+            _Line(name.split("/")[1], name)
+            for name in names
+            if name.startswith("rewards/") and name.endswith(f"/{kind}")
+        ]
+        if len(runs) == 1 and parts:
+            panels.append((title, False, tuple(parts)))
+        else:  # one picture each, or colours for runs and dashes for parts would not do
+            short = "Reward" if kind == "mean" else "Correlation with right answers"
+            panels += [(f"{short}: {part.label}", False, (_Line("", part.metric),)) for part in parts]
     drawn = []
     for title, is_share, lines in (*panels, *_PANELS):
         curves = [

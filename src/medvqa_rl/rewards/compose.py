@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.config import RewardsConfig
-from medvqa_rl.prompts import Template
-from medvqa_rl.rewards.correctness import score_correctness
+from medvqa_rl.config import RewardsConfig, RolloutConfig
+from medvqa_rl.prompts import Template, parse_completion, without_tags
+from medvqa_rl.rewards.correctness import is_correct, score_correctness
 from medvqa_rl.rewards.format import score_format
 from medvqa_rl.rewards.functions import FunctionLog, call_function, load_function
-from medvqa_rl.types import Group, Scores
+from medvqa_rl.rewards.length import (
+    correctness_weighted_length,
+    cosine_length,
+    extended_chain,
+    repetition_penalty,
+    soft_overlong,
+)
+from medvqa_rl.types import Completion, Group, Sample, Scores
+
+TokenCounter = Callable[[str], int]
+"""How many tokens the policy's tokenizer makes of a text."""
+
+NAMED = ("format", "correctness", "ecr", "cwr", "cosine", "overlong", "repetition")
+"""The parts that have a weight of their own in the settings."""
 
 
 class Rewards:
     """Scores groups of completions with the enabled parts. A part with weight 0 is off: not loaded, not computed."""
 
-    def __init__(self, config: RewardsConfig, template: Template = "think_answer") -> None:
+    def __init__(
+        self,
+        config: RewardsConfig,
+        template: Template = "think_answer",
+        *,
+        max_completion_length: int = RolloutConfig().max_completion_length,
+    ) -> None:
         """Load the user's functions.
+
+        Args:
+            config: weights of the parts and what they need.
+            template: form in which completions are read.
+            max_completion_length: the token limit, by which length is measured.
 
         Raises:
             ValueError: no part is enabled, two parts have the same name, or a function cannot be loaded
                 (:func:`medvqa_rl.rewards.functions.load_function`).
         """
+        self._config = config
         self._template = template
-        self._weights = {
-            name: weight
-            for name, weight in (("format", config.format), ("correctness", config.correctness))
-            if weight != 0
-        }
+        self._limit = max_completion_length
+        weights = config.model_dump(include=set(NAMED))
+        self._weights: dict[str, float] = {name: weights[name] for name in NAMED if weights[name] != 0}
         self._functions = {}
         for path, weight in config.functions.items():
             if weight == 0:
@@ -45,8 +68,8 @@ class Rewards:
             self._functions[name] = (path, load_function(path))
         if not self._weights:
             raise ValueError(
-                "No reward is enabled, but training needs one: set rewards.format, rewards.correctness or a weight "
-                "in rewards.functions to a number other than 0."
+                "No reward is enabled, but training needs one: set rewards.format, rewards.correctness, another "
+                "part or a weight in rewards.functions to a number other than 0."
             )
 
     @property
@@ -54,7 +77,7 @@ class Rewards:
         """Names of the enabled parts, as in ``Scores.parts`` and the logged ``rewards/{name}/mean``."""
         return tuple(self._weights)
 
-    def score(self, groups: Sequence[Group], *, step: int) -> Scores:
+    def score(self, groups: Sequence[Group], *, step: int, count_tokens: TokenCounter | None = None) -> Scores:
         """Score every completion of P groups of G.
 
         The total is sum(weight * part) over the enabled parts; it is NaN (unscored) where any of them is NaN.
@@ -62,6 +85,7 @@ class Rewards:
         Args:
             groups: P groups with the same number G of completions.
             step: optimizer steps done, passed on to user functions.
+            count_tokens: of the policy's tokenizer; ``ecr`` and ``cwr`` need it.
 
         Returns:
             (P, G) totals and parts.
@@ -70,17 +94,54 @@ class Rewards:
         assert len(sizes) == 1, f"groups have different sizes: {sorted(sizes)}"
         shape = (len(groups), sizes.pop())
         log = FunctionLog({}, {})
-        parts = {name: self._part(name, groups, step, log).reshape(shape) for name in self.names}
+        parts = {name: self._part(name, groups, step, log, count_tokens).reshape(shape) for name in self.names}
         total = np.sum([weight * parts[name] for name, weight in self._weights.items()], axis=0)
         extras = {name: float(np.mean(values)) for name, values in log.metrics.items()}
         return Scores(total, parts, extras, log.columns)
 
-    def _part(self, name: str, groups: Sequence[Group], step: int, log: FunctionLog) -> NDArray[np.float64]:
+    def _part(
+        self, name: str, groups: Sequence[Group], step: int, log: FunctionLog, count_tokens: TokenCounter | None
+    ) -> NDArray[np.float64]:
         """(B,) one part before its weight."""
         if name in self._functions:
             path, function = self._functions[name]
             return call_function(path, function, groups, self._template, step=step, log=log)
-        pairs = [(group.sample, completion.text) for group in groups for completion in group.completions]
+        return np.array(
+            [
+                self._score_one(name, group.sample, completion, count_tokens)
+                for group in groups
+                for completion in group.completions
+            ]
+        )
+
+    def _score_one(
+        self, name: str, sample: Sample, completion: Completion, count_tokens: TokenCounter | None
+    ) -> float:
+        """One of the named parts of one completion."""
+        config, text, length = self._config, completion.text, len(completion.token_ids)
         if name == "format":
-            return np.array([score_format(text, self._template) for _, text in pairs])
-        return np.array([score_correctness(sample, text, self._template) for sample, text in pairs])
+            return score_format(text, self._template)
+        if name == "correctness":
+            return score_correctness(sample, text, self._template)
+        if name == "overlong":
+            return soft_overlong(length, self._limit, config.overlong_buffer * self._limit)
+        if name == "repetition":
+            return repetition_penalty(without_tags(text), config.repetition_ngram)
+        parsed = parse_completion(text, self._template)
+        is_right = is_correct(sample, parsed.answer)
+        if name == "cosine":
+            return cosine_length(
+                length,
+                self._limit,
+                is_correct=is_right,
+                is_truncated=completion.is_truncated,
+                correct=config.cosine_correct,
+                wrong=config.cosine_wrong,
+                exceeded=config.cosine_exceeded,
+            )
+        assert count_tokens is not None, f"{name} counts tokens: pass the policy's count_tokens to score"
+        num_tokens = 0 if parsed.think is None else count_tokens(parsed.think)
+        if name == "ecr":
+            return extended_chain(num_tokens, config.length_target)
+        assert name == "cwr", name
+        return correctness_weighted_length(num_tokens, config.length_target, is_correct=is_right)

@@ -1,0 +1,84 @@
+"""Rewards of length and repetition: pure functions of counts, one completion at a time. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+
+def extended_chain(num_tokens: int, target: int) -> float:
+    """ECR, extended chain reward: min(1, L / L_target), from 0 to 1. It pays for length whatever the answer.
+
+    The name is that of arXiv 2505.13973; the formula is inferred, for the paper's was not found.
+
+    Args:
+        num_tokens: L, tokens of the reasoning as the policy's tokenizer encodes it; 0 where it is not closed.
+        target: L_target, where the reward stops growing.
+    """
+    return min(1.0, num_tokens / target)
+
+
+def correctness_weighted_length(num_tokens: int, target: int, *, is_correct: bool) -> float:
+    """CWR, correctness-weighted length reward: ECR where the answer is right, else 0.
+
+    The name is that of arXiv 2505.13973; the formula is inferred, for the paper's was not found.
+    """
+    return extended_chain(num_tokens, target) if is_correct else 0.0
+
+
+def cosine_length(
+    length: int,
+    limit: int,
+    *,
+    is_correct: bool,
+    is_truncated: bool,
+    correct: tuple[float, float],
+    wrong: tuple[float, float],
+    exceeded: float,
+) -> float:
+    """Cosine length reward of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373).
+
+    From a value r_0 at length 0 to a value r_L at the limit along half a cosine:
+    r_L + (r_0 - r_L) / 2 * (1 + cos(pi * length / limit)). With r_0 > r_L for right answers short ones are worth
+    more; with r_0 < r_L for wrong answers long ones are blamed less, for more thought was tried.
+
+    Args:
+        length: tokens of the completion.
+        limit: the token limit.
+        is_correct: whether the answer is right.
+        is_truncated: the limit came before the end; then the reward is ``exceeded``.
+        correct: r_0 and r_L of right answers.
+        wrong: r_0 and r_L of wrong answers.
+        exceeded: reward of a completion that was cut off.
+    """
+    if is_truncated:
+        return exceeded
+    start, end = correct if is_correct else wrong
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * length / limit))
+
+
+def soft_overlong(length: int, limit: int, buffer: float) -> float:
+    """Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13): 0 up to limit - buffer, then linearly down
+    to -1 at the limit and beyond.
+
+    Args:
+        length: tokens of the completion.
+        limit: L_max, the token limit.
+        buffer: L_cache in tokens, above 0.
+    """
+    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer))
+
+
+def repetition_penalty(text: str, size: int) -> float:
+    """N-gram repetition penalty (arXiv 2502.03373, appendix): minus the share of the n-grams that occurred before,
+    -(1 - distinct n-grams / n-grams), from -1 to 0.
+
+    Words are separated by white space and compared in lower case; fewer than ``size`` of them repeat nothing. Unlike
+    there, right answers are not exempt: what is repeated is padding whatever the answer.
+
+    Args:
+        text: the completion without its tags.
+        size: n, words of an n-gram.
+    """
+    words = text.lower().split()
+    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0

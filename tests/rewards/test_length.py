@@ -1,0 +1,213 @@
+"""Rewards of length and repetition against tables worked out by hand, against TRL's, and in the sum.
+
+Run: pytest tests/rewards/test_length.py
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medvqa_rl.config import ConfigError, RewardsConfig
+from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.length import (
+    correctness_weighted_length,
+    cosine_length,
+    extended_chain,
+    repetition_penalty,
+    soft_overlong,
+)
+from medvqa_rl.settings import build_config
+from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "target", "reward"),
+    [(0, 100, 0.0), (1, 100, 0.01), (50, 100, 0.5), (99, 100, 0.99), (100, 100, 1.0), (101, 100, 1.0), (3, 1, 1.0)],
+)
+def test_ecr_and_cwr_by_hand(num_tokens: int, target: int, reward: float) -> None:
+    assert extended_chain(num_tokens, target) == pytest.approx(reward)
+    assert correctness_weighted_length(num_tokens, target, is_correct=True) == pytest.approx(reward)
+    assert correctness_weighted_length(num_tokens, target, is_correct=False) == 0.0
+
+
+HALF = math.sqrt(0.5)
+
+
+@pytest.mark.parametrize(
+    ("length", "is_correct", "is_truncated", "reward"),
+    [
+        (0, True, False, 2.0),  # r_0 of right answers
+        (100, True, False, 1.0),  # r_L
+        (50, True, False, 1.5),  # cos(pi / 2) = 0: halfway
+        (25, True, False, 1.0 + 0.5 * (1 + HALF)),  # cos(pi / 4)
+        (75, True, False, 1.0 + 0.5 * (1 - HALF)),
+        (0, False, False, -10.0),  # r_0 of wrong answers
+        (100, False, False, 0.0),
+        (50, False, False, -5.0),
+        (25, False, False, -5.0 * (1 + HALF)),
+        (100, True, True, -3.0),  # cut off, whatever the answer
+        (100, False, True, -3.0),
+    ],
+)
+def test_the_cosine_by_hand(length: int, is_correct: bool, is_truncated: bool, reward: float) -> None:
+    found = cosine_length(
+        length,
+        100,
+        is_correct=is_correct,
+        is_truncated=is_truncated,
+        correct=(2.0, 1.0),
+        wrong=(-10.0, 0.0),
+        exceeded=-3.0,
+    )
+    assert found == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "buffer", "reward"),
+    [
+        (0, 100, 20, 0.0),
+        (80, 100, 20, 0.0),
+        (81, 100, 20, -0.05),
+        (90, 100, 20, -0.5),
+        (100, 100, 20, -1.0),
+        (120, 100, 20, -1.0),
+        (1, 100, 100, -0.01),  # a buffer as long as the limit: from the first token on
+        (13, 16, 3.2, -0.0625),
+    ],
+)
+def test_the_overlong_penalty_by_hand(length: int, limit: int, buffer: float, reward: float) -> None:
+    assert soft_overlong(length, limit, buffer) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "penalty"),
+    [
+        ("", 1, 0.0),
+        ("one two", 3, 0.0),  # too short for any
+        ("one two three", 3, 0.0),
+        ("a b a b a", 2, -0.5),  # ab ba ab ba: 2 of 4 are new
+        ("A b a B a", 2, -0.5),
+        ("yes yes yes yes", 1, -0.75),
+        ("yes yes yes yes", 2, -2 / 3),
+        ("no mass. no mass. no cyst.", 2, -2 / 5),  # of five pairs "no mass." and "mass. no" come twice
+        ("a\nb\ta  b", 2, -1 / 3),
+    ],
+)
+def test_the_repetition_penalty_by_hand(text: str, size: int, penalty: float) -> None:
+    assert repetition_penalty(text, size) == pytest.approx(penalty)
+
+
+def test_trl_agrees() -> None:
+    rewards: Any = pytest.importorskip("trl.rewards")
+    overlong = rewards.get_soft_overlong_punishment(100, 20)
+    lengths = list(range(0, 131, 3))
+    expected = overlong(completion_ids=[[0] * length for length in lengths])
+    assert [soft_overlong(length, 100, 20) for length in lengths] == pytest.approx(expected)
+    texts = ["no mass. no mass. no cyst.", "a b a b a b", "the left part is clear the right part is clear", "x", ""]
+    ids = {word: index for index, word in enumerate(sorted({word for text in texts for word in text.split()}))}
+    for size in (1, 2, 3):
+        penalty = rewards.get_repetition_penalty_reward(ngram_size=size, max_penalty=-1.0)
+        expected = penalty(completion_ids=[[ids[word] for word in text.split()] for text in texts])
+        assert [repetition_penalty(text, size) for text in texts] == pytest.approx(expected)
+
+
+RIGHT, WRONG = "<think>a b a b a</think><answer>B</answer>", "<think>a b c d e f</think><answer>A</answer>"
+UNCLOSED, TWICE = "<think>a b c d", "<think>a b</think><think>c</think><answer>B</answer>"
+
+
+def group() -> Group:
+    sample = Sample("q", "What?", "B", "choice", options=("mass", "cyst"))
+    completions = [
+        Completion((0,) * 10, RIGHT, False),
+        Completion((0,) * 18, WRONG, False),
+        Completion((0,) * 20, UNCLOSED, True),
+        Completion((0,) * 5, TWICE, False),
+    ]
+    return Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, ""), completions)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def test_parts_in_the_sum_by_hand() -> None:
+    config = RewardsConfig(
+        format=0,
+        correctness=0,
+        ecr=1,
+        cwr=2,
+        cosine=1,
+        overlong=1,
+        repetition=0.5,
+        length_target=5,
+        repetition_ngram=2,
+    )
+    scores = Rewards(config, max_completion_length=20).score([group()], step=0, count_tokens=words)
+    ecr, cwr = [1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]  # reasoning that is not closed, or twice, has no tokens
+    # half of 20; 18 of 20 and wrong; cut off; 5 of 20 (the right answer is read although the form is not kept)
+    cosine = [0.75, -0.5 - 0.25 * (1 + math.cos(0.9 * math.pi)), -1.0, 0.5 + 0.25 * (1 + HALF)]
+    overlong = [0.0, -0.5, -1.0, 0.0]  # the last fifth of 20: from 16 on
+    repetition = [-3 / 5, 0.0, 0.0, 0.0]  # "a b a b a B": of five pairs two are new, for case does not count
+    for name, expected in {
+        "ecr": ecr,
+        "cwr": cwr,
+        "cosine": cosine,
+        "overlong": overlong,
+        "repetition": repetition,
+    }.items():
+        np.testing.assert_allclose(scores.parts[name], [expected], err_msg=name)
+    total = np.array(ecr) + 2 * np.array(cwr) + np.array(cosine) + np.array(overlong) + 0.5 * np.array(repetition)
+    np.testing.assert_allclose(scores.total, [total])
+
+
+def test_length_parts_are_off_unless_asked_for_and_any_subset_can_be() -> None:
+    assert Rewards(RewardsConfig()).names == ("format", "correctness")
+    assert Rewards(RewardsConfig(format=0, cwr=1, repetition=1)).names == ("correctness", "cwr", "repetition")
+    assert Rewards(RewardsConfig(format=0, correctness=0, overlong=1)).names == ("overlong",)
+
+
+def test_length_is_counted_by_the_policy_s_tokenizer(tiny_policy: Any) -> None:
+    processor = tiny_policy().processor
+    text = "the left lung is clear"
+    assert processor.count_tokens(text) == len(processor.tokenizer.encode(text, add_special_tokens=False)) > 5
+    scores = Rewards(RewardsConfig(ecr=1, length_target=1000)).score(
+        [group()], step=0, count_tokens=processor.count_tokens
+    )
+    assert scores.parts["ecr"][0, 0] == len(processor.tokenizer.encode("a b a b a", add_special_tokens=False)) / 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rewards": {"ecr": "high"}}, "rewards.ecr is the text 'high', but must be a number of at least 0."),
+        ({"rewards": {"cwr": None}}, "rewards.cwr is null, but must be a number of at least 0."),
+        ({"rewards": {"cosine": -1}}, "rewards.cosine is -1, but must be a number of at least 0."),
+        ({"rewards": {"erc": 1.0}}, "rewards.erc (given as 1.0) is not a setting: did you mean rewards.ecr?"),
+        ({"rewards": {"length_target": 0}}, "rewards.length_target is 0, but must be a whole number of at least 1."),
+        (
+            {"rewards": {"overlong_buffer": 0}},
+            "rewards.overlong_buffer is 0, but must be a number above 0 and at most 1.",
+        ),
+        (
+            {"rewards": {"ecr": 1}, "prompt": {"template": "direct"}},
+            "rewards.ecr is 1, but it counts the tokens of the reasoning, and prompt.template=direct asks for none: "
+            "set rewards.ecr=0 or prompt.template=think_answer.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(given, purpose="train")
+    assert caught.value.problems == (message,)
+
+
+def test_an_unknown_reward_is_told_what_there_is() -> None:
+    with pytest.raises(
+        ConfigError, match=r"rewards\.novelty .* is not a setting: rewards has format, correctness, ecr"
+    ):
+        build_config({"rewards": {"novelty": 1.0}}, purpose="train")
+    build_config({"rewards": {"format": 0, "correctness": 0, "overlong": 1.0}}, purpose="train")
