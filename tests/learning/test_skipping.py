@@ -75,6 +75,10 @@ def test_gradient_and_loss_are_those_of_all_groups(folder, tmp_path, monkeypatch
         assert skipped_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
 
 
+def test_no_divergence_is_reported_without_a_reference(folder, tmp_path):
+    assert "kl" not in gradients_and_metrics(*prepared(folder, tmp_path, ADVANTAGES))[1]
+
+
 def test_a_step_of_equal_rewards_still_moves_the_optimizer(folder, tmp_path):
     """The running means decay by a gradient of zero, as they would with all groups computed."""
     learner, experience = prepared(folder, tmp_path, torch.zeros(4, 4))

@@ -102,9 +102,9 @@ class Learner:
             step: counted from 0.
 
         Returns:
-            ``loss``, ``kl``, ``entropy``, ``clip_ratio/...``, ``grad_norm``, ``frac_groups_skipped`` and
-            ``learning_rate`` over all ranks, means over the rounds (entropy: of the first, which is the policy that
-            sampled, over the groups that were not skipped).
+            ``loss``, ``kl`` (where there is a reference), ``entropy``, ``clip_ratio/...``, ``grad_norm``,
+            ``frac_groups_skipped`` and ``learning_rate`` over all ranks, means over the rounds (entropy: of the first,
+            which is the policy that sampled, over the groups that were not skipped).
 
         Raises:
             NonFiniteError: the loss or its gradient is not finite; no weight was touched in this round.
@@ -233,8 +233,11 @@ class Learner:
         loss_sum, kl, entropy, *clipped = self.accelerator.reduce(sums, "sum").tolist()
         num_tokens = max(experience.num_tokens, 1)
         means = [loss_sum, kl / num_tokens, entropy / max(experience.num_computed_tokens, 1)]
+        metrics = dict(zip(_SUMS, [*means, *(count / num_tokens for count in clipped)]))
+        if self.reference is None:
+            del metrics["kl"]  # nothing to diverge from; 0 would read as a measurement
         return {
-            **dict(zip(_SUMS, [*means, *(count / num_tokens for count in clipped)])),
+            **metrics,
             "grad_norm": float(grad_norm),
             "frac_groups_skipped": experience.num_skipped / experience.num_groups,
         }, all_logps

@@ -80,7 +80,8 @@ def moving_average(values: Points, window: int) -> Points:
 def plot_training(
     metrics: Sequence[Row], path: Path, *, evals: Sequence[Row] | None = None, theme: Theme = "light"
 ) -> Path:
-    """Draw the course of a training run: reward parts, accuracy, lengths, KL, entropy, gradient and lost signal.
+    """Draw the course of a training run: reward parts, accuracy, lengths, KL (the loss where beta
+    is 0), entropy, gradient and lost signal.
 
     Thin lines are single steps, thick ones moving averages over a tenth of the run. Greedy evaluations are points
     with their 95 % intervals.
@@ -125,11 +126,14 @@ def _panels(rows: Sequence[Row], greedy: Sequence[Row], palette: Palette) -> lis
         _Line("no answer", "no_answer_rate", palette.wrong),
         _Line("cut off", "completions/clipped_ratio", orange),
     ]
+    has_reference = any(row.get("kl") is not None for row in rows)
     return [
         _Panel("Reward parts", parts),
         _Panel("Accuracy", [_Line("sampled", "rewards/correctness/mean", grey)], is_share=True, greedy=greedy),
         _Panel("Length in tokens", lengths),
-        _Panel("KL from the start", [_Line("", "kl", purple)]),
+        _Panel("KL from the start", [_Line("", "kl", purple)])
+        if has_reference
+        else _Panel("Loss", [_Line("", "loss", purple)]),
         _Panel("Entropy, nats per token", [_Line("", "entropy", purple)]),
         _Panel("Gradient norm", [_Line("", "grad_norm", blue)]),
         _Panel("Groups without signal", [_Line("", "frac_reward_zero_std", orange)], is_share=True),
