@@ -85,7 +85,7 @@ def test_an_endless_stream_is_read_lazily_and_can_be_left() -> None:
     counter = Counter()
     stream = prefetch(samples(counter), workers=2, ahead=8)
     assert [next(stream).id for _ in range(20)] == [str(number) for number in range(20)]
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     time.sleep(0.02)
     loaded = counter.loaded
     assert loaded <= 20 + 8 + 2
@@ -166,7 +166,7 @@ def test_a_result_is_let_go_when_it_is_handed_out() -> None:
     )
     first = weakref.ref(next(stream))
     assert first() is None
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -185,12 +185,24 @@ def test_an_error_comes_at_its_place_and_ends_it(workers: int) -> None:
     assert not threads_of_ours()
 
 
+def test_an_error_of_the_items_waits_for_its_turn() -> None:
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise ValueError("three")
+
+    stream = work_ahead(abs, items(), workers=2, max_bytes=100, ahead=8, cost=abs, size=abs)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(stream)
+    assert not threads_of_ours()
+
+
 def test_no_thread_is_left_when_the_caller_fails_or_is_interrupted() -> None:
     def caller(error: type[BaseException]) -> None:
         waiting = work_ahead(
             np.zeros, itertools.repeat(8), workers=3, max_bytes=64, ahead=20, cost=lambda _: 64, size=np.size
         )
-        with closing(waiting):  # type: ignore[type-var]
+        with closing(waiting):
             for _ in waiting:
                 assert threads_of_ours()
                 raise error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -77,11 +77,12 @@ def work_ahead(
     ahead: int,
     cost: Callable[[T], int],
     size: Callable[[R], int],
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """``map(work, items)``, with the next results computed by threads while the caller uses the last one.
 
-    An error of ``work`` is raised where its result would have come, and ends the iteration. Closing the iterator, or
-    dropping it, leaves no thread behind: what is being worked on is finished, the rest is not begun.
+    An error of ``work``, and a ValueError of ``items``, is raised where the result would have come, and ends the
+    iteration. Closing the iterator, or dropping it, leaves no thread behind: what is being worked on is finished, the
+    rest is not begun.
 
     Results that wait, the one in use and the work under way hold at most ``max_bytes``, and what one item needs
     besides: the item that is due next always goes ahead.
@@ -121,11 +122,17 @@ def work_ahead(
     numbered = enumerate(items)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
     under_way: deque[tuple[int, Future[tuple[R, int]]]] = deque()
+    failure: ValueError | None = None
     try:
         while True:
-            for number, item in islice(numbered, ahead - len(under_way)):
-                under_way.append((number, pool.submit(run, number, item)))
+            try:
+                for number, item in islice(numbered, ahead - len(under_way)):
+                    under_way.append((number, pool.submit(run, number, item)))
+            except ValueError as error:  # of the items: it has its turn after those before it
+                failure = error
             if not under_way:
+                if failure is not None:
+                    raise failure
                 return
             number, future = under_way.popleft()
             result, held = future.result()
@@ -152,7 +159,7 @@ def prefetch(
     max_bytes: int = 256 * 2**20,
     max_pixels: int | None = None,
     ahead: int = 64,
-) -> Iterator[Sample]:
+) -> Generator[Sample, None, None]:
     """The samples in their order with their images decoded, while the next ones are being decoded.
 
     A sample with an image that cannot be decoded comes unchanged: whoever loads the image gets the error, at its

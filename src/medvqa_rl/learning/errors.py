@@ -26,6 +26,10 @@ class UnscoredError(TrainingFailed):
     """Too many completions of a step could not be scored."""
 
 
+class UnusableSampleError(ValueError):
+    """A sample's image cannot be used. Nothing is wrong with the weights, which the run saves."""
+
+
 class Stopped(SystemExit):
     """The run was asked to stop and has saved a checkpoint; the exit code is 128 + the signal, as shells have it."""
 

@@ -18,9 +18,9 @@ from accelerate.utils.operations import gather_object
 from medvqa_rl.config import Config
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
+from medvqa_rl.learning.feed import Prepared, make_feed
 from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics
 from medvqa_rl.learning.run import Run
-from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
@@ -69,9 +69,12 @@ def train(
         run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
         learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
         run.begin()
-        for step in range(run.state.step, config.train.steps):
+        steps = range(run.state.step, config.train.steps)
+        feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.train.prompts_per_step))
+        for step in steps:
             began = time.perf_counter()
-            groups = roll_out(config, accelerator, setup, step)
+            prompts = feed.at(step)
+            groups = roll_out(config, accelerator, setup, step, prompts)
             rolled_out = time.perf_counter()
             scores = rewards.score(groups, step=step, count_tokens=setup.policy.processor.count_tokens)
             total = torch.from_numpy(scores.total)  # (P, G)
@@ -93,17 +96,18 @@ def train(
     return run.dir.path
 
 
-def roll_out(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
-    """This rank's groups of a step: P prompts with G sampled completions each."""
-    draws = samples_at(
-        setup.datasets["train"],
-        step,
-        num_prompts=config.train.prompts_per_step,
-        seed=config.train.seed,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-    )
-    samples = [draw.sample for draw in draws]
+def roll_out(
+    config: Config, accelerator: Accelerator, setup: Setup, step: int, prompts: Sequence[Prepared] | None = None
+) -> list[Group]:
+    """This rank's groups of a step: P prompts with G sampled completions each.
+
+    Args:
+        prompts: of the step, as a feed gives them; None prepares them now.
+    """
+    if prompts is None:
+        with make_feed(config, accelerator, setup, range(step, step + 1), config.train.prompts_per_step) as feed:
+            prompts = feed.at(step)
+    samples = [prepared.sample for prepared in prompts]
     try:
         return setup.engine.rollout(
             samples,
@@ -111,7 +115,8 @@ def roll_out(config: Config, accelerator: Accelerator, setup: Setup, step: int) 
             seed=config.train.seed,
             stream="train",
             step=step,
-            occurrences=[draw.epoch for draw in draws],
+            occurrences=[prepared.epoch for prepared in prompts],
+            prompts=[prepared.prompt for prepared in prompts],
         )
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")

@@ -7,9 +7,9 @@ import json
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -26,7 +26,7 @@ from medvqa_rl.learning.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from medvqa_rl.learning.errors import Stopped, TrainingFailed
+from medvqa_rl.learning.errors import Stopped, TrainingFailed, UnusableSampleError
 from medvqa_rl.learning.metrics import CompletionRecord
 from medvqa_rl.learning.optimizer import Optimizer
 from medvqa_rl.learning.run_dir import RunDir
@@ -34,6 +34,8 @@ from medvqa_rl.learning.tracking import Tracker
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import Dataset, Group
+
+T = TypeVar("T")
 
 
 class Run:
@@ -116,6 +118,10 @@ class Run:
                 f"The environment is another than at the start: {', '.join(changed)}. The result can differ from that "
                 "of an uninterrupted run by rounding."
             )
+
+    def until_the_end(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is left when the run ends, however it ends."""
+        return self._exits.enter_context(context)
 
     def begin(self) -> None:
         """The evaluation before the first step."""
@@ -217,6 +223,8 @@ class Run:
             self._tracker.has_failed = True
             if isinstance(error, TrainingFailed):
                 self._write_failure(error, self._tracker)
+            if isinstance(error, UnusableSampleError):
+                self._save_what_is_done(self._tracker)
             try:
                 state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
                 self._write_status(state, reason=str(error) or type(error).__name__)
@@ -238,6 +246,16 @@ class Run:
             self._save(tracker)
             folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
             tracker.say(f"The weights after the last whole step are in {folder}.")
+
+    def _save_what_is_done(self, tracker: Tracker) -> None:
+        """Save the steps before one whose data cannot be used, where they are not saved yet."""
+        folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+        if self.state.step and not folder.exists():
+            self._save(tracker)
+        if self.state.step:
+            tracker.say(
+                f"Step {self.state.step} and all before it are saved in {folder}: mend the file, then --resume."
+            )
 
 
 def _describe(group: Group) -> dict[str, Any]:

@@ -29,6 +29,8 @@ PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safeten
 
 MAY_CHANGE = (
     "output_dir",
+    "prefetch.workers",
+    "prefetch.max_mib",
     "train.steps",
     "train.save_steps",
     "train.save_total_limit",

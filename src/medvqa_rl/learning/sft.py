@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from medvqa_rl.config import Config
 from medvqa_rl.learning.errors import NonFiniteError
+from medvqa_rl.learning.feed import Prepared, make_feed
 from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
 from medvqa_rl.learning.optimizer import lr_at
 from medvqa_rl.learning.run import Run
-from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
 from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.prompts import Template, neutralise, render_answer
@@ -40,10 +40,14 @@ def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> s
     return render_answer(sample.reasoning, sample.answer, template)
 
 
+def target_completion(text: str, processor: Processor) -> Completion:
+    """The text that a sample teaches, as a completion."""
+    return Completion(processor.encode_completion(text), text, is_truncated=False)
+
+
 def target_group(sample: Sample, text: str, processor: Processor, template: Template) -> Group:
     """A sample and the text that it teaches, as a group of one completion."""
-    completion = Completion(processor.encode_completion(text), text, is_truncated=False)
-    return Group(sample, processor.encode(sample, template), (completion,))
+    return Group(sample, processor.encode(sample, template), (target_completion(text, processor),))
 
 
 def target_groups(
@@ -85,7 +89,8 @@ def train_sft(
     if dry_run:
         setup = set_up(config, train_set, None, with_validation=False)
         forward = accelerator.prepare_model(GroupForward(setup.policy.model))
-        groups = step_groups(config, accelerator, setup, 0)
+        with make_feed(config, accelerator, setup, range(1), config.sft.batch_size) as feed:
+            groups = prepared_groups(config, setup, feed.at(0))
         metrics = accumulate(config, accelerator, setup, forward, groups)
         report_dry_run(setup, groups, {name: f"{value:.4f}" for name, value in metrics.items()})
         return Path(config.output_dir)
@@ -94,9 +99,11 @@ def train_sft(
         run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
         forward = accelerator.prepare_model(GroupForward(setup.policy.model))
         run.begin()
-        for step in range(run.state.step, config.train.steps):
+        steps = range(run.state.step, config.train.steps)
+        feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.sft.batch_size))
+        for step in steps:
             began = time.perf_counter()
-            groups = step_groups(config, accelerator, setup, step)
+            groups = prepared_groups(config, setup, feed.at(step))
             setup.policy.model.train()
             torch.manual_seed(address(config.train.seed, "dropout", step, accelerator.process_index))
             metrics = accumulate(config, accelerator, setup, forward, groups)
@@ -115,20 +122,14 @@ def train_sft(
     return run.dir.path
 
 
-def step_groups(config: Config, accelerator: Accelerator, setup: Setup, step: int) -> list[Group]:
-    """This rank's targets of a step."""
-    draws = samples_at(
-        setup.datasets["train"],
-        step,
-        num_prompts=config.sft.batch_size,
-        seed=config.train.seed,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-    )
-    samples = [draw.sample for draw in draws]
-    return target_groups(
-        samples, setup.policy.processor, config.prompt.template, use_reasoning=config.sft.use_reasoning
-    )
+def prepared_groups(config: Config, setup: Setup, prompts: Sequence[Prepared]) -> list[Group]:
+    """The targets of a step's prompts."""
+    template, processor = config.prompt.template, setup.policy.processor
+    groups = []
+    for sample, _, prompt in prompts:
+        text = target_text(sample, template, use_reasoning=config.sft.use_reasoning)
+        groups.append(Group(sample, prompt, (target_completion(text, processor),)))
+    return groups
 
 
 def accumulate(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medvqa_rl.data.images import FileImage
 from medvqa_rl.prompts import Template, render_prompt
 from medvqa_rl.types import EncodedPrompt, Sample
 
@@ -134,6 +135,22 @@ class Processor:
         repeats[is_image] = grid.prod(axis=-1) // self.image_processor.merge_size**2
         pixels = np.ascontiguousarray(features["pixel_values"], dtype=np.float32)
         return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised)
+
+    def encoding_bytes(self, sample: Sample) -> int:
+        """Memory that :meth:`encode` takes at most while it works on a sample, by the headers of its images.
+
+        12 bytes for each pixel of an image as it is stored (Pillow's four, its copy, the array), and 72 for each
+        pixel that the model sees: 3 channels of 4 bytes twice (``temporal_patch_size``) are 24, and so large are the
+        patches, the array that they are taken from and the copy that joins images. Images whose headers do not tell
+        their size (DICOM, NIfTI, drawn ones) count as nothing.
+        """
+        limits = self.image_processor.size
+        total = 0
+        for source in sample.images:
+            stored = (source.header_pixels() or 0) if isinstance(source, FileImage) else 0
+            seen = min(max(stored, limits["shortest_edge"]), limits["longest_edge"]) if stored else 0
+            total += 12 * stored + 72 * seen
+        return total
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Token ids of a completion as supervised fine-tuning teaches it, the end-of-sequence token included."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from medvqa_rl.prompts import Template
 from medvqa_rl.rollout.sampling import Stream, pick_greedy, pick_tokens, uniform_table
 from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
+T = TypeVar("T")
 Pick = Callable[[Tensor, Tensor, int], Tensor]
 """Chooses tokens: (logits (b, V), rows (b,) of the rollout that these are, position) -> token ids (b,)."""
 
@@ -43,6 +44,18 @@ class RolloutEngine:
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
         self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
 
+    def encode(self, sample: Sample) -> EncodedPrompt:
+        """A sample's prompt as :meth:`rollout` and :meth:`greedy` take it; may be called by any thread.
+
+        Raises:
+            ValueError: an image cannot be used; the message names the sample.
+        """
+        return self._policy.processor.encode(sample, self._template)
+
+    def encoding_bytes(self, sample: Sample) -> int:
+        """Memory that :meth:`encode` takes at most (:meth:`Processor.encoding_bytes`)."""
+        return self._policy.processor.encoding_bytes(sample)
+
     def rollout(
         self,
         samples: Sequence[Sample],
@@ -52,6 +65,7 @@ class RolloutEngine:
         stream: Stream,
         step: int,
         occurrences: Sequence[int] | None = None,
+        prompts: Sequence[EncodedPrompt] | None = None,
     ) -> list[Group]:
         """Sample G completions for each sample.
 
@@ -66,6 +80,7 @@ class RolloutEngine:
             step: of the run.
             occurrences: per sample, tells apart the times that it occurs in the step, on any rank; None counts them
                 in this call.
+            prompts: the samples' prompts as from :meth:`encode`; None encodes them here.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
@@ -73,12 +88,12 @@ class RolloutEngine:
         """
         numbers = iter(_count_occurrences(samples) if occurrences is None else occurrences)
         groups: list[Group] = []
-        for batch in _batches(samples, config.max_batch):
+        for batch in _batches(self._encoded(samples, prompts), config.max_batch):
             table = uniform_table(
                 seed,
                 stream,
                 step,
-                [sample.id for sample in batch],
+                [sample.id for sample, _ in batch],
                 list(islice(numbers, len(batch))),
                 config.num_generations,
                 config.max_completion_length,
@@ -98,8 +113,18 @@ class RolloutEngine:
             groups += self._complete(batch, config.num_generations, config.max_completion_length, pick)
         return groups
 
-    def greedy(self, samples: Iterable[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]:
+    def greedy(
+        self,
+        samples: Iterable[Sample],
+        *,
+        max_completion_length: int,
+        batch_size: int,
+        prompts: Iterable[EncodedPrompt] | None = None,
+    ) -> Iterator[Group]:
         """The most likely completion of each sample, token by token, in order; groups of one.
+
+        Args:
+            prompts: the samples' prompts as from :meth:`encode`; None encodes them here, batch by batch.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
@@ -109,15 +134,25 @@ class RolloutEngine:
         def pick(logits: Tensor, rows: Tensor, position: int) -> Tensor:
             return pick_greedy(logits, suppressed=self._suppressed)
 
-        for batch in _batches(samples, batch_size):
+        for batch in _batches(self._encoded(samples, prompts), batch_size):
             for group in self._complete(batch, 1, max_completion_length, pick):
                 group.image_features = None
                 yield group
 
-    def _complete(self, samples: Sequence[Sample], num_generations: int, length: int, pick: Pick) -> list[Group]:
+    def _encoded(
+        self, samples: Iterable[Sample], prompts: Iterable[EncodedPrompt] | None
+    ) -> Iterator[tuple[Sample, EncodedPrompt]]:
+        """Every sample with its prompt."""
+        if prompts is not None:
+            return zip(samples, prompts, strict=True)
+        return ((sample, self.encode(sample)) for sample in samples)
+
+    def _complete(
+        self, batch: Sequence[tuple[Sample, EncodedPrompt]], num_generations: int, length: int, pick: Pick
+    ) -> list[Group]:
         """Complete the prompts of one batch."""
         processor = self._policy.processor
-        prompts = [processor.encode(sample, self._template) for sample in samples]
+        prompts = [prompt for _, prompt in batch]
         with torch.no_grad(), _evaluating(self._policy.model):
             features = image_features(self._policy.model, prompts, self._policy.device)
             tokens, lengths, is_stopped = self._decode(prompts, features, num_generations, length, pick)
@@ -129,11 +164,11 @@ class RolloutEngine:
         return [
             Group(
                 sample,
-                prompts[index],
+                prompt,
                 completions[index * num_generations : (index + 1) * num_generations],
                 features[index] if keeps_features else None,
             )
-            for index, sample in enumerate(samples)
+            for index, (sample, prompt) in enumerate(batch)
         ]
 
     def _decode(
@@ -270,9 +305,9 @@ def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
     return counts
 
 
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Consecutive batches of at most this size."""
-    remaining = iter(samples)
+    remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 

@@ -1,0 +1,117 @@
+"""The prompts of every step, prepared by background threads while the step before it is computed.
+
+What a step works on stays a function of the step alone (:mod:`medvqa_rl.learning.sampler`): how many threads prepare
+it, and how far they were when a run was killed, changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from types import TracebackType
+from typing import NamedTuple
+
+from accelerate.accelerator import Accelerator
+
+from medvqa_rl.config import Config, PrefetchConfig
+from medvqa_rl.data.prefetch import work_ahead
+from medvqa_rl.learning.errors import UnusableSampleError
+from medvqa_rl.learning.sampler import Draw, samples_at
+from medvqa_rl.learning.setup import Setup
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import Dataset, EncodedPrompt, Sample
+
+
+class Prepared(NamedTuple):
+    """A sample, the epoch that it is drawn in, and its prompt."""
+
+    sample: Sample
+    epoch: int
+    prompt: EncodedPrompt
+
+
+class Feed(AbstractContextManager["Feed"]):
+    """Prompts of consecutive steps. Leaving the context ends the threads."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        engine: RolloutEngine,
+        prefetch: PrefetchConfig,
+        *,
+        steps: range,
+        num_prompts: int,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        """
+        Args:
+            dataset: samples are drawn from it by the caller's thread; their images are loaded by others.
+            engine: encodes the prompts.
+            prefetch: threads, and the bound on their memory.
+            steps: those that will be asked for, in their order; nothing beyond is prepared.
+            num_prompts: P, prompts of a step over all ranks.
+            seed: of the order of the samples.
+            rank: which share of them this is.
+            num_ranks: among how many.
+        """
+
+        def draws() -> Iterator[Draw]:
+            for step in steps:
+                yield from samples_at(
+                    dataset, step, num_prompts=num_prompts, seed=seed, rank=rank, num_ranks=num_ranks
+                )
+
+        def prepare(draw: Draw) -> Prepared:
+            return Prepared(draw.sample, draw.epoch, engine.encode(draw.sample))
+
+        self._share = num_prompts // num_ranks
+        self._steps = iter(steps)
+        self._prepared = work_ahead(
+            prepare,
+            draws(),
+            workers=prefetch.workers,
+            max_bytes=prefetch.max_mib * 2**20,
+            ahead=self._share,
+            cost=lambda draw: engine.encoding_bytes(draw.sample),
+            size=lambda prepared: prompt_bytes(prepared.prompt),
+        )
+
+    def at(self, step: int) -> list[Prepared]:
+        """This rank's prompts of a step; the threads turn to the next one.
+
+        Raises:
+            UnusableSampleError: an image cannot be used; the message names file and sample.
+        """
+        assert step == next(self._steps), "steps are asked for in their order"
+        try:
+            return list(islice(self._prepared, self._share))
+        except ValueError as error:
+            raise UnusableSampleError(str(error)) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._prepared.close()
+
+
+def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: range, num_prompts: int) -> Feed:
+    """The prompts that this rank trains on, from the settings."""
+    return Feed(
+        setup.datasets["train"],
+        setup.engine,
+        config.prefetch,
+        steps=steps,
+        num_prompts=num_prompts,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+
+
+def prompt_bytes(prompt: EncodedPrompt) -> int:
+    """Memory of a prompt's arrays."""
+    pixels = 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
+    return prompt.input_ids.nbytes + pixels
