@@ -1,0 +1,368 @@
+"""What the speed benchmarks share: workloads, models with random weights, data, rates of the machine, result files.
+
+Legend: P prompts, G completions per prompt, R tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from medvqa_rl.config import Config
+from medvqa_rl.models.loading import resolve_folder
+from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.phantom.questions import draw_sample
+from medvqa_rl.types import ImageSource, Sample
+
+PHANTOM = "phantom:instruct"
+
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    # Qwen2-VL-2B's published config.json: 2.2 billion parameters, of which 0.67 billion are the vision tower.
+    "qwen2-vl-2b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "mrope_section": [16, 24, 24],
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+    },
+    # The same with every depth and width divided by four, heads of half the size, and 4,096 words.
+    "quarter": {
+        "vocab_size": 4096,
+        "hidden_size": 384,
+        "intermediate_size": 2240,
+        "num_hidden_layers": 7,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "mrope_section": [8, 12, 12],
+        "vision": {"depth": 8, "embed_dim": 320, "num_heads": 5, "mlp_ratio": 4},
+    },
+    # For tests.
+    "tiny": {
+        "vocab_size": 640,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 3, 3],
+        "vision": {"depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step, as both engines are asked to do it."""
+
+    model: str
+    """A key of MODELS (random weights) or a path as in ``model.path``."""
+    prompts: int
+    generations: int
+    length: int
+    """Tokens of every completion: stop tokens are never sampled."""
+    side: int
+    """Images are squares of so many pixels."""
+    beta: float = 0.04
+    lora: int = 0
+    """Rank of the adapters; 0 trains the language model."""
+    train_vision: bool = False
+    """Train the tower and the projector too."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    checkpointing: bool = False
+    prompts_per_micro_batch: int = 8
+    learning_rate: float = 1e-6
+
+
+@dataclass(frozen=True)
+class Square:
+    """An image of the phantom world, resized."""
+
+    source: ImageSource
+    side: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.source.key}@{self.side}"
+
+    def load(self) -> Image.Image:
+        return self.source.load().resize((self.side, self.side), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Questions of the phantom world about images of one size: the same ones for both engines."""
+
+    samples: tuple[Sample, ...]
+    name: str = "squares"
+    fingerprint: str = "squares"
+    is_endless: bool = False
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        return {}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def make_data(count: int, side: int) -> Squares:
+    """The first questions of the phantom world, one image each."""
+    drawn = [draw_sample(seed=0, split="train", index=index) for index in range(count)]
+    return Squares(
+        tuple(
+            Sample(s.id, s.question, s.answer, s.answer_type, tuple(Square(i, side) for i in s.images), s.options)
+            for s in drawn
+        )
+    )
+
+
+def make_config(workload: Workload, folder: Path, *, steps: int = 1000, attention: str | None = None) -> Config:
+    """Settings of this package for a workload; the reward is a function that gives every group some variance.
+
+    Args:
+        folder: of the model.
+        steps: of the run, for the schedule.
+        attention: ``model.attention``; None takes the default.
+    """
+    pixels = workload.side**2
+    model: dict[str, Any] = {
+        "path": str(folder),
+        "dtype": workload.dtype,
+        "lora": {"rank": workload.lora, "alpha": 2 * workload.lora} if workload.lora else None,
+        "train_vision": workload.train_vision,
+        "train_projector": workload.train_vision,
+        "gradient_checkpointing": workload.checkpointing,
+        "min_pixels": pixels,
+        "max_pixels": pixels,
+    }
+    if attention is not None:
+        model["attention"] = attention
+    return Config.model_validate(
+        {
+            "model": model,
+            "rollout": {"num_generations": workload.generations, "max_completion_length": workload.length},
+            "rewards": {"format": 0.0, "correctness": 0.0, "functions": {"benchmarks.common.share_of_vowels": 1.0}},
+            "loss": {"type": "grpo", "beta": workload.beta},
+            "optimizer": {"learning_rate": workload.learning_rate},
+            "train": {
+                "steps": steps,
+                "prompts_per_step": workload.prompts,
+                "prompts_per_micro_batch": workload.prompts_per_micro_batch,
+            },
+        }
+    )
+
+
+def share_of_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    """A reward with TRL's signature that costs nothing and differs between completions."""
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(letter in "aeiou" for letter in text.lower()) / max(1, len(text)) for text in texts]
+
+
+def model_config(name: str, processor: Processor) -> Qwen2VLConfig:
+    """A key of MODELS with the special tokens of a tokenizer.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has words.
+    """
+    sizes = MODELS[name]
+    tokenizer = processor.tokenizer
+    if len(tokenizer) > sizes["vocab_size"]:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, but the model {name!r} has {sizes['vocab_size']} words: "
+            "choose a smaller tokenizer, or leave --tokenizer out."
+        )
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("vision_start_token_id", "vision_start"),
+            ("vision_end_token_id", "vision_end"),
+            ("image_token_id", "image_pad"),
+            ("video_token_id", "video_pad"),
+        )
+    }
+    text = {key: value for key, value in sizes.items() if key not in ("vision", "rope_theta", "mrope_section")}
+    return Qwen2VLConfig(
+        text_config={
+            **text,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": sizes["rope_theta"],
+                "mrope_section": sizes["mrope_section"],
+            },
+            "bos_token_id": None,
+            "eos_token_id": processor.eos_id,
+            "pad_token_id": processor.pad_id,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            **sizes["vision"],
+            "hidden_size": sizes["hidden_size"],
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )
+
+
+def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = None) -> Path:
+    """The folder of the workload's model; one with random weights is written into ``folder`` first.
+
+    Args:
+        folder: an empty folder.
+        tokenizer: folder with the tokenizer and image settings of a Qwen2-VL checkpoint; None takes the embedded ones.
+    """
+    if workload.model not in MODELS:
+        return resolve_folder(workload.model)
+    processor = Processor.from_folder(resolve_folder(PHANTOM) if tokenizer is None else tokenizer)
+    config = model_config(workload.model, processor)
+    dtype, before = getattr(torch, workload.dtype), torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = Qwen2VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder)
+    processor.save(folder)
+    return folder
+
+
+Clock = Literal["wall", "processor"]
+"""wall: seconds as they pass. processor: seconds of this process on the processor, for a machine that is busy with
+other things too: with one thread it is what passes on a core of one's own."""
+
+_clock: Callable[[], float] = time.perf_counter
+
+
+def use_clock(clock: Clock) -> None:
+    """Choose what :func:`now` reads.
+
+    Raises:
+        ValueError: the processor's clock does not show what a GPU takes, nor what several threads take.
+    """
+    global _clock
+    if clock == "processor" and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+        raise ValueError(
+            f"--clock processor is for one thread on a CPU, but there are {torch.get_num_threads()} threads and "
+            f"{torch.cuda.device_count()} GPUs: set OMP_NUM_THREADS=1, or take --clock wall."
+        )
+    _clock = time.process_time if clock == "processor" else time.perf_counter
+
+
+def now() -> float:
+    """Seconds on the chosen clock, after everything that the GPU was asked to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return _clock()
+
+
+def peak_bytes() -> int:
+    """The most memory so far: of the GPU where there is one, otherwise of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does in a second when nothing is in its way."""
+
+    flops: float
+    """Operations of a large matrix product in the workload's number format."""
+    bytes: float
+    """Bytes read and written by copying a large tensor."""
+
+
+def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None = None) -> Rates:
+    """The best of repeated large matrix products and copies.
+
+    Args:
+        seconds: how long each is repeated.
+        size: side of the matrices; None takes 8192 on a GPU and 1024 elsewhere.
+    """
+    is_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if is_gpu else "cpu")
+    side = size or (8192 if is_gpu else 1024)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros((2**30 if is_gpu else 2**26) if size is None else size, device=device)  # float32
+    target = torch.empty_like(source)
+    best = []
+    for run in (lambda: torch.mm(left, right), lambda: target.copy_(source)):
+        run()
+        shortest, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end or shortest == float("inf"):
+            began = now()
+            run()
+            shortest = min(shortest, now() - began)
+        best.append(shortest)
+    return Rates(flops=2 * side**3 / best[0], bytes=2 * source.numel() * source.element_size() / best[1])
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on, without names of hosts or folders."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        **{name: version(name).split("+")[0] for name in ("torch", "transformers", "peft")},
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Write a result file, readable and with a stable order, where a path is given."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the first to the left and the others to the right; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,232 @@
+"""This package as ``benchmarks.step`` runs it, and what makes its steps comparable with those of another engine.
+
+Same weights, questions, images, rewards, group size, optimizer and loss. Both sample exactly ``length`` tokens for
+every completion, because both suppress the stop tokens besides all other control tokens (TRL suppresses only the
+image token by itself, and crashes when the policy samples another vision token). Sampled tokens differ, as the random
+numbers do; what is counted and timed does not depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Workload, make_config, make_data, now
+from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.learning.grpo import roll_out
+from medvqa_rl.learning.sampler import samples_at
+from medvqa_rl.learning.setup import make_accelerator, set_up
+from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.loading import Reference, load_reference
+from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.rewards import Rewards
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import Completion, Group, Sample
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step took, and what shows that it did the work."""
+
+    rollout: float
+    """Seconds; preprocessing, sampling and decoding to text."""
+    reward: float
+    reference: float
+    update: float
+    """Seconds: everything else, so that the four are the whole step."""
+    prompt_ids: list[list[int]]
+    """(P,) tokens of every prompt, image placeholders included."""
+    completion_ids: list[list[int]]
+    """(B,) sampled tokens."""
+    rewards: list[float]
+    """(B,)"""
+    loss: float
+    entropy: float
+    """Mean over the sampled tokens: close for both engines where they sample from the same distribution."""
+    grad_norm: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.rollout + self.reward + self.reference + self.update
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that were sampled."""
+        return sum(map(len, self.completion_ids))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - began
+
+    def take(self) -> dict[str, float]:
+        """What was measured since the last call."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+def step_samples(workload: Workload, steps: int) -> list[list[Sample]]:
+    """The samples of every step, in the order in which this package draws them."""
+    data = make_data(workload.prompts * steps, workload.side)
+    return [
+        [draw.sample for draw in samples_at(data, step, num_prompts=workload.prompts, seed=0, rank=0, num_ranks=1)]
+        for step in range(steps)
+    ]
+
+
+def forbid_stopping(processor: Processor) -> None:
+    """Suppress the stop tokens too, so that completions always reach the limit."""
+    processor.suppressed_ids = tuple(sorted({*processor.suppressed_ids, *processor.stop_ids}))
+
+
+def run_ours(
+    workload: Workload,
+    folder: Path,
+    steps: int,
+    *,
+    attention: str | None = None,
+    reference_noise: float = 0.0,
+) -> list[Step]:
+    """Training steps of this package.
+
+    Args:
+        folder: of the model.
+        attention: ``model.attention``; None takes the default.
+        reference_noise: change the reference's weights by this much, so that a test meets a divergence.
+    """
+    config = make_config(workload, folder, steps=steps, attention=attention)
+    data = make_data(workload.prompts * steps, workload.side)
+    accelerator = make_accelerator(config, workload.prompts)
+    setup = set_up(config, data, None, with_validation=False)
+    forbid_stopping(setup.policy.processor)
+    setup.engine = RolloutEngine(setup.policy, config.prompt.template)
+    rewards = Rewards(config.rewards, config.prompt.template)
+    watch = Stopwatch()
+    reference = load_reference(setup.policy) if workload.beta > 0 else None
+    if reference is not None:
+        if reference_noise:
+            with reference.active() as model:
+                add_noise(model, reference_noise)
+        _time_reference(reference, watch)
+    learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+    done = []
+    for step in range(steps):
+        with watch.phase("rollout"):
+            groups = roll_out(config, accelerator, setup, step)
+        with watch.phase("reward"):
+            total = torch.from_numpy(rewards.score(groups, step=step).total)
+        with watch.phase("update"):
+            advantages = group_advantages(total, scale=config.advantage.scale)
+            metrics = learner.update(groups, advantages, ~total.isnan(), step)
+        seconds = watch.take()
+        seconds["update"] -= seconds.get("reference", 0.0)
+        done.append(
+            Step(
+                **{phase: seconds.get(phase, 0.0) for phase in ("rollout", "reward", "reference", "update")},
+                prompt_ids=[group.prompt.input_ids.tolist() for group in groups],
+                completion_ids=[list(completion.token_ids) for group in groups for completion in group.completions],
+                rewards=total.flatten().tolist(),
+                loss=metrics["loss"],
+                entropy=metrics["entropy"],
+                grad_norm=metrics["grad_norm"],
+            )
+        )
+    return done
+
+
+def add_noise(model: torch.nn.Module, scale: float) -> None:
+    """Change every weight of the language model a little, the same way each time."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" in name and "lora" not in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter += scale * noise.to(parameter.device, parameter.dtype)
+
+
+def _time_reference(reference: Reference, watch: Stopwatch) -> None:
+    """Count the time in which the reference is active."""
+    active: Callable[[], Any] = reference.active
+
+    @contextmanager
+    def timed() -> Iterator[Any]:
+        with watch.phase("reference"), active() as model:
+            yield model
+
+    reference.active = timed  # type: ignore[method-assign]
+
+
+def same_work(ours: Sequence[Step], theirs: Sequence[Step], tolerance: float = 0.02) -> list[str]:
+    """What differs between the work of two engines; empty where they did the same.
+
+    The prompts must be equal token for token, and every completion must have the same number of tokens. The tokens
+    were sampled with other random numbers, so losses and entropies can only be close.
+
+    Args:
+        tolerance: of the losses, and of the entropies relative to their size times ten.
+    """
+    found = []
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
+        if mine.prompt_ids != other.prompt_ids:
+            found.append(f"step {step}: the prompts differ")
+        if list(map(len, mine.completion_ids)) != list(map(len, other.completion_ids)):
+            found.append(f"step {step}: the lengths of the completions differ")
+        if abs(mine.loss - other.loss) > tolerance:
+            found.append(f"step {step}: the losses are {mine.loss:.5f} and {other.loss:.5f}")
+        if abs(mine.entropy - other.entropy) > 10 * tolerance * other.entropy:
+            found.append(f"step {step}: the entropies are {mine.entropy:.4f} and {other.entropy:.4f}")
+    return found
+
+
+def replay(
+    workload: Workload, folder: Path, steps: Sequence[Step], *, reference_noise: float = 0.0
+) -> tuple[float, float]:
+    """Loss and gradient norm that this package finds for the completions of the other engine's first step.
+
+    Args:
+        steps: of ``run_trl`` with the same workload, folder and noise.
+    """
+    config = make_config(workload, folder)
+    accelerator = make_accelerator(config, workload.prompts)
+    setup = set_up(config, make_data(workload.prompts, workload.side), None, with_validation=False)
+    policy = setup.policy
+    step, samples = steps[0], step_samples(workload, len(steps))[0]
+    ids = iter(step.completion_ids)
+    groups = [
+        Group(
+            sample,
+            policy.processor.encode(sample, config.prompt.template),
+            [Completion(tuple(next(ids)), "", True) for _ in range(workload.generations)],
+        )
+        for sample in samples
+    ]
+    reference = load_reference(policy) if workload.beta > 0 else None
+    if reference is not None and reference_noise:
+        with reference.active() as model:
+            add_noise(model, reference_noise)
+    learner = Learner(config, accelerator, policy, reference, setup.optimizer)
+    total = torch.tensor(step.rewards).view(workload.prompts, workload.generations).double()
+    experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())
+    policy.model.train()
+    metrics, _ = learner.accumulate(experience, None, 0)
+    return metrics["loss"], metrics["grad_norm"]

@@ -1,0 +1,306 @@
+"""Seconds of one GRPO step: this package against TRL, on the same work, in alternating processes.
+
+    python -m benchmarks.step --preset embedded --engine both
+    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.step --preset paper-cpu --steps 1 --warmup 0 --rounds 1
+    python -m benchmarks.step --preset paper-gpu --lora 16 --beta 0.04 --tokenizer FOLDER
+
+Every engine runs in a process of its own, one after the other, round after round, so that both meet the same load
+and each has its own peak memory. The first steps of a process are left out as warmup. Prints medians, and with
+``--engine both`` last a line ``speedup: RATIO``: median seconds of TRL's step over median seconds of ours. Exits with
+1 where the two did not do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import (
+    MODELS,
+    PHANTOM,
+    Clock,
+    Rates,
+    Workload,
+    hardware,
+    measure_rates,
+    peak_bytes,
+    prepare_model,
+    table,
+    use_clock,
+    write_result,
+)
+from benchmarks.engine_trl import run_trl
+from benchmarks.engines import Step, run_ours, same_work
+from benchmarks.floors import Floor, architecture_of, step_floors
+from medvqa_rl.memory import keep_freed_memory
+
+PRESETS = {
+    "embedded": Workload(PHANTOM, prompts=8, generations=8, length=30, side=112),
+    "paper-cpu": Workload("quarter", prompts=4, generations=8, length=64, side=504, prompts_per_micro_batch=4),
+    "paper-gpu": Workload(
+        "qwen2-vl-2b",
+        prompts=8,
+        generations=8,
+        length=256,
+        side=504,
+        dtype="bfloat16",
+        checkpointing=True,
+        prompts_per_micro_batch=2,
+    ),
+    "smoke": Workload("tiny", prompts=2, generations=2, length=4, side=56, prompts_per_micro_batch=2),
+}
+PHASES = ("rollout", "reward", "reference", "update")
+ENGINES = {"ours": run_ours, "trl": run_trl}
+ROOT = Path(__file__).parents[1]
+
+
+def child(request: Mapping[str, Any]) -> None:
+    """Run one engine in this process and print what it did as the last line."""
+    use_clock(request["clock"])
+    keep_freed_memory()  # as the command does; TRL gets the same
+    workload = Workload(**request["workload"])
+    run = ENGINES[request["engine"]]
+    options = {} if request["attention"] is None else {"attention": request["attention"]}
+    before = peak_bytes()
+    steps = run(workload, Path(request["folder"]), request["steps"], **options)
+    print(json.dumps({"before": before, "peak": peak_bytes(), "steps": [step.as_dict() for step in steps]}))
+
+
+def in_a_new_process(request: Mapping[str, Any]) -> tuple[list[Step], int]:
+    """The steps of an engine, and its peak memory in bytes.
+
+    Raises:
+        ValueError: the engine failed; with the end of what it printed.
+    """
+    command = [sys.executable, "-m", "benchmarks.step", "--child", json.dumps(request)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
+        raise ValueError(f"The engine {request['engine']} failed:\n{result.stderr[-3000:]}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    return [Step(**step) for step in found["steps"]], found["peak"]
+
+
+def summary(steps: Sequence[Step], peak: int, floors: Mapping[str, Floor]) -> dict[str, Any]:
+    """Medians over the steps of one engine."""
+    seconds = statistics.median(step.seconds for step in steps)
+    floor = sum(part.seconds for part in floors.values())
+    phases = {phase: statistics.median(getattr(step, phase) for step in steps) for phase in PHASES}
+    return {
+        "seconds": seconds,
+        "lowest": min(step.seconds for step in steps),
+        "highest": max(step.seconds for step in steps),
+        "phases": phases,
+        "tokens_per_second": steps[0].completion_tokens / seconds,
+        "rollout_tokens_per_second": steps[0].completion_tokens / phases["rollout"],
+        "share_of_floor": floor / seconds,
+        "shares": {phase: part.seconds / phases[phase] for phase, part in floors.items() if part.seconds},
+        "peak_gib": peak / 2**30,
+        "loss": [step.loss for step in steps],
+        "entropy": [step.entropy for step in steps],
+        "grad_norm": [step.grad_norm for step in steps],
+    }
+
+
+def floors_of(workload: Workload, folder: Path, steps: Sequence[Step], rates: Rates) -> dict[str, Floor]:
+    """Median floor of the steps' phases."""
+    model = architecture_of(folder)
+    across = workload.side // model.patch_size
+    found = [
+        step_floors(model, workload, list(map(len, step.prompt_ids)), [(across, across)] * workload.prompts, rates)
+        for step in steps
+    ]
+    return {
+        phase: Floor(
+            flops=statistics.median(floor[phase].flops for floor in found),
+            bytes=statistics.median(floor[phase].bytes for floor in found),
+            seconds=statistics.median(floor[phase].seconds for floor in found),
+        )
+        for phase in found[0]
+    }
+
+
+def report(found: Mapping[str, Mapping[str, Any]], floors: Mapping[str, Floor]) -> str:
+    """The table of one comparison."""
+    names = list(found)
+    rows = [["seconds per step", *names, "floor"]]
+    for phase in PHASES:
+        floor = f"{floors[phase].seconds:.3f}" if phase in floors else ""
+        rows.append([f"  {phase}", *(f"{found[name]['phases'][phase]:.3f}" for name in names), floor])
+    total = sum(part.seconds for part in floors.values())
+    rows.append(["  whole step", *(f"{found[name]['seconds']:.3f}" for name in names), f"{total:.3f}"])
+    spread = [f"{found[name]['lowest']:.3f} to {found[name]['highest']:.3f}" for name in names]
+    rows.append(["  lowest to highest", *spread, ""])
+    rows.append(["completion tokens per second", *(f"{found[n]['tokens_per_second']:.1f}" for n in names), ""])
+    rows.append(["  of the rollout alone", *(f"{found[n]['rollout_tokens_per_second']:.1f}" for n in names), ""])
+    rows.append(["share of the floor", *(f"{found[name]['share_of_floor']:.1%}" for name in names), ""])
+    rows.append(["peak memory, GiB", *(f"{found[name]['peak_gib']:.2f}" for name in names), ""])
+    return table(rows)
+
+
+def describe(workload: Workload, steps: Sequence[Step]) -> str:
+    """One line about the work."""
+    lengths = sorted(len(ids) for step in steps for ids in step.prompt_ids)
+    return (
+        f"{workload.model}, {workload.dtype}, {workload.prompts} prompts of {lengths[0]} to {lengths[-1]} tokens "
+        f"({workload.side} px) x {workload.generations} completions of {workload.length} tokens, beta "
+        f"{workload.beta:g}, {f'LoRA of rank {workload.lora}' if workload.lora else 'all weights'}, vision "
+        f"{'trained' if workload.train_vision else 'frozen'}"
+    )
+
+
+def measure(
+    workload: Workload,
+    engines: Sequence[str],
+    *,
+    steps: int,
+    warmup: int,
+    rounds: int,
+    tokenizer: Path | None = None,
+    attention: str | None = None,
+    clock: Clock = "wall",
+) -> dict[str, Any]:
+    """Run the engines in turn and compare.
+
+    Args:
+        steps: measured in every process.
+        warmup: steps before them.
+        rounds: processes of each engine.
+        attention: ``model.attention`` of ours; None takes the default.
+
+    Returns:
+        The result as it is written; ``differences`` says where the engines did not do the same work.
+    """
+    use_clock(clock)
+    rates = measure_rates(getattr(torch, workload.dtype), seconds=0.5)
+    measured: dict[str, list[Step]] = {name: [] for name in engines}
+    peaks = dict.fromkeys(engines, 0)
+    differences: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = prepare_model(workload, Path(scratch), tokenizer)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for _ in range(rounds):
+            runs: dict[str, list[Step]] = {}
+            for name in engines:
+                request = {
+                    "engine": name,
+                    "workload": asdict(workload),
+                    "folder": str(folder),
+                    "steps": warmup + steps,
+                    "attention": attention if name == "ours" else None,
+                    "clock": clock,
+                }
+                runs[name], peak = in_a_new_process(request)
+                peaks[name] = max(peaks[name], peak)
+                measured[name] += runs[name][warmup:]
+            if len(engines) == 2:
+                differences += same_work(runs["ours"], runs["trl"])
+        floors = floors_of(workload, folder, measured[engines[0]], rates)
+    return {
+        "benchmark": "step",
+        "workload": asdict(workload),
+        "hardware": hardware(),
+        "rates": asdict(rates),
+        "steps": len(measured[engines[0]]),
+        "warmup": warmup,
+        "rounds": rounds,
+        "attention": attention,
+        "clock": clock,
+        "work": describe(workload, measured[engines[0]]),
+        "floors": {phase: asdict(part) for phase, part in floors.items()},
+        "engines": {name: summary(measured[name], peaks[name], floors) for name in engines},
+        "differences": differences,
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="embedded")
+    parser.add_argument("--engine", choices=("ours", "trl", "both"), default="both")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of every process")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them, not measured")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each engine, in turn")
+    parser.add_argument("--model", choices=(PHANTOM, *MODELS))
+    for name in ("prompts", "generations", "length", "side", "lora"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--prompts-per-micro-batch", type=int)
+    parser.add_argument("--beta", type=float)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--train-vision", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--attention", help="model.attention of ours; the default where it is left out")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL tokenizer for random weights")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
+    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser
+
+
+CHANGES = (
+    *("model", "prompts", "generations", "length", "side", "lora", "prompts_per_micro_batch", "beta", "dtype"),
+    *("train_vision", "checkpointing"),
+)
+"""Options that change the preset's workload."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments().parse_args(argv)
+    if options.child is not None:
+        child(json.loads(options.child))
+        return 0
+    given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+    workload = replace(PRESETS[options.preset], **given)
+    if workload.lora and workload.train_vision:
+        raise ValueError("--lora and --train-vision cannot be compared: TRL's adapters leave the vision tower out.")
+    if workload.prompts % workload.prompts_per_micro_batch:
+        raise ValueError(
+            f"--prompts is {workload.prompts}, which micro-batches of {workload.prompts_per_micro_batch} do not "
+            "share out evenly: set --prompts-per-micro-batch to a divisor."
+        )
+    engines = ("ours", "trl") if options.engine == "both" else (options.engine,)
+    result = {"preset": options.preset} | measure(
+        workload,
+        engines,
+        steps=options.steps,
+        warmup=options.warmup,
+        rounds=options.rounds,
+        tokenizer=options.tokenizer,
+        attention=options.attention,
+        clock=options.clock,
+    )
+    write_result(options.output, result)
+    machine, rates = result["hardware"], result["rates"]
+    print(result["work"])
+    print(
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {options.clock} clock, "
+        f"load {machine['load']}; {rates['flops'] / 1e9:,.0f} GFLOP/s, {rates['bytes'] / 1e9:,.1f} GB/s; "
+        f"{result['steps']} steps measured, in {options.rounds} processes each"
+    )
+    print(report(result["engines"], {phase: Floor(**part) for phase, part in result["floors"].items()}))
+    for difference in result["differences"]:
+        print(f"NOT THE SAME WORK, {difference}")
+    if len(engines) == 2:
+        print(f"speedup: {result['engines']['trl']['seconds'] / result['engines']['ours']['seconds']:.2f}")
+    return bool(result["differences"])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
