@@ -157,7 +157,7 @@ class RolloutConfig(Settings):
     top_k: Annotated[int, Field(ge=0)] = 0
     """Sample from this many of the likeliest tokens; 0 keeps all."""
     max_batch: Positive = 64
-    """Prompts prefilled together; bounds the memory of the KV cache."""
+    """Prompts completed at a time; where completions end, waiting prompts take their room. Bounds the KV cache."""
 
 
 class RewardsConfig(Settings):

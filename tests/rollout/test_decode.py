@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from medvqa_rl.models import qwen_vl
 from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.rollout import decode
 from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.state import DecodeState
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 LENGTH = 24
@@ -117,24 +120,18 @@ def test_shifted_positions_are_noticed(make_policy, mixed_samples, model_inputs,
 def test_leaking_padding_is_noticed(make_policy, mixed_samples, model_inputs, monkeypatch):
     """Negative control: without the mask, rows shorter than the longest see its padding."""
 
-    def leaking(*args, **kwargs):
-        padded = qwen_vl.pad_prompts(*args, **kwargs)
-        assert not padded.mask.all()
-        return padded._replace(mask=_AllTrueInTotal(padded.mask))
+    shape = DecodeState.shape
 
-    class _AllTrueInTotal(torch.Tensor):
-        """A mask that claims to have no padding."""
+    padded = []
 
-        @staticmethod
-        def __new__(cls, data):
-            return torch.Tensor._make_subclass(cls, data)
+    def leaking(state):
+        padded.append(shape(state).is_padded)
+        return shape(state)._replace(is_padded=False)
 
-        def all(self, *args, **kwargs):
-            return torch.tensor(True)
-
-    monkeypatch.setattr(decode, "pad_prompts", leaking)
+    monkeypatch.setattr(DecodeState, "shape", leaking)
     policy = make_policy()
     groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
+    assert padded[0]
     assert any(group.completions[0].token_ids != stock_greedy(policy, group.prompt, model_inputs) for group in groups)
 
 
@@ -255,22 +252,95 @@ def test_images_are_encoded_once_per_prompt(make_policy, mixed_samples, monkeypa
     assert [image.loads for sample in mixed_samples for image in sample.images] == [1] * 4
 
 
+def watch_shapes(monkeypatch):
+    """The list that every decoding step's shape is appended to."""
+    shapes = []
+    shape = DecodeState.shape
+    monkeypatch.setattr(DecodeState, "shape", lambda state: shapes.append(shape(state)) or shapes[-1])
+    return shapes
+
+
 def test_prompts_of_equal_length_need_no_mask(make_policy, make_sample, monkeypatch):
-    policy = make_policy()
-    masks = []
-    language_model = backbone(policy.model).language_model
-    forward = language_model.forward
-
-    def spy(*args, **kwargs):
-        masks.append(kwargs.get("attention_mask"))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(language_model, "forward", spy)
+    shapes = watch_shapes(monkeypatch)
     config = RolloutConfig(num_generations=2, max_completion_length=5)
-    samples = [make_sample("a"), make_sample("b")]
-    RolloutEngine(policy).rollout(samples, config, seed=0, stream="train", step=0)
-    assert masks
-    assert all(mask is None for mask in masks)
+    RolloutEngine(make_policy()).rollout([make_sample("a"), make_sample("b")], config, seed=0, stream="train", step=0)
+    assert shapes
+    assert not any(shape.is_padded for shape in shapes)
+    assert all(shape.is_even for shape in shapes)
+    assert shapes[0].is_grid
+
+
+def many_samples(mixed_samples):
+    """Twelve questions of different lengths, and the images of four."""
+    return [replace(sample, id=f"{sample.id}-{turn}") for turn in range(3) for sample in mixed_samples]
+
+
+@BOTH
+def test_waiting_prompts_take_the_places_of_finished_rows(arch, make_policy, mixed_samples, monkeypatch):
+    policy = make_policy(arch, seed=3)
+    samples = many_samples(mixed_samples)
+    expected = sampled(policy, samples)
+    shapes = watch_shapes(monkeypatch)
+    for share in (0.25, 1e-9, 2.0):
+        monkeypatch.setattr(decode, "COMPACT_SHARE", share)
+        shapes.clear()
+        assert sampled(policy, samples, max_batch=3) == expected
+        is_refilled = any(not shape.is_even for shape in shapes)
+        assert is_refilled == (share < 1)
+        assert max(shape.rows for shape in shapes) == 12
+        # More prompts than were asked for at a time share the rows, never more rows than asked for.
+        assert max(shape.slots for shape in shapes) > 3 or share > 1
+    long = sum(shape.rows for shape in shapes)  # never refilled: rows wait for the last of their batch
+    shapes.clear()
+    monkeypatch.setattr(decode, "COMPACT_SHARE", 0.25)
+    sampled(policy, samples, max_batch=3)
+    assert sum(shape.rows for shape in shapes) < 0.8 * long
+
+
+@BOTH
+def test_greedy_does_not_depend_on_refill(arch, make_policy, mixed_samples, model_inputs, monkeypatch):
+    policy = make_policy(arch, seed=1)
+    samples = many_samples(mixed_samples)
+    shapes = watch_shapes(monkeypatch)
+    for size in (1, 3, 5):
+        shapes.clear()
+        groups = list(RolloutEngine(policy).greedy(iter(samples), max_completion_length=LENGTH, batch_size=size))
+        assert [group.sample.id for group in groups] == [sample.id for sample in samples]
+        for group in groups[:4]:
+            assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
+        by_id = {group.sample.id: group.completions[0].token_ids for group in groups}
+        assert all(by_id[f"{sample.id}-2"] == by_id[f"{sample.id}-0"] for sample in mixed_samples)
+        assert size == 1 or any(not shape.is_even for shape in shapes)
+
+
+def test_greedy_reads_ahead_no_more_than_it_has_room_for(make_policy, mixed_samples):
+    policy = make_policy(seed=1)
+    taken = []
+    samples = (taken.append(sample) or sample for sample in many_samples(mixed_samples))
+    groups = RolloutEngine(policy).greedy(samples, max_completion_length=LENGTH, batch_size=2)
+    for given in range(1, 13):
+        next(groups)
+        assert torch.is_grad_enabled()
+        assert len(taken) <= given + LENGTH * 2
+    assert len(taken) == 12
+
+
+def test_encoded_prompts_are_taken_as_they_are(make_policy, mixed_samples):
+    policy = make_policy(seed=3)
+    engine = RolloutEngine(policy)
+    config = RolloutConfig(num_generations=2, max_completion_length=LENGTH)
+    settings = {"seed": 0, "stream": "train", "step": 0}
+    prompts = [engine.encode(sample) for sample in mixed_samples]
+    loads = [image.loads for sample in mixed_samples for image in sample.images]
+    given = engine.rollout(mixed_samples, config, prompts=prompts, **settings)
+    greedy = list(engine.greedy(mixed_samples, max_completion_length=LENGTH, batch_size=3, prompts=iter(prompts)))
+    assert [image.loads for sample in mixed_samples for image in sample.images] == loads
+    assert all(group.prompt is prompt for group, prompt in zip(given, prompts, strict=True))
+    assert all(group.prompt is prompt for group, prompt in zip(greedy, prompts, strict=True))
+    made = engine.rollout(mixed_samples, config, **settings)
+    assert [group.completions for group in made] == [group.completions for group in given]
+    with pytest.raises(ValueError, match="zip"):
+        engine.rollout(mixed_samples, config, prompts=prompts[:-1], **settings)
 
 
 def test_bfloat16(make_policy, mixed_samples):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvqa_rl.randomness import address, uniforms
+from medvqa_rl.rollout import sampling
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens, uniform_table
 
 ALMOST_ONE = 1.0 - 2.0**-53
@@ -164,3 +165,18 @@ def test_uniform_table_is_addressed():
     ]
     assert not any(np.isclose(table[:1], other).any() for other in others)
     assert uniform_table(7, "train", 3, [], [], 2, 5).shape == (0, 5)
+
+
+def test_both_ways_to_invert_agree():
+    """Bisection, where sums are taken in order, and the search that forgives parallel sums."""
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(500, 40, generator=generator, dtype=torch.float64)
+    mass[torch.rand(500, 40, generator=generator) < 0.7] = 0
+    mass[:, 7] += 1e-12
+    u = torch.from_numpy(uniforms(1, 500))
+    u[:3], u[3:6] = 0.0, ALMOST_ONE
+    expected = [int(np.flatnonzero(row.cumsum(0) > draw * row.sum())[0]) for row, draw in zip(mass[6:], u[6:])]
+    found = sampling._invert_in_order(mass, u)
+    assert found[6:].tolist() == expected
+    assert torch.equal(found, sampling._invert(mass, u))
+    assert (mass.gather(1, found[:, None]) > 0).all()

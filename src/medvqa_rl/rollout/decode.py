@@ -1,8 +1,8 @@
-"""The rollout engine: encode each image once, prefill each prompt once, fork its cache, decode until all have ended.
+"""The rollout engine: encode each image once, prefill each prompt once, decode all its completions from that one copy.
 
-Prompts of a batch are padded on the right. Causal attention never looks ahead, so the prefill needs no mask; while
-decoding a mask hides the padding, and equal lengths need none at all. Positions are explicit, so where a key lies in
-the cache does not matter.
+Completions that have ended leave the batch, and prompts that wait take their place. Prompts are padded on the right:
+causal attention never looks ahead, so the prefill needs no mask. Positions are explicit, so where a key lies in the
+cache does not matter.
 """
 
 from __future__ import annotations
@@ -10,26 +10,56 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.prompts import Template
-from medvqa_rl.rollout.sampling import Stream, pick_greedy, pick_tokens, uniform_table
+from medvqa_rl.rollout.sampling import Stream, uniform_table
+from medvqa_rl.rollout.state import DecodeState, Prefilled
+from medvqa_rl.rollout.step import Picker, Sampling, advance, take
 from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
-T = TypeVar("T")
-Pick = Callable[[Tensor, Tensor, int], Tensor]
-"""Chooses tokens: (logits (b, V), rows (b,) of the rollout that these are, position) -> token ids (b,)."""
-
 COMPACT_SHARE = 0.25
-"""Finished rows are dropped when they are this share of the batch: dropping copies the cache."""
+"""Finished rows are dropped, and their places given to waiting prompts, when they are this share of the batch."""
+
+
+class _Request(NamedTuple):
+    """A prompt that waits."""
+
+    sample: Sample
+    prompt: EncodedPrompt
+    occurrence: int
+
+
+class _Work(NamedTuple):
+    """What is to be done with every prompt."""
+
+    num_generations: int
+    length: int
+    max_prompts: int
+    """The batch holds this many times ``num_generations`` completions."""
+    picker: Picker
+    uniforms: Callable[[Sequence[_Request]], NDArray[np.float64]] | None
+    """The (P * G, L) uniforms of some prompts."""
+
+
+@dataclass
+class _Begun:
+    """A prompt whose completions are being written."""
+
+    request: _Request
+    features: Tensor | None
+    completions: dict[int, Completion] = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -86,32 +116,24 @@ class RolloutEngine:
             ValueError: an image cannot be used; the message names the sample.
             FloatingPointError: the model gives logits that are not finite.
         """
-        numbers = iter(_count_occurrences(samples) if occurrences is None else occurrences)
-        groups: list[Group] = []
-        for batch in _batches(self._encoded(samples, prompts), config.max_batch):
-            table = uniform_table(
-                seed,
-                stream,
-                step,
-                [sample.id for sample, _ in batch],
-                list(islice(numbers, len(batch))),
-                config.num_generations,
-                config.max_completion_length,
+        numbers = _count_occurrences(samples) if occurrences is None else occurrences
+        requests = (_Request(*pair, number) for pair, number in zip(self._encoded(samples, prompts), numbers))
+
+        def uniforms(of: Sequence[_Request]) -> NDArray[np.float64]:
+            ids, occurrences = [request.sample.id for request in of], [request.occurrence for request in of]
+            return uniform_table(
+                seed, stream, step, ids, occurrences, config.num_generations, config.max_completion_length
             )
-            u = torch.from_numpy(table).to(self._policy.device)
 
-            def pick(logits: Tensor, rows: Tensor, position: int, u: Tensor = u) -> Tensor:
-                return pick_tokens(
-                    logits,
-                    u[rows, position],
-                    temperature=config.temperature,
-                    top_k=config.top_k,
-                    top_p=config.top_p,
-                    suppressed=self._suppressed,
-                )
-
-            groups += self._complete(batch, config.num_generations, config.max_completion_length, pick)
-        return groups
+        work = _Work(
+            config.num_generations,
+            config.max_completion_length,
+            config.max_batch,
+            Picker(Sampling(config.temperature, config.top_k, config.top_p), self._suppressed, self._stop),
+            uniforms,
+        )
+        with torch.no_grad(), _evaluating(self._policy.model):
+            return [group for groups in self._complete(requests, work) for group in groups]
 
     def greedy(
         self,
@@ -124,18 +146,22 @@ class RolloutEngine:
         """The most likely completion of each sample, token by token, in order; groups of one.
 
         Args:
-            prompts: the samples' prompts as from :meth:`encode`; None encodes them here, batch by batch.
+            prompts: the samples' prompts as from :meth:`encode`; None encodes each when its turn comes.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
             FloatingPointError: the model gives logits that are not finite.
         """
-
-        def pick(logits: Tensor, rows: Tensor, position: int) -> Tensor:
-            return pick_greedy(logits, suppressed=self._suppressed)
-
-        for batch in _batches(self._encoded(samples, prompts), batch_size):
-            for group in self._complete(batch, 1, max_completion_length, pick):
+        requests = (_Request(*pair, 0) for pair in self._encoded(samples, prompts))
+        work = _Work(1, max_completion_length, batch_size, Picker(None, self._suppressed, self._stop), None)
+        finished = self._complete(requests, work)
+        while True:
+            # The caller of a generator is not to find itself without gradients.
+            with torch.no_grad(), _evaluating(self._policy.model):
+                groups = next(finished, None)
+            if groups is None:
+                return
+            for group in groups:
                 group.image_features = None
                 yield group
 
@@ -147,152 +173,113 @@ class RolloutEngine:
             return zip(samples, prompts, strict=True)
         return ((sample, self.encode(sample)) for sample in samples)
 
-    def _complete(
-        self, batch: Sequence[tuple[Sample, EncodedPrompt]], num_generations: int, length: int, pick: Pick
-    ) -> list[Group]:
-        """Complete the prompts of one batch."""
-        processor = self._policy.processor
-        prompts = [prompt for _, prompt in batch]
-        with torch.no_grad(), _evaluating(self._policy.model):
-            features = image_features(self._policy.model, prompts, self._policy.device)
-            tokens, lengths, is_stopped = self._decode(prompts, features, num_generations, length, pick)
-        completions = [
-            Completion(tuple(row[:count]), processor.decode(row[:count]), not stopped)
-            for row, count, stopped in zip(tokens.tolist(), lengths.tolist(), is_stopped.tolist())
-        ]
-        keeps_features = self._policy.vision_is_frozen
-        return [
-            Group(
-                sample,
-                prompt,
-                completions[index * num_generations : (index + 1) * num_generations],
-                features[index] if keeps_features else None,
-            )
-            for index, (sample, prompt) in enumerate(batch)
-        ]
+    def _complete(self, requests: Iterable[_Request], work: _Work) -> Iterator[list[Group]]:
+        """Complete prompts as there is room for them; groups come in the order of the requests, some at a time."""
+        waiting = iter(requests)
+        begun: dict[int, _Begun] = {}
+        num_begun = num_given = 0
+        state: DecodeState | None = None
+        new = list(islice(waiting, work.max_prompts))
+        while new or begun:
+            if new:
+                prefilled, features = self._prefill([request.prompt for request in new])
+                if state is None:
+                    state = self._make_state(work, len(new), prefilled.keys[0].shape[2])
+                self._admit(state, prefilled, new, num_begun, work)
+                begun |= {num_begun + index: _Begun(*pair) for index, pair in enumerate(zip(new, features))}
+                num_begun += len(new)
+            assert state is not None
+            done = self._advance(state, work)
+            for owner, completion in self._read(state, done):
+                begun[owner // work.num_generations].completions[owner % work.num_generations] = completion
+            state.remove(done)
+            finished = []
+            while num_given in begun and len(begun[num_given].completions) == work.num_generations:
+                finished.append(self._group(begun.pop(num_given), work.num_generations))
+                num_given += 1
+            yield finished
+            free_rows, free_slots = state.room
+            new = list(islice(waiting, min(free_rows // work.num_generations, free_slots)))
 
-    def _decode(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        features: Sequence[Tensor | None],
-        num_generations: int,
-        length: int,
-        pick: Pick,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prefill, fork and decode.
-
-        Returns:
-            (B, length) token ids, (B,) how many of them count, (B,) True where a stop token ended them.
-        """
+    def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[Prefilled, list[Tensor | None]]:
+        """Read prompts, padded on the right; their image features are given too."""
         model, device = self._policy.model, self._policy.device
+        features = image_features(model, prompts, device)
+        padded = pad_prompts(model, prompts, pad_id=self._policy.processor.pad_id, device=device, side="right")
+        cache = DynamicCache()
         language_model: Any = backbone(model).language_model
-        lm_head: Any = causal_model(model).lm_head
-        pad_id = self._policy.processor.pad_id
-
-        padded = pad_prompts(model, prompts, pad_id=pad_id, device=device, side="right")
-        prefilled = DynamicCache()
         hidden = language_model(
             inputs_embeds=embed_prompts(model, padded.input_ids, padded.mask, features),
             position_ids=padded.position_ids,
-            past_key_values=prefilled,
+            past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        prompt_lengths = padded.mask.sum(dim=-1)
-        last = hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1]
-        logits = lm_head(last).repeat_interleave(num_generations, dim=0)
+        last = hidden[torch.arange(len(prompts), device=device), padded.mask.sum(dim=-1) - 1]
+        layers: Any = cache.layers
+        prefilled = Prefilled(
+            keys=[layer.keys for layer in layers],
+            values=[layer.values for layer in layers],
+            logits=causal_model(model).lm_head(last),
+            lengths=[len(prompt.input_ids) for prompt in prompts],
+            next_positions=padded.next_positions,
+        )
+        return prefilled, features
 
-        width = padded.mask.shape[1]
-        cache = Cache(layers=[_ForkedLayer(layer, num_generations, width + length) for layer in prefilled.layers])
-        positions = padded.next_positions.repeat_interleave(num_generations)
-        mask = None
-        if not bool(padded.mask.all()):
-            mask = torch.ones(len(prompts), width + length, dtype=torch.bool, device=device)
-            mask[:, :width] = padded.mask
-            mask = mask.repeat_interleave(num_generations, dim=0)
+    def _make_state(self, work: _Work, num_prompts: int, width: int) -> DecodeState:
+        """Room for a first batch of so many prompts; later, stragglers of twice as many may share the rows."""
+        rows = num_prompts * work.num_generations
+        return DecodeState(
+            self._policy.model,
+            slots=min(2 * num_prompts, rows),
+            places=work.num_generations,
+            rows=rows,
+            width=width,
+            length=work.length,
+            device=self._policy.device,
+        )
 
-        count = len(prompts) * num_generations
-        tokens = torch.full((count, length), pad_id, dtype=torch.long, device=device)
-        lengths = torch.full((count,), length, dtype=torch.long, device=device)
-        is_stopped = torch.zeros(count, dtype=torch.bool, device=device)
-        rows = torch.arange(count, device=device)  # which rows of the rollout are still in the batch
-        is_finite = torch.ones((), dtype=torch.bool, device=device)
-        for position in range(length):
-            is_finite &= logits.isfinite().all()
-            picked = pick(logits, rows, position)
-            is_done = is_stopped[rows]
-            picked = torch.where(is_done, pad_id, picked)
-            tokens[rows, position] = picked
-            ends = (picked.unsqueeze(-1) == self._stop).any(dim=-1) & ~is_done
-            is_done = is_done | ends
-            is_stopped[rows] = is_done
-            lengths[rows[ends]] = position + 1
-            num_done = int(is_done.sum())
-            if num_done == len(rows) or position + 1 == length:
+    def _admit(
+        self, state: DecodeState, prefilled: Prefilled, new: Sequence[_Request], number: int, work: _Work
+    ) -> None:
+        """Give prompts their rows and pick the first tokens."""
+        size, device = work.num_generations, self._policy.device
+        owners = [range((number + index) * size, (number + index + 1) * size) for index in range(len(new))]
+        u = None if work.uniforms is None else torch.from_numpy(work.uniforms(new)).to(device)
+        rows = state.admit(prefilled, owners, u)
+        take(state, rows, prefilled.logits.repeat_interleave(size, dim=0), work.picker)
+
+    def _advance(self, state: DecodeState, work: _Work) -> list[bool]:
+        """Decode until so many rows are done that dropping them pays; which ones, by row."""
+        while True:
+            done: list[bool] = state.is_done[: state.num_rows].tolist()
+            if all(done) or sum(done) >= COMPACT_SHARE * len(done):
                 break
-            if num_done >= COMPACT_SHARE * len(rows):
-                kept = (~is_done).nonzero().squeeze(-1)
-                rows, picked, positions = rows[kept], picked[kept], positions[kept]
-                mask = None if mask is None else mask[kept]
-                cache.batch_select_indices(kept)
-            hidden = language_model(
-                inputs_embeds=language_model.embed_tokens(picked).unsqueeze(1),
-                position_ids=(positions + position).expand(3, -1).unsqueeze(-1),
-                past_key_values=cache,
-                attention_mask=None if mask is None else self._attention_mask(mask[:, : width + position + 1]),
-                use_cache=True,
-            ).last_hidden_state
-            logits = lm_head(hidden[:, -1])
-        if not bool(is_finite):
+            advance(self._policy.model, state, state.shape(), work.picker)
+            state.tick()
+        if not bool(state.is_finite):
             raise FloatingPointError(
                 "The model gives logits that are not finite numbers, so nothing can be sampled: its weights have "
                 "diverged. Go back to an earlier checkpoint and lower the learning rate."
             )
-        return tokens, lengths, is_stopped
+        return done
 
-    def _attention_mask(self, mask: Tensor) -> Tensor:
-        """A (b, keys) mask of one query per row in the form that the model's attention takes untouched."""
-        attention = backbone(self._policy.model).language_model.config._attn_implementation
-        if attention == "flash_attention_2":
-            return mask
-        if attention == "sdpa":
-            return mask[:, None, None]
-        additive = torch.zeros(mask.shape, dtype=causal_model(self._policy.model).dtype, device=mask.device)
-        return additive.masked_fill_(~mask, torch.finfo(additive.dtype).min)[:, None, None]
+    def _read(self, state: DecodeState, done: Sequence[bool]) -> Iterator[tuple[int, Completion]]:
+        """The completions of the rows that are done, with their owners."""
+        rows = [row for row, is_done in enumerate(done) if is_done]
+        index = torch.tensor(rows, device=self._policy.device)
+        found = (values[index].tolist() for values in (state.tokens, state.step, state.is_stopped))
+        for row, tokens, last, is_stopped in zip(rows, *found):
+            ids = tuple(tokens[: last + 1])
+            yield state.owners[row], Completion(ids, self._policy.processor.decode(ids), not is_stopped)
 
-
-class _ForkedLayer(DynamicLayer):
-    """One layer's keys and values with room for the completions: appending a token writes it, copying nothing."""
-
-    def __init__(self, prefilled: Any, repeats: int, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype, self.device, self.is_initialized = prefilled.keys.dtype, prefilled.keys.device, True
-        self._capacity = capacity
-        self._make_room([states.repeat_interleave(repeats, dim=0) for states in (prefilled.keys, prefilled.values)])
-
-    def _make_room(self, filled: Sequence[Tensor]) -> None:
-        """New memory that begins with these keys and values, each (b, heads, length, size)."""
-        batch, heads, self._length, size = filled[0].shape
-        self._rooms = [states.new_empty(batch, heads, self._capacity, size) for states in filled]
-        for room, states in zip(self._rooms, filled):
-            room[:, :, : self._length] = states
-        self.keys, self.values = self._filled()
-
-    def _filled(self) -> list[Tensor]:
-        return [room[:, :, : self._length] for room in self._rooms]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values (b, heads, new, size) and return all there are."""
-        start, self._length = self._length, self._length + key_states.shape[-2]
-        assert self._length <= self._capacity, "the cache has no room for another token"
-        for room, states in zip(self._rooms, (key_states, value_states)):
-            room[:, :, start : self._length] = states
-        keys, values = self._filled()
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at these indices."""
-        self._make_room([states.index_select(0, indices) for states in self._filled()])
+    def _group(self, begun: _Begun, num_generations: int) -> Group:
+        """A prompt all of whose completions are there."""
+        return Group(
+            begun.request.sample,
+            begun.request.prompt,
+            [begun.completions[index] for index in range(num_generations)],
+            begun.features if self._policy.vision_is_frozen else None,
+        )
 
 
 def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
@@ -303,13 +290,6 @@ def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
         counts.append(seen[sample.id])
         seen[sample.id] += 1
     return counts
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive batches of at most this size."""
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch
 
 
 @contextmanager

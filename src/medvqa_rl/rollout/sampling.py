@@ -77,8 +77,10 @@ def pick_tokens(
     Returns:
         (B,) int64 token ids.
     """
-    scores = _suppress(logits.double(), suppressed) / temperature
-    mass = (scores - scores.max(dim=-1, keepdim=True).values).exp()
+    scores = _suppress(logits.double(), suppressed)
+    if temperature != 1.0:
+        scores = scores / temperature
+    mass = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
     if 0 < top_k < logits.shape[-1] or top_p < 1.0:
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         if 0 < top_k < logits.shape[-1]:
@@ -86,11 +88,26 @@ def pick_tokens(
         share = ranked.softmax(dim=-1)
         is_kept = (ranked > -torch.inf) & (share.cumsum(dim=-1) - share < top_p)
         mass = mass * torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+    return _invert_in_order(mass, u) if mass.device.type == "cpu" else _invert(mass, u)
+
+
+def _invert_in_order(mass: Tensor, u: Tensor) -> Tensor:
+    """(B,) the first token whose cumulative mass exceeds u times the total, where sums are taken from left to right.
+
+    Then they never fall and a token without mass adds nothing, so bisection finds the token, and it has mass. Where
+    the mass is not a number there is no such token, and any is given.
+    """
+    cumulative = mass.cumsum(dim=-1)
+    found = torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    return found.squeeze(-1).clamp_(max=mass.shape[-1] - 1)
+
+
+def _invert(mass: Tensor, u: Tensor) -> Tensor:
+    """The same where sums are taken in parallel, which may round one above the next and none above the last."""
     cumulative = mass.cumsum(dim=-1)
     has_mass = mass > 0
     is_beyond = (cumulative > u.unsqueeze(-1) * cumulative[:, -1:]) & has_mass
-    # Parallel sums on a GPU may round so that no entry exceeds the last: then the last token with mass is meant.
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    vocabulary = torch.arange(mass.shape[-1], device=mass.device)
     last = torch.where(has_mass, vocabulary, -1).argmax(dim=-1)
     return torch.where(is_beyond.any(dim=-1), is_beyond.to(torch.uint8).argmax(dim=-1), last)
 
