@@ -90,7 +90,8 @@ def plan(
             folder = base / re.sub(r"[^\w.-]+", "-", "-".join(parts))
             if output is not None and len(datas) * len(prompts) == 1:
                 folder = output
-            asking = Asking(config.eval, config.rollout.max_completion_length, template, dataset.name)
+            length = config.rollout.max_completion_length
+            asking = Asking(config.eval, length, template, dataset.name, config.prefetch)
             cells.append(Cell(data, dataset, samples, asking, folder))
     return cells
 

@@ -109,6 +109,11 @@ class EncodedPrompt:
     neutralised: int = 0
     """Special-token strings of the data set that were made harmless."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return self.input_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
+
 
 @dataclass(frozen=True)
 class Completion:

@@ -54,11 +54,27 @@ class Reciter:
     def __init__(self, texts: dict[str, str], truncated: frozenset[str] = frozenset()) -> None:
         self.texts, self.truncated = texts, truncated
         self.batches: list[list[str]] = []
+        self.encoded: list[str] = []
 
-    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]:
+    def encode(self, sample: Sample) -> EncodedPrompt:
+        assert all(isinstance(image, MemoryImage) for image in sample.images)
+        self.encoded.append(sample.id)
+        return replace(PROMPT, text=sample.question)
+
+    def encoding_bytes(self, sample: Sample) -> int:
+        return 0
+
+    def greedy(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_completion_length: int,
+        batch_size: int,
+        prompts: Sequence[EncodedPrompt],
+    ) -> Iterator[Group]:
+        assert [prompt.text for prompt in prompts] == [sample.question for sample in samples]
         self.batches.append([sample.id for sample in samples])
         for sample in samples:
-            assert all(isinstance(image, MemoryImage) for image in sample.images)
             text = self.texts[sample.id]
             tokens = tuple(range(len(text.split())))
             yield Group(sample, PROMPT, [Completion(tokens, text, sample.id in self.truncated)])
@@ -174,7 +190,17 @@ def test_letters_by_hand() -> None:
 class Sampler(Reciter):
     """Also samples: the words of a text, in turn, are the answers."""
 
-    def rollout(self, samples: Sequence[Sample], config: RolloutConfig, *, seed: int, stream: str, step: int) -> list:
+    def rollout(
+        self,
+        samples: Sequence[Sample],
+        config: RolloutConfig,
+        *,
+        seed: int,
+        stream: str,
+        step: int,
+        prompts: Sequence[EncodedPrompt],
+    ) -> list:
+        assert len(prompts) == len(samples)
         assert (config.num_generations, seed, stream, config.temperature) == (4, 0, "eval", 0.7)
         answers = {"1": "B A B A", "2": "A A B -", "3": "yes no Yes. no", "4": "x y z x", "5": "B B B B"}
         return [
@@ -232,10 +258,10 @@ def test_records_say_why(tmp_path: Path) -> None:
 
 def test_an_image_that_the_model_refuses_spoils_nothing_else() -> None:
     class Picky(Reciter):
-        def greedy(self, samples: Sequence[Sample], **rest: int) -> Iterator[Group]:
-            if any(sample.id == "4" for sample in samples):
+        def encode(self, sample: Sample) -> EncodedPrompt:
+            if sample.id == "4":
                 raise ValueError("An image of sample '4' cannot be used: absolute aspect ratio.")
-            yield from super().greedy(samples, **rest)
+            return super().encode(sample)
 
     evaluation = evaluate(Picky(TEXTS), DATASET, CONFIG, max_completion_length=8)
     assert [record.is_scored for record in evaluation.records] == [True, True, True, False, True]

@@ -56,9 +56,21 @@ class Speaker:
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers = answers
 
-    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]:
-        for sample in samples:
-            prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, repr(render_prompt(sample, "direct")))
+    def encode(self, sample: Sample) -> EncodedPrompt:
+        return EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, repr(render_prompt(sample, "direct")))
+
+    def encoding_bytes(self, sample: Sample) -> int:
+        return 0
+
+    def greedy(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_completion_length: int,
+        batch_size: int,
+        prompts: Sequence[EncodedPrompt],
+    ) -> Iterator[Group]:
+        for sample, prompt in zip(samples, prompts, strict=True):
             yield Group(sample, prompt, [Completion((1,), self.answers[sample.id], False)])
 
 

@@ -1,4 +1,4 @@
-"""From questions to records: decode the images, ask the engine in batches of similar length, score the answers.
+"""From questions to records: prepare prompts ahead, ask the engine in batches of similar length, score the answers.
 
 Imports torch only through the engine that is passed in.
 """
@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from medvqa_rl.config import EvalConfig, RolloutConfig
+from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage, MemoryImage
+from medvqa_rl.data.prefetch import work_ahead
 from medvqa_rl.data.splits import choose
 from medvqa_rl.evaluation.metrics import exact_match, rouge_l, token_f1
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
 from medvqa_rl.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
 from medvqa_rl.rewards.correctness import is_correct
-from medvqa_rl.types import Completion, Dataset, Group, ImageSource, Sample
+from medvqa_rl.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from medvqa_rl.rollout.sampling import Stream
 
 Progress = Callable[[int, int], None]
@@ -32,10 +37,28 @@ View = Callable[[Sample], Sample]
 class Engine(Protocol):
     """What evaluation needs of :class:`medvqa_rl.rollout.decode.RolloutEngine`."""
 
-    def greedy(self, samples: Sequence[Sample], *, max_completion_length: int, batch_size: int) -> Iterator[Group]: ...
+    def encode(self, sample: Sample) -> EncodedPrompt: ...
+
+    def encoding_bytes(self, sample: Sample) -> int: ...
+
+    def greedy(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_completion_length: int,
+        batch_size: int,
+        prompts: Sequence[EncodedPrompt] | None = None,
+    ) -> Iterator[Group]: ...
 
     def rollout(
-        self, samples: Sequence[Sample], config: RolloutConfig, *, seed: int, stream: Stream, step: int
+        self,
+        samples: Sequence[Sample],
+        config: RolloutConfig,
+        *,
+        seed: int,
+        stream: Stream,
+        step: int,
+        prompts: Sequence[EncodedPrompt],
     ) -> list[Group]: ...
 
 
@@ -48,6 +71,21 @@ class Asking:
     template: Template = "think_answer"
     dataset: str = ""
     """Name of the data set, for the records."""
+    prefetch: PrefetchConfig = field(default_factory=PrefetchConfig)
+    """How the prompts of the next batch are prepared; no answer depends on it."""
+
+
+class Prepared(NamedTuple):
+    """A question that is ready to be asked, or the reason why it cannot be."""
+
+    sample: Sample
+    """As it is in the data set."""
+    shown: Sample
+    """As the model is shown it."""
+    prompt: EncodedPrompt | None
+    """None where there is a reason."""
+    image_hash: str | None
+    reason: str
 
 
 def chosen_samples(dataset: Dataset, config: EvalConfig) -> list[Sample]:
@@ -115,37 +153,62 @@ def answer_all(
         progress: called after every batch.
     """
     count = sum(sample.id in done for sample in samples)
-    for batch in batches(samples, asking.template, asking.config.batch_size):
-        missing = [sample.id for sample in batch if sample.id not in done]
-        if missing:
-            records = answer(engine(), batch, asking, view)
-            keep([record for record in records if record.sample_id in set(missing)])
+    size = asking.config.batch_size
+    asked = [
+        batch for batch in batches(samples, asking.template, size) if any(sample.id not in done for sample in batch)
+    ]
+    if not asked:
+        return
+    model = engine()
+    questions = work_ahead(
+        lambda sample: prepare(model, sample, view),
+        chain.from_iterable(asked),
+        workers=asking.prefetch.workers,
+        max_bytes=asking.prefetch.max_mib * 2**20,
+        ahead=size,
+        cost=lambda sample: model.encoding_bytes(sample if view is None else view(sample)),
+        size=lambda question: 0 if question.prompt is None else question.prompt.nbytes,
+    )
+    with closing(questions):
+        for batch in asked:
+            records = answer(model, list(islice(questions, len(batch))), asking)
+            missing = [record for record in records if record.sample_id not in done]
+            keep(missing)
             count += len(missing)
             if progress is not None:
                 progress(count, len(samples))
 
 
-def answer(engine: Engine, batch: Sequence[Sample], asking: Asking, view: View | None = None) -> list[EvalRecord]:
-    """Records of some questions in their order. Images are decoded here, so that one that fails is told apart from
-    any other error and spoils its own question only."""
+def prepare(engine: Engine, sample: Sample, view: View | None = None) -> Prepared:
+    """Decode the images of a question and encode its prompt. An image that cannot be used is told apart from any other
+    error and spoils its own question only."""
+    shown = view(sample) if view is not None else sample
+    try:
+        images = [source.load() for source in shown.images]
+        sources = tuple(MemoryImage(source.key, image) for source, image in zip(shown.images, images))
+        prompt = engine.encode(replace(shown, images=sources))
+    except ValueError as error:
+        return Prepared(sample, shown, None, None, str(error))
+    return Prepared(sample, shown, prompt, image_hash(images), "")
+
+
+def answer(engine: Engine, batch: Sequence[Prepared], asking: Asking) -> list[EvalRecord]:
+    """Records of some questions in their order."""
     config = asking.config
-    reasons: dict[str, str] = {}
-    ready: dict[str, Sample] = {}
-    hashes: dict[str, str | None] = {}
-    for sample in batch:
-        shown = view(sample) if view is not None else sample
-        try:
-            images = tuple(MemoryImage(image.key, image.load()) for image in shown.images)
-        except ValueError as error:
-            reasons[sample.id] = str(error)
-        else:
-            ready[sample.id] = replace(shown, images=images)
-            hashes[sample.id] = image_hash(images)
-    groups, refused = _greedy(engine, list(ready.values()), asking)
-    reasons |= refused
-    decoded = [sample for sample in ready.values() if sample.id in groups]
+    ready = [(question.shown, question.prompt) for question in batch if question.prompt is not None]
+    samples, prompts = [shown for shown, _ in ready], [prompt for _, prompt in ready]
+    greedy: dict[str, Group] = {}
     sampled: dict[str, Group] = {}
-    if config.num_samples and decoded:
+    if ready:
+        groups = engine.greedy(
+            samples,
+            max_completion_length=asking.max_completion_length,
+            batch_size=config.batch_size,
+            prompts=prompts,
+        )
+        greedy = {group.sample.id: group for group in groups}
+        assert greedy.keys() == {sample.id for sample in samples}, "one answer per question, and ids are unique"
+    if ready and config.num_samples:
         rollout = RolloutConfig(
             num_generations=config.num_samples,
             max_completion_length=asking.max_completion_length,
@@ -153,48 +216,21 @@ def answer(engine: Engine, batch: Sequence[Sample], asking: Asking, view: View |
             top_p=config.top_p,
             max_batch=max(1, config.batch_size // config.num_samples),
         )
-        drawn = engine.rollout(decoded, rollout, seed=config.seed, stream="eval", step=0)
+        drawn = engine.rollout(samples, rollout, seed=config.seed, stream="eval", step=0, prompts=prompts)
         sampled = {group.sample.id: group for group in drawn}
     return [
-        _unscored(sample, asking, reasons[sample.id])
-        if sample.id in reasons
-        else _scored(sample, ready[sample.id], groups[sample.id], sampled.get(sample.id), hashes[sample.id], asking)
-        for sample in batch
+        _unscored(question.sample, asking, question.reason)
+        if question.prompt is None
+        else _scored(question, greedy[question.sample.id], sampled.get(question.sample.id), asking)
+        for question in batch
     ]
 
 
-def _greedy(engine: Engine, samples: Sequence[Sample], asking: Asking) -> tuple[dict[str, Group], dict[str, str]]:
-    """Groups of one by sample id, and reasons by id of those whose images the model cannot take."""
-
-    def ask(some: Sequence[Sample]) -> dict[str, Group]:
-        length, size = asking.max_completion_length, asking.config.batch_size
-        groups = engine.greedy(some, max_completion_length=length, batch_size=size)
-        found = {group.sample.id: group for group in groups}
-        assert found.keys() == {sample.id for sample in some}, "one answer per question, and ids are unique"
-        return found
-
-    if not samples:
-        return {}, {}
-    try:
-        return ask(samples), {}
-    except ValueError as error:
-        if len(samples) == 1:
-            return {}, {samples[0].id: str(error)}
-    # One of them cannot be used, a strip of an image for example: the others shall not suffer.
-    groups: dict[str, Group] = {}
-    reasons: dict[str, str] = {}
-    for sample in samples:
-        answered, refused = _greedy(engine, [sample], asking)
-        groups, reasons = groups | answered, reasons | refused
-    return groups, reasons
-
-
-def image_hash(images: Iterable[ImageSource]) -> str | None:
+def image_hash(images: Iterable[Image]) -> str | None:
     """16 hexadecimal digits of the SHA-256 of sizes and RGB pixels in order; None without images."""
     digest, pixels = hashlib.sha256(), b""
-    for source in images:
-        image = source.load().convert("RGB")
-        pixels = image.tobytes()
+    for image in images:
+        pixels = (image if image.mode == "RGB" else image.convert("RGB")).tobytes()
         digest.update(f"{image.size}".encode() + pixels)
     return digest.hexdigest()[:16] if pixels else None
 
@@ -218,10 +254,9 @@ def why(sample: Sample, completion: Completion, parsed: ParsedAnswer, template: 
     return f"normalised, {given!r} " + ("is the gold answer" if is_equal else f"is not {gold!r}")
 
 
-def _scored(
-    sample: Sample, shown: Sample, group: Group, sampled: Group | None, images: str | None, asking: Asking
-) -> EvalRecord:
+def _scored(question: Prepared, group: Group, sampled: Group | None, asking: Asking) -> EvalRecord:
     """The record of an answered question; groups and cluster are the sample's, the rest is as it was shown."""
+    sample, shown = question.sample, question.shown
     completion = group.completions[0]
     parsed = parse_completion(completion.text, asking.template)
     is_open = shown.answer_type == "open"
@@ -249,7 +284,7 @@ def _scored(
         dataset=asking.dataset,
         template=asking.template,
         prompt_hash=hashlib.sha256(group.prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
-        image_hash=images,
+        image_hash=question.image_hash,
         sampled=() if sampled is None else tuple(_sampled(shown, c, asking.template) for c in sampled.completions),
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from medvqa_rl.config import EvalConfig
+from medvqa_rl.config import EvalConfig, PrefetchConfig
 from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
 from medvqa_rl.evaluation.records import (
     EvalRecord,
@@ -81,6 +81,7 @@ def evaluate(
     max_completion_length: int,
     template: Template = "think_answer",
     progress: Progress | None = None,
+    prefetch: PrefetchConfig = PrefetchConfig(),
 ) -> Evaluation:
     """Answer every question and score the answers with the rewards' own scorer.
 
@@ -95,12 +96,13 @@ def evaluate(
         max_completion_length: tokens per answer.
         template: form in which the engine asks and answers are read.
         progress: called after every batch.
+        prefetch: how the prompts of the next batch are prepared; no result depends on it.
 
     Raises:
         ValueError: the data set is endless, has no questions, or not unique ids.
     """
     samples = chosen_samples(dataset, config)
-    asking = Asking(config, max_completion_length, template, dataset.name)
+    asking = Asking(config, max_completion_length, template, dataset.name, prefetch)
     records: dict[str, EvalRecord] = {}
 
     def keep(some: Sequence[EvalRecord]) -> None:

@@ -76,7 +76,7 @@ class Feed(AbstractContextManager["Feed"]):
             max_bytes=prefetch.max_mib * 2**20,
             ahead=self._share,
             cost=lambda draw: engine.encoding_bytes(draw.sample),
-            size=lambda prepared: prompt_bytes(prepared.prompt),
+            size=lambda prepared: prepared.prompt.nbytes,
         )
 
     def at(self, step: int) -> list[Prepared]:
@@ -109,9 +109,3 @@ def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: ran
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
     )
-
-
-def prompt_bytes(prompt: EncodedPrompt) -> int:
-    """Memory of a prompt's arrays."""
-    pixels = 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
-    return prompt.input_ids.nbytes + pixels

@@ -180,6 +180,7 @@ class Run:
                 max_completion_length=self.config.rollout.max_completion_length,
                 template=self.config.prompt.template,
                 progress=self._tracker.evaluating,
+                prefetch=self.config.prefetch,
             )
             write_evaluation(evaluation, self.dir.evaluation(state.step))
             metrics = evaluation.metrics

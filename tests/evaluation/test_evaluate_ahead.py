@@ -1,0 +1,72 @@
+"""Prompts prepared ahead of an evaluation: the same records, images decoded once, bad ones named, no thread left."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from medvqa_rl.config import EvalConfig, PrefetchConfig
+from medvqa_rl.data.images import FileImage
+from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
+from medvqa_rl.rollout.decode import RolloutEngine
+
+CONFIG = EvalConfig(batch_size=2, bootstrap=20, num_samples=2)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.fixture
+def data(mixed_samples) -> StoredDataset:
+    return StoredDataset("mixed", tuple(mixed_samples))
+
+
+def run(policy, data, workers: int, max_mib: int = 64) -> Evaluation:
+    prefetch = PrefetchConfig(workers=workers, max_mib=max_mib)
+    return evaluate(RolloutEngine(policy), data, CONFIG, max_completion_length=6, prefetch=prefetch)
+
+
+def test_records_are_the_same_and_images_are_decoded_once(tiny_policy, data):
+    policy = tiny_policy()
+    found = [run(policy, data, workers) for workers in (0, 1, 3)]
+    images = [image for sample in data.samples for image in sample.images]
+    assert [image.loads for image in images] == [3] * len(images)  # one for each evaluation, sampled answers included
+    assert found[0].records == found[1].records == found[2].records
+    assert len({record.output for record in found[0].records}) > 1
+    # And as without any of it: greedy answers of prompts that the engine encodes itself.
+    direct = list(RolloutEngine(policy).greedy(data.samples, max_completion_length=6, batch_size=1))
+    assert [record.output for record in found[1].records] == [group.completions[0].text for group in direct]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_unscored_and_named_and_the_others_are_answered(tiny_policy, data, tmp_path, workers):
+    policy = tiny_policy()
+    sound = run(policy, data, workers)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "damaged.png")
+    path = tmp_path / "damaged.png"
+    path.write_bytes(path.read_bytes()[:1000])
+    Image.new("RGB", (2, 900)).save(tmp_path / "strip.png")
+    bad = [replace(data[0], id=name, images=(FileImage(f"{name}.png", tmp_path),)) for name in ("damaged", "strip")]
+    found = run(policy, StoredDataset("bad", (bad[0], *data.samples, bad[1])), workers)
+    assert [record.is_scored for record in found.records] == [False, *[True] * 4, False]
+    assert f"The image {path} cannot be decoded (" in str(found.records[0].unscored_reason)
+    assert "An image of sample 'strip' cannot be used: " in str(found.records[5].unscored_reason)
+    assert found.results["unscored_rate"] == pytest.approx(2 / 6)
+    assert [record.output for record in found.records[1:5]] == [record.output for record in sound.records]
+
+
+def test_threads_end_when_the_engine_fails(tiny_policy, data, monkeypatch):
+    def fail(*args, **kwargs):
+        assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RolloutEngine, "greedy", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_policy(), data, workers=2)
