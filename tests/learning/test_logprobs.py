@@ -10,7 +10,7 @@ import torch
 
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.learning import logprobs
-from medvqa_rl.learning.logprobs import GroupForward, attention_mask, collate, token_statistics
+from medvqa_rl.learning.logprobs import GroupForward, attention_mask, collate, layout_for, token_statistics
 from medvqa_rl.models.qwen_vl import backbone, image_features
 from medvqa_rl.types import Completion, Group
 
@@ -51,13 +51,13 @@ def stock_logps(policy, groups, model_inputs):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("layout", ["packed", "rows", "separate"])
 @pytest.mark.parametrize("cached", [True, False])
-def test_equals_the_stock_forward(tiny_policy, mixed_samples, model_inputs, arch, share_prefix, cached):
+def test_equals_the_stock_forward(tiny_policy, mixed_samples, model_inputs, arch, layout, cached):
     policy = tiny_policy(arch)
     groups = make_groups(policy, mixed_samples, cached=cached)
-    batch = collate(groups, policy.processor, "cpu", share_prefix=share_prefix)
-    assert batch.input_ids.shape[0] == (len(groups) if share_prefix else 3 * len(groups))
+    batch = collate(groups, policy.processor, "cpu", layout=layout)
+    assert batch.input_ids.shape[0] == {"packed": 1, "rows": len(groups), "separate": 3 * len(groups)}[layout]
     with torch.no_grad():
         stats = GroupForward(policy.model)(batch, temperature=TEMPERATURE, with_entropy=True)
         logps, entropy = stock_logps(policy, groups, model_inputs)
@@ -67,12 +67,12 @@ def test_equals_the_stock_forward(tiny_policy, mixed_samples, model_inputs, arch
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("layout", ["packed", "rows", "separate"])
 @pytest.mark.parametrize("settings", [{"train_vision": True, "train_projector": True}, {}, {"attention": "eager"}])
-def test_gradients_equal_the_stock_forward(tiny_policy, mixed_samples, model_inputs, arch, share_prefix, settings):
+def test_gradients_equal_the_stock_forward(tiny_policy, mixed_samples, model_inputs, arch, layout, settings):
     policy = tiny_policy(arch, **settings)
     groups = make_groups(policy, mixed_samples)
-    batch = collate(groups, policy.processor, "cpu", share_prefix=share_prefix)
+    batch = collate(groups, policy.processor, "cpu", layout=layout)
     weights = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(3))
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
 
@@ -94,8 +94,8 @@ def test_lora_gradients_do_not_depend_on_the_layout(tiny_policy, mixed_samples, 
             torch.nn.init.normal_(parameter, std=0.1)
     groups = make_groups(policy, mixed_samples, with_image_token=True)
     gradients = []
-    for share_prefix in (True, False):
-        batch = collate(groups, policy.processor, "cpu", share_prefix=share_prefix)
+    for layout in ("packed", "rows", "separate"):
+        batch = collate(groups, policy.processor, "cpu", layout=layout)
         policy.model.zero_grad()
         GroupForward(policy.model)(batch).logps.square().sum().backward()
         gradients.append({name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad})
@@ -114,28 +114,32 @@ def test_an_image_token_in_a_completion_shifts_nothing(tiny_policy, mixed_sample
     assert (logps[0] - logps[1]).abs().max() <= 1e-5  # the groups' other completions
 
 
-def test_eager_attention_equals_sdpa(tiny_policy, mixed_samples):
-    results = []
-    for attention in ("sdpa", "eager"):
-        policy = tiny_policy(attention=attention)
-        policy.model.set_attn_implementation(attention)
-        batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu")
-        with torch.no_grad():
-            results.append(GroupForward(policy.model)(batch).logps)
-    assert (results[0] - results[1]).abs().max() <= 1e-5
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_each_attention_gets_the_layout_that_it_can_take(tiny_policy, mixed_samples, attention):
+    policy = tiny_policy()
+    groups = make_groups(policy, mixed_samples)
+    with torch.no_grad():
+        packed = GroupForward(policy.model)(collate(groups, policy.processor, "cpu")).logps
+        backbone(policy.model).language_model.config._attn_implementation = attention  # as it is without our own
+        batch = collate(groups, policy.processor, "cpu", layout=layout_for(attention))
+        assert batch.input_ids.shape[0] == len(groups)
+        rows = GroupForward(policy.model)(batch).logps
+    assert (packed - rows).abs().max() <= 1e-5
 
 
 def test_flash_attention_is_refused_for_shared_rows(tiny_policy, mixed_samples):
     policy = tiny_policy()
     backbone(policy.model).language_model.config._attn_implementation = "flash_attention_2"
-    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu")
-    with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2"):
-        GroupForward(policy.model)(batch)
+    assert layout_for("flash_attention_2") == "separate"
+    for layout in ("packed", "rows"):
+        batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu", layout=layout)
+        with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2"):
+            GroupForward(policy.model)(batch)
 
 
-def test_a_leaking_mask_is_noticed(tiny_policy, mixed_samples, monkeypatch):
+def test_a_leaking_dense_mask_is_noticed(tiny_policy, mixed_samples, monkeypatch):
     policy = tiny_policy()
-    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu")
+    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu", layout="rows")
     with torch.no_grad():
         right = GroupForward(policy.model)(batch).logps
         causal = torch.ones(batch.input_ids.shape[1], batch.input_ids.shape[1], dtype=torch.bool).tril()
@@ -144,16 +148,6 @@ def test_a_leaking_mask_is_noticed(tiny_policy, mixed_samples, monkeypatch):
     first = slice(0, None, 3)  # nothing stands between a prompt and its first completion
     assert (right[first] - leaking[first]).abs().max() <= 1e-5
     assert (right - leaking).abs().max() > 1e-2
-
-
-def test_a_shifted_position_is_noticed(tiny_policy, mixed_samples):
-    policy = tiny_policy()
-    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu")
-    with torch.no_grad():
-        right = GroupForward(policy.model)(batch).logps
-        batch.position_ids[:, batch.segments > 0] += 1
-        shifted = GroupForward(policy.model)(batch).logps
-    assert (right - shifted).abs().max() > 1e-3
 
 
 def test_mask_by_hand():

@@ -258,7 +258,7 @@ def test_shared_rows_save_what_the_group_size_says(tiny_policy, make_sample):
     policy = tiny_policy()
     prompt = policy.processor.encode(make_sample())
     group = Group(make_sample(), prompt, [Completion(tuple(range(n)), "", False) for n in (3, 5, 4)])
-    together, apart = (collate([group], policy.processor, "cpu", share_prefix=share) for share in (True, False))
+    together, apart = (collate([group], policy.processor, "cpu", layout=layout) for layout in ("rows", "separate"))
     length = len(prompt.input_ids)
     assert together.input_ids.numel() == length + 12
     assert int(attention_mask(together.segments).sum()) == group_pairs(length, (3, 5, 4))

@@ -1,9 +1,9 @@
 """Log-probabilities of completions under a model: the one forward pass of the update.
 
-A group is one row, its prompt followed by all its completions, and a mask keeps the completions from seeing each
-other, so the prompt and its image are computed once per group and not once per completion. The same code lays every
-completion out in a row of its own, which needs no such mask: slower, and the oracle that the rows of groups are
-tested against.
+The prompt and its image are computed once per group and not once per completion. Groups are packed into one row
+without padding, and models/group_attention.py keeps the completions apart. Two slower layouts are what it is tested
+against: a row per group with a dense mask, which any attention that adds a mask can take, and a row per completion
+with the prompt repeated, which needs no mask beyond causality.
 
 Legend: P prompts, B completions, R rows, T tokens of a row, Tc tokens of a completion, N completion tokens, V words.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from medvqa_rl.models.group_attention import ATTENTION, GroupLayout, group_layout
 from medvqa_rl.models.qwen_vl import Processor, backbone, causal_model, embed_prompts, image_features, rope_positions
 from medvqa_rl.types import EncodedPrompt, Group
 
 LOGITS_PER_CHUNK = 2**25
 """Logits in memory at a time: 128 MiB in float32. Beyond it they are computed in chunks, and again in the backward."""
+
+Layout = Literal["packed", "rows", "separate"]
+"""All groups in one row without padding, one padded row per group, or one per completion."""
 
 _PROMPT, _PADDING = 0, -1
 
@@ -38,19 +42,21 @@ class CompletionBatch:
     features: tuple[Tensor | None, ...] | None
     """(P,) image features kept from the rollout; None where the vision tower learns and they must be computed."""
     input_ids: Tensor
-    """(R, T) prompt, then completions, then padding."""
+    """(R, T) prompts, then completions, then padding."""
     segments: Tensor
-    """(R, T) 0 at the prompt, 1, 2 ... at the completions of the row, -1 at padding."""
+    """(R, T) 0 at prompts, 1, 2 ... at the completions of the row, -1 at padding."""
     position_ids: Tensor
     """(3, R, T) M-RoPE positions; every completion continues from the end of its prompt."""
-    prompt_of_row: tuple[int, ...]
-    """(R,) index of the row's prompt."""
+    prompts_in_rows: tuple[int, ...]
+    """Index of every prompt in the rows, in order: each once, or once per completion where they have own rows."""
     predictors: Tensor
     """(N,) index into the R * T tokens of the token that predicts each completion token."""
     targets: Tensor
     """(N,) the completion tokens, completion after completion."""
     mask: Tensor
     """(B, Tc) bool, True at tokens of the completions."""
+    packing: GroupLayout | None
+    """How the groups of the one row attend; None where rows are padded."""
     has_shared_rows: bool
     """True where some row holds more than one completion."""
 
@@ -69,8 +75,17 @@ class TokenStats(NamedTuple):
     """(B, Tc) float32 entropy of the same distribution in nats, without gradient."""
 
 
+def layout_for(attention: str) -> Layout:
+    """The fastest layout that an attention implementation of transformers can take.
+
+    Eager attention adds its mask, so it takes rows of groups; flash attention takes no mask at all.
+    """
+    layouts: dict[str, Layout] = {ATTENTION: "packed", "sdpa": "rows", "eager": "rows"}
+    return layouts.get(attention, "separate")
+
+
 def collate(
-    groups: Sequence[Group], processor: Processor, device: torch.device | str, *, share_prefix: bool = True
+    groups: Sequence[Group], processor: Processor, device: torch.device | str, *, layout: Layout = "packed"
 ) -> CompletionBatch:
     """Lay groups out for :class:`GroupForward`.
 
@@ -78,38 +93,41 @@ def collate(
         groups: P groups; completions may differ in number and length, but none is empty.
         processor: of the model that the batch is for.
         device: where the tensors go.
-        share_prefix: one row per group; False gives every completion a row with the prompt repeated.
+        layout: how; the result of the forward does not depend on it.
     """
-    rows: list[tuple[int, list[tuple[int, ...]]]] = []
-    for index, group in enumerate(groups):
-        completions = [completion.token_ids for completion in group.completions]
-        assert all(completions), "a completion has no tokens"
-        rows += [(index, completions)] if share_prefix else [(index, [ids]) for ids in completions]
     prompts = tuple(group.prompt for group in groups)
-    merge_size = processor.image_processor.merge_size
+    completions = [[completion.token_ids for completion in group.completions] for group in groups]
+    assert all(ids for group in completions for ids in group), "a completion has no tokens"
+    rows = _pieces(completions, layout)
+    lengths = [len(ids) for group in completions for ids in group]
+    width = max(sum(len(prompts[prompt].input_ids if ids is None else ids) for prompt, ids in row) for row in rows)
     positions = [
-        rope_positions(prompt, image_token_id=processor.image_token_id, merge_size=merge_size) for prompt in prompts
+        rope_positions(
+            prompt, image_token_id=processor.image_token_id, merge_size=processor.image_processor.merge_size
+        )
+        for prompt in prompts
     ]
-    width = max(len(prompts[index].input_ids) + sum(map(len, completions)) for index, completions in rows)
-    lengths = [len(ids) for _, completions in rows for ids in completions]
     input_ids = np.full((len(rows), width), processor.pad_id, dtype=np.int64)
     segments = np.full((len(rows), width), _PADDING, dtype=np.int64)
     position_ids = np.zeros((3, len(rows), width), dtype=np.int64)
+    last = np.zeros(len(prompts), dtype=np.int64)  # index of each prompt's last token
     predictors = []
-    for row, (index, completions) in enumerate(rows):
-        end = len(prompts[index].input_ids)
-        input_ids[row, :end] = prompts[index].input_ids
-        segments[row, :end] = _PROMPT
-        position_ids[:, row, :end] = positions[index]
-        last, following = end - 1, positions[index].max() + 1
-        for segment, ids in enumerate(completions, start=1):
-            columns = slice(end, end + len(ids))
-            input_ids[row, columns] = ids
-            segments[row, columns] = segment
-            position_ids[:, row, columns] = following + np.arange(len(ids))
+    for row, pieces in enumerate(rows):
+        end, segment = 0, _PROMPT
+        for prompt, ids in pieces:
+            begin, end = end, end + len(prompts[prompt].input_ids if ids is None else ids)
+            if ids is None:
+                input_ids[row, begin:end] = prompts[prompt].input_ids
+                segments[row, begin:end] = _PROMPT
+                position_ids[:, row, begin:end] = positions[prompt]
+                last[prompt] = row * width + end - 1
+                continue
+            segment += 1
+            input_ids[row, begin:end] = ids
+            segments[row, begin:end] = segment
+            position_ids[:, row, begin:end] = positions[prompt].max() + 1 + np.arange(len(ids))
             # The prompt's last token predicts the first token of each completion.
-            predictors.append(row * width + np.concatenate([[last], np.arange(end, end + len(ids) - 1)]))
-            end += len(ids)
+            predictors.append(np.concatenate([last[[prompt]], row * width + np.arange(begin, end - 1)]))
     mask = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
     features = tuple(group.image_features for group in groups)
     is_cached = all((feature is None) == (prompt.pixel_values is None) for feature, prompt in zip(features, prompts))
@@ -117,18 +135,40 @@ def collate(
     def as_tensor(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
+    packing = None
+    if layout == "packed":
+        packing = group_layout(
+            [len(prompt.input_ids) for prompt in prompts], [list(map(len, group)) for group in completions], device
+        )
     return CompletionBatch(
         prompts=prompts,
         features=features if is_cached else None,
         input_ids=as_tensor(input_ids),
         segments=as_tensor(segments),
         position_ids=as_tensor(position_ids),
-        prompt_of_row=tuple(index for index, _ in rows),
+        prompts_in_rows=tuple(prompt for row in rows for prompt, ids in row if ids is None),
         predictors=as_tensor(np.concatenate(predictors)),
-        targets=as_tensor(np.concatenate([ids for _, completions in rows for ids in completions])),
+        targets=as_tensor(np.concatenate([ids for group in completions for ids in group])),
         mask=as_tensor(mask),
-        has_shared_rows=any(len(completions) > 1 for _, completions in rows),
+        packing=packing,
+        has_shared_rows=any(len(row) > 2 for row in rows),
     )
+
+
+def _pieces(
+    completions: Sequence[Sequence[tuple[int, ...]]], layout: Layout
+) -> list[list[tuple[int, tuple[int, ...] | None]]]:
+    """What stands in each row: prompts, as their index and None, and completions, as their prompt's index and tokens.
+
+    Args:
+        completions: the tokens of each prompt's completions.
+    """
+    prompts: list[tuple[int, tuple[int, ...] | None]] = [(prompt, None) for prompt in range(len(completions))]
+    if layout == "packed":
+        return [prompts + [(prompt, ids) for prompt, group in enumerate(completions) for ids in group]]
+    if layout == "rows":
+        return [[prompts[prompt], *((prompt, ids) for ids in group)] for prompt, group in enumerate(completions)]
+    return [[prompts[prompt], (prompt, ids)] for prompt, group in enumerate(completions) for ids in group]
 
 
 def attention_mask(segments: Tensor) -> Tensor:
@@ -191,7 +231,7 @@ class GroupForward(nn.Module):
         Raises:
             ValueError: flash attention was chosen; it cannot take the mask that groups need.
         """
-        inner = backbone(self.model)
+        language_model = backbone(self.model).language_model
         device = batch.input_ids.device
         features = batch.features
         if features is None:
@@ -200,13 +240,13 @@ class GroupForward(nn.Module):
             self.model,
             batch.input_ids,
             batch.segments == _PROMPT,
-            [features[index] for index in batch.prompt_of_row],
+            [features[index] for index in batch.prompts_in_rows],
         )
-        hidden: Tensor = inner.language_model(
+        hidden: Tensor = language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
-            attention_mask=self._mask(batch, embeds.dtype),
             use_cache=False,
+            **self._attention(batch, embeds.dtype),
         ).last_hidden_state
         logps, entropy = self._score(
             hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
@@ -217,16 +257,22 @@ class GroupForward(nn.Module):
             table.masked_scatter(batch.mask, entropy) if with_entropy else None,
         )
 
-    def _mask(self, batch: CompletionBatch, dtype: torch.dtype) -> Tensor:
-        """The attention mask in the form that the model's attention takes."""
-        if not batch.has_shared_rows:
-            return (batch.segments != _PADDING).long()  # (R, T)
-        mask = attention_mask(batch.segments)
-        implementation = backbone(self.model).language_model.config._attn_implementation
-        if implementation == "sdpa":
-            return mask
-        if implementation == "eager":  # adds its mask, so a boolean one would be silently wrong
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
+        """What tells the model's attention which tokens see which."""
+        config = backbone(self.model).language_model.config
+        implementation = config._attn_implementation
+        if batch.packing is not None:
+            if implementation == ATTENTION:
+                packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
+                return {"attention_mask": {"full_attention": None}, "group_layout": packing}
+        elif not batch.has_shared_rows:
+            return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
+        elif implementation in (ATTENTION, "sdpa"):
+            return {"attention_mask": attention_mask(batch.segments)}
+        elif implementation == "eager":  # adds its mask, so a boolean one would be silently wrong
+            mask = attention_mask(batch.segments)
+            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
         raise ValueError(
             f"model.attention is {implementation}, which cannot keep the completions of a group apart: set it to sdpa."
         )

@@ -142,7 +142,8 @@ def accumulate(
     """
     device, size = setup.policy.device, config.sft.samples_per_micro_batch
     batches = [
-        collate(groups[start : start + size], setup.policy.processor, device) for start in range(0, len(groups), size)
+        collate(groups[start : start + size], setup.policy.processor, device, layout="rows")
+        for start in range(0, len(groups), size)
     ]
     num_targets = sum(len(batch.targets) for batch in batches)
     num_tokens = num_targets + sum(len(group.prompt.input_ids) for group in groups)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from medvqa_rl.config import Config
 from medvqa_rl.learning.errors import NonFiniteError
-from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
+from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate, layout_for
 from medvqa_rl.learning.losses import aggregate, token_loss
 from medvqa_rl.learning.optimizer import Optimizer, lr_at
 from medvqa_rl.models.loading import Policy, Reference
+from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.randomness import address
 from medvqa_rl.types import Group
 
@@ -158,9 +159,9 @@ class Learner:
         return Experience(micro_batches, *self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist())
 
     def collate(self, groups: Sequence[Group]) -> CompletionBatch:
-        """One row per group; one per completion where the attention cannot take the mask that groups need."""
-        share_prefix = self.config.model.attention != "flash_attention_2"
-        return collate(groups, self.policy.processor, self.policy.device, share_prefix=share_prefix)
+        """Lay groups out as suits the attention."""
+        attention = backbone(self.policy.model).language_model.config._attn_implementation
+        return collate(groups, self.policy.processor, self.policy.device, layout=layout_for(attention))
 
     def _reference_logps(self, batch: CompletionBatch) -> Tensor | None:
         """(B, Tc) log-probabilities under the reference."""

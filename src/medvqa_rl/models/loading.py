@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -77,6 +78,7 @@ def make_policy(
     device = torch.device(device)
     model.requires_grad_(False)
     inner = backbone(model)
+    use_group_attention(inner.language_model)
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
     else:
