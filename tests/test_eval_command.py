@@ -266,3 +266,24 @@ def test_kill_9_on_real_processes(config: Config, tmp_path: Path) -> None:
     run_eval(config, output=folder, resume=True)
     run_eval(config, output=tmp_path / "whole")
     assert content(folder) == content(tmp_path / "whole")
+
+
+def test_similarity_is_measured_once_by_one_instrument(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_words = config.model_copy(update={"eval": config.eval.model_copy(update={"similarity": "tfidf"})})
+    folder = tmp_path / "out"
+    run_eval(by_words, output=folder)
+    whole = content(folder)
+    section = json.loads(whole["results.json"])["similarity"]
+    assert (section["by"], section["n"]) == ("tfidf", 7)
+    rows = [json.loads(line) for line in whole["samples.jsonl"].splitlines()]
+    assert section["value"] == pytest.approx(sum(row["similarity"] for row in rows) / 7)
+    with monkeypatch.context() as patch:
+        patch.setattr("medvqa_rl.evaluation.similarity.TfidfSimilarity.compare", None)  # is not called again
+        run_eval(by_words, output=folder, resume=True)
+    assert content(folder) == whole
+    other = config.model_copy(update={"eval": config.eval.model_copy(update={"similarity": "embeddings"})})
+    with pytest.raises(ValueError, match=r"eval\.similarity is embeddings, which is no folder and no Hub id"):
+        run_eval(other, output=tmp_path / "other")
+    assert not (tmp_path / "other").exists()  # said before anything was asked

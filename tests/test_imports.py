@@ -50,10 +50,15 @@ LIGHT = [
     "evaluation.controls",
     "evaluation.data_check",
     "evaluation.evaluate",
+    "evaluation.instruments",
+    "evaluation.measured",
     "evaluation.metrics",
     "evaluation.records",
+    "evaluation.similarity",
+    "evaluation.stability",
     "evaluation.stats",
     "evaluation.store",
+    "evaluation.summary",
     "evaluation.tables",
     "models.cost",
     "problems",
@@ -70,7 +75,13 @@ LIGHT = [
     "settings",
     "types",
 ]
-OTHER_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
+OTHER_NAMES = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "huggingface_hub": "huggingface-hub",
+    "sentence_transformers": "sentence-transformers",
+}
 
 
 def module_name(path: Path) -> str:

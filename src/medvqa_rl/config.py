@@ -293,6 +293,10 @@ class EvalConfig(Settings):
     """Temperature of the sampled answers."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sampled answers: from the fewest tokens that hold this much probability; 1 keeps all."""
+    perplexity_model: str | None = None
+    """Folder or Hub id of a causal language model that measures the perplexity of outputs; None measures none."""
+    similarity: str | None = None
+    """tfidf, or a sentence-transformers model by folder or Hub id; None measures no similarity."""
     fail_on_unscored: Share = 0.05
     """The evaluation fails, its files written, when a larger share of the questions could not be scored."""
     interval: Literal["bca", "percentile"] = "bca"
@@ -357,7 +361,7 @@ def is_hub_id(path: str) -> bool:
 def shareable(config: Config) -> dict[str, Any]:
     """The settings by dotted path without folders of this machine: of each only the last part."""
     found = leaves(config.model_dump(mode="json"))
-    folders = ("output_dir", "model.path", "model.adapter", "data.path")
+    folders = ("output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity")
     cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
     return found | cut
 

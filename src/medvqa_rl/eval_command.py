@@ -28,6 +28,7 @@ from medvqa_rl.evaluation.evaluate import (
     questions_hash,
     write_evaluation,
 )
+from medvqa_rl.evaluation.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.fingerprint import weights_fingerprint
@@ -150,9 +151,13 @@ def run_eval(
     if dry_run:
         _dry_run(cells, lambda cell: RolloutEngine(policy(), cell.asking.template), console)
         return
+    # Before the first answer, so that a model that is not there is said at once.
+    instruments = load_instruments(config.eval, resolve_device(model.device).type)
     complete: list[tuple[Cell, Evaluation]] = []
     for cell in cells:
-        evaluation = _evaluate_cell(cell, config, model, policy, shard, controls=controls, console=console)
+        evaluation = _evaluate_cell(
+            cell, config, model, policy, shard, instruments, controls=controls, console=console
+        )
         if evaluation is not None:
             complete.append((cell, evaluation))
     if len(complete) == len(cells) and len(templates) > 1:
@@ -180,6 +185,7 @@ def _evaluate_cell(
     model: ModelConfig,
     policy: Callable[[], Policy],
     shard: Shard,
+    instruments: Instruments,
     *,
     controls: bool,
     console: Console,
@@ -209,7 +215,8 @@ def _evaluate_cell(
     if records is None or any(rows is None for rows in found.values()):
         console.print(f"{cell.label}: shard {shard} is done, others are missing.", highlight=False, soft_wrap=True)
         return None
-    evaluation = make_evaluation(records, cell.samples, cell.dataset, asking)
+    measured = measure(records, remaining(records, instruments))
+    evaluation = make_evaluation(measured, cell.samples, cell.dataset, asking)
     results: dict[str, Any] = dict(evaluation.results)
     results["seeds"] = {**results["seeds"], "data": cell.data.seed}
     results["model"] = {**model.model_dump(mode="json"), "weights": read_identity(folder).get("weights")}
@@ -238,6 +245,11 @@ def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
         "template": cell.asking.template,
         "max_completion_length": cell.asking.max_completion_length,
         **{f"eval.{name}": getattr(config, name) for name in ("num_samples", "temperature", "top_p", "seed")},
+        **{
+            f"eval.{name}": by
+            for name in ("perplexity_model", "similarity")
+            if (by := getattr(config, name)) is not None
+        },
     }
 
 

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from medvqa_rl.cli import app
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.evaluation.compare import Evaluated, compare, match
-from medvqa_rl.evaluation.records import EvalRecord, paired_gain, write_records
+from medvqa_rl.evaluation.records import EvalRecord, write_records
 from medvqa_rl.evaluation.stats import cluster_permutation, holm
+from medvqa_rl.evaluation.summary import paired_gain
 
 CONFIG = EvalConfig(bootstrap=200)
 

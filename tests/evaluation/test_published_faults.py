@@ -56,6 +56,9 @@ class Speaker:
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers = answers
 
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
     def encode(self, sample: Sample) -> EncodedPrompt:
         return EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, repr(render_prompt(sample, "direct")))
 

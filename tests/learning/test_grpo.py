@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from toy import ToyData, gradients, read_metrics, toy_config
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from medvqa_rl.learning import update as update_module
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.models.loading import load_policy
+from medvqa_rl.report.health import check_health
+from medvqa_rl.report.runs import read_run
 
 TOY = Path(__file__).with_name("toy.py")
 GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_toy.json"
@@ -44,7 +47,13 @@ def test_golden_run(folder, tmp_path):
 
 
 def test_a_run_explains_itself(folder, tmp_path):
-    config = toy_config(folder, tmp_path / "run", train={"steps": 4, "eval_steps": 2, "save_steps": 1})
+    measures = {"similarity": "tfidf", "perplexity_model": str(write_language_model(tmp_path, folder))}
+    config = toy_config(
+        folder,
+        tmp_path / "run",
+        train={"steps": 4, "eval_steps": 2, "save_steps": 1},
+        eval={"bootstrap": 20, **measures},
+    )
     run = train(config, train_set=ToyData(), val_set=ToyData(3), given={"train": {"steps": 4}})
     assert (run / "config.yaml").read_text() == "train:\n  steps: 4\n"
     assert json.loads((run / "config.resolved.json").read_text()) == config.model_dump(mode="json")
@@ -63,6 +72,18 @@ def test_a_run_explains_itself(folder, tmp_path):
     accuracies = {line["step"]: line["eval/accuracy"] for line in read_metrics(run) if "eval/accuracy" in line}
     assert best == {"step": status["best_step"], "accuracy": max(accuracies.values())}
     load_policy(config.model.model_copy(update={"path": str(run / "best")}))
+    logged = [line["eval/perplexity"] for line in read_metrics(run) if "eval/perplexity" in line]
+    assert len(logged) == 3 and min(logged) > 1
+    (check,) = [check for check in check_health(read_run(run).metrics) if check.name == "High perplexity"]
+    assert check.figure == f"Perplexity {logged[0]:.1f} at first, {logged[-1]:.1f} at last."
+
+
+def write_language_model(folder, tokenizer):
+    torch.manual_seed(0)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "lm")
+    size = len(AutoTokenizer.from_pretrained(tokenizer))
+    GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder / "lm")
+    return folder / "lm"
 
 
 def test_training_raises_the_reward(folder, tmp_path):

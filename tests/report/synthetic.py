@@ -9,7 +9,8 @@ from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.records import EvalRecord, summarise, write_records
+from medvqa_rl.evaluation.records import EvalRecord, write_records
+from medvqa_rl.evaluation.summary import summarise
 from medvqa_rl.types import LETTERS, Sample
 
 EVIL = (

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from medvqa_rl.cli import app
 from medvqa_rl.config import DataConfig, EvalConfig
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.records import paired_gain
+from medvqa_rl.evaluation.summary import paired_gain
 from medvqa_rl.report.charts import charts, nice_ticks, thin
 from medvqa_rl.report.comparisons import compare
 from medvqa_rl.report.inline import policy_hash, script_json, thumbnail_uri

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage, MemoryImage
@@ -18,6 +18,8 @@ from medvqa_rl.data.prefetch import work_ahead
 from medvqa_rl.data.splits import choose
 from medvqa_rl.evaluation.metrics import exact_match, rouge_l, token_f1
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
+from medvqa_rl.phantom.claims import claims, faithfulness
+from medvqa_rl.phantom.drawing import PhantomImage
 from medvqa_rl.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
 from medvqa_rl.rewards.correctness import is_correct
 from medvqa_rl.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
@@ -60,6 +62,8 @@ class Engine(Protocol):
         step: int,
         prompts: Sequence[EncodedPrompt],
     ) -> list[Group]: ...
+
+    def count_tokens(self, text: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,10 @@ def answer(engine: Engine, batch: Sequence[Prepared], asking: Asking) -> list[Ev
     return [
         _unscored(question.sample, asking, question.reason)
         if question.prompt is None
-        else _scored(question, greedy[question.sample.id], sampled.get(question.sample.id), asking)
+        else replace(
+            _scored(question, greedy[question.sample.id], sampled.get(question.sample.id), asking),
+            **_reasoning(engine, question.sample, greedy[question.sample.id], asking.template),
+        )
         for question in batch
     ]
 
@@ -287,6 +294,17 @@ def _scored(question: Prepared, group: Group, sampled: Group | None, asking: Ask
         image_hash=question.image_hash,
         sampled=() if sampled is None else tuple(_sampled(shown, c, asking.template) for c in sampled.completions),
     )
+
+
+def _reasoning(engine: Engine, sample: Sample, group: Group, template: Template) -> dict[str, Any]:
+    """Tokens of the reasoning and, where the scene is known, its claims."""
+    think = parse_completion(group.completions[0].text, template).think
+    measured: dict[str, Any] = {"think_tokens": 0 if think is None else engine.count_tokens(think)}
+    scenes = [image.scene for image in sample.images if isinstance(image, PhantomImage)]
+    if len(scenes) == 1:
+        measured["num_claims"] = len(claims(think or ""))
+        measured["faithfulness"] = faithfulness(think or "", scenes[0])
+    return measured
 
 
 def _letter(sample: Sample, answer: str | None) -> str | None:

@@ -16,9 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.records import EvalRecord, by_group, pair, paired_gain, read_records, summarise
+from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.stats import holm
 from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.evaluation.summary import by_group, pair, paired_gain, summarise
+from medvqa_rl.evaluation.tables import measured_table
 
 Cell = tuple[str, str]
 """Data set and template."""
@@ -97,8 +99,9 @@ def compare(runs: Sequence[Evaluated], config: EvalConfig = EvalConfig()) -> dic
 
     Returns:
         ``baseline``, its name; ``dataset``; ``runs``: for each ``name``, ``template``, ``n``, ``accuracy`` with its
-        interval and ``detectable_difference``; ``pairs``: for each further run what
-        :func:`medvqa_rl.evaluation.records.paired_gain` returns, ``holm_p`` (the permutation test's p-value adjusted
+        interval, ``detectable_difference`` and what :func:`medvqa_rl.evaluation.measured.measured_summary` returns;
+        ``pairs``: for each further run what
+        :func:`medvqa_rl.evaluation.summary.paired_gain` returns, ``holm_p`` (the permutation test's p-value adjusted
         for the number of runs), ``by`` (the same by group, ``holm_p`` adjusted for the values of a key) and
         ``flipped``, the questions that got better or worse.
 
@@ -109,6 +112,7 @@ def compare(runs: Sequence[Evaluated], config: EvalConfig = EvalConfig()) -> dic
     overall = [
         {name: summary[name] for name in ("n", "num_scored", "num_clusters", "effective_n", "detectable_difference")}
         | {name: summary[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "no_answer_rate")}
+        | {name: summary[name] for name in ("lengths", "thinking", "perplexity", "similarity", "faithfulness")}
         | {"name": run.name, "template": run.cell[1]}
         for run in runs
         for summary in [summarise(run.records, config)]
@@ -193,6 +197,17 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
+def reasoning_table(comparison: Mapping[str, Any]) -> Table:
+    """What was measured of the outputs of every run besides right and wrong."""
+    titles, rows = measured_table([(row["name"], row) for row in comparison["runs"]])
+    table = Table(title="Lengths in tokens (mean ± standard deviation) and reasoning", title_justify="left")
+    for title in ("run", *titles):
+        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
+    return table
+
+
 def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
     """Differences of one run from the baseline, overall and by group, in points."""
     table = Table(title=Text(f"{gains['run']} minus {baseline}, in points"), title_justify="left")
@@ -241,6 +256,7 @@ def flips_table(gains: Mapping[str, Any], most: int) -> Table:
 def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> None:
     """Print the tables of a comparison."""
     console.print(runs_table(comparison))
+    console.print(reasoning_table(comparison))
     for row in comparison["pairs"]:
         console.print(pair_table(row, comparison["baseline"]))
         if flips and row["flipped"]:

@@ -16,8 +16,9 @@ from PIL import Image
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.evaluation.answering import View
-from medvqa_rl.evaluation.records import EvalRecord, paired_gain
+from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.stats import Interval, proportion_interval
+from medvqa_rl.evaluation.summary import paired_gain
 from medvqa_rl.randomness import Draws
 from medvqa_rl.types import LETTERS, ImageSource, Sample
 

@@ -18,15 +18,10 @@ from rich.table import Table
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
 from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
-from medvqa_rl.evaluation.records import (
-    EvalRecord,
-    flat_metrics,
-    paired_gain,
-    read_records,
-    record_line,
-    summarise,
-)
+from medvqa_rl.evaluation.instruments import NOTHING, Instruments, measure
+from medvqa_rl.evaluation.records import EvalRecord, read_records, record_line
 from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.evaluation.summary import flat_metrics, paired_gain, summarise
 from medvqa_rl.evaluation.tables import controls_table, results_table
 from medvqa_rl.prompts import Template
 from medvqa_rl.types import Dataset, Sample
@@ -60,7 +55,7 @@ class Evaluation:
 
     records: tuple[EvalRecord, ...]
     results: Mapping[str, Any]
-    """As :func:`medvqa_rl.evaluation.records.summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
+    """As :func:`medvqa_rl.evaluation.summary.summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
     ``versions``: the content of ``results.json``."""
 
     @property
@@ -82,6 +77,7 @@ def evaluate(
     template: Template = "think_answer",
     progress: Progress | None = None,
     prefetch: PrefetchConfig = PrefetchConfig(),
+    instruments: Instruments = NOTHING,
 ) -> Evaluation:
     """Answer every question and score the answers with the rewards' own scorer.
 
@@ -97,6 +93,7 @@ def evaluate(
         template: form in which the engine asks and answers are read.
         progress: called after every batch.
         prefetch: how the prompts of the next batch are prepared; no result depends on it.
+        instruments: what measures the outputs besides.
 
     Raises:
         ValueError: the data set is endless, has no questions, or not unique ids.
@@ -109,7 +106,8 @@ def evaluate(
         records.update({record.sample_id: record for record in some})
 
     answer_all(lambda: engine, samples, asking, keep=keep, progress=progress)
-    return make_evaluation([records[sample.id] for sample in samples], samples, dataset, asking)
+    measured = measure([records[sample.id] for sample in samples], instruments)
+    return make_evaluation(measured, samples, dataset, asking)
 
 
 def make_evaluation(

@@ -6,9 +6,11 @@ what equal means.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import comb
+from statistics import mean
 
 from medvqa_rl.prompts import normalise
 
@@ -52,6 +54,12 @@ def rouge_l(prediction: str | None, gold: str) -> float:
 def exact_match(prediction: str | None, gold: str) -> float:
     """1 if both answers are equal after normalisation, else 0; no answer gets 0."""
     return float(prediction is not None and normalise(prediction) == normalise(gold))
+
+
+def average(values: Iterable[float | None]) -> float:
+    """Mean of what is not None; NaN of nothing."""
+    given = [value for value in values if value is not None]
+    return mean(given) if given else math.nan
 
 
 def rate(flags: Sequence[bool]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -53,6 +53,54 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     return table
 
 
+def _value(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{form}}"
+
+
+def _moments(section: Mapping[str, Any] | None) -> str:
+    """Mean and standard deviation of token counts."""
+    if section is None or not (mean := _value(section["mean"], ".0f")):
+        return ""
+    spread = section["variance"]
+    return mean if spread is None or math.isnan(spread) else f"{mean} ± {math.sqrt(spread):.0f}"
+
+
+def measured_table(named: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """What was measured of the outputs of some evaluations, as text: the columns' names, and a row for each.
+
+    Numbers of different instruments never share a column: there is one for each language model, similarity and
+    judge. Columns without a number are left out.
+
+    Args:
+        named: name and results, as computed or as read, also of older versions.
+    """
+    columns: dict[str, list[str]] = {}
+    for place, (_, results) in enumerate(named):
+        lengths = results.get("lengths", {})
+        cells = {
+            f"{title}, {outcome}": _moments(lengths.get(kind, {}).get(key))
+            for kind, title in (("think", "reasoning"), ("total", "tokens"))
+            for key, outcome in (("right", "right"), ("wrong", "wrong"))
+        }
+        for section, key, title, form in _MEASURED:
+            found = results.get(section, {})
+            by = found.get("by")
+            cells[f"{title} ({by})" if by else title] = _value(found.get(key), form)
+        for title, cell in cells.items():
+            columns.setdefault(title, [""] * len(named))[place] = cell
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    rows = [[name, *(cells[place] for cells in shown.values())] for place, (name, _) in enumerate(named)]
+    return list(shown), rows
+
+
+_MEASURED = (
+    ("thinking", "reward", "thinking reward of 2", ".2f"),
+    ("perplexity", "value", "perplexity", ".1f"),
+    ("similarity", "value", "similarity", ".2f"),
+    ("faithfulness", "value", "true claims", ".1%"),
+)
+
+
 def _further(results: Mapping[str, Any]) -> list[str]:
     """Lines with the numbers that have no column, where there are any; older results have fewer."""
     lines = []
@@ -66,6 +114,10 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
     if told := [f"{name} {value}" for key, name in names.items() if (value := _percent(results.get(key)))]:
         lines.append("Open answers: " + ", ".join(told) + ".")
+    titles, rows = measured_table([("", results)])
+    if titles:
+        told = [f"{title} {cell}" for title, cell in zip(titles, rows[0][1:])]
+        lines.append("Lengths in tokens, mean ± standard deviation, and the like: " + "; ".join(told) + ".")
     if sampled := results.get("sampled"):
         values = {name: row["value"] for name, row in sampled.items() if isinstance(row, Mapping)}
         told = [f"{name.replace('_', ' ')} {_percent(value)}" for name, value in values.items()]

@@ -16,6 +16,7 @@ from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config
 from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
+from medvqa_rl.evaluation.instruments import NOTHING, load_instruments
 from medvqa_rl.learning.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -63,6 +64,7 @@ class Run:
         self._exits = ExitStack()
         self._tracker: Tracker | None = None
         self._has_begun = False
+        self._instruments = NOTHING
 
     def __enter__(self) -> Run:
         if self._is_main:
@@ -104,6 +106,8 @@ class Run:
         if self._resume:
             self.dir.cut_back(self.state.step, self.state.metrics_bytes)
         self.dir.check_data(datasets, resume=self._resume)
+        if self.config.train.eval_steps:
+            self._instruments = load_instruments(self.config.eval, policy.device.type)
         seed = self.config.train.seed
         changed = self.dir.compare_environment(seed, self.state.step) if self._resume else []
         if not self._resume:
@@ -181,6 +185,7 @@ class Run:
                 template=self.config.prompt.template,
                 progress=self._tracker.evaluating,
                 prefetch=self.config.prefetch,
+                instruments=self._instruments,
             )
             write_evaluation(evaluation, self.dir.evaluation(state.step))
             metrics = evaluation.metrics

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
-from medvqa_rl.evaluation.records import paired_gain
+from medvqa_rl.evaluation.summary import paired_gain
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
 from medvqa_rl.report.style import percent

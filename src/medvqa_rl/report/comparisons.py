@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.records import paired_gain
+from medvqa_rl.evaluation.summary import paired_gain
 from medvqa_rl.report.page import Comparison
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 

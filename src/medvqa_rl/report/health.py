@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-
+from medvqa_rl.evaluation.stability import abrupt_changes, largest_change, largest_drop, window_for
 from medvqa_rl.report.runs import Row
 
 Verdict = Literal["fine", "look", "not measured"]
@@ -144,7 +142,7 @@ def perplexity(rows: Sequence[Row]) -> Check:
     rule = f"The last evaluation's perplexity under a fixed language model is above {HIGH_PERPLEXITY:g}."
     values = series(rows, "eval/perplexity")
     if not values:
-        return Check(name, "not measured", rule, "No evaluation measured perplexity.")
+        return Check(name, "not measured", rule, "No evaluation measured perplexity (eval.perplexity_model).")
     verdict: Verdict = "look" if values[-1] > HIGH_PERPLEXITY else "fine"
     return Check(name, verdict, rule, f"Perplexity {values[0]:.1f} at first, {values[-1]:.1f} at last.")
 
@@ -154,7 +152,7 @@ def broken_curve(rows: Sequence[Row]) -> Check:
     name = "Abrupt change of the curve"
     metric = "reward" if series(rows, "reward") else "loss"
     values = series(rows, metric)
-    window = min(100, max(MIN_STEPS // 2, len(values) // 20))
+    window = window_for(len(values))
     rule = (
         f"Somewhere the mean {metric} of {window} steps differs from that of the {window} before by more than "
         f"{BREAK:g} standard deviations of the steps within them."
@@ -163,17 +161,26 @@ def broken_curve(rows: Sequence[Row]) -> Check:
     if short is not None:
         return short
     steps = [row["step"] for row in rows if metric in row]
-    stretches = sliding_window_view(np.asarray(values), window)
-    means, variances = stretches.mean(axis=1), stretches.var(axis=1, ddof=1)
-    changes = means[window:] - means[:-window]  # at the steps from `window` on
-    spreads = np.sqrt((variances[window:] + variances[:-window]) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sizes = np.where(np.abs(changes) > 1e-9, np.abs(changes) / spreads, 0.0)
-    place = int(sizes.argmax())
-    worst, change, where = float(sizes[place]), float(changes[place]), steps[place + window]
-    times = "the steps before do not vary" if math.isinf(worst) else f"{worst:.1f} standard deviations"
-    figure = f"The largest is {change:+.2f} at step {where:.0f} ({times})."
-    return Check(name, "look" if worst > BREAK else "fine", rule, figure.replace("-", "−"))
+    worst = largest_change(steps, values, window)
+    others = [change for change in abrupt_changes(steps, values, window, BREAK) if change != worst]
+    times = (
+        "the steps before do not vary"
+        if math.isinf(worst.deviations)
+        else f"{worst.deviations:.1f} standard deviations"
+    )
+    figure = f"The largest is {worst.change:+.2f} at step {worst.step:.0f} ({times})."
+    if others:
+        figure += " Others: " + ", ".join(f"{change.change:+.2f} at step {change.step:.0f}" for change in others) + "."
+    if metric == "reward":
+        drop = largest_drop(steps, values, window)
+        figure += (
+            f" The mean of {window} steps fell by {drop.size:.2f} at most, from step {drop.top:.0f} to "
+            f"{drop.bottom:.0f}."
+            if drop.size > 0
+            else f" The mean of {window} steps never fell."
+        )
+    verdict: Verdict = "look" if worst.deviations > BREAK else "fine"
+    return Check(name, verdict, rule, figure.replace("-", "−"))
 
 
 def collapse(rows: Sequence[Row], metric: str, name: str, unit: str, left: float) -> Check:

@@ -44,7 +44,7 @@ class Comparison:
     """Results as in ``results.json``."""
     after: Mapping[str, Any]
     gain: Mapping[str, Any]
-    """What :func:`medvqa_rl.evaluation.records.paired_gain` returns."""
+    """What :func:`medvqa_rl.evaluation.summary.paired_gain` returns."""
     note: str = ""
     """A sentence below the numbers."""
     names: tuple[str, str] = ("before", "after")

@@ -27,7 +27,7 @@ from medvqa_rl.report.style import Palette, Theme, percent, spread, styled
 Row = Mapping[str, Any]
 """A line of metrics.jsonl."""
 Results = Mapping[str, Any]
-"""The content of a results.json, or what :func:`medvqa_rl.evaluation.records.summarise` returns."""
+"""The content of a results.json, or what :func:`medvqa_rl.evaluation.summary.summarise` returns."""
 
 Points = NDArray[np.float64]
 

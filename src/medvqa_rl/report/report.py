@@ -13,6 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from medvqa_rl.evaluation.tables import measured_table
 from medvqa_rl.report.charts import charts
 from medvqa_rl.report.comparisons import accuracy_rows, compare
 from medvqa_rl.report.health import check_health
@@ -88,6 +89,7 @@ def render_report(runs: Sequence[StoredRun]) -> str:
             comparison_problems=problems,
             tables=[(item, found) for item, found in tables if found],
             accuracy=accuracy_rows(runs),
+            measured=measured_table([(f"{run}: {name}", item.results) for run, name, item in accuracy_rows(runs)]),
             charts=charts(runs),
             health=[(run, check_health(run.metrics)) for run in runs],
             setting_rows=[(name, [one.get(name, "–") for one in settings]) for name in all_names],

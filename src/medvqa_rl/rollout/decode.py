@@ -86,6 +86,10 @@ class RolloutEngine:
         """Memory that :meth:`encode` takes at most (:meth:`Processor.encoding_bytes`)."""
         return self._policy.processor.encoding_bytes(sample)
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens that the policy's tokenizer makes of a text."""
+        return self._policy.processor.count_tokens(text)
+
     def rollout(
         self,
         samples: Sequence[Sample],
