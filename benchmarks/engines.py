@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.common import Workload, make_config, make_data, now
 from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.learning.feed import make_feed
 from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import make_accelerator, set_up
@@ -130,27 +131,28 @@ def run_ours(
         _time_reference(reference, watch)
     learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
     done = []
-    for step in range(steps):
-        with watch.phase("rollout"):
-            groups = roll_out(config, accelerator, setup, step)
-        with watch.phase("reward"):
-            total = torch.from_numpy(rewards.score(groups, step=step).total)
-        with watch.phase("update"):
-            advantages = group_advantages(total, scale=config.advantage.scale)
-            metrics = learner.update(groups, advantages, ~total.isnan(), step)
-        seconds = watch.take()
-        seconds["update"] -= seconds.get("reference", 0.0)
-        done.append(
-            Step(
-                **{phase: seconds.get(phase, 0.0) for phase in ("rollout", "reward", "reference", "update")},
-                prompt_ids=[group.prompt.input_ids.tolist() for group in groups],
-                completion_ids=[list(completion.token_ids) for group in groups for completion in group.completions],
-                rewards=total.flatten().tolist(),
-                loss=metrics["loss"],
-                entropy=metrics["entropy"],
-                grad_norm=metrics["grad_norm"],
+    with make_feed(config, accelerator, setup, range(steps), workload.prompts) as feed:
+        for step in range(steps):
+            with watch.phase("rollout"):
+                groups = roll_out(config, accelerator, setup, step, feed.at(step))
+            with watch.phase("reward"):
+                total = torch.from_numpy(rewards.score(groups, step=step).total)
+            with watch.phase("update"):
+                advantages = group_advantages(total, scale=config.advantage.scale)
+                metrics = learner.update(groups, advantages, ~total.isnan(), step)
+            seconds = watch.take()
+            seconds["update"] -= seconds.get("reference", 0.0)
+            done.append(
+                Step(
+                    **{phase: seconds.get(phase, 0.0) for phase in ("rollout", "reward", "reference", "update")},
+                    prompt_ids=[group.prompt.input_ids.tolist() for group in groups],
+                    completion_ids=[list(c.token_ids) for group in groups for c in group.completions],
+                    rewards=total.flatten().tolist(),
+                    loss=metrics["loss"],
+                    entropy=metrics["entropy"],
+                    grad_norm=metrics["grad_norm"],
+                )
             )
-        )
     return done
 
 

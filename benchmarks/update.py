@@ -1,0 +1,342 @@
+"""Seconds of the update's forward and backward pass: groups that share their prompt against rows per completion.
+
+    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu
+    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu --scaling
+    python -m benchmarks.update --preset gpu --lora 16
+
+Checks first that every layout gives the same log-probabilities and gradient. Image features are given, as they are
+where the vision tower is frozen, so this is the language model alone. The floor is the operations that a group needs
+(no masked pair, nothing computed again) at the rate of a large matrix product on the same machine. Prints medians, and
+last a line ``speedup: RATIO``: rows per completion over the default.
+
+``--scaling`` times one group of 8 completions of 64 tokens and 504 px and changes one of these at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from benchmarks.common import (
+    Rates,
+    Workload,
+    hardware,
+    make_config,
+    make_data,
+    measure_rates,
+    now,
+    prepare_model,
+    table,
+    use_clock,
+    write_result,
+)
+from benchmarks.floors import architecture_of, trained_of
+from benchmarks.step import PRESETS as STEPS
+from medvqa_rl.learning.logprobs import CompletionBatch, collate, layout_for
+from medvqa_rl.learning.optimizer import Optimizer
+from medvqa_rl.learning.setup import make_accelerator
+from medvqa_rl.learning.update import Learner
+from medvqa_rl.memory import keep_freed_memory
+from medvqa_rl.models.cost import Architecture, Shape, backward_flops, forward_flops, group_pairs, separate_pairs
+from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.qwen_vl import Processor, backbone, image_features
+from medvqa_rl.types import Completion, Group
+
+Way = Literal["default", "dense", "separate"]
+WAYS: Mapping[Way, str] = {
+    "default": "shared prompt",
+    "dense": "shared prompt, dense mask",
+    "separate": "a row per completion",
+}
+PRESETS = {
+    "cpu": replace(STEPS["paper-cpu"], beta=0.0),
+    "gpu": replace(STEPS["paper-gpu"], beta=0.0, checkpointing=False),
+    "smoke": replace(STEPS["smoke"], beta=0.0),
+}
+SCALING: Mapping[str, Mapping[str, Sequence[int]]] = {
+    "cpu": {
+        "generations": (2, 4, 8, 16, 32),
+        "side": (224, 336, 504, 756, 1008),
+        "length": (16, 64, 256),
+    },
+    "gpu": {
+        "generations": (2, 4, 8, 16, 32),
+        "side": (224, 336, 504, 756, 1008),
+        "length": (64, 256, 1024),
+    },
+    "smoke": {"generations": (2, 3), "side": (56, 112), "length": (2, 4)},
+}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
+"""Largest difference of log-probabilities between layouts, in nats."""
+
+
+def make_groups(policy: Policy, workload: Workload) -> list[Group]:
+    """Groups with random completions of the workload's length and the features of their images."""
+    generator = np.random.default_rng(0)
+    processor = policy.processor
+    allowed = np.setdiff1d(np.arange(len(processor.tokenizer)), [*processor.suppressed_ids, *processor.stop_ids])
+    samples = make_data(workload.prompts, workload.side).samples
+    prompts = [processor.encode(sample) for sample in samples]
+    with torch.no_grad():
+        features = image_features(policy.model, prompts, policy.device)
+    return [
+        Group(
+            sample,
+            prompt,
+            [
+                Completion(tuple(generator.choice(allowed, workload.length).tolist()), "", True)
+                for _ in range(workload.generations)
+            ],
+            feature,
+        )
+        for sample, prompt, feature in zip(samples, prompts, features)
+    ]
+
+
+def make_learner(workload: Workload, folder: Path) -> Learner:
+    """A policy ready to be trained, without a reference."""
+    config = make_config(replace(workload, beta=0.0), folder)
+    policy = load_policy(config.model)
+    policy.model.train()
+    accelerator = make_accelerator(config, workload.prompts)
+    return Learner(config, accelerator, policy, None, Optimizer(policy.model, config.optimizer))
+
+
+def lay_out(learner: Learner, groups: Sequence[Group], way: Way) -> list[CompletionBatch]:
+    """Micro-batches of whole groups; rows per completion hold one group at a time, to bound their memory."""
+    policy = learner.policy
+    size = 1 if way == "separate" else learner.config.train.prompts_per_micro_batch
+    attention = backbone(policy.model).language_model.config._attn_implementation
+    layout = {"default": layout_for(attention), "dense": "rows", "separate": "separate"}[way]
+    return [
+        collate(groups[start : start + size], policy.processor, policy.device, layout=layout)
+        for start in range(0, len(groups), size)
+    ]
+
+
+def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torch.Tensor], float]:
+    """One forward and backward pass over all micro-batches; the gradient is left on the parameters.
+
+    Returns:
+        The log-probabilities of every micro-batch, (B, Tc), and the seconds.
+    """
+    learner.optimizer.zero_grad()
+    began = now()
+    logps = []
+    for batch in batches:
+        stats = learner.forward(batch, temperature=1.0, with_entropy=True)
+        # Weights that differ between completions, as advantages do.
+        weights = torch.linspace(-1, 1, batch.num_completions, device=batch.mask.device)
+        (stats.logps * weights[:, None]).sum().backward()
+        logps.append(stats.logps.detach())
+    return logps, now() - began
+
+
+def gradient(learner: Learner) -> torch.Tensor:
+    """All gradients in one vector, float32."""
+    return torch.cat(
+        [p.grad.flatten().float().cpu() for p in learner.optimizer.parameters.values() if p.grad is not None]
+    )
+
+
+def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtype: str) -> dict[str, Any]:
+    """Largest difference of log-probabilities from rows per completion, and relative difference of the gradient.
+
+    Raises:
+        ValueError: the log-probabilities differ by more than the tolerance.
+    """
+    few = groups[:1]
+    logps, _ = run(learner, lay_out(learner, few, "separate"))
+    expected, grads = torch.cat(logps), gradient(learner)
+    found = {}
+    for way in ways:
+        if way == "separate":
+            continue
+        logps, _ = run(learner, lay_out(learner, few, way))
+        difference = float((torch.cat(logps) - expected).abs().max())
+        relative = float((gradient(learner) - grads).norm() / grads.norm())
+        found[way] = {"logps": difference, "gradient": relative}
+        if not difference <= TOLERANCES[dtype]:
+            raise ValueError(
+                f"With the layout '{WAYS[way]}' log-probabilities differ by {difference:.2g} from those of a row per "
+                f"completion, but the tolerance in {dtype} is {TOLERANCES[dtype]:g}: do not trust its speed."
+            )
+    learner.optimizer.zero_grad()
+    return found
+
+
+def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int], way: Way) -> float:
+    """Operations of forward and backward pass that a layout computes, recomputation of checkpoints left out."""
+    completions = [workload.length] * workload.generations
+    rows, trained = workload.generations, trained_of(workload)
+    scored = rows * workload.length * len(prompts)
+    if way == "separate":
+        tokens = rows * (sum(prompts) + workload.length * len(prompts))
+        shape = Shape(tokens, sum(separate_pairs(p, completions) for p in prompts), scored)
+    else:
+        tokens = sum(prompts) + scored
+        pairs = sum(
+            (p + rows * workload.length) ** 2 if way == "dense" else group_pairs(p, completions) for p in prompts
+        )
+        shape = Shape(tokens, pairs, scored)
+    return forward_flops(model, shape, trained) + backward_flops(model, shape, trained, attention=2.0)
+
+
+def time_ways(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], repeats: int) -> dict[str, Any]:
+    """Median seconds of every layout, taken in turn after one pass that is not measured, and peak GPU memory."""
+    batches = {way: lay_out(learner, groups, way) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = dict.fromkeys(ways, 0)
+    for index in range(repeats + 1):
+        for way in ways:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            _, took = run(learner, batches[way])
+            if index:
+                seconds[way].append(took)
+            if torch.cuda.is_available():
+                peaks[way] = torch.cuda.max_memory_allocated()
+    return {
+        way: {"seconds": statistics.median(seconds[way]), "peak_gib": peaks[way] / 2**30 if peaks[way] else None}
+        for way in ways
+    }
+
+
+def measure(
+    learner: Learner, workload: Workload, ways: Sequence[Way], repeats: int, folder: Path, rates: Rates
+) -> dict[str, Any]:
+    """Equality and times of layouts.
+
+    Args:
+        learner: with the workload's model.
+    """
+    pixels = workload.side**2
+    learner.policy.processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
+    groups = make_groups(learner.policy, workload)
+    equality = compare(learner, groups, ways, workload.dtype)
+    timed = time_ways(learner, groups, ways, repeats)
+    model, prompts = architecture_of(folder), [len(group.prompt.input_ids) for group in groups]
+    needed = count_flops(model, workload, prompts, "default")
+    for way in ways:
+        computed = count_flops(model, workload, prompts, way)
+        timed[way] |= {
+            "flops": computed,
+            "rate_share": computed / timed[way]["seconds"] / rates.flops,
+            "floor_share": needed / rates.flops / timed[way]["seconds"],
+        }
+    return {"prompt_tokens": prompts, "equality": equality, "needed_flops": needed, "ways": timed}
+
+
+def scaling(
+    learner: Learner,
+    workload: Workload,
+    changes: Mapping[str, Sequence[int]],
+    repeats: int,
+    folder: Path,
+    rates: Rates,
+) -> list[dict[str, Any]]:
+    """One group, one size changed at a time: times of the default and of rows per completion."""
+    base = replace(workload, prompts=1, prompts_per_micro_batch=1)
+    return [
+        {"changed": name, "value": value}
+        | measure(learner, replace(base, **{name: value}), ("default", "separate"), repeats, folder, rates)
+        for name, values in changes.items()
+        for value in values
+    ]
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The table of the layouts."""
+    rows = [["layout", "seconds", "TFLOP computed", "of matrix rate", "of the floor", "peak GiB"]]
+    for way, row in result["ways"].items():
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
+        shares = [f"{row['rate_share']:.1%}", f"{row['floor_share']:.1%}"]
+        rows.append([WAYS[way], f"{row['seconds']:.3f}", f"{row['flops'] / 1e12:.3f}", *shares, peak])
+    return table(rows)
+
+
+def report_scaling(found: Sequence[Mapping[str, Any]]) -> str:
+    """The table of sizes."""
+    names = {"generations": "completions", "side": "image, px", "length": "tokens of a completion"}
+    rows = [["one group", "", "prompt tokens", "shared, s", "separate, s", "ratio", "ratio of TFLOP"]]
+    for row in found:
+        shared, separate = row["ways"]["default"], row["ways"]["separate"]
+        rows.append(
+            [
+                names[row["changed"]],
+                str(row["value"]),
+                str(row["prompt_tokens"][0]),
+                f"{shared['seconds']:.3f}",
+                f"{separate['seconds']:.3f}",
+                f"{separate['seconds'] / shared['seconds']:.2f}",
+                f"{separate['flops'] / shared['flops']:.2f}",
+            ]
+        )
+    return table(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--lora", type=int, default=0)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3, help="measured passes of every layout, in turn")
+    parser.add_argument("--scaling", action="store_true", help="change group size, image and length, one at a time")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
+    parser.add_argument("--output", type=Path, help="result file")
+    options = parser.parse_args(argv)
+    use_clock(options.clock)
+    keep_freed_memory()
+    workload = replace(PRESETS[options.preset], lora=options.lora, checkpointing=options.checkpointing)
+    ways: tuple[Way, ...] = ("default", "dense", "separate")
+    rates = measure_rates(getattr(torch, workload.dtype), seconds=0.5)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = prepare_model(workload, Path(scratch))
+        result: dict[str, Any] = {"workload": asdict(workload), "rates": asdict(rates), "repeats": options.repeats}
+        result["clock"] = options.clock
+        learner = make_learner(workload, folder)
+        if options.scaling:
+            changes = SCALING[options.preset]
+            result["scaling"] = scaling(learner, workload, changes, options.repeats, folder, rates)
+        else:
+            result |= measure(learner, workload, ways, options.repeats, folder, rates)
+    result = {"benchmark": "update", "preset": options.preset, "hardware": hardware()} | result
+    write_result(options.output, result)
+    machine = result["hardware"]
+    print(
+        f"{workload.model}, {workload.dtype}, {f'LoRA of rank {workload.lora}' if workload.lora else 'all weights'}, "
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {options.clock} clock, "
+        f"load {machine['load']}, {rates.flops / 1e9:,.0f} GFLOP/s"
+    )
+    if options.scaling:
+        print(report_scaling(result["scaling"]))
+        ratios = [row["ways"]["separate"]["seconds"] / row["ways"]["default"]["seconds"] for row in result["scaling"]]
+        speedup = math.exp(statistics.fmean(map(math.log, ratios)))
+    else:
+        for way, difference in result["equality"].items():
+            print(
+                f"{WAYS[way]}: log-probabilities differ by at most {difference['logps']:.1e}, the gradient by "
+                f"{difference['gradient']:.1e} of its norm"
+            )
+        print(report(result))
+        speedup = result["ways"]["separate"]["seconds"] / result["ways"]["default"]["seconds"]
+    print(f"speedup: {speedup:.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
