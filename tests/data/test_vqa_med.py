@@ -70,6 +70,24 @@ def test_vqa_med(vqa_med: Path, gold_scores_1: Callable[[StoredDataset], None]) 
         load("vqa_med", vqa_med, "train")
 
 
+def test_categories_of_training_questions_come_from_their_files(vqa_med: Path) -> None:
+    below = vqa_med / "ImageClef-2019-VQA-Med-Training" / "QAPairsByCategory"
+    below.mkdir()
+    (below / "C1_Modality_train.txt").write_bytes(
+        b"synpic1|what kind  of image is this?|cta - ct angiography\r\nsynpic2|what is \xe9?|Sj\xf6gren\nshort|line\n"
+    )
+    (below / "C4_Abnormality_train.txt").write_bytes(b"synpic2|what is \xe9?|Sj\xf6gren\n")
+    (below / "C2_Plane_val.txt").write_text("synpic2|is this a t1 weighted image?|no\n")
+    train = load("vqa_med", vqa_med, "train", max_dropped=0.5)
+    assert [sample.groups.get("family") for sample in train.samples] == ["modality", None, None]
+    unknown = [
+        issue.row for issue in train.issues if issue.reason == "in no file by category, or in several: no family"
+    ]
+    assert unknown == [1, 2]
+    chosen = load("vqa_med", vqa_med, "train", max_dropped=0.5, families=("modality",))
+    assert [sample.id for sample in chosen.samples] == ["vqa_med/train/0"]
+
+
 def test_vqa_med_that_is_not_there(tmp_path: Path, vqa_med: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
