@@ -151,6 +151,7 @@ def test_wrong_overrides(override: str, sentence: str, tmp_path: Path) -> None:
 CROSS = [
     ("train", {"rollout": {"num_generations": 1}}, "rollout.num_generations is 1, but GRPO compares completions"),
     ("train", {"rollout": {"top_k": 1}}, "rollout.top_k is 1"),
+    ("train", {"train": {"max_tokens_per_micro_batch": 2048}}, "has up to 2048 besides its prompt"),
     ("train", {"rollout": {"max_completion_length": 4}}, "rollout.max_completion_length is 4"),
     ("train", {"rollout": {"max_completion_length": 10**6}}, "Qwen2-VL reads at most 32768"),
     ("train", {"rewards": {"format": 0, "correctness": 0}}, "all have weight 0"),

@@ -249,6 +249,10 @@ class TrainConfig(Settings):
     """P, prompts per step over all ranks (TRL: batch x accumulation x ranks / G)."""
     prompts_per_micro_batch: Positive = 8
     """At most this many whole groups share one forward and backward pass; memory and speed, never the gradient."""
+    max_tokens_per_micro_batch: Positive | None = None
+    """Tokens that share one forward and backward pass, whole groups sorted by length; None sets no such limit."""
+    self_check: bool = True
+    """Before the first update, compare the fast computation with the plain one on one group; stop if they differ."""
     seed: int = 0
     """Seed of the order of the samples and of every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

@@ -327,6 +327,16 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "set it to 2 or more (8 is usual).",
             "rollout.num_generations",
         )
+    budget, largest = config.train.max_tokens_per_micro_batch, rollout.num_generations * rollout.max_completion_length
+    if budget is not None and budget <= largest:
+        yield _problem(
+            f"train.max_tokens_per_micro_batch is {budget}, but a group of {rollout.num_generations} completions of "
+            f"up to {rollout.max_completion_length} tokens has up to {largest} besides its prompt and is never "
+            "divided: raise it, or lower rollout.num_generations or rollout.max_completion_length.",
+            "train.max_tokens_per_micro_batch",
+            "rollout.num_generations",
+            "rollout.max_completion_length",
+        )
     if rollout.top_k == 1:
         yield _problem(
             "rollout.top_k is 1, so all completions of a prompt would be equal and there would be nothing to learn "

@@ -27,7 +27,7 @@ class UnscoredError(TrainingFailed):
 
 
 class UnusableSampleError(ValueError):
-    """A sample's image cannot be used. Nothing is wrong with the weights, which the run saves."""
+    """A sample cannot be used, for its image or its size. Nothing is wrong with the weights, which the run saves."""
 
 
 class Stopped(SystemExit):

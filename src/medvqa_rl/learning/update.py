@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from medvqa_rl.config import Config
 from medvqa_rl.learning.errors import NonFiniteError
-from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate, layout_for
+from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
 from medvqa_rl.learning.losses import aggregate, token_loss
+from medvqa_rl.learning.micro_batches import split
 from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.learning.self_check import check_first_group
 from medvqa_rl.models.loading import Policy, Reference
 from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.randomness import address
@@ -91,6 +93,8 @@ class Learner:
         self.policy = policy
         self.reference = reference
         self.optimizer = optimizer
+        self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
+        self._is_checked = not config.train.self_check or self.layout == "separate"
         self.forward: nn.Module = accelerator.prepare_model(GroupForward(policy.model))
 
     def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
@@ -108,12 +112,17 @@ class Learner:
             which is the policy that sampled, over the groups that were not skipped).
 
         Raises:
+            UnusableSampleError: a group is larger than ``train.max_tokens_per_micro_batch``.
+            SelfCheckError: on the first call, the default layout and separate rows disagree.
             NonFiniteError: the loss or its gradient is not finite; no weight was touched in this round.
         """
         self.policy.model.train()
         # Dropout draws from torch's generator: addressed like all randomness, so that a resumed run meets the same.
         torch.manual_seed(address(self.config.train.seed, "dropout", step, self.accelerator.process_index))
         experience = self.prepare(groups, advantages, is_scored)
+        if not self._is_checked:
+            self.check(experience.micro_batches[0])
+            self._is_checked = True
         learning_rate = lr_at(step, self.config.optimizer, self.config.train.steps)
         rounds: list[dict[str, float]] = []
         old_logps: list[Tensor] | None = None
@@ -138,12 +147,18 @@ class Learner:
         lengths = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
         num_tokens = torch.where(counts, lengths, 0).sum(1)  # (P,) that count
         kept = contributing(advantages, self.config.loss.beta)
-        size = self.config.train.prompts_per_micro_batch
+        parts = split(
+            groups,
+            kept,
+            layout=self.layout,
+            max_groups=self.config.train.prompts_per_micro_batch,
+            max_tokens=self.config.train.max_tokens_per_micro_batch,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
         micro_batches = []
-        for start in range(0, len(kept), size):
-            indices = kept[start : start + size]
+        for indices in parts:
             own = [groups[index] for index in indices]
-            batch = self.collate(own)
+            batch = self.collate(own, self.layout)
             micro_batches.append(
                 MicroBatch(
                     groups=own,
@@ -158,10 +173,19 @@ class Learner:
         )
         return Experience(micro_batches, *self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist())
 
-    def collate(self, groups: Sequence[Group]) -> CompletionBatch:
-        """Lay groups out as suits the attention."""
-        attention = backbone(self.policy.model).language_model.config._attn_implementation
-        return collate(groups, self.policy.processor, self.policy.device, layout=layout_for(attention))
+    def collate(self, groups: Sequence[Group], layout: Layout) -> CompletionBatch:
+        """Lay groups out for the policy and the reference."""
+        return collate(groups, self.policy.processor, self.policy.device, layout=layout)
+
+    def check(self, micro: MicroBatch) -> None:
+        """The self-check of the first step, on the last group of a micro-batch.
+
+        Raises:
+            SelfCheckError: the default layout and separate rows disagree.
+        """
+        group = micro.groups[-1]
+        plain = self.collate([group], "separate")
+        check_first_group(self.forward, self.policy.model, micro.batch, plain, group)
 
     def _reference_logps(self, batch: CompletionBatch) -> Tensor | None:
         """(B, Tc) log-probabilities under the reference."""
