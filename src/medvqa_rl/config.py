@@ -143,6 +143,9 @@ class PromptConfig(Settings):
     """think_answer asks for reasoning and answer in tags, direct for the answer alone."""
 
 
+EngineName = Literal["eager", "graph"]
+
+
 class RolloutConfig(Settings):
     """How completions are sampled."""
 
@@ -158,6 +161,8 @@ class RolloutConfig(Settings):
     """Sample from this many of the likeliest tokens; 0 keeps all."""
     max_batch: Positive = 64
     """Prompts completed at a time; where completions end, waiting prompts take their room. Bounds the KV cache."""
+    engine: EngineName = "eager"
+    """eager, on any device; or graph, on a GPU: steps replayed as CUDA graphs, the KV cache stays allocated."""
 
 
 class RewardsConfig(Settings):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from medvqa_rl.rollout.state import DecodeState, Prefilled, rotary_table
+from medvqa_rl.rollout.state import DecodeState, Prefilled, Room, rotary_table
 from medvqa_rl.rollout.step import attend, write
 
 HEADS, KEYS, SIZE, LENGTH = 4, 2, 8, 12  # of the tiny model
@@ -37,12 +37,12 @@ class Shadow:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(script=STEPS, seed=st.integers(0, 99))
-def test_attention_equals_that_over_copies(tiny_policy, script, seed):
+@given(script=STEPS, seed=st.integers(0, 99), is_static=st.booleans())
+def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static):
     model = tiny_policy().model
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *sizes: torch.randn(sizes, generator=generator)  # noqa: E731
-    state = DecodeState(model, slots=12, places=3, rows=12, width=1, length=LENGTH, device="cpu")
+    state = DecodeState(model, Room(slots=12, places=3, rows=12, width=1, length=LENGTH), "cpu", is_static=is_static)
     shadow, cache_index, number = Shadow(), 1, 0
     for prompts, steps, done in script:
         free_rows, free_slots = state.room
@@ -88,7 +88,7 @@ def test_attention_equals_that_over_copies(tiny_policy, script, seed):
 
 
 def test_room(tiny_policy):
-    state = DecodeState(tiny_policy().model, slots=2, places=2, rows=4, width=3, length=LENGTH, device="cpu")
+    state = DecodeState(tiny_policy().model, Room(slots=2, places=2, rows=4, width=3, length=LENGTH), "cpu")
     keys = [torch.ones(1, KEYS, 3, SIZE)] * 2
     prefilled = Prefilled(keys, keys, torch.zeros(1, 5), [3], torch.zeros(1, dtype=torch.long))
     assert state.room == (4, 2)

@@ -78,9 +78,8 @@ def set_up(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own
     torch.manual_seed(config.train.seed)  # a new adapter begins with random weights
     policy = load_policy(config.model)
-    return Setup(
-        policy, Optimizer(policy.model, config.optimizer), RolloutEngine(policy, config.prompt.template), datasets
-    )
+    engine = RolloutEngine(policy, config.prompt.template, engine=config.rollout.engine)
+    return Setup(policy, Optimizer(policy.model, config.optimizer), engine, datasets)
 
 
 def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str]) -> None:

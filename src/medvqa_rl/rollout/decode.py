@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from medvqa_rl.config import RolloutConfig
+from medvqa_rl.config import EngineName, RolloutConfig
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.prompts import Template
+from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.sampling import Stream, uniform_table
-from medvqa_rl.rollout.state import DecodeState, Prefilled
+from medvqa_rl.rollout.state import DecodeState, Prefilled, Room
 from medvqa_rl.rollout.step import Picker, Sampling, advance, take
 from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
@@ -65,9 +66,31 @@ class _Begun:
 class RolloutEngine:
     """Samples groups of completions from a policy as it is at each call."""
 
-    def __init__(self, policy: Policy, template: Template = "think_answer") -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        template: Template = "think_answer",
+        *,
+        engine: EngineName = "eager",
+    ) -> None:
+        """
+        Args:
+            policy: may be trained between calls.
+            template: how questions are asked.
+            engine: as ``rollout.engine``.
+
+        Raises:
+            ValueError: CUDA graphs are asked for and the model is not on a GPU.
+        """
         self._policy = policy
         self._template = template
+        device = torch.device(policy.device)
+        if engine == "graph" and device.type != "cuda":
+            raise ValueError(
+                f"rollout.engine is graph, but the model is on the device {device.type!r}: CUDA graphs need an NVIDIA "
+                "GPU; set rollout.engine to eager, or model.device to cuda where there is one."
+            )
+        self._graphs = GraphDecoder(policy.model, device, capture_graph) if engine == "graph" else None
         # Output layers are often padded to a round size; the surplus rows are no tokens.
         surplus = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
         suppressed = sorted({*policy.processor.suppressed_ids, *surplus})
@@ -184,26 +207,30 @@ class RolloutEngine:
         num_begun = num_given = 0
         state: DecodeState | None = None
         new = list(islice(waiting, work.max_prompts))
-        while new or begun:
-            if new:
-                prefilled, features = self._prefill([request.prompt for request in new])
-                if state is None:
-                    state = self._make_state(work, len(new), prefilled.keys[0].shape[2])
-                self._admit(state, prefilled, new, num_begun, work)
-                begun |= {num_begun + index: _Begun(*pair) for index, pair in enumerate(zip(new, features))}
-                num_begun += len(new)
-            assert state is not None
-            done = self._advance(state, work)
-            for owner, completion in self._read(state, done):
-                begun[owner // work.num_generations].completions[owner % work.num_generations] = completion
-            state.remove(done)
-            finished = []
-            while num_given in begun and len(begun[num_given].completions) == work.num_generations:
-                finished.append(self._group(begun.pop(num_given), work.num_generations))
-                num_given += 1
-            yield finished
-            free_rows, free_slots = state.room
-            new = list(islice(waiting, min(free_rows // work.num_generations, free_slots)))
+        try:
+            while new or begun:
+                if new:
+                    prefilled, features = self._prefill([request.prompt for request in new])
+                    if state is None:
+                        state = self._make_state(work, len(new), prefilled.keys[0].shape[2])
+                    self._admit(state, prefilled, new, num_begun, work)
+                    begun |= {num_begun + index: _Begun(*pair) for index, pair in enumerate(zip(new, features))}
+                    num_begun += len(new)
+                assert state is not None
+                done = self._advance(state, work)
+                for owner, completion in self._read(state, done):
+                    begun[owner // work.num_generations].completions[owner % work.num_generations] = completion
+                state.remove(done)
+                finished = []
+                while num_given in begun and len(begun[num_given].completions) == work.num_generations:
+                    finished.append(self._group(begun.pop(num_given), work.num_generations))
+                    num_given += 1
+                yield finished
+                free_rows, free_slots = state.room
+                new = list(islice(waiting, min(free_rows // work.num_generations, free_slots)))
+        finally:
+            if state is not None and self._graphs is not None:
+                self._graphs.give_back(state)
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[Prefilled, list[Tensor | None]]:
         """Read prompts, padded on the right; their image features are given too."""
@@ -232,15 +259,10 @@ class RolloutEngine:
     def _make_state(self, work: _Work, num_prompts: int, width: int) -> DecodeState:
         """Room for a first batch of so many prompts; later, stragglers of twice as many may share the rows."""
         rows = num_prompts * work.num_generations
-        return DecodeState(
-            self._policy.model,
-            slots=min(2 * num_prompts, rows),
-            places=work.num_generations,
-            rows=rows,
-            width=width,
-            length=work.length,
-            device=self._policy.device,
-        )
+        room = Room(min(2 * num_prompts, rows), work.num_generations, rows, width, work.length)
+        if self._graphs is not None:
+            return self._graphs.borrow(room)
+        return DecodeState(self._policy.model, room, self._policy.device)
 
     def _admit(
         self, state: DecodeState, prefilled: Prefilled, new: Sequence[_Request], number: int, work: _Work
@@ -258,8 +280,11 @@ class RolloutEngine:
             done: list[bool] = state.is_done[: state.num_rows].tolist()
             if all(done) or sum(done) >= COMPACT_SHARE * len(done):
                 break
-            advance(self._policy.model, state, state.shape(), work.picker)
-            state.tick()
+            if self._graphs is not None:
+                self._graphs.advance(state, work.picker)
+            else:
+                advance(self._policy.model, state, state.shape(), work.picker)
+                state.tick()
         if not bool(state.is_finite):
             raise FloatingPointError(
                 "The model gives logits that are not finite numbers, so nothing can be sampled: its weights have "

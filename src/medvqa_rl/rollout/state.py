@@ -63,33 +63,42 @@ class Prefilled(NamedTuple):
     """(P,) the position of the first token of a completion."""
 
 
+class Room(NamedTuple):
+    """What a batch shall have room for."""
+
+    slots: int
+    """At most so many prompts at a time."""
+    places: int
+    """At most so many completions of one prompt."""
+    rows: int
+    """At most so many completions at a time."""
+    width: int
+    """S, tokens of the longest prompt."""
+    length: int
+    """L."""
+
+
 class DecodeState:
     """Room for a number of completions of a number of prompts."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        slots: int,
-        places: int,
-        rows: int,
-        width: int,
-        length: int,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, model: nn.Module, room: Room, device: torch.device | str, *, is_static: bool = False) -> None:
         """
         Args:
             model: whose keys and values these are.
-            slots: at most so many prompts at a time.
-            places: at most so many completions of one prompt.
-            rows: at most so many completions at a time.
-            width: tokens of the longest prompt; :meth:`admit` makes room for longer ones.
-            length: L.
+            room: for how much; :meth:`admit` makes room for longer prompts.
             device: of the model.
+            is_static: steps may be asked for with more rows, slots and columns than are in use, and with all places
+                of every slot.
         """
-        self.capacity, self.slot_capacity, self.length, self.device = rows, slots, length, device
-        self._width = width
+        slots, places, rows, width, length = room
+        self.capacity, self.slot_capacity, self.places, self.length = rows, slots, places, length
+        self.device = device
+        self.width = width
+        """S, the tokens that a slot has room for."""
+        self.version = 0
+        """Changes where :meth:`admit` had to take other memory for longer prompts."""
         self._model = model
+        self._is_static = is_static
         attentions = [layer.self_attn for layer in backbone(model).language_model.layers]
         dtype = causal_model(model).dtype
 
@@ -165,6 +174,16 @@ class DecodeState:
             is_grid=self._is_grid,
         )
 
+    def clear(self) -> None:
+        """Forget all rows and slots, and anything that was not finite."""
+        for layer in self.layers:
+            for room in layer:
+                room.zero_()
+        self.is_done.fill_(True)
+        self.is_finite.fill_(True)
+        for listed in (self.owners, self._row_slots, self._begun, self._slot_lengths):
+            listed.clear()
+
     def tick(self) -> None:
         """Note that a step was taken."""
         self._clock += 1
@@ -181,7 +200,7 @@ class DecodeState:
             The new rows.
         """
         count, width = len(owners), prefilled.keys[0].shape[2]
-        if width > self._width:
+        if width > self.width:
             self._widen(width)
         slots = slice(self.num_slots, self.num_slots + count)
         new = [name for group in owners for name in group]
@@ -190,11 +209,11 @@ class DecodeState:
         for layer, keys, values in zip(self.layers, prefilled.keys, prefilled.values):
             for room, states in ((layer.prompt_keys, keys), (layer.prompt_values, values)):
                 room[slots, :, :width] = states
-            # What an earlier row left must be finite: hidden columns are multiplied by zero, not skipped.
+            # What is read of an earlier row must be finite: hidden columns are multiplied by zero, not skipped.
             for room in (layer.own_keys, layer.own_values):
                 room[rows, :, : max(self.extent, 1)] = 0
         lengths = torch.tensor(prefilled.lengths, device=self.device)
-        self.hidden[slots] = torch.arange(self._width, device=self.device) >= lengths[:, None]
+        self.hidden[slots] = torch.arange(self.width, device=self.device) >= lengths[:, None]
         repeats = torch.tensor([len(group) for group in owners], device=self.device)
         self.start[rows] = prefilled.next_positions.repeat_interleave(repeats)
         self.step[rows] = -1
@@ -249,10 +268,13 @@ class DecodeState:
         for slot in self._row_slots:
             places.append(seen[slot])
             seen[slot] += 1
-        self._places = max(seen, default=0)
+        self._places = self.places if self._is_static else max(seen, default=0)
         cells = [slot * self._places + place for slot, place in zip(self._row_slots, places)]
         self._is_grid = cells == list(range(self.num_slots * self._places))
-        if self._is_grid:
+        if self._is_static:
+            self.cell.zero_()
+            self.grid.zero_()
+        elif self._is_grid:
             return
         grid = [0] * (self.num_slots * self._places)
         for row, cell in enumerate(cells):
@@ -262,10 +284,11 @@ class DecodeState:
 
     def _widen(self, width: int) -> None:
         """Make room for longer prompts."""
+        width = -(-width // 64) * 64 if self._is_static else width
 
         def wider(room: Tensor) -> Tensor:
             new = room.new_zeros(*room.shape[:2], width, room.shape[3])
-            new[: self.num_slots, :, : self._width] = room[: self.num_slots]
+            new[: self.num_slots, :, : self.width] = room[: self.num_slots]
             return new
 
         self.layers = [
@@ -273,8 +296,9 @@ class DecodeState:
             for layer in self.layers
         ]
         hidden = self.hidden.new_ones(len(self.hidden), width)
-        hidden[:, : self._width] = self.hidden
-        self.hidden, self._width = hidden, width
+        hidden[:, : self.width] = self.hidden
+        self.hidden, self.width = hidden, width
+        self.version += 1
         self.cosines, self.sines = rotary_table(self._model, width + self.length, self.device)
 
 
