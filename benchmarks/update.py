@@ -1,7 +1,7 @@
 """Seconds of the update's forward and backward pass: groups that share their prompt against rows per completion.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu
-    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu --scaling
+    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu --scaling --repeats 1
     python -m benchmarks.update --preset gpu --lora 16
 
 Checks first that every layout gives the same log-probabilities and gradient. Image features are given, as they are
@@ -9,7 +9,8 @@ where the vision tower is frozen, so this is the language model alone. The floor
 (no masked pair, nothing computed again) at the rate of a large matrix product on the same machine. Prints medians, and
 last a line ``speedup: RATIO``: rows per completion over the default.
 
-``--scaling`` times one group of 8 completions of 64 tokens and 504 px and changes one of these at a time.
+``--scaling`` times one group of 8 completions of 64 tokens and 504 px, and changes one of these at a time; only the
+first size is checked.
 """
 
 from __future__ import annotations
@@ -192,17 +193,19 @@ def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int],
     return forward_flops(model, shape, trained) + backward_flops(model, shape, trained, attention=2.0)
 
 
-def time_ways(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], repeats: int) -> dict[str, Any]:
-    """Median seconds of every layout, taken in turn after one pass that is not measured, and peak GPU memory."""
+def time_ways(
+    learner: Learner, groups: Sequence[Group], ways: Sequence[Way], repeats: int, warmup: int
+) -> dict[str, Any]:
+    """Median seconds of every layout, taken in turn after passes that are not measured, and peak GPU memory."""
     batches = {way: lay_out(learner, groups, way) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks = dict.fromkeys(ways, 0)
-    for index in range(repeats + 1):
+    for index in range(warmup + repeats):
         for way in ways:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             _, took = run(learner, batches[way])
-            if index:
+            if index >= warmup:
                 seconds[way].append(took)
             if torch.cuda.is_available():
                 peaks[way] = torch.cuda.max_memory_allocated()
@@ -213,18 +216,27 @@ def time_ways(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], re
 
 
 def measure(
-    learner: Learner, workload: Workload, ways: Sequence[Way], repeats: int, folder: Path, rates: Rates
+    learner: Learner,
+    workload: Workload,
+    ways: Sequence[Way],
+    folder: Path,
+    rates: Rates,
+    *,
+    repeats: int,
+    warmup: int,
+    is_checked: bool = False,
 ) -> dict[str, Any]:
     """Equality and times of layouts.
 
     Args:
         learner: with the workload's model.
+        is_checked: they were found to be equal before.
     """
     pixels = workload.side**2
     learner.policy.processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
     groups = make_groups(learner.policy, workload)
-    equality = compare(learner, groups, ways, workload.dtype)
-    timed = time_ways(learner, groups, ways, repeats)
+    equality = {} if is_checked else compare(learner, groups, ways, workload.dtype)
+    timed = time_ways(learner, groups, ways, repeats, warmup)
     model, prompts = architecture_of(folder), [len(group.prompt.input_ids) for group in groups]
     needed = count_flops(model, workload, prompts, "default")
     for way in ways:
@@ -241,18 +253,29 @@ def scaling(
     learner: Learner,
     workload: Workload,
     changes: Mapping[str, Sequence[int]],
-    repeats: int,
     folder: Path,
     rates: Rates,
+    *,
+    repeats: int,
+    warmup: int,
 ) -> list[dict[str, Any]]:
     """One group, one size changed at a time: times of the default and of rows per completion."""
     base = replace(workload, prompts=1, prompts_per_micro_batch=1)
-    return [
-        {"changed": name, "value": value}
-        | measure(learner, replace(base, **{name: value}), ("default", "separate"), repeats, folder, rates)
-        for name, values in changes.items()
-        for value in values
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, values in changes.items():
+        for value in values:
+            found = measure(
+                learner,
+                replace(base, **{name: value}),
+                ("default", "separate"),
+                folder,
+                rates,
+                repeats=repeats,
+                warmup=warmup,
+                is_checked=bool(rows),
+            )
+            rows.append({"changed": name, "value": value, **found})
+    return rows
 
 
 def report(result: Mapping[str, Any]) -> str:
@@ -291,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="measured passes of every layout, in turn")
+    parser.add_argument("--warmup", type=int, default=1, help="passes before them, not measured")
     parser.add_argument("--scaling", action="store_true", help="change group size, image and length, one at a time")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
     parser.add_argument("--output", type=Path, help="result file")
@@ -303,13 +327,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = prepare_model(workload, Path(scratch))
         result: dict[str, Any] = {"workload": asdict(workload), "rates": asdict(rates), "repeats": options.repeats}
-        result["clock"] = options.clock
+        result |= {"warmup": options.warmup, "clock": options.clock}
         learner = make_learner(workload, folder)
+        counts = {"repeats": options.repeats, "warmup": options.warmup}
         if options.scaling:
             changes = SCALING[options.preset]
-            result["scaling"] = scaling(learner, workload, changes, options.repeats, folder, rates)
+            result["scaling"] = scaling(learner, workload, changes, folder, rates, **counts)
         else:
-            result |= measure(learner, workload, ways, options.repeats, folder, rates)
+            result |= measure(learner, workload, ways, folder, rates, **counts)
     result = {"benchmark": "update", "preset": options.preset, "hardware": hardware()} | result
     write_result(options.output, result)
     machine = result["hardware"]
