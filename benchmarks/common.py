@@ -5,6 +5,7 @@ Legend: P prompts, G completions per prompt, R tokens of a completion.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -94,17 +95,13 @@ class Workload:
 
 @dataclass(frozen=True)
 class Square:
-    """An image of the phantom world, resized."""
+    """An image file in memory; decoding it is part of a step, for both engines."""
 
-    source: ImageSource
-    side: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.source.key}@{self.side}"
+    key: str
+    png: bytes
 
     def load(self) -> Image.Image:
-        return self.source.load().resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return Image.open(io.BytesIO(self.png)).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -128,23 +125,38 @@ class Squares:
 
 
 def make_data(count: int, side: int) -> Squares:
-    """The first questions of the phantom world, one image each."""
+    """The first questions of the phantom world, one image each, resized."""
     drawn = [draw_sample(seed=0, split="train", index=index) for index in range(count)]
     return Squares(
         tuple(
-            Sample(s.id, s.question, s.answer, s.answer_type, tuple(Square(i, side) for i in s.images), s.options)
+            Sample(s.id, s.question, s.answer, s.answer_type, tuple(_square(i, side) for i in s.images), s.options)
             for s in drawn
         )
     )
 
 
-def make_config(workload: Workload, folder: Path, *, steps: int = 1000, attention: str | None = None) -> Config:
+def _square(image: ImageSource, side: int) -> Square:
+    """The image as a file, resized."""
+    buffer = io.BytesIO()
+    image.load().resize((side, side), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return Square(f"{image.key}@{side}", buffer.getvalue())
+
+
+def make_config(
+    workload: Workload,
+    folder: Path,
+    *,
+    steps: int = 1000,
+    attention: str | None = None,
+    rollout: str | None = None,
+) -> Config:
     """Settings of this package for a workload; the reward is a function that gives every group some variance.
 
     Args:
         folder: of the model.
         steps: of the run, for the schedule.
         attention: ``model.attention``; None takes the default.
+        rollout: ``rollout.engine``; None takes the default.
     """
     pixels = workload.side**2
     model: dict[str, Any] = {
@@ -162,7 +174,11 @@ def make_config(workload: Workload, folder: Path, *, steps: int = 1000, attentio
     return Config.model_validate(
         {
             "model": model,
-            "rollout": {"num_generations": workload.generations, "max_completion_length": workload.length},
+            "rollout": {
+                "num_generations": workload.generations,
+                "max_completion_length": workload.length,
+                **({} if rollout is None else {"engine": rollout}),
+            },
             "rewards": {"format": 0.0, "correctness": 0.0, "functions": {"benchmarks.common.share_of_vowels": 1.0}},
             "loss": {"type": "grpo", "beta": workload.beta},
             "optimizer": {"learning_rate": workload.learning_rate},

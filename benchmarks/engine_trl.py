@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Workload, make_config, now, share_of_vowels
+from benchmarks.common import Square, Workload, make_config, now, share_of_vowels
 from benchmarks.engines import Step, Stopwatch, add_noise, forbid_stopping, step_samples
 from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.prompts import render_prompt
@@ -182,11 +181,7 @@ def _as_dataset(datasets: Any, samples: Sequence[Sample]) -> Any:
     rows = []
     for sample in samples:
         (part,) = [p for p in render_prompt(sample).messages[0]["content"] if p["type"] == "text"]
-        images = []
-        for image in sample.images:
-            buffer = io.BytesIO()
-            image.load().save(buffer, format="PNG")
-            images.append({"bytes": buffer.getvalue(), "path": None})
+        images = [{"bytes": image.png, "path": None} for image in sample.images if isinstance(image, Square)]
         rows.append({"prompt": [{"role": "user", "content": part["text"]}], "images": images})
     features = datasets.Features(
         {

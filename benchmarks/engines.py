@@ -106,6 +106,7 @@ def run_ours(
     steps: int,
     *,
     attention: str | None = None,
+    rollout: str | None = None,
     reference_noise: float = 0.0,
 ) -> list[Step]:
     """Training steps of this package.
@@ -113,14 +114,15 @@ def run_ours(
     Args:
         folder: of the model.
         attention: ``model.attention``; None takes the default.
+        rollout: ``rollout.engine``; None takes the default.
         reference_noise: change the reference's weights by this much, so that a test meets a divergence.
     """
-    config = make_config(workload, folder, steps=steps, attention=attention)
+    config = make_config(workload, folder, steps=steps, attention=attention, rollout=rollout)
     data = make_data(workload.prompts * steps, workload.side)
     accelerator = make_accelerator(config, workload.prompts)
     setup = set_up(config, data, None, with_validation=False)
     forbid_stopping(setup.policy.processor)
-    setup.engine = RolloutEngine(setup.policy, config.prompt.template)
+    setup.engine = RolloutEngine(setup.policy, config.prompt.template, engine=config.rollout.engine)
     rewards = Rewards(config.rewards, config.prompt.template)
     watch = Stopwatch()
     reference = load_reference(setup.policy) if workload.beta > 0 else None

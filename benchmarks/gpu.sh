@@ -64,6 +64,7 @@ else
   steps=(benchmarks.step --preset paper-gpu --rounds 1 --steps 2 --warmup 1 "${tokenizer[@]}")
   part "step_lora_beta_$gpu" 150 "${steps[@]}" --lora 16 --beta 0.04
   part "step_full_beta_$gpu" 150 "${steps[@]}" --beta 0.04
+  part "step_lora_beta_graph_$gpu" 60 "${steps[@]}" --lora 16 --beta 0.04 --engine ours --rollout graph
   part "step_lora_$gpu" 60 "${steps[@]}" --lora 16 --beta 0 --engine ours
   part "step_full_$gpu" 60 "${steps[@]}" --beta 0 --engine ours
   part "scaling_$gpu" 90 benchmarks.update --preset gpu --lora 16 --scaling --repeats 1

@@ -71,10 +71,8 @@ def child(request: Mapping[str, Any]) -> None:
     keep_freed_memory()  # as the command does; TRL gets the same
     workload = Workload(**request["workload"])
     run = ENGINES[request["engine"]]
-    options = {} if request["attention"] is None else {"attention": request["attention"]}
-    before = peak_bytes()
-    steps = run(workload, Path(request["folder"]), request["steps"], **options)
-    print(json.dumps({"before": before, "peak": peak_bytes(), "steps": [step.as_dict() for step in steps]}))
+    steps = run(workload, Path(request["folder"]), request["steps"], **request["options"])
+    print(json.dumps({"peak": peak_bytes(), "steps": [step.as_dict() for step in steps]}))
 
 
 def in_a_new_process(request: Mapping[str, Any]) -> tuple[list[Step], int]:
@@ -169,7 +167,7 @@ def measure(
     warmup: int,
     rounds: int,
     tokenizer: Path | None = None,
-    attention: str | None = None,
+    options: Mapping[str, str],
     clock: Clock = "wall",
 ) -> dict[str, Any]:
     """Run the engines in turn and compare.
@@ -178,7 +176,7 @@ def measure(
         steps: measured in every process.
         warmup: steps before them.
         rounds: processes of each engine.
-        attention: ``model.attention`` of ours; None takes the default.
+        options: ``attention`` and ``rollout`` of ours, where they are not the defaults.
 
     Returns:
         The result as it is written; ``differences`` says where the engines did not do the same work.
@@ -200,7 +198,7 @@ def measure(
                     "workload": asdict(workload),
                     "folder": str(folder),
                     "steps": warmup + steps,
-                    "attention": attention if name == "ours" else None,
+                    "options": dict(options) if name == "ours" else {},
                     "clock": clock,
                 }
                 runs[name], peak = in_a_new_process(request)
@@ -217,7 +215,7 @@ def measure(
         "steps": len(measured[engines[0]]),
         "warmup": warmup,
         "rounds": rounds,
-        "attention": attention,
+        "options": dict(options),
         "clock": clock,
         "work": describe(workload, measured[engines[0]]),
         "floors": {phase: asdict(part) for phase, part in floors.items()},
@@ -243,6 +241,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--train-vision", action=argparse.BooleanOptionalAction)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     parser.add_argument("--attention", help="model.attention of ours; the default where it is left out")
+    parser.add_argument("--rollout", choices=("eager", "graph"), help="rollout.engine of ours")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL tokenizer for random weights")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
     parser.add_argument("--output", type=Path, help="result file")
@@ -279,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warmup=options.warmup,
         rounds=options.rounds,
         tokenizer=options.tokenizer,
-        attention=options.attention,
+        options={name: getattr(options, name) for name in ("attention", "rollout") if getattr(options, name)},
         clock=options.clock,
     )
     write_result(options.output, result)
