@@ -140,6 +140,24 @@ def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path, shared_
         image_budget(ModelConfig(path=str(tmp_path)))
 
 
+def test_check_looks_for_shared_images_in_other_data_sets(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "images").mkdir(parents=True)
+    Image.effect_noise((40, 30), 90).save(other / "images" / "0.png")  # a name of the first set, another image
+    Image.open(folder / "images" / "3.png").save(other / "images" / "x.png")
+    rows = [{"image": name, "question": "Is it?", "answer": "no"} for name in ("0.png", "x.png")]
+    (other / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = tmp_path / "other.yaml"
+    settings.write_text(f"data: {{name: own, path: {other}}}")
+    config = [CONFIG, f"data.path={folder}", "data.split=official"]
+    assert run("check", *config)[0] == 0
+    code, output = run("check", *config, "--data", str(settings))
+    assert code == 1
+    assert "images in train and own: test" in output and "own/x.png = " in output and "own/0.png" not in output
+    code, output = run("check", *config, "--data", str(settings), "--no-images")
+    assert code == 2 and "--data and --no-images do not go together" in output
+
+
 def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     lines = ["image,question,answer,patient"]
     lines += [f"{n % 40}.png,Question {n}?,yes,p{n % 20}" for n in range(120)]

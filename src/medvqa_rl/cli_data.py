@@ -41,6 +41,10 @@ def data_check(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode; one per processor, at most 8.")
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="A YAML file whose data section names a set to look for shared images in; once for each."),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Check every question and every image of all splits. Exits with 1 where something is wrong."""
@@ -48,10 +52,22 @@ def data_check(
         from medvqa_rl.settings import load_config
 
         loaded = load_config(config, overrides or (), purpose="eval")
+        further = [load_config(path, purpose="eval").config.data for path in data or ()]
+        if further and no_images:
+            raise ValueError(
+                "--data and --no-images do not go together: images of different data sets are compared by their "
+                "pixels, not by their names. Leave one of them out."
+            )
         from medvqa_rl.data_commands import run_check
 
         is_right = run_check(
-            loaded.config, limit=limit, decode=not no_images, strict=strict, html=html, workers=workers
+            loaded.config,
+            limit=limit,
+            decode=not no_images,
+            strict=strict,
+            html=html,
+            workers=workers,
+            further=further,
         )
     if not is_right:
         raise typer.Exit(1)

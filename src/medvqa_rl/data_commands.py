@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.config import Config, ModelConfig
+from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.data.catalogue import readable
 from medvqa_rl.data.fingerprints import NEAR, ImageBudget
 from medvqa_rl.data.issues import count_issues
 from medvqa_rl.data.sheet import draw_sheet, save_sheet
 from medvqa_rl.data.splits import NoSuchSplit, choose
-from medvqa_rl.evaluation.data_check import ENDLESS_LIMIT, DataReport, check_data
+from medvqa_rl.evaluation.data_check import ENDLESS_LIMIT, OTHER, DataReport, check_data
 from medvqa_rl.progress import progress_bars
 from medvqa_rl.types import Dataset, Sample
 
@@ -69,6 +69,21 @@ def load_splits(config: Config) -> dict[str, Dataset]:
             missing.append(error)
     if not found:
         raise missing[0]
+    return found
+
+
+def with_further(config: Config, further: Sequence[DataConfig]) -> dict[str, Dataset]:
+    """The splits of the settings' data and those of further data sets, named ``slake_en: test``.
+
+    Raises:
+        ValueError: a data set cannot be found or read.
+    """
+    found = load_splits(config)
+    for number, data in enumerate(further, start=1):
+        is_alone = [each.name for each in further].count(data.name) == 1
+        label = data.name if is_alone else f"{data.name} {number}"
+        for split, dataset in load_splits(config.model_copy(update={"data": data})).items():
+            found[f"{label}{OTHER}{split}"] = dataset
     return found
 
 
@@ -120,6 +135,7 @@ def run_check(
     strict: bool,
     html: Path | None,
     workers: int | None = None,
+    further: Sequence[DataConfig] = (),
 ) -> bool:
     """Check all splits, print the findings and, if asked, write a page.
 
@@ -129,6 +145,7 @@ def run_check(
         strict: what is only to be looked at counts as wrong.
         html: file of the page.
         workers: threads that decode; None is one per processor, at most 8.
+        further: data sets that shall share no image with this one, such as those of an evaluation.
 
     Returns:
         Whether all is right.
@@ -137,7 +154,7 @@ def run_check(
         ValueError: the data cannot be found or read.
     """
     budget, where = image_budget(config.model)
-    datasets = load_splits(config)
+    datasets = with_further(config, further)
     threads = workers or min(8, os.cpu_count() or 1)
     with progress_bars() as progress:
         report = check_data(

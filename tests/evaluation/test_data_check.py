@@ -87,6 +87,27 @@ def test_shared_images_are_named_by_how_they_are_shared() -> None:
     assert by_name.splits[0].widths == []
 
 
+def test_images_shared_with_another_data_set_are_found_by_pixels_and_not_by_name() -> None:
+    train = stored(*(sample(number) for number in range(1, 5)))
+    datasets = {
+        "train": train,
+        "test": stored(sample(11, picture(11))),
+        # Number 1 has another picture under a name of ours; 2 and 11 are ours under other names.
+        "other: train": stored(sample(21, picture(11, "theirs.png")), sample(22, picture(2, "again.png"))),
+        "other: test": stored(sample(31, picture(91, "1.png")), sample(32, picture(2, "more.png")), sample(33)),
+    }
+    report = check_data(datasets, budget=ImageBudget())
+    findings = found(report)
+    wrong = {name: findings[name].examples for name in findings if findings[name].level == "wrong"}
+    assert wrong == {
+        "images in train and other: test": ("other/more.png = 2.png",),
+        "images in other: train and test": ("11.png = other/theirs.png",),
+        "images in other: train and other: test": ("other/more.png = other/again.png",),
+    }
+    assert report.leaked == (0, 1)  # of our own splits
+    assert len(report.overlaps) == 4
+
+
 def test_images_that_show_nothing_are_found(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     flat = Image.new("L", (50, 50), 7)

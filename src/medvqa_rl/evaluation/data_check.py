@@ -6,8 +6,8 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from scipy.stats import chisquare
@@ -20,6 +20,11 @@ from medvqa_rl.prompts import Template, normalise, render_answer
 from medvqa_rl.rewards.correctness import score_correctness
 from medvqa_rl.types import LETTERS, Dataset, ImageSource, Sample
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KINDS = ("train", "val", "test")
+
 Level = Literal["wrong", "look"]
 """wrong: results would not mean what they seem to mean; look: may be all right, look at it."""
 
@@ -28,6 +33,9 @@ ENDLESS_LIMIT = 1000
 
 SKEW_P = 0.001
 """Answer letters count as skewed where chance explains them with a smaller probability (chi-squared test)."""
+
+OTHER = ": "
+"""Between the name of a further data set and its split: ``slake_en: test``."""
 
 Progress = Callable[[str, int, int], None]
 """Takes what is counted, how many are done and how many there are."""
@@ -108,6 +116,21 @@ class DataReport:
         return any(strict or finding.level == "wrong" for finding in self.findings)
 
 
+@dataclass(frozen=True)
+class _OfAnother:
+    """An image of a further data set: an equal name does not make it the same image as one of the first set."""
+
+    source: ImageSource
+    dataset: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.dataset}/{self.source.key}"
+
+    def load(self) -> Image:
+        return self.source.load()
+
+
 class _Faults:
     """Faults by kind: how many, and the first few places."""
 
@@ -159,7 +182,9 @@ def check_data(
     """Look at every sample of every split, and at every distinct image once.
 
     Args:
-        datasets: split name -> its samples; overlap is sought between all pairs of splits.
+        datasets: split name -> its samples; overlap is sought between all pairs of splits. Those of further data sets
+            are named ``slake_en: test``: their images are compared by pixels and looks, not by name, and with splits
+            of another kind only, because two training sets may share what they like.
         budget: how the model resizes images.
         template: form in which gold answers are rendered.
         limit: samples per split to look at; None is all, or ``ENDLESS_LIMIT`` where a split never ends.
@@ -199,8 +224,7 @@ def check_data(
             faults.add("one image, several names", f"{split.split}: {' = '.join(group)}", len(group) - 1)
     overlaps = tuple(
         find_overlap((first.split, first.images), (second.split, second.images), facts)
-        for number, second in enumerate(splits)
-        for first in splits[:number]
+        for first, second in _pairs(splits)
     )
     findings = [
         Finding(level, kind, faults.counts[kind], text, tuple(faults.places[kind]))
@@ -227,6 +251,20 @@ def check_data(
     )
 
 
+def _pairs(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, SplitFacts]]:
+    """Splits that must share nothing; what is learned from comes first, what is measured on second."""
+    found = []
+    for number, second in enumerate(splits):
+        for first in splits[:number]:
+            (set_1, _, kind_1), (set_2, _, kind_2) = (each.split.rpartition(OTHER) for each in (first, second))
+            if set_1 == set_2:
+                found.append((first, second))
+            elif kind_1 != kind_2:
+                is_in_order = KINDS.index(kind_1) < KINDS.index(kind_2)
+                found.append((first, second) if is_in_order else (second, first))
+    return found
+
+
 def _read_split(
     split: str, dataset: Dataset, template: Template, limit: int | None, faults: _Faults, progress: Progress
 ) -> SplitFacts:
@@ -237,6 +275,8 @@ def _read_split(
     golds: dict[tuple[str, ...], set[str]] = {}
     for index in range(total):
         sample = dataset[index]
+        if of := split.rpartition(OTHER)[0]:
+            sample = replace(sample, images=tuple(_OfAnother(image, of) for image in sample.images))
         place = f"{split}: {sample.id}"
         if sample.id in ids:
             faults.add("repeated id", place)
@@ -328,12 +368,12 @@ def _leaks(overlaps: Sequence[Overlap]) -> list[Finding]:
 def _leaked(splits: Sequence[SplitFacts], overlaps: Sequence[Overlap]) -> tuple[int, int] | None:
     """Test images that training or validation has seen, and all test images."""
     test = next((split for split in splits if split.split == "test"), None)
-    if test is None or len(splits) < 2:
+    if test is None or sum(OTHER not in split.split for split in splits) < 2:
         return None
     seen = {
         pair.second
         for overlap in overlaps
-        if overlap.second == "test"
+        if overlap.second == "test" and OTHER not in overlap.first
         for pair in overlap.pairs
         if pair.how in ("name", "pixels")
     }
