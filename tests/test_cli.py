@@ -22,7 +22,7 @@ from medvqa_rl.evaluation.store import Shard
 from medvqa_rl.learning.errors import NonFiniteError
 
 VERBS = ["demo", "train", "sft", "eval", "compare", "ask", "env", "phantom build", "phantom draw"]
-VERBS += ["config show", "config check", "config schema", "report", "watch"]
+VERBS += ["estimate", "config show", "config check", "config schema", "report", "watch"]
 
 
 def invoke(*args: str) -> Any:

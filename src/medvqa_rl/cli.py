@@ -16,6 +16,7 @@ from medvqa_rl import __version__
 from medvqa_rl.cli_common import ConfigPath, Debug, DryRun, Overrides, prepare_process
 from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
+from medvqa_rl.cli_estimate import estimate
 from medvqa_rl.cli_eval import compare, evaluate
 from medvqa_rl.cli_report import report, watch
 
@@ -35,6 +36,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(estimate)
 app.command()(report)
 app.command()(watch)
 
