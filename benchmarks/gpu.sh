@@ -52,6 +52,7 @@ fi
 if [ $smoke = yes ]; then
   part update_smoke 0 benchmarks.update --preset smoke --repeats 1
   part scaling_smoke 0 benchmarks.update --preset smoke --repeats 1 --scaling
+  part decode_smoke 0 benchmarks.decode --preset smoke --rounds 1
   part step_smoke 0 benchmarks.step --preset smoke --rounds 1 --steps 1 --warmup 0
   part step_lora_smoke 0 benchmarks.step --preset smoke --rounds 1 --steps 1 --warmup 0 --lora 4
 else
@@ -64,6 +65,9 @@ else
   steps=(benchmarks.step --preset paper-gpu --rounds 1 --steps 2 --warmup 1 "${tokenizer[@]}")
   part "step_lora_beta_$gpu" 150 "${steps[@]}" --lora 16 --beta 0.04
   part "step_full_beta_$gpu" 150 "${steps[@]}" --beta 0.04
+  decode=(benchmarks.decode --preset paper-gpu --rounds 1 "${tokenizer[@]}")
+  part "decode_$gpu" 90 "${decode[@]}"
+  part "decode_graph_$gpu" 90 "${decode[@]}" --engine graph
   part "step_lora_beta_graph_$gpu" 60 "${steps[@]}" --lora 16 --beta 0.04 --engine ours --rollout graph
   part "step_lora_$gpu" 60 "${steps[@]}" --lora 16 --beta 0 --engine ours
   part "step_full_$gpu" 60 "${steps[@]}" --beta 0 --engine ours

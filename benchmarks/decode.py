@@ -1,0 +1,210 @@
+"""Tokens per second of a rollout: this package against transformers' ``generate``, on the same work, in turns.
+
+    python -m benchmarks.decode --preset embedded
+    taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.decode --preset paper-cpu --rounds 1
+    python -m benchmarks.decode --preset paper-gpu --engine graph --json FILE
+
+Both sample G completions of a fixed number of tokens for each prompt (stop tokens are suppressed), from prompts that
+are encoded beforehand; ``generate`` gets ``num_return_sequences``, with which it encodes an image once, too. A rollout
+of one token is measured as well: that is vision and prefill, and what a whole one takes longer is decoding. The floor
+of decoding reads all weights once a step, and each stored key and value once, a prompt's once for all its completions.
+Greedy tokens of both are compared first. The last line is ``speedup: RATIO`` of whole rollouts, median over median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.common import (
+    Rates,
+    Workload,
+    hardware,
+    make_config,
+    make_data,
+    measure_rates,
+    now,
+    prepare_model,
+    table,
+    use_clock,
+    write_result,
+)
+from benchmarks.engines import forbid_stopping
+from benchmarks.floors import architecture_of
+from benchmarks.step import PRESETS
+from medvqa_rl.config import RolloutConfig
+from medvqa_rl.memory import keep_freed_memory
+from medvqa_rl.models.cost import Architecture, decode_bytes, decode_flops
+from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.qwen_vl import backbone, pad_prompts
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.types import EncodedPrompt, Sample
+
+Roll = Callable[[int], Any]
+"""Samples all completions of this many tokens."""
+
+
+def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]) -> tuple[int, int]:
+    """Bytes read and operations of decoding all tokens but the first, which comes from the prefill.
+
+    Args:
+        prompts: tokens of the P prompts.
+    """
+    size = 2 if workload.dtype == "bfloat16" else 4
+    rows = workload.generations * len(prompts)
+    moved = flops = 0
+    for position in range(1, workload.length):
+        moved += decode_bytes(model, sum(prompts) + rows * position, size)
+        seen = sum(prompts) * workload.generations + rows * position
+        flops += int(decode_flops(model, rows, 0)) + 4 * model.hidden * model.layers * seen
+    return moved, flops
+
+
+def stock_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
+    """What ``generate`` takes for some prompts, padded on the left."""
+    padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device=policy.device, side="left")
+    is_image = (padded.input_ids == backbone(policy.model).config.image_token_id) & padded.mask
+    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
+    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    return {
+        "input_ids": padded.input_ids,
+        "attention_mask": padded.mask.long(),
+        "mm_token_type_ids": is_image.int(),
+        "pixel_values": torch.from_numpy(np.concatenate(pixels)).to(policy.device),
+        "image_grid_thw": torch.from_numpy(np.concatenate(grids)).to(policy.device),
+    }
+
+
+def generate(policy: Policy, prompts: Sequence[EncodedPrompt], length: int, **settings: Any) -> list[tuple[int, ...]]:
+    """Completions of exactly ``length`` tokens by transformers' own loop."""
+    words = backbone(policy.model).config.text_config.vocab_size
+    model: Any = policy.model
+    with torch.no_grad():
+        ids = model.generate(
+            **stock_inputs(policy, prompts),
+            max_new_tokens=length,
+            min_new_tokens=length,
+            suppress_tokens=sorted({*policy.processor.suppressed_ids, *range(len(policy.processor.tokenizer), words)}),
+            pad_token_id=policy.processor.pad_id,
+            **settings,
+        )
+    return [tuple(row) for row in ids[:, -length:].tolist()]
+
+
+def same_greedy(policy: Policy, engine: RolloutEngine, samples: Sequence[Sample], length: int) -> float:
+    """The share of prompts whose greedy completions by both are equal."""
+    prompts = [engine.encode(sample) for sample in samples]
+    groups = engine.greedy(samples, max_completion_length=length, batch_size=len(samples), prompts=prompts)
+    ours = [group.completions[0].token_ids for group in groups]
+    theirs = generate(policy, prompts, length, do_sample=False)
+    return sum(one == other for one, other in zip(ours, theirs, strict=True)) / len(samples)
+
+
+def measure(rolls: dict[str, Roll], length: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of rollouts of one token and of ``length``, in turns; one round of warmup is left out."""
+    seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "whole": []} for name in rolls}
+    for turn in range(rounds + 1):
+        for name, roll in rolls.items():
+            for part, tokens in (("prefill", 1), ("whole", length)):
+                began = now()
+                roll(tokens)
+                if turn:
+                    seconds[name][part].append(now() - began)
+    return seconds
+
+
+def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | None, rates: Rates) -> dict[str, Any]:
+    """Compare both on a workload."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = prepare_model(workload, Path(folder), tokenizer)
+        model = architecture_of(path)
+        policy = load_policy(make_config(workload, path).model)
+    forbid_stopping(policy.processor)
+    policy.model.eval()
+    engine = RolloutEngine(policy, engine=engine_name)
+    samples = make_data(workload.prompts, workload.side).samples
+    prompts = [engine.encode(sample) for sample in samples]
+    agreed = same_greedy(policy, engine, samples, workload.length)
+    rows = workload.prompts * workload.generations
+
+    def ours(length: int) -> None:
+        config = RolloutConfig(num_generations=workload.generations, max_completion_length=length)
+        groups = engine.rollout(samples, config, seed=0, stream="train", step=0, prompts=prompts)
+        assert all(len(c.token_ids) == length for group in groups for c in group.completions)
+
+    def theirs(length: int) -> None:
+        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        assert len(generate(policy, prompts, length, num_return_sequences=workload.generations, **sampling)) == rows
+
+    seconds = measure({"ours": ours, "generate": theirs}, workload.length, rounds)
+    moved, flops = decode_floor(model, workload, [len(prompt.input_ids) for prompt in prompts])
+    tokens = rows * (workload.length - 1)
+    found: dict[str, Any] = {}
+    for name, measured in seconds.items():
+        whole, prefill = (statistics.median(measured[part]) for part in ("whole", "prefill"))
+        decode = whole - prefill
+        found[name] = {
+            "whole_seconds": whole,
+            "prefill_seconds": prefill,
+            "decode_seconds": decode,
+            "decode_tokens_per_second": tokens / decode,
+            "share_of_bandwidth": moved / rates.bytes / decode,
+            "share_of_flops": flops / rates.flops / decode,
+            "all": measured,
+        }
+    return {
+        "prompt_tokens": [len(prompt.input_ids) for prompt in prompts],
+        "bytes_per_token": moved / tokens,
+        "operations_per_token": flops / tokens,
+        "same_greedy": agreed,
+        "engines": found,
+        "speedup": found["generate"]["whole_seconds"] / found["ours"]["whole_seconds"],
+        "decode_speedup": found["generate"]["decode_seconds"] / found["ours"]["decode_seconds"],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 where greedy tokens differ in float32 on a CPU, where they must not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="embedded")
+    parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="rollout.engine of ours")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one of warmup")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL checkpoint's tokenizer")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
+    parser.add_argument("--json", "--output", type=Path, help="write the results here")
+    given = parser.parse_args(arguments)
+    use_clock(given.clock)
+    keep_freed_memory()
+    workload = PRESETS[given.preset]
+    rates = measure_rates(getattr(torch, workload.dtype), seconds=0.2 if given.preset == "smoke" else 2.0)
+    result = run(workload, given.rounds, given.engine, given.tokenizer, rates)
+    rows = [["", "whole s", "prefill s", "decode s", "tokens/s", "of bandwidth", "of matrix rate"]]
+    for name, one in result["engines"].items():
+        parts = [f"{one[part]:.3f}" for part in ("whole_seconds", "prefill_seconds", "decode_seconds")]
+        shares = [f"{one[share]:.1%}" for share in ("share_of_bandwidth", "share_of_flops")]
+        rows.append([name, *parts, f"{one['decode_tokens_per_second']:.0f}", *shares])
+    print(table(rows))
+    print(
+        f"A decoded token reads {result['bytes_per_token'] / 1e6:.3f} MB and takes "
+        f"{result['operations_per_token'] / 1e6:.2f} million operations; copying moves {rates.bytes / 1e9:.1f} GB/s, "
+        f"matrix products do {rates.flops / 1e9:.1f} GFLOP/s. Equal greedy completions: {result['same_greedy']:.0%}."
+    )
+    settings = {"preset": given.preset, "engine": given.engine, "rounds": given.rounds, "clock": given.clock}
+    write_result(given.json, {"settings": settings, "hardware": hardware(), "rates": vars(rates), **result})
+    print(f"speedup of decoding alone: {result['decode_speedup']:.2f}")
+    print(f"speedup: {result['speedup']:.2f}")
+    is_exact = workload.dtype == "float32" and not torch.cuda.is_available()
+    return int(is_exact and result["same_greedy"] < 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
