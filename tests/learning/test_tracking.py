@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from toy import ToyData, read_metrics, toy_config
 
+from medvqa_rl.learning import tracking
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.metrics import CompletionRecord
-from medvqa_rl.learning.run_dir import write_json
-from medvqa_rl.learning.tracking import completions_table
+from medvqa_rl.learning.run_dir import RunDir, write_json
+from medvqa_rl.learning.tracking import Tracker, completions_table, group_to_show
 
 
 def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
@@ -38,28 +41,59 @@ def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):
     assert "\r" not in shown and "\x1b[" not in shown and "━━━━━━━━━━ " not in shown
 
 
-def test_table_of_completions():
-    def record(index: int, text: str, reward: float, advantage: float) -> CompletionRecord:
-        return CompletionRecord(
-            sample_id="s",
-            index=index,
-            question="Which [bold]side?",
-            options=("left", "right"),
-            gold="B",
-            completion=text,
-            rewards={"format": 1.0, "correctness": reward},
-            reward=reward + 1,
-            advantage=advantage,
-            length=7,
-            prompt_length=3,
-            is_truncated=index == 0,
-            is_correct=reward == 1.0,
-            has_answer=True,
-            answer_type="choice",
-            groups={"modality": "CT"},
-            extra={},
-        )
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_time_left_is_that_of_the_steps_however_slow(tmp_path, monkeypatch, capsys, is_terminal):
+    """The evaluation before the first step is no step, and a step may take longer than rich remembers."""
+    now = [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    config = toy_config(tmp_path, tmp_path, train={"steps": 4})
+    with Tracker(RunDir(tmp_path), config, first_step=0) as tracker:
+        now[0] = 1000.0
+        tracker.log(0, {"eval/accuracy": 0.5})
+        now[0] = 1050.0
+        tracker.log(1, {"reward": 1.25, "loss": 0.5})
+        tracker.evaluating(3, 9)
+        tracker.log(1, {"eval/accuracy": 0.75})
+    shown = capsys.readouterr().err
+    assert "50.00 s/step, 2 min left" in shown
+    if is_terminal:
+        assert "reward 1.250  50.00 s/step, 2 min left" in shown.splitlines()[-2]  # not "evaluating", which is over
 
+
+def record(index: int, text: str, reward: float, advantage: float) -> CompletionRecord:
+    """A completion with these rewards."""
+    return CompletionRecord(
+        sample_id="s",
+        index=index,
+        question="Which [bold]side?",
+        options=("left", "right"),
+        gold="B",
+        completion=text,
+        rewards={"format": 1.0, "correctness": reward},
+        reward=reward + 1,
+        advantage=advantage,
+        length=7,
+        prompt_length=3,
+        is_truncated=index == 0,
+        is_correct=reward == 1.0,
+        has_answer=True,
+        answer_type="choice",
+        groups={"modality": "CT"},
+        extra={},
+    )
+
+
+def test_a_group_that_teaches_is_shown():
+    dull = [record(index, "dull", 1.0, 0.0) for index in range(2)]
+    telling = [record(0, "wrong", 0.0, -0.5), record(1, "right", 1.0, 0.5)]
+    assert group_to_show([*dull, *telling, *dull], 2) == telling  # all of one sample: epochs can meet in a step
+    assert group_to_show([*dull, *dull], 2) == dull
+
+
+def test_table_of_completions():
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(completions_table(5, [record(0, "worse", 0.0, -0.7), record(1, "[red]better", 1.0, 0.7)]))
     lines = console.export_text().splitlines()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +37,7 @@ class Tracker:
         """Whether the run ends by an error, which trackers show."""
         self._run = run
         self._config = config.train
+        self._num_generations = config.rollout.num_generations
         self._console = Console(stderr=True)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
@@ -45,13 +46,12 @@ class Tracker:
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=16),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("{task.description}"),  # with our own time left: rich forgets steps of more than 30 seconds
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
         self._task = self._progress.add_task("", total=config.train.steps, completed=first_step)
+        self._description = ""
 
     def __enter__(self) -> Tracker:
         self._progress.start()
@@ -90,39 +90,55 @@ class Tracker:
         for board in self._boards if is_due or is_evaluation else ():
             board.log(step, metrics)
         done = step - self._first_step
+        if is_evaluation and not done:
+            self._began = time.perf_counter()  # the evaluation before the first step tells nothing about steps
         rate = (time.perf_counter() - self._began) / max(1, done)
         shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
-        left = "" if is_evaluation else f"  {rate:.2f} s/step, {_duration(rate * (self._config.steps - step))} left"
-        line = f"step {step}/{self._config.steps}  {shown}{left}"
+        left = f"{rate:.2f} s/step, {_duration(rate * (self._config.steps - step))} left"
+        line = f"step {step}/{self._config.steps}  {shown}" + ("" if is_evaluation else f"  {left}")
         self._write(line)
         if self._progress.disable:
             if is_due or is_evaluation:
                 self._console.print(Text(line), soft_wrap=True)
-        elif is_evaluation:
+            return
+        if is_evaluation:
             self._console.print(Text(line))
         else:
             name = "reward" if "reward" in metrics else "loss"
-            self._progress.update(
-                self._task, completed=step, description=f"{name} {metrics[name]:.3f}  {rate:.2f} s/step"
-            )
+            self._description = f"{name} {metrics[name]:.3f}  {left}"
+        self._progress.update(self._task, completed=step, description=self._description)
 
     def evaluating(self, done: int, total: int) -> None:
         """Show how far an evaluation is."""
         self._progress.update(self._task, description=f"evaluating {done}/{total}")
 
     def samples(self, step: int, records: Sequence[CompletionRecord], groups: Sequence[Group] = ()) -> None:
-        """Store a step's completions and show those of its first prompt; trackers get what they are allowed to."""
+        """Store a step's completions and show one group; trackers get what they are allowed to.
+
+        Args:
+            records: groups of ``num_generations`` each, group after group.
+        """
         path = self._run.samples(step)
         path.parent.mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, **record.to_json()}, default=str) + "\n" for record in records]
         path.write_text("".join(lines), encoding="utf-8")
-        self._console.print(completions_table(step, [r for r in records if r.sample_id == records[0].sample_id]))
+        self._console.print(completions_table(step, group_to_show(records, self._num_generations)))
         if self._boards and self._config.tracker_samples != "none":
             images: Images = {}
             if self._config.tracker_samples == "images":
                 images = {group.sample.id: [image.load() for image in group.sample.images] for group in groups}
             for board in self._boards:
                 board.samples(step, records, images)
+
+
+def group_to_show(records: Sequence[CompletionRecord], num_generations: int) -> Sequence[CompletionRecord]:
+    """The first group that something is learned from, or the first one where all agree.
+
+    Args:
+        records: groups of ``num_generations`` each, group after group.
+    """
+    groups = [records[start : start + num_generations] for start in range(0, len(records), num_generations)]
+    return next((group for group in groups if any(record.advantage for record in group)), groups[0])
 
 
 def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
