@@ -7,6 +7,7 @@ No state of a random number generator is kept: every random number is drawn from
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from medvqa_rl.learning.optimizer import Optimizer
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, load_policy
+
+_LEFTOVER = re.compile(r"\.(?P<name>best|step_\d+)\.\d+\.(?P<kind>tmp|old)")
+"""Folders on their way to or from their name, see :func:`medvqa_rl.models.checkpoints.atomic_folder`."""
 
 
 @dataclass
@@ -75,14 +79,17 @@ def remove_old_checkpoints(checkpoints: Path, keep: int) -> None:
 def clean_up(run: Path) -> None:
     """Remove what a killed process left half written, and put back a folder that it had just moved away."""
     for parent in (run, run / "checkpoints"):
-        for leftover in parent.glob(".*.old"):  # .NAME.PID.old, see models.checkpoints.atomic_folder
-            target = parent / leftover.name.removeprefix(".").rsplit(".", 2)[0]
-            if target.exists():
-                shutil.rmtree(leftover)
-            else:
+        for leftover in sorted(parent.glob(".*")):
+            match = _LEFTOVER.fullmatch(leftover.name)
+            if match is None:
+                continue  # not ours: the folder may hold other things
+            target = parent / match["name"]
+            if match["kind"] == "old" and not target.exists():
                 leftover.rename(target)
-        for leftover in parent.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            else:
+                shutil.rmtree(leftover)
+        for leftover in parent.glob(".*.json.tmp"):  # see run_dir.write_json
+            leftover.unlink()
 
 
 def load_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> TrainState:

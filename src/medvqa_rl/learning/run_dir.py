@@ -54,6 +54,8 @@ class RunDir:
         self.best = self.path / "best"
         self.log = self.path / "train.log"
         self._lock = FileLock(self.path / ".lock")
+        self._is_new = False
+        """Whether this process made the folder."""
 
     def samples(self, step: int) -> Path:
         """File of the completions sampled in a step."""
@@ -89,6 +91,7 @@ class RunDir:
             )
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir is {str(self.path)!r}, which is a file: give a folder, or a new name.")
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -106,10 +109,19 @@ class RunDir:
                     "resume it with the command that started it, or set output_dir to another folder."
                 )
             check_same_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
-        else:
-            as_given = config.model_dump(mode="json", exclude_defaults=True) if given is None else given
-            (self.path / "config.yaml").write_text(write_yaml(dict(as_given)), encoding="utf-8")
+        as_given = config.model_dump(mode="json", exclude_defaults=True) if given is None else given
+        (self.path / "config.yaml").write_text(write_yaml(dict(as_given)), encoding="utf-8")
         write_json(path, config.model_dump(mode="json"))
+
+    def discard(self) -> None:
+        """Take back a folder that this process made for a run that never began: nothing of it is worth keeping."""
+        if not self._is_new:
+            return
+        names = ("config.yaml", "config.resolved.json", "env.json", "data.json", "status.json", ".lock")
+        for path in (*(self.path / name for name in names), self.log, self.metrics):
+            path.unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def close(self) -> None:
         """Let other processes take the folder."""
