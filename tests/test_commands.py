@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from medvqa_rl import __version__, eval_command
@@ -148,7 +149,8 @@ def test_ask_greedily_and_as_a_group(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.png", "Where?"], "does not exist"),
+        (["none.png", "Where?"], "The image none.png does not exist: give the path of an image file"),
+        ([".", "Where?"], "The image . is a folder"),
         (["x.png", " "], "The question is empty"),
         (["x.png", "Where?", "--option", "left"], "There are 1 options, but a choice needs 2 to 26"),
     ],
@@ -157,12 +159,14 @@ def test_ask_says_what_is_wrong_before_it_loads_a_model(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (30, 30)).save("x.png")
     result = CliRunner().invoke(app, ["ask", *arguments, "--model", "nowhere"])
     assert result.exit_code == 2
     assert message in result.output
 
 
 def test_a_question_does_not_know_its_answer(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30)).save(tmp_path / "x.png")
     assert make_question(tmp_path / "x.png", "Where?", ("left", "right")).answer_type == "choice"
     assert make_question(tmp_path / "x.png", "Where?", ()).answer == ""
 

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,39 @@ def write_language_model(folder, tokenizer):
     size = len(AutoTokenizer.from_pretrained(tokenizer))
     GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder / "lm")
     return folder / "lm"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image whose file is damaged."""
+
+    key: str = "damaged"
+
+    def load(self):
+        raise ValueError("The image cannot be decoded.")
+
+
+@dataclass(frozen=True)
+class DamagedData(ToyData):
+    """The first two samples have images that cannot be read."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return replace(sample, images=(Unreadable(),)) if index < 2 else sample
+
+
+@pytest.mark.parametrize("allowed", [0.05, 0.6])
+def test_validation_questions_that_were_not_scored_are_said(folder, tmp_path, allowed):
+    """And an accuracy of what is left is no reason to keep a model, unless the settings allow as many."""
+    config = toy_config(
+        folder,
+        tmp_path / "run",
+        train={"steps": 1, "eval_steps": 1},
+        eval={"fail_on_unscored": allowed, "bootstrap": 20},
+    )
+    run = train(config, train_set=ToyData(), val_set=DamagedData(4))
+    assert "50.0% of the validation questions could not be scored" in (run / "train.log").read_text()
+    assert (run / "best").exists() == (allowed > 0.5)
 
 
 def test_training_raises_the_reward(folder, tmp_path):

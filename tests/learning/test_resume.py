@@ -23,6 +23,7 @@ from medvqa_rl.learning.errors import Stopped
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.sft import train_sft
 from medvqa_rl.models.loading import load_policy
+from medvqa_rl.settings import load_config
 
 TOY = Path(__file__).with_name("toy.py")
 STOP = {"steps": 6, "save_steps": 2, "eval_steps": 3}
@@ -135,7 +136,8 @@ def test_sigterm_finishes_the_step_and_saves(folder, tmp_path):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"save_steps": 0})
     process = run_toy("train", config, tmp_path, TOY_STOP="2")
     assert process.returncode == 143
-    assert "Stopped after step 3" in process.stderr and "--resume" in process.stderr
+    assert "Stopping when this step is done" in process.stderr and "Stopped after step 3" in process.stderr
+    assert f"`medvqa-rl train {tmp_path / 'run' / 'config.yaml'} --resume`" in process.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
     run = go(config, resume=True)
     same_runs(go(toy_config(folder, tmp_path / "whole", train=STOP | {"save_steps": 3})), run)
@@ -212,6 +214,26 @@ def test_a_failed_start_leaves_the_folder_free(folder, tmp_path):
     go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
 
 
+def test_a_run_that_never_began_leaves_nothing(folder, tmp_path):
+    """Neither does it take away what somebody else had in the folder."""
+    bad = {"model": {"path": str(tmp_path / "missing")}}
+    with pytest.raises(ValueError, match="no such folder"):
+        go(toy_config(folder, tmp_path / "run", **bad))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.yaml").write_text("mine")
+    with pytest.raises(ValueError, match="no such folder"):
+        go(toy_config(folder, tmp_path / "notes", **bad))
+    assert (tmp_path / "notes" / "config.yaml").exists()
+
+
+def test_the_settings_as_given_are_those_of_the_last_start(folder, tmp_path):
+    """What is said when a run stops continues it with config.yaml, so that must know a changed number of steps."""
+    go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
+    go(toy_config(folder, tmp_path / "run", train={"steps": 2}), resume=True)
+    assert load_config(tmp_path / "run" / "config.yaml").config.train.steps == 2
+
+
 def test_no_space_left_is_said_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"eval_steps": 0})
     write = checkpoint.save_file
@@ -245,9 +267,13 @@ def test_leftovers_are_cleaned_and_a_moved_folder_comes_back(tmp_path):
     (tmp_path / "checkpoints" / ".step_000002.123.tmp").mkdir(parents=True)
     (tmp_path / ".best.123.old").mkdir()
     (tmp_path / ".best.123.old" / "best.json").write_text("{}")
+    (tmp_path / ".status.json.tmp").touch()
+    for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # somebody else's
+        (tmp_path / name).mkdir()
     clean_up(tmp_path)
     assert (tmp_path / "best" / "best.json").exists()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["best", "checkpoints"]
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.name != "best.json")
+    assert left == [".bashrc.old", ".notes.7.old", ".notes.tmp", "best", "checkpoints"]
 
 
 def test_checkpoints_are_standard_and_reference_stays_the_start(folder, tmp_path):

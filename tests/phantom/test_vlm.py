@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
+from medvqa_rl.learning.errors import Stopped
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.phantom import demo
 from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, full_description, learn, lesson
@@ -112,6 +113,7 @@ def test_build_runs_dry_and_leaves_used_folders_alone(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
         build(tmp_path)
+    build(tmp_path, dry_run=True)  # writes nothing, so nothing is in the way
 
 
 def examine(name: str, scanner: str, count: int) -> Evaluation:
@@ -171,3 +173,14 @@ def test_demo_writes_everything_it_promises(tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).stat().st_size > 1000
     with pytest.raises(ValueError, match="is in use"):
         demo.run_demo(tmp_path / "run")
+
+
+def test_a_stopped_demo_says_what_goes_on_and_what_does_not(tmp_path, monkeypatch, capsys):
+    def stop(config: Config) -> Path:
+        raise Stopped(2, tmp_path / "run")
+
+    monkeypatch.setattr(demo, "train", stop)
+    monkeypatch.setattr(demo, "_evaluate_both", lambda config, model: {})
+    with pytest.raises(Stopped):
+        demo.run_demo(tmp_path / "run")
+    assert "For the demo, remove" in capsys.readouterr().out

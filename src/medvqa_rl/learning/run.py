@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shlex
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -83,6 +85,9 @@ class Run:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
+        if self._is_main:
+            # Past the console, which this handler may have interrupted in the middle of a line.
+            os.write(2, b"\nStopping when this step is done; once more stops at once and loses what is not saved.\n")
 
     def attach(
         self,
@@ -162,10 +167,17 @@ class Run:
             if self._tracker is not None:
                 self._write_status("stopped", reason=signal.Signals(number).name)
                 self._tracker.say(
-                    f"Stopped after step {state.step} as asked; a checkpoint is saved. Continue with the same command "
-                    "and --resume."
+                    f"Stopped after step {state.step} as asked; a checkpoint is saved. Continue with "
+                    f"`{self._how_to_resume()}`."
                 )
             raise Stopped(number, self.dir.path)
+
+    def _how_to_resume(self) -> str:
+        """The command that continues this run, whatever command started it."""
+        launcher = "medvqa-rl"
+        if self._accelerator.num_processes > 1:
+            launcher = f"accelerate launch --num_processes {self._accelerator.num_processes} -m medvqa_rl"
+        return f"{launcher} {self._kind} {shlex.quote(str(self.dir.path / 'config.yaml'))} --resume"
 
     def finish(self) -> None:
         """All steps are done."""
@@ -190,8 +202,16 @@ class Run:
             write_evaluation(evaluation, self.dir.evaluation(state.step))
             metrics = evaluation.metrics
             self._tracker.log(state.step, metrics)
+            unscored = evaluation.results["unscored_rate"]
+            if unscored:
+                self._tracker.say(
+                    f"{unscored:.1%} of the validation questions could not be scored and are left out: see "
+                    f"unscored_reason in {self.dir.evaluation(state.step) / 'samples.jsonl'}."
+                )
             accuracy = metrics.get("eval/accuracy")
-            if accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy):
+            # With too few questions scored it is another measure than at the other steps.
+            counts = accuracy is not None and unscored <= self.config.eval.fail_on_unscored
+            if counts and (state.best_accuracy is None or metrics["eval/accuracy"] > state.best_accuracy):
                 state.best_accuracy, state.best_step = accuracy, state.step
                 save_best(self.dir.best, self.policy, state)
         self._accelerator.wait_for_everyone()
@@ -224,7 +244,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._exits:
-            if error is None or isinstance(error, Stopped) or self._tracker is None:
+            if error is None or isinstance(error, Stopped):
+                return
+            if self._tracker is None:
+                if self._is_main:
+                    self.dir.discard()
                 return
             self._tracker.has_failed = True
             if isinstance(error, TrainingFailed):

@@ -73,7 +73,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """A line for people: on the terminal and in train.log."""
-        self._console.print(Text(text))
+        self._console.print(Text(text), soft_wrap=True)  # a command in it must stay in one piece
         self._write(text)
 
     def _write(self, text: str) -> None:

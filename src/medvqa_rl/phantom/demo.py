@@ -31,6 +31,7 @@ from medvqa_rl.config import (
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, write_evaluation
 from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.learning.errors import Stopped
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.progress import progress_bar
@@ -99,7 +100,14 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
         f"[bold]2/4[/bold]  Adapting it to the unseen scanner: {config.train.steps} steps of Dr. GRPO, rewards for "
         "the right answer and the right form."
     )
-    run_dir = train(config)
+    try:
+        run_dir = train(config)
+    except Stopped:
+        console.print(
+            f"That goes on with the training alone. For the demo, remove {output} and start it again.",
+            soft_wrap=True,
+        )
+        raise
     console.print("[bold]3/4[/bold]  Evaluating the adapted model on the same questions.")
     adapted = config.model.model_copy(update={"path": str(_last_checkpoint(run_dir))})
     after = _evaluate_both(config, adapted)
