@@ -74,8 +74,11 @@ def make_question(image: Path, question: str, options: Sequence[str]) -> Sample:
     """A sample for a question whose answer nobody knows.
 
     Raises:
-        ValueError: no question, a single option, or more options than letters.
+        ValueError: no image or question, a single option, or more options than letters.
     """
+    if not image.is_file():
+        what = "is a folder" if image.is_dir() else "does not exist"
+        raise ValueError(f"The image {image} {what}: give the path of an image file, then the question in quotes.")
     if not question.strip():
         raise ValueError("The question is empty: give it as the second argument, in quotes.")
     if len(options) == 1 or len(options) > len(LETTERS):
