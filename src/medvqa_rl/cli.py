@@ -175,7 +175,7 @@ def env(debug: Debug = False) -> None:
 
 @phantom_app.command("build")
 def phantom_build(
-    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom"),
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom_build"),
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     dry_run: DryRun = False,
     debug: Debug = False,

@@ -1,6 +1,6 @@
 """Group relative policy optimisation: the loop. GRPO, Dr. GRPO and DAPO by ``loss.type`` and ``advantage.scale``.
 
-Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl.cli train CONFIG`` on several devices.
+Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl train CONFIG`` on several devices.
 """
 
 from __future__ import annotations

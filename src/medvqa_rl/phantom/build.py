@@ -1,6 +1,6 @@
 """The recipe of the embedded checkpoints: from random weights to ``base`` and ``instruct``.
 
-    medvqa-rl phantom build --output runs/phantom
+    medvqa-rl phantom build --output runs/phantom_build
 
 Four stages, all supervised, on the home scanner only:
 
@@ -75,7 +75,7 @@ def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = No
     Raises:
         ValueError: the output folder holds something already.
     """
-    if output.exists() and any(output.iterdir()):
+    if not dry_run and output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is not empty: name another with --output, or remove it.")
     processor = build_processor()
     model = build_model(processor, seed)

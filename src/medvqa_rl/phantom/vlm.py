@@ -110,7 +110,7 @@ def build_processor() -> Processor:
 
 
 def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """A phantom VLM with random weights, about 1.3 million parameters, float32."""
+    """A phantom VLM with random weights, about 1.5 million parameters, float32."""
     tokenizer = processor.tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2VLConfig(
