@@ -144,7 +144,8 @@ class RolloutEngine:
             FloatingPointError: the model gives logits that are not finite.
         """
         numbers = _count_occurrences(samples) if occurrences is None else occurrences
-        requests = (_Request(*pair, number) for pair, number in zip(self._encoded(samples, prompts), numbers))
+        encoded = zip(self._encoded(samples, prompts), numbers, strict=True)
+        requests = (_Request(*pair, number) for pair, number in encoded)
 
         def uniforms(of: Sequence[_Request]) -> NDArray[np.float64]:
             ids, occurrences = [request.sample.id for request in of], [request.occurrence for request in of]
@@ -257,9 +258,10 @@ class RolloutEngine:
         return prefilled, features
 
     def _make_state(self, work: _Work, num_prompts: int, width: int) -> DecodeState:
-        """Room for a first batch of so many prompts; later, stragglers of twice as many may share the rows."""
+        """Room for a first batch of so many prompts; where more wait, stragglers of twice as many share the rows."""
         rows = num_prompts * work.num_generations
-        room = Room(min(2 * num_prompts, rows), work.num_generations, rows, width, work.length)
+        slots = num_prompts if num_prompts < work.max_prompts else min(2 * num_prompts, rows)
+        room = Room(slots, work.num_generations, rows, width, work.length)
         if self._graphs is not None:
             return self._graphs.borrow(room)
         return DecodeState(self._policy.model, room, self._policy.device)
