@@ -1,0 +1,34 @@
+"""Result files say on what they were measured, name no machine, and agree with the page that shows them.
+
+Run: pytest tests/test_benchmark_results.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_name_the_hardware_and_no_folder(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    result = json.loads(text)
+    assert {"cpu", "threads", "load", "torch", "transformers"} <= result["hardware"].keys()
+    assert not re.search(r'"(?:/|~)[^"]*"|://', text)
+
+
+@pytest.mark.parametrize("name", ["step-embedded-cpu", "step-paper-cpu"])
+def test_the_page_shows_the_steps_that_were_measured(name: str) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    ours, trl = result["engines"]["ours"], result["engines"]["trl"]
+    assert result["differences"] == []
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    digits = 3 if ours["seconds"] < 5 else 2
+    shown = f"| **whole step** | **{ours['seconds']:.{digits}f}** | **{trl['seconds']:.{digits}f}** |"
+    assert shown in page and f"**{trl['seconds'] / ours['seconds']:.2f}** |" in page
