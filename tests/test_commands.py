@@ -108,6 +108,13 @@ def test_a_runs_folder_is_no_checkpoint_but_its_best_one_is_named(tmp_path: Path
         with_checkpoint(ModelConfig(), tmp_path / "none")
 
 
+def test_ask_names_the_models_in_a_runs_folder(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds neither config.json nor adapter_config.json: try .*best\.$"):
+        model_for(str(tmp_path))
+
+
 def test_an_adapter_brings_its_base_model(tmp_path: Path) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_text('{"base_model_name_or_path": "some/model"}')

@@ -129,6 +129,16 @@ def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
         run_eval(config, output=folder, resume=True)
 
 
+def test_a_refused_model_does_not_claim_the_folder(config: Config, questions: StoredDataset, tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="bert"):
+        run_eval(config, checkpoint=tmp_path / "bert", output=folder)
+    run_eval(config, output=folder)
+    assert (folder / "results.json").exists()
+
+
 def test_two_shards_give_what_one_process_gives(
     config: Config, questions: StoredDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,9 +56,11 @@ def model_for(path: str) -> ModelConfig:
     is the one it was trained on.
 
     Raises:
-        ValueError: an adapter's folder does not name its base model.
+        ValueError: a folder that holds no model, or an adapter that does not name its base model.
     """
     folder = Path(path).expanduser()
+    if folder.is_dir():
+        with_checkpoint(ModelConfig(), folder)  # a run's folder holds models but is none: say which
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return ModelConfig(path=path)
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")

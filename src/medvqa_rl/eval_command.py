@@ -192,10 +192,11 @@ def _evaluate_cell(
 ) -> Evaluation | None:
     """Answer what is missing; once all is there, write and print the results."""
     asking, folder = cell.asking, cell.folder
-    agree(folder, _identity(cell, model))
+    identity = _identity(cell, model)
+    agree(folder, identity, write=False)
 
     def engine() -> Engine:
-        agree(folder, {"weights": weights_fingerprint(policy().model)})
+        agree(folder, identity | {"weights": weights_fingerprint(policy().model)})
         return RolloutEngine(policy(), asking.template)
 
     def ask(name: str, file: RecordFile, samples: Sequence[Sample], view: View | None) -> list[EvalRecord] | None:

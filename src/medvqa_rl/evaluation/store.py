@@ -129,8 +129,11 @@ class RecordFile:
         return ordered
 
 
-def agree(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down what is evaluated how, and compare it with what was written before.
+def agree(folder: Path, identity: Mapping[str, Any], *, write: bool = True) -> None:
+    """Compare what is evaluated how with what was written before, and write it down.
+
+    Args:
+        write: False compares only; what was never begun must not claim the folder.
 
     Raises:
         ValueError: an evaluation of something else has begun in the folder; the message names what differs.
@@ -145,7 +148,7 @@ def agree(folder: Path, identity: Mapping[str, Any]) -> None:
             f"The folder {folder} holds an evaluation of something else ({told}): restore what differs, or choose "
             "another folder with --output."
         )
-    if given.keys() - before.keys():
+    if write and given.keys() - before.keys():
         write_text(path, json.dumps(before | given, indent=2, ensure_ascii=False) + "\n")
 
 
