@@ -24,6 +24,7 @@ LAYERS = [
     ["learning"],
     ["phantom.build", "phantom.demo", "phantom.seeing", "report"],
     ["hardware"],
+    ["study"],
     ["commands"],
     ["eval_command"],
     [
@@ -33,6 +34,7 @@ LAYERS = [
         "cli_estimate",
         "cli_eval",
         "cli_report",
+        "cli_study",
         "data_commands",
         "data_files",
         "estimate_command",
@@ -48,6 +50,7 @@ LIGHT = [
     "cli_estimate",
     "cli_eval",
     "cli_report",
+    "cli_study",
     "config",
     "data",
     "data.division",
@@ -91,6 +94,11 @@ LIGHT = [
     "report.watch",
     "rewards",
     "settings",
+    "study",
+    "study.collect",
+    "study.recipe",
+    "study.running",
+    "study.tables",
     "types",
 ]
 OTHER_NAMES = {

@@ -19,6 +19,7 @@ from medvqa_rl.cli_data import data_app
 from medvqa_rl.cli_estimate import estimate
 from medvqa_rl.cli_eval import compare, evaluate
 from medvqa_rl.cli_report import report, watch
+from medvqa_rl.cli_study import study_app
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -34,6 +35,7 @@ config_app = typer.Typer(help="Look at settings without running anything.", no_a
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(estimate)

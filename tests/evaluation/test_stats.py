@@ -3,6 +3,7 @@
 Run: pytest tests/evaluation/test_stats.py
 """
 
+import itertools
 import math
 import time
 
@@ -21,6 +22,7 @@ from medvqa_rl.evaluation.stats import (
     minimum_detectable_effect,
     paired_cluster_bootstrap,
     proportion_interval,
+    seeds_and_clusters_bootstrap,
 )
 
 GENERATOR = np.random.default_rng(1)
@@ -285,3 +287,28 @@ def test_minimum_detectable_effect_agrees_with_statsmodels_and_holds_its_power()
     for observed in GENERATOR.normal(effect, 0.02, 20_000):
         found += abs(observed) > 1.959964 * 0.02
     assert found / 20_000 == pytest.approx(0.8, abs=0.01)
+
+
+def test_resampling_seeds_and_images_has_the_spread_of_all_draws() -> None:
+    """Two seeds and three images: every one of 2^2 * 3^3 equally likely draws, by hand."""
+    values = np.array([[1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]])
+    clusters = ["a", "a", "b", "c"]
+    members = {"a": [0, 1], "b": [2], "c": [3]}
+    means = []
+    for seeds in itertools.product(range(2), repeat=2):
+        for drawn in itertools.product("abc", repeat=3):
+            columns = [column for name in drawn for column in members[name]]
+            means.append(np.mean([values[seed][column] for seed in seeds for column in columns]))
+    found = seeds_and_clusters_bootstrap(values, clusters, resamples=40_000)
+    assert found.estimate == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(np.std(means), rel=0.02)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+
+
+def test_one_seed_is_the_bootstrap_of_images() -> None:
+    generator = np.random.default_rng(5)
+    values, clusters = generator.integers(0, 2, 90), [str(number // 3) for number in range(90)]
+    one = seeds_and_clusters_bootstrap(values[None], clusters, resamples=20_000)
+    other = cluster_bootstrap(values, clusters, resamples=20_000, method="percentile")
+    assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=0.01)
+    assert math.isnan(seeds_and_clusters_bootstrap([[1.0, 0.0]], ["a", "a"]).low)

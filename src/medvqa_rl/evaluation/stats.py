@@ -158,6 +158,57 @@ def paired_cluster_bootstrap(
     )
 
 
+@dataclass(frozen=True)
+class SeededInterval:
+    """Result of :func:`seeds_and_clusters_bootstrap`."""
+
+    estimate: float
+    low: float
+    high: float
+    standard_error: float
+    """Standard deviation of the resampled means."""
+
+
+def seeds_and_clusters_bootstrap(
+    values: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> SeededInterval:
+    """Mean over training seeds and questions, with an interval from resampling both seeds and whole clusters.
+
+    The S seeds and, independently of them, the K clusters are drawn with replacement (the pigeonhole bootstrap of
+    Owen 2007, arXiv 0712.1111); a resample's mean is that of the drawn clusters' values in the drawn seeds. Bounds
+    are percentiles. With one seed only the clusters vary. With few seeds the spread between them is underestimated,
+    by a factor of (S - 1) / S in its variance: three seeds are few, so show them as points too.
+
+    Args:
+        values: (S, N) finite numbers of the same N questions in every seed.
+        clusters: (N,) name of each question's cluster, such as its image.
+        resamples: see :func:`cluster_bootstrap`, as are seed and confidence.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    assert numbers.ndim == 2 and len(numbers), "one row per seed"
+    sums = np.stack([_per_cluster(row, clusters)[0] for row in numbers])  # (S, K)
+    sizes = _per_cluster(numbers[0], clusters)[1]  # (K,)
+    num_seeds, count = sums.shape
+    estimate = float(numbers.mean())
+    if count < 2:
+        return SeededInterval(estimate, math.nan, math.nan, math.nan)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    seed_weights = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=resamples)  # (R, S)
+    means = np.empty(resamples)
+    rows = max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, resamples, rows):
+        drawn = generator.multinomial(count, [1 / count] * count, size=min(rows, resamples - start))  # (r, K)
+        totals = np.einsum("rs,sk,rk->r", seed_weights[start : start + rows], sums, drawn, optimize=True)
+        means[start : start + rows] = totals / (num_seeds * (drawn @ sizes))
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return SeededInterval(estimate, float(low), float(high), float(means.std(ddof=1)))
+
+
 def cluster_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
     """Standard error of a mean whose values come in clusters.
 

@@ -1,0 +1,104 @@
+"""The verbs ``medvqa-rl study``: experiments of many runs. They never import torch; the runs are other processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medvqa_rl.cli_common import Debug, Overrides, told_plainly
+
+if TYPE_CHECKING:
+    from medvqa_rl.study.recipe import Recipe
+
+study_app = typer.Typer(
+    help="Plan, run and collect an experiment: arms x seeds x test sets from a recipe.", no_args_is_help=True
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped recipe such as four_factors_phantom.")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="The small version that the recipe describes under quick.")]
+Output = Annotated[
+    Path | None, typer.Option(help="Folder of the study; without it, runs/RECIPE or runs/RECIPE-quick.")
+]
+Arms = Annotated[str | None, typer.Option(help="Only these arms and the baseline, with commas.")]
+
+
+def _read(
+    recipe: str, overrides: list[str] | None, output: Path | None, quick: bool, arms: str | None
+) -> tuple[Recipe, Path]:
+    from medvqa_rl.study.recipe import find_recipe, read_recipe
+
+    path = find_recipe(recipe)
+    folder = Path("runs") / (f"{path.stem}-quick" if quick else path.stem) if output is None else output
+    only = [name.strip() for name in arms.split(",") if name.strip()] if arms else []
+    return read_recipe(path, folder, quick=quick, overrides=overrides or (), only=only), folder
+
+
+@study_app.command()
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Output = None,
+    quick: Quick = False,
+    arms: Arms = None,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe, and print its cells with what is done and how long the rest takes."""
+    with told_plainly(debug):
+        from rich.console import Console
+
+        from medvqa_rl.study.running import plan_table
+
+        read, _ = _read(recipe, overrides, output, quick, arms)
+        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(read))
+
+
+@study_app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Output = None,
+    quick: Quick = False,
+    arms: Arms = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Do what is left of every cell, and write the tables. Stopped or killed, the same command continues."""
+    with told_plainly(debug):
+        from rich.console import Console
+
+        from medvqa_rl.study.collect import collect as read_results
+        from medvqa_rl.study.running import run_study
+        from medvqa_rl.study.tables import write_tables
+
+        read, folder = _read(recipe, overrides, output, quick, arms)
+        failures = run_study(read, folder, jobs=jobs, console=Console(stderr=True))
+        if failures:
+            told = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
+            print(f"error: {len(failures)} cells failed: {told}", file=sys.stderr)
+            raise typer.Exit(1)
+        for path in write_tables(read_results(read), folder / "tables"):
+            print(path)
+
+
+@study_app.command()
+def collect(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output: Output = None,
+    quick: Quick = False,
+    arms: Arms = None,
+    debug: Debug = False,
+) -> None:
+    """Write the tables of the cells that are finished: Markdown, CSV, LaTeX and a page."""
+    with told_plainly(debug):
+        from medvqa_rl.study.collect import collect as read_results
+        from medvqa_rl.study.tables import write_tables
+
+        read, folder = _read(recipe, overrides, output, quick, arms)
+        for path in write_tables(read_results(read), folder / "tables"):
+            print(path)

@@ -1,0 +1,1 @@
+"""Experiments: a matrix of arms, seeds and test sets, planned, run and collected. Imports no torch."""

@@ -1,0 +1,171 @@
+"""The results of a study: every arm against the baseline, over all seeds, for each test set. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medvqa_rl.evaluation.records import EvalRecord, read_records
+from medvqa_rl.evaluation.stats import (
+    McNemar,
+    SeededInterval,
+    exact_mcnemar,
+    holm,
+    minimum_detectable_effect,
+    seeds_and_clusters_bootstrap,
+)
+from medvqa_rl.report.health import check_health
+from medvqa_rl.report.runs import read_run
+from medvqa_rl.study.recipe import Cell, Recipe
+from medvqa_rl.study.running import is_finished
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class SeedTest:
+    """An arm against the baseline, both trained with one seed."""
+
+    seed: int
+    mcnemar: McNemar
+    holm_p: float
+    """McNemar's p adjusted for the arms that were compared with this seed."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm on a test set, over its seeds."""
+
+    name: str
+    published: float | None
+    num_questions: int
+    num_clusters: int
+    accuracy: SeededInterval
+    gain: SeededInterval | None
+    """Over the baseline, paired by seed and question; None for the baseline itself."""
+    detectable: float
+    """True difference that would be found with 80 % power; NaN for the baseline."""
+    accuracies: tuple[float, ...]
+    """Of each seed; one where nothing was trained."""
+    tests: tuple[SeedTest, ...]
+    """None for the baseline itself."""
+    results: tuple[Mapping[str, Any], ...]
+    """The content of each seed's results.json."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything that is known of a study."""
+
+    recipe: Recipe
+    tests: Mapping[str, tuple[ArmResult, ...]]
+    missing: tuple[str, ...]
+    """Cells that are not finished and not in the tables."""
+    signs: Mapping[str, tuple[str, ...]]
+    """Signs of failure of each trained cell, as the health box of a report tells them; empty where there are none."""
+
+
+def collect(recipe: Recipe) -> Collected:
+    """Read all finished cells.
+
+    Raises:
+        ValueError: the baseline has no finished cell, or evaluations are of different questions.
+    """
+    finished = [cell for cell in recipe.cells if is_finished(cell)]
+    if not any(cell.arm.name == recipe.baseline for cell in finished):
+        raise ValueError(
+            f"No cell of the baseline {recipe.baseline} is finished, so there is nothing to compare with: run the "
+            "study first (medvqa-rl study run)."
+        )
+    tests = {name: _test(recipe, finished, place) for place, name in enumerate(recipe.tests)}
+    signs = {
+        cell.label: tuple(
+            f"{check.name}: {check.figure}"
+            for check in check_health(read_run(cell.folder).metrics)
+            if check.verdict == "look"
+        )
+        for cell in finished
+        if cell.arm.verb != "none"
+    }
+    missing = tuple(cell.label for cell in recipe.cells if cell not in finished)
+    return Collected(recipe, tests, missing, signs)
+
+
+def _right(records: Sequence[EvalRecord], order: Sequence[str]) -> list[bool | None]:
+    """Outcomes in an order of ids; None is unscored."""
+    by_id = {record.sample_id: record.is_correct for record in records}
+    return [by_id[id] for id in order]
+
+
+def _test(recipe: Recipe, finished: Sequence[Cell], place: int) -> tuple[ArmResult, ...]:
+    answers = {cell: read_records(cell.tests[place].folder / "samples.jsonl") for cell in finished}
+    first = next(iter(answers.values()))
+    asked = {record.sample_id: record for record in first}
+    for cell, records in answers.items():
+        if {(r.sample_id, r.question, r.gold) for r in records} != {(r.sample_id, r.question, r.gold) for r in first}:
+            raise ValueError(
+                f"The cells {finished[0].label} and {cell.label} were tested on different questions "
+                f"({cell.tests[place].name}): run both again on the same version of the data."
+            )
+    scored = [id for id in asked if all(_right(records, [id])[0] is not None for records in answers.values())]
+    if not scored:
+        raise ValueError(f"No question of {recipe.tests[place]} is scored in all cells, so nothing can be compared.")
+    clusters = [asked[id].image_key for id in scored]
+    right = {cell: [bool(flag) for flag in _right(records, scored)] for cell, records in answers.items()}
+    arms: dict[str, list[Cell]] = {}
+    for cell in finished:
+        arms.setdefault(cell.arm.name, []).append(cell)
+    pairs = {name: _pairs(arms[recipe.baseline], arm) for name, arm in arms.items() if name != recipe.baseline}
+    tests = {
+        name: {seed: exact_mcnemar(right[one], right[other]) for seed, one, other in found}
+        for name, found in pairs.items()
+    }
+    adjusted = {
+        seed: holm({name: found[seed].p_value for name, found in tests.items() if seed in found})
+        for seed in {seed for found in tests.values() for seed in found}
+    }
+    results = []
+    for name, arm in arms.items():
+        differences = [
+            [float(after) - float(before) for before, after in zip(right[one], right[other])]
+            for _, one, other in pairs.get(name, ())
+        ]
+        gain = seeds_and_clusters_bootstrap(differences, clusters, resamples=RESAMPLES) if differences else None
+        results.append(
+            ArmResult(
+                name=name,
+                published=arm[0].arm.published,
+                num_questions=len(scored),
+                num_clusters=len(set(clusters)),
+                accuracy=seeds_and_clusters_bootstrap([right[cell] for cell in arm], clusters, resamples=RESAMPLES),
+                gain=gain,
+                detectable=math.nan if gain is None else minimum_detectable_effect(gain.standard_error),
+                accuracies=tuple(sum(right[cell]) / len(scored) for cell in arm),
+                tests=tuple(
+                    SeedTest(seed, found, adjusted[seed][name]) for seed, found in tests.get(name, {}).items()
+                ),
+                results=tuple(_results(cell.tests[place].folder) for cell in arm),
+            )
+        )
+    return tuple(results)
+
+
+def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cell, Cell]]:
+    """Seed, the baseline's cell and the arm's cell. What was not trained is compared with every seed of the other."""
+    one, other = ({cell.seed: cell for cell in side} for side in (baseline, arm))
+    if baseline[0].arm.verb == "none" == arm[0].arm.verb:
+        return [(arm[0].seed, baseline[0], arm[0])]
+    if baseline[0].arm.verb == "none":
+        return [(seed, baseline[0], cell) for seed, cell in other.items()]
+    if arm[0].arm.verb == "none":
+        return [(seed, cell, arm[0]) for seed, cell in one.items()]
+    return [(seed, one[seed], other[seed]) for seed in one if seed in other]
+
+
+def _results(folder: Path) -> Mapping[str, Any]:
+    results: Mapping[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return results

@@ -1,0 +1,288 @@
+"""What a study is: a YAML recipe of arms, seeds and test sets, and the cells that follow from it. Imports no torch.
+
+```yaml
+baseline: grpo                     # the arm that all others are compared with
+seeds: [0, 1, 2]                   # each is train.seed of one run of every arm
+settings: {...}                    # of every run, as in configs/
+arms:
+  zero_shot: {verb: none}          # the model as it is
+  grpo: {verb: train, settings: {...}, published: 58.04}
+tests:
+  home: {data: {scanner: home}}    # settings put on top when the test split is evaluated
+quick: {seeds: [0], settings: {...}, tests: {...}}
+forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
+```
+
+A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings, so that a
+changed recipe leads to other folders for what changed and to the same ones for the rest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from medvqa_rl.config import Config, ConfigError, Purpose, digest
+from medvqa_rl.data import load_dataset
+from medvqa_rl.problems import did_you_mean
+from medvqa_rl.settings import build_config, merge, parse_override, read_file
+
+Verb = Literal["none", "train", "sft"]
+"""none evaluates the model as it is."""
+VERBS: tuple[Verb, ...] = ("none", "train", "sft")
+_PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
+_KEYS = ("baseline", "seeds", "settings", "arms", "tests", "quick", "forecast", "title", "note")
+_ARM_KEYS = ("verb", "settings", "published")
+_FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to come by a model."""
+
+    name: str
+    verb: Verb
+    settings: Mapping[str, Any]
+    published: float | None
+    """Accuracy in percent that the paper reports for its own model and data; None where it reports none."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """One evaluation of a cell."""
+
+    __test__ = False  # for pytest, which takes the name for a test
+
+    name: str
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One arm with one seed."""
+
+    arm: Arm
+    seed: int
+    config: Config
+    folder: Path
+    tests: tuple[Test, ...]
+
+    @property
+    def label(self) -> str:
+        return self.arm.name if self.arm.verb == "none" else f"{self.arm.name}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Rates that hold until finished cells tell better ones."""
+
+    seconds_per_step: Mapping[str, float]
+    """Of each verb."""
+    seconds_per_question: float
+    seconds_per_start: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A study with everything checked."""
+
+    name: str
+    title: str
+    note: str
+    """What to know about the published figures."""
+    baseline: str
+    seeds: tuple[int, ...]
+    tests: tuple[str, ...]
+    forecast: Forecast
+    cells: tuple[Cell, ...]
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """In the order of the recipe."""
+        return tuple({cell.arm.name: cell.arm for cell in self.cells}.values())
+
+
+def find_recipe(name: str) -> Path:
+    """The file that a path or the name of a shipped recipe stands for.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(str(files("medvqa_rl.study"))) / "recipes"
+    known = sorted(path.stem for path in shipped.glob("*.yaml"))
+    if name in known:
+        return shipped / f"{name}.yaml"
+    raise ValueError(
+        f"There is no recipe {name}: give the path of a YAML file or one of {', '.join(known)}"
+        + (did_you_mean(name, known) or ".")
+    )
+
+
+def read_recipe(
+    path: Path, output: Path, *, quick: bool = False, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> Recipe:
+    """Read a recipe and check every cell of it, so that nothing starts that cannot end.
+
+    Args:
+        path: the YAML file.
+        output: folder of the study, below which the cells lie.
+        quick: take the seeds, settings and tests under ``quick`` on top.
+        overrides: ``key=value`` settings of every run.
+        only: names of arms; empty takes all.
+
+    Raises:
+        ValueError: with a sentence for what is wrong.
+    """
+    given = read_file(path)
+    where = f"The recipe {path}"
+    _check_keys(where, given, _KEYS)
+    hurry = _section(where, "quick", given.get("quick", {})) if quick else {}
+    _check_keys(f"{where} under quick", hurry, ("seeds", "settings", "tests"))
+    hurry_settings = _section(where, "quick.settings", hurry.get("settings"))
+    hurry_tests = _section(where, "quick.tests", hurry.get("tests"))
+    base = _deep(_section(where, "settings", given.get("settings", {})), hurry_settings)
+    base = merge(base, [parse_override(text) for text in overrides])
+    arms = _arms(where, _section(where, "arms", given.get("arms", {})))
+    for name in only:
+        if name not in arms:
+            raise ValueError(
+                f"{where} has no arm {name}: choose from {', '.join(arms)}" + (did_you_mean(name, arms) or ".")
+            )
+    baseline = given.get("baseline")
+    if not isinstance(baseline, str) or baseline not in arms:
+        raise ValueError(f"{where} has baseline {baseline!r}, but must name one of its arms: {', '.join(arms)}.")
+    seeds = hurry.get("seeds", given.get("seeds"))
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"{where} has seeds {seeds!r}, but must have a list of whole numbers, such as [0, 1, 2].")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{where} names a seed twice in {seeds}, but each seed is one run: name it once.")
+    tests = _section(where, "tests", given.get("tests", {}))
+    if not tests:
+        raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
+    tests = {name: _deep(_section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
+    cells = [
+        _cell(where, output, arm, seed, base, tests)
+        for arm in arms.values()
+        if not only or arm.name in (*only, baseline)
+        for seed in (seeds if arm.verb != "none" else seeds[:1])
+    ]
+    _check_overlap(cells)
+    return Recipe(
+        path.stem,
+        str(given.get("title", path.stem)),
+        str(given.get("note", "")),
+        baseline,
+        tuple(seeds),
+        tuple(tests),
+        _forecast(where, given.get("forecast", {})),
+        tuple(cells),
+    )
+
+
+def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{where} has {key}, but may have {', '.join(known)}" + (did_you_mean(key, known) or "."))
+
+
+def _section(where: str, key: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} has {value!r} as {key}, but it must be a section (name: value).")
+    return value
+
+
+def _deep(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings put on top of others; a list replaces a list."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _deep(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
+    if not given:
+        raise ValueError(f"{where} has no arms: name at least one, such as arms: {{grpo: {{verb: train}}}}.")
+    arms = {}
+    for name, value in given.items():
+        section = _section(where, f"arms.{name}", value)
+        _check_keys(f"{where}, arm {name},", section, _ARM_KEYS)
+        verb, published = section.get("verb"), section.get("published")
+        if verb not in VERBS:
+            raise ValueError(f"{where}, arm {name}, has verb {verb!r}, but must have one of {', '.join(VERBS)}.")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{where} has an arm {name!r}, but names are made of letters, digits, '_', '.' and '-'.")
+        if published is not None and type(published) not in (int, float):
+            raise ValueError(f"{where}, arm {name}, has published {published!r}, but must have a number in percent.")
+        settings = _section(where, f"arms.{name}.settings", section.get("settings", {}))
+        arms[name] = Arm(name, cast(Verb, verb), settings, published)
+    return arms
+
+
+def _forecast(where: str, given: Any) -> Forecast:
+    section = _section(where, "forecast", given)
+    _check_keys(f"{where} under forecast", section, _FORECAST_KEYS)
+    rates = {"train": 1.0, "sft": 1.0} | _section(where, "forecast.seconds_per_step", section.get("seconds_per_step"))
+    others = [section.get("seconds_per_question", 0.1), section.get("seconds_per_start", 10.0)]
+    for rate in (*rates.values(), *others):
+        if type(rate) not in (int, float) or rate < 0:
+            raise ValueError(f"{where} forecasts {rate!r} seconds, but must forecast a number of at least 0.")
+    return Forecast(rates, *others)
+
+
+def _build(where: str, settings: Mapping[str, Any], purpose: Purpose) -> Config:
+    try:
+        return build_config(settings, purpose=purpose)
+    except ConfigError as error:
+        raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
+
+
+def _hash(config: Config) -> str:
+    """Eight digits that differ where a setting differs, wherever the folder lies."""
+    return digest(config.model_copy(update={"output_dir": "-"}))[:8]
+
+
+def _cell(
+    where: str, output: Path, arm: Arm, seed: int, base: Mapping[str, Any], tests: Mapping[str, Mapping[str, Any]]
+) -> Cell:
+    settings = _deep(base, arm.settings)
+    settings = _deep(settings, {"train": {"seed": seed}})
+    config = _build(f"{where}, arm {arm.name}", settings, _PURPOSES[arm.verb])
+    folder = output / arm.name / f"seed{seed}-{_hash(config)}"
+    made = []
+    for name, change in tests.items():
+        test = _build(f"{where}, arm {arm.name}, test {name}", _deep(settings, change), "eval")
+        test = test.model_copy(update={"output_dir": str(folder)})
+        made.append(Test(name, test, folder / "eval" / f"{name}-{_hash(test)}"))
+    return Cell(arm, seed, config.model_copy(update={"output_dir": str(folder)}), folder, tuple(made))
+
+
+def _check_overlap(cells: Sequence[Cell]) -> None:
+    """Refuse test sets that share an image with what is trained on, by the images' names within one data set."""
+    checked = set()
+    for cell in cells:
+        for test in cell.tests:
+            pair = (cell.config.data, test.config.data)
+            if cell.arm.verb == "none" or pair in checked or pair[0].name != pair[1].name:
+                continue
+            checked.add(pair)
+            trained, tested = load_dataset(pair[0], "train"), load_dataset(pair[1], "test")
+            if trained.is_endless:
+                continue  # drawn at addresses that begin with the name of the split
+            keys = {image.key for index in range(len(trained)) for image in trained[index].images}
+            shared = {image.key for index in range(len(tested)) for image in tested[index].images} & keys
+            if shared:
+                raise ValueError(
+                    f"The test set {test.name} ({tested.name}) shares {len(shared)} images with the training set of "
+                    f"{cell.arm.name} ({trained.name}), such as {min(shared)}, so it would measure memory: choose "
+                    "data.split=image, or another test set."
+                )
