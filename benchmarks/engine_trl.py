@@ -56,7 +56,9 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
     if not workload.train_vision:
         model.model.visual.requires_grad_(False)
     targets = config.model.lora.targets if config.model.lora else ()
-    watch, done, logs = Stopwatch(), [], []
+    watch = Stopwatch()
+    done: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
     batches = workload.prompts // workload.prompts_per_micro_batch
 
     class Timed(GRPOTrainer):  # type: ignore[misc]
@@ -107,9 +109,8 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if "loss" in logs:
-                seen.append(logs)
+                logged.append(logs)
 
-    seen: list[dict[str, Any]] = logs
     with tempfile.TemporaryDirectory() as output:
         arguments = GRPOConfig(
             output_dir=output,
@@ -172,7 +173,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
         trainer.train()
     return [
         Step(**measured, loss=log["loss"], entropy=log["entropy"], grad_norm=log["grad_norm"])
-        for measured, log in zip(done, logs, strict=True)
+        for measured, log in zip(done, logged, strict=True)
     ]
 
 
