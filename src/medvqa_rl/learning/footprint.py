@@ -325,8 +325,9 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     batch = work.prompts_per_rollout_batch
     rows = batch * work.generations
     prefilled = batch * work.prompt_tokens * kv_bytes(model, e)
-    # A prompt's keys and values are stored once; there are slots for twice the prompts, for when stragglers remain.
-    slots = min(2 * batch, rows)
+    # A prompt's keys and values are stored once. Where prompts wait there are slots for twice as many as are completed
+    # at a time, for when stragglers remain.
+    slots = min(2 * batch, rows) if work.prompts > batch else batch
     cache = (slots * work.prompt_tokens + rows * work.completion_tokens) * kv_bytes(model, e)
     # Sampling works in float64 on all words: scores, mass, its sum, and a comparison or two.
     sampling = rows * words * (4 * 8 + e)

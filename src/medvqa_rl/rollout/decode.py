@@ -49,6 +49,8 @@ class _Work(NamedTuple):
     length: int
     max_prompts: int
     """The batch holds this many times ``num_generations`` completions."""
+    more_may_come: bool
+    """There may be more prompts than that."""
     picker: Picker
     uniforms: Callable[[Sequence[_Request]], NDArray[np.float64]] | None
     """The (P * G, L) uniforms of some prompts."""
@@ -157,6 +159,7 @@ class RolloutEngine:
             config.num_generations,
             config.max_completion_length,
             config.max_batch,
+            len(samples) > config.max_batch,
             Picker(Sampling(config.temperature, config.top_k, config.top_p), self._suppressed, self._stop),
             uniforms,
         )
@@ -181,7 +184,7 @@ class RolloutEngine:
             FloatingPointError: the model gives logits that are not finite.
         """
         requests = (_Request(*pair, 0) for pair in self._encoded(samples, prompts))
-        work = _Work(1, max_completion_length, batch_size, Picker(None, self._suppressed, self._stop), None)
+        work = _Work(1, max_completion_length, batch_size, True, Picker(None, self._suppressed, self._stop), None)
         finished = self._complete(requests, work)
         while True:
             # The caller of a generator is not to find itself without gradients.
@@ -260,7 +263,7 @@ class RolloutEngine:
     def _make_state(self, work: _Work, num_prompts: int, width: int) -> DecodeState:
         """Room for a first batch of so many prompts; where more wait, stragglers of twice as many share the rows."""
         rows = num_prompts * work.num_generations
-        slots = num_prompts if num_prompts < work.max_prompts else min(2 * num_prompts, rows)
+        slots = min(2 * num_prompts, rows) if work.more_may_come else num_prompts
         room = Room(slots, work.num_generations, rows, width, work.length)
         if self._graphs is not None:
             return self._graphs.borrow(room)
