@@ -160,9 +160,9 @@ def settings(model: ModelConfig, *, beta: float, prompts: int, micro: int, gener
 
 
 def check(result: dict[str, tuple[float, float]]) -> None:
-    """The peak of the step within 15 %, each phase within 20 %; nothing there all the time unaccounted for."""
+    """The peak of the step within 6 % (15 are promised), each phase within 20 %; of what is always there, all."""
     estimated, measured = (max(values) for values in zip(*result.values()))
-    assert estimated == pytest.approx(measured, rel=0.15)
+    assert estimated == pytest.approx(measured, rel=0.06)
     for phase, (phase_estimated, phase_measured) in result.items():
         assert phase_estimated == pytest.approx(phase_measured, rel=0.2), (phase, result)
     assert result["static"][0] == pytest.approx(result["static"][1], rel=0.005)
@@ -172,7 +172,7 @@ def check(result: dict[str, tuple[float, float]]) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_phantom(lora, beta):
     model = ModelConfig(device="cpu", lora=lora)
-    config = settings(model, beta=beta, prompts=2, micro=1, generations=8, length=12)
+    config = settings(model, beta=beta, prompts=4, micro=4, generations=8, length=24)
     check(compare(load_policy(model), config, 112))
 
 
@@ -209,7 +209,7 @@ def test_logits_in_chunks(lora, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 2**19)
     monkeypatch.setattr(footprint, "LOGITS_PER_CHUNK", 2**19)
     model = ModelConfig(device="cpu", lora=lora, gradient_checkpointing=True)
-    config = settings(model, beta=0.0, prompts=2, micro=1, generations=8, length=12)
+    config = settings(model, beta=0.0, prompts=4, micro=4, generations=8, length=24)
     check(compare(medium_policy(model, 112), config, 112))
 
 
@@ -279,3 +279,25 @@ def test_devices_share_the_prompts(work):
     assert (whole.prompts, half.prompts) == (8, 4)
     with pytest.raises(ValueError, match="8 prompts, which 3 devices cannot share out evenly"):
         plan(Config(), model, question_tokens=110, grid=None, on_gpu=True, ranks=3)
+
+
+def test_a_budget_of_tokens_bounds_the_groups(work):
+    group = 434 + 8 * 256
+    assert work(train=TrainConfig(max_tokens_per_micro_batch=3 * group)).groups_per_micro_batch == 3
+    assert work(train=TrainConfig(max_tokens_per_micro_batch=3 * group - 1)).groups_per_micro_batch == 2
+    with pytest.raises(ValueError, match=f"is {group - 1}, but a group with a prompt of 434 tokens can have {group}"):
+        work(train=TrainConfig(max_tokens_per_micro_batch=group - 1))
+
+
+def test_graphs_keep_the_cache_in_the_update(work):
+    eager, graph = (memory(work(rollout=RolloutConfig(engine=name)), process=0) for name in ("eager", "graph"))
+    cache = 2 * 28 * 512 * (64 * 256 + 16 * 434)
+    assert eager["update: layers"]["KV cache"] == 0 and graph["update: layers"]["KV cache"] == cache
+    assert eager["rollout: decode"] == graph["rollout: decode"]
+
+
+def test_the_self_check_computes_a_group_in_separate_rows(work):
+    checked, unchecked = (
+        memory(work(train=TrainConfig(self_check=value)), process=0)["update: self-check"] for value in (True, False)
+    )
+    assert checked["activations"] == 8 * (434 + 256) * (3 * 8960 + 4 * 1536) * 2 and unchecked["activations"] == 0

@@ -31,17 +31,7 @@ Layout = Literal["packed", "rows", "separate"]
 LOGITS_PER_CHUNK = 2**25
 """As in ``learning.logprobs``, which imports torch; a test holds them equal."""
 
-PARTS = (
-    "process",
-    "weights",
-    "reference",
-    "optimizer",
-    "gradients",
-    "KV cache",
-    "activations",
-    "logits",
-    "vision",
-)
+PARTS = ("process", "weights", "reference", "optimizer", "gradients", "KV cache", "activations", "logits", "vision")
 """What memory is used for, in the order of tables."""
 
 
@@ -74,6 +64,10 @@ class Workload:
     """How groups stand in the update."""
     prefetch_bytes: int
     """The most that prompts of the next step may take meanwhile."""
+    keeps_cache: bool
+    """The KV cache stays allocated during the update, for the graphs that were recorded on it."""
+    checks_itself: bool
+    """Before the first update a group is computed in separate rows as well."""
 
     @property
     def bytes(self) -> int:
@@ -129,7 +123,8 @@ def plan(
         ranks: devices that share the prompts of a step.
 
     Raises:
-        ValueError: the devices cannot share the prompts evenly, or an adapter names unknown layers.
+        ValueError: the devices cannot share the prompts evenly, an adapter names unknown layers, or a group is larger
+            than ``train.max_tokens_per_micro_batch``.
     """
     prompts = config.train.prompts_per_step
     if prompts % ranks:
@@ -141,7 +136,16 @@ def plan(
     if lora is not None:
         lora_parameters(model, lora.rank, lora.targets)  # unknown names are said here
     dtype = config.model.dtype
+    layout, rollout = LAYOUTS[config.model.attention], config.rollout
     tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
+    length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == "separate"))
+    group = length + tokens * (layout != "separate")
+    budget = config.train.max_tokens_per_micro_batch or prompts * group
+    if budget < group:
+        raise ValueError(
+            f"train.max_tokens_per_micro_batch is {budget}, but a group with a prompt of {tokens} tokens can have "
+            f"{group} and is never divided: set it to {group} or more, or shorten prompts or completions."
+        )
     return Workload(
         model=model,
         trained=Trained(
@@ -154,16 +158,18 @@ def plan(
         is_bfloat16=dtype == "bfloat16" or (dtype == "auto" and on_gpu),
         on_gpu=on_gpu,
         prompts=prompts // ranks,
-        generations=config.rollout.num_generations,
+        generations=rollout.num_generations,
         prompt_tokens=tokens,
-        completion_tokens=config.rollout.max_completion_length,
+        completion_tokens=rollout.max_completion_length,
         grid=grid,
-        prompts_per_rollout_batch=min(prompts // ranks, config.rollout.max_batch),
-        groups_per_micro_batch=min(prompts // ranks, config.train.prompts_per_micro_batch),
+        prompts_per_rollout_batch=min(prompts // ranks, rollout.max_batch),
+        groups_per_micro_batch=min(prompts // ranks, config.train.prompts_per_micro_batch, budget // group),
         has_reference=config.loss.beta > 0,
         iterations=config.loss.num_iterations,
-        layout=LAYOUTS[config.model.attention],
+        layout=layout,
         prefetch_bytes=config.prefetch.max_mib * 2**20 if config.prefetch.workers else 0,
+        keeps_cache=rollout.engine == "graph",
+        checks_itself=config.train.self_check,
     )
 
 
@@ -270,10 +276,10 @@ def _mask_bytes(work: Workload) -> int:
     return masks * pairs * (1 + model.heads // model.kv_heads * work.bytes)
 
 
-def _pass_bytes(work: Workload, tokens: int, mask: int) -> int:
-    """The most that a decoder layer needs at a time without gradients."""
+def _pass_bytes(work: Workload, tokens: int, joined: int = 0) -> int:
+    """The most that a decoder layer needs at a time without gradients: its MLP, or attention with what it joins."""
     h, i, e = work.model.hidden, work.model.intermediate, work.bytes
-    return tokens * max(3 * i + 4 * h, 9 * h) * e + mask
+    return max(tokens * (3 * i + 4 * h) * e, tokens * 7 * h * e + joined)
 
 
 def _kept_vision(work: Workload, images: int) -> int:
@@ -305,14 +311,15 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
         process: bytes that the process has before a model is loaded (on a GPU: the context).
 
     Returns:
-        moment -> part -> bytes. The moments: ``rollout: vision``, ``rollout: prefill``, ``rollout: decode``,
-        ``update: reference``, ``update: output layer``, ``update: layers``, ``update: embedding`` and
-        ``update: optimizer``.
+        moment -> part -> bytes. A moment is a phase, ``rollout`` or ``update``, and what it does: ``rollout: decode``.
     """
     model, e = work.model, work.bytes
     h, words = model.hidden, model.vocabulary
     is_full = not work.trained.lora_rank
     static = {"process": process, **_static(work)}
+    plain = work.generations * (work.prompt_tokens + work.completion_tokens)
+    joined = (work.layout == "packed") * work.groups_per_micro_batch * work.generations * 2 * model.kv_hidden * e
+    joined *= 2 * work.prompt_tokens + work.completion_tokens  # of every completion; its prompt's are repeated first
     gradients = _gradient_bytes(work)
 
     # Kept for the whole step: features of all prompts where the tower is frozen, and on a CPU the pixels, those of the
@@ -335,7 +342,6 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     tokens = work.rows * work.row_tokens
     scored = work.groups_per_micro_batch * work.generations * work.completion_tokens
     chunk = min(scored, max(1, LOGITS_PER_CHUNK // words))
-    is_chunked = chunk < scored
     layer = kept_per_layer(work)
     rotations = 2 * tokens * (h // model.heads) * e
     kept = rotations + tokens * h * (4 + e * is_full) + scored * h * e  # final norm, states that predict
@@ -348,28 +354,33 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     head = words * h * e if is_full else 0
     backward = tokens * (3 * model.intermediate + 2 * h) * e
     largest = max(head, model.intermediate * h * e) if is_full else 0
-    step = trained_parameters(work) * (4 if work.is_bfloat16 and is_full else 0)
+    step = 2 * (4 * trained_parameters(work) - gradients)  # float32 copies of gradients in two bytes
     # AdamW's square roots: of all parameters at once on a GPU, of one after the other on a CPU, twice.
     step += 4 * trained_parameters(work) if work.on_gpu else 2 * 4 * _largest_trained(work)
 
-    def at(**parts: float) -> dict[str, float]:
-        named = {"gradients": 0.0, "KV cache": 0.0, "activations": 0.0, "logits": 0.0, **static, **held}
+    def at(kv: float = work.keeps_cache * cache, **parts: float) -> dict[str, float]:
+        named = {"gradients": 0.0, "KV cache": kv, "activations": 0.0, "logits": 0.0, **static, **held}
         for name, value in parts.items():
-            key = {"kv": "KV cache"}.get(name, name)
-            named[key] += value
+            named[name] += value
         return {name: float(named[name]) for name in PARTS}
 
     return {
         "rollout: vision": at(vision=_vision_pass(work, batch)),
-        "rollout: prefill": at(kv=prefilled, activations=_pass_bytes(work, batch * work.prompt_tokens, 0)),
+        "rollout: prefill": at(
+            kv=prefilled + work.keeps_cache * cache, activations=_pass_bytes(work, batch * work.prompt_tokens)
+        ),
         "rollout: decode": at(kv=prefilled + cache, logits=sampling),
+        "update: self-check": at(activations=work.checks_itself * _pass_bytes(work, plain)),
         "update: reference": at(
-            activations=_pass_bytes(work, tokens, _mask_bytes(work)) if work.has_reference else 0,
+            activations=work.has_reference * (_pass_bytes(work, tokens, joined) + _mask_bytes(work)),
             vision=0 if work.vision_is_frozen else _vision_pass(work, work.groups_per_micro_batch),
         ),
         # Five tables of logits meet in the backward of the normaliser.
         "update: output layer": at(
-            gradients=carried, activations=kept, logits=5 * 4 * chunk * words + 2 * head * is_chunked, vision=tower
+            gradients=carried,
+            activations=kept,
+            logits=5 * 4 * chunk * words + 2 * head * (chunk < scored),
+            vision=tower,
         ),
         "update: layers": at(gradients=carried + head, activations=kept + again + backward, vision=tower),
         "update: embedding": at(gradients=gradients + head + largest, activations=layer + backward, vision=tower),

@@ -80,9 +80,10 @@ def update_shape(work: Workload, completion_tokens: int) -> Shape:
 
 
 def expected_seconds(work: Workload, rates: Rates, *, completion_tokens: int) -> Seconds:
-    """The time of a step at the shares of the rates that are expected, decoding not below the host's own time."""
+    """The time of a step at the shares of the rates that are expected, decoding not below the host's own time, which
+    replayed graphs do without."""
     shared = Rates(EXPECTED_FLOPS * rates.flops, EXPECTED_BANDWIDTH * rates.bandwidth)
-    host = HOST_SECONDS * (2 if work.trained.lora_rank else 1)
+    host = 0.0 if work.keeps_cache else HOST_SECONDS * (2 if work.trained.lora_rank else 1)
     return seconds(work, shared, completion_tokens=completion_tokens, host_seconds=host)
 
 
