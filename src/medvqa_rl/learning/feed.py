@@ -85,7 +85,8 @@ class Feed(AbstractContextManager["Feed"]):
         Raises:
             UnusableSampleError: an image cannot be used; the message names file and sample.
         """
-        assert step == next(self._steps), "steps are asked for in their order"
+        expected = next(self._steps)
+        assert step == expected, f"step {step} was asked for where {expected} is prepared"
         try:
             return list(islice(self._prepared, self._share))
         except ValueError as error:
