@@ -250,8 +250,10 @@ def test_full_fine_tuning_in_bfloat16_by_hand(work):
     assert step["optimizer"] == (12 + 8) * trained
     assert step["gradients"] == 2 * trained
     # 28 layers of 2 x 256 numbers for 8 x 8 completions of 256 tokens, 8 prompts of 434 as they come out of the
-    # prefill, and 16 places for prompts.
-    assert moments["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (64 * 256 + (8 + 16) * 434)
+    # prefill, and 8 places for prompts; where prompts wait there are twice as many.
+    assert moments["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (64 * 256 + (8 + 8) * 434)
+    waiting = memory(work(rollout=RolloutConfig(max_batch=4)), process=0)
+    assert waiting["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (32 * 256 + (4 + 8) * 434)
     assert list(step) == list(PARTS)
 
 
@@ -291,7 +293,7 @@ def test_a_budget_of_tokens_bounds_the_groups(work):
 
 def test_graphs_keep_the_cache_in_the_update(work):
     eager, graph = (memory(work(rollout=RolloutConfig(engine=name)), process=0) for name in ("eager", "graph"))
-    cache = 2 * 28 * 512 * (64 * 256 + 16 * 434)
+    cache = 2 * 28 * 512 * (64 * 256 + 8 * 434)
     assert eager["update: layers"]["KV cache"] == 0 and graph["update: layers"]["KV cache"] == cache
     assert eager["rollout: decode"] == graph["rollout: decode"]
 
