@@ -103,6 +103,25 @@ def faithfulness(text: str, scene: Scene) -> float | None:
     return sum(is_true(claim, scene) for claim in found) / len(found) if found else None
 
 
+FLAWS = (
+    "no claim",
+    "no sentence of the world",
+    "repetition",
+    "padding",
+    "unfounded conclusion",
+    "two modalities",
+    "two organs",
+    "one kind twice",
+    "three kinds",
+    "impossible together",
+    "seen and not seen",
+    "findings and none",
+    "clear and not clear",
+    "count of four",
+)
+"""What can be wrong with a reasoning text without looking at the image."""
+
+
 def is_coherent(text: str) -> bool:
     """Whether a reasoning text makes sense without the image.
 
@@ -110,20 +129,31 @@ def is_coherent(text: str) -> bool:
     nothing contradicts anything else; the conclusion names something stated before it; and there is no padding
     (no sentence twice, at most two remarks).
     """
+    return not flaws(text)
+
+
+def flaws(text: str) -> list[str]:
+    """Which of the :data:`FLAWS` a reasoning text has; none where it is coherent."""
     sentences = _sentences(text)
-    if len(set(sentences)) < len(sentences) or sum(sentence in REMARKS for sentence in sentences) > 2:
-        return False
     found: list[Claim] = []
+    is_foreign = is_unfounded = False
     for sentence in sentences:
         claim, conclusion = _read(sentence), _CONCLUSION.fullmatch(sentence)
         if claim is not None:
             found.append(claim)
         elif conclusion is not None:
-            if not _follows(conclusion[1], found):
-                return False
-        elif sentence not in REMARKS:
-            return False
-    return bool(found) and _fits_together(found)
+            is_unfounded |= not _follows(conclusion[1], found)
+        else:
+            is_foreign |= sentence not in REMARKS
+    has = {
+        "no claim": not found,
+        "no sentence of the world": is_foreign,
+        "repetition": len(set(sentences)) < len(sentences),
+        "padding": sum(sentence in REMARKS for sentence in sentences) > 2,
+        "unfounded conclusion": is_unfounded,
+        **_conflicts(found),
+    }
+    return [flaw for flaw in FLAWS if has[flaw]]
 
 
 def _follows(answer: str, found: list[Claim]) -> bool:
@@ -140,18 +170,23 @@ def _follows(answer: str, found: list[Claim]) -> bool:
     return answer in stated
 
 
-def _fits_together(found: list[Claim]) -> bool:
+def _conflicts(found: list[Claim]) -> dict[str, bool]:
+    """Whether claims exclude each other, by flaw."""
     modalities = {claim.value for claim in found if claim.topic == "modality"}
     organs = {claim.value for claim in found if claim.topic == "organ"}
     findings = [claim.finding for claim in found if claim.finding is not None]
     kinds = [finding.kind for finding in findings]
     absent = {claim.value for claim in found if claim.topic == "absent"}
     clear = {claim.value for claim in found if claim.topic == "clear"}
-    if len(modalities) > 1 or len(organs) > 1 or len(set(kinds)) < len(kinds) or len(kinds) > 2:
-        return False
     possible = set(modalities or MODALITIES) & ({MODALITY_OF[organ] for organ in organs} or set(ORGANS))
-    if not any(set(kinds) | absent <= set(KINDS[modality]) for modality in possible):
-        return False
-    if absent & set(kinds) or (any(claim.topic == "none" for claim in found) and kinds):
-        return False
-    return not any({finding.side, finding.level} & clear or finding.count == 4 for finding in findings)
+    return {
+        "two modalities": len(modalities) > 1,
+        "two organs": len(organs) > 1,
+        "one kind twice": len(set(kinds)) < len(kinds),
+        "three kinds": len(kinds) > 2,
+        "impossible together": not any(set(kinds) | absent <= set(KINDS[modality]) for modality in possible),
+        "seen and not seen": bool(absent & set(kinds)),
+        "findings and none": any(claim.topic == "none" for claim in found) and bool(kinds),
+        "clear and not clear": any({finding.side, finding.level} & clear for finding in findings),
+        "count of four": any(finding.count == 4 for finding in findings),
+    }
