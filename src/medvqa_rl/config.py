@@ -172,6 +172,8 @@ class RewardsConfig(Settings):
     """1 where the completion has exactly the requested form, else 0."""
     correctness: Annotated[float, Field(ge=0.0)] = 1.0
     """1 where the answer is right, else 0."""
+    semantic: Annotated[float, Field(ge=0.0)] = 0.0
+    """Medical semantic reward: 1 where the judge says that the reasoning is clinically coherent, else 0."""
     ecr: Annotated[float, Field(ge=0.0)] = 0.0
     """Extended chain reward: tokens of the reasoning over length_target, at most 1."""
     cwr: Annotated[float, Field(ge=0.0)] = 0.0
@@ -198,6 +200,39 @@ class RewardsConfig(Settings):
     """Your own rewards: dotted path of a function with TRL's signature -> weight."""
     max_unscored: Share = 0.2
     """The run stops when a larger share of a step's completions could not be scored."""
+
+
+class JudgeConfig(Settings):
+    """A language model that says Yes or No to reasoning."""
+
+    model: str = "phantom:judge"
+    """``phantom:judge`` or ``phantom:judge_eval`` (embedded), a local folder, a Hub id, or an endpoint's model."""
+    revision: str | None = None
+    """Commit or tag on the Hub; None takes the newest."""
+    template: Literal["auto", "biogpt", "biomistral", "chat", "phantom"] = "auto"
+    """The prompt: text to continue, Mistral's instruction format, the model's chat template, or reasoning alone."""
+    strictness: float = 0.0
+    """Nats by which log P("Yes") must exceed log P("No"); 0 is the paper's rule. An endpoint allows 0 only."""
+    device: str = "auto"
+    """auto, cpu, cuda, or a GPU of its own such as cuda:1."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    batch_size: Positive = 64
+    """Prompts read together."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server, such as http://localhost:8000/v1: questions and reasoning go there."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the endpoint's key; None sends none."""
+    timeout: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds that an endpoint may take for one answer."""
+    max_retries: Annotated[int, Field(ge=0)] = 5
+    """Repetitions of a request that was throttled, timed out or failed on the server."""
+    concurrency: Positive = 8
+    """Requests under way at the same time."""
+    cache: bool = True
+    """Keep verdicts on disk, by hash of judge and text, so that no text is judged twice."""
+    cache_dir: str | None = None
+    """Folder of the kept verdicts; None is medvqa-rl in the user's cache folder."""
 
 
 class AdvantageConfig(Settings):
@@ -327,6 +362,10 @@ class Config(Settings):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
+    judge: JudgeConfig = JudgeConfig()
+    """The judge that rewards, where rewards.semantic is above 0."""
+    eval_judge: JudgeConfig | None = None
+    """The judge of evaluations, better another than the one that rewards; None judges none."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -370,7 +409,8 @@ def is_hub_id(path: str) -> bool:
 def shareable(config: Config) -> dict[str, Any]:
     """The settings by dotted path without folders of this machine: of each only the last part."""
     found = leaves(config.model_dump(mode="json"))
-    folders = ("output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity")
+    folders = ["output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity"]
+    folders += [f"{name}.{key}" for name in ("judge", "eval_judge") for key in ("model", "cache_dir")]
     cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
     return found | cut
 

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.data_problems import data_problems
+from medvqa_rl.judge_problems import judge_problems
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -249,6 +250,8 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
     yield from _check_model(config)
     yield from _check_data(config)
     yield from _check_loss(config)
+    for sentence, *paths in judge_problems(config):
+        yield _problem(sentence, *paths)
     if purpose in ("train", "sft"):
         yield from _check_training(config)
     if purpose == "train":
@@ -364,7 +367,7 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "tokens, the prompt included: lower it (256 to 1024 is usual).",
             "rollout.max_completion_length",
         )
-    named = (rewards.ecr, rewards.cwr, rewards.cosine, rewards.overlong, rewards.repetition)
+    named = (rewards.ecr, rewards.cwr, rewards.cosine, rewards.overlong, rewards.repetition, rewards.semantic)
     if not (rewards.format or rewards.correctness or any(named) or any(rewards.functions.values())):
         yield _problem(
             "rewards.format, rewards.correctness and rewards.functions all have weight 0, and so has every other "

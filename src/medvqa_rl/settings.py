@@ -224,7 +224,7 @@ def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) ->
 
 def _is_section(key: str) -> bool:
     schema, rest = locate((key,))
-    return not rest and "properties" in resolve(schema)
+    return not rest and "properties" in resolve(schema) and not is_nullable(schema)
 
 
 def _validate(data: Mapping[str, Any]) -> Config:

@@ -1,0 +1,81 @@
+"""What can be wrong with the settings of judges, said in complete sentences. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from medvqa_rl.config import Config, JudgeConfig
+
+EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
+_DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
+    """Everything that does not fit together: a sentence, then the dotted paths of the settings it is about."""
+    yield from _problems("judge", config.judge)
+    if config.eval_judge is not None:
+        yield from _problems("eval_judge", config.eval_judge)
+    if config.rewards.semantic and config.prompt.template == "direct":
+        yield (
+            f"rewards.semantic is {config.rewards.semantic:g}, but prompt.template=direct asks for no reasoning that "
+            "could be judged: set rewards.semantic=0 or prompt.template=think_answer.",
+            "rewards.semantic",
+            "prompt.template",
+        )
+
+
+def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
+    embedded = " and ".join(EMBEDDED_JUDGES)
+    if not judge.model.strip():
+        yield f"{name}.model is empty: give a folder, a Hub id, or one of {embedded}.", f"{name}.model"
+    if not _DEVICES.fullmatch(judge.device):
+        yield f"{name}.device is '{judge.device}', but must be auto, cpu, cuda or such as cuda:1.", f"{name}.device"
+    is_embedded = judge.model.startswith("phantom:")
+    if is_embedded and judge.model not in EMBEDDED_JUDGES:
+        yield f"{name}.model is {judge.model}, but the embedded judges are {embedded}.", f"{name}.model"
+    elif is_embedded and judge.template not in ("auto", "phantom"):
+        yield (
+            f"{name}.template is {judge.template}, but the embedded judges read the reasoning alone: remove it.",
+            f"{name}.template",
+        )
+    if judge.endpoint is None:
+        if judge.api_key_env is not None:
+            yield (
+                f"{name}.api_key_env is set, but {name}.endpoint is not, and a judge on this machine needs no key: "
+                f"set {name}.endpoint to the server's address, or remove {name}.api_key_env.",
+                f"{name}.api_key_env",
+            )
+        return
+    url = urlsplit(judge.endpoint)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        yield (
+            f"{name}.endpoint is '{judge.endpoint}', but must be the address of a server, such as "
+            "http://localhost:8000/v1.",
+            f"{name}.endpoint",
+        )
+    if url.username or url.password or url.query:
+        yield (
+            f"{name}.endpoint holds a user, a password or a query, which would be written into the run's folder: give "
+            f"the bare address, and the key by an environment variable that {name}.api_key_env names.",
+            f"{name}.endpoint",
+        )
+    if is_embedded:
+        yield (
+            f"{name}.model is {judge.model}, but {name}.endpoint is set: give the name of the server's model.",
+            f"{name}.model",
+        )
+    if judge.strictness != 0:
+        yield (
+            f"{name}.strictness is {judge.strictness:g}, but an endpoint answers in words, without probabilities: set "
+            "it to 0.",
+            f"{name}.strictness",
+        )
+    if judge.api_key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", judge.api_key_env):
+        # A key pasted here would be written into the run's folder, so it is not repeated in the message either.
+        yield (
+            f"{name}.api_key_env is not the name of an environment variable: name the variable that holds the key, "
+            "such as OPENAI_API_KEY, never the key itself.",
+            f"{name}.api_key_env",
+        )
