@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,10 @@ from medvqa_rl.evaluation.evaluate import (
     write_evaluation,
 )
 from medvqa_rl.evaluation.instruments import Instruments, load_instruments, measure, remaining
+from medvqa_rl.evaluation.judging import as_instrument, load_eval_judge, rewarding_judge
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
+from medvqa_rl.judges.load import notices, overlap
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.progress import progress_bar
@@ -152,11 +154,20 @@ def run_eval(
         _dry_run(cells, lambda cell: RolloutEngine(policy(), cell.asking.template), console)
         return
     # Before the first answer, so that a model that is not there is said at once.
-    instruments = load_instruments(config.eval, resolve_device(model.device).type)
+    judge = load_eval_judge(config.eval_judge)
+    rewarding = rewarding_judge(checkpoint)
+    lines = notices(config, rewards=False)
+    if judge is not None and not any(line.startswith("Warning") for line in lines):
+        lines += filter(None, [overlap(rewarding, judge.identity)])
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
+    judges = {} if rewarding is None else {"reward": rewarding.to_json()}
+    judges |= {} if judge is None else {"evaluation": judge.identity.to_json()}
     complete: list[tuple[Cell, Evaluation]] = []
     for cell in cells:
         evaluation = _evaluate_cell(
-            cell, config, model, policy, shard, instruments, controls=controls, console=console
+            cell, config, model, policy, shard, instruments, judges, controls=controls, console=console
         )
         if evaluation is not None:
             complete.append((cell, evaluation))
@@ -186,6 +197,7 @@ def _evaluate_cell(
     policy: Callable[[], Policy],
     shard: Shard,
     instruments: Instruments,
+    judges: Mapping[str, Any],
     *,
     controls: bool,
     console: Console,
@@ -222,6 +234,8 @@ def _evaluate_cell(
     results["seeds"] = {**results["seeds"], "data": cell.data.seed}
     results["model"] = {**model.model_dump(mode="json"), "weights": read_identity(folder).get("weights")}
     results["config"] = config.model_copy(update={"data": cell.data}).model_dump(mode="json")
+    if judges:
+        results["judges"] = dict(judges)
     if passes:
         answered = {name: rows for name, rows in found.items() if rows is not None}
         results["controls"] = summarise_controls(records, answered, config.eval)

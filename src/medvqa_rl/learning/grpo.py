@@ -16,6 +16,7 @@ from accelerate.accelerator import Accelerator
 from accelerate.utils.operations import gather_object
 
 from medvqa_rl.config import Config
+from medvqa_rl.judges.load import load_judge, notices
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.feed import Prepared, make_feed
@@ -57,8 +58,14 @@ def train(
         Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
     """
     accelerator = make_accelerator(config, config.train.prompts_per_step)
+    for line in notices(config):
+        accelerator.print(line)
+    judge = load_judge(config.judge) if config.rewards.semantic else None
     rewards = Rewards(
-        config.rewards, config.prompt.template, max_completion_length=config.rollout.max_completion_length
+        config.rewards,
+        config.prompt.template,
+        max_completion_length=config.rollout.max_completion_length,
+        judge=judge,
     )
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)
@@ -66,7 +73,8 @@ def train(
         setup = set_up(config, train_set, val_set)
         # The reference is the policy as it is before a checkpoint is loaded.
         reference = load_reference(setup.policy) if config.loss.beta > 0 else None
-        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
+        judges = {} if judge is None else {"reward": judge.identity}
+        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets, judges)
         learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
         run.begin()
         steps = range(run.state.step, config.train.steps)

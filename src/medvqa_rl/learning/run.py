@@ -19,6 +19,8 @@ from accelerate.accelerator import Accelerator
 from medvqa_rl.config import Config
 from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
 from medvqa_rl.evaluation.instruments import NOTHING, load_instruments
+from medvqa_rl.evaluation.judging import as_instrument, load_eval_judge
+from medvqa_rl.judges import JudgeIdentity
 from medvqa_rl.learning.checkpoint import (
     TrainState,
     checkpoint_folder,
@@ -95,11 +97,13 @@ class Run:
         optimizer: Optimizer,
         engine: RolloutEngine,
         datasets: Mapping[str, Dataset],
+        judges: Mapping[str, JudgeIdentity] | None = None,
     ) -> None:
         """Take what is trained, go back to the last checkpoint when resuming, and start the logs.
 
         Args:
             datasets: ``train``, and ``val`` where there are evaluations.
+            judges: ``reward``, where a judge rewards.
         """
         self.policy, self.optimizer, self.engine, self.datasets = policy, optimizer, engine, datasets
         checkpoints = list_checkpoints(self.dir.checkpoints) if self._resume else []
@@ -111,8 +115,12 @@ class Run:
         if self._resume:
             self.dir.cut_back(self.state.step, self.state.metrics_bytes)
         self.dir.check_data(datasets, resume=self._resume)
+        used = dict(judges or {})
         if self.config.train.eval_steps:
-            self._instruments = load_instruments(self.config.eval, policy.device.type)
+            judge = load_eval_judge(self.config.eval_judge)
+            used |= {} if judge is None else {"evaluation": judge.identity}
+            self._instruments = load_instruments(self.config.eval, policy.device.type, as_instrument(judge))
+        self.dir.check_judges(used, resume=self._resume)
         seed = self.config.train.seed
         changed = self.dir.compare_environment(seed, self.state.step) if self._resume else []
         if not self._resume:

@@ -1,6 +1,6 @@
 """The folder of a run: what it is told, what it ran on, how far it is. Every table and plot is made from it.
 
-config.yaml (as given) config.resolved.json env.json data.json status.json metrics.jsonl train.log
+config.yaml (as given) config.resolved.json env.json data.json judge.json status.json metrics.jsonl train.log
 samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
 """
 
@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from medvqa_rl.config import Config, differences, leaves
+from medvqa_rl.judges import JudgeIdentity
 from medvqa_rl.settings import write_yaml
 from medvqa_rl.types import Dataset
 
@@ -39,6 +40,11 @@ MAY_CHANGE = (
     "train.trackers",
     "train.tracker_samples",
     "train.tracker_online",
+    *(
+        f"{judge}.{name}"
+        for judge in ("judge", "eval_judge")
+        for name in ("api_key_env", "timeout", "max_retries", "concurrency", "cache_dir")
+    ),
 )
 """Settings that a resumed run may change. Another number of steps changes the learning-rate schedule from there on."""
 
@@ -174,6 +180,24 @@ class RunDir:
                     f"{path} differs): restore the data, or start a new run in another output_dir."
                 )
         else:
+            write_json(path, described)
+
+    def check_judges(self, judges: Mapping[str, JudgeIdentity], *, resume: bool) -> None:
+        """Write judge.json where a judge rewards, or compare with the one of the run that is resumed.
+
+        Raises:
+            ValueError: the judge is not that of the run that is resumed, though it may have its name.
+        """
+        path = self.path / "judge.json"
+        described = {role: identity.to_json() for role, identity in judges.items()}
+        if resume and path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if before != described:
+                raise ValueError(
+                    f"The judge is not the one that this run was started with ({path} names its weights and prompt): "
+                    "restore it, or start a new run in another output_dir."
+                )
+        elif described:
             write_json(path, described)
 
     def cut_back(self, step: int, metrics_bytes: int) -> None:

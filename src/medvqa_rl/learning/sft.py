@@ -16,6 +16,7 @@ from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
 
 from medvqa_rl.config import Config
+from medvqa_rl.judges.load import notices
 from medvqa_rl.learning.errors import NonFiniteError
 from medvqa_rl.learning.feed import Prepared, make_feed
 from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
@@ -86,6 +87,8 @@ def train_sft(
 ) -> Path:
     """Train a policy on reference answers. Arguments, result and errors: :func:`medvqa_rl.learning.grpo.train`."""
     accelerator = make_accelerator(config, config.sft.batch_size)
+    for line in notices(config, rewards=False):
+        accelerator.print(line)
     if dry_run:
         setup = set_up(config, train_set, None, with_validation=False)
         forward = accelerator.prepare_model(GroupForward(setup.policy.model))

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
+from medvqa_rl.judges import Judge
 from medvqa_rl.prompts import Template, parse_completion, without_tags
 from medvqa_rl.rewards.correctness import is_correct, score_correctness
 from medvqa_rl.rewards.format import score_format
@@ -19,12 +20,13 @@ from medvqa_rl.rewards.length import (
     repetition_penalty,
     soft_overlong,
 )
+from medvqa_rl.rewards.semantic import score_semantic
 from medvqa_rl.types import Completion, Group, Sample, Scores
 
 TokenCounter = Callable[[str], int]
 """How many tokens the policy's tokenizer makes of a text."""
 
-NAMED = ("format", "correctness", "ecr", "cwr", "cosine", "overlong", "repetition")
+NAMED = ("format", "correctness", "semantic", "ecr", "cwr", "cosine", "overlong", "repetition")
 """The parts that have a weight of their own in the settings."""
 
 
@@ -37,6 +39,7 @@ class Rewards:
         template: Template = "think_answer",
         *,
         max_completion_length: int = RolloutConfig().max_completion_length,
+        judge: Judge | None = None,
     ) -> None:
         """Load the user's functions.
 
@@ -44,12 +47,13 @@ class Rewards:
             config: weights of the parts and what they need.
             template: form in which completions are read.
             max_completion_length: the token limit, by which length is measured.
+            judge: asked for ``semantic``, which needs it.
 
         Raises:
             ValueError: no part is enabled, two parts have the same name, or a function cannot be loaded
                 (:func:`medvqa_rl.rewards.functions.load_function`).
         """
-        self._config = config
+        self._config, self._judge = config, judge
         self._template = template
         self._limit = max_completion_length
         weights = config.model_dump(include=set(NAMED))
@@ -106,6 +110,9 @@ class Rewards:
         if name in self._functions:
             path, function = self._functions[name]
             return call_function(path, function, groups, self._template, step=step, log=log)
+        if name == "semantic":
+            assert self._judge is not None, "semantic asks a judge: pass one"
+            return score_semantic(groups, self._judge, self._template, log)
         return np.array(
             [
                 self._score_one(name, group.sample, completion, count_tokens)
