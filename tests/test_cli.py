@@ -23,6 +23,7 @@ from medvqa_rl.learning.errors import NonFiniteError
 
 VERBS = ["demo", "train", "sft", "eval", "compare", "ask", "env", "phantom build", "phantom draw"]
 VERBS += ["estimate", "config show", "config check", "config schema", "report", "watch"]
+VERBS += ["judge calibrate", "phantom build-judges"]
 
 
 def invoke(*args: str) -> Any:
@@ -145,6 +146,18 @@ def test_ask_hands_over_options(monkeypatch: pytest.MonkeyPatch) -> None:
     args, kwargs = calls[0]
     assert args == (Path("x.png"), "Where?")
     assert kwargs["options"] == ("left", "right") and kwargs["samples"] == 8 and kwargs["template"] == "think_answer"
+
+
+def test_judge_calibrate_hands_over_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "medvqa_rl.judge_command", "run_calibrate")
+    words = ("--judge", "m", "--endpoint", "http://judge.example/v1", "--pairs", "p.jsonl", "--no-policies")
+    result = invoke("judge", "calibrate", *words, "--count", "7")
+    assert result.exit_code == 0 and "sent to judge.example" in result.output
+    ((judge,), kwargs) = calls[0]
+    assert (judge.model, judge.endpoint) == ("m", "http://judge.example/v1")
+    assert kwargs == {"pairs_file": Path("p.jsonl"), "output": None, "count": 7, "seed": 0, "with_policies": False}
+    bad = invoke("judge", "calibrate", "--template", "poem")
+    assert bad.exit_code == 2 and "judge.template is the text 'poem', but must be" in bad.stderr
 
 
 def test_demo_and_phantom_verbs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
 from medvqa_rl.cli_estimate import estimate
 from medvqa_rl.cli_eval import compare, evaluate
+from medvqa_rl.cli_judge import judge_app
 from medvqa_rl.cli_report import report, watch
 from medvqa_rl.cli_study import study_app
 
@@ -36,6 +37,7 @@ app.add_typer(phantom_app, name="phantom")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
+app.add_typer(judge_app, name="judge")
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(estimate)
@@ -188,6 +190,21 @@ def phantom_build(
         from medvqa_rl.phantom.build import build
 
         build(output, seed=seed, dry_run=dry_run)
+
+
+@phantom_app.command("build-judges")
+def phantom_build_judges(
+    output: Annotated[Path, typer.Option(help="Folder for the judges.")] = Path("runs/judges"),
+    only: Annotated[list[str] | None, typer.Option(help="judge or judge_eval; without it, both.")] = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train the embedded judges of reasoning again from nothing, by the committed recipe."""
+    with _told_plainly(debug):
+        prepare_process()
+        from medvqa_rl.phantom.judge import build_judges
+
+        build_judges(output, names=only or (), dry_run=dry_run)
 
 
 @phantom_app.command("draw")

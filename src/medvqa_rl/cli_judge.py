@@ -1,0 +1,65 @@
+"""The verb ``medvqa-rl judge``. Imports no torch until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medvqa_rl.cli_common import Debug, prepare_process, told_plainly
+
+judge_app = typer.Typer(help="Judges of reasoning: how far one can be trusted.", no_args_is_help=True)
+
+
+@judge_app.callback()
+def _root() -> None:
+    """Judges of reasoning."""
+
+
+@judge_app.command("calibrate")
+def calibrate(
+    judge: Annotated[
+        str, typer.Option(help="phantom:judge, phantom:judge_eval, folder, Hub id, or an endpoint's model.")
+    ] = "phantom:judge",
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON Lines with reasoning and label: measure against these too.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for calibration.json and calibration.png; without it, print only.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Name of the environment variable with the endpoint's key.")
+    ] = None,
+    template: Annotated[str, typer.Option(help="auto, biogpt, biomistral, chat or phantom.")] = "auto",
+    strictness: Annotated[float, typer.Option(help="Nats by which Yes must exceed No.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or such as cuda:1.")] = "auto",
+    count: Annotated[
+        int, typer.Option(min=2, help="Phantom texts that were written; as many again are sampled.")
+    ] = 600,
+    seed: Annotated[int, typer.Option(help="Seed of the phantom texts.")] = 0,
+    policies: Annotated[bool, typer.Option(help="Also judge what the embedded models sample.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Measure a judge against the phantom oracle, and against your own labelled reasoning."""
+    with told_plainly(debug):
+        from medvqa_rl.config import Config
+        from medvqa_rl.judges.load import notices
+        from medvqa_rl.settings import build_config
+
+        given = {
+            "model": judge,
+            "endpoint": endpoint,
+            "api_key_env": api_key_env,
+            "template": template,
+            "strictness": strictness,
+            "device": device,
+        }
+        config: Config = build_config({"judge": given, "rewards": {"semantic": 1.0}})
+        for line in notices(config):
+            print(line)
+        prepare_process()
+        from medvqa_rl.judge_command import run_calibrate
+
+        run_calibrate(config.judge, pairs_file=pairs, output=output, count=count, seed=seed, with_policies=policies)
