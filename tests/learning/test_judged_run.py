@@ -1,0 +1,123 @@
+"""A run that an embedded judge rewards and another evaluates: what is logged, kept, refused and resumed.
+
+Run: pytest tests/learning/test_judged_run.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medvqa_rl.eval_command import run_eval
+from medvqa_rl.evaluation.judging import rewarding_judge
+from medvqa_rl.judges import JudgeRequest
+from medvqa_rl.judges.load import load_judge
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.prompts import parse_completion
+from medvqa_rl.settings import build_config
+
+
+def settings(folder: Path, **judge: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "run"),
+        "model": {"path": "phantom:instruct", "device": "cpu"},
+        "data": {"num_val": 6, "num_test": 6},
+        "rollout": {"num_generations": 4, "max_completion_length": 48},
+        "rewards": {"semantic": 0.5},
+        "judge": {"cache_dir": str(folder / "cache"), "device": "cpu", **judge},
+        "eval_judge": {"model": "phantom:judge_eval", "cache": False, "device": "cpu"},
+        "loss": {"beta": 0.0},
+        "eval": {"bootstrap": 50, "batch_size": 6},
+        "train": {"steps": 2, "prompts_per_step": 2, "save_steps": 1, "eval_steps": 2, "log_completions_steps": 1},
+    }
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config(settings(tmp_path), purpose="train")
+    run = train(config)
+    judge = load_judge(config.judge)
+    known = json.loads((run / "judge.json").read_text())
+    assert known["reward"] == judge.identity.to_json()
+    assert known["evaluation"]["name"] == "phantom:judge_eval"
+    assert known["evaluation"]["fingerprint"] != known["reward"]["fingerprint"]
+
+    rows = lines(run / "samples" / "step_000002.jsonl")
+    requests = [
+        JudgeRequest(row["question"], tuple(row["options"]), parse_completion(row["completion"]).think or "")
+        for row in rows
+    ]
+    verdicts = judge.judge(requests)
+    assert [row["rewards"]["semantic"] for row in rows] == [verdict.value for verdict in verdicts]
+    for row in rows:
+        parts = row["rewards"]
+        assert row["reward"] == pytest.approx(parts["format"] + parts["correctness"] + 0.5 * parts["semantic"])
+        assert row["extra"]["judge"] == str(judge.identity)
+    metrics = [row for row in lines(run / "metrics.jsonl") if "judge/asked" in row]
+    assert [row["judge/asked"] for row in metrics] == [8, 16]
+    assert metrics[-1]["rewards/semantic/mean"] == pytest.approx(sum(verdict.value for verdict in verdicts) / 8)
+    assert judge.counters["cached"] == len(requests), "the run has kept its verdicts"
+
+    capsys.readouterr()
+    run_eval(config, checkpoint=run / "best", output=tmp_path / "eval")
+    assert "Warning" not in capsys.readouterr().out
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["judges"] == known
+    records = lines(tmp_path / "eval" / "samples.jsonl")
+    other = load_judge(config.eval_judge) if config.eval_judge else judge
+    said = other.judge([JudgeRequest(r["question"], tuple(r["options"]), r["think"] or "") for r in records])
+    assert [record["verdict"] for record in records] == [verdict.value for verdict in said]
+    expected = sum(record["is_well_formed"] + record["verdict"] for record in records) / len(records)
+    assert results["thinking"]["reward"] == pytest.approx(expected)
+
+
+def test_the_same_judge_in_another_folder_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = settings(tmp_path)
+    given["train"] |= {"steps": 1, "eval_steps": 0}
+    run = train(build_config(given, purpose="train"))
+    given["eval_judge"] = {"model": "phantom:judge", "cache": False}
+    given["rewards"] = {}
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert (found := rewarding_judge(checkpoint)) is not None and found.name == "phantom:judge"
+    capsys.readouterr()
+    run_eval(build_config(given), checkpoint=checkpoint, output=tmp_path / "eval")
+    assert "Warning: phantom:judge evaluates a model that it rewarded in training" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_another_judge_is_not_resumed_with(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    given["train"] |= {"steps": 1, "eval_steps": 0}
+    train(build_config(given, purpose="train"))
+    given["train"]["steps"] = 2
+    given["judge"]["model"] = "phantom:judge_eval"
+    with pytest.raises(ValueError, match=r"judge\.model"):
+        train(build_config(given, purpose="train"), resume=True)
+
+
+def test_a_judge_that_cannot_be_used_stops_before_anything_is_written(tmp_path: Path) -> None:
+    config = build_config(settings(tmp_path, model=str(tmp_path / "nowhere")), purpose="train")
+    with pytest.raises(ValueError, match=r"judge\.model is .*nowhere"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_verdicts_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from medvqa_rl.judges.cache import CachedJudge
+    from medvqa_rl.judges.protocol import Verdict
+    from medvqa_rl.learning.errors import UnscoredError
+
+    monkeypatch.setattr(CachedJudge, "judge", lambda self, requests: [Verdict.failed("down") for _ in requests])
+    given = settings(tmp_path)
+    given["train"]["eval_steps"] = 0
+    with pytest.raises(UnscoredError, match=r"100% of the completions could not be scored by semantic"):
+        train(build_config(given, purpose="train"))
+    assert math.isnan(Verdict.failed("down").value)
