@@ -207,7 +207,7 @@ def test_what_is_wrong_is_said_in_one_sentence(given: dict[str, Any], message: s
 
 def test_an_unknown_reward_is_told_what_there_is() -> None:
     with pytest.raises(
-        ConfigError, match=r"rewards\.novelty .* is not a setting: rewards has format, correctness, ecr"
+        ConfigError, match=r"rewards\.novelty .* is not a setting: rewards has format, correctness, semantic"
     ):
         build_config({"rewards": {"novelty": 1.0}}, purpose="train")
     build_config({"rewards": {"format": 0, "correctness": 0, "overlong": 1.0}}, purpose="train")
