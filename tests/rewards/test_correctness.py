@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.prompts import TAGS, render_answer
+from medvqa_rl.prompts import TAGS, normalise, render_answer
 from medvqa_rl.rewards.correctness import is_correct, score_correctness
 from medvqa_rl.rewards.format import score_format
 from medvqa_rl.types import LETTERS, AnswerType, Sample
@@ -77,11 +77,16 @@ def test_any_gold_text_in_the_requested_form_scores_1(gold: str, answer_type: An
 def test_any_gold_letter_scores_1_and_every_other_letter_0(options: tuple[str, ...], data: st.DataObject) -> None:
     gold = data.draw(st.sampled_from(LETTERS[: len(options)]))
     sample = Sample("q", "?", gold, "choice", options=options)
-    texts = {option.strip().upper() for option in options}
+    texts = {normalise(option).upper() for option in options}
     for letter in LETTERS:
-        # A letter beyond the options that is itself an option's text names that option.
+        # A letter beyond the options that is itself an option's text, as answers are compared, names that option.
         if letter in LETTERS[: len(options)] or letter not in texts:
             assert score_correctness(sample, render_answer("why", letter)) == float(letter == gold)
+
+
+def test_a_letter_beyond_the_options_can_be_the_text_of_one() -> None:
+    assert is_correct(Sample("q", "?", "A", "choice", options=("B[",)), "B")
+    assert not is_correct(Sample("q", "?", "A", "choice", options=("B[", "c")), "B")
 
 
 def test_an_answer_counts_even_if_the_form_is_broken() -> None:
