@@ -161,6 +161,8 @@ class RolloutConfig(Settings):
     """Sample from this many of the likeliest tokens; 0 keeps all."""
     max_batch: Positive = 64
     """Prompts completed at a time; where completions end, waiting prompts take their room. Bounds the KV cache."""
+    max_resample_times: Annotated[int, Field(ge=0, le=100)] = 0
+    """DAPO's dynamic sampling: attempts to replace groups of equal rewards by those of other prompts; 0 keeps them."""
     engine: EngineName = "eager"
     """eager, on any device; or graph, on a GPU: steps replayed as CUDA graphs, the KV cache stays allocated."""
 

@@ -98,6 +98,18 @@ class Feed(AbstractContextManager["Feed"]):
         self._prepared.close()
 
 
+def encode(engine: RolloutEngine, sample: Sample) -> EncodedPrompt:
+    """A sample's prompt, prepared now.
+
+    Raises:
+        UnusableSampleError: an image cannot be used; the message names file and sample.
+    """
+    try:
+        return engine.encode(sample)
+    except ValueError as error:
+        raise UnusableSampleError(str(error)) from error
+
+
 def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: range, num_prompts: int) -> Feed:
     """The prompts that this rank trains on, from the settings."""
     return Feed(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from medvqa_rl.config import Config
 from medvqa_rl.judges.load import load_judge, notices
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
-from medvqa_rl.learning.feed import Prepared, make_feed
+from medvqa_rl.learning.feed import Prepared, encode, make_feed
 from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics
+from medvqa_rl.learning.resampling import occurrence, resample
 from medvqa_rl.learning.run import Run
+from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
@@ -84,7 +87,11 @@ def train(
             prompts = feed.at(step)
             groups = roll_out(config, accelerator, setup, step, prompts)
             rolled_out = time.perf_counter()
-            scores = rewards.score(groups, step=step, count_tokens=setup.policy.processor.count_tokens)
+            score = partial(rewards.score, step=step, count_tokens=setup.policy.processor.count_tokens)
+            scores = score(groups)
+            if times := config.rollout.max_resample_times:
+                others = partial(roll_out_others, config, accelerator, setup, step)
+                groups, scores = resample(groups, scores, max_times=times, roll_out=others, score=score)
             total = torch.from_numpy(scores.total)  # (P, G)
             advantages = group_advantages(total, scale=config.advantage.scale)
             records = gather_object(record_completions(groups, scores, advantages.numpy(), config.prompt.template))
@@ -129,6 +136,30 @@ def roll_out(
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
+
+
+def roll_out_others(
+    config: Config, accelerator: Accelerator, setup: Setup, step: int, attempt: int, count: int
+) -> list[Group]:
+    """This rank's groups of other prompts than the step's own.
+
+    Args:
+        attempt: from 1; each draws other prompts.
+        count: how many, at most this rank's share of a step.
+    """
+    draws = samples_at(
+        setup.datasets["train"],
+        step,
+        num_prompts=config.train.prompts_per_step,
+        seed=config.train.seed,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        attempt=attempt,
+    )[:count]
+    prompts = [
+        Prepared(draw.sample, occurrence(attempt, draw.epoch), encode(setup.engine, draw.sample)) for draw in draws
+    ]
+    return roll_out(config, accelerator, setup, step, prompts)
 
 
 def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate: float, step: int) -> None:

@@ -16,7 +16,13 @@ class Draw(NamedTuple):
     epoch: int
 
 
-def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) -> list[tuple[int, int]]:
+_FURTHER = 2**32
+"""Samples of an endless data set that the steps' own prompts leave to each attempt at resampling."""
+
+
+def indices_at(
+    step: int, *, num_prompts: int, length: int | None, seed: int, attempt: int = 0
+) -> list[tuple[int, int]]:
     """Indices of the samples of one step, each with its epoch.
 
     An endless data set is read in order: step s takes s * P ... s * P + P - 1. A finite one is shuffled anew in every
@@ -27,19 +33,29 @@ def indices_at(step: int, *, num_prompts: int, length: int | None, seed: int) ->
         num_prompts: P, prompts of a step over all ranks.
         length: samples in the data set; None is endless.
         seed: of the shuffling.
+        attempt: 0 for the step's own prompts; others for those that are sampled in their place, which come from
+            further on in an endless data set, and from orders of their own in a finite one.
     """
     places = range(step * num_prompts, (step + 1) * num_prompts)
     if length is None:
-        return [(place, 0) for place in places]
-    orders = {epoch: permutation(address(seed, "epoch", epoch), length) for epoch in {i // length for i in places}}
+        return [(place + attempt * _FURTHER, 0) for place in places]
+    order: tuple[str | int, ...] = (seed, "attempt", attempt, "epoch") if attempt else (seed, "epoch")
+    orders = {epoch: permutation(address(*order, epoch), length) for epoch in {i // length for i in places}}
     return [(int(orders[place // length][place % length]), place // length) for place in places]
 
 
 def samples_at(
-    dataset: Dataset, step: int, *, num_prompts: int, seed: int, rank: int = 0, num_ranks: int = 1
+    dataset: Dataset,
+    step: int,
+    *,
+    num_prompts: int,
+    seed: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+    attempt: int = 0,
 ) -> list[Draw]:
     """The samples of one step that one rank works on; ranks share a step's samples out evenly."""
     length = None if dataset.is_endless else len(dataset)
-    indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed)
+    indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt)
     share = num_prompts // num_ranks
     return [Draw(dataset[index], epoch) for index, epoch in indices[rank * share : (rank + 1) * share]]
