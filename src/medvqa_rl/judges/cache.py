@@ -16,8 +16,8 @@ import hashlib
 import json
 import math
 import os
+import platform
 import secrets
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +75,7 @@ class CachedJudge:
                 if (found := read_verdict(line)) is not None:
                     self._known[found[0]] = found[1]
         # Unique even where a process forks, and where hosts share names.
-        self._own = self._folder / f"verdicts-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+        self._own = self._folder / f"verdicts-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
         self._counts: Counter[str] = Counter()
 
     @property
