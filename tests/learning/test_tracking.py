@@ -14,7 +14,7 @@ from toy import ToyData, read_metrics, toy_config
 from medvqa_rl.learning import tracking
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.metrics import CompletionRecord
-from medvqa_rl.learning.run_dir import RunDir, write_json
+from medvqa_rl.learning.run_dir import RunDir, source_digest, write_json
 from medvqa_rl.learning.tracking import Tracker, completions_table, group_to_show
 
 
@@ -102,12 +102,28 @@ def test_table_of_completions():
     assert better < worse and "+0.70" in lines[better] and "7…" in lines[worse]
 
 
+def test_the_digest_of_the_sources_sees_every_change_of_a_python_file(tmp_path):
+    (tmp_path / "inner").mkdir()
+    file, other = tmp_path / "a.py", tmp_path / "inner" / "b.py"
+    found = []
+    for text, name in (("x = 1", "y"), ("x = 2", "y"), ("x = 2", "z")):
+        file.write_text(text)
+        other.write_text(name)
+        found.append(source_digest(tmp_path))
+    other.rename(tmp_path / "b.py")
+    found.append(source_digest(tmp_path))
+    assert len(set(found)) == 4
+    (tmp_path / "notes.txt").write_text("no source")
+    assert source_digest(tmp_path) == found[-1]
+
+
 def test_another_environment_is_named_when_resuming(tiny_folder, tmp_path):
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 1})
     run = train(config, train_set=ToyData())
     environment = json.loads((run / "env.json").read_text())
-    write_json(run / "env.json", environment | {"threads": 64})
+    write_json(run / "env.json", environment | {"threads": 64, "source": "another"})
     train(toy_config(tiny_folder("qwen2_vl"), run, train={"steps": 2}), train_set=ToyData(), resume=True)
     log = (run / "train.log").read_text()
     assert f"threads (64 -> {environment['threads']})" in log and "packages" not in log
+    assert f"source (another -> {environment['source']})" in log
     assert (run / "env.resumed_000001.json").exists()

@@ -6,6 +6,7 @@ samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -152,7 +153,7 @@ class RunDir:
         path = self.path / "env.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
         old, new = leaves(before), leaves(now)
-        names = ("threads", "python", "machine", "gpu", *(f"packages.{name}" for name in PACKAGES))
+        names = ("source", "threads", "python", "machine", "gpu", *(f"packages.{name}" for name in PACKAGES))
         return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
@@ -248,10 +249,21 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "source": source_digest(Path(__file__).parents[1]),
         "git": _git_commit(),
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def source_digest(package: Path) -> str:
+    """Names and contents of a package's Python files in one hash: a commit says nothing of an installed copy, nor of
+    what was edited since."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def _git_commit() -> dict[str, Any] | None:
