@@ -204,14 +204,18 @@ def test_what_settings_change(changed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "bound",
+    [0.12, pytest.param(0.06, marks=pytest.mark.xfail(reason="the aim is missed: 7 to 10 % too much", strict=True))],
+)
 @pytest.mark.parametrize("lora", [None, LoraConfig()])
-def test_logits_in_chunks(lora, monkeypatch):
+def test_logits_in_chunks(lora, bound, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 2**19)
     monkeypatch.setattr(footprint, "LOGITS_PER_CHUNK", 2**19)
     model = ModelConfig(device="cpu", lora=lora, gradient_checkpointing=True)
     config = settings(model, beta=0.0, prompts=4, micro=4, generations=8, length=24)
     # 7 % (LoRA) and 10 % (all weights) too much: what a checkpointed layer frees on its way back is not followed.
-    check(compare(medium_policy(model, 112), config, 112), bound=0.12)
+    check(compare(medium_policy(model, 112), config, 112), bound=bound)
 
 
 def test_chunks_and_layouts_are_those_of_the_update():
