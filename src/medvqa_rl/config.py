@@ -296,7 +296,7 @@ class TrainConfig(Settings):
     self_check: bool = True
     """Before the first update, compare the fast computation with the plain one on one group; stop if they differ."""
     seed: int = 0
-    """Seed of the order of the samples and of every sampled token."""
+    """Seed of the order of the samples (of endless data: where it starts) and of every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Evaluate greedily on the validation split before the first step, every so many and after the last; 0 never."""
     save_steps: Annotated[int, Field(ge=0)] = 0

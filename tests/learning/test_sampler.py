@@ -7,9 +7,16 @@ from toy import ToyData
 from medvqa_rl.learning.sampler import indices_at, samples_at
 
 
-def test_endless_data_is_read_in_order():
+def test_endless_data_is_read_in_order_from_the_start_of_the_seed():
     assert indices_at(0, num_prompts=3, length=None, seed=0) == [(0, 0), (1, 0), (2, 0)]
-    assert indices_at(7, num_prompts=3, length=None, seed=5) == [(21, 0), (22, 0), (23, 0)]
+    start = 5 * 2654435761 % 2**31
+    assert indices_at(7, num_prompts=3, length=None, seed=5) == [(start + place, 0) for place in (21, 22, 23)]
+
+
+def test_seeds_read_different_parts_of_endless_data():
+    starts = sorted(indices_at(0, num_prompts=1, length=None, seed=seed)[0][0] for seed in range(-50, 50))
+    assert min(after - before for before, after in zip(starts, starts[1:])) > 10**6
+    assert 0 <= starts[0] and starts[-1] < 2**31
 
 
 def test_every_epoch_holds_every_sample_once_and_has_an_order_of_its_own():

@@ -18,6 +18,8 @@ class Draw(NamedTuple):
 
 _FURTHER = 2**32
 """Samples of an endless data set that the steps' own prompts leave to each attempt at resampling."""
+_STRIDE = 2654435761
+"""2**32 over the golden ratio: its multiples lie far apart, so the starts of two seeds are never near each other."""
 
 
 def indices_at(
@@ -25,20 +27,22 @@ def indices_at(
 ) -> list[tuple[int, int]]:
     """Indices of the samples of one step, each with its epoch.
 
-    An endless data set is read in order: step s takes s * P ... s * P + P - 1. A finite one is shuffled anew in every
-    epoch; epochs join without a gap, so a step may hold the end of one and the beginning of the next.
+    An endless data set is read in order from a start that the seed sets, seed * 2654435761 modulo 2**31: step s takes
+    start + s * P ... start + s * P + P - 1. A finite one is shuffled anew in every epoch; epochs join without a gap,
+    so a step may hold the end of one and the beginning of the next.
 
     Args:
         step: counted from 0.
         num_prompts: P, prompts of a step over all ranks.
         length: samples in the data set; None is endless.
-        seed: of the shuffling.
+        seed: of the start or of the shuffling.
         attempt: 0 for the step's own prompts; others for those that are sampled in their place, which come from
             further on in an endless data set, and from orders of their own in a finite one.
     """
     places = range(step * num_prompts, (step + 1) * num_prompts)
     if length is None:
-        return [(place + attempt * _FURTHER, 0) for place in places]
+        start = seed * _STRIDE % (_FURTHER // 2)
+        return [(start + place + attempt * _FURTHER, 0) for place in places]
     order: tuple[str | int, ...] = (seed, "attempt", attempt, "epoch") if attempt else (seed, "epoch")
     orders = {epoch: permutation(address(*order, epoch), length) for epoch in {i // length for i in places}}
     return [(int(orders[place // length][place % length]), place // length) for place in places]
