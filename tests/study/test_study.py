@@ -113,6 +113,13 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     assert [words[0] for words in in_process] == ["train", "eval"]
     assert len(list((output / "grpo").glob("seed0-*"))) == 2 + 2  # two folders, and the log of each
 
+    in_process.clear()
+    given["settings"]["eval"]["similarity"] = "tfidf"  # another instrument: nothing is trained again
+    measured = read_recipe(write(path, given), output, quick=True)
+    assert [cell.folder for cell in measured.cells] == [cell.folder for cell in changed.cells]
+    assert run_study(measured, output, console=QUIET) == []
+    assert [words[0] for words in in_process] == ["eval"] * 3
+
     files = {file.name: file.read_text() for file in write_tables(collect(changed), output / "tables")}
     assert set(files) == {"home.csv", "home.tex", "study.md", "study.html"}
     table = list(csv.DictReader(files["home.csv"].splitlines()))

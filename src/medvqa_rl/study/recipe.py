@@ -14,7 +14,8 @@ forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05,
 ```
 
 A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings, so that a
-changed recipe leads to other folders for what changed and to the same ones for the rest.
+changed recipe leads to other folders for what changed and to the same ones for the rest. Where nothing is evaluated
+while training, the settings of evaluation are not among them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from medvqa_rl.config import Config, ConfigError, Purpose, digest
+from medvqa_rl.config import Config, ConfigError, EvalConfig, Purpose, digest
 from medvqa_rl.data import load_dataset
 from medvqa_rl.problems import did_you_mean
 from medvqa_rl.settings import build_config, merge, parse_override, read_file
@@ -257,6 +258,9 @@ def _cell(
     settings = _deep(base, arm.settings)
     settings = _deep(settings, {"train": {"seed": seed}})
     config = _build(f"{where}, arm {arm.name}", settings, _PURPOSES[arm.verb])
+    if not config.train.eval_steps:
+        # How it is tested has no part in its training: another instrument must not ask for the training again.
+        config = config.model_copy(update={"eval": EvalConfig(), "eval_judge": None})
     folder = output / arm.name / f"seed{seed}-{_hash(config)}"
     made = []
     for name, change in tests.items():
