@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from toy import ToyData
 
 from medvqa_rl.learning.sampler import indices_at, samples_at
@@ -15,8 +17,8 @@ def test_endless_data_is_read_in_order_from_the_start_of_the_seed():
 
 def test_seeds_read_different_parts_of_endless_data():
     starts = sorted(indices_at(0, num_prompts=1, length=None, seed=seed)[0][0] for seed in range(-50, 50))
-    assert min(after - before for before, after in zip(starts, starts[1:])) > 10**6
-    assert 0 <= starts[0] and starts[-1] < 2**31
+    assert min(after - before for before, after in pairwise(starts)) > 10**6
+    assert starts[0] >= 0 and starts[-1] < 2**31
 
 
 def test_every_epoch_holds_every_sample_once_and_has_an_order_of_its_own():
