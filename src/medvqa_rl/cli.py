@@ -45,7 +45,7 @@ app.command()(report)
 app.command()(watch)
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
-Scanner = Literal["home", "unseen"]
+Scanner = Literal["home", "unseen", "worn"]
 Purpose = Literal["train", "sft", "eval"]
 
 

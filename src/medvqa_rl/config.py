@@ -104,12 +104,14 @@ class DataConfig(Settings):
     """PMC-VQA: train.csv with test.csv, train.csv with test_clean.csv, or train_2.csv with test_2.csv."""
     split: Literal["official", "image"] = "official"
     """The owners' split, or one by image that this package makes (no image in two splits)."""
-    scanner: Literal["home", "unseen"] = "home"
+    scanner: Literal["home", "unseen", "worn"] = "home"
     """Phantom world: the scanner that takes the images; the checkpoints were trained on ``home``."""
     answer_types: tuple[Literal["choice", "closed", "open"], ...] = ("choice", "closed", "open")
     """Kinds of questions to keep."""
     families: tuple[str, ...] = ()
     """Question families to keep; empty keeps all."""
+    modalities: tuple[str, ...] = ()
+    """Phantom world: modalities to keep; empty keeps all."""
     letter_skew: Share = 0.0
     """Phantom world: share of choice questions whose answer is moved to B or C, as in PMC-VQA."""
     num_train: Positive | None = None

@@ -90,6 +90,7 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
         )
     for name, value, default, owner in (
         ("scanner", data.scanner, "home", "the phantom world"),
+        ("modalities", data.modalities, (), "the phantom world"),
         ("letter_skew", data.letter_skew, 0.0, "the phantom world"),
         ("variant", data.variant, "v1", "pmc_vqa"),
     ):

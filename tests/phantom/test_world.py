@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -62,11 +63,20 @@ def test_every_organ_renders_and_findings_change_the_image_where_they_lie():
 
 def test_scanners_differ_and_scenes_do_not():
     for index in range(5):
-        home = draw_sample(seed=0, split="tests", index=index)
-        unseen = draw_sample(seed=0, split="tests", index=index, scanner="unseen")
-        assert (home.question, home.options, home.answer) == (unseen.question, unseen.options, unseen.answer)
-        assert home.image_key != unseen.image_key
-        assert np.abs(np.asarray(home.images[0].load(), int) - np.asarray(unseen.images[0].load(), int)).mean() > 10
+        samples = [
+            draw_sample(seed=0, split="tests", index=index, scanner=name) for name in ("home", "unseen", "worn")
+        ]
+        assert len({(sample.question, sample.options, sample.answer) for sample in samples}) == 1
+        assert len({sample.image_key for sample in samples}) == 3
+        images = [np.asarray(sample.images[0].load(), int) for sample in samples]
+        assert all(np.abs(one - other).mean() > 10 for one, other in combinations(images, 2))
+
+
+def test_modalities_are_kept_apart():
+    kept = [draw_sample(seed=0, split="tests", index=index, modalities=("CT", "fundus")) for index in range(60)]
+    assert {sample.groups["modality"] for sample in kept} == {"CT", "fundus"}
+    # Images that are kept anyway stay what they are, so two settings differ only where they must.
+    assert all(one == sample for one, sample in zip(kept, SAMPLES) if sample.groups["modality"] in ("CT", "fundus"))
 
 
 def test_all_families_and_answer_types_come_up():
@@ -211,6 +221,7 @@ def test_splits_do_not_share_images_and_test_questions_share_theirs():
     ("settings", "message"),
     [
         ({"families": ("kidneys",)}, "data.families names kidneys"),
+        ({"modalities": ("PET", "CT")}, "data.modalities names PET, which"),
         ({"families": ("presence",), "answer_types": ("choice",)}, "No phantom question"),
     ],
 )

@@ -28,7 +28,7 @@ ENTRIES = (
     Entry(
         "phantom",
         "PhantomVQA: drawn images, questions with exactly known answers",
-        "train (endless), val, test; scanners home and unseen",
+        "train (endless), val, test; scanners home, unseen and worn",
         "none: drawn on demand",
         "Apache-2.0, part of this package",
         "nothing to download",

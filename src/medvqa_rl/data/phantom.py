@@ -8,7 +8,7 @@ from typing import Literal
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.phantom.questions import FAMILIES, draw_sample
-from medvqa_rl.phantom.world import VERSION
+from medvqa_rl.phantom.world import MODALITIES, VERSION
 from medvqa_rl.randomness import address
 from medvqa_rl.types import Sample
 
@@ -32,6 +32,7 @@ class PhantomDataset:
     def fingerprint(self) -> str:
         config = self.config
         recipe = (VERSION, config.seed, self.split, config.scanner, *config.answer_types, *config.families)
+        recipe += config.modalities
         return f"{address('phantom data set', *recipe, str(config.letter_skew), len(self)):016x}"
 
     @property
@@ -56,6 +57,7 @@ class PhantomDataset:
             scanner=self.config.scanner,
             answer_types=self.config.answer_types,
             families=self.config.families or FAMILIES,
+            modalities=self.config.modalities or MODALITIES,
             letter_skew=self.config.letter_skew,
             questions_per_image=QUESTIONS_PER_IMAGE[self.split],
         )
@@ -65,15 +67,15 @@ def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> 
     """One split of the phantom world.
 
     Raises:
-        ValueError: a family that the world does not have, or families without questions of the allowed
+        ValueError: a family or modality that the world does not have, or families without questions of the allowed
             answer types.
     """
-    unknown = [family for family in config.families if family not in FAMILIES]
-    if unknown:
-        raise ValueError(
-            f"data.families names {', '.join(unknown)}, which the phantom world does not have: "
-            f"choose from {', '.join(FAMILIES)}."
-        )
+    for name, asked, known in (("families", config.families, FAMILIES), ("modalities", config.modalities, MODALITIES)):
+        if unknown := [word for word in asked if word not in known]:
+            raise ValueError(
+                f"data.{name} names {', '.join(unknown)}, which the phantom world does not have: "
+                f"choose from {', '.join(known)}."
+            )
     dataset = PhantomDataset(config, split)
     dataset[0]  # families and answer types that never meet fail here, not in the middle of a run
     return dataset

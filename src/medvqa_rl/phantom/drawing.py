@@ -45,7 +45,9 @@ class Scanner(NamedTuple):
 SCANNERS = {
     "home": Scanner((0.9, 1.1), (-8, 8), (0.0, 0.15), (0.0, 0.08), (2, 6), False),
     "unseen": Scanner((0.35, 0.45), (30, 50), (1.0, 1.0), (0.5, 0.6), (3, 6), False),
+    "worn": Scanner((0.3, 0.4), (110, 130), (0.0, 0.3), (0.1, 0.25), (10, 16), True),
 }
+"""The checkpoints know the first. The second is bright, flat and fades to one side; the third is hazy, coarse and noisy."""
 
 
 def _clip(plane: Plane) -> Plane:

@@ -204,6 +204,7 @@ def draw_sample(
     scanner: str = "home",
     answer_types: Sequence[AnswerType] = get_args(AnswerType),
     families: Sequence[str] = FAMILIES,
+    modalities: Sequence[str] = MODALITIES,
     letter_skew: float = 0.0,
     questions_per_image: int = 1,
 ) -> Sample:
@@ -211,6 +212,7 @@ def draw_sample(
 
     Args:
         scanner: who takes the image; the scene and the question do not depend on it.
+        modalities: images of other modalities are replaced.
         letter_skew: probability that the right option of a choice question is moved to B or C.
         questions_per_image: consecutive samples that share an image.
     """
@@ -221,6 +223,8 @@ def draw_sample(
         # An image whose scene admits no question of the wanted families is replaced, for all its questions alike.
         scene = draw_scene(f"{seed}/{split}/{image_index}/{attempt}")
         question = None
+        if scene.modality not in modalities:
+            continue
         for _ in range(20):
             family, answer_type = draws.pick(weighted_families), draws.pick(weighted_types)
             question = _ASK[family](scene, answer_type, draws)
