@@ -47,7 +47,7 @@ SCANNERS = {
     "unseen": Scanner((0.35, 0.45), (30, 50), (1.0, 1.0), (0.5, 0.6), (3, 6), False),
     "worn": Scanner((0.3, 0.4), (110, 130), (0.0, 0.3), (0.1, 0.25), (10, 16), True),
 }
-"""The checkpoints know the first. The second is bright, flat and fades to one side; the third is hazy, coarse and noisy."""
+"""The checkpoints know home. The unseen one is bright, flat and fades to a side; the worn one is hazy and coarse."""
 
 
 def _clip(plane: Plane) -> Plane:
