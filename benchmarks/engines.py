@@ -123,7 +123,7 @@ def run_ours(
     setup = set_up(config, data, None, with_validation=False)
     forbid_stopping(setup.policy.processor)
     setup.engine = RolloutEngine(setup.policy, config.prompt.template, engine=config.rollout.engine)
-    rewards = Rewards(config.rewards, config.prompt.template)
+    rewards = Rewards(config.rewards)
     watch = Stopwatch()
     reference = load_reference(setup.policy) if workload.beta > 0 else None
     if reference is not None:

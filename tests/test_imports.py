@@ -98,6 +98,7 @@ LIGHT = [
     "judges.load",
     "judges.prompts",
     "learning.footprint",
+    "learning.mixing",
     "learning.pace",
     "models.cost",
     "models.sizes",

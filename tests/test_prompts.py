@@ -3,6 +3,7 @@
 Run: pytest tests/test_prompts.py
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.prompts import (
+    ALL_TAGS,
     CHOICE_HINT,
     INSTRUCTIONS,
+    SECTIONS,
     TAGS,
+    as_asked,
+    can_hide_options,
+    fits,
     neutralise,
     normalise,
     parse_completion,
@@ -20,6 +26,7 @@ from medvqa_rl.prompts import (
     render_answer,
     render_prompt,
 )
+from medvqa_rl.rewards.correctness import score_correctness
 from medvqa_rl.types import LETTERS, Sample
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -114,6 +121,64 @@ def test_whatever_is_rendered_is_read_back(think: str, answer: str) -> None:
     assert parse_completion(render_answer(think, answer, "direct"), "direct").answer == (expected[1] or None)
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "read"),
+    [
+        ("short", "<answer>B</answer>", (None, None, "B", True)),
+        ("short", "<think>why</think><answer>B</answer>", (None, None, "B", False)),
+        ("short", "B", (None, None, None, False)),
+        ("explain", "<think>why</think><answer>B</answer>", (None, "why", "B", True)),
+        ("explain", "<answer>B</answer>", (None, None, "B", False)),
+        ("open_ended", "<think>why</think><answer>a mass</answer>", (None, "why", "a mass", True)),
+        ("choice", "<think>why</think>\n<answer>B</answer>", (None, "why", "B", True)),
+        (
+            "describe_think",
+            "<describe>a lung</describe><think>why</think><answer>B</answer>",
+            ("a lung", "why", "B", True),
+        ),
+        ("describe_think", "<think>why</think><answer>B</answer>", (None, "why", "B", False)),
+        (
+            "describe_think",
+            "<think>why</think><describe>a lung</describe><answer>B</answer>",
+            ("a lung", "why", "B", False),
+        ),
+        ("describe_think", "<describe></describe><think>why</think><answer>B</answer>", (None, "why", "B", False)),
+        (
+            "describe_think",
+            "<describe>a lung</describe>so<think>why</think><answer>B</answer>",
+            ("a lung", "why", "B", False),
+        ),
+        ("think_answer", "<describe>a lung</describe><think>why</think><answer>B</answer>", (None, "why", "B", False)),
+    ],
+)
+def test_each_template_is_read_in_its_own_form(template: str, text: str, read: tuple[object, ...]) -> None:
+    parsed = parse_completion(text, template)
+    assert (parsed.description, parsed.think, parsed.answer, parsed.is_well_formed) == read
+
+
+@given(PIECES, PIECES, PIECES, st.sampled_from(list(INSTRUCTIONS)))
+def test_every_template_reads_back_what_it_renders(description: str, think: str, answer: str, template: str) -> None:
+    text = render_answer(think, answer, template, description=description)
+    parsed = parse_completion(text, template)
+    sections = SECTIONS[template]
+    given = {"describe": description, "think": think, "answer": answer}
+    clean = {name: neutralise(part.strip())[0] for name, part in given.items()}
+    assert (parsed.answer or "") == clean["answer"]
+    assert (parsed.think or "") == (clean["think"] if "think" in sections else "")
+    assert (parsed.description or "") == (clean["describe"] if "describe" in sections else "")
+    assert parsed.is_well_formed == all(clean[name] for name in sections or ("answer",))
+
+
+@given(PIECES, st.sampled_from([name for name in INSTRUCTIONS if SECTIONS[name]]))
+def test_well_formed_is_what_the_regular_expression_of_the_form_says(text: str, template: str) -> None:
+    sections = SECTIONS[template]
+    form = r"\s*" + r"\s*".join(rf"<{name}>(?P<{name}>.*)</{name}>" for name in sections) + r"\s*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    once = all(text.count(tag) == 1 for name in sections for tag in (f"<{name}>", f"</{name}>"))
+    expected = match is not None and once and all(match[name].strip() for name in sections)
+    assert parse_completion(text, template).is_well_formed == expected
+
+
 # --- neutralising --------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +204,7 @@ def test_neutralised_text_holds_no_special_string_and_keeps_its_length(text: str
     assert not any(tag in harmless for tag in (*TAGS, "<|image_pad|>"))
     assert len(harmless) == len(text)
     assert neutralise(harmless) == (harmless, 0)
+    assert not any(tag in harmless for tag in ALL_TAGS)
     assert (count == 0) == (harmless == text)
 
 
@@ -162,7 +228,7 @@ def test_the_prompt_holds_question_options_hint_and_instruction() -> None:
     assert prompt.neutralised == 0
 
 
-@pytest.mark.parametrize("template", ["think_answer", "direct"])
+@pytest.mark.parametrize("template", INSTRUCTIONS)
 def test_the_prompt_does_not_depend_on_the_gold_answer(template: str) -> None:
     sample = choice()
     assert len({str(render_prompt(replace(sample, answer=letter), template)) for letter in "ABCD"}) == 1
@@ -171,6 +237,72 @@ def test_the_prompt_does_not_depend_on_the_gold_answer(template: str) -> None:
     others = [replace(question, answer=gold, reasoning=gold, groups={"family": gold}) for gold in golds]
     others += [replace(question, answer_type="open", id="other")]
     assert {str(render_prompt(other, template)) for other in others} == {str(render_prompt(question, template))}
+
+
+@given(st.lists(st.one_of(PIECES, st.sampled_from(["a cyst", "mass", "yes", "no"])), min_size=2, max_size=5), PIECES)
+def test_no_template_lets_the_gold_answer_into_the_prompt(options: list[str], question: str) -> None:
+    for template in INSTRUCTIONS:
+        asked = [Sample("q", question, letter, "choice", options=tuple(options)) for letter in LETTERS[: len(options)]]
+        assert len({str(render_prompt(sample, template)) for sample in asked}) == 1
+        assert len({fits(sample, template) for sample in asked}) == 1
+        # Asked as it will be scored, the prompt is the same.
+        assert [render_prompt(as_asked(s, template), template) for s in asked] == [
+            render_prompt(s, template) for s in asked
+        ]
+
+
+def test_each_template_has_words_of_its_own() -> None:
+    prompts = {name: render_prompt(choice(), name).messages[0]["content"][-1]["text"] for name in INSTRUCTIONS}
+    assert len(set(prompts.values())) == len(prompts)
+    assert all(prompt.endswith(INSTRUCTIONS[name]) for name, prompt in prompts.items())
+    shown = {name for name, prompt in prompts.items() if "B: A mass" in prompt and CHOICE_HINT in prompt}
+    assert shown == set(INSTRUCTIONS) - {"open_ended"}
+    for name, prompt in prompts.items():
+        assert all(f"<{section}></{section}>" in prompt for section in SECTIONS[name])
+
+
+def test_an_open_ended_question_is_scored_by_the_text_of_the_hidden_option() -> None:
+    asked = as_asked(choice("B"), "open_ended")
+    assert (asked.options, asked.answer, asked.answer_type, asked.id) == ((), "A mass", "open", "q")
+    assert as_asked(asked, "open_ended") == asked
+    assert as_asked(choice("B", ("yes", "no")), "open_ended").answer_type == "closed"
+    for text, score in (("mass", 1.0), ("A mass.", 1.0), ("B", 0.0), ("no mass", 0.0), ("pleural effusion", 0.0)):
+        completion = f"<think>why</think><answer>{text}</answer>"
+        assert score_correctness(choice("B"), completion, "open_ended") == score
+        assert score_correctness(asked, completion, "open_ended") == score
+    assert as_asked(choice("B"), "choice") == choice("B")
+    question = Sample("q", "Is there a mass?", "yes", "closed")
+    assert as_asked(question, "open_ended") == question
+
+
+@pytest.mark.parametrize(
+    ("question", "options", "can"),
+    [
+        ("What is seen?", OPTIONS, True),
+        ("Where is the cyst?", ("left", "right"), True),
+        ("Is there a cyst?", ("Yes", "No"), True),
+        ("How many?", ("1", "2", "three"), True),
+        ("Which of the following is seen?", OPTIONS, False),
+        ("Which of these is seen?", OPTIONS, False),
+        ("What is not seen?", OPTIONS, False),
+        ("What is seen?", ("a mass", "all of the above"), False),
+        ("What is seen?", ("a mass", "Both A and B"), False),
+        ("What is seen?", ("a mass", "None of these"), False),
+        ("What is seen?", ("a mass", "Mass."), False),
+        ("What is seen?", ("a mass", "?"), False),
+        ("What is seen?", ("a mass", "an ill-defined mass in the left upper lobe of the lung"), False),
+        ("What is seen?", (), False),
+    ],
+)
+def test_options_are_hidden_only_where_the_question_makes_sense_without(
+    question: str, options: tuple[str, ...], can: bool
+) -> None:
+    sample = Sample("q", question, "A" if options else "mass", "choice" if options else "open", options=options)
+    assert can_hide_options(sample) == can
+    assert fits(sample, "open_ended") == (can or not options)
+    assert fits(sample, "choice") == bool(options)
+    text = render_prompt(sample, "open_ended").messages[0]["content"][-1]["text"]
+    assert (CHOICE_HINT in text) == (bool(options) and not can)
 
 
 def test_special_strings_of_question_and_options_are_counted() -> None:

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from medvqa_rl.prompts import INSTRUCTIONS, Template
+
 Purpose = Literal["train", "sft", "eval"]
 """What a configuration is about to be used for: some combinations are wrong for one verb only."""
 
@@ -138,11 +140,50 @@ class PrefetchConfig(Settings):
     """MiB that prompts may take which wait or are being prepared, per process; a single one may always go ahead."""
 
 
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class MixConfig(Settings):
+    """Training asks each question by one of these, drawn by weight (diversity prompting, arXiv 2506.06600). Where
+    none of them fits it, and with all weights 0, it asks by prompt.template. Evaluations always do."""
+
+    think_answer: Weight = 0.0
+    """Weight of the prompt that asks for reasoning and answer in tags."""
+    direct: Weight = 0.0
+    """Weight of the prompt that asks for the answer alone, without tags."""
+    explain: Weight = 0.0
+    """Weight of the prompt that asks to explain step by step, then to answer."""
+    short: Weight = 0.0
+    """Weight of the prompt that asks for a few words in the answer's tags, without reasoning."""
+    open_ended: Weight = 0.0
+    """Weight of the prompt without options: for open and closed questions, and choice questions that make sense so."""
+    choice: Weight = 0.0
+    """Weight of the prompt that asks to compare the options; for choice questions."""
+    describe_think: Weight = 0.0
+    """Weight of the prompt that asks to describe the image first, in tags of its own, then to think and answer."""
+
+    @property
+    def weights(self) -> dict[Template, float]:
+        """The templates with a weight above 0."""
+        return {template: weight for template in INSTRUCTIONS if (weight := float(getattr(self, template))) > 0}
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.weights)
+
+
 class PromptConfig(Settings):
     """How questions are asked."""
 
-    template: Literal["think_answer", "direct"] = "think_answer"
-    """think_answer asks for reasoning and answer in tags, direct for the answer alone."""
+    template: Template = "think_answer"
+    """think_answer asks for reasoning and answer in tags, direct for the answer alone; docs/method.md has all."""
+    mix: MixConfig = Field(default_factory=MixConfig)
+    """Several prompts in training, drawn by weight; see below."""
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """Those that training asks by; with a mix, questions that none of them fits are asked by ``template``."""
+        return tuple(self.mix.weights) or (self.template,)
 
 
 EngineName = Literal["eager", "graph"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import Config, JudgeConfig
+from medvqa_rl.prompts import asks_reasoning
 
 EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -17,13 +18,21 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
     yield from _problems("judge", config.judge)
     if config.eval_judge is not None:
         yield from _problems("eval_judge", config.eval_judge)
-    if config.rewards.semantic and config.prompt.template == "direct":
+    if config.rewards.semantic and not any(map(asks_reasoning, config.prompt.templates)):
         yield (
-            f"rewards.semantic is {config.rewards.semantic:g}, but prompt.template=direct asks for no reasoning that "
-            "could be judged: set rewards.semantic=0 or prompt.template=think_answer.",
+            f"rewards.semantic is {config.rewards.semantic:g}, but {asked_by(config)} for no reasoning that could be "
+            "judged: set rewards.semantic=0 or prompt.template=think_answer.",
             "rewards.semantic",
             "prompt.template",
+            "prompt.mix",
         )
+
+
+def asked_by(config: Config) -> str:
+    """How training asks, as the beginning of a sentence: "prompt.template=direct asks"."""
+    if not config.prompt.mix.is_on:
+        return f"prompt.template={config.prompt.template} asks"
+    return f"prompt.mix ({', '.join(config.prompt.templates)}) asks"
 
 
 def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:

@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.data_problems import data_problems
-from medvqa_rl.judge_problems import judge_problems
+from medvqa_rl.judge_problems import asked_by, judge_problems
+from medvqa_rl.prompts import asks_reasoning
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -346,7 +347,8 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "from: set it to 0 (all tokens) or well above 1.",
             "rollout.top_k",
         )
-    if config.prompt.template == "think_answer" and rollout.max_completion_length < 16:
+    reasoning = any(map(asks_reasoning, config.prompt.templates))
+    if reasoning and rollout.max_completion_length < 16:
         yield _problem(
             f"rollout.max_completion_length is {rollout.max_completion_length}, but reasoning and answer with their "
             "tags need more: set it to 16 or more (256 is usual), or set prompt.template=direct.",
@@ -354,12 +356,13 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "prompt.template",
         )
     for name, weight in (("ecr", rewards.ecr), ("cwr", rewards.cwr)):
-        if weight and config.prompt.template == "direct":
+        if weight and not reasoning:
             yield _problem(
-                f"rewards.{name} is {weight:g}, but it counts the tokens of the reasoning, and prompt.template=direct "
-                f"asks for none: set rewards.{name}=0 or prompt.template=think_answer.",
+                f"rewards.{name} is {weight:g}, but it counts the tokens of the reasoning, and {asked_by(config)} "
+                f"for none: set rewards.{name}=0 or prompt.template=think_answer.",
                 f"rewards.{name}",
                 "prompt.template",
+                "prompt.mix",
             )
     if rollout.max_completion_length > 32768:
         yield _problem(

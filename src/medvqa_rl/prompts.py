@@ -1,24 +1,47 @@
 """What the model is asked and how its answer is read: the templates and the only answer parser.
 
-The function that reads ``<think>..</think><answer>..</answer>`` serves rewards, metrics, judges and reports, so
+A template declares the sections of its form; the one parser reads them for rewards, metrics, judges and reports, so
 they cannot disagree. A prompt is built from the question, the options and the images alone, never from the gold.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from medvqa_rl.types import LETTERS, Sample
 
-Template = Literal["think_answer", "direct"]
+Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
 
+_THINK_ANSWER = "Think in <think></think>, then answer in <answer></answer>."
 INSTRUCTIONS: dict[Template, str] = {
-    "think_answer": "Think in <think></think>, then answer in <answer></answer>.",
+    "think_answer": _THINK_ANSWER,
     "direct": "Answer with the answer only.",
+    "explain": f"{_THINK_ANSWER} Explain step by step what the image shows and why that gives the answer.",
+    "short": "Answer in a few words in <answer></answer>, without explanation.",
+    "open_ended": f"{_THINK_ANSWER} Use your own words, as few as possible.",
+    "choice": f"{_THINK_ANSWER} Compare the options and name the letter of the right one.",
+    "describe_think": f"Describe the image in <describe></describe>. {_THINK_ANSWER}",
 }
+"""The last line of each prompt. Where reasoning is asked for, the words of think_answer are in it, which models of
+this package know. The names of the kinds are those reported of RARL (arXiv 2506.06600); its texts are not known."""
+SECTIONS: dict[Template, tuple[str, ...]] = {
+    "think_answer": ("think", "answer"),
+    "direct": (),
+    "explain": ("think", "answer"),
+    "short": ("answer",),
+    "open_ended": ("think", "answer"),
+    "choice": ("think", "answer"),
+    "describe_think": ("describe", "think", "answer"),
+}
+"""The form of each: sections in tags, in this order. Without any, the whole text is the answer."""
 CHOICE_HINT = "Answer with the letter."
+
+
+def asks_reasoning(template: Template) -> bool:
+    """Whether completions of a template have a section for reasoning."""
+    return "think" in SECTIONS[template]
 
 
 def read_templates(text: str) -> tuple[Template, ...]:
@@ -37,7 +60,10 @@ def read_templates(text: str) -> tuple[Template, ...]:
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:think|answer))>", re.IGNORECASE)
+"""The tags of the usual form, which the embedded models have tokens for."""
+ALL_TAGS = ("<describe>", "</describe>", *TAGS)
+"""The tags of all forms."""
+_SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
 
 
 def neutralise(text: str) -> tuple[str, int]:
@@ -62,8 +88,56 @@ class RenderedPrompt:
     """Special-token strings replaced in the question and the options."""
 
 
+_NEEDS_OPTIONS = re.compile(r"\b(following|of (these|those)|options?|choices?|listed|statements?|except|not)\b", re.I)
+"""Words of a question that mean its options: "which of the following", "which is not"."""
+_NAMES_OPTIONS = re.compile(r"\b(above|below|both|either|neither|all|none|others?|these|those|and/or)\b", re.I)
+"""Words of an option that mean the others: "all of the above", "both A and B", "none of these"."""
+_MAX_OPTION_WORDS = 5
+"""Nobody writes a longer option word by word without having seen it."""
+
+
+def can_hide_options(sample: Sample) -> bool:
+    """Whether a choice question can be asked without its options, to be answered by the text of the right one.
+
+    It can where all options are short, different after :func:`normalise` and none means another one, and the question
+    does not speak of them. That looks at the options as they are, never at which of them is right.
+    """
+    texts = [normalise(option) for option in sample.options]
+    return (
+        len(texts) > 1
+        and all(texts)
+        and len(set(texts)) == len(texts)
+        and max(len(text.split()) for text in texts) <= _MAX_OPTION_WORDS
+        and not any(_NAMES_OPTIONS.search(option) for option in sample.options)
+        and not _NEEDS_OPTIONS.search(sample.question)
+    )
+
+
+def as_asked(sample: Sample, template: Template) -> Sample:
+    """The sample as a template asks it. ``open_ended`` hides options where :func:`can_hide_options` allows it: the
+    question is an open one then (closed where the answer is yes or no), and its gold answer the text of the right
+    option, which every scorer compares with what was said. Everything else is asked as it is."""
+    if template != "open_ended" or not can_hide_options(sample):
+        return sample
+    is_closed = normalise(sample.answer_text) in ("yes", "no")
+    return replace(sample, options=(), answer=sample.answer_text, answer_type="closed" if is_closed else "open")
+
+
+def fits(sample: Sample, template: Template) -> bool:
+    """Whether a template asks a question in a way of its own: ``choice`` needs options, and ``open_ended`` none, or
+    some that can be hidden. Depends on question and options only."""
+    if template == "choice":
+        return bool(sample.options)
+    return template != "open_ended" or not sample.options or can_hide_options(sample)
+
+
 def render_prompt(sample: Sample, template: Template = "think_answer") -> RenderedPrompt:
-    """Ask the sample's question in the named form. Depends on question, options and images only."""
+    """Ask the sample's question in the named form. Depends on question, options and images only.
+
+    A template that does not fit (:func:`fits`) asks as ``think_answer`` would: ``open_ended`` shows the options that
+    cannot be hidden, and ``choice`` does not speak of options where there are none.
+    """
+    sample = as_asked(sample, template)
     question, count = neutralise(sample.question.strip())
     lines = [question]
     for letter, option in zip(LETTERS, sample.options):
@@ -72,16 +146,20 @@ def render_prompt(sample: Sample, template: Template = "think_answer") -> Render
         lines.append(f"{letter}: {text}")
     if sample.options:
         lines.append(CHOICE_HINT)
-    lines.append(INSTRUCTIONS[template])
+    lines.append(INSTRUCTIONS[template if fits(sample, template) else "think_answer"])
     content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
     content.append({"type": "text", "text": "\n".join(lines)})
     return RenderedPrompt([{"role": "user", "content": content}], count)
 
 
-def render_answer(think: str, answer: str, template: Template = "think_answer") -> str:
-    """A completion in the requested form, as supervised fine-tuning and the gold check write it."""
-    think, answer = neutralise(think.strip())[0], neutralise(answer.strip())[0]
-    return f"<think>{think}</think><answer>{answer}</answer>" if template == "think_answer" else answer
+def render_answer(think: str, answer: str, template: Template = "think_answer", *, description: str = "") -> str:
+    """A completion in the requested form, as supervised fine-tuning and the gold check write it. A section without
+    text is left out: what the data does not have is not invented."""
+    texts = {"describe": description, "think": think, "answer": answer}
+    clean = {name: neutralise(text.strip())[0] for name, text in texts.items()}
+    if not SECTIONS[template]:
+        return clean["answer"]
+    return "".join(f"<{name}>{clean[name]}</{name}>" for name in SECTIONS[template] if clean[name])
 
 
 @dataclass(frozen=True)
@@ -89,15 +167,18 @@ class ParsedAnswer:
     """What a completion says."""
 
     think: str | None
-    """Text of the think section, stripped; None when it is missing, unclosed or not unique."""
+    """Text of the think section, stripped; None when it is not asked for, missing, unclosed or not unique."""
     answer: str | None
     """Text of the unique, non-empty answer section, stripped; None is ``no_answer``."""
     is_well_formed: bool
-    """Each of the four tags exactly once, in order, nothing but white space outside, both sections non-empty."""
+    """Each tag of the form exactly once, in order, nothing but white space outside, no section empty."""
+    description: str | None = None
+    """Text of the describe section, stripped; None as for ``think``."""
 
 
-def _section(text: str, opening: str, closing: str) -> str | None:
+def _section(text: str, name: str) -> str | None:
     """The stripped text between two tags that each occur exactly once, in order, and hold something."""
+    opening, closing = f"<{name}>", f"</{name}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
@@ -107,25 +188,25 @@ def _section(text: str, opening: str, closing: str) -> str | None:
 def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
     """Read a completion. The answer is taken from a unique, non-empty answer section even if the rest is malformed;
     two answer sections, or none, is no answer. With the ``direct`` template the whole text is the answer."""
-    if template == "direct":
+    names = SECTIONS[template]
+    if not names:
         answer = text.strip() or None
         return ParsedAnswer(None, answer, answer is not None)
-    think, answer = _section(text, *TAGS[:2]), _section(text, *TAGS[2:])
-    order = [text.find(tag) for tag in TAGS]
-    is_well_formed = (
-        think is not None
-        and answer is not None
-        and order == sorted(order)
-        and not text[: order[0]].strip()
-        and not text[order[1] + len(TAGS[1]) : order[2]].strip()
-        and not text[order[3] + len(TAGS[3]) :].strip()
+    found = {name: _section(text, name) for name in names}
+    is_well_formed = all(found.values())
+    rest = text
+    for name in names if is_well_formed else ():
+        before, _, inside = rest.partition(f"<{name}>")
+        _, closing, rest = inside.partition(f"</{name}>")
+        is_well_formed = is_well_formed and not before.strip() and bool(closing)
+    return ParsedAnswer(
+        found.get("think"), found["answer"], is_well_formed and not rest.strip(), found.get("describe")
     )
-    return ParsedAnswer(think, answer, is_well_formed)
 
 
 def without_tags(text: str) -> str:
     """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
-    for tag in TAGS:
+    for tag in ALL_TAGS:
         text = text.replace(tag, " ")
     return text.strip()
 

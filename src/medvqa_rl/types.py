@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from medvqa_rl.prompts import Template
+
 AnswerType = Literal["choice", "closed", "open"]
 """choice: one of the options; closed: a short answer from a small set such as yes and no; open: free text."""
 
@@ -108,6 +110,8 @@ class EncodedPrompt:
     """The prompt as rendered, with one placeholder per image."""
     neutralised: int = 0
     """Special-token strings of the data set that were made harmless."""
+    template: Template = "think_answer"
+    """The form that it asks for."""
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +140,11 @@ class Group:
     completions: Sequence[Completion]
     image_features: torch.Tensor | None = None
     """(image tokens, hidden) features kept from the rollout where the vision tower is frozen, else None."""
+
+    @property
+    def template(self) -> Template:
+        """The form in which completions are read: the one that the prompt asks for."""
+        return self.prompt.template
 
 
 @dataclass(frozen=True)

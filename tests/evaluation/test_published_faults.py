@@ -185,7 +185,7 @@ def test_9_a_verdict_means_what_it_says_or_nothing() -> None:
 
     def verdict(value: Any) -> float:
         log = FunctionLog({}, {})
-        values = call_function("f", lambda *_, **__: [value], [group], "direct", step=0, log=log)
+        values = call_function("f", lambda *_, **__: [value], [group], step=0, log=log)
         return float(values[0])
 
     assert verdict(1.0) == 1.0 and verdict(0) == 0.0

@@ -27,7 +27,7 @@ def records():
     parts = {"correctness": np.array([[1.0, 0.0], [0.0, NAN]]), "other": np.array([[0.5, 0.5], [0.5, 0.5]])}
     total = parts["correctness"] + parts["other"]
     scores = Scores(total, parts, columns={"note": list("abcd")})
-    return record_completions(groups, scores, np.array([[1.0, -1.0], [0.0, 0.0]]), "think_answer")
+    return record_completions(groups, scores, np.array([[1.0, -1.0], [0.0, 0.0]]))
 
 
 def test_records():
@@ -77,7 +77,7 @@ def test_the_correlation_of_a_part_with_right_answers():
         "against": np.array([[0.0, 1.0, NAN, 1.0]]),
         "constant": np.full((1, 4), 0.1) + np.array([[0, 1e-16, 0, 0]]),
     }
-    found = record_completions([group], Scores(sum(parts.values()), parts), np.zeros((1, 4)), "think_answer")
+    found = record_completions([group], Scores(sum(parts.values()), parts), np.zeros((1, 4)))
     metrics = rollout_metrics(found, 4)
     expected = np.corrcoef([1.0, 0.5, 0.5, 0.25], [1, 0, 1, 0])[0, 1]
     assert metrics["rewards/length/corr_correctness"] == pytest.approx(expected) and 0.6 < expected < 0.8

@@ -20,7 +20,7 @@ from toy import ToyData, read_metrics, toy_config
 from medvqa_rl.config import Config, shareable
 from medvqa_rl.learning.errors import NonFiniteError
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.trackers import finite, open_boards
+from medvqa_rl.learning.trackers import COLUMNS, finite, open_boards
 
 
 class Recorder:
@@ -102,7 +102,9 @@ def test_samples_are_given_only_when_asked_for(
     (row,) = [row for row in logged(name, recorder) if "samples" in row]
     stored = [json.loads(line) for line in (run / "samples" / "step_000002.jsonl").open()]
     assert row["step"] == 2
-    assert [cells[3] for cells in row["samples"].data] == [record["completion"] for record in stored]
+    for column, key in (("completion", "completion"), ("prompt", "template")):
+        cells = [cells[COLUMNS.index(column)] for cells in row["samples"].data]
+        assert cells == [record[key] for record in stored]
     images = [value for key, value in row.items() if key.startswith("images")]
     flat = [image for value in images for image in (value if isinstance(value, list) else [value])]
     assert all(isinstance(image.args[0], Image.Image) for image in flat)

@@ -117,7 +117,7 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     setup = set_up(config, ToyData(), None)
     learner = Learner(config, accelerator, setup.policy, load_reference(setup.policy), setup.optimizer)
     groups = roll_out(config, accelerator, setup, 0)
-    total = torch.from_numpy(Rewards(config.rewards, "think_answer").score(groups, step=0).total)
+    total = torch.from_numpy(Rewards(config.rewards).score(groups, step=0).total)
     if accelerator.is_main_process:
         total[0, 0] = torch.nan  # one unscored completion, so that the ranks' own counts differ
     experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())

@@ -136,7 +136,7 @@ def test_rewards_differ_in_most_groups_of_the_demo():
     groups = RolloutEngine(load_policy(config.model), config.prompt.template).rollout(
         [dataset[index] for index in range(64)], config.rollout, seed=0, stream="train", step=0
     )
-    rewards = Rewards(config.rewards, config.prompt.template).score(groups, step=0).total
+    rewards = Rewards(config.rewards).score(groups, step=0).total
     assert (rewards.max(axis=1) > rewards.min(axis=1)).mean() > 0.55
 
 

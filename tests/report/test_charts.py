@@ -33,3 +33,16 @@ def test_several_runs_have_one_picture_for_each_part() -> None:
     assert {"Reward: ecr", "Reward: format", "Reward: correctness"} <= drawn.keys()
     curves = drawn["Correlation with right answers: ecr"].curves
     assert [curve.label for curve in curves] == ["one", "two"]
+
+
+def test_prompts_are_drawn_apart_where_a_run_mixes_them() -> None:
+    rows = [
+        step_row(1, **{"prompts/short/reward": 0.5, "prompts/short/correct": 0.25, "prompts/short/format": 1.0}),
+        step_row(2, **{"prompts/explain/reward": 1.5, "prompts/short/reward": 0.75}),
+    ]
+    drawn = {chart.title: chart for chart in charts([StoredRun(Path("mixed"), metrics=rows)])}
+    explain, short = drawn["Reward by prompt"].curves
+    assert (explain.label, explain.steps.tolist(), explain.values.tolist()) == ("explain", [2], [1.5])
+    assert (short.label, short.steps.tolist(), short.values.tolist()) == ("short", [1, 2], [0.5, 0.75])
+    assert drawn["Right answers by prompt"].is_share and drawn["Requested form by prompt"].is_share
+    assert "Reward by prompt" not in {chart.title for chart in charts([run("one")])}

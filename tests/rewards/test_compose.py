@@ -5,6 +5,7 @@ Run: pytest tests/rewards/test_compose.py
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -78,7 +79,9 @@ def test_a_weight_of_0_turns_a_part_off() -> None:
 
 
 def test_the_direct_template_is_scored_in_its_own_form() -> None:
-    scores = Rewards(RewardsConfig(), "direct").score([group("B", "", GOOD)], step=0)
+    direct = group("B", "", GOOD)
+    direct.prompt = replace(direct.prompt, template="direct")
+    scores = Rewards(RewardsConfig()).score([direct], step=0)
     np.testing.assert_array_equal(scores.parts["format"], [[1, 0, 1]])
     np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 0]])
 

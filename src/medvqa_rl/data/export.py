@@ -20,7 +20,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from medvqa_rl.data.images import FileImage, shrink
-from medvqa_rl.prompts import Template, render_prompt
+from medvqa_rl.prompts import Template, as_asked, render_prompt
 from medvqa_rl.types import Dataset, ImageSource, Sample
 
 Format = Literal["jsonl", "parquet"]
@@ -106,6 +106,7 @@ def export(
 
 def row_of(sample: Sample, images: list[Any], template: Template) -> dict[str, Any]:
     """A sample in TRL's columns and ours; special-token strings are neutralised as in training."""
+    sample = as_asked(sample, template)
     (message,) = render_prompt(sample, template).messages
     text = next(part["text"] for part in message["content"] if part["type"] == "text")
     return {

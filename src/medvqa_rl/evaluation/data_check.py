@@ -16,7 +16,7 @@ from medvqa_rl.data.fingerprints import FLAT, ImageBudget, ImageFacts, measure
 from medvqa_rl.data.issues import RowIssue
 from medvqa_rl.data.overlap import Overlap, find_overlap, twins
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.prompts import Template, normalise, render_answer
+from medvqa_rl.prompts import Template, as_asked, normalise, render_answer
 from medvqa_rl.rewards.correctness import score_correctness
 from medvqa_rl.types import LETTERS, Dataset, ImageSource, Sample
 
@@ -282,7 +282,8 @@ def _read_split(
             faults.add("repeated id", place)
         ids.add(sample.id)
         is_option = sample.answer_type != "choice" or sample.answer in list(LETTERS[: len(sample.options)])
-        if not is_option or score_correctness(sample, render_answer("seen", sample.answer, template), template) != 1.0:
+        asked = as_asked(sample, template) if is_option else sample
+        if not is_option or score_correctness(asked, render_answer("seen", asked.answer, template), template) != 1.0:
             faults.add("gold answer scores below 1", f"{place} ({sample.answer!r})")
         elif not _is_gold_unique(sample):
             faults.add("gold option not unique", f"{place} ({sample.answer_text!r})")

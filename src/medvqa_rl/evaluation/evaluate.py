@@ -23,7 +23,7 @@ from medvqa_rl.evaluation.records import EvalRecord, read_records, record_line
 from medvqa_rl.evaluation.store import without_nan, write_text
 from medvqa_rl.evaluation.summary import flat_metrics, paired_gain, summarise
 from medvqa_rl.evaluation.tables import controls_table, results_table
-from medvqa_rl.prompts import Template
+from medvqa_rl.prompts import Template, as_asked
 from medvqa_rl.types import Dataset, Sample
 
 __all__ = [
@@ -98,7 +98,7 @@ def evaluate(
     Raises:
         ValueError: the data set is endless, has no questions, or not unique ids.
     """
-    samples = chosen_samples(dataset, config)
+    samples = [as_asked(sample, template) for sample in chosen_samples(dataset, config)]
     asking = Asking(config, max_completion_length, template, dataset.name, prefetch)
     records: dict[str, EvalRecord] = {}
 

@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 from accelerate.accelerator import Accelerator
 
-from medvqa_rl.config import Config, PrefetchConfig
+from medvqa_rl.config import Config, PrefetchConfig, PromptConfig
 from medvqa_rl.data.prefetch import work_ahead
 from medvqa_rl.learning.errors import UnusableSampleError
+from medvqa_rl.learning.mixing import template_for
 from medvqa_rl.learning.sampler import Draw, samples_at
 from medvqa_rl.learning.setup import Setup
+from medvqa_rl.prompts import as_asked
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import Dataset, EncodedPrompt, Sample
 
 
 class Prepared(NamedTuple):
-    """A sample, the epoch that it is drawn in, and its prompt."""
+    """A sample as its prompt asks it, the epoch that it is drawn in, and the prompt."""
 
     sample: Sample
     epoch: int
@@ -45,6 +47,7 @@ class Feed(AbstractContextManager["Feed"]):
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
+        asking: PromptConfig = PromptConfig(),
     ) -> None:
         """
         Args:
@@ -56,16 +59,19 @@ class Feed(AbstractContextManager["Feed"]):
             seed: of the order of the samples.
             rank: which share of them this is.
             num_ranks: among how many.
+            asking: how questions are asked.
         """
 
-        def draws() -> Iterator[Draw]:
+        def draws() -> Iterator[tuple[int, Draw]]:
             for step in steps:
-                yield from samples_at(
+                for draw in samples_at(
                     dataset, step, num_prompts=num_prompts, seed=seed, rank=rank, num_ranks=num_ranks
-                )
+                ):
+                    yield step, draw
 
-        def prepare(draw: Draw) -> Prepared:
-            return Prepared(draw.sample, draw.epoch, engine.encode(draw.sample))
+        def prepare(place: tuple[int, Draw]) -> Prepared:
+            step, draw = place
+            return prepared(engine, draw.sample, draw.epoch, asking, seed=seed, step=step)
 
         self._share = num_prompts // num_ranks
         self._steps = iter(steps)
@@ -75,8 +81,8 @@ class Feed(AbstractContextManager["Feed"]):
             workers=prefetch.workers,
             max_bytes=prefetch.max_mib * 2**20,
             ahead=self._share,
-            cost=lambda draw: engine.encoding_bytes(draw.sample),
-            size=lambda prepared: prepared.prompt.nbytes,
+            cost=lambda place: engine.encoding_bytes(place[1].sample),
+            size=lambda made: made.prompt.nbytes,
         )
 
     def at(self, step: int) -> list[Prepared]:
@@ -98,14 +104,30 @@ class Feed(AbstractContextManager["Feed"]):
         self._prepared.close()
 
 
-def encode(engine: RolloutEngine, sample: Sample) -> EncodedPrompt:
-    """A sample's prompt, prepared now.
+def prepared(
+    engine: RolloutEngine, sample: Sample, occurrence: int, asking: PromptConfig, *, seed: int, step: int
+) -> Prepared:
+    """A sample asked by the template that its place in the run draws.
+
+    Raises:
+        ValueError: an image cannot be used; the message names file and sample.
+    """
+    template = template_for(sample, asking, seed=seed, step=step, occurrence=occurrence)
+    asked = as_asked(sample, template)
+    return Prepared(asked, occurrence, engine.encode(asked, template))
+
+
+def prepare_now(setup: Setup, config: Config, draw: Draw, occurrence: int, step: int) -> Prepared:
+    """A prompt that no feed has prepared.
+
+    Args:
+        occurrence: what tells it from other draws of the same sample in the step.
 
     Raises:
         UnusableSampleError: an image cannot be used; the message names file and sample.
     """
     try:
-        return engine.encode(sample)
+        return prepared(setup.engine, draw.sample, occurrence, config.prompt, seed=config.train.seed, step=step)
     except ValueError as error:
         raise UnusableSampleError(str(error)) from error
 
@@ -121,4 +143,5 @@ def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: ran
         seed=config.train.seed,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
+        asking=config.prompt,
     )

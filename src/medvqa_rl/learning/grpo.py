@@ -20,8 +20,8 @@ from medvqa_rl.config import Config
 from medvqa_rl.judges.load import load_judge, notices
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
-from medvqa_rl.learning.feed import Prepared, encode, make_feed
-from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics
+from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
+from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics, template_metrics
 from medvqa_rl.learning.resampling import occurrence, resample
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.sampler import samples_at
@@ -66,7 +66,6 @@ def train(
     judge = load_judge(config.judge) if config.rewards.semantic else None
     rewards = Rewards(
         config.rewards,
-        config.prompt.template,
         max_completion_length=config.rollout.max_completion_length,
         judge=judge,
     )
@@ -94,8 +93,9 @@ def train(
                 groups, scores = resample(groups, scores, max_times=times, roll_out=others, score=score)
             total = torch.from_numpy(scores.total)  # (P, G)
             advantages = group_advantages(total, scale=config.advantage.scale)
-            records = gather_object(record_completions(groups, scores, advantages.numpy(), config.prompt.template))
+            records = gather_object(record_completions(groups, scores, advantages.numpy()))
             metrics = rollout_metrics(records, config.rollout.num_generations)
+            metrics |= template_metrics(records) if config.prompt.mix.is_on else {}
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
             scored = time.perf_counter()
             metrics |= learner.update(groups, advantages, ~total.isnan(), step)
@@ -156,9 +156,7 @@ def roll_out_others(
         num_ranks=accelerator.num_processes,
         attempt=attempt,
     )[:count]
-    prompts = [
-        Prepared(draw.sample, occurrence(attempt, draw.epoch), encode(setup.engine, draw.sample)) for draw in draws
-    ]
+    prompts = [prepare_now(setup, config, draw, occurrence(attempt, draw.epoch), step) for draw in draws]
     return roll_out(config, accelerator, setup, step, prompts)
 
 

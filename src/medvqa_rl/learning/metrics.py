@@ -41,6 +41,10 @@ class CompletionRecord:
     """The sample's groups, such as modality and family."""
     extra: dict[str, Any]
     """What reward functions logged about this completion."""
+    template: Template = "think_answer"
+    """The form that its prompt asks for."""
+    is_well_formed: bool = False
+    """Whether it has exactly this form."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN as None."""
@@ -55,13 +59,13 @@ def _finite(value: float) -> float | None:
 
 
 def record_completions(
-    groups: Sequence[Group], scores: Scores, advantages: NDArray[np.float64], template: Template
+    groups: Sequence[Group], scores: Scores, advantages: NDArray[np.float64]
 ) -> list[CompletionRecord]:
     """Records of P groups of G completions, group after group."""
     records: list[CompletionRecord] = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
-            answer = parse_completion(completion.text, template).answer
+            parsed = parse_completion(completion.text, group.template)
             records.append(
                 CompletionRecord(
                     sample_id=group.sample.id,
@@ -76,11 +80,13 @@ def record_completions(
                     length=len(completion.token_ids),
                     prompt_length=len(group.prompt.input_ids),
                     is_truncated=completion.is_truncated,
-                    is_correct=is_correct(group.sample, answer),
-                    has_answer=answer is not None,
+                    is_correct=is_correct(group.sample, parsed.answer),
+                    has_answer=parsed.answer is not None,
                     answer_type=group.sample.answer_type,
                     groups=dict(group.sample.groups),
                     extra={name: values[len(records)] for name, values in scores.columns.items()},
+                    template=group.template,
+                    is_well_formed=parsed.is_well_formed,
                 )
             )
     return records
@@ -104,6 +110,22 @@ def _correlation(values: Sequence[float], flags: Sequence[bool]) -> float:
     if not pairs or np.ptp(np.asarray(pairs), axis=0).min() < 1e-12:
         return math.nan
     return float(np.corrcoef(np.asarray(pairs).T)[0, 1])
+
+
+def template_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
+    """For each template of a step, over all ranks: ``prompts/{template}/share`` of the completions, and their mean
+    ``reward``, ``correct`` (share of right answers), ``format`` (share of the requested form) and ``length``."""
+    metrics: dict[str, float] = {}
+    for template in sorted({record.template for record in records}):
+        own = [record for record in records if record.template == template]
+        metrics |= {
+            f"prompts/{template}/share": len(own) / len(records),
+            f"prompts/{template}/reward": _mean(record.reward for record in own),
+            f"prompts/{template}/correct": _mean(record.is_correct for record in own),
+            f"prompts/{template}/format": _mean(record.is_well_formed for record in own),
+            f"prompts/{template}/length": _mean(record.length for record in own),
+        }
+    return metrics
 
 
 def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -> dict[str, float]:

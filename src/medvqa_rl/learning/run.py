@@ -301,6 +301,7 @@ def _describe(group: Group) -> dict[str, Any]:
     return {
         "sample_id": group.sample.id,
         "images": [image.key for image in group.sample.images],
+        "template": group.template,
         "prompt": group.prompt.text,
         "gold": group.sample.answer,
         "completions": [completion.text for completion in group.completions],

@@ -24,7 +24,7 @@ from medvqa_rl.learning.optimizer import lr_at
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.prompts import Template, neutralise, render_answer
+from medvqa_rl.prompts import Template, as_asked, render_answer
 from medvqa_rl.randomness import address
 from medvqa_rl.types import Completion, Dataset, Group, Sample
 
@@ -34,11 +34,10 @@ def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> s
 
     A choice question's answer is the letter. Where there is no reasoning, or it shall not be used, none is invented:
     the target is the answer section alone, ``<answer>B</answer>``. The parser reads it, but the form is incomplete, so
-    the ``direct`` template is the better choice for data without reasoning.
+    ``direct`` or ``short`` is the better choice for data without reasoning.
     """
-    if template == "think_answer" and not (use_reasoning and sample.reasoning.strip()):
-        return f"<answer>{neutralise(sample.answer.strip())[0]}</answer>"
-    return render_answer(sample.reasoning, sample.answer, template)
+    asked = as_asked(sample, template)
+    return render_answer(asked.reasoning if use_reasoning else "", asked.answer, template)
 
 
 def target_completion(text: str, processor: Processor) -> Completion:
@@ -127,10 +126,10 @@ def train_sft(
 
 def prepared_groups(config: Config, setup: Setup, prompts: Sequence[Prepared]) -> list[Group]:
     """The targets of a step's prompts."""
-    template, processor = config.prompt.template, setup.policy.processor
+    processor = setup.policy.processor
     groups = []
     for sample, _, prompt in prompts:
-        text = target_text(sample, template, use_reasoning=config.sft.use_reasoning)
+        text = target_text(sample, prompt.template, use_reasoning=config.sft.use_reasoning)
         groups.append(Group(sample, prompt, (target_completion(text, processor),)))
     return groups
 

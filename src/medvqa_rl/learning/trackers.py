@@ -24,7 +24,7 @@ Images = Mapping[str, Sequence[Image.Image]]
 """Decoded images by sample id; empty unless they were asked for."""
 
 PROJECT = "medvqa-rl"
-COLUMNS = ("sample", "question", "gold", "completion", "right", "reward", "advantage", "tokens")
+COLUMNS = ("sample", "prompt", "question", "gold", "completion", "right", "reward", "advantage", "tokens")
 
 
 class Board(Protocol):
@@ -82,7 +82,8 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 def rows(records: Sequence[CompletionRecord]) -> list[list[Any]]:
     """Completions as rows of :data:`COLUMNS`."""
     return [
-        [r.sample_id, r.question, r.gold, r.completion, r.is_correct, r.reward, r.advantage, r.length] for r in records
+        [r.sample_id, r.template, r.question, r.gold, r.completion, r.is_correct, r.reward, r.advantage, r.length]
+        for r in records
     ]
 
 

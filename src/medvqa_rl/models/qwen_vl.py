@@ -124,7 +124,7 @@ class Processor:
                 f"{len(sample.images)} images: use the chat template that came with the checkpoint."
             )
         if not sample.images:
-            return EncodedPrompt(ids, None, None, text, rendered.neutralised)
+            return EncodedPrompt(ids, None, None, text, rendered.neutralised, template)
         try:
             images = [source.load() for source in sample.images]
             features = self.image_processor(images=images, return_tensors="np")
@@ -134,7 +134,7 @@ class Processor:
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = grid.prod(axis=-1) // self.image_processor.merge_size**2
         pixels = np.ascontiguousarray(features["pixel_values"], dtype=np.float32)
-        return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised)
+        return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised, template)
 
     def encoding_bytes(self, sample: Sample) -> int:
         """Memory that :meth:`encode` takes at most while it works on a sample, by the headers of its images.

@@ -216,14 +216,11 @@ def _sample_groups(config: Config, adapted: ModelConfig) -> list[ShownGroup]:
     dataset = load_dataset(config.data, "test")
     samples = [dataset[index] for index in range(0, 2 * _NUM_GROUPS, 2)]
     groups = engine.rollout(samples, config.rollout, seed=config.train.seed, stream="eval", step=config.train.steps)
-    rewards = Rewards(
-        config.rewards, config.prompt.template, max_completion_length=config.rollout.max_completion_length
-    )
+    rewards = Rewards(config.rewards, max_completion_length=config.rollout.max_completion_length)
     scores = rewards.score(groups, step=config.train.steps, count_tokens=policy.processor.count_tokens)
     advantages = group_advantages(torch.from_numpy(scores.total), scale=config.advantage.scale)
     return [
-        shown_group(group, scores, advantages, index, caption="after training", template=config.prompt.template)
-        for index, group in enumerate(groups)
+        shown_group(group, scores, advantages, index, caption="after training") for index, group in enumerate(groups)
     ]
 
 

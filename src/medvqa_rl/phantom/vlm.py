@@ -71,7 +71,8 @@ def checkpoint_path(name: str) -> Path:
 
 def corpus(count: int = 4000) -> list[str]:
     """Texts of the phantom world that the tokenizer is trained on."""
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", CHOICE_HINT, *INSTRUCTIONS.values()]
+    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", CHOICE_HINT]
+    texts += [INSTRUCTIONS["think_answer"], INSTRUCTIONS["direct"]]
     texts += [f"cyst {letter}." for letter in LETTERS[:8]] * 200  # each letter a token of its own
     for index in range(count):
         sample = draw_sample(seed=0, split="tokenizer", index=index)

@@ -87,21 +87,37 @@ _PANELS: tuple[tuple[str, bool, tuple[_Line, ...]], ...] = (
 )
 
 
+_FAMILIES = (
+    ("rewards", "mean", "Reward parts", "Reward", False),
+    (
+        "rewards",
+        "corr_correctness",
+        "Correlation of parts with right answers",
+        "Correlation with right answers",
+        False,
+    ),
+    ("prompts", "reward", "Reward by prompt", "Reward, prompt", False),
+    ("prompts", "correct", "Right answers by prompt", "Right answers, prompt", True),
+    ("prompts", "format", "Requested form by prompt", "Requested form, prompt", True),
+)
+"""Metrics called root/name/kind, whose names are not known before: root, kind, title of the picture of all, beginning
+of the title of a picture of one, and whether the values are shares."""
+
+
 def charts(runs: Sequence[StoredRun]) -> list[Chart]:
     """The charts of some runs; what no run logged is left out."""
     names = sorted({name for run in runs for row in run.steps for name in row})
     panels: list[tuple[str, bool, tuple[_Line, ...]]] = []
-    for kind, title in (("mean", "Reward parts"), ("corr_correctness", "Correlation of parts with right answers")):
+    for root, kind, title, short, is_share in _FAMILIES:
         parts = [
             _Line(name.split("/")[1], name)
             for name in names
-            if name.startswith("rewards/") and name.endswith(f"/{kind}")
+            if name.startswith(f"{root}/") and name.endswith(f"/{kind}")
         ]
         if len(runs) == 1 and parts:
-            panels.append((title, False, tuple(parts)))
+            panels.append((title, is_share, tuple(parts)))
         else:  # one picture each, or colours for runs and dashes for parts would not do
-            short = "Reward" if kind == "mean" else "Correlation with right answers"
-            panels += [(f"{short}: {part.label}", False, (_Line("", part.metric),)) for part in parts]
+            panels += [(f"{short}: {part.label}", is_share, (_Line("", part.metric),)) for part in parts]
     drawn = []
     for title, is_share, lines in (*panels, *_PANELS):
         curves = [

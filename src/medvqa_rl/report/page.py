@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from medvqa_rl.prompts import TAGS, Template, parse_completion
+from medvqa_rl.prompts import ALL_TAGS, parse_completion
 from medvqa_rl.report.inline import data_uri, thumbnail_uri
 from medvqa_rl.report.style import number
 from medvqa_rl.rewards.correctness import is_correct
@@ -110,9 +110,7 @@ class DemoPage:
     limits: Sequence[str] = LIMITS
 
 
-def shown_group(
-    group: Group, scores: Scores, advantages: Any, index: int, *, caption: str, template: Template = "think_answer"
-) -> ShownGroup:
+def shown_group(group: Group, scores: Scores, advantages: Any, index: int, *, caption: str) -> ShownGroup:
     """Take a group out of a training step.
 
     Args:
@@ -121,13 +119,12 @@ def shown_group(
         advantages: (P, G) advantages, an array or a tensor.
         index: place of the group in the step.
         caption: when this was.
-        template: form in which answers are read.
     """
     sample = group.sample
     completions = [
         ShownCompletion(
             text=completion.text,
-            is_correct=is_correct(sample, parse_completion(completion.text, template).answer),
+            is_correct=is_correct(sample, parse_completion(completion.text, group.template).answer),
             is_truncated=completion.is_truncated,
             num_tokens=len(completion.token_ids),
             parts={name: float(values[index, place]) for name, values in scores.parts.items()},
@@ -258,7 +255,7 @@ def _thumbnail(image: Image.Image) -> str:
     return thumbnail_uri(image, MAX_THUMBNAIL)
 
 
-_TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+_TAG = re.compile("(" + "|".join(map(re.escape, ALL_TAGS)) + ")")
 
 
 def _pieces(text: str) -> list[tuple[str, str]]:
@@ -266,7 +263,7 @@ def _pieces(text: str) -> list[tuple[str, str]]:
     pieces: list[tuple[str, str]] = []
     kind = "text"
     for piece in _TAG.split(text):
-        if piece in TAGS:
+        if piece in ALL_TAGS:
             kind = "answer" if piece == "<answer>" else "text"
             pieces.append(("tag", piece))
         elif piece:

@@ -241,6 +241,7 @@ def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:
 
 def _group(line: Mapping[str, Any], completions: list[StoredCompletion]) -> StoredGroup:
     tags = {"answer_type": line["answer_type"], **line["groups"]} if "answer_type" in line else {}
+    tags |= {"prompt": line["template"]} if "template" in line else {}
     return StoredGroup(
         step=int(line["step"]),
         sample_id=str(line["sample_id"]),

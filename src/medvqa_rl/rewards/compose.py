@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
 from medvqa_rl.judges import Judge
-from medvqa_rl.prompts import Template, parse_completion, without_tags
+from medvqa_rl.prompts import parse_completion, without_tags
 from medvqa_rl.rewards.correctness import is_correct, score_correctness
 from medvqa_rl.rewards.format import score_format
 from medvqa_rl.rewards.functions import FunctionLog, call_function, load_function
@@ -21,7 +21,7 @@ from medvqa_rl.rewards.length import (
     soft_overlong,
 )
 from medvqa_rl.rewards.semantic import score_semantic
-from medvqa_rl.types import Completion, Group, Sample, Scores
+from medvqa_rl.types import Completion, Group, Scores
 
 TokenCounter = Callable[[str], int]
 """How many tokens the policy's tokenizer makes of a text."""
@@ -36,7 +36,6 @@ class Rewards:
     def __init__(
         self,
         config: RewardsConfig,
-        template: Template = "think_answer",
         *,
         max_completion_length: int = RolloutConfig().max_completion_length,
         judge: Judge | None = None,
@@ -45,7 +44,6 @@ class Rewards:
 
         Args:
             config: weights of the parts and what they need.
-            template: form in which completions are read.
             max_completion_length: the token limit, by which length is measured.
             judge: asked for ``semantic``, which needs it.
 
@@ -54,7 +52,6 @@ class Rewards:
                 (:func:`medvqa_rl.rewards.functions.load_function`).
         """
         self._config, self._judge = config, judge
-        self._template = template
         self._limit = max_completion_length
         weights = config.model_dump(include=set(NAMED))
         self._weights: dict[str, float] = {name: weights[name] for name in NAMED if weights[name] != 0}
@@ -109,32 +106,31 @@ class Rewards:
         """(B,) one part before its weight."""
         if name in self._functions:
             path, function = self._functions[name]
-            return call_function(path, function, groups, self._template, step=step, log=log)
+            return call_function(path, function, groups, step=step, log=log)
         if name == "semantic":
             assert self._judge is not None, "semantic asks a judge: pass one"
-            return score_semantic(groups, self._judge, self._template, log)
+            return score_semantic(groups, self._judge, log)
         return np.array(
             [
-                self._score_one(name, group.sample, completion, count_tokens)
+                self._score_one(name, group, completion, count_tokens)
                 for group in groups
                 for completion in group.completions
             ]
         )
 
-    def _score_one(
-        self, name: str, sample: Sample, completion: Completion, count_tokens: TokenCounter | None
-    ) -> float:
-        """One of the named parts of one completion."""
+    def _score_one(self, name: str, group: Group, completion: Completion, count_tokens: TokenCounter | None) -> float:
+        """One of the named parts of one completion, read in the form that its prompt asks for."""
         config, text, length = self._config, completion.text, len(completion.token_ids)
+        sample, template = group.sample, group.template
         if name == "format":
-            return score_format(text, self._template)
+            return score_format(text, template)
         if name == "correctness":
-            return score_correctness(sample, text, self._template)
+            return score_correctness(sample, text, template)
         if name == "overlong":
             return soft_overlong(length, self._limit, config.overlong_buffer * self._limit)
         if name == "repetition":
             return repetition_penalty(without_tags(text), config.repetition_ngram)
-        parsed = parse_completion(text, self._template)
+        parsed = parse_completion(text, template)
         is_right = is_correct(sample, parsed.answer)
         if name == "cosine":
             return cosine_length(

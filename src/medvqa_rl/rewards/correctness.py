@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medvqa_rl.prompts import Template, normalise, parse_completion, read_choice
+from medvqa_rl.prompts import Template, as_asked, normalise, parse_completion, read_choice
 from medvqa_rl.types import Sample
 
 
@@ -27,4 +27,4 @@ def is_correct(sample: Sample, answer: str | None) -> bool:
 
 def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
     """1 if the completion's answer is correct, else 0; a completion without a readable answer gets 0."""
-    return float(is_correct(sample, parse_completion(text, template).answer))
+    return float(is_correct(as_asked(sample, template), parse_completion(text, template).answer))

@@ -1,4 +1,4 @@
-"""The format reward: is the completion exactly a think section and an answer section? Imports no torch."""
+"""The format reward: does the completion have exactly the requested form? Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from medvqa_rl.prompts import Template, parse_completion
 def score_format(text: str, template: Template = "think_answer") -> float:
     """1 if the completion has the requested form, else 0.
 
-    The form: each of ``<think> </think> <answer> </answer>`` exactly once, in this order, nothing but white space
-    outside, both sections non-empty. With the ``direct`` template any non-empty text has the form.
+    The form: each tag of the template's sections exactly once, in this order, nothing but white space outside, no
+    section empty; for most templates ``<think> </think> <answer> </answer>``. With the ``direct`` template any
+    non-empty text has the form.
     """
     return float(parse_completion(text, template).is_well_formed)

@@ -22,7 +22,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.prompts import Template, render_prompt
+from medvqa_rl.prompts import render_prompt
 from medvqa_rl.types import Group
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -111,7 +111,7 @@ class FunctionLog:
 
 
 def call_function(
-    path: str, function: RewardFunction, groups: Sequence[Group], template: Template, *, step: int, log: FunctionLog
+    path: str, function: RewardFunction, groups: Sequence[Group], *, step: int, log: FunctionLog
 ) -> NDArray[np.float64]:
     """Score the completions of some groups with a user's function, called as TRL calls it.
 
@@ -139,7 +139,7 @@ def call_function(
     if "images" in inspect.signature(function).parameters:
         images = [[image.load() for image in group.sample.images] for group in groups]
         columns["images"] = [loaded for loaded, group in zip(images, groups) for _ in group.completions]
-    prompts = [render_prompt(group.sample, template).messages for group in groups for _ in group.completions]
+    prompts = [render_prompt(group.sample, group.template).messages for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]
     try:
         returned = function(

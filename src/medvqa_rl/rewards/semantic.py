@@ -20,7 +20,7 @@ def judge_request(sample: Sample, text: str, template: Template = "think_answer"
     return JudgeRequest(sample.question, sample.options, parse_completion(text, template).think or "")
 
 
-def score_semantic(groups: Sequence[Group], judge: Judge, template: Template, log: FunctionLog) -> NDArray[np.float64]:
+def score_semantic(groups: Sequence[Group], judge: Judge, log: FunctionLog) -> NDArray[np.float64]:
     """1 where the judge says that the reasoning is clinically coherent, else 0; NaN (unscored) where it failed.
 
     A language model reads question, options and reasoning, and says Yes where log P("Yes") > log P("No"); empty
@@ -34,7 +34,9 @@ def score_semantic(groups: Sequence[Group], judge: Judge, template: Template, lo
         (B,) values, prompt by prompt.
     """
     requests = [
-        judge_request(group.sample, completion.text, template) for group in groups for completion in group.completions
+        judge_request(group.sample, completion.text, group.template)
+        for group in groups
+        for completion in group.completions
     ]
     verdicts = judge.judge(requests)
     log.columns["judge"] = [str(judge.identity)] * len(verdicts)

@@ -99,13 +99,16 @@ class RolloutEngine:
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
         self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
 
-    def encode(self, sample: Sample) -> EncodedPrompt:
+    def encode(self, sample: Sample, template: Template | None = None) -> EncodedPrompt:
         """A sample's prompt as :meth:`rollout` and :meth:`greedy` take it; may be called by any thread.
+
+        Args:
+            template: how to ask; None asks as the engine does.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
         """
-        return self._policy.processor.encode(sample, self._template)
+        return self._policy.processor.encode(sample, template or self._template)
 
     def encoding_bytes(self, sample: Sample) -> int:
         """Memory that :meth:`encode` takes at most (:meth:`Processor.encoding_bytes`)."""

@@ -106,8 +106,8 @@
     );
     const text = make("div", "text");
     let kind = "";
-    for (const piece of completion.text.split(/(<\/?(?:think|answer)>)/)) {
-      const isTag = /^<\/?(?:think|answer)>$/.test(piece);
+    for (const piece of completion.text.split(/(<\/?(?:describe|think|answer)>)/)) {
+      const isTag = /^<\/?(?:describe|think|answer)>$/.test(piece);
       if (isTag) kind = piece === "<answer>" ? "answer" : "";
       if (piece) text.append(make("span", isTag ? "tag" : kind, piece));
     }
