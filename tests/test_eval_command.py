@@ -3,28 +3,33 @@ controls."""
 
 from __future__ import annotations
 
+import csv
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from medvqa_rl import eval_command
 from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.eval_command import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
-from medvqa_rl.evaluation.store import Shard
+from medvqa_rl.evaluation.store import Shard, saved_model
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.prompts import render_answer
+from medvqa_rl.randomness import address
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.types import Group, Sample
+from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 MakePolicy = Callable[..., Policy]
 
@@ -181,7 +186,7 @@ def test_several_prompts_and_data_sets_have_folders_and_are_compared(
         prompts=("think_answer", "direct"),
     )
     folders = ["other-data-direct", "other-data-think_answer", "seven-direct", "seven-think_answer"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == folders
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == folders
     rows = {
         name: [json.loads(line) for line in (tmp_path / "out" / name / "samples.jsonl").read_text().splitlines()]
         for name in folders
@@ -193,12 +198,88 @@ def test_several_prompts_and_data_sets_have_folders_and_are_compared(
         row["image_hash"] for row in rows["seven-think_answer"]
     }
     out = capsys.readouterr().out
-    assert "direct minus think_answer, in points" in out
+    assert out.count("Differences of every two, in points") == 2
     results = json.loads((tmp_path / "out" / "other-data-direct" / "results.json").read_text())
     assert results["config"]["data"]["scanner"] == "unseen" and results["dataset"]["name"] == "other/data"
     datasets["unseen"] = questions
     with pytest.raises(ValueError, match="Two of the data sets are called seven"):
         run_eval(config, output=tmp_path / "twice", data=[DataConfig(scanner="unseen")])
+
+
+def test_prompts_are_compared_pairwise_on_the_same_questions_and_go_on_where_they_were_killed(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an independent computation, of answers that are right or wrong by a hash; one prompt hides the options."""
+    limit = iter(range(10**9))
+
+    def scripted(
+        self: RolloutEngine, samples: Sequence[Sample], prompts: Sequence[EncodedPrompt], **rest: Any
+    ) -> Iterator[Group]:
+        if next(limit, None) is None:
+            raise KeyboardInterrupt
+        for sample, prompt in zip(samples, prompts):
+            said = sample.answer if address(sample.id, prompt.template) % 2 else "something else"
+            text = render_answer("why", said, prompt.template, description="a lung")
+            yield Group(sample, prompt, [Completion((1, 2), text, False)])
+
+    monkeypatch.setattr(RolloutEngine, "greedy", scripted)
+    config = config.model_copy(update={"eval": EvalConfig(batch_size=2, bootstrap=50)})
+    names = ("think_answer", "open_ended", "describe_think")
+    whole = tmp_path / "whole"
+    run_eval(config, output=whole, prompts=names)
+    (comparison,) = json.loads((whole / "prompts-seven.json").read_text())["comparisons"]
+    right = {
+        name: {
+            row["sample_id"]: row["is_correct"]
+            for row in map(json.loads, (whole / f"seven-{name}" / "samples.jsonl").open())
+        }
+        for name in names
+    }
+    for name in names:
+        assert right[name] == {f"q{index}": address(f"q{index}", name) % 2 == 1 for index in range(7)}
+    p_values = {}
+    for row, (one, other) in zip(comparison["pairs"], combinations(names, 2), strict=True):
+        assert (row["baseline"], row["run"]) == (one, other)
+        better = sum(right[other][id] and not right[one][id] for id in right[one])
+        worse = sum(right[one][id] and not right[other][id] for id in right[one])
+        assert (row["improved"], row["worsened"], row["n"]) == (better, worse, 7)
+        assert row["gain"] == pytest.approx((better - worse) / 7)
+        p_values[other, one] = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+        assert row["mcnemar_p"] == pytest.approx(p_values[other, one])
+    ordered = sorted(p_values.values())
+    holm = {p: min(1.0, max((3 - k) * q for k, q in enumerate(ordered) if q <= p)) for p in ordered}
+    assert [row["mcnemar_holm_p"] for row in comparison["pairs"]] == pytest.approx(
+        [holm[p] for p in p_values.values()]
+    )
+    table = list(csv.DictReader((whole / "prompts-seven.csv").open()))
+    assert [row["gain"] for row in table] == [str(row["gain"]) for row in comparison["pairs"]]
+    assert {row["dataset"] for row in table} == {"seven"}
+    hidden = [json.loads(line) for line in (whole / "seven-open_ended" / "samples.jsonl").open()]
+    assert hidden[5]["options"] == [] and hidden[5]["gold"] == "left lung" and hidden[5]["answer_type"] == "open"
+
+    for calls in (5, 4):
+        limit = iter(range(calls))
+        with pytest.raises(KeyboardInterrupt):
+            run_eval(config, output=tmp_path / "killed", prompts=names, resume=calls != 5)
+    limit = iter(range(10**9))
+    run_eval(config, output=tmp_path / "killed", prompts=names, resume=True)
+    assert content(tmp_path / "killed") == content(whole)
+    assert (tmp_path / "killed" / "prompts-seven.csv").read_text() == (whole / "prompts-seven.csv").read_text()
+
+
+def test_a_run_is_evaluated_by_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"is not the folder of a run, for it holds no config.yaml"):
+        saved_model(tmp_path)
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        saved_model(run)
+    for name in ("checkpoints/step_000002", "checkpoints/step_000010"):
+        (run / name).mkdir(parents=True)
+    assert saved_model(run) == run / "checkpoints" / "step_000010"
+    (run / "best").mkdir()
+    assert saved_model(run) == run / "best"
 
 
 def test_results_say_what_they_are_of(

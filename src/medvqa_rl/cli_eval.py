@@ -7,15 +7,23 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli_common import ConfigPath, Debug, DryRun, Overrides, Split, prepare_process, told_plainly
+from medvqa_rl.cli_common import Debug, DryRun, Overrides, Split, prepare_process, told_plainly
+
+RunOrConfig = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_CONFIG",
+        help="Folder of a run, whose best checkpoint is evaluated (else its last), or a YAML file with settings.",
+    ),
+]
 
 
 def evaluate(
-    config: ConfigPath,
+    config: RunOrConfig,
     overrides: Overrides = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Folder of a trained model or adapter; without it, the model that the settings name."),
+        typer.Option(help="Folder of a trained model or adapter; without it, the run's, or that of the settings."),
     ] = None,
     split: Annotated[Split, typer.Option(help="Which questions.")] = "test",
     output: Annotated[
@@ -46,12 +54,17 @@ def evaluate(
 ) -> None:
     """Answer a split and report accuracy with intervals: greedily, and with sampled answers and controls if asked."""
     with told_plainly(debug):
-        from medvqa_rl.evaluation.store import Shard
+        from medvqa_rl.evaluation.store import Shard, saved_model
         from medvqa_rl.prompts import read_templates
         from medvqa_rl.settings import load_config
 
         given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
-        loaded = load_config(config, given, purpose="eval")
+        run = config if config.is_dir() else None
+        if run is not None and checkpoint is None:
+            checkpoint = saved_model(run)
+        settings = load_config(config if run is None else run / "config.yaml", given, purpose="eval").config
+        if run is not None:  # it may have moved, or been named from elsewhere
+            settings = settings.model_copy(update={"output_dir": str(run)})
         further = [load_config(path, purpose="eval").config.data for path in data or ()]
         part = None if shard is None else Shard.parse(shard)
         templates = () if prompts is None else read_templates(prompts)
@@ -59,7 +72,7 @@ def evaluate(
         from medvqa_rl.eval_command import run_eval
 
         run_eval(
-            loaded.config,
+            settings,
             checkpoint=checkpoint,
             split=split,
             output=output,

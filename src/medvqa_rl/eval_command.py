@@ -18,7 +18,7 @@ from medvqa_rl.commands import with_checkpoint
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.answering import Asking, Engine, View, answer_all, chosen_samples
-from medvqa_rl.evaluation.compare import Evaluated, compare, show
+from medvqa_rl.evaluation.compare import Evaluated, compare, pairs_csv, show_pairs, write_comparisons
 from medvqa_rl.evaluation.controls import Control, make_controls, summarise_controls
 from medvqa_rl.evaluation.evaluate import (
     Evaluation,
@@ -31,12 +31,12 @@ from medvqa_rl.evaluation.evaluate import (
 from medvqa_rl.evaluation.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.judging import as_instrument, load_eval_judge, rewarding_judge
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
+from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity, write_text
 from medvqa_rl.judges.load import notices, overlap
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.progress import progress_bar
-from medvqa_rl.prompts import Template
+from medvqa_rl.prompts import Template, as_asked
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import Dataset, Sample
 
@@ -85,18 +85,22 @@ def plan(
     base = Path(config.output_dir) / "eval" if output is None else output
     cells = []
     for data, dataset in zip(datas, datasets):
-        samples = chosen_samples(dataset, config.eval)
+        chosen = chosen_samples(dataset, config.eval)
         for template in prompts:
-            parts = [dataset.name]
-            parts += [model_name] if output is None else []
-            parts += [template] if len(prompts) > 1 else []
-            folder = base / re.sub(r"[^\w.-]+", "-", "-".join(parts))
+            samples = [as_asked(sample, template) for sample in chosen]
+            name = model_name if output is None else ""
+            folder = base / _file_name(dataset.name, name, template if len(prompts) > 1 else "")
             if output is not None and len(datas) * len(prompts) == 1:
                 folder = output
             length = config.rollout.max_completion_length
             asking = Asking(config.eval, length, template, dataset.name, config.prefetch)
             cells.append(Cell(data, dataset, samples, asking, folder))
     return cells
+
+
+def _file_name(*parts: str) -> str:
+    """Names as one name of a file; empty ones are left out."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
 
 
 def run_eval(
@@ -172,7 +176,8 @@ def run_eval(
         if evaluation is not None:
             complete.append((cell, evaluation))
     if len(complete) == len(cells) and len(templates) > 1:
-        _compare_prompts(complete, config, console)
+        base = Path(config.output_dir) / "eval" if output is None else output
+        _compare_prompts(complete, config, base, model_name if output is None else "", console)
     for _, evaluation in complete:
         check_unscored(evaluation.results, config.eval)
 
@@ -285,11 +290,18 @@ def _dry_run(cells: Sequence[Cell], engine: Callable[[Cell], Engine], console: C
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _compare_prompts(complete: Sequence[tuple[Cell, Evaluation]], config: Config, console: Console) -> None:
-    """Print how the prompts differ on the same questions, data set by data set."""
+def _compare_prompts(
+    complete: Sequence[tuple[Cell, Evaluation]], config: Config, base: Path, model_name: str, console: Console
+) -> None:
+    """Print how every two prompts differ on the same questions, data set by data set, and write it beside them."""
     by_data: dict[str, list[Evaluated]] = {}
     for cell, evaluation in complete:
         run = Evaluated(cell.asking.template, cell.folder, evaluation.records)
         by_data.setdefault(cell.dataset.name, []).append(run)
-    for runs in by_data.values():
-        show(compare(runs, config.eval), console, flips=0)
+    for name, runs in by_data.items():
+        comparison = compare(runs, config.eval, every_pair=True)
+        show_pairs(comparison, console)
+        stem = _file_name("prompts", name, model_name)
+        write_comparisons([comparison], base / f"{stem}.json")
+        write_text(base / f"{stem}.csv", pairs_csv(comparison))
+        console.print(f"Written: {base / stem}.csv and .json", highlight=False, soft_wrap=True)

@@ -3,11 +3,14 @@ group, and the questions whose answers turned. Imports no torch."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +97,27 @@ def match(paths: Sequence[Path]) -> list[list[Evaluated]]:
     return [[cells[cell] for cells in by_cell] for cell in shared]
 
 
-def compare(runs: Sequence[Evaluated], config: EvalConfig = EvalConfig()) -> dict[str, Any]:
-    """Compare every run with the first one on the same questions.
+def compare(
+    runs: Sequence[Evaluated], config: EvalConfig = EvalConfig(), *, every_pair: bool = False
+) -> dict[str, Any]:
+    """Compare every run with the first one, or every two of them, on the same questions.
+
+    Args:
+        every_pair: compare each run with all before it, not with the first alone.
 
     Returns:
         ``baseline``, its name; ``dataset``; ``runs``: for each ``name``, ``template``, ``n``, ``accuracy`` with its
         interval, ``detectable_difference`` and what :func:`medvqa_rl.evaluation.measured.measured_summary` returns;
-        ``pairs``: for each further run what
-        :func:`medvqa_rl.evaluation.summary.paired_gain` returns, ``holm_p`` (the permutation test's p-value adjusted
-        for the number of runs), ``by`` (the same by group, ``holm_p`` adjusted for the values of a key) and
-        ``flipped``, the questions that got better or worse.
+        ``pairs``: for each pair ``baseline`` and ``run``, their names, what
+        :func:`medvqa_rl.evaluation.summary.paired_gain` returns, ``holm_p`` and ``mcnemar_holm_p`` (the p-values of
+        the permutation test and of McNemar's adjusted for the number of pairs, Holm 1979), ``by`` (the same by group,
+        adjusted for the values of a key) and ``flipped``, the questions that got better or worse.
 
     Raises:
         ValueError: the runs are of different questions.
     """
     baseline, *others = runs
+    chosen = list(combinations(runs, 2)) if every_pair else [(baseline, run) for run in others]
     overall = [
         {name: summary[name] for name in ("n", "num_scored", "num_clusters", "effective_n", "detectable_difference")}
         | {name: summary[name] for name in ("accuracy", "accuracy_low", "accuracy_high", "no_answer_rate")}
@@ -118,21 +127,23 @@ def compare(runs: Sequence[Evaluated], config: EvalConfig = EvalConfig()) -> dic
         for summary in [summarise(run.records, config)]
     ]
     pairs: list[dict[str, Any]] = [
-        {"run": run.name, **paired_gain(baseline.records, run.records, config)} for run in others
+        {"baseline": first.name, "run": run.name, **paired_gain(first.records, run.records, config)}
+        for first, run in chosen
     ]
     _adjust(pairs)
-    for row, run in zip(pairs, others):
-        row["by"] = _gains_by_group(baseline.records, run.records, config)
-        turned = [both for both in pair(baseline.records, run.records) if both[0].is_correct != both[1].is_correct]
+    for row, (first, run) in zip(pairs, chosen):
+        row["by"] = _gains_by_group(first.records, run.records, config)
+        turned = [both for both in pair(first.records, run.records) if both[0].is_correct != both[1].is_correct]
         row["flipped"] = [_flip(one, other) for one, other in turned]
     return {"baseline": baseline.name, "dataset": baseline.cell[0], "runs": overall, "pairs": pairs}
 
 
 def _adjust(rows: Sequence[dict[str, Any]]) -> None:
-    """Give each row its permutation p-value adjusted for the others."""
-    adjusted = holm(dict(enumerate(row["permutation_p"] for row in rows)))
-    for place, row in enumerate(rows):
-        row["holm_p"] = adjusted[place]
+    """Give each row its p-values adjusted for the others."""
+    for test, name in (("permutation_p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+        adjusted = holm(dict(enumerate(row[test] for row in rows)))
+        for place, row in enumerate(rows):
+            row[name] = adjusted[place]
 
 
 def _gains_by_group(
@@ -239,6 +250,43 @@ def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
     return table
 
 
+def pairs_table(comparison: Mapping[str, Any]) -> Table:
+    """Differences of every two runs in points, a row for each."""
+    table = Table(title="Differences of every two, in points", title_justify="left")
+    names = ("", "n", "images", "difference", "95 % interval", "better", "worse")
+    for name in (*names, "McNemar p", "Holm", "permut. p", "Holm", "detect."):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
+    for row in comparison["pairs"]:
+        table.add_row(
+            Text(f"{row['run']} minus {row['baseline']}"),
+            f"{row['n']:,}",
+            f"{row['num_clusters']:,}",
+            _points(row["gain"], "+"),
+            _bounds(row["gain_low"], row["gain_high"], "+"),
+            str(row["improved"]),
+            str(row["worsened"]),
+            _p(row["mcnemar_p"]),
+            _p(row["mcnemar_holm_p"]),
+            _p(row["permutation_p"]),
+            _p(row["holm_p"]),
+            _points(row["detectable_gain"]),
+        )
+    return table
+
+
+def pairs_csv(comparison: Mapping[str, Any]) -> str:
+    """The same as text in CSV, shares between 0 and 1; what does not apply is empty."""
+    names = [name for name in comparison["pairs"][0] if name not in ("by", "flipped")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["dataset", *names])
+    for row in comparison["pairs"]:
+        cells = [row[name] for name in names]
+        is_missing = [isinstance(cell, float) and math.isnan(cell) for cell in cells]
+        writer.writerow([comparison["dataset"], *("" if no else cell for no, cell in zip(is_missing, cells))])
+    return file.getvalue()
+
+
 def flips_table(gains: Mapping[str, Any], most: int) -> Table:
     """The first questions whose answers turned, as many in each direction as are asked for."""
     flipped = gains["flipped"]
@@ -269,6 +317,24 @@ def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> Non
     )
 
 
+def show_pairs(comparison: Mapping[str, Any], console: Console) -> None:
+    """Print how every two runs differ."""
+    console.print(runs_table(comparison))
+    console.print(reasoning_table(comparison))
+    console.print(pairs_table(comparison))
+    console.print(
+        "Intervals and the permutation test take all questions of an image together; McNemar's does not. Holm: the "
+        "p-value before it, adjusted for the number of pairs. Detect.: the difference found with 80 % power.",
+        style="dim",
+    )
+
+
+def write_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write comparisons as JSON, every flipped question included, as a whole or not at all."""
+    text = json.dumps(without_nan({"comparisons": comparisons}), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
 def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int = 5) -> None:
     """Print the comparison of two or more runs and write all of it, every flipped question included, if asked.
 
@@ -280,6 +346,5 @@ def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int
     for comparison in comparisons:
         show(comparison, console, flips)
     if output is not None:
-        text = json.dumps(without_nan({"comparisons": comparisons}), indent=2, ensure_ascii=False, allow_nan=False)
-        write_text(output, text + "\n")
+        write_comparisons(comparisons, output)
         console.print(f"Written: {output}", highlight=False, soft_wrap=True)

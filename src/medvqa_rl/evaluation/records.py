@@ -95,10 +95,15 @@ class EvalRecord:
         return self.is_correct is not None
 
     @property
+    def gold_text(self) -> str:
+        """The gold answer as text: the option's text for choice questions."""
+        is_letter = self.answer_type == "choice" and bool(self.options)
+        return self.options[LETTERS.index(self.gold)] if is_letter else self.gold
+
+    @property
     def answer_kind(self) -> str:
         """``yes/no`` where the gold answer says either, else ``other``, whatever the data set's annotation."""
-        gold = self.options[LETTERS.index(self.gold)] if self.answer_type == "choice" and self.options else self.gold
-        return "yes/no" if normalise(gold) in ("yes", "no") else "other"
+        return "yes/no" if normalise(self.gold_text) in ("yes", "no") else "other"
 
 
 REQUIRED = frozenset(

@@ -266,6 +266,13 @@ def paired_gain(
     }
 
 
+def _is_same_question(one: EvalRecord, other: EvalRecord) -> bool:
+    """Whether two records are of the same question; a prompt may have hidden its options."""
+    if bool(one.options) != bool(other.options):
+        return (one.question, one.gold_text) == (other.question, other.gold_text)
+    return (one.question, one.options, one.gold) == (other.question, other.options, other.gold)
+
+
 def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tuple[EvalRecord, EvalRecord]]:
     """The questions that are scored in both evaluations, in the order of the first.
 
@@ -281,7 +288,7 @@ def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tupl
         )
     pairs = [(record, later[record.sample_id]) for record in before]
     for one, other in pairs:
-        if (one.question, one.options, one.gold) != (other.question, other.options, other.gold):
+        if not _is_same_question(one, other):
             raise ValueError(
                 f"The two evaluations are of different questions: {one.sample_id!r} asks {one.question!r} with the "
                 f"gold answer {one.gold!r} in one and {other.question!r} with {other.gold!r} in the other; evaluate "
