@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 
 from medvqa_rl import __version__
-from medvqa_rl.cli_common import ConfigPath, Debug, DryRun, Overrides, prepare_process
+from medvqa_rl.cli_common import ConfigPath, Debug, DryRun, Overrides, prepare_process, read_settings
 from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
 from medvqa_rl.cli_estimate import estimate
@@ -21,6 +21,7 @@ from medvqa_rl.cli_eval import compare, evaluate
 from medvqa_rl.cli_judge import judge_app
 from medvqa_rl.cli_report import report, watch
 from medvqa_rl.cli_study import study_app
+from medvqa_rl.network import VARIABLE, forbid_network
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -73,8 +74,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
+    network: Annotated[
+        Literal["on", "off"],
+        typer.Option(envvar=VARIABLE, help="off refuses every connection beyond this machine, whatever the verb."),
+    ] = "on",
 ) -> None:
     """Options before the verb."""
+    if network == "off":
+        forbid_network()
 
 
 @app.command()
@@ -102,9 +109,7 @@ def train(
 ) -> None:
     """Fine-tune with reinforcement learning (GRPO, Dr. GRPO or DAPO)."""
     with _told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="train")
+        loaded = read_settings(config, overrides or (), purpose="train")
         prepare_process()
         from medvqa_rl.learning.grpo import train as run
 
@@ -122,9 +127,7 @@ def sft(
 ) -> None:
     """Fine-tune with supervision on the same data and prompts: the baseline."""
     with _told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="sft")
+        loaded = read_settings(config, overrides or (), purpose="sft")
         prepare_process()
         from medvqa_rl.learning.sft import train_sft
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from medvqa_rl.network import NetworkRefused, forbid_network, is_off
+
+if TYPE_CHECKING:
+    from medvqa_rl.config import Purpose
+    from medvqa_rl.settings import Loaded
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with settings, as those in configs/.")]
 Overrides = Annotated[
@@ -45,11 +51,25 @@ def told_plainly(debug: bool = False) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> Loaded:
+    """Read and check the settings of a verb, and shut the network where they, or ``--network``, say so.
+
+    Raises:
+        ConfigError: with a sentence for everything that is wrong.
+    """
+    from medvqa_rl.settings import load_config
+
+    loaded = load_config(path, [*overrides, *(["network=off"] if is_off() else [])], purpose=purpose)
+    if loaded.config.network == "off":
+        forbid_network()
+    return loaded
+
+
 def _sentence(error: Exception) -> str:
     """The message of an error, as a sentence."""
     from medvqa_rl.config import ConfigError
 
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or isinstance(error, NetworkRefused):
         return (
             "\nerror: ".join(error.problems)
             if isinstance(error, ConfigError)

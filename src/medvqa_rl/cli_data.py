@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split, told_plainly
+from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, Split, read_settings, told_plainly
 
 data_app = typer.Typer(help="Look at data, check it, split it and export it.", no_args_is_help=True)
 
@@ -49,10 +49,8 @@ def data_check(
 ) -> None:
     """Check every question and every image of all splits. Exits with 1 where something is wrong."""
     with told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="eval")
-        further = [load_config(path, purpose="eval").config.data for path in data or ()]
+        loaded = read_settings(config, overrides or (), purpose="eval")
+        further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
         if further and no_images:
             raise ValueError(
                 "--data and --no-images do not go together: images of different data sets are compared by their "
@@ -84,9 +82,7 @@ def data_show(
 ) -> None:
     """Draw a contact sheet: images with their questions and gold answers."""
     with told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="eval")
+        loaded = read_settings(config, overrides or (), purpose="eval")
         from medvqa_rl.data_commands import run_show
 
         run_show(loaded.config, split=split, count=count, output=output)
@@ -130,9 +126,7 @@ def data_export(
 ) -> None:
     """Write a data set with the columns that TRL reads: prompt, images, solution."""
     with told_plainly(debug):
-        from medvqa_rl.settings import load_config
-
-        loaded = load_config(config, overrides or (), purpose="eval")
+        loaded = read_settings(config, overrides or (), purpose="eval")
         from medvqa_rl.data_files import run_export
 
         run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, told_plainly
+from medvqa_rl.cli_common import ConfigPath, Debug, Overrides, read_settings, told_plainly
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -61,10 +61,9 @@ def estimate(
     """Estimate memory and seconds of a training step before it runs. Exit code 1 where it does not fit."""
     with told_plainly(debug):
         from medvqa_rl.estimate_command import run_estimate
-        from medvqa_rl.settings import load_config
 
         fits = run_estimate(
-            load_config(config, overrides or (), purpose="train").config,
+            read_settings(config, overrides or (), purpose="train").config,
             model_size=model_size,
             device=device,
             card_name=card,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli_common import Debug, DryRun, Overrides, Split, prepare_process, told_plainly
+from medvqa_rl.cli_common import Debug, DryRun, Overrides, Split, prepare_process, read_settings, told_plainly
 
 RunOrConfig = Annotated[
     Path,
@@ -56,16 +56,15 @@ def evaluate(
     with told_plainly(debug):
         from medvqa_rl.evaluation.store import Shard, saved_model
         from medvqa_rl.prompts import read_templates
-        from medvqa_rl.settings import load_config
 
         given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
         run = config if config.is_dir() else None
         if run is not None and checkpoint is None:
             checkpoint = saved_model(run)
-        settings = load_config(config if run is None else run / "config.yaml", given, purpose="eval").config
+        settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
         if run is not None:  # it may have moved, or been named from elsewhere
             settings = settings.model_copy(update={"output_dir": str(run)})
-        further = [load_config(path, purpose="eval").config.data for path in data or ()]
+        further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
         part = None if shard is None else Shard.parse(shard)
         templates = () if prompts is None else read_templates(prompts)
         prepare_process()

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from medvqa_rl.cli_common import Debug, prepare_process, told_plainly
+from medvqa_rl.network import is_off
 
 judge_app = typer.Typer(help="Judges of reasoning: how far one can be trusted.", no_args_is_help=True)
 
@@ -56,7 +57,8 @@ def calibrate(
             "strictness": strictness,
             "device": device,
         }
-        config: Config = build_config({"judge": given, "rewards": {"semantic": 1.0}})
+        network = "off" if is_off() else "on"
+        config: Config = build_config({"network": network, "judge": given, "rewards": {"semantic": 1.0}})
         for line in notices(config):
             print(line)
         prepare_process()

@@ -19,6 +19,7 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Write the figures for a paper, as PDF and SVG, to this folder instead.")
     ] = None,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Leave the images of the questions out.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
@@ -38,7 +39,7 @@ def report(
             return
         from medvqa_rl.report.report import write_report
 
-        path = write_report(runs, output)
+        path = write_report(runs, output, images=not no_images)
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

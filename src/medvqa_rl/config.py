@@ -401,6 +401,8 @@ class Config(Settings):
 
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
     """Folder of the run; a new one, or with --resume the one to continue."""
+    network: Literal["on", "off"] = "on"
+    """off refuses every connection beyond this machine, for the whole process."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     prefetch: PrefetchConfig = PrefetchConfig()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import Config, JudgeConfig
+from medvqa_rl.network import is_loopback
 from medvqa_rl.prompts import asks_reasoning
 
 EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
@@ -25,6 +26,29 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "rewards.semantic",
             "prompt.template",
             "prompt.mix",
+        )
+
+
+def network_problems(config: Config) -> Iterator[tuple[str, ...]]:
+    """What would leave this machine although ``network`` is off."""
+    if config.network == "on":
+        return
+    judges = {"judge": config.judge} | ({} if config.eval_judge is None else {"eval_judge": config.eval_judge})
+    for name, judge in judges.items():
+        host = urlsplit(judge.endpoint or "").hostname
+        if host and not is_loopback(host):
+            yield (
+                f"{name}.endpoint is on {host}, but network is off, so nothing may leave this machine: serve the "
+                "judge here (http://localhost:8000/v1), or set network=on.",
+                f"{name}.endpoint",
+                "network",
+            )
+    if config.train.tracker_online:
+        yield (
+            "train.tracker_online is true, but network is off, so nothing may leave this machine: set "
+            "train.tracker_online=false, or network=on.",
+            "train.tracker_online",
+            "network",
         )
 
 

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.data_problems import data_problems
-from medvqa_rl.judge_problems import asked_by, judge_problems
+from medvqa_rl.judge_problems import asked_by, judge_problems, network_problems
 from medvqa_rl.prompts import asks_reasoning
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
@@ -251,6 +251,8 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
     yield from _check_model(config)
     yield from _check_data(config)
     yield from _check_loss(config)
+    for sentence, *paths in network_problems(config):
+        yield _problem(sentence, *paths)
     for sentence, *paths in judge_problems(config):
         yield _problem(sentence, *paths)
     if purpose in ("train", "sft"):

@@ -30,6 +30,7 @@ from medvqa_rl.types import Dataset
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 MAY_CHANGE = (
+    "network",
     "output_dir",
     "prefetch.workers",
     "prefetch.max_mib",

@@ -32,8 +32,11 @@ LIMITS = (
 MAX_BYTES = 10_000_000
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
+def write_report(paths: Sequence[Path], out: Path, *, images: bool = True) -> Path:
     """Read the runs and write the page, atomically; its folder is made.
+
+    Args:
+        images: show the images of the sampled questions; without, no image file is opened.
 
     Raises:
         ValueError: a folder is not that of a run, or two have the same name.
@@ -45,7 +48,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
             f"Two of the runs have the same name ({', '.join(names)}), so their curves could not be told apart: "
             "rename a folder, or give each run once."
         )
-    html = render_report(runs)
+    html = render_report(runs, images=images)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     partial.write_text(html, encoding="utf-8", errors="replace")
@@ -53,10 +56,10 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def render_report(runs: Sequence[StoredRun]) -> str:
+def render_report(runs: Sequence[StoredRun], *, images: bool = True) -> str:
     """The page as HTML."""
     comparisons, problems = compare(runs)
-    viewer = build_viewer(runs)
+    viewer = build_viewer(runs, images=images)
     templates = files("medvqa_rl.report") / "templates"
     style = "\n".join((templates / name).read_text(encoding="utf-8") for name in ("_style.css", "_report.css"))
     script = (templates / "_viewer.js").read_text(encoding="utf-8")

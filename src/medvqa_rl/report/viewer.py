@@ -38,8 +38,12 @@ class Viewer:
     notes: Sequence[str]
 
 
-def build_viewer(runs: Sequence[StoredRun]) -> Viewer:
-    """Collect the groups of some runs; of too many, those at even distances."""
+def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
+    """Collect the groups of some runs; of too many, those at even distances.
+
+    Args:
+        images: find their images again, too.
+    """
     notes: list[str] = []
     found: list[tuple[int, StoredGroup]] = []
     for number, run in enumerate(runs):
@@ -55,7 +59,7 @@ def build_viewer(runs: Sequence[StoredRun]) -> Viewer:
             f"{len(kept)} of {len(found)} stored groups are shown, at even distances, to keep the page small."
         )
     thumbnails = _Thumbnails()
-    for number, run in enumerate(runs):
+    for number, run in enumerate(runs if images else ()):
         own = [(group, shown) for (place, group), shown in zip(kept, plain) if place == number]
         samples, problem = find_samples(run, [group for group, _ in own])
         if problem:
@@ -63,6 +67,8 @@ def build_viewer(runs: Sequence[StoredRun]) -> Viewer:
         for group, shown in own:
             if group.sample_id in samples:
                 thumbnails.add(samples[group.sample_id], shown, notes)
+    if plain and not images:
+        notes.append("The page was written without images.")
     if thumbnails.num_left_out:
         notes.append(f"{thumbnails.num_left_out} images are left out to keep the page small.")
     return Viewer(plain, thumbnails.uris, notes)
