@@ -18,6 +18,7 @@ from medvqa_rl.cli_common import told_plainly as _told_plainly
 from medvqa_rl.cli_data import data_app
 from medvqa_rl.cli_estimate import estimate
 from medvqa_rl.cli_eval import compare, evaluate
+from medvqa_rl.cli_init import init
 from medvqa_rl.cli_judge import judge_app
 from medvqa_rl.cli_report import report, watch
 from medvqa_rl.cli_study import study_app
@@ -39,6 +40,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")
 app.add_typer(judge_app, name="judge")
+app.command()(init)
 app.command(name="eval")(evaluate)
 app.command()(compare)
 app.command()(estimate)

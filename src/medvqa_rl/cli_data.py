@@ -117,14 +117,14 @@ def data_export(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("export"),
     split: Annotated[Split | None, typer.Option(help="Which questions; without it, all three splits.")] = None,
     form: Annotated[
-        Literal["jsonl", "parquet"],
-        typer.Option("--format", help="jsonl with image files, or parquet with all inside."),
+        Literal["jsonl", "parquet", "csv"],
+        typer.Option("--format", help="jsonl with image files, parquet with all inside, or csv as for data.name=own."),
     ] = "jsonl",
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Shrink larger images to this area.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write so many samples of each split at most.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a data set with the columns that TRL reads: prompt, images, solution."""
+    """Write a data set with the columns that TRL reads (prompt, images, solution), or as a table of one's own."""
     with told_plainly(debug):
         loaded = read_settings(config, overrides or (), purpose="eval")
         from medvqa_rl.data_files import run_export

@@ -2,17 +2,20 @@
 
 ``prompt`` is a list with one user message whose content is the text alone (TRL puts the image placeholders before it),
 ``images`` are paths below the folder or, in parquet, the files themselves, ``solution`` is the gold answer as the
-scorer wants it: the letter of choice questions, else the text. More columns say what the question was.
+scorer wants it: the letter of choice questions, else the text. More columns say what the question was. As CSV it has
+the columns that this package reads as one's own data instead.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial as partial_function
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +26,21 @@ from medvqa_rl.data.images import FileImage, shrink
 from medvqa_rl.prompts import Template, as_asked, render_prompt
 from medvqa_rl.types import Dataset, ImageSource, Sample
 
-Format = Literal["jsonl", "parquet"]
+Format = Literal["jsonl", "parquet", "csv"]
 COLUMNS = ("prompt", "images", "solution", "id", "answer_type", "question", "options", "reasoning", "groups")
+OWN_COLUMNS = (
+    "id",
+    "image",
+    "question",
+    "answer",
+    "options",
+    "answer_type",
+    "reasoning",
+    "modality",
+    "organ",
+    "family",
+)
+"""Of a table that :mod:`medvqa_rl.data.own` reads."""
 BATCH = 64
 """Rows of parquet in memory at a time."""
 
@@ -54,7 +70,7 @@ def export(
     limit: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write samples to ``name.jsonl`` with image files beside it, or to ``name.parquet`` with the images inside.
+    """Write samples to ``name.jsonl`` or ``name.csv`` with image files beside it, or ``name.parquet`` with all inside.
 
     PNG and JPEG files that any reader shows alike (8 bits, grey or RGB, upright, one frame) keep their bytes; every
     other image is written as PNG, as it is decoded here.
@@ -63,7 +79,7 @@ def export(
         dataset: the samples, read one after the other.
         folder: where to write; made if it is not there.
         name: of the file, such as train.
-        form: jsonl or parquet.
+        form: jsonl, parquet, or csv for one's own data.
         template: form of the prompt.
         max_pixels: larger images are shrunk to this area.
         limit: samples to write at most.
@@ -83,7 +99,7 @@ def export(
     partial = file.with_name(file.name + ".partial")
     images = _Images(folder, max_pixels)
 
-    def rows(with_bytes: bool) -> Iterator[dict[str, Any]]:
+    def rows(with_bytes: bool, row_of: Callable[[Sample, list[Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for index in range(total):
             sample = dataset[index]
             try:
@@ -91,20 +107,26 @@ def export(
                 pictures = [put(source) for source in sample.images]
             except ValueError as error:
                 raise ValueError(f"Sample {sample.id} cannot be written: {error}") from error
-            yield row_of(sample, pictures, template)
+            yield row_of(sample, pictures)
             progress(index + 1, total)
 
+    for_trl = partial_function(trl_row, template=template)
     if form == "jsonl":
         with partial.open("w", encoding="utf-8") as out:
-            for row in rows(with_bytes=False):
+            for row in rows(False, for_trl):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    elif form == "csv":
+        with partial.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, OWN_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows(False, own_row))
     else:
-        _write_parquet(partial, rows(with_bytes=True))
+        _write_parquet(partial, rows(True, for_trl))
     os.replace(partial, file)
     return Exported(file, total, images.written, images.copied)
 
 
-def row_of(sample: Sample, images: list[Any], template: Template) -> dict[str, Any]:
+def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, Any]:
     """A sample in TRL's columns and ours; special-token strings are neutralised as in training."""
     sample = as_asked(sample, template)
     (message,) = render_prompt(sample, template).messages
@@ -119,6 +141,21 @@ def row_of(sample: Sample, images: list[Any], template: Template) -> dict[str, A
         "options": list(sample.options),
         "reasoning": sample.reasoning,
         "groups": json.dumps(dict(sample.groups), ensure_ascii=False),
+    }
+
+
+def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
+    """A sample in the columns of one's own data; image names are those in the folder ``images``."""
+    names = [str(image).removeprefix("images/") for image in images]
+    return {
+        "id": sample.id,
+        "image": names[0] if len(names) == 1 else json.dumps(names),
+        "question": sample.question,
+        "answer": sample.answer,
+        "options": json.dumps(sample.options, ensure_ascii=False) if sample.options else "",
+        "answer_type": sample.answer_type,
+        "reasoning": sample.reasoning,
+        **{name: sample.groups.get(name, "") for name in ("modality", "organ", "family")},
     }
 
 
