@@ -212,6 +212,20 @@ def phantom_build_judges(
         build_judges(output, names=only or (), dry_run=dry_run)
 
 
+@phantom_app.command("build-lm")
+def phantom_build_lm(
+    output: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("runs/lm"),
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train the embedded language model, which measures perplexity, again from nothing, by the committed recipe."""
+    with _told_plainly(debug):
+        prepare_process()
+        from medvqa_rl.phantom.lm import build_lm
+
+        build_lm(output, dry_run=dry_run)
+
+
 @phantom_app.command("draw")
 def phantom_draw(
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("phantom.png"),

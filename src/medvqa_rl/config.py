@@ -383,7 +383,7 @@ class EvalConfig(Settings):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Sampled answers: from the fewest tokens that hold this much probability; 1 keeps all."""
     perplexity_model: str | None = None
-    """Folder or Hub id of a causal language model that measures the perplexity of outputs; None measures none."""
+    """Language model for perplexity, not the judge that rewards: phantom:lm, folder or Hub id; None measures none."""
     similarity: str | None = None
     """tfidf, or a sentence-transformers model by folder or Hub id; None measures no similarity."""
     fail_on_unscored: Share = 0.05

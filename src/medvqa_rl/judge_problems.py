@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import Config, JudgeConfig
@@ -11,6 +12,8 @@ from medvqa_rl.network import is_loopback
 from medvqa_rl.prompts import asks_reasoning
 
 EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
+EMBEDDED_LM = "phantom:lm"
+"""The language model of the phantom world that measures perplexity and judges nothing."""
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -19,6 +22,7 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
     yield from _problems("judge", config.judge)
     if config.eval_judge is not None:
         yield from _problems("eval_judge", config.eval_judge)
+    yield from _perplexity_problems(config)
     if config.rewards.semantic and not any(map(asks_reasoning, config.prompt.templates)):
         yield (
             f"rewards.semantic is {config.rewards.semantic:g}, but {asked_by(config)} for no reasoning that could be "
@@ -57,6 +61,29 @@ def asked_by(config: Config) -> str:
     if not config.prompt.mix.is_on:
         return f"prompt.template={config.prompt.template} asks"
     return f"prompt.mix ({', '.join(config.prompt.templates)}) asks"
+
+
+def _perplexity_problems(config: Config) -> Iterator[tuple[str, ...]]:
+    name, judge = config.eval.perplexity_model, config.judge
+    if name is None:
+        return
+    is_folder = Path(name).is_dir() and Path(judge.model).is_dir()
+    is_judge = name == judge.model or (is_folder and Path(name).samefile(judge.model))
+    if config.rewards.semantic and judge.endpoint is None and is_judge:
+        yield (
+            f"eval.perplexity_model is {name}, but that is the judge that rewards (rewards.semantic is "
+            f"{config.rewards.semantic:g}), so its perplexity would show how well it was pleased: name a fixed "
+            "language model that does not reward.",
+            "eval.perplexity_model",
+            "judge.model",
+            "rewards.semantic",
+        )
+    elif name.startswith("phantom:") and name != EMBEDDED_LM:
+        yield (
+            f"eval.perplexity_model is {name}, but the embedded language model is {EMBEDDED_LM}: name that, a folder "
+            "or a Hub id.",
+            "eval.perplexity_model",
+        )
 
 
 def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:

@@ -102,6 +102,15 @@ def test_the_gold_answer_and_the_image_are_not_shown() -> None:
         ({"judge": {"model": " "}}, "judge.model is empty"),
         ({"judge": {"device": "gpu"}}, "judge.device is 'gpu', but must be auto, cpu, cuda or such as cuda:1"),
         ({"judge": {"template": "chat"}}, "the embedded judges read the reasoning alone"),
+        (
+            {"rewards": {"semantic": 1.0}, "eval": {"perplexity_model": "phantom:judge"}},
+            "eval.perplexity_model is phantom:judge, but that is the judge that rewards (rewards.semantic is 1)",
+        ),
+        (
+            {"rewards": {"semantic": 1.0}, "judge": {"model": "a/b"}, "eval": {"perplexity_model": "a/b"}},
+            "name a fixed language model that does not reward",
+        ),
+        ({"eval": {"perplexity_model": "phantom:judge"}}, "the embedded language model is phantom:lm"),
         ({"judge": {"api_key_env": "KEY"}}, "judge.api_key_env is set, but judge.endpoint is not"),
         ({"judge": {"model": "m", "endpoint": "localhost:80"}}, "must be the address of a server"),
         ({"judge": {"model": "m", "endpoint": "http://me:key@host/v1"}}, "holds a user, a password or a query"),
@@ -115,6 +124,19 @@ def test_bad_settings_are_told_in_a_sentence(given: dict[str, dict[str, object]]
         build_config(given, purpose="train")
     assert message in str(caught.value)
     assert "sk-12" not in str(caught.value) and "me:key" not in str(caught.value)
+
+
+def test_a_judge_is_known_by_its_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "judge")
+    given: dict[str, dict[str, object]] = {
+        "judge": {"model": str(tmp_path / "judge")},
+        "eval": {"perplexity_model": str(tmp_path / "link")},
+    }
+    build_config(given)  # it rewards nothing
+    with pytest.raises(ValueError, match="but that is the judge that rewards"):
+        build_config(given | {"rewards": {"semantic": 0.5}})
+    build_config(given | {"rewards": {"semantic": 0.5}, "judge": {"model": "m", "endpoint": "http://host/v1"}})
 
 
 def test_where_texts_go_is_said() -> None:

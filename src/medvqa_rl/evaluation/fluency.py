@@ -14,7 +14,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medvqa_rl.config import is_hub_id
+from medvqa_rl.judge_problems import EMBEDDED_LM
 
+_ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
 """Tokens of a window at most, also for models that could read more."""
@@ -96,16 +98,16 @@ class LanguageModel:
 
 
 def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
-    """A causal language model by folder or Hub id, in float32 on a CPU and bfloat16 on a GPU.
+    """A causal language model by folder, Hub id or as ``phantom:lm``, in float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
         ValueError: there is no such model, or it is no causal language model.
     """
-    folder = Path(name)
+    folder = _ASSETS / "lm" if name == EMBEDDED_LM else Path(name)
     if not folder.is_dir() and not is_hub_id(name):
         raise ValueError(
             f"eval.perplexity_model is {name}, which is no folder and no Hub id: give the folder of a causal language "
-            "model, or its id, such as openai-community/gpt2."
+            f"model, its id, such as openai-community/gpt2, or {EMBEDDED_LM} for texts of the phantom world."
         )
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     try:
