@@ -30,6 +30,7 @@ def verdicts(change: Change, steps: int = 100) -> dict[str, str]:
 
 
 VERBOSE, THINKING, PERPLEXITY = "Verbose and wrong", "Low thinking reward with high accuracy", "High perplexity"
+RISE = "No rise of the curve"
 BREAK, ENTROPY, LENGTH = "Abrupt change of the curve", "Entropy collapses", "Length collapses"
 
 CASES: list[tuple[str, str, str, Change]] = [
@@ -73,6 +74,10 @@ CASES: list[tuple[str, str, str, Change]] = [
     ("no perplexity", PERPLEXITY, "not measured", lambda step: {}),
     ("perplexity of the study", PERPLEXITY, "fine", lambda step: {"eval/perplexity": 14.2}),
     ("perplexity grows", PERPLEXITY, "look", lambda step: {"eval/perplexity": 0.5 * step}),
+    ("reward rises", RISE, "fine", lambda step: {"reward": 1.0 + 0.01 * step + 0.1 * (step % 5)}),
+    ("reward rises within its noise", RISE, "look", lambda step: {"reward": 1.0 + 0.0005 * step + 0.1 * (step % 5)}),
+    ("reward falls", RISE, "look", lambda step: {"reward": 2.0 - 0.01 * step}),
+    ("supervised, no reward", RISE, "not measured", lambda step: {"reward": None, "loss": 1.0}),
     ("reward falls off", BREAK, "look", lambda step: {"reward": 1.5 + 0.05 * (step % 5) - (step > 60)}),
     ("reward rises slowly", BREAK, "fine", lambda step: {"reward": 0.01 * step + 0.1 * (step % 5)}),
     ("reward is constant", BREAK, "fine", lambda step: {"reward": 1.7}),
@@ -98,8 +103,8 @@ def test_signs(sign: str, expected: str, change: Change) -> None:
 
 
 def test_a_sound_run_shows_none() -> None:
-    checks = check_health(rows())
-    assert [check.verdict for check in checks] == ["fine", "fine", "not measured", "fine", "fine", "fine"]
+    checks = check_health(rows(lambda step: {"reward": 1.0 + 0.01 * (step % 3) + 0.001 * step}))
+    assert [check.verdict for check in checks] == ["fine", "fine", "not measured", "fine", "fine", "fine", "fine"]
     assert all(check.rule.endswith(".") and check.figure.endswith(".") for check in checks)
 
 

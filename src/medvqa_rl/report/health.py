@@ -1,8 +1,9 @@
 """Signs that training went wrong, each a rule with a threshold and the figure it was held against. Imports no torch.
 
 The signs are those that the four-factor study (arXiv 2505.13973) names: verbose and wrong, low thinking reward with
-high accuracy, high perplexity, and curves that break. It gives no thresholds; those here are inferred, and are meant
-to make someone look, not to judge. All figures come from metrics.jsonl and the stored completions.
+high accuracy, high perplexity, and a curve that does not rise; curves that break or collapse are added. It gives no
+thresholds; those here are inferred, and are meant to make someone look, not to judge. All figures come from
+metrics.jsonl and the stored completions.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, variance
 from typing import Literal
 
 from medvqa_rl.evaluation.stability import abrupt_changes, largest_change, largest_drop, window_for
@@ -27,6 +28,8 @@ LOW_THINKING = 0.5
 """Share of the highest thinking reward below which reasoning and answer have parted."""
 HIGH_PERPLEXITY = 30.0
 """About twice what the study reports for its models (13 to 14)."""
+RISE = 2.0
+"""Standard errors by which the end of a curve must lie above its beginning to have risen."""
 BREAK = 3.0
 """Standard deviations between the means of two neighbouring stretches of a curve."""
 ENTROPY_LEFT = 0.2
@@ -55,6 +58,7 @@ def check_health(rows: Sequence[Row]) -> list[Check]:
         verbose_and_wrong(rows),
         thinking_against_accuracy(rows),
         perplexity(rows),
+        no_rise(rows),
         broken_curve(rows),
         collapse(rows, "entropy", "Entropy collapses", "nats per token", ENTROPY_LEFT),
         collapse(rows, "completions/mean_length", "Length collapses", "tokens", LENGTH_LEFT),
@@ -145,6 +149,24 @@ def perplexity(rows: Sequence[Row]) -> Check:
         return Check(name, "not measured", rule, "No evaluation measured perplexity (eval.perplexity_model).")
     verdict: Verdict = "look" if values[-1] > HIGH_PERPLEXITY else "fine"
     return Check(name, verdict, rule, f"Perplexity {values[0]:.1f} at first, {values[-1]:.1f} at last.")
+
+
+def no_rise(rows: Sequence[Row]) -> Check:
+    """A reward that is at the end what it was at the start: nothing was found that could be amplified."""
+    name = "No rise of the curve"
+    rule = (
+        f"The mean reward of the last fifth of the steps is not above that of the first fifth by {RISE:g} standard "
+        "errors of their difference."
+    )
+    values = series(rows, "reward")
+    short = _too_short(name, rule, values, "the reward")
+    if short is not None:
+        return short
+    first, last = values[: len(values) // 5], values[-(len(values) // 5) :]
+    error = math.sqrt(variance(first) / len(first) + variance(last) / len(last))
+    rise = fmean(last) - fmean(first)
+    figure = f"Mean reward {fmean(first):.2f} at the start, {fmean(last):.2f} at the end (standard error {error:.2f})."
+    return Check(name, "look" if rise <= RISE * error else "fine", rule, figure)
 
 
 def broken_curve(rows: Sequence[Row]) -> Check:
