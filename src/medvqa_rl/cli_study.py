@@ -51,9 +51,12 @@ def plan(
     with told_plainly(debug):
         from rich.console import Console
 
+        from medvqa_rl.study.leaks import compare_pixels
         from medvqa_rl.study.running import plan_table
 
         read, _ = _read(recipe, overrides, output, quick, arms)
+        for line in compare_pixels(read.pairs):
+            print(line)
         Console(width=None if sys.stdout.isatty() else 160).print(plan_table(read))
 
 
@@ -65,6 +68,7 @@ def run(
     quick: Quick = False,
     arms: Arms = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the work of a cell.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Do what is left of every cell, and write the tables. Stopped or killed, the same command continues."""
@@ -72,16 +76,19 @@ def run(
         from rich.console import Console
 
         from medvqa_rl.study.collect import collect as read_results
+        from medvqa_rl.study.leaks import compare_pixels
+        from medvqa_rl.study.output import write_study
         from medvqa_rl.study.running import run_study
-        from medvqa_rl.study.tables import write_tables
 
         read, folder = _read(recipe, overrides, output, quick, arms)
-        failures = run_study(read, folder, jobs=jobs, console=Console(stderr=True))
+        for line in compare_pixels(read.pairs):
+            print(line)
+        failures = run_study(read, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
         if failures:
             told = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
             print(f"error: {len(failures)} cells failed: {told}", file=sys.stderr)
             raise typer.Exit(1)
-        for path in write_tables(read_results(read), folder / "tables"):
+        for path in write_study(read_results(read), folder / "tables"):
             print(path)
 
 
@@ -94,11 +101,11 @@ def collect(
     arms: Arms = None,
     debug: Debug = False,
 ) -> None:
-    """Write the tables of the cells that are finished: Markdown, CSV, LaTeX and a page."""
+    """Write what the finished cells show: tables as Markdown, CSV and LaTeX, figures, and a page of all."""
     with told_plainly(debug):
         from medvqa_rl.study.collect import collect as read_results
-        from medvqa_rl.study.tables import write_tables
+        from medvqa_rl.study.output import write_study
 
         read, folder = _read(recipe, overrides, output, quick, arms)
-        for path in write_tables(read_results(read), folder / "tables"):
+        for path in write_study(read_results(read), folder / "tables"):
             print(path)

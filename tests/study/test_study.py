@@ -11,63 +11,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from cells import OUTCOMES, store, write
 from rich.console import Console
 from scipy.stats import binomtest
 
 from medvqa_rl.cli import app
-from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.records import EvalRecord, record_line
 from medvqa_rl.evaluation.stats import holm
-from medvqa_rl.evaluation.store import without_nan
-from medvqa_rl.evaluation.summary import summarise
-from medvqa_rl.settings import write_yaml
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
-from medvqa_rl.study.recipe import Recipe, find_recipe, read_recipe
+from medvqa_rl.study.output import write_study
+from medvqa_rl.study.recipe import find_recipe, read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
-from medvqa_rl.study.tables import write_tables
 
 QUIET = Console(quiet=True)
-
-
-def tiny(model: str) -> dict[str, Any]:
-    """Three arms of a random model that learn nothing in two steps."""
-    return {
-        "baseline": "grpo",
-        "seeds": [0, 1],
-        "settings": {
-            "model": {"path": model, "device": "cpu"},
-            "data": {"name": "phantom", "answer_types": ["choice"]},
-            "rollout": {"num_generations": 2, "max_completion_length": 16},
-            "train": {"steps": 4, "prompts_per_step": 2, "save_steps": 1},
-            "sft": {"batch_size": 2},
-            "eval": {"bootstrap": 20, "max_samples": 4},
-        },
-        "arms": {
-            "zero_shot": {"verb": "none"},
-            "sft": {"verb": "sft", "published": 52.0},
-            "grpo": {"verb": "train", "settings": {"rewards": {"ecr": 0.5}}, "published": 58.04},
-        },
-        "tests": {"home": {"data": {"num_test": 6}}},
-        "quick": {"seeds": [0], "settings": {"train": {"steps": 2}}},
-        "forecast": {"seconds_per_step": {"train": 60, "sft": 30}, "seconds_per_question": 15, "seconds_per_start": 0},
-    }
-
-
-def write(path: Path, recipe: dict[str, Any]) -> Path:
-    path.write_text(write_yaml(recipe), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def given(tiny_folder: Callable[[str], Path], tmp_path: Path) -> dict[str, Any]:
-    return tiny(str(tiny_folder("qwen2_vl")))
 
 
 @pytest.fixture
@@ -120,7 +82,8 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     assert run_study(measured, output, console=QUIET) == []
     assert [words[0] for words in in_process] == ["eval"] * 3
 
-    files = {file.name: file.read_text() for file in write_tables(collect(changed), output / "tables")}
+    written = write_study(collect(changed), output / "tables")
+    files = {file.name: file.read_text() for file in written if file.suffix != ".png"}
     assert set(files) == {"home.csv", "home.tex", "study.md", "study.html"}
     table = list(csv.DictReader(files["home.csv"].splitlines()))
     assert [row["arm"] for row in table] == ["zero_shot", "sft", "grpo"]
@@ -161,6 +124,20 @@ def test_a_killed_cell_continues(
     assert is_finished(cell)
 
 
+def test_several_processes_share_a_cell(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study", only=["zero_shot"])
+    called: list[list[str]] = []
+    monkeypatch.setattr(running.subprocess, "call", lambda command, **rest: called.append(list(command)) or 0)
+    run_study(recipe, tmp_path / "study", processes=4, console=QUIET)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "4", "-m", "medvqa_rl"]
+    assert [command[:7] for command in called] == [launch] * len(called)
+    assert [command[7] for command in called[:2]] == ["eval", "train"]
+    with pytest.raises(ValueError, match="would take the same 4 GPUs: leave one of the two at 1"):
+        run_study(recipe, tmp_path / "study", jobs=2, processes=4, console=QUIET)
+
+
 def test_a_study_that_is_running_is_left_alone(given: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study")
     (tmp_path / "study").mkdir()
@@ -192,6 +169,17 @@ def test_a_study_that_is_running_is_left_alone(given: dict[str, Any], tmp_path: 
         (
             {"arms": {"grpo": {"verb": "train", "settings": {"rewards": {"ecr": "much"}}}}},
             r"arm grpo: rewards\.ecr is the text 'much', but must be a number",
+        ),
+        (
+            {
+                "arms": {
+                    "grpo": {
+                        "verb": "train",
+                        "settings": {"rewards": {"semantic": 1.0}, "eval": {"perplexity_model": "phantom:judge"}},
+                    }
+                }
+            },
+            r"arm grpo: eval\.perplexity_model is phantom:judge, but that is the judge that rewards",
         ),
         ({"arms": {"grpo": {"verb": "train", "published": "high"}}}, "has published 'high'"),
         ({"arms": {"a/b": {"verb": "train"}, "grpo": {"verb": "train"}}}, "has an arm 'a/b'"),
@@ -242,60 +230,14 @@ def test_shipped_recipes_are_sound_and_fit_their_budget(quick: bool, limit: floa
     assert len(recipe.cells) == 1 + (len(recipe.arms) - 1) * (1 if quick else 3)
     assert sum(forecast(recipe).values()) / 60 <= limit
     read_recipe(find_recipe("reward_ablation_phantom"), tmp_path, quick=quick)
+    overrides = ["tests.vqa_rad=null", "tests.slake=null", f"data.path={tmp_path}"]
     with pytest.raises(
         ValueError, match="There is no folder 'images'"
     ):  # every setting is sound, the data is not there
-        read_recipe(find_recipe("four_factors_pmc_vqa"), tmp_path, overrides=[f"data.path={tmp_path}"])
+        read_recipe(find_recipe("four_factors_pmc_vqa"), tmp_path, quick=quick, overrides=overrides)
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
-
-
-def store(recipe: Recipe, outcomes: dict[tuple[str, int], str]) -> None:
-    """Finished cells whose answers are right (1), wrong (0) or unscored (-); two questions an image."""
-    for cell in recipe.cells:
-        flags = outcomes.get((cell.arm.name, cell.seed))
-        if flags is None:
-            continue
-        records = [
-            EvalRecord(
-                sample_id=str(number),
-                image_key=str(number // 2),
-                question="Is it?",
-                options=(),
-                gold="yes",
-                output="",
-                think=None,
-                answer=None,
-                is_correct=None if flag == "-" else flag == "1",
-                is_well_formed=False,
-                has_answer=False,
-                is_truncated=False,
-                num_tokens=3,
-                token_f1=None,
-                answer_type="closed",
-                similarity=0.5,
-                similarity_by="tfidf" if cell.arm.name == "grpo" else "other",
-            )
-            for number, flag in enumerate(flags)
-        ]
-        folder = cell.tests[0].folder
-        folder.mkdir(parents=True)
-        (folder / "samples.jsonl").write_text("".join(map(record_line, records)))
-        results = without_nan(summarise(records, EvalConfig(bootstrap=20)))
-        (folder / "results.json").write_text(json.dumps(results))
-        if cell.arm.verb != "none":
-            (cell.folder / "status.json").write_text(json.dumps({"state": "finished", "step": 4}))
-            (cell.folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "step_time": 2.0}) + "\n")
-
-
-OUTCOMES = {
-    ("zero_shot", 0): "0010000010-",
-    ("sft", 0): "00111001110",
-    ("sft", 1): "01100001111",
-    ("grpo", 0): "11111101110",
-    ("grpo", 1): "11110111111",
-}
 
 
 def test_tables_agree_with_scipy_and_hand(given: dict[str, Any], tmp_path: Path) -> None:
@@ -324,7 +266,7 @@ def test_tables_agree_with_scipy_and_hand(given: dict[str, Any], tmp_path: Path)
             assert test.mcnemar.p_value == pytest.approx(raw[name][seed])
             assert test.holm_p == pytest.approx(adjusted[name])
     assert raw["zero_shot"][0] < 0.05
-    text = write_tables(collect(recipe), tmp_path / "tables")[0].read_text()
+    text = write_study(collect(recipe), tmp_path / "tables")[0].read_text()
     (head, *body) = list(csv.reader(text.splitlines()))
     columns = {row[0]: dict(zip(head, row)) for row in body}
     assert columns["grpo"]["seeds"] == "90.0, 90.0" and columns["sft"]["minus grpo"] == "-35.0"

@@ -32,7 +32,7 @@ Results = Mapping[str, Any]
 Points = NDArray[np.float64]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write without a display and without the global state of pyplot."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ class _Panel:
     """Greedy evaluations to mark as points."""
 
 
-def _series(rows: Sequence[Row], key: str) -> tuple[Points, Points]:
+def series_of(rows: Sequence[Row], key: str) -> tuple[Points, Points]:
     """Steps and values of one metric, where it is finite."""
     pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
     array = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=np.float64).reshape(-1, 2)
@@ -108,7 +108,7 @@ def plot_training(
             _draw_panel(place, panel, rows, window, palette)
         for place in axes[4:]:
             place.set_xlabel("step")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _panels(rows: Sequence[Row], greedy: Sequence[Row], palette: Palette) -> list[_Panel]:
@@ -146,7 +146,7 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Row], window: int, pal
     axes.set_title(panel.title)
     ends: list[tuple[str, float, float, str]] = []
     for line in panel.lines:
-        steps, values = _series(rows, line.key)
+        steps, values = series_of(rows, line.key)
         if len(steps):
             smooth = moving_average(values, window)
             if window > 1:
@@ -154,7 +154,7 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Row], window: int, pal
             axes.plot(steps, smooth, color=line.color, linewidth=1.8)
             ends.append((line.label, steps[-1], smooth[-1], line.color))
     if panel.greedy:
-        steps, values = _series(panel.greedy, "eval/accuracy")
+        steps, values = series_of(panel.greedy, "eval/accuracy")
         for row in panel.greedy:
             if row.get("eval/accuracy_low") is not None:
                 bounds = row["eval/accuracy_low"], row["eval/accuracy_high"]
@@ -248,7 +248,7 @@ def plot_before_after(
             for axes in places[len(shown) :]:
                 axes.set_axis_off()
         _draw_legend(figure, names, palette)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 _HEADING = 1.9

@@ -18,10 +18,12 @@ from medvqa_rl.evaluation.stats import (
     minimum_detectable_effect,
     seeds_and_clusters_bootstrap,
 )
-from medvqa_rl.report.health import check_health
-from medvqa_rl.report.runs import read_run
+from medvqa_rl.report.health import Check
+from medvqa_rl.report.runs import Row, read_run
+from medvqa_rl.study.findings import Budget, PartCorrelation, WrongAnswer, budget, correlations, wordiest_wrong
 from medvqa_rl.study.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
+from medvqa_rl.study.signs import cell_signs
 
 RESAMPLES = 2000
 
@@ -42,6 +44,9 @@ class ArmResult:
 
     name: str
     published: float | None
+    """Accuracy in percent that the paper reports; None where it reports none, and on all tests but the primary one."""
+    budget: Budget
+    """Of each seed."""
     num_questions: int
     num_clusters: int
     accuracy: SeededInterval
@@ -65,8 +70,14 @@ class Collected:
     tests: Mapping[str, tuple[ArmResult, ...]]
     missing: tuple[str, ...]
     """Cells that are not finished and not in the tables."""
-    signs: Mapping[str, tuple[str, ...]]
-    """Signs of failure of each trained cell, as the health box of a report tells them; empty where there are none."""
+    signs: Mapping[str, Mapping[int, tuple[Check, ...]]]
+    """Trained arm -> seed -> every sign of failure that was looked for, found or not."""
+    curves: Mapping[str, tuple[Sequence[Row], ...]]
+    """Trained arm -> metrics.jsonl of each seed."""
+    correlations: Mapping[str, tuple[PartCorrelation, ...]]
+    """Trained arm -> how its reward parts go with right answers; empty for supervised arms."""
+    wordiest: Mapping[str, tuple[WrongAnswer, ...]]
+    """Arm -> its longest wrong answers to the primary test."""
 
 
 def collect(recipe: Recipe) -> Collected:
@@ -81,18 +92,38 @@ def collect(recipe: Recipe) -> Collected:
             f"No cell of the baseline {recipe.baseline} is finished, so there is nothing to compare with: run the "
             "study first (medvqa-rl study run)."
         )
-    tests = {name: _test(recipe, finished, place) for place, name in enumerate(recipe.tests)}
-    signs = {
-        cell.label: tuple(
-            f"{check.name}: {check.figure}"
-            for check in check_health(read_run(cell.folder).metrics)
-            if check.verdict == "look"
-        )
-        for cell in finished
-        if cell.arm.verb != "none"
+    answers = {
+        name: {cell: read_records(cell.tests[place].folder / "samples.jsonl") for cell in finished}
+        for place, name in enumerate(recipe.tests)
     }
-    missing = tuple(cell.label for cell in recipe.cells if cell not in finished)
-    return Collected(recipe, tests, missing, signs)
+    tests = {name: _test(recipe, answers[name], place) for place, name in enumerate(recipe.tests)}
+    primary = recipe.tests.index(recipe.primary)
+    by_arm: dict[str, list[Cell]] = {}
+    for cell in finished:
+        by_arm.setdefault(cell.arm.name, []).append(cell)
+    trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.verb != "none"}
+    curves = {name: tuple(read_run(cell.folder).metrics for cell in cells) for name, cells in trained.items()}
+    untrained = next((cells[0] for cells in by_arm.values() if cells[0].arm.verb == "none"), None)
+    start = None if untrained is None else _results(untrained.tests[primary].folder)
+    signs = {
+        name: {
+            cell.seed: cell_signs(rows, _results(cell.tests[primary].folder), answers[recipe.primary][cell], start)
+            for cell, rows in zip(cells, curves[name])
+        }
+        for name, cells in trained.items()
+    }
+    return Collected(
+        recipe,
+        tests,
+        tuple(cell.label for cell in recipe.cells if cell not in finished),
+        signs,
+        curves,
+        {name: correlations(runs) for name, runs in curves.items()},
+        {
+            name: wordiest_wrong({cell.label: answers[recipe.primary][cell] for cell in cells})
+            for name, cells in by_arm.items()
+        },
+    )
 
 
 def _right(records: Sequence[EvalRecord], order: Sequence[str]) -> list[bool | None]:
@@ -101,8 +132,8 @@ def _right(records: Sequence[EvalRecord], order: Sequence[str]) -> list[bool | N
     return [by_id[id] for id in order]
 
 
-def _test(recipe: Recipe, finished: Sequence[Cell], place: int) -> tuple[ArmResult, ...]:
-    answers = {cell: read_records(cell.tests[place].folder / "samples.jsonl") for cell in finished}
+def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], place: int) -> tuple[ArmResult, ...]:
+    finished = list(answers)
     first = next(iter(answers.values()))
     asked = {record.sample_id: record for record in first}
     for cell, records in answers.items():
@@ -138,7 +169,8 @@ def _test(recipe: Recipe, finished: Sequence[Cell], place: int) -> tuple[ArmResu
         results.append(
             ArmResult(
                 name=name,
-                published=arm[0].arm.published,
+                published=arm[0].arm.published if recipe.tests[place] == recipe.primary else None,
+                budget=budget(arm[0]),
                 num_questions=len(scored),
                 num_clusters=len(set(clusters)),
                 accuracy=seeds_and_clusters_bootstrap([right[cell] for cell in arm], clusters, resamples=RESAMPLES),

@@ -9,6 +9,8 @@ arms:
   grpo: {verb: train, settings: {...}, published: 58.04}
 tests:
   home: {data: {scanner: home}}    # settings put on top when the test split is evaluated
+primary: home                      # the test whose table shows the published figures; without it, the first
+tables: [...]                      # the paper's own tables, see factors.py
 quick: {seeds: [0], settings: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
 ```
@@ -28,15 +30,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from medvqa_rl.config import Config, ConfigError, EvalConfig, Purpose, digest
-from medvqa_rl.data import load_dataset
 from medvqa_rl.problems import did_you_mean
 from medvqa_rl.settings import build_config, merge, parse_override, read_file
+from medvqa_rl.study.factors import FactorTable, read_tables
+from medvqa_rl.study.leaks import Pair, check_names
 
 Verb = Literal["none", "train", "sft"]
 """none evaluates the model as it is."""
 VERBS: tuple[Verb, ...] = ("none", "train", "sft")
 _PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
-_KEYS = ("baseline", "seeds", "settings", "arms", "tests", "quick", "forecast", "title", "note")
+_KEYS = ("baseline", "seeds", "settings", "arms", "tests", "primary", "tables", "quick", "forecast", "title", "note")
 _ARM_KEYS = ("verb", "settings", "published")
 _FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
 
@@ -99,6 +102,9 @@ class Recipe:
     baseline: str
     seeds: tuple[int, ...]
     tests: tuple[str, ...]
+    primary: str
+    """The test set that the paper's tables are about."""
+    tables: tuple[FactorTable, ...]
     forecast: Forecast
     cells: tuple[Cell, ...]
 
@@ -106,6 +112,16 @@ class Recipe:
     def arms(self) -> tuple[Arm, ...]:
         """In the order of the recipe."""
         return tuple({cell.arm.name: cell.arm for cell in self.cells}.values())
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """What each trained cell is trained and tested on."""
+        return [
+            Pair(cell.arm.name, cell.config.data, test.name, test.config.data)
+            for cell in self.cells
+            if cell.arm.verb != "none"
+            for test in cell.tests
+        ]
 
 
 def find_recipe(name: str) -> Path:
@@ -135,7 +151,8 @@ def read_recipe(
         path: the YAML file.
         output: folder of the study, below which the cells lie.
         quick: take the seeds, settings and tests under ``quick`` on top.
-        overrides: ``key=value`` settings of every run.
+        overrides: ``key=value`` settings of every run; ``tests.NAME.key=value`` of one test, ``tests.NAME=null``
+            leaves it out.
         only: names of arms; empty takes all.
 
     Raises:
@@ -149,7 +166,8 @@ def read_recipe(
     hurry_settings = _section(where, "quick.settings", hurry.get("settings"))
     hurry_tests = _section(where, "quick.tests", hurry.get("tests"))
     base = _deep(_section(where, "settings", given.get("settings", {})), hurry_settings)
-    base = merge(base, [parse_override(text) for text in overrides])
+    of_tests = [text for text in overrides if _key(text).startswith("tests.")]
+    base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
     arms = _arms(where, _section(where, "arms", given.get("arms", {})))
     for name in only:
         if name not in arms:
@@ -168,23 +186,75 @@ def read_recipe(
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
     tests = {name: _deep(_section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
+    tests = _override_tests(where, tests, of_tests)
+    for name, test in tests.items():
+        _check_place(where, name, base, test)
+    primary = given.get("primary", next(iter(tests)))
+    if primary not in tests:
+        raise ValueError(f"{where} has primary {primary!r}, but must name one of its tests: {', '.join(tests)}.")
     cells = [
         _cell(where, output, arm, seed, base, tests)
         for arm in arms.values()
         if not only or arm.name in (*only, baseline)
         for seed in (seeds if arm.verb != "none" else seeds[:1])
     ]
-    _check_overlap(cells)
-    return Recipe(
+    recipe = Recipe(
         path.stem,
         str(given.get("title", path.stem)),
         str(given.get("note", "")),
         baseline,
         tuple(seeds),
         tuple(tests),
+        primary,
+        read_tables(where, given.get("tables"), list(arms)),
         _forecast(where, given.get("forecast", {})),
         tuple(cells),
     )
+    check_names(recipe.pairs)
+    return recipe
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip().removeprefix("--")
+
+
+def _override_tests(
+    where: str, tests: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]
+) -> dict[str, Mapping[str, Any]]:
+    """The tests with ``tests.NAME.key=value`` put in, and without those given as ``tests.NAME=null``."""
+    result = dict(tests)
+    for text in overrides:
+        name, _, key = _key(text).removeprefix("tests.").partition(".")
+        if name not in tests:
+            raise ValueError(
+                f"{where} has no test {name}: choose from {', '.join(tests)}" + (did_you_mean(name, tests) or ".")
+            )
+        value = text.partition("=")[2]
+        if key:
+            result[name] = merge(result.get(name, tests[name]), [parse_override(f"{key}={value}")])
+        elif value.strip() != "null":
+            raise ValueError(
+                f"The override '{text}' is neither a setting of the test, such as tests.{name}.data.path=FOLDER, nor "
+                f"tests.{name}=null, which leaves it out."
+            )
+        else:
+            result.pop(name, None)
+    if not result:
+        raise ValueError(f"{where} has no test left: leave at least one of {', '.join(tests)} in.")
+    return result
+
+
+def _check_place(where: str, name: str, base: Mapping[str, Any], test: Mapping[str, Any]) -> None:
+    """Refuse a test of a data set of its own that lies nowhere, in words that name the override."""
+    own = test.get("data")
+    if not isinstance(own, dict) or own.get("name", "phantom") == "phantom":
+        return
+    data = _deep(base, test)["data"]
+    if data.get("path") is None and data.get("hub") is None:
+        raise ValueError(
+            f"{where} tests on {name} (data.name {own['name']}), whose folder is not given: add "
+            f"tests.{name}.data.path=FOLDER, or leave the test out with tests.{name}=null."
+        )
 
 
 def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -268,25 +338,3 @@ def _cell(
         test = test.model_copy(update={"output_dir": str(folder)})
         made.append(Test(name, test, folder / "eval" / f"{name}-{_hash(test)}"))
     return Cell(arm, seed, config.model_copy(update={"output_dir": str(folder)}), folder, tuple(made))
-
-
-def _check_overlap(cells: Sequence[Cell]) -> None:
-    """Refuse test sets that share an image with what is trained on, by the images' names within one data set."""
-    checked = set()
-    for cell in cells:
-        for test in cell.tests:
-            pair = (cell.config.data, test.config.data)
-            if cell.arm.verb == "none" or pair in checked or pair[0].name != pair[1].name:
-                continue
-            checked.add(pair)
-            trained, tested = load_dataset(pair[0], "train"), load_dataset(pair[1], "test")
-            if trained.is_endless:
-                continue  # drawn at addresses that begin with the name of the split
-            keys = {image.key for index in range(len(trained)) for image in trained[index].images}
-            shared = {image.key for index in range(len(tested)) for image in tested[index].images} & keys
-            if shared:
-                raise ValueError(
-                    f"The test set {test.name} ({tested.name}) shares {len(shared)} images with the training set of "
-                    f"{cell.arm.name} ({trained.name}), such as {min(shared)}, so it would measure memory: choose "
-                    "data.split=image, or another test set."
-                )

@@ -156,17 +156,25 @@ def _write(path: Path, settings: Mapping[str, object]) -> Path:
     return path
 
 
-def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, console: Console) -> list[Failure]:
+def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1, console: Console) -> list[Failure]:
     """Do what is left of every cell, ``jobs`` cells at a time. One that fails does not stop the others.
 
-    What a cell prints goes to a log beside its folder. Ctrl-C reaches the commands too, which save a checkpoint.
+    More than one of ``processes`` share the work of a command, a GPU each, started by ``accelerate launch``. What a
+    cell prints goes to a log beside its folder. Ctrl-C reaches the commands too, which save a checkpoint.
 
     Returns:
         The cells that failed.
 
     Raises:
-        ValueError: the study is run by another process.
+        ValueError: the study is run by another process, or cells at a time would share GPUs.
     """
+    if jobs > 1 and processes > 1:
+        raise ValueError(
+            f"--jobs is {jobs} and --processes {processes}, but cells that run at a time would take the same "
+            f"{processes} GPUs: leave one of the two at 1."
+        )
+    launcher = ["accelerate.commands.launch", "--num_processes", str(processes), "-m"] if processes > 1 else []
+    program = [sys.executable, "-m", *launcher, "medvqa_rl"]
     output.mkdir(parents=True, exist_ok=True)
     stop, printing = Event(), Lock()
 
@@ -182,7 +190,7 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, console: Console) 
             cell.folder.parent.mkdir(parents=True, exist_ok=True)
             log = cell.folder.with_name(f"{cell.folder.name}.log")
             with log.open("ab") as file:
-                code = subprocess.call([sys.executable, "-m", "medvqa_rl", *words], stdout=file, stderr=file)
+                code = subprocess.call([*program, *words], stdout=file, stderr=file)
             if code:
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]
                 say(f"{cell.label}: failed with exit code {code}, see {log}")

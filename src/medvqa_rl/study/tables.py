@@ -1,4 +1,4 @@
-"""The tables of a study as Markdown, CSV, LaTeX and one HTML page. Imports no torch."""
+"""The tables of a study as rows of text, and as Markdown, CSV and LaTeX. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from medvqa_rl.evaluation.store import write_text
-from medvqa_rl.report.page import environment
-from medvqa_rl.study.collect import ArmResult, Collected
+from medvqa_rl.study.collect import ArmResult
+from medvqa_rl.study.factors import METRICS, FactorTable, Metric, Published
 
 PUBLISHED = "published, other data and model"
 NOTES = (
     "Accuracy in percent, differences in points, both means over seeds. Intervals of 95 % resample images and seeds "
     "together; three seeds are few, so each is listed. McNemar's test is exact, one for each seed, and takes "
     "questions as independent; Holm adjusts it for the arms of a table. Detectable: the true difference that is found "
-    "with 80 % power. Lengths in tokens of the reasoning."
+    "with 80 % power. Lengths in tokens of the reasoning. Completions: what a seed was trained on, sampled ones, or "
+    "references where it was supervised."
+)
+SECONDARY = (
+    "* reported by secondary sources and not checked against the paper's tables; figures without a star are of the "
+    "paper's own summary. In brackets the change from the baseline, for accuracy with its 95 % interval."
 )
 
 
@@ -56,6 +60,8 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
     for arm in arms:
         row = {
             "arm": arm.name,
+            "completions": f"{arm.budget.completions:,}" if arm.budget.steps else "",
+            "optimizer steps": f"{arm.budget.steps:,}" if arm.budget.steps else "",
             "accuracy": _points(arm.accuracy.estimate),
             "95 % interval": f"{_points(arm.accuracy.low)} to {_points(arm.accuracy.high)}",
             "seeds": ", ".join(map(_points, arm.accuracies)),
@@ -87,6 +93,97 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
+
+
+# --- the paper's tables --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FactorCell:
+    """One metric of one arm."""
+
+    arm: str
+    metric: str
+    instrument: str | None
+    """What measured it; None where nothing had to."""
+    ours: float
+    """In the unit of the metric; NaN is not measured."""
+    change: float
+    """From the baseline, measured by the same instrument; NaN for the baseline itself."""
+    interval: tuple[float, float] | None
+    """95 % bounds of the change; of accuracy only."""
+    published: Published | None
+
+
+def factor_cells(table: FactorTable, arms: Sequence[ArmResult], baseline: str) -> list[FactorCell]:
+    """Every metric of every arm of a table that is finished, arm by arm."""
+    by_name = {arm.name: arm for arm in arms}
+    cells = []
+    for name in table.arms:
+        for key in table.metrics:
+            if name not in by_name:
+                continue
+            arm, metric = by_name[name], METRICS[key]
+            (ours, by), (before, before_by) = _measured(arm, metric), _measured(by_name[baseline], metric)
+            change = ours - before if by == before_by and name != baseline else math.nan
+            interval = None
+            if key == "accuracy" and arm.gain is not None:
+                change, interval = 100 * arm.gain.estimate, (100 * arm.gain.low, 100 * arm.gain.high)
+            cells.append(FactorCell(name, key, by, ours, change, interval, table.published.get((name, key))))
+    return cells
+
+
+def _measured(arm: ArmResult, metric: Metric) -> tuple[float, str | None]:
+    """Mean over seeds, NaN where the seeds were measured by several instruments, and the instrument."""
+    if metric.path == ("accuracy",):  # of the questions that are scored in all cells
+        return metric.scale * arm.accuracy.estimate, None
+    by = None if metric.instrument is None else _by(arm.results, metric.instrument)
+    is_known = metric.instrument is None or by is not None
+    return (metric.scale * _mean(arm.results, *metric.path) if is_known else math.nan), by
+
+
+def factor_rows(cells: Sequence[FactorCell]) -> tuple[list[str], list[list[str]]]:
+    """A row for each arm, two columns for each metric: ours with its change, and the paper's."""
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        metric = METRICS[cell.metric]
+        form = f".{metric.decimals}f"
+        ours = _number(cell.ours, form)
+        if ours and not math.isnan(cell.change):
+            bounds = "" if cell.interval is None else ", {:+.1f} to {:+.1f}".format(*cell.interval)
+            ours += f" ({round(cell.change, metric.decimals) + 0.0:+{form}}{bounds})"  # never -0
+        title = metric.title if cell.instrument is None else f"{metric.title} ({cell.instrument})"
+        row = rows.setdefault(cell.arm, {"arm": cell.arm})
+        row[title], row[f"{metric.title} ({PUBLISHED})"] = ours, _published(cell.published)
+    titles = dict.fromkeys(key for row in rows.values() for key in row)
+    shown = [title for title in titles if any(row.get(title) for row in rows.values())]
+    return shown, [[row.get(title, "") for title in shown] for row in rows.values()]
+
+
+def _published(figure: Published | None) -> str:
+    if figure is None:
+        return ""
+    value, change = (
+        "" if number is None else f"{number:{sign}g}" + ("" if name in figure.certain else "*")
+        for name, number, sign in (("value", figure.value, ""), ("change", figure.change, "+"))
+    )
+    return f"{value} ({change})" if value and change else value or f"({change})"
+
+
+def factor_csv(cells: Sequence[FactorCell]) -> str:
+    """A line for each metric of each arm."""
+    titles = ["arm", "metric", "by", "ours", "change", "low", "high", "published", "published_change", "certain"]
+    body = []
+    for cell in cells:
+        low, high = cell.interval or (math.nan, math.nan)
+        paper = cell.published or Published(None, None, ())
+        numbers = [_number(value, ".6g") for value in (cell.ours, cell.change, low, high)]
+        theirs = ["" if value is None else f"{value:g}" for value in (paper.value, paper.change)]
+        body.append([cell.arm, cell.metric, cell.instrument or "", *numbers, *theirs, " ".join(paper.certain)])
+    return as_csv(titles, body)
+
+
+# --- formats -------------------------------------------------------------------------------------------------------
 
 
 def as_csv(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -121,45 +218,3 @@ def as_latex(titles: Sequence[str], body: Sequence[Sequence[str]], caption: str)
     head = "\\begin{table}\n\\centering\n\\begin{tabular}{l" + "r" * (len(titles) - 1) + "}\n\\toprule\n"
     end = "\\bottomrule\n\\end{tabular}\n\\caption{" + line([caption]).removesuffix(" \\\\\n") + "}\n\\end{table}\n"
     return head + line(titles) + "\\midrule\n" + "".join(map(line, body)) + end
-
-
-def write_tables(collected: Collected, folder: Path) -> list[Path]:
-    """Write ``study.md``, ``study.html``, and ``TEST.csv`` and ``TEST.tex`` for each test set."""
-    recipe = collected.recipe
-    tables = {name: rows(arms, recipe.baseline) for name, arms in collected.tests.items()}
-    captions = {
-        name: f"{name}: {arms[0].num_questions} questions about {arms[0].num_clusters} images."
-        for name, arms in collected.tests.items()
-    }
-    written = []
-
-    def write(name: str, text: str) -> None:
-        write_text(folder / name, text)
-        written.append(folder / name)
-
-    notes = [NOTES]
-    if any(arm.published is not None for arms in collected.tests.values() for arm in arms):
-        notes.append(f"{PUBLISHED[0].upper()}{PUBLISHED[1:]}: {recipe.note}")
-    if collected.missing:
-        notes.append(f"Not finished and not in the tables: {'; '.join(collected.missing)}.")
-    lines = [f"# {recipe.title}\n"]
-    for name, (titles, body) in tables.items():
-        write(f"{name}.csv", as_csv(titles, body))
-        write(f"{name}.tex", as_latex(titles, body, captions[name]))
-        lines += [f"## {captions[name]}\n", as_markdown(titles, body)]
-    lines += [f"{note}\n" for note in notes]
-    lines += ["## Signs of failure\n"]
-    lines += [f"- {label}: {' '.join(signs) if signs else 'none seen.'}" for label, signs in collected.signs.items()]
-    write("study.md", "\n".join(lines) + "\n")
-    html = (
-        environment()
-        .get_template("study.html.j2")
-        .render(
-            title=recipe.title,
-            tables=[(captions[name], titles, body) for name, (titles, body) in tables.items()],
-            notes=notes,
-            signs=collected.signs,
-        )
-    )
-    write("study.html", html)
-    return written

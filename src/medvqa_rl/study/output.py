@@ -1,0 +1,224 @@
+"""What ``study collect`` writes: Markdown, CSV, LaTeX, figures and one HTML page. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from medvqa_rl.evaluation.store import write_text
+from medvqa_rl.report.health import Check
+from medvqa_rl.report.page import FigureFile, environment
+from medvqa_rl.study.collect import Collected
+from medvqa_rl.study.figures import write_figures
+from medvqa_rl.study.findings import PartCorrelation, WrongAnswer
+from medvqa_rl.study.tables import (
+    NOTES,
+    PUBLISHED,
+    SECONDARY,
+    as_csv,
+    as_latex,
+    as_markdown,
+    factor_cells,
+    factor_csv,
+    factor_rows,
+    rows,
+)
+
+CAPTIONS = {
+    "Accuracy": "Mean over seeds with its 95 % interval over seeds and images; circles are seeds.",
+    "Training": "Moving averages over a twentieth of the run: seeds thin, their mean thick, the baseline's mean grey. "
+    "Supervised arms sample nothing while they train; their loss takes the first panel.",
+    "Length and accuracy": "Tokens of the completion on the primary test; hollow marks are seeds, filled ones their "
+    "means.",
+    "Reward parts and right answers": "Pearson's r within a step, averaged over the steps in which neither is "
+    "constant; bars are means over seeds.",
+}
+MAX_SHOWN = 1200
+"""Characters of a completion that are shown."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table under a heading."""
+
+    heading: str
+    titles: Sequence[str]
+    body: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything that the pages show."""
+
+    title: str
+    tests: Sequence[Section]
+    factors: Sequence[Section]
+    """The paper's tables."""
+    figures: Sequence[FigureFile]
+    """Accuracy first."""
+    parts: Section | None
+    """Correlations of reward parts with right answers."""
+    notes: Sequence[str]
+    wordiest: Mapping[str, Sequence[Mapping[str, str]]]
+    """Arm -> its longest wrong answers, as :func:`_shortened` gives them."""
+    signs: Section | None
+    found: Sequence[tuple[str, str, int, str]]
+    """Arm, sign, seed and figure of every sign of failure that was seen."""
+    rules: Mapping[str, str]
+    """Sign -> the rule by which it is looked for."""
+
+
+def write_study(collected: Collected, folder: Path) -> list[Path]:
+    """Write ``study.md`` and ``study.html``; ``TEST.csv`` and ``TEST.tex`` for each test set, ``factor-NAME.csv`` and
+    ``.tex`` for each table of the paper; and figures in ``figures/``, each also for dark pages.
+
+    Returns:
+        The files.
+    """
+    recipe, written = collected.recipe, list[Path]()
+
+    def write(name: str, text: str) -> None:
+        write_text(folder / name, text)
+        written.append(folder / name)
+
+    tests, factors = [], []
+    for name, arms in collected.tests.items():
+        caption = f"{name}: {arms[0].num_questions} questions about {arms[0].num_clusters} images."
+        titles, body = rows(arms, recipe.baseline)
+        tests.append(Section(caption, titles, body))
+        write(f"{name}.csv", as_csv(titles, body))
+        write(f"{name}.tex", as_latex(titles, body, caption))
+    for table in recipe.tables:
+        cells = factor_cells(table, collected.tests[recipe.primary], recipe.baseline)
+        if not cells:
+            continue
+        titles, body = factor_rows(cells)
+        notes = [text for text in (table.note, SECONDARY if table.published else "") if text]
+        factors.append(Section(f"{table.title} ({recipe.primary})", titles, body, notes))
+        write(f"factor-{table.slug}.csv", factor_csv(cells))
+        write(f"factor-{table.slug}.tex", as_latex(titles, body, " ".join([f"{table.title}.", *notes])))
+    light = write_figures(collected, folder / "figures")
+    dark = write_figures(collected, folder / "figures", "dark", "-dark")
+    written += [*light.values(), *dark.values()]
+    checks = [
+        (arm, seed, check)
+        for arm, cells in collected.signs.items()
+        for seed, every in cells.items()
+        for check in every
+    ]
+    content = Content(
+        title=recipe.title,
+        tests=tests,
+        factors=factors,
+        figures=[FigureFile(title, path, dark[title], CAPTIONS[title]) for title, path in light.items()],
+        parts=_correlation_section(collected.correlations),
+        notes=_notes(collected),
+        wordiest={arm: [_shortened(answer) for answer in answers] for arm, answers in collected.wordiest.items()},
+        signs=_sign_section(collected.signs),
+        found=[(arm, check.name, seed, check.figure) for arm, seed, check in checks if check.verdict == "look"],
+        rules={check.name: check.rule for _, _, check in checks},
+    )
+    write("study.md", _markdown(content, folder))
+    write("study.html", environment().get_template("study.html.j2").render(**vars(content)))
+    return written
+
+
+def _markdown(content: Content, folder: Path) -> str:
+    """The page as Markdown that stands in a folder."""
+    accuracy, *others = content.figures
+    lines = [f"# {content.title}\n", *_figure_lines(accuracy, folder)]
+    for section in content.tests:
+        lines += _section_lines(section, "##")
+    lines += [f"{note}\n" for note in content.notes]
+    if content.factors:
+        lines.append("## The paper's tables\n")
+    for section in content.factors:
+        lines += _section_lines(section, "###")
+    for figure in others:
+        lines += [f"## {figure.title}\n", *_figure_lines(figure, folder)]
+    if content.parts is not None:
+        lines.append(as_markdown(content.parts.titles, content.parts.body))
+    lines += ["## The wordiest wrong answers\n", *_answer_lines(content.wordiest), "## Signs of failure\n"]
+    if content.signs is not None:
+        lines.append(as_markdown(content.signs.titles, content.signs.body))
+    lines += [f"- **{arm}, seed {seed}**: {name}. {figure}" for arm, name, seed, figure in content.found]
+    lines += ["", *(f"- {name}: {rule}" for name, rule in content.rules.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(collected: Collected) -> list[str]:
+    notes = [NOTES]
+    if any(arm.published is not None for arms in collected.tests.values() for arm in arms):
+        notes.append(f"{PUBLISHED[0].upper()}{PUBLISHED[1:]}: {collected.recipe.note}")
+    if collected.missing:
+        notes.append(f"Not finished and not in the tables: {'; '.join(collected.missing)}.")
+    return notes
+
+
+def _section_lines(section: Section, level: str) -> list[str]:
+    notes = [f"{note}\n" for note in section.notes]
+    return [f"{level} {section.heading}\n", as_markdown(section.titles, section.body), *notes]
+
+
+def _figure_lines(figure: FigureFile, folder: Path) -> list[str]:
+    return [f"![{figure.title}]({figure.light.relative_to(folder).as_posix()})\n", f"{figure.caption}\n"]
+
+
+def _correlation_section(found: Mapping[str, Sequence[PartCorrelation]]) -> Section | None:
+    def mean(values: Sequence[float]) -> str:
+        finite = [value for value in values if value == value]
+        return f"{fmean(finite):+.2f}" if finite else ""
+
+    body = [[arm, part.part, mean(part.first), mean(part.last)] for arm, parts in found.items() for part in parts]
+    titles = ["arm", "reward part", "r with right answers, first half", "second half"]
+    return Section("Reward parts and right answers", titles, body) if body else None
+
+
+_VERDICTS = {"fine": "none", "not measured": "not measured"}
+
+
+def _sign_section(signs: Mapping[str, Mapping[int, Sequence[Check]]]) -> Section | None:
+    """A row for each arm, a column for each sign: the seeds that show it."""
+    names = dict.fromkeys(check.name for cells in signs.values() for checks in cells.values() for check in checks)
+    if not names:
+        return None
+    body = []
+    for arm, cells in signs.items():
+        row = [arm]
+        for name in names:
+            verdicts = {seed: check.verdict for seed, every in cells.items() for check in every if check.name == name}
+            seen = [str(seed) for seed, verdict in verdicts.items() if verdict == "look"]
+            others = "; ".join(sorted({_VERDICTS[verdict] for verdict in verdicts.values() if verdict != "look"}))
+            row.append(f"seed {', '.join(seen)}" if seen else others)
+        body.append(row)
+    return Section("Signs of failure", ["arm", *names], body)
+
+
+def _shortened(answer: WrongAnswer) -> dict[str, str]:
+    """Its texts as they are shown."""
+    text = answer.output if len(answer.output) <= MAX_SHOWN else answer.output[:MAX_SHOWN] + " ..."
+    end = ", cut off by the limit" if answer.is_truncated else ""
+    return {
+        "head": f"{answer.label}, {answer.num_tokens} tokens{end}",
+        "question": answer.question,
+        "gold": answer.gold,
+        "output": text,
+    }
+
+
+def _answer_lines(wordiest: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    """Headings and blocks of code. Their fences are longer than any in the texts, so nothing in them is markup."""
+    lines = []
+    for arm, answers in wordiest.items():
+        lines.append(f"### {arm}\n")
+        if not answers:
+            lines.append("No wrong answer.\n")
+        for shown in answers:
+            text = f"question: {shown['question']}\ngold: {shown['gold']}\nanswer: {shown['output']}"
+            fence = "`" * max([3, *(1 + len(run) for run in re.findall(r"`+", text))])
+            lines += [f"{shown['head']}:\n", f"{fence}text\n{text}\n{fence}\n"]
+    return lines

@@ -1,0 +1,133 @@
+"""Signs of failure of a trained cell, from its test and from its training. Imports no torch.
+
+The four that the study (arXiv 2505.13973) names are all here: verbose, repetitive reasoning with a wrong answer; a low
+thinking reward with high accuracy; high perplexity; no rise of the curve. It gives no thresholds; those here are
+inferred, and are meant to make someone look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.prompts import without_tags
+from medvqa_rl.report.health import (
+    ENTROPY_LEFT,
+    HIGH_ACCURACY,
+    HIGH_PERPLEXITY,
+    LENGTH_LEFT,
+    LONGER_NOW,
+    LOW_THINKING,
+    WRONG_LONGER,
+    Check,
+    Verdict,
+    broken_curve,
+    collapse,
+    no_rise,
+    verbose_and_wrong,
+)
+from medvqa_rl.report.runs import Row
+from medvqa_rl.rewards.length import repetition_penalty
+
+LESS_FLUENT = 1.5
+"""Perplexity this many times that of the untrained model is high, whatever the language model's scale."""
+REPETITION = 4
+"""Words of the n-grams whose repetition is counted."""
+
+Results = Mapping[str, Any]
+"""The content of a results.json."""
+
+
+def cell_signs(
+    rows: Sequence[Row], results: Results, records: Sequence[EvalRecord], untrained: Results | None
+) -> tuple[Check, ...]:
+    """All signs of a trained cell.
+
+    Args:
+        rows: lines of its metrics.jsonl.
+        results: of the primary test.
+        records: the answers of that test.
+        untrained: results of the arm that was not trained, on the same test; None where the recipe has none.
+    """
+    return (
+        verbose_on_test(results, records, untrained),
+        thinking_on_test(results),
+        perplexity_on_test(results, untrained),
+        no_rise(rows),
+        replace(verbose_and_wrong(rows), name="Verbose and wrong in training"),
+        broken_curve(rows),
+        collapse(rows, "entropy", "Entropy collapses", "nats per token", ENTROPY_LEFT),
+        collapse(rows, "completions/mean_length", "Length collapses", "tokens", LENGTH_LEFT),
+    )
+
+
+def _length(results: Results, outcome: str) -> float | None:
+    found = results["lengths"]["total"][outcome]["mean"]
+    return None if found is None else float(found)
+
+
+def verbose_on_test(results: Results, records: Sequence[EvalRecord], untrained: Results | None) -> Check:
+    """Long completions with a wrong answer, cut off ones too: the sign that a length reward is exploited."""
+    name = "Verbose, repetitive and wrong"
+    rule = (
+        f"Wrong completions are at least {WRONG_LONGER:g} times as long as right ones, or all are at least "
+        f"{LONGER_NOW:g} times as long as those of the untrained model while fewer are right."
+    )
+    right, wrong, every = (_length(results, outcome) for outcome in ("right", "wrong", "all"))
+    if every is None:
+        return Check(name, "not measured", rule, "No completion was scored.")
+    figures = []
+    is_verbose = False
+    if right is not None and wrong is not None:
+        is_verbose = wrong >= WRONG_LONGER * max(right, 1.0)
+        figures.append(f"Wrong {wrong:.0f} tokens, right {right:.0f}.")
+    before = None if untrained is None else _length(untrained, "all")
+    if untrained is not None and before is not None:
+        is_verbose |= every >= LONGER_NOW * before and results["accuracy"] < untrained["accuracy"]
+        figures.append(
+            f"All {every:.0f}, untrained {before:.0f}; accuracy {100 * results['accuracy']:.1f} %, untrained "
+            f"{100 * untrained['accuracy']:.1f} %."
+        )
+    repeated = [-repetition_penalty(without_tags(r.output), REPETITION) for r in records if r.is_correct is False]
+    if repeated:
+        figures.append(
+            f"Of the {REPETITION}-word sequences in wrong answers {100 * fmean(repeated):.0f} % are repeats."
+        )
+    return Check(name, "look" if is_verbose else "fine", rule, " ".join(figures))
+
+
+def thinking_on_test(results: Results) -> Check:
+    """Right answers whose reasoning deserves no reward."""
+    name = "Low thinking reward with high accuracy"
+    rule = (
+        f"Accuracy is at least {100 * HIGH_ACCURACY:.0f} % while the thinking reward (form and the judge's verdict, "
+        f"of 2) is below {2 * LOW_THINKING:g}."
+    )
+    thinking = results["thinking"]["reward"]
+    if thinking is None:
+        return Check(name, "not measured", rule, "No judge was asked (eval_judge).")
+    is_low = results["accuracy"] >= HIGH_ACCURACY and thinking < 2 * LOW_THINKING
+    figure = f"Accuracy {100 * results['accuracy']:.1f} %, thinking reward {thinking:.2f}."
+    return Check(name, "look" if is_low else "fine", rule, figure)
+
+
+def perplexity_on_test(results: Results, untrained: Results | None) -> Check:
+    """Text that a fixed language model finds unlikely: the model has lost its fluency."""
+    name = "High perplexity"
+    rule = (
+        f"Perplexity under a fixed language model is above {HIGH_PERPLEXITY:g}, or at least {LESS_FLUENT:g} times "
+        "that of the untrained model under the same one."
+    )
+    value, by = results["perplexity"]["value"], results["perplexity"]["by"]
+    if value is None:
+        return Check(name, "not measured", rule, "Perplexity was not measured (eval.perplexity_model).")
+    figure, is_high = f"Perplexity {value:.1f} under {by}", value > HIGH_PERPLEXITY
+    before = None if untrained is None or untrained["perplexity"]["by"] != by else untrained["perplexity"]["value"]
+    if before is not None:
+        is_high |= value >= LESS_FLUENT * before
+        figure += f", {before:.1f} untrained"
+    verdict: Verdict = "look" if is_high else "fine"
+    return Check(name, verdict, rule, f"{figure}.")
