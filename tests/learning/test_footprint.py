@@ -138,7 +138,7 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     static = memory(work, process=0)["rollout: decode"]
     phases = {
         "rollout": [name for name in moments if name.startswith("rollout")],
-        "gradients": ["update: output layer", "update: layers", "update: embedding"],
+        "gradients": ["update: output layer", "update: layers", "update: first layer", "update: embedding"],
         "optimizer": ["update: optimizer"],
     }
     if config.loss.beta:
@@ -159,10 +159,10 @@ def settings(model: ModelConfig, *, beta: float, prompts: int, micro: int, gener
     )
 
 
-def check(result: dict[str, tuple[float, float]], bound: float = 0.06) -> None:
+def check(result: dict[str, tuple[float, float]]) -> None:
     """The peak of the step within 6 % (15 are promised), each phase within 20 %; of what is always there, all."""
     estimated, measured = (max(values) for values in zip(*result.values()))
-    assert estimated == pytest.approx(measured, rel=bound)
+    assert estimated == pytest.approx(measured, rel=0.06)
     for phase, (phase_estimated, phase_measured) in result.items():
         assert phase_estimated == pytest.approx(phase_measured, rel=0.2), (phase, result)
     assert result["static"][0] == pytest.approx(result["static"][1], rel=0.005)
@@ -204,18 +204,13 @@ def test_what_settings_change(changed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "bound",
-    [0.12, pytest.param(0.06, marks=pytest.mark.xfail(reason="the aim is missed: 7 to 10 % too much", strict=True))],
-)
 @pytest.mark.parametrize("lora", [None, LoraConfig()])
-def test_logits_in_chunks(lora, bound, monkeypatch):
+def test_logits_in_chunks(lora, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 2**19)
     monkeypatch.setattr(footprint, "LOGITS_PER_CHUNK", 2**19)
     model = ModelConfig(device="cpu", lora=lora, gradient_checkpointing=True)
     config = settings(model, beta=0.0, prompts=4, micro=4, generations=8, length=24)
-    # 7 % (LoRA) and 10 % (all weights) too much: what a checkpointed layer frees on its way back is not followed.
-    check(compare(medium_policy(model, 112), config, 112), bound=bound)
+    check(compare(medium_policy(model, 112), config, 112))
 
 
 def test_chunks_and_layouts_are_those_of_the_update():

@@ -352,8 +352,12 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     carried = gradients if work.num_micro_batches > 1 else 0
     # The gradient of the output layer, one more while chunks are summed, and of the embedding at the end.
     head = words * h * e if is_full else 0
-    backward = tokens * (3 * model.intermediate + 2 * h) * e
-    largest = max(head, model.intermediate * h * e) if is_full else 0
+    # Gradients of the MLP's product, of its gate and of up; the product itself is gone by then.
+    backward = tokens * (2 * model.intermediate + 2 * h) * e
+    # The layer whose turn it is has no gradients yet. Where the embedding is the output layer, the gradient of one use
+    # waits for that of the other, and both for their sum.
+    nearly_all = carried + head if carried else gradients - is_full * gradients / model.layers
+    all_but_embedding = carried or gradients - head
     step = 2 * (4 * trained_parameters(work) - gradients)  # float32 copies of gradients in two bytes
     # AdamW's square roots: of all parameters at once on a GPU, of one after the other on a CPU, twice.
     step += 4 * trained_parameters(work) if work.on_gpu else 2 * 4 * _largest_trained(work)
@@ -383,7 +387,12 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
             vision=tower,
         ),
         "update: layers": at(gradients=carried + head, activations=kept + again + backward, vision=tower),
-        "update: embedding": at(gradients=gradients + head + largest, activations=layer + backward, vision=tower),
+        "update: first layer": at(gradients=nearly_all, activations=layer + backward + tokens * h * e, vision=tower),
+        "update: embedding": at(
+            gradients=all_but_embedding + (3 if model.is_tied else 1) * head,
+            activations=tokens * h * e,
+            vision=tower,
+        ),
         "update: optimizer": at(gradients=gradients, optimizer=step),
     }
 
