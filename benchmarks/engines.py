@@ -21,7 +21,7 @@ from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.feed import make_feed
 from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.sampler import samples_at
-from medvqa_rl.learning.setup import make_accelerator, set_up
+from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import Reference, load_reference
 from medvqa_rl.models.qwen_vl import Processor
@@ -131,7 +131,7 @@ def run_ours(
             with reference.active() as model:
                 add_noise(model, reference_noise)
         _time_reference(reference, watch)
-    learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+    learner = Learner(config, accelerator, setup.policy, reference, wrap(config, accelerator, setup.policy))
     done = []
     with make_feed(config, accelerator, setup, range(steps), workload.prompts) as feed:
         for step in range(steps):
@@ -228,7 +228,7 @@ def replay(
     if reference is not None and reference_noise:
         with reference.active() as model:
             add_noise(model, reference_noise)
-    learner = Learner(config, accelerator, policy, reference, setup.optimizer)
+    learner = Learner(config, accelerator, policy, reference, wrap(config, accelerator, policy))
     total = torch.tensor(step.rewards).view(workload.prompts, workload.generations).double()
     experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())
     policy.model.train()

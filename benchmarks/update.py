@@ -44,8 +44,7 @@ from benchmarks.common import (
 from benchmarks.floors import architecture_of, trained_of
 from benchmarks.step import PRESETS as STEPS
 from medvqa_rl.learning.logprobs import CompletionBatch, collate, layout_for
-from medvqa_rl.learning.optimizer import Optimizer
-from medvqa_rl.learning.setup import make_accelerator
+from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.memory import keep_freed_memory
 from medvqa_rl.models.cost import Architecture, Shape, backward_flops, forward_flops, group_pairs, separate_pairs
@@ -110,7 +109,7 @@ def make_learner(workload: Workload, folder: Path) -> Learner:
     policy = load_policy(config.model)
     policy.model.train()
     accelerator = make_accelerator(config, workload.prompts)
-    return Learner(config, accelerator, policy, None, Optimizer(policy.model, config.optimizer))
+    return Learner(config, accelerator, policy, None, wrap(config, accelerator, policy))
 
 
 def lay_out(learner: Learner, groups: Sequence[Group], way: Way) -> list[CompletionBatch]:
@@ -131,11 +130,11 @@ def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torc
     Returns:
         The log-probabilities of every micro-batch, (B, Tc), and the seconds.
     """
-    learner.optimizer.zero_grad()
+    learner.trained.zero_grad()
     began = now()
     logps = []
     for batch in batches:
-        stats = learner.forward(batch, temperature=1.0, with_entropy=True)
+        stats = learner.trained.forward(batch, temperature=1.0, with_entropy=True)
         # Weights that differ between completions, as advantages do.
         weights = torch.linspace(-1, 1, batch.num_completions, device=batch.mask.device)
         (stats.logps * weights[:, None]).sum().backward()
@@ -146,7 +145,7 @@ def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torc
 def gradient(learner: Learner) -> torch.Tensor:
     """All gradients in one vector, float32."""
     return torch.cat(
-        [p.grad.flatten().float().cpu() for p in learner.optimizer.parameters.values() if p.grad is not None]
+        [p.grad.flatten().float().cpu() for p in learner.trained.parameters.values() if p.grad is not None]
     )
 
 
@@ -172,7 +171,7 @@ def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtyp
                 f"With the layout '{WAYS[way]}' log-probabilities differ by {difference:.2g} from those of a row per "
                 f"completion, but the tolerance in {dtype} is {TOLERANCES[dtype]:g}: do not trust its speed."
             )
-    learner.optimizer.zero_grad()
+    learner.trained.zero_grad()
     return found
 
 

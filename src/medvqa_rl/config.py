@@ -187,6 +187,7 @@ class PromptConfig(Settings):
 
 
 EngineName = Literal["eager", "graph"]
+TrainEngine = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
 
 class RolloutConfig(Settings):
@@ -338,6 +339,10 @@ class TrainConfig(Settings):
     """Tokens that share one forward and backward pass, whole groups sorted by length; None sets no such limit."""
     self_check: bool = True
     """Before the first update, compare the fast computation with the plain one on one group; stop if they differ."""
+    engine: Literal["auto", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
+    """How several ranks train together; auto takes what the launcher says, others refuse to run under another one."""
+    rank_timeout: Annotated[float, Field(gt=0.0)] = 1800.0
+    """Seconds after which a run of several ranks ends where no rank gets any further; 60 where one is dead."""
     seed: int = 0
     """Seed of the order of the samples (of endless data: where it starts) and of every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0

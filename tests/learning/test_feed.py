@@ -115,7 +115,7 @@ def test_a_feed_gives_what_the_sampler_names(tiny_policy):
     with Feed(data, engine, PrefetchConfig(workers=2), steps=range(5, 9), **common) as feed:
         for step in range(5, 9):
             found = feed.at(step)
-            named = samples_at(data, step, **common)
+            named = samples_at(data, step, **common, cost=engine.expected_tokens)
             assert [(one.sample.id, one.epoch) for one in found] == [(draw.sample.id, draw.epoch) for draw in named]
             for one in found:
                 direct = engine.encode(one.sample)

@@ -11,7 +11,7 @@ from toy import ToyData, read_metrics, toy_config
 from medvqa_rl.learning import grpo
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.resampling import occurrence, resample, without_signal
-from medvqa_rl.learning.sampler import indices_at, samples_at
+from medvqa_rl.learning.sampler import indices_at
 from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample, Scores
 
 NAN = float("nan")
@@ -35,12 +35,12 @@ def test_equal_rewards_have_no_signal_and_unscored_ones_are_left_alone():
 
 
 def test_groups_without_signal_give_their_place_to_groups_with_some():
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, list[int]]] = []
     found = {1: scores((2.0, 2.0), (1.0, 0.0), note="x"), 2: scores((0.0, 3.0))}
 
-    def roll_out(attempt: int, count: int) -> list[Group]:
-        calls.append((attempt, count))
-        return [group(f"{attempt}/{index}") for index in range(count)]
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
+        calls.append((attempt, numbers))
+        return [group(f"{attempt}/{number}") for number in numbers]
 
     groups, merged = resample(
         [group("a"), group("b"), group("c")],
@@ -49,7 +49,7 @@ def test_groups_without_signal_give_their_place_to_groups_with_some():
         roll_out=roll_out,
         score=lambda fresh: found[int(fresh[0].sample.id[0])],
     )
-    assert calls == [(1, 2), (2, 1)]  # as many as are left to replace, and no attempt more than needed
+    assert calls == [(1, [0, 1]), (2, [0])]  # as many as are left to replace, and no attempt more than needed
     assert [g.sample.id for g in groups] == ["2/0", "b", "1/1"]
     assert merged.total.tolist() == [[0.0, 3.0], [0.0, 1.0], [1.0, 0.0]]
     assert merged.parts["half"].tolist() == [[0.0, 1.5], [0.0, 0.5], [0.5, 0.0]]
@@ -61,9 +61,9 @@ def test_attempts_end_and_what_has_no_signal_then_stays():
     own, equal = scores((1.0, 1.0), (0.0, 0.0)), scores((0.0, 0.0), (2.0, 2.0))
     attempts: list[int] = []
 
-    def roll_out(attempt: int, count: int) -> list[Group]:
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
         attempts.append(attempt)
-        return [group("other")] * count
+        return [group("other")] * len(numbers)
 
     groups, merged = resample(
         [group("a"), group("b")],
@@ -91,11 +91,26 @@ def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
     assert len({occurrence(attempt, epoch) for attempt in range(4) for epoch in range(9)}) == 36
 
 
-def test_ranks_share_an_attempt_out():
-    data = ToyData(10)
-    whole = samples_at(data, 2, num_prompts=4, seed=0, attempt=3)
-    parts = [samples_at(data, 2, num_prompts=4, seed=0, attempt=3, rank=rank, num_ranks=2) for rank in range(2)]
-    assert parts[0] + parts[1] == whole != samples_at(data, 2, num_prompts=4, seed=0)
+def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_others():
+    asked: list[list[int]] = []
+
+    def number(places: list[int]) -> list[int] | None:
+        asked.append(places)
+        return [1, 3][: len(places)] if len(asked) < 3 else None
+
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
+        assert (attempt, numbers) == (1, [1])
+        return [group("other")]
+
+    groups, _ = resample(
+        [group("a"), group("b")],
+        scores((1.0, 1.0), (0.0, 1.0)),
+        max_times=9,
+        roll_out=roll_out,
+        score=lambda _: scores((0.0, 3.0)),
+        number=number,
+    )
+    assert asked == [[0], [], []] and [g.sample.id for g in groups] == ["other", "b"]
 
 
 def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:

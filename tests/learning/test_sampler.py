@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import ToyData
 
-from medvqa_rl.learning.sampler import indices_at, samples_at
+from medvqa_rl.learning.sampler import deal, indices_at, samples_at
 
 
 def test_endless_data_is_read_in_order_from_the_start_of_the_seed():
@@ -45,3 +47,26 @@ def test_ranks_share_a_step_out():
     parts = [samples_at(data, 2, num_prompts=4, seed=0, rank=rank, num_ranks=2) for rank in range(2)]
     assert parts[0] + parts[1] == whole
     assert len(parts[0]) == 2
+
+
+@given(st.integers(1, 5), st.lists(st.floats(0, 1000), min_size=1, max_size=8))
+def test_ranks_get_as_many_samples_each_and_none_twice(num_ranks, costs):
+    costs = costs * num_ranks
+    shares = deal(costs, num_ranks)
+    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
+    assert {len(share) for share in shares} == {len(costs) // num_ranks}
+
+
+def test_dealing_by_cost_evens_ranks_out():
+    costs = [10.0, 10.0, 9.0, 9.0, 1.0, 1.0, 2.0, 2.0]
+    assert deal(costs, 2) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert deal([8.0, 1.0, 1.0, 8.0], 2) == [[0, 1], [2, 3]]
+    data = ToyData(10)  # every other prompt is longer
+
+    def parts(cost):
+        return [samples_at(data, 2, num_prompts=4, seed=0, rank=rank, num_ranks=2, cost=cost) for rank in range(2)]
+
+    whole = samples_at(data, 2, num_prompts=4, seed=0)
+    dealt = parts(lambda sample: float(sample.id.removeprefix("toy-")))
+    assert sorted(dealt[0] + dealt[1], key=lambda draw: draw.place) == whole
+    assert all([draw.place for draw in part] == sorted(draw.place for draw in part) for part in dealt)

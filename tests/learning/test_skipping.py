@@ -10,7 +10,7 @@ from toy import ToyData, toy_config
 
 from medvqa_rl.learning import update
 from medvqa_rl.learning.grpo import roll_out
-from medvqa_rl.learning.setup import make_accelerator, set_up
+from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner, contributing
 
 ADVANTAGES = torch.tensor([[0.0] * 4, [0.5, -0.5, 0.0, 0.0], [0.0] * 4, [0.25, 0.25, 0.25, -0.75]])
@@ -37,13 +37,13 @@ def prepared(folder, tmp_path, advantages, *, text_only=(), **changes):
         sample = replace(groups[index].sample, images=())
         groups[index] = replace(groups[index], sample=sample, prompt=setup.policy.processor.encode(sample))
     setup.policy.model.train()
-    learner = Learner(config, accelerator, setup.policy, None, setup.optimizer)
+    learner = Learner(config, accelerator, setup.policy, None, wrap(config, accelerator, setup.policy))
     return learner, learner.prepare(groups, advantages, IS_SCORED)
 
 
 def gradients_and_metrics(learner, experience):
     metrics, _ = learner.accumulate(experience, None, 0)
-    gradients = {name: p.grad for name, p in learner.optimizer.parameters.items()}
+    gradients = {name: p.grad for name, p in learner.trained.parameters.items()}
     return gradients, metrics
 
 
@@ -92,6 +92,6 @@ def test_entropy_is_that_of_the_computed_groups(folder, tmp_path):
     _, metrics = gradients_and_metrics(learner, experience)
     (micro,) = experience.micro_batches
     with torch.no_grad():
-        stats = learner.forward(micro.batch, temperature=1.0, with_entropy=True)
+        stats = learner.trained.forward(micro.batch, temperature=1.0, with_entropy=True)
     assert metrics["entropy"] == pytest.approx(float(stats.entropy[micro.mask].mean()), rel=1e-5)
     assert experience.num_computed_tokens == int(micro.mask.sum()) < experience.num_tokens

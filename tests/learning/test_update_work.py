@@ -15,7 +15,7 @@ from medvqa_rl.config import LoraConfig
 from medvqa_rl.learning import logprobs
 from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.logprobs import GroupForward, collate
-from medvqa_rl.learning.setup import make_accelerator, set_up
+from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
 from medvqa_rl.models.qwen_vl import backbone, causal_model
@@ -38,7 +38,8 @@ class Work:
         accelerator = make_accelerator(config, config.train.prompts_per_step)
         self.setup = set_up(config, ToyData(), None)
         reference = load_reference(self.setup.policy) if config.loss.beta > 0 else None
-        self.learner = Learner(config, accelerator, self.setup.policy, reference, self.setup.optimizer)
+        trained = wrap(config, accelerator, self.setup.policy)
+        self.learner = Learner(config, accelerator, self.setup.policy, reference, trained)
         self.towers: list[int] = []  # patches of each pass of a vision tower
         self.features: list[bool] = []  # whether its result requires gradients
         self.language: list[bool] = []  # whether each pass of a language model had gradients

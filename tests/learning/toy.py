@@ -20,7 +20,7 @@ from PIL import Image
 from medvqa_rl.config import Config
 from medvqa_rl.learning import checkpoint
 from medvqa_rl.learning.grpo import roll_out, train
-from medvqa_rl.learning.setup import make_accelerator, set_up
+from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.sft import train_sft
 from medvqa_rl.types import Sample
 
@@ -109,13 +109,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def gradients(config: Config) -> dict[str, torch.Tensor]:
     """The gradient of the first step on this rank's groups, by parameter; all ranks get the same."""
     from medvqa_rl.learning.advantages import group_advantages
+    from medvqa_rl.learning.setup import make_reference
     from medvqa_rl.learning.update import Learner
-    from medvqa_rl.models.loading import load_reference
     from medvqa_rl.rewards import Rewards
 
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     setup = set_up(config, ToyData(), None)
-    learner = Learner(config, accelerator, setup.policy, load_reference(setup.policy), setup.optimizer)
+    reference = make_reference(config, setup.policy)
+    trained = wrap(config, accelerator, setup.policy)
+    learner = Learner(config, accelerator, setup.policy, reference, trained)
     groups = roll_out(config, accelerator, setup, 0)
     total = torch.from_numpy(Rewards(config.rewards).score(groups, step=0).total)
     if accelerator.is_main_process:
@@ -123,7 +125,7 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
     experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())
     setup.policy.model.train()
     metrics, _ = learner.accumulate(experience, None, 0)
-    found = {name: p.grad.clone() for name, p in setup.optimizer.parameters.items() if p.grad is not None}
+    found = {name: p.grad.clone() for name, p in trained.parameters.items() if p.grad is not None}
     return found | {f"metric/{name}": torch.tensor(value) for name, value in metrics.items()}
 
 

@@ -9,15 +9,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from medvqa_rl.learning.optimizer import Optimizer
+from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, load_policy
+
+BYTES_PER_FILE = 4 * 2**30
+"""Of the optimizer's state: what the writing process holds at a time."""
 
 _LEFTOVER = re.compile(r"\.(?P<name>best|step_\d+)\.\d+\.(?P<kind>tmp|old)")
 """Folders on their way to or from their name, see :func:`medvqa_rl.models.checkpoints.atomic_folder`."""
@@ -43,22 +51,52 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:06d}"
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer, state: TrainState) -> None:
+def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, is_main: bool) -> None:
     """Write a checkpoint; an older one of that name is replaced.
+
+    Weights and optimizer state are gathered tensor by tensor, whatever engine trains and however many ranks there
+    are, so a checkpoint is the same folder always. Where tensors are sharded all ranks call this together.
+
+    Args:
+        is_main: this process writes.
 
     Raises:
         ValueError: no space is left; earlier checkpoints are untouched.
     """
-    with atomic_folder(folder) as temporary:
-        write_model(policy, temporary)
+    with atomic_folder(folder) if is_main else nullcontext() as temporary:
+        with trained.gathered():
+            if temporary is not None:
+                write_model(trained.policy, temporary)
+        if temporary is None:
+            for _ in trained.state_tensors() if trained.needs_all_ranks else ():
+                pass
+            return
         trainer = temporary / "trainer"
         trainer.mkdir()
-        save_file(optimizer.state_tensors(), trainer / "optimizer.safetensors")
+        for number, tensors in enumerate(_portions(trained.state_tensors())):
+            save_file(tensors, trainer / f"optimizer{f'_{number}' if number else ''}.safetensors")
         (trainer / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
 
+def _portions(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors in dictionaries of about :data:`BYTES_PER_FILE`, the first of which may be empty."""
+    portion: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        portion[name] = tensor.cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= BYTES_PER_FILE:
+            yield portion
+            portion, size = {}, 0
+    yield portion
+
+
 def save_best(folder: Path, policy: Policy, state: TrainState) -> None:
-    """Write a copy of the model that evaluated best, in standard form, with best.json beside it."""
+    """Write a copy of the model that evaluated best, in standard form, with best.json beside it.
+
+    Args:
+        policy: with all its weights in place.
+    """
     with atomic_folder(folder) as temporary:
         write_model(policy, temporary)
         best = {"step": state.best_step, "accuracy": state.best_accuracy}
@@ -92,8 +130,8 @@ def clean_up(run: Path) -> None:
             leftover.unlink()
 
 
-def load_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> TrainState:
-    """Put a checkpoint's weights into a policy in place, and its state into the optimizer.
+def load_checkpoint(folder: Path, policy: Policy) -> TrainState:
+    """Put a checkpoint's weights into a policy in place, before it is wrapped.
 
     The policy has been loaded from where the run began, because that is the reference's place.
     """
@@ -103,5 +141,27 @@ def load_checkpoint(folder: Path, policy: Policy, optimizer: Optimizer) -> Train
     with torch.no_grad():
         for name, tensor in saved.items():
             current[name].copy_(tensor)
-    optimizer.load_state_tensors(load_file(folder / "trainer" / "optimizer.safetensors"))
     return TrainState(**json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8")))
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files: list[Any] = [safe_open(file, framework="pt") for file in files]
+        self._names = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118  # no mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._names[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def load_optimizer(folder: Path, trained: TrainedPolicy) -> None:
+    """Put a checkpoint's state of the optimizer into a policy that was wrapped with its weights."""
+    trained.load_state_tensors(_Stored(sorted((folder / "trainer").glob("optimizer*.safetensors"))))

@@ -26,6 +26,10 @@ class UnscoredError(TrainingFailed):
     """Too many completions of a step could not be scored."""
 
 
+class RankLostError(TrainingFailed):
+    """Another rank is dead, frozen or has failed."""
+
+
 class UnusableSampleError(ValueError):
     """A sample cannot be used, for its image or its size. Nothing is wrong with the weights, which the run saves."""
 

@@ -26,11 +26,13 @@ from medvqa_rl.types import Dataset, EncodedPrompt, Sample
 
 
 class Prepared(NamedTuple):
-    """A sample as its prompt asks it, the epoch that it is drawn in, and the prompt."""
+    """A sample as its prompt asks it, the epoch that it is drawn in, the prompt, and its number in the step over all
+    ranks."""
 
     sample: Sample
     epoch: int
     prompt: EncodedPrompt
+    place: int
 
 
 class Feed(AbstractContextManager["Feed"]):
@@ -65,13 +67,19 @@ class Feed(AbstractContextManager["Feed"]):
         def draws() -> Iterator[tuple[int, Draw]]:
             for step in steps:
                 for draw in samples_at(
-                    dataset, step, num_prompts=num_prompts, seed=seed, rank=rank, num_ranks=num_ranks
+                    dataset,
+                    step,
+                    num_prompts=num_prompts,
+                    seed=seed,
+                    rank=rank,
+                    num_ranks=num_ranks,
+                    cost=engine.expected_tokens,
                 ):
                     yield step, draw
 
         def prepare(place: tuple[int, Draw]) -> Prepared:
             step, draw = place
-            return prepared(engine, draw.sample, draw.epoch, asking, seed=seed, step=step)
+            return prepared(engine, draw, draw.epoch, asking, seed=seed, step=step)
 
         self._share = num_prompts // num_ranks
         self._steps = iter(steps)
@@ -105,16 +113,16 @@ class Feed(AbstractContextManager["Feed"]):
 
 
 def prepared(
-    engine: RolloutEngine, sample: Sample, occurrence: int, asking: PromptConfig, *, seed: int, step: int
+    engine: RolloutEngine, draw: Draw, occurrence: int, asking: PromptConfig, *, seed: int, step: int
 ) -> Prepared:
     """A sample asked by the template that its place in the run draws.
 
     Raises:
         ValueError: an image cannot be used; the message names file and sample.
     """
-    template = template_for(sample, asking, seed=seed, step=step, occurrence=occurrence)
-    asked = as_asked(sample, template)
-    return Prepared(asked, occurrence, engine.encode(asked, template))
+    template = template_for(draw.sample, asking, seed=seed, step=step, occurrence=occurrence)
+    asked = as_asked(draw.sample, template)
+    return Prepared(asked, occurrence, engine.encode(asked, template), draw.place)
 
 
 def prepare_now(setup: Setup, config: Config, draw: Draw, occurrence: int, step: int) -> Prepared:
@@ -127,7 +135,7 @@ def prepare_now(setup: Setup, config: Config, draw: Draw, occurrence: int, step:
         UnusableSampleError: an image cannot be used; the message names file and sample.
     """
     try:
-        return prepared(setup.engine, draw.sample, occurrence, config.prompt, seed=config.train.seed, step=step)
+        return prepared(setup.engine, draw, occurrence, config.prompt, seed=config.train.seed, step=step)
     except ValueError as error:
         raise UnusableSampleError(str(error)) from error
 

@@ -21,13 +21,18 @@ from medvqa_rl.judges.load import load_judge, notices
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
-from medvqa_rl.learning.metrics import mean_of_ranks, record_completions, rollout_metrics, template_metrics
+from medvqa_rl.learning.metrics import (
+    CompletionRecord,
+    mean_of_ranks,
+    record_completions,
+    rollout_metrics,
+    template_metrics,
+)
 from medvqa_rl.learning.resampling import occurrence, resample
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.sampler import samples_at
-from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
+from medvqa_rl.learning.setup import Setup, make_accelerator, make_reference, report_dry_run, set_up, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.models.loading import load_reference
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.types import Dataset, Group, Scores
 
@@ -74,30 +79,39 @@ def train(
     with Run(config, accelerator, kind="train", resume=resume, given=given) as run:
         setup = set_up(config, train_set, val_set)
         # The reference is the policy as it is before a checkpoint is loaded.
-        reference = load_reference(setup.policy) if config.loss.beta > 0 else None
+        reference = make_reference(config, setup.policy)
         judges = {} if judge is None else {"reward": judge.identity}
-        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets, judges)
-        learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+        run.attach(setup.policy, setup.engine, setup.datasets, judges)
+        trained = run.go_on_with(wrap(config, accelerator, setup.policy))
+        learner = Learner(config, accelerator, setup.policy, reference, trained)
         run.begin()
         steps = range(run.state.step, config.train.steps)
         feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.train.prompts_per_step))
         for step in steps:
             began = time.perf_counter()
+            run.at("rollout")
             prompts = feed.at(step)
-            groups = roll_out(config, accelerator, setup, step, prompts)
-            rolled_out = time.perf_counter()
-            score = partial(rewards.score, step=step, count_tokens=setup.policy.processor.count_tokens)
-            scores = score(groups)
-            if times := config.rollout.max_resample_times:
-                others = partial(roll_out_others, config, accelerator, setup, step)
-                groups, scores = resample(groups, scores, max_times=times, roll_out=others, score=score)
+            with trained.gathered():
+                groups = roll_out(config, accelerator, setup, step, prompts)
+                rolled_out = time.perf_counter()
+                run.at("rewards")
+                score = partial(rewards.score, step=step, count_tokens=setup.policy.processor.count_tokens)
+                scores = score(groups)
+                if times := config.rollout.max_resample_times:
+                    others = partial(roll_out_others, config, accelerator, setup, step)
+                    number = partial(number_among_ranks, [prompt.place for prompt in prompts])
+                    groups, scores = resample(
+                        groups, scores, max_times=times, roll_out=others, score=score, number=number
+                    )
             total = torch.from_numpy(scores.total)  # (P, G)
             advantages = group_advantages(total, scale=config.advantage.scale)
-            records = gather_object(record_completions(groups, scores, advantages.numpy()))
+            own = record_completions(groups, scores, advantages.numpy())
+            records = gather_records([prompt.place for prompt in prompts], own)
             metrics = rollout_metrics(records, config.rollout.num_generations)
             metrics |= template_metrics(records) if config.prompt.mix.is_on else {}
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
             scored = time.perf_counter()
+            run.at("update")
             metrics |= learner.update(groups, advantages, ~total.isnan(), step)
             metrics |= mean_of_ranks(gather_object([scores.extras]))
             metrics |= {
@@ -138,25 +152,49 @@ def roll_out(
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
 
 
+def number_among_ranks(places: Sequence[int], indices: Sequence[int]) -> list[int] | None:
+    """Numbers of some of this rank's groups among those that all ranks give; None where no rank gives any.
+
+    Args:
+        places: of this rank's groups in the step.
+        indices: which of them.
+    """
+    given = [places[index] for index in indices]
+    everyones = sorted(gather_object(given))
+    return [everyones.index(place) for place in given] if everyones else None
+
+
+def gather_records(places: Sequence[int], records: Sequence[CompletionRecord]) -> list[CompletionRecord]:
+    """The records of all ranks in the order of the step, whichever rank has which group.
+
+    Args:
+        places: of this rank's groups in the step.
+        records: of their completions, group after group.
+    """
+    size = len(records) // len(places)
+    rows = [(place, records[index * size : (index + 1) * size]) for index, place in enumerate(places)]
+    in_order: list[tuple[int, Sequence[CompletionRecord]]] = sorted(gather_object(rows), key=lambda row: row[0])
+    return [record for _, group in in_order for record in group]
+
+
 def roll_out_others(
-    config: Config, accelerator: Accelerator, setup: Setup, step: int, attempt: int, count: int
+    config: Config, accelerator: Accelerator, setup: Setup, step: int, attempt: int, numbers: Sequence[int]
 ) -> list[Group]:
     """This rank's groups of other prompts than the step's own.
 
     Args:
         attempt: from 1; each draws other prompts.
-        count: how many, at most this rank's share of a step.
+        numbers: which of them this rank takes.
     """
     draws = samples_at(
         setup.datasets["train"],
         step,
         num_prompts=config.train.prompts_per_step,
         seed=config.train.seed,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
         attempt=attempt,
-    )[:count]
-    prompts = [prepare_now(setup, config, draw, occurrence(attempt, draw.epoch), step) for draw in draws]
+    )
+    taken = [draws[number] for number in numbers]
+    prompts = [prepare_now(setup, config, draw, occurrence(attempt, draw.epoch), step) for draw in taken]
     return roll_out(config, accelerator, setup, step, prompts)
 
 
@@ -183,10 +221,12 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
 def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_set: Dataset | None) -> Path:
     """One rollout, one forward and backward pass, no optimizer step, nothing written."""
     setup = set_up(config, train_set, None, with_validation=False)
-    reference = load_reference(setup.policy) if config.loss.beta > 0 else None
-    learner = Learner(config, accelerator, setup.policy, reference, setup.optimizer)
+    reference = make_reference(config, setup.policy)
+    trained = wrap(config, accelerator, setup.policy)
+    learner = Learner(config, accelerator, setup.policy, reference, trained)
     began = time.perf_counter()
-    groups = roll_out(config, accelerator, setup, 0)
+    with trained.gathered():
+        groups = roll_out(config, accelerator, setup, 0)
     scores = rewards.score(groups, step=0, count_tokens=setup.policy.processor.count_tokens)
     total = torch.from_numpy(scores.total)
     experience = learner.prepare(groups, group_advantages(total, scale=config.advantage.scale), ~total.isnan())

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medvqa_rl.models.group_attention import ATTENTION, GroupLayout, group_layout
-from medvqa_rl.models.qwen_vl import Processor, backbone, causal_model, embed_prompts, image_features, rope_positions
+from medvqa_rl.models.qwen_vl import (
+    Processor,
+    backbone,
+    blank_features,
+    causal_model,
+    embed_prompts,
+    image_features,
+    rope_positions,
+    vision_is_frozen,
+)
 from medvqa_rl.types import EncodedPrompt, Group
 
 LOGITS_PER_CHUNK = 2**25
@@ -216,9 +225,15 @@ class GroupForward(nn.Module):
     Nothing else may call the model with gradients, or the wrapper's reduction would be skipped silently.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, always_sees: bool = False) -> None:
+        """
+        Args:
+            always_sees: run a trained vision tower also where no prompt has an image, on an empty one that changes
+                nothing, because ranks that exchange its weights or gradients wait for each other.
+        """
         super().__init__()
         self.model = model
+        self._always_sees = always_sees
 
     def forward(self, batch: CompletionBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenStats:
         """Score the completions of a batch.
@@ -236,12 +251,18 @@ class GroupForward(nn.Module):
         features = batch.features
         if features is None:
             features = tuple(image_features(self.model, batch.prompts, device))
+        blank = None
+        if self._always_sees and all(prompt.pixel_values is None for prompt in batch.prompts):
+            # At the tower's place, because ranks gather weights in the order in which their modules run.
+            blank = None if vision_is_frozen(self.model) else blank_features(self.model, device)
         embeds = embed_prompts(
             self.model,
             batch.input_ids,
             batch.segments == _PROMPT,
             [features[index] for index in batch.prompts_in_rows],
         )
+        if blank is not None:
+            embeds = embeds + 0.0 * blank.sum()
         hidden: Tensor = language_model(
             inputs_embeds=embeds,
             position_ids=batch.position_ids,
@@ -280,7 +301,7 @@ class GroupForward(nn.Module):
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """:func:`token_statistics` in chunks, so that the logits of a large vocabulary never exist at once."""
         head = causal_model(self.model).lm_head
-        size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+        size = max(1, LOGITS_PER_CHUNK // head.out_features)
         if len(targets) <= size:
             return token_statistics(head, hidden, targets, temperature, with_entropy)
         parts = [

@@ -32,6 +32,34 @@ def should_decay(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "embed_tokens" not in name
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that are trained, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        raise ValueError(
+            "No parameter of the model is trained: train the language model (model.lora null), an adapter, "
+            "model.train_projector or model.train_vision."
+        )
+    return parameters
+
+
+def make_adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone. The keys are the names that the parameters have in the model."""
+    decayed = [parameter for name, parameter in parameters.items() if should_decay(name, parameter)]
+    others = [parameter for name, parameter in parameters.items() if not should_decay(name, parameter)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.epsilon,
+    )
+
+
 class Optimizer:
     """AdamW (decoupled weight decay) on the trainable parameters of a model.
 
@@ -41,30 +69,12 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.parameters: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
-        if not self.parameters:
-            raise ValueError(
-                "No parameter of the model is trained: train the language model (model.lora null), an adapter, "
-                "model.train_projector or model.train_vision."
-            )
-        self._masters: dict[str, Tensor] = {
-            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
+        self.parameters = trained_parameters(model)
+        self._masters: dict[str, nn.Parameter] = {
+            name: parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
             for name, parameter in self.parameters.items()
         }
-        decayed = [self._masters[name] for name, p in self.parameters.items() if should_decay(name, p)]
-        others = [self._masters[name] for name, p in self.parameters.items() if not should_decay(name, p)]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.epsilon,
-        )
+        self._adamw = make_adamw(self._masters, config)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

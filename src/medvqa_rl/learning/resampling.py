@@ -40,8 +40,9 @@ def resample(
     scores: Scores,
     *,
     max_times: int,
-    roll_out: Callable[[int, int], list[Group]],
+    roll_out: Callable[[int, Sequence[int]], list[Group]],
     score: Callable[[Sequence[Group]], Scores],
+    number: Callable[[Sequence[int]], list[int] | None] | None = None,
 ) -> tuple[list[Group], Scores]:
     """Replace groups without signal by groups of other prompts that have some, as far as they are found.
 
@@ -49,8 +50,10 @@ def resample(
         groups: P groups of the step's own prompts.
         scores: theirs.
         max_times: attempts at most, each with as many prompts as there are groups left to replace.
-        roll_out: (attempt from 1, number of prompts) -> as many groups of other prompts.
+        roll_out: (attempt from 1, numbers of prompts in the attempt) -> groups of these prompts.
         score: their scores.
+        number: of several ranks, all of which call it in every attempt: which of this rank's groups are to be replaced
+            -> their numbers among those of all ranks, None where no rank has any. None counts this rank's alone.
 
     Returns:
         P groups and their scores. ``extras`` are those of the step's own groups, and ``frac_groups_resampled``, the
@@ -59,9 +62,12 @@ def resample(
     groups, num_replaced = list(groups), 0
     for attempt in range(1, max_times + 1):
         places = without_signal(scores.total)
-        if not places:
+        numbers = (list(range(len(places))) or None) if number is None else number(places)
+        if numbers is None:
             break
-        fresh = roll_out(attempt, len(places))
+        if not places:
+            continue  # but other ranks have some
+        fresh = roll_out(attempt, numbers)
         found = score(fresh)
         useless = set(without_signal(found.total))
         pairs = [(place, index) for index, place in enumerate(places) if index not in useless]

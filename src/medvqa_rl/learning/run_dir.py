@@ -35,6 +35,8 @@ MAY_CHANGE = (
     "prefetch.workers",
     "prefetch.max_mib",
     "train.steps",
+    "train.engine",
+    "train.rank_timeout",
     "train.save_steps",
     "train.save_total_limit",
     "train.logging_steps",

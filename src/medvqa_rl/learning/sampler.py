@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from medvqa_rl.randomness import address, permutation
@@ -14,6 +15,8 @@ class Draw(NamedTuple):
 
     sample: Sample
     epoch: int
+    place: int
+    """Its number among the step's samples over all ranks."""
 
 
 _FURTHER = 2**32
@@ -57,9 +60,38 @@ def samples_at(
     rank: int = 0,
     num_ranks: int = 1,
     attempt: int = 0,
+    cost: Callable[[Sample], float] | None = None,
 ) -> list[Draw]:
-    """The samples of one step that one rank works on; ranks share a step's samples out evenly."""
+    """The samples of one step that one rank works on, in the order of the step.
+
+    Args:
+        cost: what a sample is expected to take; ranks get as many samples each, and as equal sums as :func:`deal`
+            finds. None deals consecutive ones.
+    """
     length = None if dataset.is_endless else len(dataset)
     indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt)
-    share = num_prompts // num_ranks
-    return [Draw(dataset[index], epoch) for index, epoch in indices[rank * share : (rank + 1) * share]]
+    if num_ranks == 1 or cost is None:
+        share = num_prompts // num_ranks
+        places = list(range(rank * share, (rank + 1) * share))
+    else:
+        places = deal([cost(dataset[index]) for index, _ in indices], num_ranks)[rank]
+    return [Draw(dataset[indices[place][0]], indices[place][1], place) for place in places]
+
+
+def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Share things out so that every rank gets as many, and the dearest share is cheap.
+
+    The dearest thing left goes to the rank that has least so far and still has room (longest processing time first,
+    Graham 1969). All ranks find the same.
+
+    Returns:
+        Indices by rank, each list ascending.
+    """
+    room = len(costs) // num_ranks
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0.0] * num_ranks
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        rank = min((rank for rank in range(num_ranks) if len(shares[rank]) < room), key=lambda rank: sums[rank])
+        shares[rank].append(index)
+        sums[rank] += costs[index]
+    return [sorted(share) for share in shares]

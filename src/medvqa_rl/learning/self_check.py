@@ -68,14 +68,12 @@ def compare(fast: Tensor, plain: Tensor, mask: Tensor, dtype: torch.dtype, group
 
 
 @torch.no_grad()
-def check_first_group(
-    forward: nn.Module, model: nn.Module, batch: CompletionBatch, plain: CompletionBatch, group: Group
-) -> None:
+def check_first_group(forward: nn.Module, batch: CompletionBatch, plain: CompletionBatch, group: Group) -> None:
     """Compare the last group of a batch with the same group alone, one row per completion; forward passes only.
 
     Args:
-        forward: the :class:`GroupForward`, wrapped or not, around ``model``.
-        model: is in evaluation mode for the time of the check, because dropout would make any two passes differ.
+        forward: the :class:`GroupForward`, wrapped or not. It is in evaluation mode for the time of the check, because
+            dropout would make any two passes differ.
         batch: the default layout; ``group`` is its last.
         plain: ``group`` in separate rows.
         group: one that has a part in the loss.
@@ -83,11 +81,11 @@ def check_first_group(
     Raises:
         SelfCheckError: they disagree.
     """
-    is_training = model.training
-    model.eval()
+    is_training = forward.training
+    forward.eval()
     try:
         fast: Tensor = forward(batch).logps[-len(plain.mask) :]
         expected: Tensor = forward(plain).logps
     finally:
-        model.train(is_training)
-    compare(fast, expected, plain.mask, next(model.parameters()).dtype, group)
+        forward.train(is_training)
+    compare(fast, expected, plain.mask, next(forward.parameters()).dtype, group)

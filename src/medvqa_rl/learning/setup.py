@@ -1,22 +1,31 @@
-"""What both loops begin with: devices, data, policy, optimizer and rollout engine."""
+"""What both loops begin with: ranks, data, policy, rollout engine, and the policy as an engine trains it."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate.accelerator import Accelerator
-from accelerate.utils.dataclasses import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils.dataclasses import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from rich.console import Console
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
 from medvqa_rl.data import load_dataset
-from medvqa_rl.learning.optimizer import Optimizer
-from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.learning.launch import check_launch, read_launch
+from medvqa_rl.learning.trained import Fsdp2Policy, TrainedPolicy
+from medvqa_rl.models.loading import Policy, Reference, load_policy, load_reference, resolve_device
+from medvqa_rl.models.shards import Shards
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.types import Dataset, Group
 
@@ -26,37 +35,94 @@ class Setup:
     """The parts of a run."""
 
     policy: Policy
-    optimizer: Optimizer
     engine: RolloutEngine
     datasets: Mapping[str, Dataset]
     """``train``, and ``val`` where there are evaluations."""
+    num_parameters: int
+    num_trained: int
 
 
 def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     """Join the processes that a launcher started, or run alone.
 
     Raises:
-        ValueError: the prompts of a step cannot be shared out evenly, or the launcher asks for sharded weights.
+        ValueError: settings and launcher do not fit together; a sentence says how.
     """
+    launch = read_launch(os.environ)
+    check_launch(config, launch, prompts_per_step)
+    is_cpu = resolve_device(config.model.device).type == "cpu"
+    uses_zero = launch.engine in ("zero2", "zero3")
+    if uses_zero:
+        _prepare_deepspeed(launch.engine, is_cpu=is_cpu)
     # With a trained vision tower a micro-batch without images leaves parameters unused.
     trains_vision = config.model.train_vision or config.model.train_projector
     accelerator = Accelerator(
-        cpu=resolve_device(config.model.device).type == "cpu",
+        # Accelerate knows DeepSpeed on accelerators only; it takes a CPU for one where the backend is named.
+        cpu=is_cpu and not uses_zero,
         mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=trains_vision)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=trains_vision),
+            # Ranks wait for one that evaluates or saves, however long that takes; roll_call.py sees if one is lost.
+            InitProcessGroupKwargs(backend="gloo" if is_cpu and uses_zero else None, timeout=timedelta(days=1)),
+        ],
     )
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"The launcher asks for {kind.value}, but this version trains with one process or with plain data "
-            "parallelism: run `accelerate launch --multi_gpu` without DeepSpeed or FSDP."
-        )
-    if prompts_per_step % accelerator.num_processes:
-        raise ValueError(
-            f"A step has {prompts_per_step} prompts, which {accelerator.num_processes} processes cannot share out "
-            "evenly: set train.prompts_per_step (sft.batch_size for sft) to a multiple of the number of processes."
-        )
+    if uses_zero:
+        # Or transformers would partition every model that it loads, judges too. The policy is when it is wrapped.
+        unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
+    if is_cpu and launch.engine == "fsdp2":
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # which it leaves out without a GPU
     return accelerator
+
+
+def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
+    """Have DeepSpeed ready before Accelerate imports it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if is_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(
+            f"The launcher asks for {engine}, but DeepSpeed cannot be imported ({error}): install it with "
+            "`pip install 'medvqa-rl[deepspeed]'`, or launch with fsdp2, which needs nothing more."
+        ) from error
+    if is_cpu:
+        # It would compile a kernel of its own at the first use; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPolicy:
+    """The policy as the engine that was launched trains it.
+
+    Args:
+        policy: with the weights that training starts from. Afterwards its model is for what needs no gradients, and
+            where weights are sharded it is empty outside of :meth:`TrainedPolicy.gathered`.
+    """
+    match read_launch(os.environ).engine:
+        case "fsdp2":
+            return Fsdp2Policy(config.optimizer, accelerator, policy)
+        case "zero2" | "zero3":
+            from medvqa_rl.learning.zero import ZeroPolicy  # needs DeepSpeed, which few have
+
+            return ZeroPolicy(config.optimizer, accelerator, policy)
+        case _:
+            return TrainedPolicy(config.optimizer, accelerator, policy)
+
+
+def make_reference(config: Config, policy: Policy) -> Reference | None:
+    """The policy as it is now, for the divergence; None where nothing weighs it. Call it before :func:`wrap`.
+
+    A whole second model is sharded where the engine shards anything.
+    """
+    if config.loss.beta == 0:
+        return None
+    if policy.is_lora or read_launch(os.environ).engine in (None, "ddp"):
+        return load_reference(policy)
+    trained = {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    return Reference(policy, None, Shards(trained))
 
 
 def set_up(
@@ -79,7 +145,14 @@ def set_up(
     torch.manual_seed(config.train.seed)  # a new adapter begins with random weights
     policy = load_policy(config.model)
     engine = RolloutEngine(policy, config.prompt.template, engine=config.rollout.engine)
-    return Setup(policy, Optimizer(policy.model, config.optimizer), engine, datasets)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
+    return Setup(
+        policy,
+        engine,
+        datasets,
+        num_parameters=sum(size for size, _ in sizes),
+        num_trained=sum(size for size, is_trained in sizes if is_trained),
+    )
 
 
 def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str]) -> None:
@@ -88,11 +161,9 @@ def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str
     prompts = [len(group.prompt.input_ids) for group in groups]
     images = [0 if group.image_features is None else len(group.image_features) for group in groups]
     lengths = [len(completion.token_ids) for group in groups for completion in group.completions]
-    trained = sum(parameter.numel() for parameter in setup.optimizer.parameters.values())
-    total = sum(parameter.numel() for parameter in policy.model.parameters())
     lines = {
         "device": str(policy.device),
-        "parameters": f"{total:,}, of which {trained:,} are trained",
+        "parameters": f"{setup.num_parameters:,}, of which {setup.num_trained:,} are trained",
         "training samples": "endless" if setup.datasets["train"].is_endless else f"{len(setup.datasets['train']):,}",
         "groups": f"{len(groups)} prompts x {len(groups[0].completions)} completions",
         "prompt tokens": f"{min(prompts)} to {max(prompts)}",

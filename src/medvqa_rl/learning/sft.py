@@ -19,10 +19,11 @@ from medvqa_rl.config import Config
 from medvqa_rl.judges.load import notices
 from medvqa_rl.learning.errors import NonFiniteError
 from medvqa_rl.learning.feed import Prepared, make_feed
-from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, collate
+from medvqa_rl.learning.logprobs import CompletionBatch, collate
 from medvqa_rl.learning.optimizer import lr_at
 from medvqa_rl.learning.run import Run
-from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up
+from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up, wrap
+from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.prompts import Template, as_asked, render_answer
 from medvqa_rl.randomness import address
@@ -90,25 +91,26 @@ def train_sft(
         accelerator.print(line)
     if dry_run:
         setup = set_up(config, train_set, None, with_validation=False)
-        forward = accelerator.prepare_model(GroupForward(setup.policy.model))
+        trained = wrap(config, accelerator, setup.policy)
         with make_feed(config, accelerator, setup, range(1), config.sft.batch_size) as feed:
             groups = prepared_groups(config, setup, feed.at(0))
-        metrics = accumulate(config, accelerator, setup, forward, groups)
+        metrics = accumulate(config, accelerator, setup, trained, groups)
         report_dry_run(setup, groups, {name: f"{value:.4f}" for name, value in metrics.items()})
         return Path(config.output_dir)
     with Run(config, accelerator, kind="sft", resume=resume, given=given) as run:
         setup = set_up(config, train_set, val_set)
-        run.attach(setup.policy, setup.optimizer, setup.engine, setup.datasets)
-        forward = accelerator.prepare_model(GroupForward(setup.policy.model))
+        run.attach(setup.policy, setup.engine, setup.datasets)
+        trained = run.go_on_with(wrap(config, accelerator, setup.policy))
         run.begin()
         steps = range(run.state.step, config.train.steps)
         feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.sft.batch_size))
         for step in steps:
             began = time.perf_counter()
+            run.at("update")
             groups = prepared_groups(config, setup, feed.at(step))
-            setup.policy.model.train()
+            trained.forward.train()
             torch.manual_seed(address(config.train.seed, "dropout", step, accelerator.process_index))
-            metrics = accumulate(config, accelerator, setup, forward, groups)
+            metrics = accumulate(config, accelerator, setup, trained, groups)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 names = ", ".join(group.sample.id for group in groups[:8])
                 raise NonFiniteError(
@@ -117,7 +119,7 @@ def train_sft(
                     groups,
                 )
             learning_rate = lr_at(step, config.optimizer, config.train.steps)
-            setup.optimizer.step(learning_rate)
+            trained.step(learning_rate)
             run.state.num_tokens += int(metrics.pop("step_tokens"))
             run.finish_step(metrics | {"learning_rate": learning_rate, "step_time": time.perf_counter() - began})
         run.finish()
@@ -128,14 +130,14 @@ def prepared_groups(config: Config, setup: Setup, prompts: Sequence[Prepared]) -
     """The targets of a step's prompts."""
     processor = setup.policy.processor
     groups = []
-    for sample, _, prompt in prompts:
+    for sample, _, prompt, _ in prompts:
         text = target_text(sample, prompt.template, use_reasoning=config.sft.use_reasoning)
         groups.append(Group(sample, prompt, (target_completion(text, processor),)))
     return groups
 
 
 def accumulate(
-    config: Config, accelerator: Accelerator, setup: Setup, forward: nn.Module, groups: Sequence[Group]
+    config: Config, accelerator: Accelerator, setup: Setup, trained: TrainedPolicy, groups: Sequence[Group]
 ) -> dict[str, float]:
     """Forward and backward over all micro-batches: leaves the clipped gradient of the step's loss.
 
@@ -151,20 +153,11 @@ def accumulate(
     num_tokens = num_targets + sum(len(group.prompt.input_ids) for group in groups)
     counts = accelerator.reduce(torch.tensor([num_targets, num_tokens], device=device), "sum").tolist()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches[:-1]:
-        with accelerator.no_sync(forward):
-            total += _backward(accelerator, forward, batch, counts[0])
-    total += _backward(accelerator, forward, batches[-1], counts[0])
-    limit = config.optimizer.max_grad_norm
-    grad_norm = accelerator.clip_grad_norm_(
-        list(setup.optimizer.parameters.values()), math.inf if limit is None else limit
-    )
-    loss = float(accelerator.reduce(total, "sum"))
-    return {"loss": loss, "grad_norm": float(grad_norm), "step_tokens": float(counts[1])}
-
-
-def _backward(accelerator: Accelerator, forward: nn.Module, batch: CompletionBatch, num_tokens: int) -> Tensor:
-    """Add a batch's gradient; returns its share of the loss."""
-    loss = sft_loss(forward, batch, num_tokens)
-    accelerator.backward(loss * accelerator.num_processes)  # distributed wrappers average over ranks
-    return loss.detach()
+    for index, batch in enumerate(batches):  # as many on every rank
+        with trained.micro_batch(is_last=index == len(batches) - 1):
+            loss = sft_loss(trained.forward, batch, counts[0])
+            trained.backward(loss * accelerator.num_processes)  # distributed wrappers average over ranks
+            total += loss.detach()
+    grad_norm = trained.finish_gradients(has_skipped=False)
+    loss_sum = float(accelerator.reduce(total, "sum"))
+    return {"loss": loss_sum, "grad_norm": grad_norm, "step_tokens": float(counts[1])}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, Layout, c
 from medvqa_rl.learning.losses import aggregate, token_loss
 from medvqa_rl.learning.micro_batches import split
 from medvqa_rl.learning.optimizer import Optimizer, lr_at
-from medvqa_rl.learning.self_check import check_first_group
+from medvqa_rl.learning.self_check import SelfCheckError, check_first_group
+from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.models.loading import Policy, Reference
 from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.randomness import address
@@ -37,7 +38,7 @@ class MicroBatch:
     mask: Tensor
     """(B, Tc) bool, True at tokens that count in the loss."""
     ref_logps: Tensor | None
-    """(B, Tc) under the reference; None where beta is 0."""
+    """(B, Tc) under the reference; None where beta is 0 or nothing counts."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,23 @@ class Learner:
         accelerator: Accelerator,
         policy: Policy,
         reference: Reference | None,
-        optimizer: Optimizer,
+        trained: TrainedPolicy | Optimizer,
     ) -> None:
         """
         Args:
             reference: the policy before training; None exactly where ``loss.beta`` is 0.
+            trained: the policy as an engine trains it; an optimizer stands for one that has all weights.
         """
         assert (reference is None) == (config.loss.beta == 0.0)
         self.config = config
         self.accelerator = accelerator
         self.policy = policy
         self.reference = reference
-        self.optimizer = optimizer
+        if isinstance(trained, Optimizer):
+            trained = TrainedPolicy(config.optimizer, accelerator, policy, trained)
+        self.trained = trained
         self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
         self._is_checked = not config.train.self_check or self.layout == "separate"
-        self.forward: nn.Module = accelerator.prepare_model(GroupForward(policy.model))
 
     def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
         """Train on this rank's groups: ``num_iterations`` rounds, each with one optimizer step on all of them.
@@ -113,10 +116,10 @@ class Learner:
 
         Raises:
             UnusableSampleError: a group is larger than ``train.max_tokens_per_micro_batch``.
-            SelfCheckError: on the first call, the default layout and separate rows disagree.
+            SelfCheckError: on the first call, the default layout and separate rows disagree on any rank.
             NonFiniteError: the loss or its gradient is not finite; no weight was touched in this round.
         """
-        self.policy.model.train()
+        self.trained.forward.train()
         # Dropout draws from torch's generator: addressed like all randomness, so that a resumed run meets the same.
         torch.manual_seed(address(self.config.train.seed, "dropout", step, self.accelerator.process_index))
         experience = self.prepare(groups, advantages, is_scored)
@@ -129,9 +132,9 @@ class Learner:
         for _ in range(self.config.loss.num_iterations):
             metrics, logps = self.accumulate(experience, old_logps, step)
             if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
-                self.optimizer.zero_grad()
+                self.trained.zero_grad()
                 raise self._non_finite(experience, logps, metrics, step, is_first_round=not rounds)
-            self.optimizer.step(learning_rate)
+            self.trained.step(learning_rate)
             rounds.append(metrics)
             # In the first round the policy is the one that sampled: its log-probabilities are the old ones of all.
             old_logps = logps if old_logps is None else old_logps
@@ -156,18 +159,20 @@ class Learner:
             max_completion_length=self.config.rollout.max_completion_length,
         )
         micro_batches = []
-        for indices in parts:
-            own = [groups[index] for index in indices]
-            batch = self.collate(own, self.layout)
-            micro_batches.append(
-                MicroBatch(
-                    groups=own,
-                    batch=batch,
-                    advantages=advantages[indices].reshape(-1).float().to(batch.mask.device),
-                    mask=batch.mask & counts[indices].reshape(-1, 1).to(batch.mask.device),
-                    ref_logps=self._reference_logps(batch),
+        with self._reference_forward() as reference:
+            for indices in parts:
+                own = [groups[index] for index in indices]
+                batch = self.collate(own, self.layout)
+                micro_batches.append(
+                    MicroBatch(
+                        groups=own,
+                        batch=batch,
+                        advantages=advantages[indices].reshape(-1).float().to(batch.mask.device),
+                        mask=batch.mask & counts[indices].reshape(-1, 1).to(batch.mask.device),
+                        ref_logps=self._reference_logps(reference, batch),
+                    )
                 )
-            )
+        micro_batches += self._idle(micro_batches)
         counted = torch.tensor(
             [is_scored.sum(), num_tokens.sum(), num_tokens[kept].sum(), len(groups), len(groups) - len(kept)]
         )
@@ -178,22 +183,56 @@ class Learner:
         return collate(groups, self.policy.processor, self.policy.device, layout=layout)
 
     def check(self, micro: MicroBatch) -> None:
-        """The self-check of the first step, on the last group of a micro-batch.
+        """The self-check of the first step, on the last group of a micro-batch of every rank.
 
         Raises:
-            SelfCheckError: the default layout and separate rows disagree.
+            SelfCheckError: the default layout and separate rows disagree; raised by all ranks together.
         """
         group = micro.groups[-1]
         plain = self.collate([group], "separate")
-        check_first_group(self.forward, self.policy.model, micro.batch, plain, group)
+        error = None
+        try:
+            check_first_group(self.trained.forward, micro.batch, plain, group)
+        except SelfCheckError as own:
+            error = own
+        failures = int(self.accelerator.reduce(torch.tensor(int(error is not None), device=self.policy.device), "sum"))
+        if failures:
+            raise error or SelfCheckError("The self-check failed on another rank, which says why.", ())
 
-    def _reference_logps(self, batch: CompletionBatch) -> Tensor | None:
-        """(B, Tc) log-probabilities under the reference."""
+    @contextmanager
+    def _reference_forward(self) -> Iterator[nn.Module | None]:
+        """What computes log-probabilities under the reference, under ``no_grad``; None without one."""
         if self.reference is None:
+            yield None
+            return
+        with self.trained.gathered(self.reference.shards), self.reference.active() as model, torch.no_grad():
+            yield GroupForward(model)
+
+    def _reference_logps(self, reference: nn.Module | None, batch: CompletionBatch) -> Tensor | None:
+        """(B, Tc) log-probabilities under the reference."""
+        if reference is None:
             return None
-        with self.reference.active() as model, torch.no_grad():
-            logps: Tensor = GroupForward(model)(batch, temperature=self.config.rollout.temperature).logps
-            return logps
+        logps: Tensor = reference(batch, temperature=self.config.rollout.temperature).logps
+        return logps
+
+    def _idle(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Micro-batches that have no part in the loss, for ranks with fewer than others where passes need all."""
+        if not self.trained.needs_all_ranks:
+            return []
+        count = torch.tensor([len(micro_batches)], device=self.policy.device)
+        missing = int(self.accelerator.gather(count).max()) - len(micro_batches)
+        if not missing:
+            return []
+        groups = [group for micro in micro_batches for group in micro.groups]
+        smallest = min(
+            groups,
+            key=lambda group: (
+                len(group.prompt.input_ids) + sum(len(completion.token_ids) for completion in group.completions)
+            ),
+        )
+        batch = self.collate([smallest], self.layout)
+        nothing = torch.zeros(batch.num_completions, device=batch.mask.device)
+        return [MicroBatch([smallest], batch, nothing, torch.zeros_like(batch.mask), None)] * missing
 
     def accumulate(
         self, experience: Experience, old_logps: Sequence[Tensor] | None, step: int
@@ -211,9 +250,8 @@ class Learner:
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.policy.device)
         all_logps = []
         for index, micro in enumerate(experience.micro_batches):
-            is_last = index == len(experience.micro_batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.forward):
-                stats = self.forward(
+            with self.trained.micro_batch(is_last=index == len(experience.micro_batches) - 1):
+                stats = self.trained.forward(
                     micro.batch, temperature=self.config.rollout.temperature, with_entropy=is_first_round
                 )
                 logps = stats.logps.detach()
@@ -222,7 +260,7 @@ class Learner:
                     logps if old_logps is None else old_logps[index],
                     micro.advantages,
                     micro.ref_logps,
-                    beta=loss_config.beta,
+                    beta=0.0 if micro.ref_logps is None else loss_config.beta,  # idle ones have no reference
                     epsilon=loss_config.epsilon,
                     epsilon_high=loss_config.epsilon_high,
                 )
@@ -235,7 +273,7 @@ class Learner:
                     max_completion_length=self.config.rollout.max_completion_length,
                 )
                 # Distributed wrappers average gradients over ranks; the denominators are of the whole step already.
-                self.accelerator.backward(loss * num_ranks)
+                self.trained.backward(loss * num_ranks)
             all_logps.append(logps)
             per_token = (
                 tokens.kl,
@@ -245,16 +283,7 @@ class Learner:
                 tokens.is_low_clipped | tokens.is_high_clipped,
             )
             sums += torch.stack([loss.detach(), *(torch.where(micro.mask, values, 0).sum() for values in per_token)])
-        if experience.num_skipped:
-            # A parameter that only skipped groups reach, as the vision tower beside text-only questions, has the
-            # gradient zero and not none: the optimizer's running means move on.
-            for parameter in self.optimizer.parameters.values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        limit = self.config.optimizer.max_grad_norm
-        grad_norm = self.accelerator.clip_grad_norm_(
-            list(self.optimizer.parameters.values()), math.inf if limit is None else limit
-        )
+        grad_norm = self.trained.finish_gradients(has_skipped=experience.num_skipped > 0)
         loss_sum, kl, entropy, *clipped = self.accelerator.reduce(sums, "sum").tolist()
         num_tokens = max(experience.num_tokens, 1)
         means = [loss_sum, kl / num_tokens, entropy / max(experience.num_computed_tokens, 1)]
@@ -263,7 +292,7 @@ class Learner:
             del metrics["kl"]  # nothing to diverge from; 0 would read as a measurement
         return {
             **metrics,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "frac_groups_skipped": experience.num_skipped / experience.num_groups,
         }, all_logps
 

@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
+from medvqa_rl.models.shards import Shards
 
 ADAPTER_FILE = "adapter_model.safetensors"
 REFERENCE_ADAPTER = "reference"
@@ -313,9 +314,15 @@ def _fill_adapter(model: PeftModel, folder: Path, name: str) -> None:
 class Reference:
     """The policy before training, for the KL term and nothing else."""
 
-    def __init__(self, policy: Policy, frozen: nn.Module | None) -> None:
+    def __init__(self, policy: Policy, frozen: nn.Module | None, shards: Shards | None = None) -> None:
+        """
+        Args:
+            frozen: a second model; None takes the policy's own.
+            shards: the trained weights as they were, which the caller puts into the policy's model for the pass.
+        """
         self._policy = policy
         self._frozen = frozen
+        self.shards = shards
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -328,8 +335,16 @@ class Reference:
             with torch.no_grad():
                 yield self._frozen
             return
+        is_training = self._policy.model.training
+        if self.shards is not None:
+            self._policy.model.eval()
+            try:
+                with torch.no_grad():
+                    yield self._policy.model
+            finally:
+                self._policy.model.train(is_training)
+            return
         model = cast(PeftModel, self._policy.model)
-        is_training = model.training
         gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.eval()
         try:

@@ -152,6 +152,18 @@ class Processor:
             total += 12 * stored + 72 * seen
         return total
 
+    def expected_tokens(self, sample: Sample) -> float:
+        """Tokens that a sample's prompt will have, roughly and without decoding: a token for four characters, and for
+        an image as many as its header promises (the most where it does not tell its size)."""
+        limits = self.image_processor.size
+        per_token = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+        tokens = (len(sample.question) + sum(map(len, sample.options))) / 4
+        for source in sample.images:
+            stored = source.header_pixels() if isinstance(source, FileImage) else None
+            pixels = min(max(stored or limits["longest_edge"], limits["shortest_edge"]), limits["longest_edge"])
+            tokens += pixels / per_token
+        return tokens
+
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Token ids of a completion as supervised fine-tuning teaches it, the end-of-sequence token included."""
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id)
@@ -219,6 +231,19 @@ def image_features(
         None if prompt.image_grid_thw is None else torch.cat([next(features) for _ in prompt.image_grid_thw])
         for prompt in prompts
     ]
+
+
+def blank_features(model: nn.Module, device: torch.device | str) -> Tensor:
+    """(1, hidden) features of an empty image of the least size, computed by the vision tower."""
+    vision = backbone(model).config.vision_config
+    side = vision.spatial_merge_size
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(side * side, patch, device=device)
+    encoded = backbone(model).get_image_features(
+        pixels, torch.tensor([[1, side, side]], device=device), return_dict=True
+    )
+    features: Tensor = encoded.pooler_output[0]
+    return features
 
 
 def rope_positions(prompt: EncodedPrompt, *, image_token_id: int, merge_size: int) -> NDArray[np.int64]:

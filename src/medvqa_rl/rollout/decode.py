@@ -114,6 +114,10 @@ class RolloutEngine:
         """Memory that :meth:`encode` takes at most (:meth:`Processor.encoding_bytes`)."""
         return self._policy.processor.encoding_bytes(sample)
 
+    def expected_tokens(self, sample: Sample) -> float:
+        """Tokens of a sample's prompt, roughly (:meth:`Processor.expected_tokens`)."""
+        return self._policy.processor.expected_tokens(sample)
+
     def count_tokens(self, text: str) -> int:
         """Tokens that the policy's tokenizer makes of a text."""
         return self._policy.processor.count_tokens(text)

@@ -1,0 +1,168 @@
+"""Runs toy training on one and on several processes: ``python ranks.py JOBS_JSON``.
+
+What takes long is importing, so that is done once, and the ranks of every job are forked from here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy
+from toy import ToyData
+
+from medvqa_rl.config import Config
+from medvqa_rl.learning import grpo
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.run import Run
+from medvqa_rl.learning.trained import TrainedPolicy
+from medvqa_rl.learning.update import Learner
+from medvqa_rl.types import Sample
+
+ENVIRONMENT = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+"""What ``accelerate launch`` tells the processes of each engine."""
+
+
+@dataclass(frozen=True)
+class MixedData(ToyData):
+    """Every other question is about no image."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return sample if index % 2 else replace(sample, images=())
+
+
+def rare(prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, **kwargs: Any) -> list[float]:
+    """A reward of questions about organs alone, so that ranks have different numbers of groups to learn from."""
+    rewards = toy.vowels(prompts, completions, completion_ids, trainer_state)
+    return [reward if "organ" in str(prompt) else 0.0 for reward, prompt in zip(rewards, prompts)]
+
+
+def gradient(trained: TrainedPolicy, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The whole gradient of a parameter."""
+    if parameter.grad is not None:
+        grad = parameter.grad
+        return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    if type(trained).__name__ != "ZeroPolicy":
+        return None
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
+
+
+def keep_first_gradient(path: Path) -> None:
+    """Have the gradient of the first step written to a file, before it is clipped."""
+    accumulate = Learner.accumulate
+
+    def watched(learner: Learner, *args: Any) -> Any:
+        finish = learner.trained.finish_gradients
+
+        def keep(*, has_skipped: bool) -> float:
+            trained = learner.trained
+            found = {name: gradient(trained, parameter) for name, parameter in trained.parameters.items()}
+            if trained.accelerator.is_main_process:
+                torch.save({name: grad for name, grad in found.items() if grad is not None}, path)
+            return finish(has_skipped=has_skipped)
+
+        learner.trained.finish_gradients = keep
+        try:
+            return accumulate(learner, *args)
+        finally:
+            learner.trained.finish_gradients = finish
+            Learner.accumulate = accumulate
+
+    Learner.accumulate = watched
+
+
+def work(job: dict[str, Any]) -> None:
+    """One rank's part of a job."""
+    config = Config.model_validate(job["config"])
+    if "gradient" in job:
+        keep_first_gradient(Path(job["gradient"]))
+    if job.get("perturb"):
+        exact = grpo.group_advantages
+        grpo.group_advantages = lambda total, scale: exact(total, scale=scale) + 0.1 * (total > total.mean())
+    data = MixedData(8) if job.get("mixed") else ToyData(8)
+    train(config, train_set=data, val_set=ToyData(3), resume=job.get("resume", False))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def lose(step: int, phase: str, number: int) -> None:
+    """Send this process a signal when it gets to a phase of a step."""
+    at = Run.at
+
+    def struck(run: Run, current: str) -> None:
+        at(run, current)
+        if (run.state.step + 1, current) == (step, phase):
+            os.kill(os.getpid(), number)
+
+    Run.at = struck
+
+
+def launch(job: dict[str, Any]) -> list[int]:
+    """Exit codes of the ranks of a job. Like a launcher, it kills the others some time after the first has failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [_fork(job, rank, port) for rank in range(job["ranks"])]
+    lost = children[job["lost"]["rank"]] if "lost" in job else None
+    codes: dict[int, int] = {}
+    deadline = None
+    while len(codes) < len(children):
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child] and child != lost:
+                deadline = time.monotonic() + 10
+        elif deadline is not None and time.monotonic() > deadline:
+            for other in set(children) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+        time.sleep(0.05)
+    return [codes[child] for child in children]
+
+
+def _fork(job: dict[str, Any], rank: int, port: int) -> int:
+    """Start one rank; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        if job["ranks"] > 1:
+            world = str(job["ranks"])
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
+            os.environ |= {"LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= ENVIRONMENT[job["engine"]]
+        lost = job.get("lost")
+        if lost is not None and lost["rank"] == rank:
+            lose(lost["step"], lost["phase"], lost["signal"])
+        work(job)
+        code = 0
+    except BaseException:  # noqa: BLE001  # whatever it is belongs to the parent
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    work_to_do = json.loads(Path(sys.argv[1]).read_text())
+    if any(job["engine"].startswith("zero") for job in work_to_do):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    print(json.dumps({job["name"]: launch(job) for job in work_to_do}))

@@ -1,0 +1,178 @@
+"""Several ranks: the same run under every engine, resumed under others, and ended where a rank is lost.
+
+Two processes on the CPU, gloo, float32. Everything runs in one process that forks the ranks (ranks.py), once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import read_metrics, toy_config
+
+RANKS = Path(__file__).with_name("ranks.py")
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+STEPS = 5
+
+pytestmark = pytest.mark.slow
+
+LORA = {"lora": {"rank": 2}, "train_projector": False}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    # All weights, the projector too, with a reference, clipped gradients, and a weight decay.
+    "full": {},
+    "lora": {"model": LORA},
+    # The tower too; every other prompt has no image and no gradient, so ranks have unequal work.
+    "mixed": {
+        "model": {"train_vision": True},
+        "loss": {"beta": 0.0},
+        "rewards": {"functions": {"ranks.rare": 1.0}},
+    },
+}
+
+
+def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = "full", **more: Any) -> dict[str, Any]:
+    """Two ranks under an engine; one process alone where that is None."""
+    changes = SCENARIOS[scenario] | {key: value for key, value in more.items() if key in ("train",)}
+    settings = {
+        "model": {"path": str(folder), "device": "cpu", "train_projector": True} | changes.get("model", {}),
+        "loss": changes.get("loss", {}),
+        "rewards": {"format": 0.0, "correctness": 0.0, "functions": {"toy.vowels": 1.0}} | changes.get("rewards", {}),
+        "optimizer": {
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.05,  # below the norms that occur
+            "weight_decay": 0.01,
+        },
+        "train": {"steps": STEPS, "prompts_per_micro_batch": 1, "log_completions_steps": 0} | changes.get("train", {}),
+    }
+    config = toy_config(folder, tmp / name, **settings)
+    return {
+        "name": name,
+        "engine": engine or "ddp",
+        "ranks": 1 if engine is None else 2,
+        "config": config.model_dump(mode="json"),
+        "mixed": scenario == "mixed",
+        **{key: value for key, value in more.items() if key != "train"},
+    }
+
+
+def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], str]:
+    """Exit codes of every job's ranks, and what was written to standard error."""
+    path = tmp / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    process = subprocess.run(
+        [sys.executable, str(RANKS), str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1]), process.stderr
+
+
+def needs(engine: str) -> None:
+    if engine.startswith("zero") and not HAS_DEEPSPEED:
+        pytest.skip("needs the extra deepspeed")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with all runs of this module: one for each scenario and engine, resumed ones and a perturbed one."""
+    tmp, folder = tmp_path_factory.mktemp("ranks"), tiny_folder("qwen2_vl")
+    engines = [engine for engine in ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]
+    jobs = [
+        job(folder, tmp, f"{scenario}-{engine}", engine, scenario, gradient=str(tmp / f"{scenario}-{engine}.pt"))
+        for scenario in SCENARIOS
+        for engine in (None, *engines)
+    ]
+    jobs.append(job(folder, tmp, "perturbed", "ddp", perturb=True))
+    for first, then in [("ddp", None), *zip(engines, [*engines[1:], engines[0]])]:
+        name = f"resumed-{first}-{then}"
+        jobs.append(job(folder, tmp, name, first, train={"steps": 2}))
+        jobs.append(job(folder, tmp, name, then, resume=True))
+    codes, errors = run(jobs, tmp)
+    assert all(code == 0 for ranks in codes.values() for code in ranks), errors
+    return tmp
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any weight."""
+    assert first and first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, engine: str) -> None:
+    needs(engine)
+    alone, ranks = runs / f"{scenario}-None", runs / f"{scenario}-{engine}"
+    found, expected = (torch.load(f"{path}.pt", weights_only=True) for path in (ranks, alone))
+    assert expected.keys() <= found.keys()
+    for name, gradient in expected.items():
+        difference = (found[name].view_as(gradient) - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm() + 1e-8, name
+    assert distance(weights(ranks), weights(alone)) <= 2e-5
+    if scenario == "full":  # and they did learn
+        assert distance(weights(alone), load_file(tiny_folder("qwen2_vl") / "model.safetensors")) > 2e-4
+    for line, single in zip(read_metrics(ranks), read_metrics(alone), strict=True):
+        assert line.keys() == single.keys()
+        for name, value in single.items():
+            assert line[name] == value or line[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_wrong_advantages_would_be_seen(runs: Path) -> None:
+    assert distance(weights(runs / "perturbed"), weights(runs / "full-None")) > 2e-5
+
+
+@pytest.mark.parametrize("first", ENGINES)
+def test_a_run_goes_on_under_another_engine(runs: Path, first: str) -> None:
+    """Two steps under one engine and three under the next, with the same samples in the same order."""
+    needs(first)
+    for path in runs.glob(f"resumed-{first}-*"):
+        assert distance(weights(path), weights(runs / "full-None")) <= 1e-5, path.name
+        rewards = [[line["reward"] for line in read_metrics(run)] for run in (path, runs / "full-None")]
+        assert rewards[0] == pytest.approx(rewards[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rank", "step", "phase", "number"),
+    [
+        (1, 4, "rewards", signal.SIGKILL),
+        (1, 1, "update", signal.SIGKILL),
+        (0, 3, "rollout", signal.SIGKILL),
+        (1, 4, "update", signal.SIGSTOP),
+    ],
+)
+def test_a_lost_rank_ends_the_run(tiny_folder, tmp_path, rank, step, phase, number):
+    """Killed or frozen: the other one says which, when, and where to go on, and leaves nothing half-written."""
+    lost = {"rank": rank, "step": step, "phase": phase, "signal": number}
+    train = {"save_steps": 2, "rank_timeout": 10.0}
+    codes, errors = run([job(tiny_folder("qwen2_vl"), tmp_path, "run", "ddp", train=train, lost=lost)], tmp_path)
+    assert codes["run"][1 - rank] == 1 and codes["run"][rank] == -signal.SIGKILL
+    saved = tmp_path / "run" / "checkpoints" / "step_000002"
+    assert f"Rank {rank} gives no sign of life" in errors
+    assert f"of step {step}:" in errors or f"of step {step - 1}:" in errors or step == 1
+    assert (str(saved) in errors and "--gpus 2" in errors) if step > 2 else "No checkpoint was written yet" in errors
+    assert not list((tmp_path / "run").rglob("*.tmp")) and not list((tmp_path / "run").rglob(".*.tmp"))
+    if rank == 1:
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["state"] == "failed" and "Rank 1 gives no sign of life" in status["reason"]
