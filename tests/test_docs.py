@@ -19,7 +19,7 @@ from medvqa_rl.settings import load_config, read_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGES += sorted((ROOT / "configs").glob("*.yaml"))
+PAGES += sorted((ROOT / "configs").rglob("*.yaml"))
 PURPOSES: dict[str, Any] = {"train": "train", "sft": "sft", "eval": "eval", "show": None, "check": "train"}
 
 

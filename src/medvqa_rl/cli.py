@@ -48,6 +48,10 @@ app.command()(report)
 app.command()(watch)
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in output_dir from its last checkpoint.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="Start so many processes on this machine, each with a GPU of its own."),
+]
 Scanner = Literal["home", "unseen", "worn"]
 Purpose = Literal["train", "sft", "eval"]
 
@@ -105,13 +109,20 @@ def demo(
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
+    gpus: Gpus = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune with reinforcement learning (GRPO, Dr. GRPO or DAPO)."""
     with _told_plainly(debug):
+        from medvqa_rl.launching import relaunch
+
         loaded = read_settings(config, overrides or (), purpose="train")
+        if gpus is not None:
+            flags = {"--resume": resume, "--dry-run": dry_run, "--debug": debug}
+            given = [flag for flag, is_set in flags.items() if is_set]
+            relaunch(loaded.config, gpus, ["train", str(config), *(overrides or ()), *given])
         prepare_process()
         from medvqa_rl.learning.grpo import train as run
 
@@ -123,18 +134,40 @@ def train(
 def sft(
     config: ConfigPath,
     overrides: Overrides = None,
+    gpus: Gpus = None,
     resume: Resume = False,
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune with supervision on the same data and prompts: the baseline."""
     with _told_plainly(debug):
+        from medvqa_rl.launching import relaunch
+
         loaded = read_settings(config, overrides or (), purpose="sft")
+        if gpus is not None:
+            flags = {"--resume": resume, "--dry-run": dry_run, "--debug": debug}
+            given = [flag for flag, is_set in flags.items() if is_set]
+            relaunch(loaded.config, gpus, ["sft", str(config), *(overrides or ()), *given])
         prepare_process()
         from medvqa_rl.learning.sft import train_sft
 
         folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
         _write_cards(folder, dry_run)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or of a run: its best, or its last.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Add a LoRA adapter to the model below it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as one plain Hugging Face folder, or an adapter as a PEFT folder, without what training needs."""
+    with _told_plainly(debug):
+        prepare_process()
+        from medvqa_rl.export_command import export_model
+
+        print(export_model(checkpoint, output, merge=merge))
 
 
 @app.command()
