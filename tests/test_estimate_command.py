@@ -99,7 +99,7 @@ def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
     ("args", "message"),
     [
         ((PAPER, "data.path=x"), "no config.json of it is on this machine"),
-        ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b"),
+        ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b, 2.5-32b"),
         ((PHANTOM, "--card", "gtx"), "There is no card 'gtx' in the table: choose one of h200"),
         ((PHANTOM, "--image-size", "big"), "give WIDTHxHEIGHT in pixels"),
         ((PHANTOM, "--image-size", "10000x10", "--card", "l4"), "200 times as long as wide"),
@@ -145,7 +145,13 @@ def test_a_trained_adapter_is_read_from_its_folder(tiny_policy, tmp_path):
 
 def test_known_sizes_are_the_published_ones():
     totals = {name: sum(count_parameters(read_architecture(config))) for name, config in SIZES.items()}
-    assert totals == {"2b": 2_208_985_600, "7b": 8_291_375_616, "2.5-3b": 3_754_622_976, "2.5-7b": 8_292_166_656}
+    assert totals == {
+        "2b": 2_208_985_600,
+        "7b": 8_291_375_616,
+        "2.5-3b": 3_754_622_976,
+        "2.5-7b": 8_292_166_656,
+        "2.5-32b": 33_452_718_336,
+    }
 
 
 def test_cards_are_plausible():

@@ -30,7 +30,8 @@ def estimate(
     config: ConfigPath,
     overrides: Overrides = None,
     model_size: Annotated[
-        str | None, typer.Option(help="Size of a model that is not on this machine: 2b, 7b, 2.5-3b or 2.5-7b.")
+        str | None,
+        typer.Option(help="Size of a model that is not on this machine: 2b, 7b, 2.5-3b, 2.5-7b or 2.5-32b."),
     ] = None,
     device: Annotated[Device, typer.Option(help="Measure this device; auto is that of the settings.")] = "auto",
     card: Annotated[

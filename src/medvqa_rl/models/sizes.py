@@ -38,8 +38,14 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         **{"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
         "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
     },
+    "2.5-32b": {
+        "model_type": "qwen2_5_vl",
+        **{"vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64},
+        **{"num_attention_heads": 40, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16},
+    },
 }
-"""What config.json has for Qwen2-VL-2B and -7B and Qwen2.5-VL-3B and -7B, by the names that --model-size takes."""
+"""What config.json has for Qwen2-VL-2B and -7B and Qwen2.5-VL-3B, -7B and -32B, by their names here."""
 
 
 def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
