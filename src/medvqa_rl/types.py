@@ -58,6 +58,8 @@ class Sample:
     """A reference reasoning for supervised fine-tuning; empty where the data set has none."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """What results are broken down by, such as modality, organ and family."""
+    description: str = ""
+    """What is known of the image in words, such as a report; only graders of reasoning are shown it."""
 
     @property
     def image_key(self) -> str:

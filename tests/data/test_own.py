@@ -22,7 +22,14 @@ ROWS: list[dict[str, Any]] = [
     {"image": ["b.png", "sub/c.png"], "question": "What changed?", "answer": "the mass grew", "patient": 2},
     {"image": "d é.png", "question": "Which organ?", "answer": "B", "options": ["lung", "liver"], "patient": 1},
     {"image": "a.png", "question": "Which side?", "answer": "left", "options": ["left", "right"], "patient": 1},
-    {"image": "a.png", "question": "Size?", "answer": "2 cm", "answer_type": "closed", "reasoning": "It is small."},
+    {
+        "image": "a.png",
+        "question": "Size?",
+        "answer": "2 cm",
+        "answer_type": "closed",
+        "reasoning": "It is small.",
+        "description": "A chest film.",
+    },
 ]
 
 
@@ -83,6 +90,7 @@ def test_the_three_forms_say_the_same(
         ("a.png",),
     ]
     assert samples[2].options == ("lung", "liver") and samples[0].groups == {"organ": "lung"}
+    assert samples[4].description == "A chest film." and samples[3].description == ""
     assert samples[4].reasoning == "It is small." and samples[1].id == "own/train/1"
     assert all(image.load().size == (8, 8) for sample in samples for image in sample.images)
 

@@ -29,7 +29,7 @@ from medvqa_rl.types import AnswerType
 SMALLEST = 4 * 2**20
 """Tables below this size in bytes are read every time: that is as quick."""
 
-TEXTS = ("id", "question", "answer", "answer_type", "together", "place", "reasoning")
+TEXTS = ("id", "question", "answer", "answer_type", "together", "place", "reasoning", "description")
 LISTS = ("options", "images")
 """Fields of a row that are one text, and those that are several, between tabs."""
 
@@ -167,6 +167,7 @@ def _load(file: Path, source: list[int], images: Path) -> Reading | None:
                     texts["place"],
                     [kinds[int(kind)] for kind in columns[-1]],
                     texts["reasoning"],
+                    texts["description"],
                 )
             )
         issues = [

@@ -45,6 +45,7 @@ COLUMNS = {
     "split": "train, val or test, in a file named data",
     "patient": "all rows of a patient stay in one split",
     "reasoning": "reference reasoning for supervised fine-tuning",
+    "description": "what is known of the image in words; only a judge that grades reasoning is shown it",
     "modality": "results are broken down by it",
     "organ": "results are broken down by it",
     "family": "results are broken down by it; data.families selects by it",
@@ -191,6 +192,7 @@ def _parse(
         place=place,
         groups=groups,
         reasoning=optional_text(fields, "reasoning", repairs),
+        description=optional_text(fields, "description", repairs),
     )
 
 

@@ -53,6 +53,7 @@ class Row(NamedTuple):
     """The split that the data set's owners put it in."""
     groups: dict[str, str]
     reasoning: str = ""
+    description: str = ""
 
 
 @dataclass

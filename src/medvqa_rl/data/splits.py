@@ -105,9 +105,11 @@ class StoredDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, questions, options, gold answers and image names in order; 16 hexadecimal digits."""
+        """SHA-256 of ids, questions, options, gold answers, image names and descriptions in order; 16 hexadecimal
+        digits."""
         digest = hashlib.sha256()
         for sample in self.samples:
             parts = (sample.id, sample.answer_type, sample.question, sample.answer, sample.image_key, *sample.options)
             digest.update(repr(parts).encode())
+            digest.update(sample.description.encode())
         return digest.hexdigest()[:16]

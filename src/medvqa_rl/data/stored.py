@@ -214,6 +214,7 @@ class Samples(Sequence[Sample]):
             options=row.options,
             reasoning=row.reasoning,
             groups=row.groups,
+            description=row.description,
         )
 
 
