@@ -217,9 +217,19 @@ class RewardsConfig(Settings):
     format: Annotated[float, Field(ge=0.0)] = 1.0
     """1 where the completion has exactly the requested form, else 0."""
     correctness: Annotated[float, Field(ge=0.0)] = 1.0
-    """1 where the answer is right, else 0."""
+    """1 where the answer is right, else 0, or what open_correctness gives it."""
     semantic: Annotated[float, Field(ge=0.0)] = 0.0
     """Medical semantic reward: 1 where the judge says that the reasoning is clinically coherent, else 0."""
+    reasoning: Annotated[float, Field(ge=0.0)] = 0.0
+    """Reasoning-aware reward: the judge's grade of the reasoning on a rubric from 0 to 3, divided by 3."""
+    reasoning_gate: Share = 0.5
+    """reasoning: the most of it that a wrong answer can get; 0 gives it none, 1 does not limit it."""
+    open_correctness: Literal["exact", "token_f1", "similarity", "judge"] | None = None
+    """How open questions get correctness; null is exact, and refused where all training questions are open."""
+    similarity_model: Annotated[str, Field(min_length=1)] = "tfidf"
+    """open_correctness similarity: tfidf (words alone), or a sentence-transformers model by folder or Hub id."""
+    similarity_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """open_correctness similarity: answers at least as similar to the gold answer are right."""
     ecr: Annotated[float, Field(ge=0.0)] = 0.0
     """Extended chain reward: tokens of the reasoning over length_target, at most 1."""
     cwr: Annotated[float, Field(ge=0.0)] = 0.0
@@ -249,7 +259,7 @@ class RewardsConfig(Settings):
 
 
 class JudgeConfig(Settings):
-    """A language model that says Yes or No to reasoning."""
+    """A language model that says Yes or No to reasoning, or grades it."""
 
     model: str = "phantom:judge"
     """``phantom:judge`` or ``phantom:judge_eval`` (embedded), a local folder, a Hub id, or an endpoint's model."""
@@ -266,7 +276,7 @@ class JudgeConfig(Settings):
     batch_size: Positive = 64
     """Prompts read together."""
     endpoint: str | None = None
-    """Address of an OpenAI-compatible server, such as http://localhost:8000/v1: questions and reasoning go there."""
+    """Address of an OpenAI-compatible server, such as http://localhost:8000/v1: what is judged goes there."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the endpoint's key; None sends none."""
     timeout: Annotated[float, Field(gt=0.0)] = 60.0
@@ -415,7 +425,7 @@ class Config(Settings):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
-    """The judge that rewards, where rewards.semantic is above 0."""
+    """The judge that rewards, where rewards.semantic, rewards.reasoning or rewards.open_correctness asks one."""
     eval_judge: JudgeConfig | None = None
     """The judge of evaluations, better another than the one that rewards; None judges none."""
     advantage: AdvantageConfig = AdvantageConfig()
@@ -462,6 +472,7 @@ def shareable(config: Config) -> dict[str, Any]:
     """The settings by dotted path without folders of this machine: of each only the last part."""
     found = leaves(config.model_dump(mode="json"))
     folders = ["output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity"]
+    folders += ["rewards.similarity_model"]
     folders += [f"{name}.{key}" for name in ("judge", "eval_judge") for key in ("model", "cache_dir")]
     cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
     return found | cut

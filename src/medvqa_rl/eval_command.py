@@ -29,7 +29,7 @@ from medvqa_rl.evaluation.evaluate import (
     write_evaluation,
 )
 from medvqa_rl.evaluation.instruments import Instruments, load_instruments, measure, remaining
-from medvqa_rl.evaluation.judging import as_instrument, load_eval_judge, rewarding_judge
+from medvqa_rl.evaluation.judging import as_instrument, load_eval_judge, rewarding_judges
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity, write_text
 from medvqa_rl.judges.load import notices, overlap
@@ -159,14 +159,14 @@ def run_eval(
         return
     # Before the first answer, so that a model that is not there is said at once.
     judge = load_eval_judge(config.eval_judge)
-    rewarding = rewarding_judge(checkpoint)
+    rewarding = rewarding_judges(checkpoint)
     lines = notices(config, rewards=False)
     if judge is not None and not any(line.startswith("Warning") for line in lines):
-        lines += filter(None, [overlap(rewarding, judge.identity)])
+        lines += filter(None, {overlap(one, judge.identity) for one in rewarding.values()})
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
-    judges = {} if rewarding is None else {"reward": rewarding.to_json()}
+    judges = {role: identity.to_json() for role, identity in rewarding.items()}
     judges |= {} if judge is None else {"evaluation": judge.identity.to_json()}
     complete: list[tuple[Cell, Evaluation]] = []
     for cell in cells:

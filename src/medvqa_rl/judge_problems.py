@@ -23,14 +23,24 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
     if config.eval_judge is not None:
         yield from _problems("eval_judge", config.eval_judge)
     yield from _perplexity_problems(config)
-    if config.rewards.semantic and not any(map(asks_reasoning, config.prompt.templates)):
+    rewards = config.rewards
+    if rewards.open_correctness == "judge" and config.judge.endpoint is None and config.judge.model in EMBEDDED_JUDGES:
         yield (
-            f"rewards.semantic is {config.rewards.semantic:g}, but {asked_by(config)} for no reasoning that could be "
-            "judged: set rewards.semantic=0 or prompt.template=think_answer.",
-            "rewards.semantic",
-            "prompt.template",
-            "prompt.mix",
+            f"rewards.open_correctness is judge, but judge.model is {config.judge.model}, which reads reasoning alone "
+            "and cannot compare answers: set judge.model to a chat or instruct model, or to an endpoint's, or "
+            "rewards.open_correctness to token_f1 or similarity.",
+            "rewards.open_correctness",
+            "judge.model",
         )
+    for name, weight in (("semantic", rewards.semantic), ("reasoning", rewards.reasoning)):
+        if weight and not any(map(asks_reasoning, config.prompt.templates)):
+            yield (
+                f"rewards.{name} is {weight:g}, but {asked_by(config)} for no reasoning that could be judged: set "
+                f"rewards.{name}=0 or prompt.template=think_answer.",
+                f"rewards.{name}",
+                "prompt.template",
+                "prompt.mix",
+            )
 
 
 def network_problems(config: Config) -> Iterator[tuple[str, ...]]:
@@ -69,14 +79,16 @@ def _perplexity_problems(config: Config) -> Iterator[tuple[str, ...]]:
         return
     is_folder = Path(name).is_dir() and Path(judge.model).is_dir()
     is_judge = name == judge.model or (is_folder and Path(name).samefile(judge.model))
-    if config.rewards.semantic and judge.endpoint is None and is_judge:
+    weights = {"semantic": config.rewards.semantic, "reasoning": config.rewards.reasoning}
+    part = next((part for part, weight in weights.items() if weight), None)
+    if part is not None and judge.endpoint is None and is_judge:
         yield (
-            f"eval.perplexity_model is {name}, but that is the judge that rewards (rewards.semantic is "
-            f"{config.rewards.semantic:g}), so its perplexity would show how well it was pleased: name a fixed "
-            "language model that does not reward.",
+            f"eval.perplexity_model is {name}, but that is the judge that rewards (rewards.{part} is "
+            f"{weights[part]:g}), so its perplexity would show how well it was pleased: name a fixed language model "
+            "that does not reward.",
             "eval.perplexity_model",
             "judge.model",
-            "rewards.semantic",
+            f"rewards.{part}",
         )
     elif name.startswith("phantom:") and name != EMBEDDED_LM:
         yield (

@@ -372,8 +372,17 @@ def _check_grpo(config: Config) -> Iterator[Problem]:
             "tokens, the prompt included: lower it (256 to 1024 is usual).",
             "rollout.max_completion_length",
         )
-    named = (rewards.ecr, rewards.cwr, rewards.cosine, rewards.overlong, rewards.repetition, rewards.semantic)
-    if not (rewards.format or rewards.correctness or any(named) or any(rewards.functions.values())):
+    is_open = config.data.name == "phantom" and set(config.data.answer_types) == {"open"}
+    if is_open and rewards.correctness and rewards.open_correctness is None:  # stored questions are looked at later
+        yield _problem(
+            "data.answer_types keeps open questions alone, and only exact words would be rewarded: set "
+            "rewards.open_correctness to token_f1, similarity or judge, or to exact if that is what you want.",
+            "data.answer_types",
+            "rewards.open_correctness",
+        )
+    judged, lengths = (rewards.semantic, rewards.reasoning), (rewards.ecr, rewards.cwr, rewards.cosine)
+    others = (*judged, *lengths, rewards.overlong, rewards.repetition)
+    if not (rewards.format or rewards.correctness or any(others) or any(rewards.functions.values())):
         yield _problem(
             "rewards.format, rewards.correctness and rewards.functions all have weight 0, and so has every other "
             "part, so every completion would get the same reward: set one of them above 0.",

@@ -18,8 +18,8 @@ from medvqa_rl.evaluation.metrics import (
     pass_at_k,
     rate,
     rouge_l,
-    token_f1,
 )
+from medvqa_rl.rewards.correctness import token_f1
 
 
 @pytest.mark.parametrize(

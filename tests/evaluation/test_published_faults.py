@@ -35,9 +35,8 @@ from medvqa_rl.evaluation.evaluate import (
     summarise,
     write_evaluation,
 )
-from medvqa_rl.evaluation.metrics import token_f1
 from medvqa_rl.prompts import render_answer, render_prompt
-from medvqa_rl.rewards.correctness import is_correct, score_correctness
+from medvqa_rl.rewards.correctness import is_correct, score_correctness, token_f1
 from medvqa_rl.rewards.functions import FunctionLog, call_function
 from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
@@ -297,12 +296,9 @@ def test_15_no_debugger_no_settings_from_the_environment_and_nothing_connects_wh
         "settings.py",
         "eval_command.py",
     }
-    # A key is no setting: it must not be written into a run's folder. The settings name the variable that holds it.
-    reads_a_key = Path("judges", "endpoint.py")
-    assert (SOURCE / reads_a_key).read_text(encoding="utf-8").count("os.environ") == 1
     for path in SOURCE.rglob("*.py"):
         place = path.relative_to(SOURCE)
-        banned = debuggers | (environment if place.parts[0] in scoring and place != reads_a_key else set())
+        banned = debuggers | (environment if place.parts[0] in scoring else set())
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,9 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.config import JudgeConfig
-from medvqa_rl.judges.endpoint import MAX_WAIT, EndpointJudge, host_of, parse_verdict, wait_before
-from medvqa_rl.judges.load import load_judge
-from medvqa_rl.judges.protocol import JudgeRequest
+from medvqa_rl.judges.endpoint import (
+    MAX_WAIT,
+    Endpoint,
+    EndpointGrader,
+    EndpointJudge,
+    host_of,
+    parse_verdict,
+    wait_before,
+)
+from medvqa_rl.judges.load import load_judge, load_judges
+from medvqa_rl.judges.protocol import JudgeIdentity, JudgeRequest
+from medvqa_rl.judges.rubric import REASONING, GradeRequest
+from medvqa_rl.keys import read_key
 
 REQUEST = JudgeRequest("Is there a mass?", ("yes", "no"), "No mass is seen.")
 Reply = tuple[int, dict[str, str], bytes, float]
@@ -105,7 +116,8 @@ def server() -> Iterator[Server]:
 
 def judge_at(url: str, waits: list[float] | None = None, **settings: Any) -> EndpointJudge:
     config = JudgeConfig(endpoint=url, model="m", **({"max_retries": 2, "timeout": 5.0} | settings))
-    return EndpointJudge(config, sleep=(waits if waits is not None else []).append)
+    endpoint = Endpoint(config, read_key(config.api_key_env), sleep=(waits if waits is not None else []).append)
+    return EndpointJudge(endpoint)
 
 
 def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +235,7 @@ def test_the_key_comes_from_the_environment_alone(server: Server, monkeypatch: p
     judge = judge_at(server.url, api_key_env="MY_KEY")
     judge.judge([REQUEST])
     assert server.headers[0]["authorization"] == "Bearer secret-7"
-    assert "secret-7" not in repr(judge.identity) + repr(judge._config)
+    assert "secret-7" not in repr(judge.identity) + repr(judge._endpoint._config)
 
 
 def test_the_extra_is_named_where_the_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,3 +282,34 @@ def test_waiting() -> None:
     assert wait_before(1, "100000") == MAX_WAIT == wait_before(30, None)
     for header in (None, "Wed, 21 Oct 2026 07:28:00 GMT", "nan", "-1"):
         assert 2.0 <= wait_before(3, header) < 2.5
+
+
+CASE = GradeRequest("Which organ?", ("lung", "brain"), "A: lung", "B", "Dark fields.")
+
+
+def test_an_endpoint_grades(server: Server) -> None:
+    server.replies = [
+        reply('{"score": 2, "reason": "A gap."}'),
+        reply("Score: 2"),
+        status(429, Retry_After="0"),
+        reply('{"score": 3, "reason": "Sound."}'),
+        status(400),
+    ]
+    config = JudgeConfig(endpoint=server.url, model="m", max_retries=1, concurrency=1, timeout=5.0)
+    grader = EndpointGrader(Endpoint(config, "none", sleep=lambda seconds: None), REASONING)
+    grades = grader.grade([CASE, CASE, replace(CASE, reasoning=" "), CASE, CASE])
+    assert [grade.score for grade in grades] == pytest.approx([2, math.nan, 0, 3, math.nan], nan_ok=True)
+    assert grades[0].reason == "A gap." and "not JSON" in grades[1].reason and grades[4].reason.startswith("HTTP 400")
+    assert len(server.seen) == 5, "empty reasoning is not sent, and what cannot be read is not asked again"
+    assert server.seen[0]["messages"] == [{"role": "user", "content": REASONING.render(CASE)}]
+    assert server.seen[0]["temperature"] == 0
+    assert grader.counters["asked"] == 5 and grader.counters["failed"] == 2 and grader.counters["retries"] == 1
+    assert grader.identity == JudgeIdentity("m", f"{server.url[7:-3]}/m", REASONING.hash, 0.0)
+
+
+def test_an_endpoint_that_does_not_grade_is_refused_when_loading(server: Server) -> None:
+    server.replies = [reply("Yes"), reply("Yes")]
+    config = JudgeConfig(endpoint=server.url, model="m", max_retries=0, cache=False)
+    with pytest.raises(ValueError, match=r"does not answer as it should \(the answer is not JSON: 'Yes'\): check"):
+        load_judges(config, coherence=True, rubrics=[REASONING])
+    assert len(server.seen) == 2, "asked as a judge, then as a grader"

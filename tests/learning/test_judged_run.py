@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from medvqa_rl.eval_command import run_eval
-from medvqa_rl.evaluation.judging import rewarding_judge
-from medvqa_rl.judges import JudgeRequest
-from medvqa_rl.judges.load import load_judge
+from medvqa_rl.evaluation.judging import rewarding_judges
+from medvqa_rl.judges import GradeRequest, JudgeRequest
+from medvqa_rl.judges.load import load_judge, load_judges
+from medvqa_rl.judges.rubric import REASONING
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.prompts import parse_completion
 from medvqa_rl.settings import build_config
@@ -78,6 +79,36 @@ def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.Captur
     assert results["thinking"]["reward"] == pytest.approx(expected)
 
 
+def test_a_graded_run_says_what_each_score_was_and_who_gave_it(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    given["rewards"] = {"reasoning": 0.6, "reasoning_gate": 0.25}
+    given["train"] |= {"steps": 1, "eval_steps": 0}
+    config = build_config(given, purpose="train")
+    run = train(config)
+    grader = load_judges(config.judge, coherence=False, rubrics=[REASONING]).graders["reasoning"]
+    known = json.loads((run / "judge.json").read_text())
+    assert known["reasoning"] == grader.identity.to_json() and "reward" not in known
+    rows = lines(run / "samples" / "step_000001.jsonl")
+    read = [parse_completion(row["completion"]) for row in rows]
+    requests = [
+        GradeRequest(row["question"], tuple(row["options"]), "unseen", said.answer or "", said.think or "")
+        for row, said in zip(rows, read)
+    ]
+    grades = grader.grade(requests)
+    limits = [1.0 if row["rewards"]["correctness"] else 0.25 for row in rows]
+    for row, grade, limit in zip(rows, grades, limits):
+        parts = row["rewards"]
+        assert parts["reasoning"] == pytest.approx(min(grade.score / 3, limit))
+        assert row["reward"] == pytest.approx(parts["format"] + parts["correctness"] + 0.6 * parts["reasoning"])
+        assert row["extra"]["reasoning_score"] == grade.score and row["extra"]["reasoning_reason"] == grade.reason
+        assert row["extra"]["reasoning_judge"] == str(grader.identity)
+    (metrics,) = lines(run / "metrics.jsonl")
+    assert metrics["rewards/reasoning/ungated"] == pytest.approx(sum(grade.score for grade in grades) / 3 / 8)
+    assert metrics["rewards/reasoning/mean"] == pytest.approx(sum(row["rewards"]["reasoning"] for row in rows) / 8)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert rewarding_judges(checkpoint) == {"reasoning": grader.identity}
+
+
 def test_the_same_judge_in_another_folder_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = settings(tmp_path)
     given["train"] |= {"steps": 1, "eval_steps": 0}
@@ -85,7 +116,7 @@ def test_the_same_judge_in_another_folder_is_warned_of(tmp_path: Path, capsys: p
     given["eval_judge"] = {"model": "phantom:judge", "cache": False}
     given["rewards"] = {}
     (checkpoint,) = (run / "checkpoints").iterdir()
-    assert (found := rewarding_judge(checkpoint)) is not None and found.name == "phantom:judge"
+    assert [found.name for found in rewarding_judges(checkpoint).values()] == ["phantom:judge"]
     capsys.readouterr()
     run_eval(build_config(given), checkpoint=checkpoint, output=tmp_path / "eval")
     assert "Warning: phantom:judge evaluates a model that it rewarded in training" in " ".join(

@@ -16,12 +16,12 @@ from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.data.images import FileImage, MemoryImage
 from medvqa_rl.data.prefetch import work_ahead
 from medvqa_rl.data.splits import choose
-from medvqa_rl.evaluation.metrics import exact_match, rouge_l, token_f1
+from medvqa_rl.evaluation.metrics import exact_match, rouge_l
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
 from medvqa_rl.phantom.claims import claims, faithfulness
 from medvqa_rl.phantom.drawing import PhantomImage
 from medvqa_rl.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
-from medvqa_rl.rewards.correctness import is_correct
+from medvqa_rl.rewards.correctness import is_correct, token_f1
 from medvqa_rl.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
 
 if TYPE_CHECKING:

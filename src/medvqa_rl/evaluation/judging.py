@@ -40,20 +40,21 @@ def as_instrument(judge: Judge | None) -> NamedJudge | None:
     return NamedJudge(f"{judge.identity.name} {judge.identity.key}", verdicts)
 
 
-def rewarding_judge(checkpoint: Path | None) -> JudgeIdentity | None:
-    """The judge that rewarded a checkpoint of a run, from the ``judge.json`` of its run; none for other folders.
+def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
+    """Who rewarded a checkpoint of a run, by what it was asked (``reward`` is coherence, ``reasoning`` and
+    ``correctness`` are rubrics), from the ``judge.json`` of its run; nobody for other folders.
 
     Raises:
         ValueError: the file is damaged.
     """
     if checkpoint is None:
-        return None
+        return {}
     for folder in (checkpoint.parent, checkpoint.parent.parent):  # best, or checkpoints/step_000100
         path = folder / "judge.json"
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8"))
-                return JudgeIdentity(**found["reward"]) if "reward" in found else None
-            except (ValueError, TypeError) as error:
+                return {role: JudgeIdentity(**one) for role, one in found.items() if role != "evaluation"}
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"The file {path} is damaged ({error}): restore it, or remove it.") from error
-    return None
+    return {}

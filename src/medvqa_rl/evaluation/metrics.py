@@ -15,26 +15,11 @@ from statistics import mean
 from medvqa_rl.prompts import normalise
 
 
-def token_f1(prediction: str | None, gold: str) -> float:
-    """Overlap of the words of two answers: F1 = 2 * precision * recall / (precision + recall).
-
-    Words are those of the normalised texts, counted with multiplicity (SQuAD, Rajpurkar et al. 2016, with this
-    package's normalisation). Two texts without words are equal (1); one without words, or no answer at all, gets 0.
-    """
-    if prediction is None:
-        return 0.0
-    words, gold_words = normalise(prediction).split(), normalise(gold).split()
-    if not words or not gold_words:
-        return float(words == gold_words)
-    shared = (Counter(words) & Counter(gold_words)).total()
-    return 2 * shared / (len(words) + len(gold_words))
-
-
 def rouge_l(prediction: str | None, gold: str) -> float:
     """Longest common subsequence of the words of two answers, as F1 = 2 * L / (words of both).
 
-    ROUGE-L of Lin (2004) with beta = 1 and this package's normalisation; in contrast to :func:`token_f1` the order of
-    the words counts. Two texts without words are equal (1); one without words, or no answer at all, gets 0.
+    ROUGE-L of Lin (2004) with beta = 1 and this package's normalisation; in contrast to token F1 the order of the
+    words counts. Two texts without words are equal (1); one without words, or no answer at all, gets 0.
     """
     if prediction is None:
         return 0.0

@@ -113,8 +113,13 @@ class EmbeddingSimilarity:
         return [float(unit[place[text]] @ unit[place[reference]]) for text, reference in zip(texts, references)]
 
 
-def load_similarity(name: str, device: str) -> Similarity:
+def load_similarity(name: str, device: str, setting: str = "eval.similarity") -> Similarity:
     """The similarity that a name stands for: ``tfidf``, or a sentence-transformers model by folder or Hub id.
+
+    Args:
+        name: as in the settings.
+        device: where a model is put.
+        setting: what error messages call it.
 
     Raises:
         ValueError: sentence-transformers is not installed, or the model cannot be loaded.
@@ -123,20 +128,18 @@ def load_similarity(name: str, device: str) -> Similarity:
         return TfidfSimilarity()
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ValueError(
-            f"eval.similarity is {name}, which is no folder and no Hub id: give tfidf, the folder of a "
+            f"{setting} is {name}, which is no folder and no Hub id: give tfidf, the folder of a "
             "sentence-transformers model, or its id, such as sentence-transformers/all-MiniLM-L6-v2."
         )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ValueError(
-            f"eval.similarity is {name}, but sentence-transformers is not installed: run `pip install "
-            "'medvqa-rl[similarity]'`, or set eval.similarity=tfidf."
+            f"{setting} is {name}, but sentence-transformers is not installed: run `pip install "
+            f"'medvqa-rl[similarity]'`, or set {setting}=tfidf."
         ) from error
     try:
         model = SentenceTransformer(name, device=device, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The sentence-transformers model {name} (eval.similarity) cannot be loaded: {error}"
-        ) from error
+        raise ValueError(f"The sentence-transformers model {name} ({setting}) cannot be loaded: {error}") from error
     return EmbeddingSimilarity(name, model)

@@ -4,5 +4,6 @@ Imports torch only where a judge on this machine is loaded.
 """
 
 from medvqa_rl.judges.protocol import Judge, JudgeIdentity, JudgeRequest, Verdict
+from medvqa_rl.judges.rubric import Grade, Grader, GradeRequest
 
-__all__ = ["Judge", "JudgeIdentity", "JudgeRequest", "Verdict"]
+__all__ = ["Grade", "GradeRequest", "Grader", "Judge", "JudgeIdentity", "JudgeRequest", "Verdict"]

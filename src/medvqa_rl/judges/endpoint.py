@@ -8,18 +8,20 @@ broken connections and answers that are no chat completion are tried again; ever
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.judges.prompts import PROBES, JudgePrompt, chat_text
 from medvqa_rl.judges.protocol import NO_REASONING, JudgeIdentity, JudgeRequest, Verdict
+from medvqa_rl.judges.rubric import MAX_TOKENS, Grade, GradeRequest, Rubric, parse_grade
+from medvqa_rl.judges.rubric import PROBES as GRADE_PROBES
 from medvqa_rl.randomness import address, uniforms
 
 MAX_WAIT = 60.0
@@ -29,10 +31,6 @@ _TOKENS = 8
 _RETRIED = (408, 409, 425, 429)
 
 PROMPT = JudgePrompt("endpoint", chat_text, "Yes", "No", False)
-
-
-class JudgeUnusable(ValueError):
-    """The endpoint refuses requests as such: wrong address, key or model."""
 
 
 def parse_verdict(text: str | None) -> float:
@@ -56,17 +54,26 @@ def wait_before(attempt: int, retry_after: str | None) -> float:
     return min(0.5 * 2.0 ** (attempt - 1) * (1 + jitter / 4), MAX_WAIT)
 
 
-class EndpointJudge:
-    """Asks an endpoint for one word per request, several at a time."""
+class Answer(NamedTuple):
+    """What came back for one message."""
 
-    def __init__(self, config: JudgeConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
+    text: str | None
+    failure: str = ""
+    """Why nothing came; empty where something did."""
+
+
+class Endpoint:
+    """Sends messages to a server, several at a time."""
+
+    def __init__(self, config: JudgeConfig, key: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
         """
         Args:
             config: ``endpoint`` is set.
+            key: sent with every request.
             sleep: waits between attempts.
 
         Raises:
-            ValueError: the client's package or the key is missing.
+            ValueError: the client's package is missing.
         """
         assert config.endpoint is not None
         try:
@@ -79,7 +86,7 @@ class EndpointJudge:
         self._openai, self._config, self._sleep = openai, config, sleep
         self._client = openai.OpenAI(
             base_url=config.endpoint,
-            api_key=_read_key(config.api_key_env),
+            api_key=key,
             timeout=config.timeout,
             max_retries=0,
             # A redirect would send the texts to a host that nobody named.
@@ -89,57 +96,53 @@ class EndpointJudge:
         self._client.organization = self._client.project = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self.identity = JudgeIdentity(config.model, f"{host_of(config.endpoint)}/{config.model}", PROMPT.hash, 0.0)
+        self.host = host_of(config.endpoint)
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """``asked``, ``failed``, ``requests`` (attempts included), ``retries``, ``prompt_tokens`` and
-        ``completion_tokens`` as the endpoint counts them."""
+        """``requests`` (attempts included), ``retries``, ``prompt_tokens`` and ``completion_tokens`` as the endpoint
+        counts them, and what was counted besides."""
         return dict(self._counts)
 
-    def check(self) -> None:
-        """Ask once, to know before training that the endpoint answers.
+    def identity(self, prompt_hash: str) -> JudgeIdentity:
+        """Of a judge that asks this endpoint's model with some prompt."""
+        return JudgeIdentity(self._config.model, f"{self.host}/{self._config.model}", prompt_hash, 0.0)
 
-        Raises:
-            ValueError: it cannot be reached or refuses; the message says what it said.
-        """
-        verdict = self.judge([PROBES[0]])[0]
-        if math.isnan(verdict.value):
-            raise JudgeUnusable(
-                f"The judge {self._config.model!r} at {host_of(str(self._config.endpoint))} does not answer as it "
-                f"should ({verdict.reason}): check judge.endpoint, judge.model and judge.api_key_env."
-            )
-
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
-        """One verdict per request. What cannot be had is a failed verdict that says why; nothing is raised for it."""
-        with ThreadPoolExecutor(max_workers=self._config.concurrency) as pool:
-            verdicts = list(pool.map(self._ask, requests))
-        self._count(asked=len(requests), failed=sum(math.isnan(verdict.value) for verdict in verdicts))
-        return verdicts
-
-    def _count(self, **numbers: int) -> None:
+    def count(self, **numbers: int) -> None:
+        """Add to the counters."""
         with self._lock:
             self._counts.update(numbers)
 
-    def _ask(self, request: JudgeRequest) -> Verdict:
-        if not request.reasoning.strip():
-            return NO_REASONING
+    def ask(self, texts: Sequence[str], max_tokens: int) -> list[Answer]:
+        """One answer per message, at temperature 0. What cannot be had is an answer that says why; nothing is raised
+        for it."""
+        with ThreadPoolExecutor(max_workers=self._config.concurrency) as pool:
+            return list(pool.map(partial(self._ask, max_tokens=max_tokens), texts))
+
+    def unusable(self, reason: str) -> ValueError:
+        """What to raise where the first answer shows that the endpoint cannot be used."""
+        return ValueError(
+            f"The judge {self._config.model!r} at {self.host} does not answer as it should ({reason}): check "
+            "judge.endpoint, judge.model and judge.api_key_env."
+        )
+
+    def _ask(self, text: str, max_tokens: int) -> Answer:
         openai, reason = self._openai, ""
         for attempt in range(self._config.max_retries + 1):
             retry_after: str | None = None
-            self._count(requests=1, retries=int(attempt > 0))
+            self.count(requests=1, retries=int(attempt > 0))
             try:
                 answer = self._client.chat.completions.create(
                     model=self._config.model,
-                    messages=[{"role": "user", "content": PROMPT.render(request)}],
+                    messages=[{"role": "user", "content": text}],
                     temperature=0.0,
-                    max_tokens=_TOKENS,
+                    max_tokens=max_tokens,
                 )
-                return self._read(answer)
+                return Answer(self._read(answer))
             except openai.APIStatusError as error:
                 reason = f"HTTP {error.status_code}"
                 if error.status_code not in _RETRIED and error.status_code < 500:
-                    return Verdict.failed(f"{reason}: {_first_line(error.message)}")
+                    return Answer(None, f"{reason}: {_first_line(error.message)}")
                 retry_after = error.response.headers.get("retry-after")
             except openai.APITimeoutError:
                 reason = f"no answer within {self._config.timeout:g} seconds"
@@ -150,42 +153,100 @@ class EndpointJudge:
             if attempt < self._config.max_retries:
                 self._sleep(wait_before(attempt + 1, retry_after))
         tries = self._config.max_retries + 1
-        return Verdict.failed(f"{reason} (tried {tries} times)" if tries > 1 else reason)
+        return Answer(None, f"{reason} (tried {tries} times)" if tries > 1 else reason)
 
-    def _read(self, answer: Any) -> Verdict:
-        """The verdict in a chat completion."""
+    def _read(self, answer: Any) -> str | None:
+        """The text in a chat completion."""
         openai = self._openai
         choices = answer.choices if isinstance(answer, openai.types.chat.ChatCompletion) else None
         if not choices or choices[0].message is None:
             raise _Malformed("it has no choices")
         usage = answer.usage
         if usage is not None:
-            self._count(
-                prompt_tokens=usage.prompt_tokens or 0,
-                completion_tokens=usage.completion_tokens or 0,
-            )
-        text = choices[0].message.content
-        value = parse_verdict(text)
-        if math.isnan(value):
-            return Verdict.failed(f"the answer is neither Yes nor No: {_first_line(repr(text))}")
-        return Verdict(value)
+            self.count(prompt_tokens=usage.prompt_tokens or 0, completion_tokens=usage.completion_tokens or 0)
+        text: str | None = choices[0].message.content
+        return text
+
+
+class EndpointJudge:
+    """Asks an endpoint for Yes or No."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self.identity = endpoint.identity(PROMPT.hash)
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """``asked``, ``failed`` and those of the endpoint."""
+        return self._endpoint.counters
+
+    def check(self) -> None:
+        """Ask once, to know before training that the endpoint answers.
+
+        Raises:
+            ValueError: it cannot be reached or refuses; the message says what it said.
+        """
+        verdict = self.judge([PROBES[0]])[0]
+        if math.isnan(verdict.value):
+            raise self._endpoint.unusable(verdict.reason)
+
+    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
+        """One verdict per request; reasoning without text is No and is not sent."""
+        shown = [index for index, request in enumerate(requests) if request.reasoning.strip()]
+        answers = self._endpoint.ask([PROMPT.render(requests[index]) for index in shown], _TOKENS)
+        verdicts = [NO_REASONING] * len(requests)
+        for index, answer in zip(shown, answers):
+            verdicts[index] = _read_verdict(answer)
+        self._endpoint.count(asked=len(requests), failed=sum(math.isnan(verdict.value) for verdict in verdicts))
+        return verdicts
+
+
+def _read_verdict(answer: Answer) -> Verdict:
+    if answer.failure:
+        return Verdict.failed(answer.failure)
+    value = parse_verdict(answer.text)
+    if math.isnan(value):
+        return Verdict.failed(f"the answer is neither Yes nor No: {_first_line(repr(answer.text))}")
+    return Verdict(value)
+
+
+class EndpointGrader:
+    """Asks an endpoint for grades on a rubric."""
+
+    def __init__(self, endpoint: Endpoint, rubric: Rubric) -> None:
+        self._endpoint, self._rubric = endpoint, rubric
+        self.identity = endpoint.identity(rubric.hash)
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """``asked``, ``failed`` and those of the endpoint."""
+        return self._endpoint.counters
+
+    def check(self) -> None:
+        """Ask once, to know before training that the endpoint answers in the form that is asked for.
+
+        Raises:
+            ValueError: it cannot be reached, refuses, or answers otherwise; the message says what it said.
+        """
+        grade = self.grade([GRADE_PROBES[0]])[0]
+        if math.isnan(grade.score):
+            raise self._endpoint.unusable(grade.reason)
+
+    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        """One grade per request; what has nothing to be graded gets 0 and is not sent."""
+        grades = [self._rubric.without_asking(request) for request in requests]
+        shown = [index for index, grade in enumerate(grades) if grade is None]
+        answers = self._endpoint.ask([self._rubric.render(requests[index]) for index in shown], MAX_TOKENS)
+        for index, answer in zip(shown, answers):
+            grades[index] = Grade.failed(answer.failure) if answer.failure else parse_grade(answer.text)
+        done = [grade for grade in grades if grade is not None]
+        assert len(done) == len(requests), "every request has its grade"
+        self._endpoint.count(asked=len(requests), failed=sum(math.isnan(grade.score) for grade in done))
+        return done
 
 
 class _Malformed(RuntimeError):
     """An answer that is no chat completion."""
-
-
-def _read_key(variable: str | None) -> str:
-    """The key from the environment. Without a variable's name none is sent (the client wants some text)."""
-    if variable is None:
-        return "none"
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ValueError(
-            f"judge.api_key_env is {variable}, but the environment has no such variable: set it to the key (never "
-            "write keys into files), or set judge.api_key_env to null for an endpoint without keys."
-        )
-    return key
 
 
 def host_of(url: str) -> str:

@@ -48,7 +48,13 @@ class _Piece(NamedTuple):
 
 
 class LocalJudge:
-    """A Hugging Face causal language model with a prompt."""
+    """A Hugging Face causal language model with a prompt.
+
+    Attributes:
+        model, tokenizer, prompt, batch_size: as given.
+        special: strings that must not stand in a text, the longest first.
+        limit: tokens that the model reads.
+    """
 
     def __init__(
         self,
@@ -71,10 +77,10 @@ class LocalJudge:
         Raises:
             ValueError: the vocabulary cannot write Yes and No.
         """
-        self._model, self._tokenizer, self._prompt = model.eval(), tokenizer, prompt
-        self._batch_size, self._strictness = batch_size, strictness
-        self._special = sorted({*tokenizer.all_special_tokens, *_instruction_marks(prompt)}, key=len, reverse=True)
-        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        self.model, self.tokenizer, self.prompt = model.eval(), tokenizer, prompt
+        self.batch_size, self._strictness = batch_size, strictness
+        self.special = sorted({*tokenizer.all_special_tokens, *_instruction_marks(prompt)}, key=len, reverse=True)
+        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
         self._prefix_cache: Any = None
         self._counts: Counter[str] = Counter()
         self._check_answers(name)
@@ -96,8 +102,8 @@ class LocalJudge:
                 continue
             case = self._encode(request)
             longest = max(len(case.yes), len(case.no)) - 1
-            if longest > self._limit:
-                verdicts[index] = Verdict.failed(f"the prompt has {longest} tokens, the judge reads {self._limit}")
+            if longest > self.limit:
+                verdicts[index] = Verdict.failed(f"the prompt has {longest} tokens, the judge reads {self.limit}")
             else:
                 cases[index] = case
         margins = self._margins(list(cases.values()))
@@ -113,11 +119,11 @@ class LocalJudge:
         return done
 
     def _encode(self, request: JudgeRequest) -> _Case:
-        text = self._prompt.render(defused(request, self._special))
-        ends = {self._tokenizer.eos_token_id, self._tokenizer.sep_token_id}
+        text = self.prompt.render(defused(request, self.special))
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
         sequences = []
-        for answer in (self._prompt.yes, self._prompt.no):
-            ids = self._tokenizer(text + answer, add_special_tokens=self._prompt.adds_special_tokens)["input_ids"]
+        for answer in (self.prompt.yes, self.prompt.no):
+            ids = self.tokenizer(text + answer, add_special_tokens=self.prompt.adds_special_tokens)["input_ids"]
             while ids and ids[-1] in ends:  # what some tokenizers put behind every text
                 ids = ids[:-1]
             sequences.append(tuple(ids))
@@ -125,16 +131,16 @@ class LocalJudge:
         return _Case(yes, no, len(_common_prefix([yes, no])))
 
     def _check_answers(self, name: str) -> None:
-        size = self._model.get_output_embeddings().weight.shape[0]
+        size = self.model.get_output_embeddings().weight.shape[0]
         for request in PROBES:
             case = self._encode(request)
             tails = (case.yes[case.start :], case.no[case.start :])
             for answer, tail in zip(("Yes", "No"), tails):
-                is_known = all(token < size and token != self._tokenizer.unk_token_id for token in tail)
+                is_known = all(token < size and token != self.tokenizer.unk_token_id for token in tail)
                 if not (tail and case.start and is_known):
                     raise ValueError(
                         f"The judge {name!r} cannot answer {answer!r}: its vocabulary does not write Yes and No "
-                        f"behind the prompt {self._prompt.name!r}, so choose another judge.model or judge.template."
+                        f"behind the prompt {self.prompt.name!r}, so choose another judge.model or judge.template."
                     )
 
     @torch.no_grad()
@@ -152,8 +158,8 @@ class LocalJudge:
             is_kept = 0 < size < piece.start and piece.tokens[:size] == self._prefix
             (kept if is_kept else others).append(piece)
         for some, skipped in ((kept, size), (others, 0)):
-            for first in range(0, len(some), self._batch_size):
-                batch = some[first : first + self._batch_size]
+            for first in range(0, len(some), self.batch_size):
+                batch = some[first : first + self.batch_size]
                 scores.update(zip(batch, self._read(batch, skipped)))
 
         def log_prob(answer: tuple[int, ...], start: int) -> float:
@@ -171,7 +177,7 @@ class LocalJudge:
         Args:
             skipped: tokens at the beginning that are in the kept cache.
         """
-        device = self._model.device
+        device = self.model.device
         width, first = max(len(piece.tokens) for piece in pieces), min(piece.start for piece in pieces) - 1
         ids = torch.zeros(len(pieces), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -179,7 +185,7 @@ class LocalJudge:
             ids[row, : len(piece.tokens)] = torch.tensor(piece.tokens)
             mask[row, : len(piece.tokens)] = 1
         cache = self._forked_prefix(len(pieces)) if skipped else None
-        logits = self._model(
+        logits = self.model(
             input_ids=ids[:, skipped:].to(device),
             attention_mask=mask.to(device),
             position_ids=torch.arange(skipped, width, device=device)[None],
@@ -195,9 +201,9 @@ class LocalJudge:
     def _forked_prefix(self, count: int) -> Any:
         """The cache of the kept tokens, once for each of ``count`` rows."""
         if self._prefix_cache is None:
-            ids = torch.tensor([self._prefix], device=self._model.device)
-            cache = DynamicCache(config=self._model.config)
-            self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([self._prefix], device=self.model.device)
+            cache = DynamicCache(config=self.model.config)
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             self._prefix_cache = cache
         forked = copy.deepcopy(self._prefix_cache)
         forked.batch_repeat_interleave(count)

@@ -40,6 +40,8 @@ class JudgePrompt:
     no: str = " No"
     adds_special_tokens: bool = True
     """Whether the tokenizer puts its own tokens before the text; a chat template has them already."""
+    wrap: Callable[[str], str] | None = None
+    """How any message is put to the model; None for models that continue text and follow no instruction."""
 
     @property
     def hash(self) -> str:
@@ -66,7 +68,9 @@ def chat_text(request: JudgeRequest) -> str:
 BIOGPT = JudgePrompt("biogpt", lambda request: f"{ROLE}\n{describe_case(request)}\n{ASK_PLAIN}\nAnswer:")
 """For models that continue text, as BioGPT does: the answer stands behind "Answer:"."""
 
-BIOMISTRAL = JudgePrompt("biomistral", lambda request: f"[INST] {chat_text(request)} [/INST]")
+BIOMISTRAL = JudgePrompt(
+    "biomistral", lambda request: f"[INST] {chat_text(request)} [/INST]", wrap=lambda text: f"[INST] {text} [/INST]"
+)
 """Mistral's instruction format, which BioMistral took over."""
 
 PHANTOM = JudgePrompt("phantom", lambda request: neutralise(request.reasoning.strip())[0])
@@ -79,7 +83,7 @@ def chat_prompt(apply_template: Callable[[str], str]) -> JudgePrompt:
     Args:
         apply_template: turns the user's message into the text up to where the assistant speaks.
     """
-    return JudgePrompt("chat", lambda request: apply_template(chat_text(request)), "Yes", "No", False)
+    return JudgePrompt("chat", lambda request: apply_template(chat_text(request)), "Yes", "No", False, apply_template)
 
 
 def defuse(text: str, special: Iterable[str]) -> str:

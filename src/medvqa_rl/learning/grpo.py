@@ -17,7 +17,9 @@ from accelerate.accelerator import Accelerator
 from accelerate.utils.operations import gather_object
 
 from medvqa_rl.config import Config
-from medvqa_rl.judges.load import load_judge, notices
+from medvqa_rl.data import load_dataset
+from medvqa_rl.evaluation.similarity import Similarity, load_similarity
+from medvqa_rl.judges.load import load_rewarding, notices
 from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
@@ -33,7 +35,9 @@ from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.sampler import samples_at
 from medvqa_rl.learning.setup import Setup, make_accelerator, make_reference, report_dry_run, set_up, wrap
 from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.open_answers import unrewardable
 from medvqa_rl.types import Dataset, Group, Scores
 
 
@@ -68,11 +72,17 @@ def train(
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     for line in notices(config):
         accelerator.print(line)
-    judge = load_judge(config.judge) if config.rewards.semantic else None
+    if train_set is None:
+        train_set = load_dataset(config.data, "train")
+    for line in check_rewardable(config, train_set):
+        accelerator.print(line)
+    judges = load_rewarding(config)
     rewards = Rewards(
         config.rewards,
         max_completion_length=config.rollout.max_completion_length,
-        judge=judge,
+        judge=judges.coherence,
+        graders=judges.graders,
+        similarity=_similarity(config),
     )
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)
@@ -80,8 +90,7 @@ def train(
         setup = set_up(config, train_set, val_set)
         # The reference is the policy as it is before a checkpoint is loaded.
         reference = make_reference(config, setup.policy)
-        judges = {} if judge is None else {"reward": judge.identity}
-        run.attach(setup.policy, setup.engine, setup.datasets, judges)
+        run.attach(setup.policy, setup.engine, setup.datasets, judges.identities)
         trained = run.go_on_with(wrap(config, accelerator, setup.policy))
         learner = Learner(config, accelerator, setup.policy, reference, trained)
         run.begin()
@@ -123,6 +132,33 @@ def train(
             run.finish_step(metrics, records, groups)
         run.finish()
     return run.dir.path
+
+
+def _similarity(config: Config) -> Similarity | None:
+    """What compares open answers with gold answers, where the settings ask for it."""
+    rewards = config.rewards
+    if rewards.open_correctness != "similarity":
+        return None
+    device = resolve_device(config.model.device).type
+    return load_similarity(rewards.similarity_model, device, "rewards.similarity_model")
+
+
+def check_rewardable(config: Config, dataset: Dataset) -> list[str]:
+    """Look at the questions, a thousand of them at most, for whether the rewards can tell their answers apart.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: all questions are open and only exact words would be rewarded, though nobody asked for that.
+    """
+    if dataset.is_endless:  # what is drawn is in the settings, and those were checked
+        return []
+    places = range(0, len(dataset), max(1, len(dataset) // 1000))
+    error, warning = unrewardable(config.rewards, [dataset[place].answer_type for place in places])
+    if error is not None:
+        raise ValueError(error)
+    return [] if warning is None else [warning]
 
 
 def roll_out(

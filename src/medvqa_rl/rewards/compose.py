@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
-from medvqa_rl.judges import Judge
+from medvqa_rl.judges import Grader, Judge
 from medvqa_rl.prompts import parse_completion, without_tags
-from medvqa_rl.rewards.correctness import is_correct, score_correctness
+from medvqa_rl.rewards.correctness import is_correct
 from medvqa_rl.rewards.format import score_format
 from medvqa_rl.rewards.functions import FunctionLog, call_function, load_function
 from medvqa_rl.rewards.length import (
@@ -20,13 +20,15 @@ from medvqa_rl.rewards.length import (
     repetition_penalty,
     soft_overlong,
 )
+from medvqa_rl.rewards.open_answers import Compare, OpenScorer, score_answers
+from medvqa_rl.rewards.reasoning import score_reasoning
 from medvqa_rl.rewards.semantic import score_semantic
 from medvqa_rl.types import Completion, Group, Scores
 
 TokenCounter = Callable[[str], int]
 """How many tokens the policy's tokenizer makes of a text."""
 
-NAMED = ("format", "correctness", "semantic", "ecr", "cwr", "cosine", "overlong", "repetition")
+NAMED = ("format", "correctness", "semantic", "reasoning", "ecr", "cwr", "cosine", "overlong", "repetition")
 """The parts that have a weight of their own in the settings."""
 
 
@@ -39,6 +41,8 @@ class Rewards:
         *,
         max_completion_length: int = RolloutConfig().max_completion_length,
         judge: Judge | None = None,
+        graders: Mapping[str, Grader] | None = None,
+        similarity: Compare | None = None,
     ) -> None:
         """Load the user's functions.
 
@@ -46,12 +50,16 @@ class Rewards:
             config: weights of the parts and what they need.
             max_completion_length: the token limit, by which length is measured.
             judge: asked for ``semantic``, which needs it.
+            graders: by rubric; ``reasoning`` needs the one of that name, ``open_correctness: judge`` that of
+                ``correctness``.
+            similarity: compares texts; ``open_correctness: similarity`` needs it.
 
         Raises:
             ValueError: no part is enabled, two parts have the same name, or a function cannot be loaded
                 (:func:`medvqa_rl.rewards.functions.load_function`).
         """
-        self._config, self._judge = config, judge
+        self._config, self._judge, self._graders = config, judge, dict(graders or {})
+        self._open = OpenScorer(config, similarity, self._graders.get("correctness"))
         self._limit = max_completion_length
         weights = config.model_dump(include=set(NAMED))
         self._weights: dict[str, float] = {name: weights[name] for name in NAMED if weights[name] != 0}
@@ -95,21 +103,36 @@ class Rewards:
         assert len(sizes) == 1, f"groups have different sizes: {sorted(sizes)}"
         shape = (len(groups), sizes.pop())
         log = FunctionLog({}, {})
-        parts = {name: self._part(name, groups, step, log, count_tokens).reshape(shape) for name in self.names}
+        credit = np.full(shape[0] * shape[1], np.nan)
+        if {"correctness", "reasoning"} & self._weights.keys():
+            credit = score_answers(groups, self._open, log)
+        parts = {name: self._part(name, groups, step, log, count_tokens, credit).reshape(shape) for name in self.names}
         total = np.sum([weight * parts[name] for name, weight in self._weights.items()], axis=0)
         extras = {name: float(np.mean(values)) for name, values in log.metrics.items()}
         return Scores(total, parts, extras, log.columns)
 
     def _part(
-        self, name: str, groups: Sequence[Group], step: int, log: FunctionLog, count_tokens: TokenCounter | None
+        self,
+        name: str,
+        groups: Sequence[Group],
+        step: int,
+        log: FunctionLog,
+        count_tokens: TokenCounter | None,
+        credit: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """(B,) one part before its weight."""
+        """(B,) one part before its weight, given the credit for the answers."""
         if name in self._functions:
             path, function = self._functions[name]
             return call_function(path, function, groups, step=step, log=log)
         if name == "semantic":
             assert self._judge is not None, "semantic asks a judge: pass one"
             return score_semantic(groups, self._judge, log)
+        if name == "reasoning":
+            assert name in self._graders, "reasoning asks a grader: pass one"
+            gate = self._config.reasoning_gate
+            return score_reasoning(groups, self._graders[name], credit, gate, log)
+        if name == "correctness":
+            return credit
         return np.array(
             [
                 self._score_one(name, group, completion, count_tokens)
@@ -124,8 +147,6 @@ class Rewards:
         sample, template = group.sample, group.template
         if name == "format":
             return score_format(text, template)
-        if name == "correctness":
-            return score_correctness(sample, text, template)
         if name == "overlong":
             return soft_overlong(length, self._limit, config.overlong_buffer * self._limit)
         if name == "repetition":

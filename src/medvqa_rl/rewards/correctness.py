@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from medvqa_rl.prompts import Template, as_asked, normalise, parse_completion, read_choice
 from medvqa_rl.types import Sample
 
@@ -28,3 +30,18 @@ def is_correct(sample: Sample, answer: str | None) -> bool:
 def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
     """1 if the completion's answer is correct, else 0; a completion without a readable answer gets 0."""
     return float(is_correct(as_asked(sample, template), parse_completion(text, template).answer))
+
+
+def token_f1(prediction: str | None, gold: str) -> float:
+    """Overlap of the words of two answers: F1 = 2 * precision * recall / (precision + recall).
+
+    Words are those of the normalised texts, counted with multiplicity (SQuAD, Rajpurkar et al. 2016, with this
+    package's normalisation). Two texts without words are equal (1); one without words, or no answer at all, gets 0.
+    """
+    if prediction is None:
+        return 0.0
+    words, gold_words = normalise(prediction).split(), normalise(gold).split()
+    if not words or not gold_words:
+        return float(words == gold_words)
+    shared = (Counter(words) & Counter(gold_words)).total()
+    return 2 * shared / (len(words) + len(gold_words))

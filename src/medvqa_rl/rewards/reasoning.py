@@ -1,0 +1,81 @@
+"""The reasoning-aware reward: a grade of the reasoning, limited where the answer is wrong. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvqa_rl.judges.rubric import Grade, Grader, GradeRequest
+from medvqa_rl.prompts import as_asked, parse_completion
+from medvqa_rl.rewards.functions import FunctionLog
+from medvqa_rl.types import Completion, Group
+
+
+def gated(value: float, correctness: float, gate: float) -> float:
+    """What counts of a reward for reasoning: min(value, gate + (1 - gate) * correctness).
+
+    Without a limit a policy that cannot find the answer learns to argue well for a wrong one. A right answer
+    (correctness 1) is not limited, a wrong one (0) by the gate, partial credit in between.
+
+    Args:
+        value: of the reasoning, in [0, 1]; NaN stays NaN.
+        correctness: of the answer, in [0, 1]; NaN (unscored) gives NaN unless nothing is limited (gate 1).
+        gate: the most that a wrong answer can get, in [0, 1].
+    """
+    if math.isnan(value) or (math.isnan(correctness) and gate < 1):
+        return math.nan
+    return value if gate >= 1 else min(value, gate + (1 - gate) * correctness)
+
+
+def grade_request(group: Group, completion: Completion) -> GradeRequest:
+    """What a grader is shown of a completion: the question as it was asked, its options and gold answer, the
+    description of the image where the data has one, and what the completion says."""
+    sample, parsed = as_asked(group.sample, group.template), parse_completion(completion.text, group.template)
+    gold = f"{sample.answer}: {sample.answer_text}" if sample.answer_type == "choice" else sample.answer
+    answer, think = parsed.answer or "", parsed.think or ""
+    return GradeRequest(sample.question, sample.options, gold, answer, think, sample.description)
+
+
+def log_grades(name: str, grades: Sequence[Grade | None], grader: Grader, log: FunctionLog) -> None:
+    """Put per completion ``{name}_score``, ``{name}_reason`` and ``{name}_judge`` into the log (None where nobody was
+    asked), and the grader's counters as ``judge/{name}/...``."""
+    scored = [grade if grade is not None and not math.isnan(grade.score) else None for grade in grades]
+    log.columns[f"{name}_judge"] = [None if grade is None else str(grader.identity) for grade in grades]
+    log.columns[f"{name}_score"] = [None if grade is None else int(grade.score) for grade in scored]
+    log.columns[f"{name}_reason"] = [None if grade is None else grade.reason for grade in grades]
+    for counter, total in grader.counters.items():
+        log.metrics[f"judge/{name}/{counter}"] = [float(total)]
+
+
+def score_reasoning(
+    groups: Sequence[Group],
+    grader: Grader,
+    correctness: NDArray[np.float64],
+    gate: float,
+    log: FunctionLog,
+) -> NDArray[np.float64]:
+    """The grade of the reasoning from 0 to 1, limited by :func:`gated`; NaN (unscored) where the grader failed.
+
+    A reward for reasoning quality beside the answer as in RARL (arXiv 2506.06600), whose formula is not known: the
+    rubric (:data:`medvqa_rl.judges.rubric.REASONING`), its mapping score / 3 and the gate are ours.
+
+    Args:
+        correctness: (B,) of the answers, in [0, 1].
+        gate: the most that a wrong answer can get.
+        log: gets what :func:`log_grades` logs, and the means before the gate: ``rewards/reasoning/ungated``, and of
+            answers without any credit ``rewards/reasoning/ungated_wrong``.
+
+    Returns:
+        (B,) values, prompt by prompt.
+    """
+    grades = grader.grade([grade_request(group, one) for group in groups for one in group.completions])
+    log_grades("reasoning", grades, grader, log)
+    values = np.array([grade.value for grade in grades])
+    known = ~np.isnan(values)
+    for name, chosen in (("ungated", known), ("ungated_wrong", known & (correctness == 0))):
+        if chosen.any():
+            log.metrics[f"rewards/reasoning/{name}"] = [float(values[chosen].mean())]
+    return np.array([gated(value, right, gate) for value, right in zip(values.tolist(), correctness.tolist())])
