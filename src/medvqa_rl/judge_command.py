@@ -21,6 +21,7 @@ from rich.table import Table
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.evaluation.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.evaluation.tables import shown
 from medvqa_rl.judges import Judge, JudgeRequest, Verdict
 from medvqa_rl.judges.load import load_judge
 from medvqa_rl.phantom.reasonings import Reasoning, draw_reasoning
@@ -115,12 +116,6 @@ def _table(results: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("texts", "number", "labelled yes", "accuracy %", "kappa", "false yes %", "false no %", "unscored %"):
         table.add_column(name, justify="left" if name == "texts" else "right")
-
-    def shown(value: Mapping[str, float] | None, factor: float, digits: int) -> str:
-        if value is None or math.isnan(value["estimate"]):
-            return "-"
-        numbers = [f"{factor * value[key]:.{digits}f}" for key in ("estimate", "low", "high")]
-        return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
     for group, row in results.items():
         table.add_row(

@@ -20,11 +20,10 @@ from medvqa_rl.evaluation.agreement import (
     LabelledPair,
     agreement,
     by_group,
-    cohens_kappa,
-    kappa_interval,
     margin_bins,
     read_pairs,
 )
+from medvqa_rl.evaluation.raters import cohens_kappa, kappa_interval
 from medvqa_rl.judges import JudgeRequest, Verdict
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import beta
 
-from medvqa_rl.evaluation.stats import Interval, proportion_interval
+from medvqa_rl.evaluation.raters import kappa_interval
+from medvqa_rl.evaluation.stats import proportion_interval
 from medvqa_rl.judges import JudgeRequest, Verdict
 
 _LABELS = {"yes": True, "no": False, "true": True, "false": False, "1": True, "0": False}
@@ -75,46 +75,6 @@ def _read_pair(line: str, where: str, number: str) -> LabelledPair:
     return LabelledPair(request, label, str(row.get("id", number)), str(row.get("group", "all")))
 
 
-def cohens_kappa(labels: Sequence[bool], verdicts: Sequence[bool]) -> float:
-    """(p_o - p_e) / (1 - p_e) with the agreement p_o and the agreement p_e of independent raters with the same shares
-    of Yes (Cohen 1960). NaN where p_e is 1: both always say the same."""
-    table = np.zeros((2, 2))
-    np.add.at(table, (np.asarray(labels, dtype=int), np.asarray(verdicts, dtype=int)), 1)
-    return float(_kappas(table[None])[0])
-
-
-def _kappas(tables: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cohen's kappa of (N, 2, 2) tables of label by verdict."""
-    total = tables.sum(axis=(1, 2))
-    observed = (tables[:, 0, 0] + tables[:, 1, 1]) / total
-    expected = (tables.sum(axis=1) * tables.sum(axis=2)).sum(axis=1) / total**2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        kappas: NDArray[np.float64] = np.where(expected < 1, (observed - expected) / (1 - expected), np.nan)
-    return kappas
-
-
-def kappa_interval(
-    labels: Sequence[bool],
-    verdicts: Sequence[bool],
-    clusters: Sequence[Hashable],
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Cohen's kappa with the 2.5 and 97.5 % quantiles of resampled clusters; NaN bounds for fewer than two."""
-    positions: dict[Hashable, int] = {}
-    index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters])
-    tables = np.zeros((len(positions), 2, 2))
-    np.add.at(tables, (index, np.asarray(labels, dtype=int), np.asarray(verdicts, dtype=int)), 1)
-    estimate = float(_kappas(tables.sum(axis=0)[None])[0])
-    if len(positions) < 2 or math.isnan(estimate):
-        return Interval(estimate, math.nan, math.nan)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = generator.multinomial(len(positions), np.full(len(positions), 1 / len(positions)), size=resamples)
-    low, high = np.nanquantile(_kappas(np.tensordot(drawn, tables, axes=1)), [0.025, 0.975])
-    return Interval(estimate, float(low), float(high))
-
-
 @dataclass(frozen=True)
 class MarginBin:
     """Texts of similar margin."""
@@ -142,39 +102,52 @@ def margin_bins(margins: Sequence[float], labels: Sequence[bool], bins: int = 10
 
 
 def agreement(pairs: Sequence[LabelledPair], verdicts: Sequence[Verdict], *, seed: int = 0) -> dict[str, Any]:
-    """All measures of some pairs; unscored verdicts are counted and left out of the rest.
+    """:func:`agreement_with` of the pairs' labels."""
+    return agreement_with(
+        [pair.is_coherent for pair in pairs],
+        [verdict.value for verdict in verdicts],
+        [pair.cluster for pair in pairs],
+        seed=seed,
+    )
+
+
+def agreement_with(
+    truths: Sequence[bool], values: Sequence[float], groups: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
+    """All measures of some verdicts; unscored ones are counted and left out of the rest.
+
+    Args:
+        truths: (N,) labels, at least one.
+        values: (N,) verdicts: 1 for Yes, 0 for No, NaN for unscored.
+        groups: (N,) clusters.
 
     Returns:
         ``n``, ``unscored_rate``, ``label_yes_rate``, ``verdict_yes_rate``, and with intervals (estimate, low, high)
-        ``accuracy``, ``kappa``, ``false_yes_rate`` (Yes to what is labelled incoherent) and ``false_no_rate``.
+        ``accuracy``, ``kappa``, ``false_yes_rate`` (Yes to what is labelled No) and ``false_no_rate``.
         A rate of nothing is None.
     """
-    scored = [(pair, v) for pair, v in zip(pairs, verdicts, strict=True) if not math.isnan(v.value)]
-    labels = [pair.is_coherent for pair, _ in scored]
-    said = [verdict.value == 1.0 for _, verdict in scored]
-    clusters = [pair.cluster for pair, _ in scored]
+    scored = [row for row in zip(truths, values, groups, strict=True) if not math.isnan(row[1])]
+    labels = [label for label, _, _ in scored]
+    said = [value == 1.0 for _, value, _ in scored]
+    clusters = [cluster for _, _, cluster in scored]
 
     def share(flags: Sequence[bool], chosen: Iterator[bool]) -> dict[str, float] | None:
         some = [(flag, cluster) for flag, cluster, is_in in zip(flags, clusters, chosen) if is_in]
         if not some:
             return None
-        return _numbers(proportion_interval([flag for flag, _ in some], [cluster for _, cluster in some], seed=seed))
+        return proportion_interval([flag for flag, _ in some], [cluster for _, cluster in some], seed=seed).to_json()
 
     rate = float(np.mean(labels)) if labels else math.nan
     return {
-        "n": len(pairs),
-        "unscored_rate": 1 - len(scored) / len(pairs),
+        "n": len(truths),
+        "unscored_rate": 1 - len(scored) / len(truths),
         "label_yes_rate": rate,
         "verdict_yes_rate": float(np.mean(said)) if said else math.nan,
         "accuracy": share([a == b for a, b in zip(labels, said)], iter([True] * len(labels))),
-        "kappa": _numbers(kappa_interval(labels, said, clusters, seed=seed)) if scored else None,
+        "kappa": kappa_interval(labels, said, clusters, seed=seed).to_json() if scored else None,
         "false_yes_rate": share(said, (not label for label in labels)),
         "false_no_rate": share([not yes for yes in said], iter(labels)),
     }
-
-
-def _numbers(interval: Interval) -> dict[str, float]:
-    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
 
 
 def by_group(pairs: Sequence[LabelledPair], verdicts: Sequence[Verdict], *, seed: int = 0) -> Mapping[str, Any]:

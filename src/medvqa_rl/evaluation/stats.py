@@ -32,6 +32,10 @@ class Interval:
     low: float
     high: float
 
+    def to_json(self) -> dict[str, float]:
+        """Plain values."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high}
+
 
 def _per_cluster(values: ArrayLike, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
     """(K,) sums of the values and (K,) numbers of values of each cluster, in order of appearance."""

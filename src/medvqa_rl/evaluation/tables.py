@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 
 def _percent(value: float | None) -> str:
@@ -158,3 +159,39 @@ def controls_table(results: Mapping[str, Any]) -> Table:
 def _range(row: Mapping[str, Any], key: str) -> str:
     low, high = _percent(row[f"{key}_low"]), _percent(row[f"{key}_high"])
     return f"{low} to {high}" if low else ""
+
+
+class TextTable(NamedTuple):
+    """A table as text, for the terminal and for Markdown."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=Text(self.title), title_justify="left")
+        for place, name in enumerate(self.header):
+            table.add_column(name, justify="right" if place else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def markdown(self) -> str:
+        """Heading and table."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
+        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def number(value: float, digits: int) -> str:
+    """A number with so many decimals; a dash for NaN."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def shown(interval: Mapping[str, float] | None, factor: float, digits: int, sign: str = "") -> str:
+    """``estimate [low, high]`` times a factor; a dash for what is not known."""
+    if interval is None or math.isnan(interval["estimate"]):
+        return "-"
+    estimate, low, high = (f"{factor * interval[key]:{sign}.{digits}f}" for key in ("estimate", "low", "high"))
+    return estimate if math.isnan(interval["low"]) else f"{estimate} [{low}, {high}]"
