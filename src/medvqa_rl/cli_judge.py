@@ -10,12 +10,14 @@ import typer
 from medvqa_rl.cli_common import Debug, prepare_process, told_plainly
 from medvqa_rl.network import is_off
 
-judge_app = typer.Typer(help="Judges of reasoning: how far one can be trusted.", no_args_is_help=True)
+judge_app = typer.Typer(
+    help="Judges of answers and reasoning, models and people, and how far they can be trusted.", no_args_is_help=True
+)
 
 
 @judge_app.callback()
 def _root() -> None:
-    """Judges of reasoning."""
+    """Judges of answers and reasoning."""
 
 
 @judge_app.command("calibrate")
@@ -65,3 +67,32 @@ def calibrate(
         from medvqa_rl.judge_command import run_calibrate
 
         run_calibrate(config.judge, pairs_file=pairs, output=output, count=count, seed=seed, with_policies=policies)
+
+
+@judge_app.command("eval")
+def judge_eval(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_EVALUATION ...", help="Of a run, the first and the last evaluation are judged."
+        ),
+    ],
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="A model, or settings such as model=NAME,endpoint=URL; give it twice for two judges."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers of each evaluation at most.")] = None,
+    bias_samples: Annotated[
+        int, typer.Option(min=0, help="Answers that are judged again, edited, to check the judge; 0 checks none.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of choices, edits and the bootstrap.")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over what was judged before.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Have answers judged by one or two models: correctness, reasoning from 0 to 3, agreement, the judges' biases."""
+    with told_plainly(debug):
+        from medvqa_rl.judge_eval_command import read_judge, run_judge_eval
+
+        configs = [read_judge(text) for text in judge or ()]
+        prepare_process()
+        run_judge_eval(folders, configs, samples=samples, bias_samples=bias_samples, seed=seed, replace=replace)

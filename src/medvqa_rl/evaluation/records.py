@@ -101,6 +101,12 @@ class EvalRecord:
         return self.options[LETTERS.index(self.gold)] if is_letter else self.gold
 
     @property
+    def reference(self) -> str:
+        """The gold answer as people and graders are shown it: for choice questions with its letter before it."""
+        is_letter = self.answer_type == "choice" and bool(self.options)
+        return f"{self.gold}: {self.gold_text}" if is_letter else self.gold
+
+    @property
     def answer_kind(self) -> str:
         """``yes/no`` where the gold answer says either, else ``other``, whatever the data set's annotation."""
         return "yes/no" if normalise(self.gold_text) in ("yes", "no") else "other"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
+from medvqa_rl.evaluation.judged_tables import in_short
 from medvqa_rl.evaluation.summary import paired_gain
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
@@ -179,6 +180,9 @@ def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) 
         )
     for before, after in pairs:
         lines += ["", _difference(before, after)]
+    for label, evaluation in rows:
+        for sentence in _judged(evaluation):
+            lines += ["", f"{label[0].upper()}{label[1:]} on {_plain(_name(evaluation))}. {_plain(sentence)}"]
     if is_best:
         lines += [
             "",
@@ -198,6 +202,14 @@ def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
         return False
     folder = model.get("adapter") or model.get("path")
     return isinstance(folder, str) and Path(folder).resolve() == checkpoint.resolve()
+
+
+def _judged(evaluation: StoredEvaluation) -> list[str]:
+    """What judges said, in sentences; nothing where none did, or their file is of another version."""
+    try:
+        return in_short(evaluation.judged) if evaluation.judged else []
+    except (KeyError, TypeError, AttributeError):
+        return ["What judges said cannot be read: judged.json is damaged or of another version."]
 
 
 def _name(evaluation: StoredEvaluation) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from medvqa_rl.evaluation.tables import measured_table
+from medvqa_rl.evaluation.judged_tables import judged_tables, notes
+from medvqa_rl.evaluation.tables import TextTable, measured_table
 from medvqa_rl.report.charts import charts
 from medvqa_rl.report.comparisons import accuracy_rows, compare
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.inline import policy_hash, script_json
 from medvqa_rl.report.page import breakdown_table, environment, flat_settings
-from medvqa_rl.report.runs import StoredRun, read_run
+from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
 from medvqa_rl.report.viewer import build_viewer
 
 LIMITS = (
@@ -93,6 +94,9 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True) -> str:
             tables=[(item, found) for item, found in tables if found],
             accuracy=accuracy_rows(runs),
             measured=measured_table([(f"{run}: {name}", item.results) for run, name, item in accuracy_rows(runs)]),
+            judged=[
+                (f"{run}: {name}", *judged) for run, name, item in accuracy_rows(runs) if (judged := _judged(item))
+            ],
             charts=charts(runs),
             health=[(run, check_health(run.metrics)) for run in runs],
             setting_rows=[(name, [one.get(name, "–") for one in settings]) for name in all_names],
@@ -100,6 +104,16 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True) -> str:
             limits=LIMITS,
         )
     )
+
+
+def _judged(evaluation: StoredEvaluation) -> tuple[list[TextTable], list[str]] | None:
+    """What judges said of an evaluation, as tables and sentences; None where none did."""
+    if not evaluation.judged:
+        return None
+    try:
+        return judged_tables(evaluation.judged), notes(evaluation.judged)
+    except (KeyError, TypeError, AttributeError):
+        return [], ["judged.json is damaged or of another version: judge again."]
 
 
 def _facts(run: StoredRun) -> dict[str, str]:

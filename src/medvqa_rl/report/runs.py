@@ -30,6 +30,8 @@ class StoredEvaluation:
     results: Mapping[str, Any]
     """The content of results.json."""
     samples: Path
+    judged: Mapping[str, Any] = field(default_factory=dict)
+    """The content of judged.json; empty where nothing was judged."""
 
     @property
     def step(self) -> int | None:
@@ -210,7 +212,9 @@ def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
         if own or not isinstance(results.get("by"), dict) or not results.keys() >= set(_SUMMARY):
             problems.append(f"eval/{path.parent.name}/results.json is damaged or of another version, and left out.")
         else:
-            found.append(StoredEvaluation(path.parent.name, results, path.with_name("samples.jsonl")))
+            judged = path.with_name("judged.json")
+            said = _object(judged, problems) if judged.is_file() else {}
+            found.append(StoredEvaluation(path.parent.name, results, path.with_name("samples.jsonl"), said))
     return sorted(found, key=lambda item: (item.step is None, item.step or 0, item.name))
 
 
