@@ -96,3 +96,44 @@ def judge_eval(
         configs = [read_judge(text) for text in judge or ()]
         prepare_process()
         run_judge_eval(folders, configs, samples=samples, bias_samples=bias_samples, seed=seed, replace=replace)
+
+
+@judge_app.command("sheet")
+def sheet(
+    evaluations: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="EVALUATION ...", help="Folders of evaluations of the same questions; first: baseline."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The sheet, an HTML file; its key is written beside it.")],
+    samples: Annotated[
+        int, typer.Option(min=1, help="Questions at most; each gives an item for every different answer.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the choice and of the order.")] = 0,
+    images: Annotated[bool, typer.Option(help="Put the images into the sheet.")] = True,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over a sheet that is there.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a blinded sheet on which people rate the answers of one or several evaluations."""
+    with told_plainly(debug):
+        from medvqa_rl.rating_command import run_sheet
+
+        run_sheet(evaluations, output=output, questions=samples, seed=seed, images=images, replace=replace)
+
+
+@judge_app.command("ratings")
+def ratings(
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="The key that was written beside the sheet.")],
+    files: Annotated[list[Path], typer.Argument(metavar="RATINGS ...", help="What the raters saved, one file each.")],
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file for the results; the tables are written beside it as Markdown.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Read what people rated: accuracy and reasoning of each evaluation, and how far the raters agree."""
+    with told_plainly(debug):
+        from medvqa_rl.rating_command import run_ratings
+
+        run_ratings(key, files, output=output, seed=seed)

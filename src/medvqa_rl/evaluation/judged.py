@@ -1,4 +1,4 @@
-"""Answers of an evaluation judged by one or two language models: how good, and how far the two agree. Imports no torch.
+"""Answers of an evaluation judged by one or two language models: how good, and how far the two agree. No torch.
 
 A judge grades on the rubrics of :mod:`medvqa_rl.judges.rubric`: the reasoning from 0 to 3, and the answer, which
 counts as right where it means the same as the reference (3). For choice and closed questions the package's scorer is
