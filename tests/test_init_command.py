@@ -174,7 +174,7 @@ def choices(count: int, letter: str = "") -> list[dict[str, Any]]:
         (choices(50, "A"), r"The right option in .* is always A, so .*: shuffle the options"),
         (
             [{"question": f"What is seen in region {n}?", "answer": f"mass {n}"} for n in range(50)],
-            r"No question in .* has options or a yes or no for an answer, and rewards.correctness pays",
+            r"No question in .* has options or a yes or no for an answer, .* --open-correctness token_f1",
         ),
     ],
 )
@@ -186,6 +186,13 @@ def test_questions_that_teach_nothing_are_refused_in_a_sentence(
         run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
     assert not (tmp_path / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
+def test_open_questions_are_taken_where_it_is_said_how_they_are_compared(tmp_path: Path) -> None:
+    rows = [{"question": f"What is seen in region {n}?", "answer": f"mass {n}"} for n in range(50)]
+    table, images = write_rows(tmp_path / "own", rows)
+    run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24, open_correctness="token_f1")
+    assert load_config(tmp_path / "mine" / "config.yaml").config.rewards.open_correctness == "token_f1"
 
 
 def test_enough_questions_with_different_answers_are_taken(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def init(
     gpu_memory: Annotated[
         float | None, typer.Option(min=1.0, help="GiB of the GPU that will train; without it, the one found here.")
     ] = None,
+    open_correctness: Annotated[
+        Literal["exact", "token_f1", "similarity", "judge"] | None,
+        typer.Option(help="How answers to open questions are compared; sets rewards.open_correctness."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another division into train, val and test.")] = 0,
     debug: Debug = False,
 ) -> None:
@@ -29,6 +33,8 @@ def init(
     with told_plainly(debug):
         from medvqa_rl.init_command import run_init
 
-        is_right = run_init(project, table=data, images=images, gpu_memory=gpu_memory, seed=seed)
+        is_right = run_init(
+            project, table=data, images=images, gpu_memory=gpu_memory, open_correctness=open_correctness, seed=seed
+        )
     if not is_right:
         raise typer.Exit(1)

@@ -71,7 +71,15 @@ class Sized:
     """Bytes at most."""
 
 
-def run_init(project: Path, *, table: Path, images: Path, gpu_memory: float | None = None, seed: int = 0) -> bool:
+def run_init(
+    project: Path,
+    *,
+    table: Path,
+    images: Path,
+    gpu_memory: float | None = None,
+    open_correctness: str | None = None,
+    seed: int = 0,
+) -> bool:
     """Check questions and images, write ``config.yaml`` and the divided table, and print what to do next.
 
     Args:
@@ -79,6 +87,8 @@ def run_init(project: Path, *, table: Path, images: Path, gpu_memory: float | No
         table: the questions, with the columns of :mod:`medvqa_rl.data.own`.
         images: folder of the images.
         gpu_memory: GiB of the GPU that will train; None looks for one here.
+        open_correctness: how answers to open questions are compared, as ``rewards.open_correctness``; None says
+            nothing about it.
         seed: of the division.
 
     Returns:
@@ -108,10 +118,12 @@ def run_init(project: Path, *, table: Path, images: Path, gpu_memory: float | No
         )
         datasets = load_splits(Config(data=data))
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
-        if problems := unfit(samples, table):
+        if problems := unfit(samples, table, open_correctness):
             raise ConfigError(problems)
         template = CPU if memory is None else GPU
-        draft = build_config(read_yaml(fill(template, placeholders(template, project, images, datasets, None, ""))))
+        draft = build_config(
+            read_yaml(fill(template, placeholders(template, project, images, datasets, None, "", open_correctness)))
+        )
         report = checked(datasets, draft)
         print_report(report, out, image_budget(draft.model)[1])
         if report.is_wrong():
@@ -121,7 +133,7 @@ def run_init(project: Path, *, table: Path, images: Path, gpu_memory: float | No
             return False
         sized = None if memory is None else size_to(draft, memory, samples, report)
         line = machine_line(memory, where, sized)
-        text = fill(template, placeholders(template, project, images, datasets, sized, line))
+        text = fill(template, placeholders(template, project, images, datasets, sized, line, open_correctness))
         build_config(read_yaml(text), purpose="train")
         (stage / "config.yaml").write_text(text, encoding="utf-8")
         os.replace(stage, project)
@@ -168,7 +180,7 @@ def divided(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: 
     return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
 
 
-def unfit(samples: Sequence[Sample], table: Path) -> list[str]:
+def unfit(samples: Sequence[Sample], table: Path, open_correctness: str | None) -> list[str]:
     """Why nothing could be learned from some questions, a sentence each."""
     problems = []
     if len(samples) < MIN_SAMPLES:
@@ -190,11 +202,11 @@ def unfit(samples: Sequence[Sample], table: Path) -> list[str]:
             f"The right option in {table} is always {letter}, so a model that always says {letter} is always "
             "right and there is nothing to learn: shuffle the options."
         )
-    if all(sample.answer_type == "open" for sample in samples):
+    if open_correctness is None and all(sample.answer_type == "open" for sample in samples):
         problems.append(
-            f"No question in {table} has options or a yes or no for an answer, and rewards.correctness pays for an "
-            "open answer only where it has the same words: give options in a column of that name, or ask for yes or "
-            "no."
+            f"No question in {table} has options or a yes or no for an answer, and an open answer is right only where "
+            "it has the same words: give options in a column of that name, or say how answers are compared with "
+            "--open-correctness token_f1, similarity or judge (exact keeps it so)."
         )
     return problems
 
@@ -266,7 +278,13 @@ def is_here(model: str) -> bool:
 
 
 def placeholders(
-    template: str, project: Path, images: Path, datasets: Mapping[str, Dataset], sized: Sized | None, machine: str
+    template: str,
+    project: Path,
+    images: Path,
+    datasets: Mapping[str, Dataset],
+    sized: Sized | None,
+    machine: str,
+    open_correctness: str | None,
 ) -> dict[str, Any]:
     """What stands in a template's gaps."""
     count = len(datasets["train"]) if "train" in datasets else 0
@@ -280,6 +298,7 @@ def placeholders(
         "images": str(images.resolve()),
         "counts": ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items()),
         "model": MODEL,
+        "open_correctness": "null" if open_correctness is None else open_correctness,
         "steps": steps,
         "passes": f"{steps * 8 / max(1, count):.1f}",
         "every": max(10, steps // 10),

@@ -31,6 +31,7 @@ TAIL = """\
 rewards:
   format: 1.0                      # 1 for the exact form of tags
   correctness: 1.0                 # 1 for the right answer
+  open_correctness: $open_correctness           # of open answers: exact (as null), token_f1, similarity, judge
 
 advantage:
   scale: none                      # Dr. GRPO: rewards are only centered within a group
