@@ -103,7 +103,7 @@ optim: {weight: 3}
         "path_vqa, vqa_med, omnimed or own: did you mean vqa_rad?",
         "data.answer_types[0] is the text 'chocie', but must be choice, closed or open: did you mean choice?",
         "rollout.temperature is 0, but must be a number above 0.",
-        "loss.type is the text 'drgrpo', but must be grpo, dr_grpo or dapo: did you mean dr_grpo?",
+        "loss.type is the text 'drgrpo', but must be grpo, dr_grpo, dapo or dpo: did you mean dr_grpo?",
         "optimizer.learning_rate is -1e-06, but must be a number above 0 and at most 1.",
         "optimizer.betas[1] is 1.5, but must be a number of at least 0 and below 1.",
         "train.steps is true, but must be a whole number of at least 1.",

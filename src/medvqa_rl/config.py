@@ -301,10 +301,10 @@ class AdvantageConfig(Settings):
 class LossConfig(Settings):
     """The policy loss."""
 
-    type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
-    """How token losses are averaged. TRL's loss_type."""
+    type: Literal["grpo", "dr_grpo", "dapo", "dpo"] = "grpo"
+    """How token losses are averaged (TRL's loss_type); dpo learns to prefer each group's best completion."""
     beta: Annotated[float, Field(ge=0.0)] = 0.04
-    """Weight of the KL divergence from the reference policy."""
+    """Weight of the KL divergence from the reference policy; with dpo its own beta, for which TRL has 0.1."""
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     """Clip range of the probability ratio."""
     epsilon_high: Annotated[float, Field(gt=0.0)] | None = None

@@ -314,6 +314,20 @@ def _check_loss(config: Config) -> Iterator[Problem]:
             "loss.epsilon",
         )
 
+    if loss.type == "dpo" and loss.beta == 0:
+        yield _problem(
+            "loss.beta is 0, but with loss.type=dpo it scales the preference itself: set it above 0 (0.1 is usual).",
+            "loss.beta",
+            "loss.type",
+        )
+    if loss.type == "dpo" and loss.num_iterations > 1:
+        yield _problem(
+            f"loss.num_iterations is {loss.num_iterations}, but loss.type=dpo learns once from what was sampled: set "
+            "it to 1, or choose grpo.",
+            "loss.num_iterations",
+            "loss.type",
+        )
+
 
 def _check_training(config: Config) -> Iterator[Problem]:
     if config.optimizer.warmup_steps >= config.train.steps:

@@ -33,6 +33,21 @@ def group_statistics(rewards: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(has_spread, std, 0.0)
 
 
+def preferences(rewards: Tensor) -> Tensor:
+    """The best and the worst completion of each group.
+
+    Args:
+        rewards: (P, G) rewards; NaN is unscored and neither.
+
+    Returns:
+        (P, 2) indices, best first, the first ones where several are equal; -1 where all scored rewards are equal.
+    """
+    best = torch.where(rewards.isnan(), -torch.inf, rewards).argmax(1)
+    worst = torch.where(rewards.isnan(), torch.inf, rewards).argmin(1)
+    has_spread = group_statistics(rewards)[1] > 0
+    return torch.where(has_spread[:, None], torch.stack([best, worst], dim=1), -1)
+
+
 def group_advantages(rewards: Tensor, *, scale: Literal["group", "none"]) -> Tensor:
     """Center the rewards inside each group, and scale them for GRPO.
 

@@ -1,4 +1,5 @@
-"""Group relative policy optimisation: the loop. GRPO, Dr. GRPO and DAPO by ``loss.type`` and ``advantage.scale``.
+"""Group relative policy optimisation: the loop. GRPO, Dr. GRPO, DAPO and online DPO by ``loss.type`` and
+``advantage.scale``.
 
 Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl train CONFIG`` on several devices.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import numpy as np
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.operations import gather_object
+from torch import Tensor
 
 from medvqa_rl.config import Config
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.similarity import Similarity, load_similarity
 from medvqa_rl.judges.load import load_rewarding, notices
-from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.learning.advantages import group_advantages, preferences
 from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
 from medvqa_rl.learning.metrics import (
@@ -121,7 +124,10 @@ def train(
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
             scored = time.perf_counter()
             run.at("update")
-            metrics |= learner.update(groups, advantages, ~total.isnan(), step)
+            if config.loss.type == "dpo":
+                metrics |= learner.update(*as_pairs(groups, total), step)
+            else:
+                metrics |= learner.update(groups, advantages, ~total.isnan(), step)
             metrics |= mean_of_ranks(gather_object([scores.extras]))
             metrics |= {
                 "time/rollout": rolled_out - began,
@@ -186,6 +192,28 @@ def roll_out(
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
+
+
+def as_pairs(groups: Sequence[Group], rewards: Tensor) -> tuple[list[Group], Tensor, Tensor]:
+    """What online DPO learns from: of each group its best and its worst completion.
+
+    Args:
+        groups: P groups of G completions.
+        rewards: (P, G); NaN is unscored.
+
+    Returns:
+        P groups of two, the chosen one first; (P, 2) signs, +1 and -1, or 0 where none is better (the group's first
+        two then stand for it); and (P, 2) True.
+    """
+    chosen = preferences(rewards)
+    has_pair = chosen[:, :1] >= 0
+    places = torch.where(has_pair, chosen, torch.tensor([0, 1])).tolist()
+    pairs = [
+        replace(group, completions=tuple(group.completions[place] for place in pair))
+        for group, pair in zip(groups, places, strict=True)
+    ]
+    signs = torch.tensor([1.0, -1.0]) * has_pair
+    return pairs, signs, torch.ones_like(signs, dtype=torch.bool)
 
 
 def number_among_ranks(places: Sequence[int], indices: Sequence[int]) -> list[int] | None:

@@ -1,6 +1,6 @@
 """The policy loss: token losses and how they are averaged. Pure mathematics on tensors.
 
-The variants differ in the aggregation alone; see :func:`aggregate`.
+The variants of GRPO differ in the aggregation alone (:func:`aggregate`); :func:`dpo_loss` compares completions.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 LossKind = Literal["grpo", "dr_grpo", "dapo"]
 
@@ -76,6 +77,30 @@ def token_loss(
         is_low_clipped=(ratio < 1 - epsilon) & (advantages < 0),
         is_high_clipped=(ratio > 1 + high) & (advantages > 0),
     )
+
+
+def dpo_loss(
+    logps: Tensor, ref_logps: Tensor | None, mask: Tensor, signs: Tensor, *, beta: float, num_pairs: int
+) -> Tensor:
+    """Direct preference optimisation (arXiv 2305.18290, equation 7) on pairs that the policy sampled (online DPO,
+    arXiv 2402.04792): the mean over pairs of -log sigmoid(beta * (d_chosen - d_rejected)), d = log pi - log pi_ref
+    summed over a completion's tokens.
+
+    Args:
+        logps: (B, T) log-probabilities under the policy, each pair in two rows one after the other.
+        ref_logps: (B, T) the same under the reference; None where no row is of a pair.
+        mask: (B, T) True for the tokens that count.
+        signs: (B,) +1 chosen, -1 rejected, 0 where there is no pair.
+        beta: how far the policy may go from the reference for a preference; smaller is further.
+        num_pairs: of the whole step, over all micro-batches and ranks.
+
+    Returns:
+        (,) this micro-batch's share of the loss.
+    """
+    differences = torch.where(mask, logps if ref_logps is None else logps - ref_logps, 0.0).sum(1)  # (B,)
+    margins = (signs.to(logps.dtype) * differences).view(-1, 2).sum(1)  # (B / 2,)
+    is_pair = (signs != 0).view(-1, 2).all(1)
+    return torch.where(is_pair, -logsigmoid(beta * margins), 0.0).sum() / max(num_pairs, 1)
 
 
 def aggregate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medvqa_rl.config import Config
 from medvqa_rl.learning.errors import NonFiniteError
 from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
-from medvqa_rl.learning.losses import aggregate, token_loss
+from medvqa_rl.learning.losses import aggregate, dpo_loss, token_loss
 from medvqa_rl.learning.micro_batches import split
 from medvqa_rl.learning.optimizer import Optimizer, lr_at
 from medvqa_rl.learning.self_check import SelfCheckError, check_first_group
@@ -34,7 +34,7 @@ class MicroBatch:
     groups: Sequence[Group]
     batch: CompletionBatch
     advantages: Tensor
-    """(B,) float32."""
+    """(B,) float32; of pairs, +1 chosen and -1 rejected."""
     mask: Tensor
     """(B, Tc) bool, True at tokens that count in the loss."""
     ref_logps: Tensor | None
@@ -56,6 +56,8 @@ class Experience:
     """Groups of the step."""
     num_skipped: int
     """Groups that are in no micro-batch because their gradient is zero."""
+    num_unequal: int
+    """Groups with an advantage other than 0; of pairs, those with a preference."""
 
 
 def contributing(advantages: Tensor, beta: float) -> list[int]:
@@ -149,7 +151,8 @@ class Learner:
             counts = counts & ~torch.tensor(is_truncated)
         lengths = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
         num_tokens = torch.where(counts, lengths, 0).sum(1)  # (P,) that count
-        kept = contributing(advantages, self.config.loss.beta)
+        # The divergence has a gradient in every group; a preference only where there is one.
+        kept = contributing(advantages, 0.0 if self.config.loss.type == "dpo" else self.config.loss.beta)
         parts = split(
             groups,
             kept,
@@ -173,8 +176,12 @@ class Learner:
                     )
                 )
         micro_batches += self._idle(micro_batches)
+        num_unequal = int((advantages != 0).any(1).sum())
         counted = torch.tensor(
-            [is_scored.sum(), num_tokens.sum(), num_tokens[kept].sum(), len(groups), len(groups) - len(kept)]
+            [
+                *(is_scored.sum(), num_tokens.sum(), num_tokens[kept].sum()),
+                *(len(groups), len(groups) - len(kept), num_unequal),
+            ]
         )
         return Experience(micro_batches, *self.accelerator.reduce(counted.to(self.policy.device), "sum").tolist())
 
@@ -264,14 +271,24 @@ class Learner:
                     epsilon=loss_config.epsilon,
                     epsilon_high=loss_config.epsilon_high,
                 )
-                loss = aggregate(
-                    tokens.loss,
-                    micro.mask,
-                    kind=loss_config.type,
-                    num_completions=experience.num_completions,
-                    num_tokens=experience.num_tokens,
-                    max_completion_length=self.config.rollout.max_completion_length,
-                )
+                if loss_config.type == "dpo":
+                    loss = dpo_loss(
+                        stats.logps,
+                        micro.ref_logps,
+                        micro.mask,
+                        micro.advantages,
+                        beta=loss_config.beta,
+                        num_pairs=experience.num_unequal,
+                    )
+                else:
+                    loss = aggregate(
+                        tokens.loss,
+                        micro.mask,
+                        kind=loss_config.type,
+                        num_completions=experience.num_completions,
+                        num_tokens=experience.num_tokens,
+                        max_completion_length=self.config.rollout.max_completion_length,
+                    )
                 # Distributed wrappers average gradients over ranks; the denominators are of the whole step already.
                 self.trained.backward(loss * num_ranks)
             all_logps.append(logps)
