@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.types import Sample
+from medvqa_rl.types import Completion, Group, Sample
 
 ENVIRONMENT = {
     "ddp": {},
@@ -88,11 +88,41 @@ def keep_first_gradient(path: Path) -> None:
     Learner.accumulate = watched
 
 
+def share_completions(path: Path, *, write: bool) -> None:
+    """Have the completions of a run written to a file, or those of that file trained on instead of one's own.
+
+    Sums over other batch shapes round differently, so in a run of several steps now and then another token is picked.
+    What was picked otherwise is told on standard error; the first step has the same weights and must pick the same.
+    """
+    exact = grpo.roll_out
+    kept: dict[str, Any] = {} if write else json.loads(path.read_text())
+
+    def shared(config: Any, accelerator: Any, setup: Any, step: int, prompts: Any) -> list[Group]:
+        groups = exact(config, accelerator, setup, step, prompts)
+        for group in groups:
+            key, own = f"{step} {group.sample.id}", [asdict(completion) for completion in group.completions]
+            if write:
+                kept[key] = own
+                continue
+            other = [row | {"token_ids": tuple(row["token_ids"])} for row in kept[key]]
+            flipped = sum(one != two for one, two in zip(own, other, strict=True))
+            print(f"flipped {flipped} of {len(own)} in step {step}", file=sys.stderr)
+            assert step > 0 or not flipped, "the first step picked other tokens"
+            group.completions = tuple(Completion(**row) for row in other)
+        if write:
+            path.write_text(json.dumps(kept))
+        return groups
+
+    grpo.roll_out = shared
+
+
 def work(job: dict[str, Any]) -> None:
     """One rank's part of a job."""
     config = Config.model_validate(job["config"])
     if "gradient" in job:
         keep_first_gradient(Path(job["gradient"]))
+    if "lost" not in job and not job.get("perturb"):
+        share_completions(Path(job["completions"]), write=job["ranks"] == 1 and not job.get("resume"))
     if job.get("perturb"):
         exact = grpo.group_advantages
         grpo.group_advantages = lambda total, scale: exact(total, scale=scale) + 0.1 * (total > total.mean())

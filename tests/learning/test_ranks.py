@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = 
         "ranks": 1 if engine is None else 2,
         "config": config.model_dump(mode="json"),
         "mixed": scenario == "mixed",
+        "completions": str(tmp / f"{scenario}-completions.json"),
         **{key: value for key, value in more.items() if key != "train"},
     }
 
@@ -105,6 +107,8 @@ def runs(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append(job(folder, tmp, name, then, resume=True))
     codes, errors = run(jobs, tmp)
     assert all(code == 0 for ranks in codes.values() for code in ranks), errors
+    flips = [(int(few), int(of)) for few, of in re.findall(r"flipped (\d+) of (\d+)", errors)]
+    assert sum(few for few, _ in flips) <= 0.02 * sum(of for _, of in flips)
     return tmp
 
 
@@ -133,9 +137,13 @@ def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, eng
     assert distance(weights(ranks), weights(alone)) <= 2e-5
     if scenario == "full":  # and they did learn
         assert distance(weights(alone), load_file(tiny_folder("qwen2_vl") / "model.safetensors")) > 2e-4
+    # Each rank computes one group at least, so with two of them fewer are skipped.
+    computed = ("entropy", "frac_groups_skipped") if scenario == "mixed" else ()
     for line, single in zip(read_metrics(ranks), read_metrics(alone), strict=True):
         assert line.keys() == single.keys()
         for name, value in single.items():
+            if name in computed:
+                continue
             assert line[name] == value or line[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
