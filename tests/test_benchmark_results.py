@@ -32,3 +32,13 @@ def test_the_page_shows_the_steps_that_were_measured(name: str) -> None:
     digits = 3 if ours["seconds"] < 5 else 2
     shown = f"| **whole step** | **{ours['seconds']:.{digits}f}** | **{trl['seconds']:.{digits}f}** |"
     assert shown in page and f"**{trl['seconds'] / ours['seconds']:.2f}** |" in page
+
+
+def test_the_page_shows_what_two_ranks_gained() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "ranks-embedded-cpu.json").read_text(encoding="utf-8"))
+    alone, two = result["runs"]
+    assert (alone["ranks"], two["ranks"], result["differences"]) == (1, 2, [])
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    waiting = ", ".join(f"{seconds:.2f}" for seconds in two["waiting_seconds"])
+    assert f"| {alone['steps_per_second']:.2f} | {two['steps_per_second']:.2f} |" in page
+    assert f"| {100 * two['efficiency']:.0f} % |" in page and f"| {waiting} |" in page
