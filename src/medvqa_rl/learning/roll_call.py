@@ -84,6 +84,8 @@ class RollCall:
 
     def who_is_lost(self) -> str | None:
         """After an exchange between ranks failed: a sentence about those that are gone, None if all are there."""
+        # What a rank wrote just before it died may not have been read yet, and would look like a later sign of life.
+        time.sleep(2 * self._interval)
         before = {other: known.pulse for other, known in self._others.items()}
         began = time.monotonic()
         time.sleep(4 * self._interval)
