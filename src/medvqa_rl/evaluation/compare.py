@@ -219,6 +219,19 @@ def reasoning_table(comparison: Mapping[str, Any]) -> Table:
     return table
 
 
+def _difference(row: Mapping[str, Any]) -> list[str]:
+    """Questions, images, difference with its interval, better, worse and McNemar's p of a pair, as cells."""
+    return [
+        f"{row['n']:,}",
+        f"{row['num_clusters']:,}",
+        _points(row["gain"], "+"),
+        _bounds(row["gain_low"], row["gain_high"], "+"),
+        str(row["improved"]),
+        str(row["worsened"]),
+        _p(row["mcnemar_p"]),
+    ]
+
+
 def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
     """Differences of one run from the baseline, overall and by group, in points."""
     table = Table(title=Text(f"{gains['run']} minus {baseline}, in points"), title_justify="left")
@@ -229,13 +242,7 @@ def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
     def add(name: str, row: Mapping[str, Any], style: str = "") -> None:
         table.add_row(
             Text(name),
-            f"{row['n']:,}",
-            f"{row['num_clusters']:,}",
-            _points(row["gain"], "+"),
-            _bounds(row["gain_low"], row["gain_high"], "+"),
-            str(row["improved"]),
-            str(row["worsened"]),
-            _p(row["mcnemar_p"]),
+            *_difference(row),
             _p(row["permutation_p"]),
             _p(row["holm_p"]),
             _points(row["detectable_gain"]),
@@ -259,13 +266,7 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
     for row in comparison["pairs"]:
         table.add_row(
             Text(f"{row['run']} minus {row['baseline']}"),
-            f"{row['n']:,}",
-            f"{row['num_clusters']:,}",
-            _points(row["gain"], "+"),
-            _bounds(row["gain_low"], row["gain_high"], "+"),
-            str(row["improved"]),
-            str(row["worsened"]),
-            _p(row["mcnemar_p"]),
+            *_difference(row),
             _p(row["mcnemar_holm_p"]),
             _p(row["permutation_p"]),
             _p(row["holm_p"]),
