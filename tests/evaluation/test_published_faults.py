@@ -292,7 +292,7 @@ def test_15_no_debugger_no_settings_from_the_environment_and_nothing_connects_wh
         "rollout",
         "judges",
         "prompts.py",
-        "config.py",
+        "config",
         "settings.py",
         "eval_command.py",
     }

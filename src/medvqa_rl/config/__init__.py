@@ -1,0 +1,43 @@
+"""Settings: frozen models of everything a run can be told. Imports no torch.
+
+Names follow TRL's ``GRPOConfig`` where it has one. Every field has a default that is safe on a laptop; the files
+in ``configs/`` hold the papers' values.
+"""
+
+from medvqa_rl.config.config import Config, ConfigError, Purpose, differences, digest, is_hub_id, leaves, shareable
+from medvqa_rl.config.inputs import DataConfig, LoraConfig, ModelConfig, PrefetchConfig, PromptConfig
+from medvqa_rl.config.learning import (
+    AdvantageConfig,
+    EvalConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainEngine,
+)
+from medvqa_rl.config.sampling import EngineName, JudgeConfig, RewardsConfig, RolloutConfig
+
+__all__ = [
+    "AdvantageConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EngineName",
+    "EvalConfig",
+    "JudgeConfig",
+    "LoraConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrefetchConfig",
+    "PromptConfig",
+    "Purpose",
+    "RewardsConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "TrainEngine",
+    "differences",
+    "digest",
+    "is_hub_id",
+    "leaves",
+    "shareable",
+]
