@@ -55,8 +55,13 @@ class ConfigError(ValueError):
 
 
 def digest(config: Config) -> str:
-    """SHA-256 of the canonical JSON of a configuration: equal exactly when every setting is equal."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """SHA-256 of the canonical JSON of the settings that differ from their defaults.
+
+    Equal exactly when every setting is equal, in one version of the program; and equal across versions that only add
+    settings. A section that may be null and is given stands there even if all of it is at its defaults.
+    """
+    changed = config.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

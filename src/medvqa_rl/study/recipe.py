@@ -15,9 +15,9 @@ quick: {seeds: [0], settings: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
 ```
 
-A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings, so that a
-changed recipe leads to other folders for what changed and to the same ones for the rest. Where nothing is evaluated
-while training, the settings of evaluation are not among them.
+A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings (names.py), so
+that a changed recipe leads to other folders for what changed and to the same ones for the rest. Where nothing is
+evaluated while training, the settings of evaluation are not among them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from medvqa_rl.config import Config, ConfigError, EvalConfig, Purpose, digest
+from medvqa_rl.config import Config, ConfigError, EvalConfig, Purpose
 from medvqa_rl.problems import did_you_mean
 from medvqa_rl.settings import build_config, merge, parse_override, read_file
 from medvqa_rl.study.factors import FactorTable, read_tables
 from medvqa_rl.study.leaks import Pair, check_names
+from medvqa_rl.study.names import check_made, settings_hash
 
 Verb = Literal["none", "train", "sft"]
 """none evaluates the model as it is."""
@@ -210,8 +211,19 @@ def read_recipe(
         _forecast(where, given.get("forecast", {})),
         tuple(cells),
     )
+    for cell in cells:
+        _check_made(cell)
     check_names(recipe.pairs)
     return recipe
+
+
+def _check_made(cell: Cell) -> None:
+    """Refuse results under the names of this cell that were made with other settings."""
+    untold = () if cell.config.train.eval_steps else ("eval", "eval_judge")
+    check_made(cell.label, cell.folder, cell.folder / "config.resolved.json", (), cell.config, but=untold)
+    for test in cell.tests:
+        what = f"{cell.label}, test {test.name}"
+        check_made(what, test.folder, test.folder / "results.json", ("config",), test.config)
 
 
 def _key(override: str) -> str:
@@ -317,11 +329,6 @@ def _build(where: str, settings: Mapping[str, Any], purpose: Purpose) -> Config:
         raise ConfigError([f"{where}: {problem}" for problem in error.problems]) from None
 
 
-def _hash(config: Config) -> str:
-    """Eight digits that differ where a setting differs, wherever the folder lies."""
-    return digest(config.model_copy(update={"output_dir": "-"}))[:8]
-
-
 def _cell(
     where: str, output: Path, arm: Arm, seed: int, base: Mapping[str, Any], tests: Mapping[str, Mapping[str, Any]]
 ) -> Cell:
@@ -331,10 +338,10 @@ def _cell(
     if not config.train.eval_steps:
         # How it is tested has no part in its training: another instrument must not ask for the training again.
         config = config.model_copy(update={"eval": EvalConfig(), "eval_judge": None})
-    folder = output / arm.name / f"seed{seed}-{_hash(config)}"
+    folder = output / arm.name / f"seed{seed}-{settings_hash(config)}"
     made = []
     for name, change in tests.items():
         test = _build(f"{where}, arm {arm.name}, test {name}", _deep(settings, change), "eval")
         test = test.model_copy(update={"output_dir": str(folder)})
-        made.append(Test(name, test, folder / "eval" / f"{name}-{_hash(test)}"))
+        made.append(Test(name, test, folder / "eval" / f"{name}-{settings_hash(test)}"))
     return Cell(arm, seed, config.model_copy(update={"output_dir": str(folder)}), folder, tuple(made))
