@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -238,6 +239,14 @@ def test_shipped_recipes_are_sound_and_fit_their_budget(quick: bool, limit: floa
 
 
 # --- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_equal_answers_say_nothing_of_what_would_be_found(given: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study")
+    store(recipe, OUTCOMES | {("sft", seed): OUTCOMES["grpo", seed] for seed in (0, 1)})
+    arms = {arm.name: arm for arm in collect(recipe).tests["home"]}
+    assert arms["sft"].gain is not None and arms["sft"].gain.estimate == 0
+    assert math.isnan(arms["sft"].detectable) and arms["zero_shot"].detectable > 0
 
 
 def test_tables_agree_with_scipy_and_hand(given: dict[str, Any], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class ArmResult:
     gain: SeededInterval | None
     """Over the baseline, paired by seed and question; None for the baseline itself."""
     detectable: float
-    """True difference that would be found with 80 % power; NaN for the baseline."""
+    """True difference that would be found with 80 % power; NaN where no answer differs, as for the baseline."""
     accuracies: tuple[float, ...]
     """Of each seed; one where nothing was trained."""
     tests: tuple[SeedTest, ...]
@@ -166,6 +166,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], place: i
             for _, one, other in pairs.get(name, ())
         ]
         gain = seeds_and_clusters_bootstrap(differences, clusters, resamples=RESAMPLES) if differences else None
+        changed = any(any(of_seed) for of_seed in differences)
         results.append(
             ArmResult(
                 name=name,
@@ -175,7 +176,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], place: i
                 num_clusters=len(set(clusters)),
                 accuracy=seeds_and_clusters_bootstrap([right[cell] for cell in arm], clusters, resamples=RESAMPLES),
                 gain=gain,
-                detectable=math.nan if gain is None else minimum_detectable_effect(gain.standard_error),
+                detectable=minimum_detectable_effect(gain.standard_error) if gain and changed else math.nan,
                 accuracies=tuple(sum(right[cell]) / len(scored) for cell in arm),
                 tests=tuple(
                     SeedTest(seed, found, adjusted[seed][name]) for seed, found in tests.get(name, {}).items()
