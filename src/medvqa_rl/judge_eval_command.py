@@ -118,7 +118,7 @@ def run_judge_eval(
         if config.endpoint is not None:
             _say(
                 console,
-                "Notice: questions, options, reference answers, answers and reasoning of "
+                "Notice: questions, options, reference answers, answers, reasoning and descriptions of images of "
                 f"{sum(map(len, chosen)):,} answers are sent to {host_of(config.endpoint)}, images are not.",
             )
     loaded = [_load(config) for config in configs]

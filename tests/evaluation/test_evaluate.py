@@ -323,6 +323,17 @@ def test_results_are_recomputed_from_the_files(tmp_path: Path) -> None:
     assert stored["by"]["modality"]["MRI"]["accuracy"] == again["by"]["modality"]["MRI"]["accuracy"]
 
 
+def test_records_have_what_is_said_of_the_image(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"not an image")
+    described = [replace(sample, description=f"Film {sample.id}.") for sample in SAMPLES]
+    described[4] = replace(described[4], images=(FileImage("bad.png", tmp_path),))
+    records = run(dataset=StoredDataset("tiny", tuple(described))).records
+    assert [record.description for record in records] == [f"Film {number}." for number in range(1, 6)]
+    assert not records[4].is_scored
+    write_records(records, tmp_path / "samples.jsonl")
+    assert read_records(tmp_path / "samples.jsonl") == list(records)
+
+
 def test_an_image_of_ours_that_fails_is_unscored_and_spoils_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     broken = tuple(

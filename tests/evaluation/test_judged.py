@@ -24,7 +24,7 @@ from medvqa_rl.evaluation.judged import (
 )
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.judges import JudgeIdentity
-from medvqa_rl.judges.rubric import Grade, GradeRequest
+from medvqa_rl.judges.rubric import CORRECTNESS, REASONING, Grade, GradeRequest
 
 
 def record(index: int, is_right: bool, kind: str = "choice") -> EvalRecord:
@@ -156,3 +156,6 @@ def test_a_request_shows_what_the_model_said() -> None:
     shown = grade_request(replace(RECORDS[0], answer=None))
     assert shown == GradeRequest("Which organ?", ("lung", "brain"), "A: lung", "", "Because of 0.")
     assert grade_request(RECORDS[6]).gold == "lung"
+    described = grade_request(replace(RECORDS[0], description="A chest radiograph."))
+    assert "Image: A chest radiograph." in REASONING.render(described)
+    assert "chest radiograph" not in CORRECTNESS.render(described)

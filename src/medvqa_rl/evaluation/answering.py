@@ -292,6 +292,7 @@ def _scored(question: Prepared, group: Group, sampled: Group | None, asking: Ask
         template=asking.template,
         prompt_hash=hashlib.sha256(group.prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         image_hash=question.image_hash,
+        description=shown.description,
         sampled=() if sampled is None else tuple(_sampled(shown, c, asking.template) for c in sampled.completions),
     )
 
@@ -348,4 +349,5 @@ def _unscored(sample: Sample, asking: Asking, reason: str) -> EvalRecord:
         why="unscored: the image could not be used",
         dataset=asking.dataset,
         template=asking.template,
+        description=sample.description,
     )

@@ -52,8 +52,10 @@ class Judged:
 
 
 def grade_request(record: EvalRecord) -> GradeRequest:
-    """What a grader is shown of a record: question, options, gold answer, and what the model said."""
-    return GradeRequest(record.question, record.options, record.reference, record.answer or "", record.think or "")
+    """What a grader is shown of a record: question, options, gold answer, what the model said, and of the image what
+    the data set has in words."""
+    answer, think = record.answer or "", record.think or ""
+    return GradeRequest(record.question, record.options, record.reference, answer, think, record.description)
 
 
 def chosen_records(records: Sequence[EvalRecord], count: int | None, seed: int) -> list[EvalRecord]:

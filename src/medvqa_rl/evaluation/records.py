@@ -89,6 +89,8 @@ class EvalRecord:
     """1 where a judge finds the reasoning coherent, else 0; None where it failed or was not asked."""
     verdict_by: str | None = None
     """The judge that was asked."""
+    description: str = ""
+    """What the data set says of the image in words, for judges that grade; empty where it says nothing."""
 
     @property
     def is_scored(self) -> bool:
