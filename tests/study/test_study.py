@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from cells import OUTCOMES, store, write
 from rich.console import Console
 from scipy.stats import binomtest
 
-from medvqa_rl.cli import app
 from medvqa_rl.evaluation.stats import holm
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
@@ -31,24 +29,6 @@ from medvqa_rl.study.recipe import find_recipe, read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs the commands of cells in this process, and notes them."""
-    called: list[list[str]] = []
-
-    def call(command: Sequence[str], **rest: Any) -> int:
-        words = list(command[3:])
-        called.append(words)
-        try:
-            app(words, standalone_mode=False)
-        except typer.Exit as error:
-            return int(error.exit_code)
-        return 0
-
-    monkeypatch.setattr(running.subprocess, "call", call)
-    return called
 
 
 def test_a_quick_study_runs_once_and_only_what_changed_runs_again(

@@ -55,7 +55,7 @@ class ArmResult:
     detectable: float
     """True difference that would be found with 80 % power; NaN where no answer differs, as for the baseline."""
     accuracies: tuple[float, ...]
-    """Of each seed; one where nothing was trained."""
+    """Of each seed; one where nothing was trained, or once for all."""
     tests: tuple[SeedTest, ...]
     """None for the baseline itself."""
     results: tuple[Mapping[str, Any], ...]
@@ -104,10 +104,17 @@ def collect(recipe: Recipe) -> Collected:
     trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.verb != "none"}
     curves = {name: tuple(read_run(cell.folder).metrics for cell in cells) for name, cells in trained.items()}
     untrained = next((cells[0] for cells in by_arm.values() if cells[0].arm.verb == "none"), None)
-    start = None if untrained is None else _results(untrained.tests[primary].folder)
+
+    def before(cell: Cell) -> Mapping[str, Any] | None:
+        """Results of what a cell's training began with."""
+        found = cell.start if cell.start in finished else untrained
+        return None if found is None else _results(found.tests[primary].folder)
+
     signs = {
         name: {
-            cell.seed: cell_signs(rows, _results(cell.tests[primary].folder), answers[recipe.primary][cell], start)
+            cell.seed: cell_signs(
+                rows, _results(cell.tests[primary].folder), answers[recipe.primary][cell], before(cell)
+            )
             for cell, rows in zip(cells, curves[name])
         }
         for name, cells in trained.items()
@@ -188,13 +195,14 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], place: i
 
 
 def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cell, Cell]]:
-    """Seed, the baseline's cell and the arm's cell. What was not trained is compared with every seed of the other."""
+    """Seed, the baseline's cell and the arm's cell. What has one cell only, because it was not trained or once for
+    all, is compared with every seed of the other."""
     one, other = ({cell.seed: cell for cell in side} for side in (baseline, arm))
-    if baseline[0].arm.verb == "none" == arm[0].arm.verb:
+    if baseline[0].arm.once and arm[0].arm.once:
         return [(arm[0].seed, baseline[0], arm[0])]
-    if baseline[0].arm.verb == "none":
+    if baseline[0].arm.once:
         return [(seed, baseline[0], cell) for seed, cell in other.items()]
-    if arm[0].arm.verb == "none":
+    if arm[0].arm.once:
         return [(seed, cell, arm[0]) for seed, cell in one.items()]
     return [(seed, one[seed], other[seed]) for seed in one if seed in other]
 

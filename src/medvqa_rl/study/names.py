@@ -11,6 +11,7 @@ was made otherwise is refused. Whoever changes a default thereby asks for those 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -19,9 +20,14 @@ from typing import Any
 from medvqa_rl.config import Config, digest, leaves
 
 
-def settings_hash(config: Config) -> str:
-    """Eight digits that differ where a setting differs, wherever the folder lies."""
-    return digest(config.model_copy(update={"output_dir": "-"}))[:8]
+def settings_hash(config: Config, after: str = "") -> str:
+    """Eight digits that differ where a setting differs, wherever the folder lies.
+
+    Args:
+        after: name of the cell that is started from; empty where there is none.
+    """
+    name = digest(config.model_copy(update={"output_dir": "-"}))
+    return (hashlib.sha256(f"{after} {name}".encode()).hexdigest() if after else name)[:8]
 
 
 def check_made(

@@ -7,6 +7,8 @@ settings: {...}                    # of every run, as in configs/
 arms:
   zero_shot: {verb: none}          # the model as it is
   grpo: {verb: train, settings: {...}, published: 58.04}
+  warm_up: {verb: sft, once: true} # trained with the first seed only, for others to start from
+  staged: {verb: train, from: warm_up}
 tests:
   home: {data: {scanner: home}}    # settings put on top when the test split is evaluated
 primary: home                      # the test whose table shows the published figures; without it, the first
@@ -17,43 +19,30 @@ forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05,
 
 A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings (names.py), so
 that a changed recipe leads to other folders for what changed and to the same ones for the rest. Where nothing is
-evaluated while training, the settings of evaluation are not among them.
+evaluated while training, the settings of evaluation are not among them. The name of a cell that starts from another
+depends on the other's name, and so on all settings that led to it. What an arm is trained on is its own affair; tests
+ask what the recipe and the test say.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
-from medvqa_rl.config import Config, ConfigError, EvalConfig, Purpose
+from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpose
 from medvqa_rl.problems import did_you_mean
 from medvqa_rl.settings import build_config, merge, parse_override, read_file
+from medvqa_rl.study.arms import Arm, Verb, check_keys, read_arms, section, with_starts
 from medvqa_rl.study.factors import FactorTable, read_tables
 from medvqa_rl.study.leaks import Pair, check_names
 from medvqa_rl.study.names import check_made, settings_hash
 
-Verb = Literal["none", "train", "sft"]
-"""none evaluates the model as it is."""
-VERBS: tuple[Verb, ...] = ("none", "train", "sft")
 _PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
 _KEYS = ("baseline", "seeds", "settings", "arms", "tests", "primary", "tables", "quick", "forecast", "title", "note")
-_ARM_KEYS = ("verb", "settings", "published")
 _FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """One way to come by a model."""
-
-    name: str
-    verb: Verb
-    settings: Mapping[str, Any]
-    published: float | None
-    """Accuracy in percent that the paper reports for its own model and data; None where it reports none."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +65,25 @@ class Cell:
     config: Config
     folder: Path
     tests: tuple[Test, ...]
+    start: Cell | None
+    """Whose last checkpoint it starts from, and evaluates where it trains nothing; None takes the settings' model."""
 
     @property
     def label(self) -> str:
-        return self.arm.name if self.arm.verb == "none" else f"{self.arm.name}, seed {self.seed}"
+        return self.arm.name if self.arm.once else f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def starts(self) -> list[Cell]:
+        """All cells that have to be trained before, the nearest first."""
+        return [] if self.start is None else [self.start, *self.start.starts]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The weights after the last step of its training, which no evaluation chose; where it trains nothing those
+        that it starts from, None being the settings' model."""
+        if self.arm.verb == "none":
+            return None if self.start is None else self.start.checkpoint
+        return self.folder / "checkpoints" / f"step_{self.config.train.steps:06d}"
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,12 @@ class Recipe:
 
     @property
     def pairs(self) -> list[Pair]:
-        """What each trained cell is trained and tested on."""
+        """What each cell, and every one that it starts from, is trained on, and what the cell is tested on."""
         return [
-            Pair(cell.arm.name, cell.config.data, test.name, test.config.data)
+            Pair(trained.arm.name, trained.config.data, test.name, test.config.data)
             for cell in self.cells
-            if cell.arm.verb != "none"
+            for trained in (cell, *cell.starts)
+            if trained.arm.verb != "none"
             for test in cell.tests
         ]
 
@@ -154,22 +159,22 @@ def read_recipe(
         quick: take the seeds, settings and tests under ``quick`` on top.
         overrides: ``key=value`` settings of every run; ``tests.NAME.key=value`` of one test, ``tests.NAME=null``
             leaves it out.
-        only: names of arms; empty takes all.
+        only: names of arms, which bring the baseline and what they start from along; empty takes all.
 
     Raises:
         ValueError: with a sentence for what is wrong.
     """
     given = read_file(path)
     where = f"The recipe {path}"
-    _check_keys(where, given, _KEYS)
-    hurry = _section(where, "quick", given.get("quick", {})) if quick else {}
-    _check_keys(f"{where} under quick", hurry, ("seeds", "settings", "tests"))
-    hurry_settings = _section(where, "quick.settings", hurry.get("settings"))
-    hurry_tests = _section(where, "quick.tests", hurry.get("tests"))
-    base = _deep(_section(where, "settings", given.get("settings", {})), hurry_settings)
+    check_keys(where, given, _KEYS)
+    hurry = section(where, "quick", given.get("quick", {})) if quick else {}
+    check_keys(f"{where} under quick", hurry, ("seeds", "settings", "tests"))
+    hurry_settings = section(where, "quick.settings", hurry.get("settings"))
+    hurry_tests = section(where, "quick.tests", hurry.get("tests"))
+    base = _deep(section(where, "settings", given.get("settings", {})), hurry_settings)
     of_tests = [text for text in overrides if _key(text).startswith("tests.")]
     base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
-    arms = _arms(where, _section(where, "arms", given.get("arms", {})))
+    arms = read_arms(where, section(where, "arms", given.get("arms", {})))
     for name in only:
         if name not in arms:
             raise ValueError(
@@ -183,21 +188,28 @@ def read_recipe(
         raise ValueError(f"{where} has seeds {seeds!r}, but must have a list of whole numbers, such as [0, 1, 2].")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{where} names a seed twice in {seeds}, but each seed is one run: name it once.")
-    tests = _section(where, "tests", given.get("tests", {}))
+    tests = section(where, "tests", given.get("tests", {}))
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
-    tests = {name: _deep(_section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
+    tests = {name: _deep(section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
         _check_place(where, name, base, test)
     primary = given.get("primary", next(iter(tests)))
     if primary not in tests:
         raise ValueError(f"{where} has primary {primary!r}, but must name one of its tests: {', '.join(tests)}.")
+    made: dict[tuple[str, int], Cell] = {}
+
+    def cell(arm: Arm, seed: int) -> Cell:
+        seed = seeds[0] if arm.once else seed
+        if (arm.name, seed) not in made:
+            start = None if arm.start is None else cell(arms[arm.start], seed)
+            made[arm.name, seed] = _cell(where, output, arm, seed, base, tests, start)
+        return made[arm.name, seed]
+
+    wanted = with_starts([*only, baseline], arms) if only else set(arms)
     cells = [
-        _cell(where, output, arm, seed, base, tests)
-        for arm in arms.values()
-        if not only or arm.name in (*only, baseline)
-        for seed in (seeds if arm.verb != "none" else seeds[:1])
+        cell(arm, seed) for arm in arms.values() if arm.name in wanted for seed in (seeds[:1] if arm.once else seeds)
     ]
     recipe = Recipe(
         path.stem,
@@ -211,8 +223,8 @@ def read_recipe(
         _forecast(where, given.get("forecast", {})),
         tuple(cells),
     )
-    for cell in cells:
-        _check_made(cell)
+    for one in cells:
+        _check_made(one)
     check_names(recipe.pairs)
     return recipe
 
@@ -220,10 +232,13 @@ def read_recipe(
 def _check_made(cell: Cell) -> None:
     """Refuse results under the names of this cell that were made with other settings."""
     untold = () if cell.config.train.eval_steps else ("eval", "eval_judge")
-    check_made(cell.label, cell.folder, cell.folder / "config.resolved.json", (), cell.config, but=untold)
+    # The folder of a start is part of the name; spelled otherwise (another working directory), it is the same one.
+    origin = ("model.path", "model.adapter") if cell.start else ()
+    run = cell.folder / "config.resolved.json"
+    check_made(cell.label, cell.folder, run, (), cell.config, but=(*untold, *origin))
     for test in cell.tests:
         what = f"{cell.label}, test {test.name}"
-        check_made(what, test.folder, test.folder / "results.json", ("config",), test.config)
+        check_made(what, test.folder, test.folder / "results.json", ("config",), test.config, but=origin)
 
 
 def _key(override: str) -> str:
@@ -269,20 +284,6 @@ def _check_place(where: str, name: str, base: Mapping[str, Any], test: Mapping[s
         )
 
 
-def _check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has {key}, but may have {', '.join(known)}" + (did_you_mean(key, known) or "."))
-
-
-def _section(where: str, key: str, value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} has {value!r} as {key}, but it must be a section (name: value).")
-    return value
-
-
 def _deep(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings put on top of others; a list replaces a list."""
     result = dict(under)
@@ -292,30 +293,11 @@ def _deep(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
-    if not given:
-        raise ValueError(f"{where} has no arms: name at least one, such as arms: {{grpo: {{verb: train}}}}.")
-    arms = {}
-    for name, value in given.items():
-        section = _section(where, f"arms.{name}", value)
-        _check_keys(f"{where}, arm {name},", section, _ARM_KEYS)
-        verb, published = section.get("verb"), section.get("published")
-        if verb not in VERBS:
-            raise ValueError(f"{where}, arm {name}, has verb {verb!r}, but must have one of {', '.join(VERBS)}.")
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise ValueError(f"{where} has an arm {name!r}, but names are made of letters, digits, '_', '.' and '-'.")
-        if published is not None and type(published) not in (int, float):
-            raise ValueError(f"{where}, arm {name}, has published {published!r}, but must have a number in percent.")
-        settings = _section(where, f"arms.{name}.settings", section.get("settings", {}))
-        arms[name] = Arm(name, cast(Verb, verb), settings, published)
-    return arms
-
-
 def _forecast(where: str, given: Any) -> Forecast:
-    section = _section(where, "forecast", given)
-    _check_keys(f"{where} under forecast", section, _FORECAST_KEYS)
-    rates = {"train": 1.0, "sft": 1.0} | _section(where, "forecast.seconds_per_step", section.get("seconds_per_step"))
-    others = [section.get("seconds_per_question", 0.1), section.get("seconds_per_start", 10.0)]
+    stated = section(where, "forecast", given)
+    check_keys(f"{where} under forecast", stated, _FORECAST_KEYS)
+    rates = {"train": 1.0, "sft": 1.0} | section(where, "forecast.seconds_per_step", stated.get("seconds_per_step"))
+    others = [stated.get("seconds_per_question", 0.1), stated.get("seconds_per_start", 10.0)]
     for rate in (*rates.values(), *others):
         if type(rate) not in (int, float) or rate < 0:
             raise ValueError(f"{where} forecasts {rate!r} seconds, but must forecast a number of at least 0.")
@@ -330,7 +312,13 @@ def _build(where: str, settings: Mapping[str, Any], purpose: Purpose) -> Config:
 
 
 def _cell(
-    where: str, output: Path, arm: Arm, seed: int, base: Mapping[str, Any], tests: Mapping[str, Mapping[str, Any]]
+    where: str,
+    output: Path,
+    arm: Arm,
+    seed: int,
+    base: Mapping[str, Any],
+    tests: Mapping[str, Mapping[str, Any]],
+    start: Cell | None,
 ) -> Cell:
     settings = _deep(base, arm.settings)
     settings = _deep(settings, {"train": {"seed": seed}})
@@ -338,10 +326,26 @@ def _cell(
     if not config.train.eval_steps:
         # How it is tested has no part in its training: another instrument must not ask for the training again.
         config = config.model_copy(update={"eval": EvalConfig(), "eval_judge": None})
-    folder = output / arm.name / f"seed{seed}-{settings_hash(config)}"
+    after = "" if start is None else f"{start.arm.name}/{start.folder.name}"
+    folder = output / arm.name / f"seed{seed}-{settings_hash(config, after)}"
+
+    def placed(config: Config) -> Config:
+        model = config.model if start is None else _starting(config.model, start)
+        return config.model_copy(update={"output_dir": str(folder), "model": model})
+
     made = []
+    asked = settings | {"data": base.get("data") or {}}
     for name, change in tests.items():
-        test = _build(f"{where}, arm {arm.name}, test {name}", _deep(settings, change), "eval")
-        test = test.model_copy(update={"output_dir": str(folder)})
-        made.append(Test(name, test, folder / "eval" / f"{name}-{settings_hash(test)}"))
-    return Cell(arm, seed, config.model_copy(update={"output_dir": str(folder)}), folder, tuple(made))
+        test = _build(f"{where}, arm {arm.name}, test {name}", _deep(asked, change), "eval")
+        made.append(Test(name, placed(test), folder / "eval" / f"{name}-{settings_hash(test, after)}"))
+    return Cell(arm, seed, placed(config), folder, tuple(made), start)
+
+
+def _starting(model: ModelConfig, start: Cell) -> ModelConfig:
+    """The settings of a model whose weights are a cell's last checkpoint: a model, or an adapter on what that cell
+    was trained from."""
+    below = start.config.model
+    if below.lora is None and below.adapter is None:
+        return model.model_copy(update={"path": str(start.checkpoint), "revision": None, "adapter": None})
+    origin = {"path": below.path, "revision": below.revision}
+    return model.model_copy(update={**origin, "adapter": str(start.checkpoint)})

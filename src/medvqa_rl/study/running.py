@@ -27,6 +27,7 @@ class Failure:
 
     cell: Cell
     command: Sequence[str]
+    """Empty where nothing could be started."""
     code: int
     last_line: str
 
@@ -61,11 +62,6 @@ def _status(cell: Cell) -> Mapping[str, object]:
     except ValueError as error:
         raise ValueError(f"The file {path} is damaged ({error}): remove the folder of this cell.") from error
     return status if isinstance(status, dict) else {}
-
-
-def final_checkpoint(cell: Cell) -> Path:
-    """The weights after the last step, which no evaluation chose."""
-    return cell.folder / "checkpoints" / f"step_{cell.config.train.steps:06d}"
 
 
 # --- forecast ------------------------------------------------------------------------------------------------------
@@ -112,7 +108,9 @@ def plan_table(recipe: Recipe) -> Table:
     """Every cell with its state and what is left of it."""
     left = forecast(recipe)
     table = Table(title=f"{recipe.title}: {len(recipe.cells)} cells", title_justify="left")
-    for name in ("cell", "verb", "steps", "tests", "state", "minutes left", "folder"):
+    has_starts = any(cell.start for cell in recipe.cells)
+    from_title = ["from"] if has_starts else []
+    for name in ("cell", *from_title, "verb", "steps", "tests", "state", "minutes left", "folder"):
         table.add_column(name, justify="right" if name in ("steps", "minutes left") else "left", overflow="fold")
     for cell in recipe.cells:
         done = steps_done(cell) if cell.arm.verb != "none" else 0
@@ -120,6 +118,7 @@ def plan_table(recipe: Recipe) -> Table:
         state = "finished" if is_finished(cell) else "begun" if done or tested else "not begun"
         table.add_row(
             cell.label,
+            *([cell.start.label if cell.start else ""] if has_starts else []),
             "" if cell.arm.verb == "none" else cell.arm.verb,
             "" if cell.arm.verb == "none" else f"{done}/{cell.config.train.steps}",
             f"{tested}/{len(cell.tests)}",
@@ -145,7 +144,7 @@ def commands(cell: Cell, configs: Path) -> list[list[str]]:
     for test in cell.tests:
         if not is_tested(test):
             path = _write(configs / f"{name}-{test.folder.name}.yaml", test.config.model_dump(mode="json"))
-            checkpoint = [] if cell.arm.verb == "none" else ["--checkpoint", str(final_checkpoint(cell))]
+            checkpoint = [] if cell.checkpoint is None else ["--checkpoint", str(cell.checkpoint)]
             todo.append(["eval", str(path), *checkpoint, "--output", str(test.folder), "--resume"])
     return todo
 
@@ -157,7 +156,8 @@ def _write(path: Path, settings: Mapping[str, object]) -> Path:
 
 
 def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1, console: Console) -> list[Failure]:
-    """Do what is left of every cell, ``jobs`` cells at a time. One that fails does not stop the others.
+    """Do what is left of every cell, ``jobs`` cells at a time. One that fails stops those that start from it, and no
+    others.
 
     More than one of ``processes`` share the work of a command, a GPU each, started by ``accelerate launch``. What a
     cell prints goes to a log beside its folder. Ctrl-C reaches the commands too, which save a checkpoint.
@@ -182,7 +182,29 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         with printing:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    # Starts come first, so whoever waits for one waits for a cell that is worked on already.
+    unfinished = sorted((cell for cell in recipe.cells if not is_finished(cell)), key=lambda cell: len(cell.starts))
+    has_trained = {cell: Event() for cell in unfinished if not is_trained(cell)}
+
     def work(cell: Cell) -> Failure | None:
+        try:
+            return wait(cell) or do(cell)
+        finally:
+            if cell in has_trained:
+                has_trained[cell].set()
+
+    def wait(cell: Cell) -> Failure | None:
+        """Until the start is trained; its failure if it never will be."""
+        if cell.start is None:
+            return None
+        if cell.start in has_trained:
+            has_trained[cell.start].wait()
+        if stop.is_set() or is_trained(cell.start):
+            return None
+        say(f"{cell.label}: not begun, for {cell.start.label}, which it starts from, is not trained")
+        return Failure(cell, (), 1, f"not begun, for {cell.start.label}, which it starts from, is not trained")
+
+    def do(cell: Cell) -> Failure | None:
         for words in commands(cell, output / "configs"):
             if stop.is_set():
                 return None
@@ -195,6 +217,8 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]
                 say(f"{cell.label}: failed with exit code {code}, see {log}")
                 return Failure(cell, words, code, lines[-1])
+            if cell in has_trained:
+                has_trained[cell].set()  # by its first command; what follows are its tests
         say(f"{cell.label}: done")
         return None
 
@@ -207,7 +231,6 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         ) from None
     with lock, ThreadPoolExecutor(jobs) as pool:
         try:
-            unfinished = [cell for cell in recipe.cells if not is_finished(cell)]
             return [failure for failure in pool.map(work, unfinished) if failure is not None]
         except KeyboardInterrupt:
             stop.set()
