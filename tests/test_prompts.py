@@ -265,6 +265,9 @@ def test_an_open_ended_question_is_scored_by_the_text_of_the_hidden_option() -> 
     asked = as_asked(choice("B"), "open_ended")
     assert (asked.options, asked.answer, asked.answer_type, asked.id) == ((), "A mass", "open", "q")
     assert as_asked(asked, "open_ended") == asked
+    told = replace(choice("B"), reasoning="A mass, B-lines. So the answer is A mass B.")
+    assert as_asked(told, "open_ended").reasoning == "A mass, B-lines. So the answer is A mass."
+    assert as_asked(told, "choice").reasoning == told.reasoning
     assert as_asked(choice("B", ("yes", "no")), "open_ended").answer_type == "closed"
     for text, score in (("mass", 1.0), ("A mass.", 1.0), ("B", 0.0), ("no mass", 0.0), ("pleural effusion", 0.0)):
         completion = f"<think>why</think><answer>{text}</answer>"

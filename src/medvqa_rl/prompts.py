@@ -116,11 +116,20 @@ def can_hide_options(sample: Sample) -> bool:
 def as_asked(sample: Sample, template: Template) -> Sample:
     """The sample as a template asks it. ``open_ended`` hides options where :func:`can_hide_options` allows it: the
     question is an open one then (closed where the answer is yes or no), and its gold answer the text of the right
-    option, which every scorer compares with what was said. Everything else is asked as it is."""
+    option, which every scorer compares with what was said. A letter that stands behind that text in the reference
+    reasoning ("cyst B") is taken out, for nobody who does not see the options can know it. Everything else is asked
+    as it is."""
     if template != "open_ended" or not can_hide_options(sample):
         return sample
-    is_closed = normalise(sample.answer_text) in ("yes", "no")
-    return replace(sample, options=(), answer=sample.answer_text, answer_type="closed" if is_closed else "open")
+    text = sample.answer_text
+    is_closed = normalise(text) in ("yes", "no")
+    return replace(
+        sample,
+        options=(),
+        answer=text,
+        answer_type="closed" if is_closed else "open",
+        reasoning=re.sub(rf"\b({re.escape(text)}) {sample.answer}\b", r"\1", sample.reasoning),
+    )
 
 
 def fits(sample: Sample, template: Template) -> bool:

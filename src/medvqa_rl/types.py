@@ -59,7 +59,8 @@ class Sample:
     groups: Mapping[str, str] = field(default_factory=dict)
     """What results are broken down by, such as modality, organ and family."""
     description: str = ""
-    """What is known of the image in words, such as a report; only graders of reasoning are shown it."""
+    """What is known of the image in words, such as a report: graders of reasoning are shown it, and supervised
+    fine-tuning teaches it where the prompt asks for a description. No prompt has it."""
 
     @property
     def image_key(self) -> str:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from toy import ToyData, read_metrics, toy_config
 
+from medvqa_rl.judges.embedded_grader import conclusion
 from medvqa_rl.learning.logprobs import GroupForward, collate
 from medvqa_rl.learning.sft import sft_loss, target_groups, target_text, train_sft
-from medvqa_rl.prompts import parse_completion
+from medvqa_rl.phantom.claims import faithfulness
+from medvqa_rl.phantom.questions import draw_sample
+from medvqa_rl.prompts import INSTRUCTIONS, SECTIONS, as_asked, normalise, parse_completion
 from medvqa_rl.rewards.correctness import is_correct
 from medvqa_rl.types import Sample
 
@@ -33,6 +36,26 @@ def test_targets(template, use_reasoning, reasoning, expected):
     text = target_text(sample, template, use_reasoning=use_reasoning)
     assert text == expected
     assert is_correct(sample, parse_completion(text, template).answer)
+
+
+@pytest.mark.parametrize("template", INSTRUCTIONS)
+def test_every_template_is_taught_its_own_form(template):
+    """On drawn questions, whose descriptions are true: the sections that it asks for, and no others."""
+    for index in range(80):
+        sample = draw_sample(seed=0, split="train", index=index)
+        asked, text = as_asked(sample, template), target_text(sample, template, use_reasoning=True)
+        parsed = parse_completion(text, template)
+        assert parsed.is_well_formed and is_correct(asked, parsed.answer)
+        assert parsed.think == (asked.reasoning if "think" in SECTIONS[template] else None)
+        if template == "describe_think":
+            assert faithfulness(parsed.description, sample.images[0].scene) == 1.0
+        else:
+            assert "<describe>" not in text
+        if template == "direct":
+            assert text == sample.answer
+        if template == "open_ended" and not asked.options:  # and so no letter of one
+            assert normalise(conclusion(parsed.think)) == normalise(parsed.answer)
+        assert target_text(sample, template, use_reasoning=False).count("<") <= 2
 
 
 @pytest.mark.parametrize("size", [4, 1])

@@ -15,9 +15,10 @@ from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.learning.errors import Stopped
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.phantom import demo
-from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, full_description, learn, lesson
+from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, learn, lesson
 from medvqa_rl.phantom.claims import faithfulness
 from medvqa_rl.phantom.drawing import PhantomImage
+from medvqa_rl.phantom.questions import full_description
 from medvqa_rl.phantom.vlm import ASSETS, CHECKPOINTS, SPECIAL_TOKENS, build_model, build_processor, checkpoint_path
 from medvqa_rl.prompts import TAGS, parse_completion
 from medvqa_rl.rewards import Rewards

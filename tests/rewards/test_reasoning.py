@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from medvqa_rl.config import RewardsConfig
 from medvqa_rl.judges import Grade, GradeRequest, JudgeIdentity
 from medvqa_rl.judges.load import notices, rubrics_of
 from medvqa_rl.judges.rubric import REASONING
+from medvqa_rl.learning.advantages import group_advantages
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.reasoning import gated
 from medvqa_rl.settings import build_config
@@ -111,6 +114,26 @@ def test_what_cannot_be_read_is_shown_as_nothing() -> None:
     assert rewards.names == ("reasoning",)
     rewards.score([group("3 <answer>B</answer>", "<think>3</think>B")], step=0)
     assert [(request.reasoning, request.answer) for request in grader.seen] == [("", "B"), ("3", "")]
+
+
+def test_what_was_not_asked_is_neither_graded_nor_punished() -> None:
+    """Answers alone, to a prompt that asks for them alone, beside a group that reasons."""
+    texts = [[said(3, "B"), said(1, "B"), said(0, "A")], [f"<answer>{answer}</answer>" for answer in "BAB"]]
+    reasoned, short = (group(*some) for some in texts)
+    short.prompt = replace(short.prompt, template="short")
+    grader = Digits()
+    config = RewardsConfig(reasoning=1, reasoning_gate=0.0)
+    scores = Rewards(config, graders={"reasoning": grader}).score([reasoned, short], step=0)
+    np.testing.assert_allclose(scores.parts["reasoning"], [[1, 1 / 3, 0], [0, 0, 0]])
+    assert len(grader.seen) == 3 and scores.columns["reasoning_score"] == [3, 1, 0, None, None, None]
+    assert scores.extras["rewards/reasoning/ungated"] == pytest.approx((3 + 1 + 0) / 3 / 3)
+    plain = Rewards(RewardsConfig()).score([short], step=0)
+    np.testing.assert_allclose(plain.total, [[2, 1, 2]])  # the form is asked for, and right
+    for scale in ("group", "none"):
+        learned, expected = (
+            group_advantages(torch.tensor(total[-1:]), scale=scale) for total in (scores.total, plain.total)
+        )
+        torch.testing.assert_close(learned, expected)
 
 
 def test_without_a_weight_nobody_grades() -> None:

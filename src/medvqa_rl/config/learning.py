@@ -101,7 +101,7 @@ class SftConfig(Settings):
     samples_per_micro_batch: Positive = 32
     """At most this many samples share one forward and backward pass."""
     use_reasoning: bool = True
-    """Train on the data set's reference reasoning where it has one; otherwise the answer alone is the target."""
+    """Train on reference reasoning and descriptions where the data has them; otherwise on the answer alone."""
 
 
 class EvalConfig(Settings):

@@ -45,7 +45,7 @@ COLUMNS = {
     "split": "train, val or test, in a file named data",
     "patient": "all rows of a patient stay in one split",
     "reasoning": "reference reasoning for supervised fine-tuning",
-    "description": "what is known of the image in words; only a judge that grades reasoning is shown it",
+    "description": "what is known of the image in words, for judges that grade reasoning and for supervised learning",
     "modality": "results are broken down by it",
     "organ": "results are broken down by it",
     "family": "results are broken down by it; data.families selects by it",

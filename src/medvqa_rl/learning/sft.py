@@ -31,14 +31,17 @@ from medvqa_rl.types import Completion, Dataset, Group, Sample
 
 
 def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> str:
-    """The completion that a sample teaches: its reference reasoning and its gold answer in the requested form.
+    """The completion that a sample teaches: its gold answer in the requested form, with the reference reasoning and
+    the description of the image where the form has sections for them.
 
-    A choice question's answer is the letter. Where there is no reasoning, or it shall not be used, none is invented:
-    the target is the answer section alone, ``<answer>B</answer>``. The parser reads it, but the form is incomplete, so
-    ``direct`` or ``short`` is the better choice for data without reasoning.
+    A choice question's answer is the letter. Where there is no reasoning or description, or they shall not be used,
+    none is invented: the target of most templates is then the answer section alone, ``<answer>B</answer>``. The parser
+    reads it, but the form is incomplete, so ``direct`` or ``short`` is the better choice for data without reasoning.
     """
     asked = as_asked(sample, template)
-    return render_answer(asked.reasoning if use_reasoning else "", asked.answer, template)
+    if not use_reasoning:
+        return render_answer("", asked.answer, template)
+    return render_answer(asked.reasoning, asked.answer, template, description=asked.description)
 
 
 def target_completion(text: str, processor: Processor) -> Completion:

@@ -37,10 +37,10 @@ from medvqa_rl.learning.sft import sft_loss, target_group
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.drawing import PhantomImage
-from medvqa_rl.phantom.questions import describe, draw_sample
+from medvqa_rl.phantom.questions import draw_sample, full_description
 from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.vlm import build_model, build_processor
-from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES, Scene
+from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
 from medvqa_rl.prompts import parse_completion, render_answer
 from medvqa_rl.randomness import Draws, address
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -207,12 +207,6 @@ def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
         return question, full_description(image.scene)
     has_form = draws.chance(FORM_RATE)
     return sample, render_answer(sample.reasoning, sample.answer) if has_form else sample.reasoning
-
-
-def full_description(scene: Scene) -> str:
-    """Everything that is true of a scene."""
-    findings = [describe(finding) for finding in scene.findings] or ["No finding is seen."]
-    return " ".join([f"The modality is {scene.modality}.", f"The organ is {scene.organ}.", *findings])
 
 
 def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None:

@@ -59,6 +59,12 @@ def describe(finding: Finding) -> str:
     )
 
 
+def full_description(scene: Scene) -> str:
+    """Everything that is true of a scene."""
+    findings = [describe(finding) for finding in scene.findings] or ["No finding is seen."]
+    return " ".join([f"The modality is {scene.modality}.", f"The organ is {scene.organ}.", *findings])
+
+
 def _is_yes(truth: bool) -> str:
     return "yes" if truth else "no"
 
@@ -256,4 +262,5 @@ def draw_sample(
         options=options,
         reasoning=reason(scene, question, letter, draws),
         groups={"modality": scene.modality, "organ": scene.organ, "family": family, "scanner": scanner},
+        description=full_description(scene),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.judges.rubric import Grade, Grader, GradeRequest
-from medvqa_rl.prompts import as_asked, parse_completion
+from medvqa_rl.prompts import as_asked, asks_reasoning, parse_completion
 from medvqa_rl.rewards.functions import FunctionLog
 from medvqa_rl.types import Completion, Group
 
@@ -59,22 +59,29 @@ def score_reasoning(
 ) -> NDArray[np.float64]:
     """The grade of the reasoning from 0 to 1, limited by :func:`gated`; NaN (unscored) where the grader failed.
 
+    Completions of a prompt that asks for no reasoning all get 0, without a grade. That punishes none of them: a group
+    answers one prompt, and what is the same for the whole group leaves its advantages as they are.
+
     A reward for reasoning quality beside the answer as in RARL (arXiv 2506.06600), whose formula is not known: the
     rubric (:data:`medvqa_rl.judges.rubric.REASONING`), its mapping score / 3 and the gate are ours.
 
     Args:
         correctness: (B,) of the answers, in [0, 1].
         gate: the most that a wrong answer can get.
-        log: gets what :func:`log_grades` logs, and the means before the gate: ``rewards/reasoning/ungated``, and of
-            answers without any credit ``rewards/reasoning/ungated_wrong``.
+        log: gets what :func:`log_grades` logs, and the means of grades before the gate: ``rewards/reasoning/ungated``,
+            and of answers without any credit ``rewards/reasoning/ungated_wrong``.
 
     Returns:
         (B,) values, prompt by prompt.
     """
-    grades = grader.grade([grade_request(group, one) for group in groups for one in group.completions])
+    asked = [asks_reasoning(group.template) for group in groups for _ in group.completions]
+    shown = [group for group in groups if asks_reasoning(group.template)]
+    requests = [grade_request(group, one) for group in shown for one in group.completions]
+    given = iter(grader.grade(requests) if requests else ())
+    grades = [next(given) if is_asked else None for is_asked in asked]
     log_grades("reasoning", grades, grader, log)
-    values = np.array([grade.value for grade in grades])
-    known = ~np.isnan(values)
+    values = np.array([0.0 if grade is None else grade.value for grade in grades])
+    known = ~np.isnan(values) & np.array(asked)
     for name, chosen in (("ungated", known), ("ungated_wrong", known & (correctness == 0))):
         if chosen.any():
             log.metrics[f"rewards/reasoning/{name}"] = [float(values[chosen].mean())]
