@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvqa_rl.cli_common import Debug, Overrides, told_plainly
+from medvqa_rl.cli_common import Debug, Overrides, prepare_process, told_plainly
+from medvqa_rl.network import forbid_network
 
 if TYPE_CHECKING:
     from medvqa_rl.study.recipe import Recipe
@@ -90,6 +91,31 @@ def run(
             raise typer.Exit(1)
         for path in write_study(read_results(read), folder / "tables"):
             print(path)
+
+
+@study_app.command(hidden=True)
+def answer(
+    tests: Annotated[
+        Path, typer.Argument(help="What `study run` wrote for a cell: checkpoint, and settings by folder.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Put one model to several tests, each in its folder, and go on with those that were begun."""
+    with told_plainly(debug):
+        from medvqa_rl.settings import build_config, read_file
+
+        given = read_file(tests)
+        if given.keys() != {"checkpoint", "tests"} or not isinstance(given["tests"], dict):
+            raise ValueError(f"The file {tests} must have checkpoint and tests, as `medvqa-rl study run` writes them.")
+        configs = {Path(folder): build_config(of, purpose="eval") for folder, of in given["tests"].items()}
+        if any(config.network == "off" for config in configs.values()):
+            forbid_network()
+        prepare_process()
+        from medvqa_rl.eval_command import run_eval
+
+        checkpoint = None if given["checkpoint"] is None else Path(given["checkpoint"])
+        for folder, config in configs.items():
+            run_eval(config, checkpoint=checkpoint, output=folder, resume=True)
 
 
 @study_app.command()

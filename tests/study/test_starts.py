@@ -6,6 +6,8 @@ Run: pytest tests/study/test_starts.py
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.recipe import Recipe, read_recipe
-from medvqa_rl.study.running import is_finished, plan_table, run_study
+from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
 
 QUIET = Console(quiet=True)
 
@@ -39,11 +41,18 @@ def staged(given: dict[str, Any]) -> dict[str, Any]:
         },
         "alone": {"verb": "sft"},
     }
+    given["tests"]["far"] = {"data": {"scanner": "unseen", "num_test": 6}}
+    given["forecast"]["seconds_per_start"] = 7
     return given
 
 
 def labels(recipe: Recipe) -> list[str]:
     return [cell.label for cell in recipe.cells]
+
+
+def file_of(command: Sequence[str]) -> str:
+    """Name of the file with its settings."""
+    return next(Path(word).name for word in command if word.endswith(".yaml"))
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -65,13 +74,20 @@ def test_what_others_start_from_is_trained_first_and_once(
     assert [cell.config.data.scanner for cell in recipe.cells] == ["home", "home", "home", "unseen", "home", "home"]
     assert {cell.tests[0].config.data for cell in recipe.cells} == {grpo.tests[0].config.data}
 
+    # One start for training, one for the tests; four steps at 60 s and 30 s, four questions each at 15 s.
+    assert [left - 8 * 15 for left in list(forecast(recipe).values())[:4]] == [7, 14 + 240, 14 + 240, 14 + 120]
+
     assert run_study(recipe, output, console=QUIET) == []
-    assert [words[0] for words in in_process] == ["sft", "eval", *["sft", "eval"] * 2, "eval", *["train", "eval"] * 2]
+    verbs = ["sft", "study", *["sft", "study"] * 2, "study", *["train", "study"] * 2]
+    assert [words[0] for words in in_process] == verbs
     assert all(map(is_finished, recipe.cells))
     assert grpo.config.model.path == str(warm_up.checkpoint) and str(warm_up.folder) in grpo.config.model.path
     folders = [Path(staged["settings"]["model"]["path"]), warm_up.checkpoint, grpo.checkpoint]
     before, began, ended = (load_file(folder / "model.safetensors") for folder in folders if folder)
     assert distance(before, began) > 1e-2 and distance(began, ended) < 1e-4  # four steps at 1e-2, four at 1e-6
+    for place, scanner in enumerate(("home", "unseen")):
+        results = json.loads((grpo.tests[place].folder / "results.json").read_text())
+        assert results["dataset"]["name"] == f"phantom/{scanner}/test"
     answers = [(cell.tests[0].folder / "samples.jsonl").read_text() for cell in (as_is, warm_up)]
     assert answers[0] == answers[1]  # as it is: the start's own answers
 
@@ -113,8 +129,8 @@ def test_a_start_that_fails_stops_those_that_need_it_and_no_others(
     called: list[str] = []
 
     def call(command: Sequence[str], **rest: Any) -> int:
-        called.append(Path(command[4]).name)
-        return int("warm_up" in command[4])
+        called.append(file_of(command))
+        return int(called[-1].startswith("warm_up"))
 
     monkeypatch.setattr(running.subprocess, "call", call)
     failures = run_study(recipe, tmp_path / "study", jobs=jobs, console=QUIET)
@@ -134,13 +150,13 @@ def test_jobs_wait_for_the_start_and_not_for_its_tests(
     warm_up = next(cell for cell in recipe.cells if cell.arm.name == "warm_up")
 
     def call(command: Sequence[str], **rest: Any) -> int:
-        verb, name = command[3], Path(command[4]).name
+        verb, name = command[3], file_of(command)
         with lock:
             order.append(f"{verb} {name.split('-')[0]}")
         if verb == "sft":
             warm_up.folder.mkdir(parents=True)
             (warm_up.folder / "status.json").write_text(json.dumps({"state": "finished", "step": 4}))
-        elif "warm_up" in name:
+        elif name.startswith("warm_up"):
             assert began.wait(timeout=30)
         else:
             began.set()
@@ -148,7 +164,14 @@ def test_jobs_wait_for_the_start_and_not_for_its_tests(
 
     monkeypatch.setattr(running.subprocess, "call", call)
     assert run_study(recipe, tmp_path / "study", jobs=2, console=QUIET) == []
-    assert order[0] == "sft warm_up" and set(order[1:3]) == {"eval warm_up", "eval as_is"}
+    assert order[0] == "sft warm_up" and set(order[1:3]) == {"study warm_up", "study as_is"}
+
+
+def test_only_what_a_study_wrote_is_answered(tmp_path: Path) -> None:
+    path = write(tmp_path / "tests.yaml", {"tests": {"a": {}}})
+    command = [sys.executable, "-m", "medvqa_rl", "study", "answer", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and "must have checkpoint and tests, as" in " ".join(found.stderr.split())
 
 
 def test_what_was_trained_once_stands_beside_every_seed(staged: dict[str, Any], tmp_path: Path) -> None:

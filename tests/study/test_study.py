@@ -40,7 +40,7 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     # Four questions each at 15 s, and two steps at 30 s and at 60 s.
     assert list(forecast(recipe).values()) == [60.0, 120.0, 180.0]
     assert run_study(recipe, output, console=QUIET) == []
-    assert [words[0] for words in in_process] == ["eval", "sft", "eval", "train", "eval"]
+    assert [words[0] for words in in_process] == ["study", "sft", "study", "train", "study"]
     assert all(map(is_finished, recipe.cells)) and sum(forecast(recipe).values()) == 0
     for cell in recipe.cells[1:]:
         assert json.loads((cell.folder / "status.json").read_text())["state"] == "finished"
@@ -53,7 +53,7 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     changed = read_recipe(write(path, given), output, quick=True)
     assert [is_finished(cell) for cell in changed.cells] == [True, True, False]
     assert run_study(changed, output, console=QUIET) == []
-    assert [words[0] for words in in_process] == ["train", "eval"]
+    assert [words[0] for words in in_process] == ["train", "study"]
     assert len(list((output / "grpo").glob("seed0-*"))) == 2 + 2  # two folders, and the log of each
 
     in_process.clear()
@@ -61,7 +61,7 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     measured = read_recipe(write(path, given), output, quick=True)
     assert [cell.folder for cell in measured.cells] == [cell.folder for cell in changed.cells]
     assert run_study(measured, output, console=QUIET) == []
-    assert [words[0] for words in in_process] == ["eval"] * 3
+    assert [words[0] for words in in_process] == ["study"] * 3
 
     written = write_study(collect(changed), output / "tables")
     files = {file.name: file.read_text() for file in written if file.suffix != ".png"}
@@ -114,7 +114,7 @@ def test_several_processes_share_a_cell(
     run_study(recipe, tmp_path / "study", processes=4, console=QUIET)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "4", "-m", "medvqa_rl"]
     assert [command[:7] for command in called] == [launch] * len(called)
-    assert [command[7] for command in called[:2]] == ["eval", "train"]
+    assert [command[7] for command in called[:2]] == ["study", "train"]
     with pytest.raises(ValueError, match="would take the same 4 GPUs: leave one of the two at 1"):
         run_study(recipe, tmp_path / "study", jobs=2, processes=4, console=QUIET)
 

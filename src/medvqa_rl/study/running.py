@@ -93,12 +93,13 @@ def forecast(recipe: Recipe) -> dict[str, float]:
         if not is_trained(cell):
             seconds += recipe.forecast.seconds_per_start
             seconds += (cell.config.train.steps - steps_done(cell)) * rates[cell.arm.name]
+        if not all(map(is_tested, cell.tests)):
+            seconds += recipe.forecast.seconds_per_start
         for test in cell.tests:
             if not is_tested(test):
                 if test.name not in sizes:
                     size = len(load_dataset(test.config.data, "test"))
                     sizes[test.name] = min(size, test.config.eval.max_samples or size)
-                seconds += recipe.forecast.seconds_per_start
                 seconds += sizes[test.name] * recipe.forecast.seconds_per_question
         left[str(cell.folder)] = seconds
     return left
@@ -134,18 +135,20 @@ def plan_table(recipe: Recipe) -> Table:
 
 
 def commands(cell: Cell, configs: Path) -> list[list[str]]:
-    """What is left to do for a cell, as commands; their settings are written to the folder ``configs``."""
+    """What is left to do for a cell, as commands; their settings are written to the folder ``configs``.
+
+    All tests are one command: on small models a process takes longer to start than to answer a hundred questions.
+    """
     todo = []
     name = f"{cell.arm.name}-{cell.folder.name}"
     if not is_trained(cell):
         path = _write(configs / f"{name}.yaml", cell.config.model_dump(mode="json"))
         resume = ["--resume"] if (cell.folder / "status.json").is_file() else []
         todo.append([cell.arm.verb, str(path), *resume])
-    for test in cell.tests:
-        if not is_tested(test):
-            path = _write(configs / f"{name}-{test.folder.name}.yaml", test.config.model_dump(mode="json"))
-            checkpoint = [] if cell.checkpoint is None else ["--checkpoint", str(cell.checkpoint)]
-            todo.append(["eval", str(path), *checkpoint, "--output", str(test.folder), "--resume"])
+    if left := {str(test.folder): test.config.model_dump(mode="json") for test in cell.tests if not is_tested(test)}:
+        checkpoint = None if cell.checkpoint is None else str(cell.checkpoint)
+        path = _write(configs / f"{name}-tests.yaml", {"checkpoint": checkpoint, "tests": left})
+        todo.append(["study", "answer", str(path)])
     return todo
 
 
