@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,31 @@ def write(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
+def records_of(flags: str) -> list[EvalRecord]:
+    """Answers that are right (1), wrong (0) or unscored (-); two questions an image."""
+    return [
+        EvalRecord(
+            sample_id=str(number),
+            image_key=str(number // 2),
+            question="Is it?",
+            options=(),
+            gold="yes",
+            output="",
+            think=None,
+            answer=None,
+            is_correct=None if flag == "-" else flag == "1",
+            is_well_formed=False,
+            has_answer=False,
+            is_truncated=False,
+            num_tokens=3,
+            token_f1=None,
+            answer_type="closed",
+            similarity=0.5,
+        )
+        for number, flag in enumerate(flags)
+    ]
+
+
 def store(
     recipe: Recipe,
     outcomes: dict[tuple[str, int], str],
@@ -51,7 +77,7 @@ def store(
     change: Callable[[Cell, EvalRecord], EvalRecord] = lambda cell, record: record,
     rows: Callable[[Cell], list[dict[str, Any]]] = lambda cell: [{"step": 1, "step_time": 2.0}],
 ) -> None:
-    """Finished cells whose answers are right (1), wrong (0) or unscored (-) on every test; two questions an image.
+    """Finished cells with answers as :func:`records_of` makes them, the same on every test.
 
     Args:
         recipe: its cells get their folders.
@@ -63,29 +89,8 @@ def store(
         flags = outcomes.get((cell.arm.name, cell.seed))
         if flags is None:
             continue
-        records = [
-            EvalRecord(
-                sample_id=str(number),
-                image_key=str(number // 2),
-                question="Is it?",
-                options=(),
-                gold="yes",
-                output="",
-                think=None,
-                answer=None,
-                is_correct=None if flag == "-" else flag == "1",
-                is_well_formed=False,
-                has_answer=False,
-                is_truncated=False,
-                num_tokens=3,
-                token_f1=None,
-                answer_type="closed",
-                similarity=0.5,
-                similarity_by="tfidf" if cell.arm.name == "grpo" else "other",
-            )
-            for number, flag in enumerate(flags)
-        ]
-        records = [change(cell, record) for record in records]
+        by = "tfidf" if cell.arm.name == "grpo" else "other"
+        records = [change(cell, replace(record, similarity_by=by)) for record in records_of(flags)]
         for test in cell.tests:
             test.folder.mkdir(parents=True)
             (test.folder / "samples.jsonl").write_text("".join(map(record_line, records)))

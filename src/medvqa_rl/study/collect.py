@@ -20,6 +20,7 @@ from medvqa_rl.evaluation.stats import (
 )
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.runs import Row, read_run
+from medvqa_rl.study.contrasts import Contrast, ContrastRow, contrast_rows
 from medvqa_rl.study.findings import Budget, PartCorrelation, WrongAnswer, budget, correlations, wordiest_wrong
 from medvqa_rl.study.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
@@ -68,6 +69,7 @@ class Collected:
 
     recipe: Recipe
     tests: Mapping[str, tuple[ArmResult, ...]]
+    contrasts: Sequence[tuple[Contrast, tuple[ContrastRow, ...]]]
     missing: tuple[str, ...]
     """Cells that are not finished and not in the tables."""
     signs: Mapping[str, Mapping[int, tuple[Check, ...]]]
@@ -122,6 +124,7 @@ def collect(recipe: Recipe) -> Collected:
     return Collected(
         recipe,
         tests,
+        [(one, _contrast(one, answers, by_arm)) for one in recipe.contrasts],
         tuple(cell.label for cell in recipe.cells if cell not in finished),
         signs,
         curves,
@@ -131,6 +134,18 @@ def collect(recipe: Recipe) -> Collected:
             for name, cells in by_arm.items()
         },
     )
+
+
+def _contrast(
+    contrast: Contrast,
+    answers: Mapping[str, Mapping[Cell, Sequence[EvalRecord]]],
+    by_arm: Mapping[str, Sequence[Cell]],
+) -> tuple[ContrastRow, ...]:
+    of, minus = (
+        {name: [answers[test][cell] for cell in cells] for name, cells in by_arm.items()}
+        for test in (contrast.of, contrast.minus)
+    )
+    return contrast_rows(of, minus, resamples=RESAMPLES)
 
 
 def _right(records: Sequence[EvalRecord], order: Sequence[str]) -> list[bool | None]:

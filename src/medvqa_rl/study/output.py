@@ -21,6 +21,7 @@ from medvqa_rl.study.tables import (
     as_csv,
     as_latex,
     as_markdown,
+    contrast_table,
     factor_cells,
     factor_csv,
     factor_rows,
@@ -56,6 +57,8 @@ class Content:
 
     title: str
     tests: Sequence[Section]
+    contrasts: Sequence[Section]
+    """Tests of the same questions against each other."""
     factors: Sequence[Section]
     """The paper's tables."""
     figures: Sequence[FigureFile]
@@ -73,8 +76,9 @@ class Content:
 
 
 def write_study(collected: Collected, folder: Path) -> list[Path]:
-    """Write ``study.md`` and ``study.html``; ``TEST.csv`` and ``TEST.tex`` for each test set, ``factor-NAME.csv`` and
-    ``.tex`` for each table of the paper; and figures in ``figures/``, each also for dark pages.
+    """Write ``study.md`` and ``study.html``; ``TEST.csv`` and ``TEST.tex`` for each test set, ``contrast-NUMBER.csv``
+    and ``.tex`` for each two that are compared, ``factor-NAME.csv`` and ``.tex`` for each table of the paper; and
+    figures in ``figures/``, each also for dark pages.
 
     Returns:
         The files.
@@ -101,6 +105,12 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         factors.append(Section(f"{table.title} ({recipe.primary})", titles, body, notes))
         write(f"factor-{table.slug}.csv", factor_csv(cells))
         write(f"factor-{table.slug}.tex", as_latex(titles, body, " ".join([f"{table.title}.", *notes])))
+    contrasts = []
+    for number, (contrast, found) in enumerate(collected.contrasts, start=1):
+        titles, body = contrast_table(contrast, found)
+        contrasts.append(Section(contrast.title, titles, body))
+        write(f"contrast-{number}.csv", as_csv(titles, body))
+        write(f"contrast-{number}.tex", as_latex(titles, body, f"{contrast.title}."))
     light = write_figures(collected, folder / "figures")
     dark = write_figures(collected, folder / "figures", "dark", "-dark")
     written += [*light.values(), *dark.values()]
@@ -113,6 +123,7 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
     content = Content(
         title=recipe.title,
         tests=tests,
+        contrasts=contrasts,
         factors=factors,
         figures=[FigureFile(title, path, dark[title], CAPTIONS[title]) for title, path in light.items()],
         parts=_correlation_section(collected.correlations),
@@ -133,6 +144,10 @@ def _markdown(content: Content, folder: Path) -> str:
     lines = [f"# {content.title}\n", *_figure_lines(accuracy, folder)]
     for section in content.tests:
         lines += _section_lines(section, "##")
+    if content.contrasts:
+        lines.append("## The same questions, asked in two ways\n")
+    for section in content.contrasts:
+        lines += _section_lines(section, "###")
     lines += [f"{note}\n" for note in content.notes]
     if content.factors:
         lines.append("## The paper's tables\n")

@@ -12,6 +12,7 @@ arms:
 tests:
   home: {data: {scanner: home}}    # settings put on top when the test split is evaluated
 primary: home                      # the test whose table shows the published figures; without it, the first
+contrasts: [...]                   # two tests of the same questions against each other, see contrasts.py
 tables: [...]                      # the paper's own tables, see factors.py
 quick: {seeds: [0], settings: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
@@ -36,12 +37,16 @@ from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpo
 from medvqa_rl.problems import did_you_mean
 from medvqa_rl.settings import build_config, merge, parse_override, read_file
 from medvqa_rl.study.arms import Arm, Verb, check_keys, read_arms, section, with_starts
+from medvqa_rl.study.contrasts import Contrast, read_contrasts
 from medvqa_rl.study.factors import FactorTable, read_tables
 from medvqa_rl.study.leaks import Pair, check_names
 from medvqa_rl.study.names import check_made, settings_hash
 
 _PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
-_KEYS = ("baseline", "seeds", "settings", "arms", "tests", "primary", "tables", "quick", "forecast", "title", "note")
+_KEYS = (
+    *("baseline", "seeds", "settings", "arms", "tests", "primary", "contrasts", "tables", "quick", "forecast"),
+    *("title", "note"),
+)
 _FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
 
 
@@ -109,6 +114,7 @@ class Recipe:
     tests: tuple[str, ...]
     primary: str
     """The test set that the paper's tables are about."""
+    contrasts: tuple[Contrast, ...]
     tables: tuple[FactorTable, ...]
     forecast: Forecast
     cells: tuple[Cell, ...]
@@ -192,6 +198,7 @@ def read_recipe(
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
     tests = {name: _deep(section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
+    contrasts = read_contrasts(where, given.get("contrasts"), tests)
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
         _check_place(where, name, base, test)
@@ -219,6 +226,7 @@ def read_recipe(
         tuple(seeds),
         tuple(tests),
         primary,
+        tuple(one for one in contrasts if one.of in tests and one.minus in tests),
         read_tables(where, given.get("tables"), list(arms)),
         _forecast(where, given.get("forecast", {})),
         tuple(cells),

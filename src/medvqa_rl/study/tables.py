@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from medvqa_rl.study.collect import ArmResult
+from medvqa_rl.study.contrasts import Contrast, ContrastRow
 from medvqa_rl.study.factors import METRICS, FactorTable, Metric, Published
 
 PUBLISHED = "published, other data and model"
@@ -93,6 +94,23 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
 
 def _number(value: float, form: str) -> str:
     return "" if math.isnan(value) else f"{value:{form}}"
+
+
+def contrast_table(contrast: Contrast, found: Iterable[ContrastRow]) -> tuple[list[str], list[list[str]]]:
+    """Column names and a row for each arm: both accuracies and their difference."""
+    titles = ["arm", contrast.of, contrast.minus, "difference", "95 % interval", "seeds"]
+    body = [
+        [
+            row.arm,
+            _points(row.of),
+            _points(row.minus),
+            _points(row.difference.estimate, "+"),
+            f"{_points(row.difference.low, '+')} to {_points(row.difference.high, '+')}",
+            ", ".join(_points(value, "+") for value in row.differences),
+        ]
+        for row in found
+    ]
+    return titles, body
 
 
 # --- the paper's tables --------------------------------------------------------------------------------------------
