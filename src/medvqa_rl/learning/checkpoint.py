@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
-from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
 
 BYTES_PER_FILE = 4 * 2**30
 """Of the optimizer's state: what the writing process holds at a time."""
@@ -135,12 +136,14 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainState:
 
     The policy has been loaded from where the run began, because that is the reference's place.
     """
-    update = {"adapter": str(folder)} if policy.is_lora else {"path": str(folder), "revision": None}
-    saved = load_policy(policy.config.model_copy(update=update)).model.state_dict()
-    current = policy.model.state_dict()
-    with torch.no_grad():
-        for name, tensor in saved.items():
-            current[name].copy_(tensor)
+    if isinstance(policy.model, PeftModel):
+        fill_adapter(policy.model, folder)  # what is below it is there, and need not be there twice
+    else:
+        saved = load_policy(policy.config.model_copy(update={"path": str(folder), "revision": None}))
+        current = policy.model.state_dict()
+        with torch.no_grad():
+            for name, tensor in saved.model.state_dict().items():
+                current[name].copy_(tensor)
     return TrainState(**json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8")))
 
 

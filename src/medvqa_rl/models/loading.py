@@ -270,7 +270,7 @@ def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
         wrapped = _wrap(model, settings, config)
     except ValueError as error:
         raise ValueError(f"The adapter in {folder} does not fit the model {config.path!r}: {error}") from error
-    _fill_adapter(wrapped, folder, "default")
+    fill_adapter(wrapped, folder)
     return wrapped
 
 
@@ -296,8 +296,12 @@ def _read_adapter(folder: Path) -> PeftLoraConfig:
     return settings
 
 
-def _fill_adapter(model: PeftModel, folder: Path, name: str) -> None:
-    """Load an adapter's weights into the named adapter of the model, refusing any that do not fit exactly."""
+def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
+    """Load an adapter's weights into the named adapter of the model.
+
+    Raises:
+        ValueError: they do not fit exactly.
+    """
     try:
         result: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=name)
     except (RuntimeError, KeyError, SafetensorError) as error:
@@ -382,7 +386,7 @@ def load_reference(policy: Policy) -> Reference:
         gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         folder = Path(policy.config.adapter).expanduser()
         model.add_adapter(REFERENCE_ADAPTER, _read_adapter(folder))
-        _fill_adapter(model, folder, REFERENCE_ADAPTER)
+        fill_adapter(model, folder, REFERENCE_ADAPTER)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(gradients.get(name, False))
         model.to(policy.device)
