@@ -22,6 +22,7 @@ from medvqa_rl.models.sizes import SIZES
 ROOT = Path(__file__).parents[1]
 PAPER = str(ROOT / "configs" / "grpo.yaml")
 ADAPTER = str(ROOT / "configs" / "lora_single_gpu.yaml")
+RARL = str(ROOT / "configs" / "rarl.yaml")
 PHANTOM = str(ROOT / "configs" / "phantom_cpu.yaml")
 GIVEN = ("--matmul-tflops", "100", "--bandwidth-gbs", "1000", "--memory-gib", "80")
 
@@ -57,6 +58,20 @@ def test_plain_data_adds_up():
     for times in found["seconds"].values():
         assert times["total"] == pytest.approx(times["rollout"] + times["reference"] + times["update"])
     assert found["machine"]["flops"] == 100e12
+
+
+def test_weights_in_4_bits():
+    """1.31e9 weights of linear layers at 0.5 + 1/64 + 4/(64 * 256) bytes instead of 2, and what that lets fit."""
+    settings = ("data.path=x", "--model-size", "2b", *GIVEN)
+    whole, coarse = (data(RARL, f"model.load_in_4bit={value}", *settings) for value in ("false", "true"))
+    saved = [found["memory"]["update: layers"]["weights"] for found in (whole, coarse)]
+    assert saved[0] - saved[1] == pytest.approx(28 * 46_792_704 * (2 - 0.515869), rel=1e-6)
+    assert "in bfloat16 and 4 bits" in run(RARL, "model.load_in_4bit=true", *settings).stdout.replace("\n", " ")
+    large = ("data.path=x", "--model-size", "7b", *GIVEN[:4], "--memory-gib", "12")
+    advised = run(RARL, *large)
+    assert advised.exit_code == 2 and "model.load_in_4bit=true" in advised.stderr
+    assert run(RARL, *large, "model.load_in_4bit=true").exit_code == 0
+    assert "4bit" not in run(RARL, *large, "train.engine=zero2").stderr  # which cannot have it
 
 
 def test_the_embedded_model_is_measured_on_this_machine():

@@ -159,7 +159,9 @@ def sft(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint, or of a run: its best, or its last.")],
     output: Annotated[Path, typer.Argument(help="New folder to write.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Add a LoRA adapter to the model below it.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add a LoRA adapter to the model below it, in full precision.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as one plain Hugging Face folder, or an adapter as a PEFT folder, without what training needs."""
@@ -168,6 +170,12 @@ def export(
         from medvqa_rl.export_command import export_model
 
         print(export_model(checkpoint, output, merge=merge))
+        if merge:
+            typer.echo(
+                "The adapter was added to the base model's stored weights, in full precision, also where it was "
+                "trained above weights in 4 bits.",
+                err=True,
+            )
 
 
 @app.command()

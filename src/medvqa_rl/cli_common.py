@@ -89,7 +89,9 @@ def _say(message: str) -> None:
 
 
 def prepare_process() -> None:
-    """Switch off the bars and notices of the libraries below, which would run into ours; reuse memory."""
+    """Switch off the bars and notices of the libraries below, which would run into ours, and code that one of them
+    would fetch; reuse memory."""
+    import logging as standard_logging
     import warnings
 
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -98,6 +100,10 @@ def prepare_process() -> None:
     from medvqa_rl.memory import keep_freed_memory
 
     keep_freed_memory()
+    # PEFT imports bitsandbytes where it is installed, and that, on some CPUs, runs code from the Hub where the package
+    # kernels is, or else complains that it is not.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -100,6 +100,8 @@ def changes(config: Config) -> list[Change]:
     if config.model.lora is None:
         found.append(Change("loss.beta=0", _set("loss", beta=0.0), False))
         found.append(Change("'model.lora={rank: 16}'", _set("model", lora=lora), False))
+    if config.train.engine in ("auto", "ddp") and config.rollout.engine == "eager":
+        found.append(Change("model.load_in_4bit=true", _set("model", load_in_4bit=True), False))
     found.append(
         Change(f"rollout.max_completion_length={length}", _set("rollout", max_completion_length=length), False)
     )
@@ -275,7 +277,8 @@ def show(console: Console, result: Estimate, advice: list[tuple[Change, Estimate
     console.print(
         f"{sum(counts) / 1e6:,.1f} M parameters (language model {counts.language / 1e6:,.1f}, vision "
         f"{counts.vision / 1e6:,.1f}), {trained_parameters(work) / 1e6:,.1f} M trained, in "
-        f"{'bfloat16' if work.is_bfloat16 else 'float32'}. A step: {work.prompts} prompts of {work.prompt_tokens} "
+        f"{'bfloat16' if work.is_bfloat16 else 'float32'}{' and 4 bits' if work.is_4bit else ''}. "
+        f"A step: {work.prompts} prompts of {work.prompt_tokens} "
         f"tokens x {work.generations} completions of {work.completion_tokens}; "
         f"{work.prompts_per_rollout_batch} prompts at a time in the rollout, {work.groups_per_micro_batch} in the "
         "update.",

@@ -246,7 +246,8 @@ def _evaluate_cell(
         results["controls"] = summarise_controls(records, answered, config.eval)
     evaluation = Evaluation(evaluation.records, results)
     write_evaluation(evaluation, folder)
-    console.print(evaluation.table(f"{cell.label}: {model.adapter or model.path}"))
+    in_4_bits = ", base model in 4 bits" if model.load_in_4bit else ""
+    console.print(evaluation.table(f"{cell.label}: {model.adapter or model.path}{in_4_bits}"))
     if passes:
         console.print(controls_table(results))
     console.print(f"Written: {folder / 'results.json'} and samples.jsonl", highlight=False, soft_wrap=True)
@@ -255,7 +256,7 @@ def _evaluate_cell(
 
 def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
     """Everything that the answers depend on, but for the weights, which are known once they are loaded."""
-    names = {"path", "adapter", "revision", "dtype", "attention", "min_pixels", "max_pixels"}
+    names = {"path", "adapter", "revision", "load_in_4bit", "dtype", "attention", "min_pixels", "max_pixels"}
     config = cell.asking.config
     return {
         **{f"model.{name}": value for name, value in model.model_dump(mode="json", include=names).items()},

@@ -57,7 +57,7 @@ def _checkpoint_in(folder: Path) -> Path:
 
 
 def _write_merged(folder: Path, target: Path) -> None:
-    """The base model with the adapter's products added to its weights, in the type of the weights."""
+    """The base model, loaded as it is stored, with the adapter's products added to its weights."""
     policy = load_policy(model_for(str(folder)).model_copy(update={"device": "cpu"}))
     model: Any = policy.model
     model.merge_and_unload(safe_merge=True).save_pretrained(target)

@@ -17,6 +17,7 @@ from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.data_problems import data_problems
 from medvqa_rl.judge_problems import asked_by, judge_problems, network_problems
 from medvqa_rl.prompts import asks_reasoning
+from medvqa_rl.quantized_problems import quantized_problems
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -43,6 +44,8 @@ OTHER_NAMES = {
     "reward_funcs": "rewards.functions",
     "bf16": "model.dtype",
     "use_peft": "model.lora",
+    "load_in_4_bit": "model.load_in_4bit",
+    "qlora": "model.load_in_4bit",
     "lora_r": "model.lora.rank",
     "r": "model.lora.rank",
     "lora_alpha": "model.lora.alpha",
@@ -254,6 +257,8 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
     for sentence, *paths in network_problems(config):
         yield _problem(sentence, *paths)
     for sentence, *paths in judge_problems(config):
+        yield _problem(sentence, *paths)
+    for sentence, *paths in quantized_problems(config, trains=purpose in ("train", "sft")):
         yield _problem(sentence, *paths)
     if purpose in ("train", "sft"):
         yield from _check_training(config)

@@ -27,6 +27,7 @@ from medvqa_rl.learning.footprint import PARTS, memory, peak, plan, trained_para
 from medvqa_rl.learning.optimizer import Optimizer
 from medvqa_rl.learning.setup import make_accelerator
 from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.cost import read_architecture
 from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, load_reference, make_policy
@@ -126,6 +127,8 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     step(0)
     frozen = [] if reference is None or reference._frozen is None else [reference._frozen]
     weights = [t for model in (policy.model, *frozen) for t in (*model.parameters(), *model.buffers())]
+    # The constants of weights in 4 bits are neither.
+    weights += [tensor for name, tensor in policy.model.state_dict().items() if ".weight." in name]
     base = storages(weights) + storages(optimizer.state_tensors().values())
     measured = phase_peaks(lambda: step(1), base)
 
@@ -201,6 +204,16 @@ def test_what_settings_change(changed):
     model = ModelConfig(device="cpu", **changed)
     config = settings(model, beta=0.0, prompts=2, micro=1, generations=3, length=16)
     check(compare(medium_policy(model, 168), config, 168))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}])
+def test_base_weights_in_4_bits(changed, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    save_model(medium_policy(ModelConfig(device="cpu"), 168), tmp_path)
+    model = ModelConfig(path=str(tmp_path), device="cpu", lora=LoraConfig(), load_in_4bit=True, **changed)
+    config = settings(model, beta=0.04, prompts=2, micro=1, generations=3, length=16)
+    check(compare(load_policy(model), config, 168))
 
 
 @pytest.mark.slow

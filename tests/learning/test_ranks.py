@@ -186,6 +186,23 @@ def moved(runs: Path, tiny_folder: Any) -> torch.Tensor:
     return (masters(runs / "bfloat16-None") - torch.cat([part.bfloat16().float().flatten() for part in before])).norm()
 
 
+def test_two_ranks_train_an_adapter_above_4_bits_as_one(wide_folder: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    names = {None: "alone", "ddp": "ranks"}
+    jobs = [
+        job(Path(wide_folder()), tmp_path, name, engine, "lora", gradient=str(tmp_path / f"{name}.pt"))
+        for engine, name in names.items()
+    ]
+    for one in jobs:
+        one["config"]["model"]["load_in_4bit"] = True
+    codes, errors = run(jobs, tmp_path)
+    assert codes == {"alone": [0], "ranks": [0, 0]}, errors
+    found, expected = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("ranks", "alone"))
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+    assert distance(weights(tmp_path / "ranks"), weights(tmp_path / "alone")) <= 2e-5
+
+
 @pytest.mark.parametrize("first", ENGINES)
 def test_a_run_goes_on_under_another_engine(runs: Path, first: str) -> None:
     """Two steps under one engine and three under the next, with the same samples in the same order."""

@@ -49,6 +49,15 @@ def test_best_and_last_get_a_card(run: Path) -> None:
     assert sorted(path.name for path in (run / "best").iterdir()) == ["README.md", "adapter_config.json", "best.json"]
 
 
+def test_a_card_says_that_the_base_was_in_4_bits(run: Path) -> None:
+    path = run / "config.resolved.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model"]["load_in_4bit"] = True
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    card = write_cards(run)[0].read_text(encoding="utf-8")
+    assert "LoRA adapter for `Qwen2-VL-2B`, whose linear layers were kept in 4 bits (NF4), fine-tuned" in card
+
+
 def test_what_a_card_says(run: Path, tmp_path: Path) -> None:
     card = write_cards(run)[1].read_text(encoding="utf-8")
     assert front_matter(card)["library_name"] == "peft" and "base_model" not in front_matter(card)

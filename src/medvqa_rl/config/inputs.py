@@ -40,6 +40,8 @@ class ModelConfig(Settings):
     """Attention implementation of transformers."""
     lora: LoraConfig | None = None
     """None trains all weights of the language model."""
+    load_in_4bit: bool = False
+    """Keep the linear layers of the language model in 4 bits (NF4, as in QLoRA) below an adapter, for less memory."""
     train_vision: bool = False
     """Train the vision tower (its blocks and patch embedding)."""
     train_projector: bool = False

@@ -16,12 +16,14 @@ from typing import Literal
 
 from medvqa_rl.config import Config
 from medvqa_rl.models.cost import (
+    BYTES_IN_4BIT,
     Architecture,
     Grid,
     Trained,
     count_parameters,
     image_tokens,
     kv_bytes,
+    layer_weights,
     lora_parameters,
 )
 
@@ -45,6 +47,8 @@ class Workload:
     model: Architecture
     trained: Trained
     is_bfloat16: bool
+    is_4bit: bool
+    """The decoder's linear layers are stored in 4 bits and written out one at a time."""
     on_gpu: bool
     prompts: int
     """P of this device."""
@@ -156,6 +160,7 @@ def plan(
             checkpointing=config.model.gradient_checkpointing,
         ),
         is_bfloat16=dtype == "bfloat16" or (dtype == "auto" and on_gpu),
+        is_4bit=config.model.load_in_4bit,
         on_gpu=on_gpu,
         prompts=prompts // ranks,
         generations=rollout.num_generations,
@@ -185,7 +190,7 @@ def trained_parameters(work: Workload) -> int:
 def _static(work: Workload) -> dict[str, float]:
     """Bytes that are there all the time."""
     counts, trained, e = count_parameters(work.model), work.trained, work.bytes
-    weights = sum(counts) * e
+    weights = sum(counts) * e - work.is_4bit * layer_weights(work.model) * (e - BYTES_IN_4BIT)
     adapters = 0
     if trained.lora_rank:
         # PEFT keeps adapters in float32 whatever the model is in, and trains a copy of what is trained whole.
@@ -282,6 +287,12 @@ def _pass_bytes(work: Workload, tokens: int, joined: int = 0) -> int:
     return max(tokens * (3 * i + 4 * h) * e, tokens * 7 * h * e + joined)
 
 
+def _written_out(work: Workload) -> float:
+    """Bytes of the largest matrix of weights in 4 bits while it is used, and of its constants in float32."""
+    largest = max(inputs * outputs for inputs, outputs in work.model.linears.values())
+    return work.is_4bit * largest * (work.bytes + 4 / 64)
+
+
 def _kept_vision(work: Workload, images: int) -> int:
     """Bytes that autograd keeps of the tower and the projector for so many images."""
     if work.vision_is_frozen or not work.patches:
@@ -332,6 +343,7 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     batch = work.prompts_per_rollout_batch
     rows = batch * work.generations
     prefilled = batch * work.prompt_tokens * kv_bytes(model, e)
+    written = _written_out(work)
     # A prompt's keys and values are stored once. Where prompts wait there are slots for twice as many as are completed
     # at a time, for when stragglers remain.
     slots = min(2 * batch, rows) if work.prompts > batch else batch
@@ -371,12 +383,13 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
     return {
         "rollout: vision": at(vision=_vision_pass(work, batch)),
         "rollout: prefill": at(
-            kv=prefilled + work.keeps_cache * cache, activations=_pass_bytes(work, batch * work.prompt_tokens)
+            kv=prefilled + work.keeps_cache * cache,
+            activations=_pass_bytes(work, batch * work.prompt_tokens) + written,
         ),
-        "rollout: decode": at(kv=prefilled + cache, logits=sampling),
-        "update: self-check": at(activations=work.checks_itself * _pass_bytes(work, plain)),
+        "rollout: decode": at(kv=prefilled + cache, logits=max(sampling, written)),  # one after the other
+        "update: self-check": at(activations=work.checks_itself * (_pass_bytes(work, plain) + written)),
         "update: reference": at(
-            activations=work.has_reference * (_pass_bytes(work, tokens, joined) + _mask_bytes(work)),
+            activations=work.has_reference * (_pass_bytes(work, tokens, joined) + _mask_bytes(work) + written),
             vision=0 if work.vision_is_frozen else _vision_pass(work, work.groups_per_micro_batch),
         ),
         # Five tables of logits meet in the backward of the normaliser.
@@ -386,8 +399,10 @@ def memory(work: Workload, *, process: float) -> dict[str, dict[str, float]]:
             logits=5 * 4 * chunk * words + 2 * head * (chunk < scored),
             vision=tower,
         ),
-        "update: layers": at(gradients=carried + head, activations=kept + again + backward, vision=tower),
-        "update: first layer": at(gradients=nearly_all, activations=layer + backward + tokens * h * e, vision=tower),
+        "update: layers": at(gradients=carried + head, activations=kept + again + backward + written, vision=tower),
+        "update: first layer": at(
+            gradients=nearly_all, activations=layer + backward + written + tokens * h * e, vision=tower
+        ),
         "update: embedding": at(
             gradients=all_but_embedding + (3 if model.is_tied else 1) * head,
             activations=tokens * h * e,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from medvqa_rl.config import Config, TrainEngine
+from medvqa_rl.quantized_problems import refuse_sharded
 
 
 class Launch(NamedTuple):
@@ -99,6 +100,8 @@ def _problems(config: Config, launch: Launch, prompts_per_step: int) -> Iterator
             f"A step has {prompts_per_step} prompts, which {ranks} processes cannot share out evenly: set "
             "train.prompts_per_step (sft.batch_size for sft) to a multiple of the number of processes."
         )
+    if given in ("zero2", "zero3", "fsdp2") and config.model.load_in_4bit:
+        yield refuse_sharded(given)
     if given in ("zero3", "fsdp2") and config.rollout.engine == "graph":
         yield (
             f"rollout.engine is graph, but with {given} the weights are gathered anew for every rollout, so nothing "

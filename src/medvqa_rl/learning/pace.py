@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from medvqa_rl.learning.footprint import LOGITS_PER_CHUNK, Workload, trained_parameters
 from medvqa_rl.models.cost import (
+    BYTES_IN_4BIT,
     Shape,
     backward_flops,
     decode_bytes,
@@ -13,6 +14,7 @@ from medvqa_rl.models.cost import (
     decoder_flops,
     forward_flops,
     head_flops,
+    layer_weights,
     projector_flops,
     recompute_flops,
     tower_flops,
@@ -105,8 +107,10 @@ def seconds(work: Workload, rates: Rates, *, completion_tokens: int, host_second
     for first in range(0, work.prompts, work.prompts_per_rollout_batch):
         prompts = min(work.prompts_per_rollout_batch, work.prompts - first)
         rows, written = prompts * work.generations, completion_tokens // 2
-        read = decode_bytes(model, prompts * prompt + rows * written, work.bytes)  # a prompt is read once
+        read: float = decode_bytes(model, prompts * prompt + rows * written, work.bytes)  # a prompt is read once
         read += SAMPLING_PASSES * 8 * rows * model.vocabulary
+        # Weights in 4 bits are read and written out before they are read as those that decode_bytes counts.
+        read += work.is_4bit * layer_weights(model) * (BYTES_IN_4BIT + work.bytes)
         least = (decode_flops(model, rows, prompt + written, trained) / rates.flops, read / rates.bandwidth)
         decode += (completion_tokens - 1) * max(*least, model.layers * host_seconds)
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from medvqa_rl.settings import write_yaml
 from medvqa_rl.types import Dataset
 
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+
+OPTIONAL_PACKAGES = ("bitsandbytes",)
+"""Named where they are installed."""
 
 MAY_CHANGE = (
     "network",
@@ -156,7 +160,8 @@ class RunDir:
         path = self.path / "env.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
         old, new = leaves(before), leaves(now)
-        names = ("source", "threads", "python", "machine", "gpu", *(f"packages.{name}" for name in PACKAGES))
+        packages = (f"packages.{name}" for name in (*PACKAGES, *OPTIONAL_PACKAGES))
+        names = ("source", "threads", "python", "machine", "gpu", *packages)
         return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
@@ -245,7 +250,9 @@ def environment() -> dict[str, Any]:
     """Versions, machine, threads and commit: what someone needs to run this again."""
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {
+            name: version(name) for name in (*PACKAGES, *(name for name in OPTIONAL_PACKAGES if find_spec(name)))
+        },
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

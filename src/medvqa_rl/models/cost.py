@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64
+"""Of a weight in NF4: half a byte, and for every 64 a constant in one byte, of which 256 share a float32."""
+
 Grid = tuple[int, int]
 """Patches of an image, down and across."""
 

@@ -11,7 +11,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that depend on names, shapes, types and bits of all parameters, adapters included.
+    """16 hexadecimal digits that depend on names, shapes, types and bits of all parameters, adapters included, and of
+    the constants of those in 4 bits.
 
     Per parameter two sums over its bits read as whole numbers, one weighted by position: exact (modulo 2^64), hence
     the same on every device and for every number of threads, and far cheaper than a hash of all bytes. It tells
@@ -19,7 +20,10 @@ def weights_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        parameters = dict(model.named_parameters())
+        # The constants of a quantized "NAME.weight" are "NAME.weight.absmax" and the like, and no parameters.
+        constants = {name: tensor for name, tensor in model.state_dict().items() if ".weight." in name}
+        for name, parameter in sorted((parameters | constants).items()):
             bits = parameter.detach().contiguous().view(-1).view(_INTEGERS[parameter.element_size()])
             total, weighted = 0, 0
             for start in range(0, bits.numel(), 2**24):

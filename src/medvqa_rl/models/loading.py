@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.models.group_attention import use_group_attention
+from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
 from medvqa_rl.models.shards import Shards
 
@@ -82,7 +83,7 @@ def make_policy(
     use_group_attention(inner.language_model)
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
-    else:
+    elif not config.load_in_4bit:  # what is in 4 bits can answer, not learn
         inner.language_model.requires_grad_(True)
         causal_model(model).lm_head.requires_grad_(True)
         for name, parameter in inner.visual.named_parameters():
@@ -166,11 +167,15 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
             f"The checkpoint in {folder} uses sliding-window attention, which is not supported (no published Qwen2-VL "
             "or Qwen2.5-VL does): choose another model.path, or set use_sliding_window to false in its config.json."
         )
+    refuse_stored(folder, settings)
     use_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    dtype = torch.bfloat16 if use_bfloat16 else torch.float32
+    quantized = loading_arguments(folder, settings, dtype, device) if config.load_in_4bit else {}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+            dtype=dtype,
+            **quantized,
             attn_implementation=config.attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are listed below instead of raised one by one
@@ -187,6 +192,8 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
         "of another shape": sorted(str(item[0]) for item in info["mismatched_keys"]),
     }
     _refuse(wrong, f"The weights in {folder} do not fit its config.json", "take both from the same checkpoint")
+    if config.load_in_4bit:
+        use_unpacked(model)
     return model
 
 

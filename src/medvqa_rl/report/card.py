@@ -72,8 +72,8 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
         "",
         "**Research software. Not for clinical use.**",
         "",
-        f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`, fine-tuned for visual question answering on "
-        f"medical images by {_method(run, settings)}. "
+        f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`{_in_4_bits(settings)}, fine-tuned for visual "
+        f"question answering on medical images by {_method(run, settings)}. "
         f"These are the weights after step {'unknown' if step is None else step}"
         + (", which had the highest validation accuracy of the run." if is_best else ", the last that was saved."),
         "",
@@ -124,6 +124,11 @@ def _base(settings: Mapping[str, Any]) -> str:
     """Name of the model that training began with; of a folder its last part."""
     path = str(settings.get("model.path", "unknown"))
     return (path if is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
+
+
+def _in_4_bits(settings: Mapping[str, Any]) -> str:
+    """How the base model's weights were kept while an adapter was trained, where not as they came."""
+    return ", whose linear layers were kept in 4 bits (NF4)" if settings.get("model.load_in_4bit") else ""
 
 
 def _front_matter(base: str, settings: Mapping[str, Any], is_adapter: bool, *, is_sft: bool) -> list[str]:
