@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +24,9 @@ from medvqa_rl.cli_judge import judge_app
 from medvqa_rl.cli_report import report, watch
 from medvqa_rl.cli_study import study_app
 from medvqa_rl.network import VARIABLE, forbid_network
+
+if TYPE_CHECKING:
+    from medvqa_rl.settings import Loaded
 
 app = typer.Typer(
     name="medvqa-rl",
@@ -67,6 +71,25 @@ def _write_cards(run: Path, dry_run: bool) -> None:
 
     if not dry_run and os.environ.get("RANK", "0") == "0":
         write_cards(run)
+
+
+def _prepare(
+    verb: Literal["train", "sft"],
+    config: Path,
+    overrides: list[str] | None,
+    gpus: int | None,
+    flags: Mapping[str, bool],
+) -> Loaded:
+    """The checked settings of a verb that trains; with ``--gpus`` its processes are started instead, and this one
+    does not return."""
+    from medvqa_rl.launching import relaunch
+
+    loaded = read_settings(config, overrides or (), purpose=verb)
+    if gpus is not None:
+        given = [flag for flag, is_set in flags.items() if is_set]
+        relaunch(loaded.config, gpus, [verb, str(config), *(overrides or ()), *given])
+    prepare_process()
+    return loaded
 
 
 def _show_version(wanted: bool) -> None:
@@ -114,16 +137,11 @@ def train(
     dry_run: DryRun = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune with reinforcement learning (GRPO, Dr. GRPO or DAPO)."""
+    """Fine-tune with reinforcement learning (GRPO, Dr. GRPO, DAPO or online DPO)."""
     with _told_plainly(debug):
-        from medvqa_rl.launching import relaunch
-
-        loaded = read_settings(config, overrides or (), purpose="train")
-        if gpus is not None:
-            flags = {"--resume": resume, "--dry-run": dry_run, "--debug": debug}
-            given = [flag for flag, is_set in flags.items() if is_set]
-            relaunch(loaded.config, gpus, ["train", str(config), *(overrides or ()), *given])
-        prepare_process()
+        loaded = _prepare(
+            "train", config, overrides, gpus, {"--resume": resume, "--dry-run": dry_run, "--debug": debug}
+        )
         from medvqa_rl.learning.grpo import train as run
 
         folder = run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -141,14 +159,7 @@ def sft(
 ) -> None:
     """Fine-tune with supervision on the same data and prompts: the baseline."""
     with _told_plainly(debug):
-        from medvqa_rl.launching import relaunch
-
-        loaded = read_settings(config, overrides or (), purpose="sft")
-        if gpus is not None:
-            flags = {"--resume": resume, "--dry-run": dry_run, "--debug": debug}
-            given = [flag for flag, is_set in flags.items() if is_set]
-            relaunch(loaded.config, gpus, ["sft", str(config), *(overrides or ()), *given])
-        prepare_process()
+        loaded = _prepare("sft", config, overrides, gpus, {"--resume": resume, "--dry-run": dry_run, "--debug": debug})
         from medvqa_rl.learning.sft import train_sft
 
         folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
