@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -169,6 +171,28 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
         return make_policy(model, processor, ModelConfig(path=str(folder), device="cpu", **settings), "cpu")
 
     return make
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in for vLLM (tests/fakes/vllm), importable under its name for the time of the test."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "fakes"))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # what is set there is undone after the test
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    import vllm
+
+    yield vllm
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("vllm", "vllm_server", "released")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def serve_vllm(fake_vllm: Any) -> Iterator[Callable[..., Any]]:
+    """Starts servers over the stand-in that run until the test ends: ``serve_vllm(folder, max_pixels=784)``."""
+    from vllm_server import FakeServer, serving
+
+    with ExitStack() as stack:
+        yield lambda folder, **given: stack.enter_context(serving(FakeServer(str(folder), **given)))
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,25 @@ def test_what_does_not_fit_but_can_is_exit_code_1():
     assert run(ADAPTER, *options, "model.gradient_checkpointing=true").exit_code == 0
 
 
+def test_vllm_takes_its_share_and_its_time_is_said_to_be_unknown():
+    """In place of our own KV cache; all the time, or in rollouts where it sleeps, or not at all with a server."""
+    given = ("data.path=x", "--model-size", "2b", "--card", "a100-80")
+    own, beside = data(ADAPTER, *given), data(ADAPTER, *given, "rollout.engine=vllm")
+    assert own["notes"] == [] and "not known" in beside["notes"][0]
+    assert {"rollout: prefill", "rollout: decode"} == own["memory"].keys() - beside["memory"].keys()
+    share = 0.3 * own["machine"]["memory"]
+    for name, parts in beside["memory"].items():
+        assert parts == {**own["memory"][name], "vLLM": pytest.approx(share)}
+    asleep = data(ADAPTER, *given, "rollout.engine=vllm", "vllm.sleep=true")["memory"]
+    assert {name: bool(parts["vLLM"]) for name, parts in asleep.items()} == {
+        name: name.startswith("rollout") for name in asleep
+    }
+    served = data(ADAPTER, *given, "rollout.engine=vllm", "vllm.mode=server", "vllm.server_url=http://localhost:1")
+    assert not any(parts["vLLM"] for parts in served["memory"].values())
+    output = run(ADAPTER, *given, "rollout.engine=vllm").stdout
+    assert "vLLM" in output and "24.00" in output
+
+
 def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
     result = run(PAPER, "data.path=x", "--model-size", "2b", "--card", "rtx4090")
     assert result.exit_code == 2

@@ -23,6 +23,7 @@ LAYERS = [
         "config",
         "data_problems",
         "judge_problems",
+        "vllm_problems",
         "problems",
         "quantized_problems",
         "settings",
@@ -158,6 +159,7 @@ LIGHT = [
     "study.signs",
     "study.tables",
     "types",
+    "vllm_problems",
 ]
 OTHER_NAMES = {
     "PIL": "pillow",

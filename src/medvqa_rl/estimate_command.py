@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medvqa_rl.config import Config, LoraConfig
+from medvqa_rl.config import Config, LoraConfig, VllmConfig
 from medvqa_rl.data_commands import image_budget
 from medvqa_rl.hardware import GIB, Machine, card, measure
 from medvqa_rl.learning.footprint import PARTS, Workload, memory, peak, plan, trained_parameters
@@ -23,6 +23,12 @@ PROCESS = {False: 0.55 * GIB, True: 0.6 * GIB}
 
 USABLE = 0.95
 """Share of a GPU's memory that can be filled: its driver and fragments take the rest. Assumed."""
+
+
+VLLM_NOTE = (
+    "Rollouts on vLLM: in this process it takes vllm.gpu_memory_utilization of the GPU's memory. How long it takes is "
+    "not known here; the seconds of the rollout are those of rollout.engine=eager."
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,8 @@ class Estimate:
     work: Workload
     machine: Machine
     moments: Mapping[str, Mapping[str, float]]
+    note: str = ""
+    """What else is to be said."""
 
     @property
     def peak(self) -> float:
@@ -159,7 +167,22 @@ def estimate(config: Config, model: Architecture, machine: Machine, assumed: Ass
         on_gpu=machine.is_gpu,
         ranks=assumed.ranks,
     )
-    return Estimate(work, machine, memory(work, process=PROCESS[machine.is_gpu]))
+    moments = memory(work, process=PROCESS[machine.is_gpu])
+    if config.rollout.engine == "vllm":
+        return Estimate(work, machine, beside_vllm(moments, config.vllm, machine), VLLM_NOTE)
+    return Estimate(work, machine, moments)
+
+
+def beside_vllm(
+    moments: Mapping[str, Mapping[str, float]], vllm: VllmConfig, machine: Machine
+) -> dict[str, dict[str, float]]:
+    """Memory where vLLM decodes: a share of the GPU's in its place, all the time or, where it sleeps, in rollouts."""
+    share = vllm.gpu_memory_utilization * machine.memory if vllm.mode == "colocate" else 0.0
+    return {
+        name: {**parts, "vLLM": share * (name.startswith("rollout") or not vllm.sleep)}
+        for name, parts in moments.items()
+        if name not in ("rollout: prefill", "rollout: decode")
+    }
 
 
 def advise(config: Config, first: Estimate, redo: Callable[[Config], Estimate]) -> list[tuple[Change, Estimate]]:
@@ -261,6 +284,7 @@ def as_data(result: Estimate, advice: list[tuple[Change, Estimate]], completion_
             "at_least": _phases(seconds(work, machine.rates, completion_tokens=completion_tokens)),
             "expected": _phases(expected_seconds(work, machine.rates, completion_tokens=completion_tokens)),
         },
+        "notes": [result.note] if result.note else [],
         "changes": [{"set": change.override, "peak": changed.peak} for change, changed in advice],
     }
 
@@ -289,8 +313,8 @@ def show(console: Console, result: Estimate, advice: list[tuple[Change, Estimate
     table.add_column("")
     for name in names:
         table.add_column(name + (" (peak)" if name == peak(result.moments) else ""), justify="right")
-    for part in PARTS:
-        cells = [result.moments[name][part] / GIB for name in names]
+    for part in (*PARTS, "vLLM"):
+        cells = [result.moments[name].get(part, 0.0) / GIB for name in names]
         if any(cells):
             table.add_row(part, *(f"{value:.2f}" for value in cells))
     table.add_row("total", *(f"{sum(result.moments[name].values()) / GIB:.2f}" for name in names), style="bold")
@@ -312,6 +336,8 @@ def show(console: Console, result: Estimate, advice: list[tuple[Change, Estimate
         style="dim",
         highlight=False,
     )
+    if result.note:
+        console.print(result.note, style="dim", highlight=False)
     verdict = "It fits" if result.fits else "It does not fit"
     console.print(
         f"{verdict}: {result.peak / GIB:.1f} of {result.limit / GIB:.1f} GiB, at the peak of the "

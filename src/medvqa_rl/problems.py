@@ -14,46 +14,15 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
+from medvqa_rl.config.other_names import OTHER_NAMES
 from medvqa_rl.data_problems import data_problems
 from medvqa_rl.judge_problems import asked_by, judge_problems, network_problems
 from medvqa_rl.prompts import asks_reasoning
 from medvqa_rl.quantized_problems import quantized_problems
+from medvqa_rl.vllm_problems import vllm_problems
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
-
-OTHER_NAMES = {
-    "lr": "optimizer.learning_rate",
-    "group_size": "rollout.num_generations",
-    "num_return_sequences": "rollout.num_generations",
-    "max_new_tokens": "rollout.max_completion_length",
-    "max_tokens": "rollout.max_completion_length",
-    "kl_coef": "loss.beta",
-    "kl": "loss.beta",
-    "clip": "loss.epsilon",
-    "loss_type": "loss.type",
-    "scale_rewards": "advantage.scale",
-    "max_steps": "train.steps",
-    "num_steps": "train.steps",
-    "per_device_train_batch_size": "train.prompts_per_micro_batch",
-    "gradient_accumulation_steps": "train.prompts_per_step",
-    "warmup_ratio": "optimizer.warmup_steps",
-    "model_name_or_path": "model.path",
-    "dataset_name": "data.name",
-    "system_prompt": "prompt.template",
-    "reward_funcs": "rewards.functions",
-    "bf16": "model.dtype",
-    "use_peft": "model.lora",
-    "load_in_4_bit": "model.load_in_4bit",
-    "qlora": "model.load_in_4bit",
-    "lora_r": "model.lora.rank",
-    "r": "model.lora.rank",
-    "lora_alpha": "model.lora.alpha",
-    "target_modules": "model.lora.targets",
-    "freeze_vision_tower": "model.train_vision",
-    "report_to": "train.trackers",
-}
-"""Names that other programs give to our settings."""
 
 
 def resolve(schema: Schema) -> Schema:
@@ -264,6 +233,8 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
         yield from _check_training(config)
     if purpose == "train":
         yield from _check_grpo(config)
+        for sentence, *paths in vllm_problems(config):
+            yield _problem(sentence, *paths)
 
 
 def _problem(sentence: str, *paths: str) -> Problem:

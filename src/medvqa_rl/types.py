@@ -132,6 +132,8 @@ class Completion:
     """The tokens decoded without special tokens."""
     is_truncated: bool
     """True when the token limit came before the end-of-sequence token."""
+    logps: tuple[float, ...] | None = None
+    """Log-probability of each token where it was sampled, NaN where unknown; None where training's own engine did."""
 
 
 @dataclass

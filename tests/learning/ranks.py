@@ -107,7 +107,7 @@ def share_completions(path: Path, *, write: bool) -> None:
                 kept[key] = own
                 continue
             other = [row | {"token_ids": tuple(row["token_ids"])} for row in kept[key]]
-            flipped = sum(one != two for one, two in zip(own, other, strict=True))
+            flipped = sum(one["token_ids"] != two["token_ids"] for one, two in zip(own, other, strict=True))
             if is_exact:
                 print(f"flipped {flipped} of {len(own)} in step {step}", file=sys.stderr)
                 assert step > 0 or not flipped, "the first step picked other tokens"

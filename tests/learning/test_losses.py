@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medvqa_rl.learning.losses import aggregate, k3_divergence, token_loss
+from medvqa_rl.learning.mismatch import importance_weights
 
 LOG = math.log
 
@@ -137,7 +138,8 @@ class _OneRank:
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("epsilon_high", [0.2, 0.28])
-def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high):
+@pytest.mark.parametrize("corrects", [False, True], ids=["own", "vllm"])
+def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high, corrects):
     """Runs the real ``GRPOTrainer._compute_loss`` of TRL on a stand-in trainer with the same tensors."""
     trainer_module = pytest.importorskip("trl.trainer.grpo_trainer")
     generator = torch.Generator().manual_seed(2)
@@ -147,6 +149,11 @@ def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high):
     start = old + 0.4 * torch.randn(4, 9, generator=generator)
     advantages = torch.tensor([1.2, -0.7, 0.0, -0.5])
     logps_trl, logps = start.clone().requires_grad_(), start.clone().requires_grad_()
+    sampled = old + 0.6 * torch.randn(4, 9, generator=generator)
+    sampled[0, 3] = sampled[3, 0] = torch.nan
+    # As in TRL 1.16, grpo_trainer.py, where vllm_importance_sampling_mode is token_truncate.
+    ratio = torch.clamp(torch.exp(torch.nan_to_num((old - sampled) * mask, nan=0.0)), min=None, max=2.0)
+    assert (ratio == 2.0).any()
 
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps_trl, torch.zeros(4, 9), None),
@@ -158,7 +165,8 @@ def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high):
         loss_type=kind,
         epsilon_low=0.2,
         epsilon_high=epsilon_high,
-        use_vllm=False,
+        use_vllm=corrects,
+        vllm_importance_sampling_correction=True,
         max_completion_length=12,
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
@@ -175,6 +183,7 @@ def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high):
         "advantages": advantages,
         "old_per_token_logps": old,
         "ref_per_token_logps": reference,
+        "importance_sampling_ratio": ratio,
         "num_items_in_batch": mask.sum(),
     }
     expected = trainer_module.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -188,6 +197,7 @@ def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high):
         beta=beta,
         epsilon=0.2,
         epsilon_high=epsilon_high,
+        weights=importance_weights(old, sampled, clip_max=2.0) if corrects else None,
     )
     loss = aggregate(
         per_token.loss, mask, kind=kind, num_completions=4, num_tokens=int(mask.sum()), max_completion_length=12

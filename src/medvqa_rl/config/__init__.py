@@ -14,7 +14,7 @@ from medvqa_rl.config.learning import (
     TrainConfig,
     TrainEngine,
 )
-from medvqa_rl.config.sampling import EngineName, JudgeConfig, RewardsConfig, RolloutConfig
+from medvqa_rl.config.sampling import EngineName, JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
 
 __all__ = [
     "AdvantageConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "RolloutConfig",
     "TrainConfig",
     "TrainEngine",
+    "VllmConfig",
     "differences",
     "digest",
     "is_hub_id",

@@ -14,7 +14,7 @@ from pydantic import Field
 from medvqa_rl.config.base import Settings
 from medvqa_rl.config.inputs import DataConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, OptimizerConfig, SftConfig, TrainConfig
-from medvqa_rl.config.sampling import JudgeConfig, RewardsConfig, RolloutConfig
+from medvqa_rl.config.sampling import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
 
 Purpose = Literal["train", "sft", "eval"]
 """What a configuration is about to be used for: some combinations are wrong for one verb only."""
@@ -32,6 +32,7 @@ class Config(Settings):
     prefetch: PrefetchConfig = PrefetchConfig()
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
     """The judge that rewards, where rewards.semantic, rewards.reasoning or rewards.open_correctness asks one."""
@@ -86,7 +87,7 @@ def shareable(config: Config) -> dict[str, Any]:
     """The settings by dotted path without folders of this machine: of each only the last part."""
     found = leaves(config.model_dump(mode="json"))
     folders = ["output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity"]
-    folders += ["rewards.similarity_model"]
+    folders += ["rewards.similarity_model", "vllm.weights_dir"]
     folders += [f"{name}.{key}" for name in ("judge", "eval_judge") for key in ("model", "cache_dir")]
     cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
     return found | cut

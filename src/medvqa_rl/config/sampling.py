@@ -8,7 +8,7 @@ from pydantic import Field
 
 from medvqa_rl.config.base import Positive, Settings, Share
 
-EngineName = Literal["eager", "graph"]
+EngineName = Literal["eager", "graph", "vllm"]
 
 
 class RolloutConfig(Settings):
@@ -29,7 +29,30 @@ class RolloutConfig(Settings):
     max_resample_times: Annotated[int, Field(ge=0, le=100)] = 0
     """DAPO's dynamic sampling: attempts to replace groups of equal rewards by those of other prompts; 0 keeps them."""
     engine: EngineName = "eager"
-    """eager, on any device; or graph, on a GPU: steps replayed as CUDA graphs, the KV cache stays allocated."""
+    """eager, on any device; graph, on a GPU: steps replayed as CUDA graphs; vllm: completions come from vLLM."""
+
+
+class VllmConfig(Settings):
+    """Rollouts on vLLM (rollout.engine vllm), which needs a GPU and the extra ``vllm``; docs/vllm.md says how."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """colocate: in this process, on the GPU that trains; server: a ``vllm serve`` that was started beside it."""
+    server_url: str | None = None
+    """Address of that server, such as http://localhost:8000."""
+    weights_dir: str | None = None
+    """Folder for weights on their way to vLLM, which a server must see too; None is the system's temporary one."""
+    timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds that the server may take for the completions of one prompt, or to load weights."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """colocate: share of the GPU's memory that vLLM takes for weights and KV cache."""
+    max_model_length: Positive | None = None
+    """colocate: tokens of prompt and completion together at most; None takes the model's own limit."""
+    sleep: bool = False
+    """colocate: give the memory back between rollouts (vLLM's sleep mode); each rollout starts later."""
+    importance_sampling_correction: bool = True
+    """Weigh each token by how much likelier training finds it than vLLM did (truncated importance sampling)."""
+    importance_sampling_clip_max: Annotated[float, Field(ge=1.0)] = 2.0
+    """That weight at most."""
 
 
 class RewardsConfig(Settings):

@@ -7,7 +7,8 @@ Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl trai
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.similarity import Similarity, load_similarity
 from medvqa_rl.judges.load import load_rewarding, notices
 from medvqa_rl.learning.advantages import group_advantages, preferences
-from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
+from medvqa_rl.learning.errors import NonFiniteError, TrainingFailed, UnscoredError
 from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
 from medvqa_rl.learning.metrics import (
     CompletionRecord,
@@ -36,11 +37,21 @@ from medvqa_rl.learning.metrics import (
 from medvqa_rl.learning.resampling import occurrence, resample
 from medvqa_rl.learning.run import Run
 from medvqa_rl.learning.sampler import samples_at
-from medvqa_rl.learning.setup import Setup, make_accelerator, make_reference, report_dry_run, set_up, wrap
+from medvqa_rl.learning.setup import (
+    Setup,
+    check_vllm,
+    make_accelerator,
+    make_reference,
+    report_dry_run,
+    set_up,
+    start_vllm,
+    wrap,
+)
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.open_answers import unrewardable
+from medvqa_rl.rollout.vllm import VllmError
 from medvqa_rl.types import Dataset, Group, Scores
 
 
@@ -72,6 +83,7 @@ def train(
         UnscoredError: more than ``rewards.max_unscored`` of a step's completions could not be scored.
         Stopped: SIGINT or SIGTERM came; a checkpoint is saved.
     """
+    check_vllm(config)
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     for line in notices(config):
         accelerator.print(line)
@@ -94,6 +106,7 @@ def train(
         # The reference is the policy as it is before a checkpoint is loaded.
         reference = make_reference(config, setup.policy)
         run.attach(setup.policy, setup.engine, setup.datasets, judges.identities)
+        setup.vllm = start_vllm(config, accelerator, setup.policy)
         trained = run.go_on_with(wrap(config, accelerator, setup.policy))
         learner = Learner(config, accelerator, setup.policy, reference, trained)
         run.begin()
@@ -103,7 +116,7 @@ def train(
             began = time.perf_counter()
             run.at("rollout")
             prompts = feed.at(step)
-            with trained.gathered():
+            with trained.gathered(), reporting(step), setup.sampling():
                 groups = roll_out(config, accelerator, setup, step, prompts)
                 rolled_out = time.perf_counter()
                 run.at("rewards")
@@ -180,7 +193,7 @@ def roll_out(
             prompts = feed.at(step)
     samples = [prepared.sample for prepared in prompts]
     try:
-        return setup.engine.rollout(
+        return setup.sampler.rollout(
             samples,
             config.rollout,
             seed=config.train.seed,
@@ -192,6 +205,15 @@ def roll_out(
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
+
+
+@contextmanager
+def reporting(step: int) -> Iterator[None]:
+    """Turn a failure of vLLM into one of training, whose weights are saved."""
+    try:
+        yield
+    except VllmError as error:
+        raise TrainingFailed(f"Step {step + 1}: {error}", ()) from error
 
 
 def as_pairs(groups: Sequence[Group], rewards: Tensor) -> tuple[list[Group], Tensor, Tensor]:
@@ -282,14 +304,27 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
     )
 
 
+def _vllm_rows(config: Config, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What a dry run says of vLLM."""
+    if config.rollout.engine != "vllm":
+        return {}
+    rows = {"rollouts on": f"vLLM ({config.vllm.mode})"}
+    name = "sampling/sampling_logp_difference"
+    if f"{name}/mean" in metrics:
+        apart = f"{metrics[f'{name}/mean']:.2g} nats on average, {metrics[f'{name}/max']:.2g} at most"
+        rows["its log-probabilities"] = f"{apart} from those of training"
+    return rows
+
+
 def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_set: Dataset | None) -> Path:
     """One rollout, one forward and backward pass, no optimizer step, nothing written."""
     setup = set_up(config, train_set, None, with_validation=False)
     reference = make_reference(config, setup.policy)
+    setup.vllm = start_vllm(config, accelerator, setup.policy)
     trained = wrap(config, accelerator, setup.policy)
     learner = Learner(config, accelerator, setup.policy, reference, trained)
     began = time.perf_counter()
-    with trained.gathered():
+    with trained.gathered(), reporting(0), setup.sampling():
         groups = roll_out(config, accelerator, setup, 0)
     scores = rewards.score(groups, step=0, count_tokens=setup.policy.processor.count_tokens)
     total = torch.from_numpy(scores.total)
@@ -306,6 +341,7 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
         {
             **{f"reward {name}": f"{np.nanmean(values):.3f}" for name, values in scores.parts.items()},
             **shapes,
+            **_vllm_rows(config, metrics),
             "loss": f"{metrics['loss']:.6f}",
             "gradient norm": f"{metrics['grad_norm']:.4f}",
             "seconds": f"{time.perf_counter() - began:.2f}",

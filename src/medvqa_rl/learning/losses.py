@@ -49,6 +49,7 @@ def token_loss(
     beta: float,
     epsilon: float,
     epsilon_high: float | None = None,
+    weights: Tensor | None = None,
 ) -> TokenLoss:
     """The clipped surrogate of PPO on each token, plus the divergence from the reference.
 
@@ -64,12 +65,16 @@ def token_loss(
         beta: weight of the divergence.
         epsilon: clip range below 1.
         epsilon_high: clip range above 1; None takes epsilon.
+        weights: (B, T) of the surrogate, where another engine sampled (:mod:`medvqa_rl.learning.mismatch`); the
+            divergence is not weighted.
     """
     assert (beta == 0.0) == (ref_logps is None), "a reference is needed exactly when beta is positive"
     high = epsilon if epsilon_high is None else epsilon_high
     advantages = advantages[:, None].to(logps.dtype)  # (B, 1)
     ratio = torch.exp(logps - old_logps)
     policy = -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + high) * advantages)
+    if weights is not None:
+        policy = policy * weights
     kl = torch.zeros_like(policy) if ref_logps is None else k3_divergence(logps, ref_logps)
     return TokenLoss(
         loss=policy + beta * kl if ref_logps is not None else policy,

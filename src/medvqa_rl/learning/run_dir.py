@@ -14,9 +14,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from medvqa_rl.types import Dataset
 
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
-OPTIONAL_PACKAGES = ("bitsandbytes",)
+OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
 """Named where they are installed."""
 
 MAY_CHANGE = (
@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "train.trackers",
     "train.tracker_samples",
     "train.tracker_online",
+    *(f"vllm.{name}" for name in ("server_url", "weights_dir", "timeout", "gpu_memory_utilization", "sleep")),
     *(
         f"{judge}.{name}"
         for judge in ("judge", "eval_judge")
@@ -250,9 +251,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine, threads and commit: what someone needs to run this again."""
     return {
         "python": platform.python_version(),
-        "packages": {
-            name: version(name) for name in (*PACKAGES, *(name for name in OPTIONAL_PACKAGES if find_spec(name)))
-        },
+        "packages": _versions(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -264,6 +263,15 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what a run is computed with."""
+    found = {name: version(name) for name in PACKAGES}
+    for name in OPTIONAL_PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def source_digest(package: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from accelerate.accelerator import Accelerator
@@ -27,6 +30,9 @@ from medvqa_rl.learning.trained import Fsdp2Policy, TrainedPolicy
 from medvqa_rl.models.loading import Policy, Reference, load_policy, load_reference, resolve_device
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.vllm import Source, VllmEngine
+from medvqa_rl.rollout.vllm_local import Colocated, not_installed
+from medvqa_rl.rollout.vllm_server import Server, check_answers
 from medvqa_rl.types import Dataset, Group
 
 
@@ -36,10 +42,22 @@ class Setup:
 
     policy: Policy
     engine: RolloutEngine
+    """Prepares prompts, answers evaluations, and samples what is trained on unless vLLM does."""
     datasets: Mapping[str, Dataset]
     """``train``, and ``val`` where there are evaluations."""
     num_parameters: int
     num_trained: int
+    vllm: VllmEngine | None = None
+    """Samples what is trained on where ``rollout.engine`` is vllm."""
+
+    @property
+    def sampler(self) -> RolloutEngine | VllmEngine:
+        """Samples what is trained on."""
+        return self.engine if self.vllm is None else self.vllm
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """:attr:`sampler` has the policy's weights for the time of the block; all ranks enter it together."""
+        return nullcontext() if self.vllm is None else self.vllm.fresh()
 
 
 def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
@@ -112,6 +130,42 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
             return TrainedPolicy(config.optimizer, accelerator, policy)
 
 
+def check_vllm(config: Config) -> None:
+    """See whether vLLM is there where ``rollout.engine`` asks for it, before anything is loaded.
+
+    Raises:
+        ValueError: it is not installed, or no server answers.
+    """
+    if config.rollout.engine != "vllm":
+        return
+    if config.vllm.mode == "server":
+        check_answers(config.vllm)
+    elif importlib.util.find_spec("vllm") is None:
+        raise ValueError(not_installed("no module named vllm"))
+
+
+def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> VllmEngine | None:
+    """vLLM where ``rollout.engine`` asks for it; all ranks call this together, before :func:`wrap`.
+
+    Raises:
+        ValueError: it is not installed, does not start, or its server cannot be used.
+    """
+    if config.rollout.engine != "vllm":
+        return None
+    source: Source
+    if config.vllm.mode == "server":
+        source = Server(
+            policy,
+            config.vllm,
+            is_main=accelerator.is_main_process,
+            wait_for_everyone=accelerator.wait_for_everyone,
+        )
+    else:
+        rank, num_ranks = accelerator.process_index, accelerator.num_processes
+        source = Colocated(policy, config.vllm, rank=rank, num_ranks=num_ranks)
+    return VllmEngine(policy, source)
+
+
 def make_reference(config: Config, policy: Policy) -> Reference | None:
     """The policy as it is now, for the divergence; None where nothing weighs it. Call it before :func:`wrap`.
 
@@ -144,7 +198,8 @@ def set_up(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own
     torch.manual_seed(config.train.seed)  # a new adapter begins with random weights
     policy = load_policy(config.model)
-    engine = RolloutEngine(policy, config.prompt.template, engine=config.rollout.engine)
+    decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
+    engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
     return Setup(
         policy,

@@ -16,6 +16,7 @@ from medvqa_rl.learning.errors import NonFiniteError
 from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
 from medvqa_rl.learning.losses import aggregate, dpo_loss, token_loss
 from medvqa_rl.learning.micro_batches import split
+from medvqa_rl.learning.mismatch import Mismatch, importance_weights, sampled_logps
 from medvqa_rl.learning.optimizer import Optimizer, lr_at
 from medvqa_rl.learning.self_check import SelfCheckError, check_first_group
 from medvqa_rl.learning.trained import TrainedPolicy
@@ -39,6 +40,8 @@ class MicroBatch:
     """(B, Tc) bool, True at tokens that count in the loss."""
     ref_logps: Tensor | None
     """(B, Tc) under the reference; None where beta is 0 or nothing counts."""
+    sampled_logps: Tensor | None = None
+    """(B, Tc) where another engine sampled, to correct for it; NaN where unknown, None where nothing is corrected."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,9 @@ class Learner:
         self.trained = trained
         self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
         self._is_checked = not config.train.self_check or self.layout == "separate"
+        # Preferences (dpo) are learned from whoever wrote what is compared.
+        is_sampled_elsewhere = config.rollout.engine == "vllm" and config.loss.type != "dpo"
+        self._corrects = is_sampled_elsewhere and config.vllm.importance_sampling_correction
 
     def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
         """Train on this rank's groups: ``num_iterations`` rounds, each with one optimizer step on all of them.
@@ -114,7 +120,8 @@ class Learner:
         Returns:
             ``loss``, ``kl`` (where there is a reference), ``entropy``, ``clip_ratio/...``, ``grad_norm``,
             ``frac_groups_skipped`` and ``learning_rate`` over all ranks, means over the rounds (entropy: of the first,
-            which is the policy that sampled, over the groups that were not skipped).
+            which is the policy that sampled, over the groups that were not skipped). ``sampling/...`` where another
+            engine sampled: of the first round, too.
 
         Raises:
             UnusableSampleError: a group is larger than ``train.max_tokens_per_micro_batch``.
@@ -141,7 +148,8 @@ class Learner:
             # In the first round the policy is the one that sampled: its log-probabilities are the old ones of all.
             old_logps = logps if old_logps is None else old_logps
         means = {name: sum(metrics[name] for metrics in rounds) / len(rounds) for name in rounds[0]}
-        return means | {"entropy": rounds[0]["entropy"], "learning_rate": learning_rate}
+        first = {name: value for name, value in rounds[0].items() if name == "entropy" or "sampling/" in name}
+        return means | first | {"learning_rate": learning_rate}
 
     def prepare(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor) -> Experience:
         """Lay the groups out in micro-batches, run the reference over them and count the denominators."""
@@ -173,6 +181,7 @@ class Learner:
                         advantages=advantages[indices].reshape(-1).float().to(batch.mask.device),
                         mask=batch.mask & counts[indices].reshape(-1, 1).to(batch.mask.device),
                         ref_logps=self._reference_logps(reference, batch),
+                        sampled_logps=sampled_logps(own, batch.mask) if self._corrects else None,
                     )
                 )
         micro_batches += self._idle(micro_batches)
@@ -255,21 +264,24 @@ class Learner:
         loss_config, num_ranks = self.config.loss, self.accelerator.num_processes
         is_first_round = old_logps is None
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.policy.device)
-        all_logps = []
+        mismatch, all_logps = Mismatch(self.policy.device), []
         for index, micro in enumerate(experience.micro_batches):
             with self.trained.micro_batch(is_last=index == len(experience.micro_batches) - 1):
                 stats = self.trained.forward(
                     micro.batch, temperature=self.config.rollout.temperature, with_entropy=is_first_round
                 )
                 logps = stats.logps.detach()
+                before = logps if old_logps is None else old_logps[index]
+                weights = self._weights(before, micro, mismatch)
                 tokens = token_loss(
                     stats.logps,
-                    logps if old_logps is None else old_logps[index],
+                    before,
                     micro.advantages,
                     micro.ref_logps,
                     beta=0.0 if micro.ref_logps is None else loss_config.beta,  # idle ones have no reference
                     epsilon=loss_config.epsilon,
                     epsilon_high=loss_config.epsilon_high,
+                    weights=weights,
                 )
                 if loss_config.type == "dpo":
                     loss = dpo_loss(
@@ -309,9 +321,24 @@ class Learner:
             del metrics["kl"]  # nothing to diverge from; 0 would read as a measurement
         return {
             **metrics,
+            **(mismatch.metrics(self.accelerator) if self._corrects else {}),
             "grad_norm": grad_norm,
             "frac_groups_skipped": experience.num_skipped / experience.num_groups,
         }, all_logps
+
+    def _weights(self, logps: Tensor, micro: MicroBatch, mismatch: Mismatch) -> Tensor | None:
+        """(B, Tc) importance weights; None where the policy's own engine sampled.
+
+        Args:
+            logps: (B, Tc) under the policy that sampled, as training computes it.
+            mismatch: takes note.
+        """
+        if micro.sampled_logps is None:
+            return None
+        clip_max = self.config.vllm.importance_sampling_clip_max
+        weights = importance_weights(logps, micro.sampled_logps, clip_max=clip_max)
+        mismatch.add(logps, micro.sampled_logps, weights, micro.mask)
+        return weights
 
     def _non_finite(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from medvqa_rl.config import EngineName, RolloutConfig
+from medvqa_rl.config import RolloutConfig
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.prompts import Template
@@ -73,7 +73,7 @@ class RolloutEngine:
         policy: Policy,
         template: Template = "think_answer",
         *,
-        engine: EngineName = "eager",
+        engine: Literal["eager", "graph"] = "eager",
     ) -> None:
         """
         Args:
@@ -170,7 +170,7 @@ class RolloutEngine:
             Picker(Sampling(config.temperature, config.top_k, config.top_p), self._suppressed, self._stop),
             uniforms,
         )
-        with torch.no_grad(), _evaluating(self._policy.model):
+        with torch.no_grad(), evaluating(self._policy.model):
             return [group for groups in self._complete(requests, work) for group in groups]
 
     def greedy(
@@ -195,7 +195,7 @@ class RolloutEngine:
         finished = self._complete(requests, work)
         while True:
             # The caller of a generator is not to find itself without gradients.
-            with torch.no_grad(), _evaluating(self._policy.model):
+            with torch.no_grad(), evaluating(self._policy.model):
                 groups = next(finished, None)
             if groups is None:
                 return
@@ -334,7 +334,7 @@ def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of the block."""
     is_training = model.training
     model.eval()

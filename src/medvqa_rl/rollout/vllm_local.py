@@ -1,0 +1,164 @@
+"""vLLM in this process, on the GPU that trains (``vllm.mode: colocate``). Not yet run on a GPU; see rollout/vllm.py.
+
+Each rank has an engine of its own, which never talks to another rank's. Images go to it as the features that the
+policy's own tower has made of them, so they are encoded once, and vLLM's tower is never used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from medvqa_rl.config import VllmConfig
+from medvqa_rl.models.loading import Policy, resolve_folder
+from medvqa_rl.models.qwen_vl import causal_model
+from medvqa_rl.rollout.vllm import (
+    Answer,
+    Request,
+    Sampled,
+    VllmError,
+    adapter_rank,
+    collapsed,
+    known,
+    room_for,
+    write_adapter,
+)
+
+ADAPTER = "policy"
+"""What the adapter that is trained is called."""
+
+
+class Colocated:
+    """An ``LLM`` of this process."""
+
+    takes_features = True
+
+    def __init__(self, policy: Policy, config: VllmConfig, *, rank: int, num_ranks: int) -> None:
+        """
+        Args:
+            policy: whose folder vLLM loads; its weights replace those at the first :meth:`load`.
+            rank: of this process; all ranks start together.
+
+        Raises:
+            ValueError: vLLM is not installed, or does not start with these settings.
+        """
+        # In this process, or weights could not be handed over; and it would send usage statistics.
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+        try:
+            from vllm import LLM, SamplingParams, TokensPrompt
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise ValueError(not_installed(error)) from error
+        self._sampling_params, self._tokens_prompt, self._lora_request = SamplingParams, TokensPrompt, LoRARequest
+        self._processor = policy.processor
+        self._lora_rank = adapter_rank(policy)
+        self._sleeps = config.sleep
+        self._is_asleep = False
+        self._folder = TemporaryDirectory(prefix="medvqa-rl-", dir=config.weights_dir)
+        arguments = engine_arguments(policy, config, rank=rank, num_ranks=num_ranks)
+        try:
+            self._llm = LLM(**arguments)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"vLLM does not start with these settings ({error}): it needs an NVIDIA GPU with room for "
+                f"vllm.gpu_memory_utilization={config.gpu_memory_utilization:g} of its memory; change that or "
+                "vllm.max_model_length, or set rollout.engine=eager."
+            ) from error
+
+    def load(self, policy: Policy) -> None:
+        if self._is_asleep:
+            self._llm.wake_up(tags=["weights"])
+        if self._lora_rank is None:
+            weights = ((name, weight.detach()) for name, weight in causal_model(policy.model).named_parameters())
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        else:
+            write_adapter(policy, Path(self._folder.name))
+            self._llm.llm_engine.add_lora(self._adapter(load_inplace=True))
+        if self._is_asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise VllmError("vLLM could not empty its prefix cache, which was computed with other weights.")
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        outputs = self._llm.generate(
+            [self._prompt(request) for request in requests],
+            [self._sampling_params(**request.params) for request in requests],
+            use_tqdm=False,
+            lora_request=None if self._lora_rank is None else self._adapter(),
+        )
+        return [Answer(output.prompt_token_ids, list(map(_sampled, _in_order(output.outputs)))) for output in outputs]
+
+    def rest(self) -> None:
+        if self._sleeps:
+            # Adapters need the weights below them again; others are replaced by the next load.
+            self._llm.sleep(level=2 if self._lora_rank is None else 1)
+            self._is_asleep = True
+
+    def _adapter(self, *, load_inplace: bool = False) -> Any:
+        """The adapter as a request names it."""
+        return self._lora_request(ADAPTER, 1, self._folder.name, load_inplace=load_inplace)
+
+    def _prompt(self, request: Request) -> Any:
+        """Tokens with one placeholder per image, and the features of all images."""
+        prompt, merge_size = request.prompt, self._processor.image_processor.merge_size
+        ids = collapsed(prompt, self._processor.image_token_id, merge_size)
+        if request.features is None:
+            return self._tokens_prompt(prompt_token_ids=ids)
+        images = {"image_embeds": request.features.cpu(), "image_grid_thw": torch.from_numpy(prompt.image_grid_thw)}
+        return self._tokens_prompt(prompt_token_ids=ids, multi_modal_data={"image": images})
+
+
+def not_installed(reason: object) -> str:
+    """What to say where vLLM cannot be imported."""
+    return (
+        f"rollout.engine is vllm, but vLLM cannot be imported ({reason}): install it with `pip install "
+        "'medvqa-rl[vllm]'`, set vllm.mode=server with a server that runs elsewhere, or rollout.engine=eager."
+    )
+
+
+def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks: int) -> dict[str, Any]:
+    """What ``vllm.LLM`` is made with."""
+    size = policy.processor.image_processor.size
+    arguments: dict[str, Any] = {
+        "model": str(resolve_folder(policy.config.path, policy.config.revision)),
+        "dtype": str(causal_model(policy.model).lm_head.weight.dtype).removeprefix("torch."),
+        "seed": rank,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enable_sleep_mode": config.sleep,
+        "generation_config": "vllm",  # or the model's own would change how tokens are sampled
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
+        "enable_prefix_caching": True,  # completions of a prompt share it, and images are known by their content
+        "enable_mm_embeds": True,
+        "mm_processor_cache_gb": 0,  # features need no processor
+        "mm_processor_kwargs": {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+        "limit_mm_per_prompt": {"video": 0},
+    }
+    if config.max_model_length is not None:
+        arguments["max_model_len"] = config.max_model_length
+    if num_ranks > 1:
+        arguments["distributed_executor_backend"] = "external_launcher"  # the processes that train are its workers
+    lora_rank = adapter_rank(policy)
+    if lora_rank is not None:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for(lora_rank)}
+    return arguments
+
+
+def _in_order(outputs: Sequence[Any]) -> list[Any]:
+    """Completions of a prompt by their number."""
+    return sorted(outputs, key=lambda output: output.index)
+
+
+def _sampled(output: Any) -> Sampled:
+    """A ``vllm.CompletionOutput``."""
+    ids = tuple(output.token_ids)
+    found = (position.get(id) for position, id in zip(output.logprobs, ids, strict=True))
+    logps = tuple(known(None if logprob is None else logprob.logprob) for logprob in found)
+    return Sampled(ids, logps, output.finish_reason)

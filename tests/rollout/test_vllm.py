@@ -1,0 +1,432 @@
+"""Rollouts on vLLM, over a stand-in that takes what the release takes and computes with the stock model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from medvqa_rl.config import LoraConfig, RolloutConfig, VllmConfig
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.qwen_vl import causal_model
+from medvqa_rl.rollout import vllm as ours
+from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, room_for, write_adapter
+from medvqa_rl.rollout.vllm_local import Colocated, engine_arguments
+from medvqa_rl.rollout.vllm_server import Server, check_answers
+from medvqa_rl.types import EncodedPrompt, Group, Sample
+
+MakePolicy = Callable[..., Policy]
+GREEDY = RolloutConfig(num_generations=2, max_completion_length=8, top_k=1, max_batch=3)
+SAMPLED = RolloutConfig(num_generations=3, max_completion_length=8, temperature=0.8)
+
+
+@pytest.fixture
+def make(
+    fake_vllm: Any, serve_vllm: Callable[..., Any], tiny_policy: MakePolicy, tiny_folder: Callable[[str], Path]
+) -> Callable[..., SimpleNamespace]:
+    """A policy with vLLM beside it: ``make("server", lora=LoraConfig(rank=2)).engine``."""
+
+    def make_one(mode: str, arch: str = "qwen2_vl", *, sleep: bool = False, **settings: Any) -> SimpleNamespace:
+        policy = tiny_policy(arch, **settings)
+        if mode == "colocate":
+            source: Any = Colocated(policy, VllmConfig(sleep=sleep), rank=0, num_ranks=1)
+            return SimpleNamespace(
+                policy=policy, engine=VllmEngine(policy, source), llm=fake_vllm.LLM.made[-1], waits=[]
+            )
+        server = serve_vllm(tiny_folder(arch))
+        waits: list[int] = []
+        config = VllmConfig(mode="server", server_url=server.url, timeout=20)
+        source = Server(policy, config, is_main=True, wait_for_everyone=lambda: waits.append(1))
+        return SimpleNamespace(policy=policy, engine=VllmEngine(policy, source), server=server, waits=waits)
+
+    return make_one
+
+
+def roll_out(
+    engine: Any, policy: Policy, samples: Sequence[Sample], config: RolloutConfig, step: int = 0
+) -> list[Group]:
+    prompts = [policy.processor.encode(sample) for sample in samples]
+    return engine.rollout(
+        samples, config, seed=3, stream="train", step=step, occurrences=[0] * len(samples), prompts=prompts
+    )
+
+
+def tokens(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def move(policy: Policy, seed: int = 5) -> None:
+    """Change what is trained so much that other tokens become likely."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+KINDS: list[dict[str, Any]] = [{}, {"lora": LoraConfig(rank=2)}]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+def test_the_likeliest_tokens_are_those_of_the_plain_engine(make, mixed_samples, mode, arch):
+    """One image, two of different sizes, none: the same tokens, prompts and features."""
+    own = make(mode, arch)
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    expected = roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY)
+    assert tokens(groups) == tokens(expected)
+    for group, other in zip(groups, expected, strict=True):
+        assert group.sample is other.sample
+        assert group.prompt.text == other.prompt.text
+        for one, two in zip(group.completions, other.completions, strict=True):
+            assert (one.text, one.is_truncated) == (two.text, two.is_truncated)
+            assert one.logps is not None and len(one.logps) == len(one.token_ids)
+        assert (group.image_features is None) == (not group.sample.images)
+        if group.image_features is not None:
+            torch.testing.assert_close(group.image_features, other.image_features)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
+def test_weights_reach_vllm_when_a_rollout_begins_and_at_no_other_time(make, mixed_samples, mode, kind):
+    own = make(mode, **kind)
+    plain = RolloutEngine(own.policy)
+    before = tokens(roll_out(plain, own.policy, mixed_samples, GREEDY))
+    with own.engine.fresh():
+        assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) == before
+        move(own.policy)
+        after = tokens(roll_out(plain, own.policy, mixed_samples, GREEDY))
+        assert after != before
+        assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) == before
+    with own.engine.fresh():
+        assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) == after
+    assert len(own.waits) == (2 if mode == "server" else 0)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
+def test_a_prefix_that_is_not_forgotten_shows(make, mixed_samples, monkeypatch, mode, kind):
+    """The stand-in keeps prefixes: without the reset a prompt is continued from keys of other weights."""
+    own = make(mode, **kind)
+    with own.engine.fresh():
+        roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    move(own.policy)
+    expected = tokens(roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY))
+    engine = own.llm.engine if mode == "colocate" else own.server.engine
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: True)
+    with own.engine.fresh():
+        assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) != expected
+    monkeypatch.undo()
+
+
+def test_image_features_that_are_not_forgotten_show(make, mixed_samples, monkeypatch):
+    """A server encodes images itself, so with a trained tower its features grow old."""
+    own = make("server", train_vision=True, train_projector=True)
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    assert all(group.image_features is None for group in groups)  # they are not to be trained on
+    move(own.policy)
+    expected = tokens(roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY))
+    with monkeypatch.context() as patch:
+        patch.setattr(own.server.engine, "reset_encoder_cache", lambda: None)
+        with own.engine.fresh():
+            assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) != expected
+    with own.engine.fresh():
+        assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_all_three_caches_are_emptied_after_the_weights_have_come(make, mode):
+    own = make(mode)
+    engine = own.llm.engine if mode == "colocate" else own.server.engine
+    engine.prefixes["old"] = engine.features["old"] = engine.patches["old"] = None
+    with own.engine.fresh():
+        assert not engine.prefixes and not engine.features and not engine.patches
+    if mode == "server":
+        paths = [path for path, _ in own.server.asked]
+        assert paths[-4:] == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"]
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_prefix_cache_that_cannot_be_emptied_ends_the_run(make, monkeypatch, mode):
+    own = make(mode)
+    engine = own.llm.engine if mode == "colocate" else own.server.engine
+    monkeypatch.setattr(engine, "reset_prefix_cache", lambda: False)
+    with pytest.raises(VllmError, match="could not empty its prefix cache, which was"), own.engine.fresh():
+        pass
+
+
+def test_a_trained_tower_gives_vllm_its_own_features(make, mixed_samples):
+    """In this process images arrive as features: with an adapter and a trained projector, too."""
+    own = make("colocate", lora=LoraConfig(rank=2), train_projector=True)
+    move(own.policy)
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    assert tokens(groups) == tokens(roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY))
+    assert own.llm.engine.encoded == 0
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(make, mixed_samples, model_inputs, mode):
+    own = make(mode)
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, SAMPLED)
+    model, processor = own.policy.model, own.policy.processor
+    never = [*processor.suppressed_ids, *range(len(processor.tokenizer), model.lm_head.out_features)]
+    for group in groups:
+        for completion in group.completions:
+            ids = completion.token_ids
+            with torch.no_grad():
+                logits = model(**model_inputs(model, group.prompt, ids)).logits[
+                    0, len(group.prompt.input_ids) - 1 : -1
+                ]
+            logits[:, never] = -torch.inf
+            expected = (logits / SAMPLED.temperature).log_softmax(-1)[range(len(ids)), list(ids)]
+            np.testing.assert_allclose(completion.logps, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_special_tokens_never_come_out(make, mixed_samples, monkeypatch, mode):
+    config = RolloutConfig(num_generations=16, max_completion_length=8, temperature=2.0)
+    own = make(mode)
+    processor, words = own.policy.processor, causal_model(own.policy.model).lm_head.out_features
+    never = {*processor.suppressed_ids, *range(len(processor.tokenizer), words)}
+    assert words > len(processor.tokenizer) and processor.image_token_id in never
+
+    def sampled() -> set[int]:
+        with own.engine.fresh():
+            groups = roll_out(own.engine, own.policy, mixed_samples, config)
+        return {id for group in tokens(groups) for ids in group for id in ids}
+
+    assert not sampled() & never
+    own.engine._logit_bias = dict.fromkeys(never, 0.0)  # what happens without
+    assert len(sampled() & never) > 3
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_completions_of_a_prompt_differ_and_come_again_alike(make, mixed_samples, mode):
+    own = make(mode)
+    config = SAMPLED.model_copy(update={"temperature": 2.0})
+    with own.engine.fresh():
+        first = tokens(roll_out(own.engine, own.policy, mixed_samples, config))
+        alone = tokens(roll_out(own.engine, own.policy, mixed_samples[1:2], config))
+        again = tokens(roll_out(own.engine, own.policy, mixed_samples, config))
+        other = tokens(roll_out(own.engine, own.policy, mixed_samples, config, step=1))
+    assert first == again and alone == first[1:2] and first != other
+    assert all(len(set(group)) > 1 for group in first)
+
+
+def test_images_are_encoded_once_and_prompts_read_once(make, mixed_samples):
+    own = make("server")
+    with own.engine.fresh():
+        roll_out(own.engine, own.policy, mixed_samples, SAMPLED)
+    assert own.server.engine.encoded == 4  # one, two, none, one
+    assert own.server.engine.prefilled == 4
+
+
+def test_a_completion_ends_at_the_policys_own_stop_tokens(make, make_sample):
+    """And is cut off at the limit, which is not an end."""
+    own = make("colocate")
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, [make_sample(str(n)) for n in range(6)], SAMPLED)
+    ended = [completion for group in groups for completion in group.completions]
+    stop = set(own.policy.processor.stop_ids)
+    assert all((completion.token_ids[-1] in stop) != completion.is_truncated for completion in ended)
+    assert all(not stop & set(completion.token_ids[:-1]) for completion in ended)
+    params = own.llm.requests[0][1]
+    assert params.ignore_eos and set(params.stop_token_ids) == stop
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
+def test_memory_is_given_back_between_rollouts(make, mixed_samples, kind):
+    own = make("colocate", sleep=True, **kind)
+    for _ in range(2):
+        with own.engine.fresh():
+            groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+        assert own.llm.asleep == {"weights", "kv_cache"}
+        assert tokens(groups) == tokens(roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY))
+        move(own.policy)
+    assert own.llm.slept == ([1, 1] if kind else [2, 2])  # the weights below an adapter are needed again
+
+
+def test_the_adapter_is_one_that_peft_loads(tiny_policy, tiny_folder, tmp_path):
+    """Without the modules that are trained whole, which vLLM refuses."""
+    policy = tiny_policy(lora=LoraConfig(rank=2), train_projector=True)
+    move(policy)
+    write_adapter(policy, tmp_path)
+    base = AutoModelForImageTextToText.from_pretrained(tiny_folder("qwen2_vl"), dtype=torch.float32)
+    loaded = dict(PeftModel.from_pretrained(base, tmp_path).named_parameters())
+    adapters = {name: weight for name, weight in policy.model.named_parameters() if ".lora_" in name}
+    assert adapters and {name for name in loaded if ".lora_" in name} == set(adapters)
+    for name, weight in adapters.items():
+        torch.testing.assert_close(loaded[name], weight)
+    assert policy.model.peft_config["default"].modules_to_save == ["visual.merger"]  # the policy's own are untouched
+
+
+def test_nothing_but_the_library_is_told_to_start(fake_vllm, tiny_policy, monkeypatch):
+    """The model in this process, no statistics sent, no other settings than these."""
+    policy = tiny_policy(lora=LoraConfig(rank=9))
+    Colocated(policy, VllmConfig(gpu_memory_utilization=0.4, max_model_length=700), rank=0, num_ranks=1)
+    import os
+
+    assert (os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], os.environ["VLLM_NO_USAGE_STATS"]) == ("0", "1")
+    given = fake_vllm.LLM.made[-1].given
+    assert (given["dtype"], given["max_lora_rank"], given["max_model_len"]) == ("float32", 16, 700)
+    assert given["logprobs_mode"] == "processed_logprobs" and given["generation_config"] == "vllm"
+    assert given["gpu_memory_utilization"] == 0.4 and "distributed_executor_backend" not in given
+    ranks = engine_arguments(policy, VllmConfig(), rank=1, num_ranks=2)
+    assert (ranks["distributed_executor_backend"], ranks["seed"]) == ("external_launcher", 1)
+    assert "max_model_len" not in ranks
+
+
+def test_the_stand_in_takes_what_the_release_takes(fake_vllm):
+    """A call that the release would refuse is refused; where vLLM is installed, its signatures are compared."""
+    with pytest.raises(TypeError):
+        fake_vllm.LLM("folder", mm_processor_kwargs={}, max_model_length=5)
+    with pytest.raises(TypeError):
+        fake_vllm.SamplingParams(max_new_tokens=5)
+    with pytest.raises(TypeError):
+        fake_vllm.bind("LLM.generate", [], None, None)
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.path.pop(0)
+    from vllm import LLM, SamplingParams
+
+    for name, function in fake_vllm.RELEASED["functions"].items():
+        if name.startswith("LLM."):
+            found = inspect.signature(getattr(LLM, name.removeprefix("LLM."))).parameters
+            assert [row[0] for row in function["parameters"]] == list(found)[1:]
+    assert set(fake_vllm.RELEASED["fields"]["SamplingParams"]["names"]) <= set(SamplingParams.__struct_fields__)
+
+
+def test_prompts_are_collapsed_to_one_placeholder_an_image(tiny_policy, mixed_samples):
+    """Neighbouring images, too, which no chat template makes but the counts tell apart."""
+    processor = tiny_policy().processor
+    pad = processor.image_token_id
+    for sample in mixed_samples:
+        prompt = processor.encode(sample)
+        plain = processor.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        assert collapsed(prompt, pad, processor.image_processor.merge_size) == plain
+    grid = np.array([[1, 4, 4], [1, 2, 4]])  # 4 and 2 tokens
+    ids = np.array([7, *[pad] * 6, 8])
+    assert collapsed(EncodedPrompt(ids, None, grid, ""), pad, 2) == [7, pad, pad, 8]
+
+
+def test_unknown_log_probabilities():
+    assert known(-0.25) == -0.25
+    assert all(np.isnan(known(value)) for value in (None, float("nan"), float("-inf"), -9999.0))
+
+
+def test_a_server_that_resizes_images_otherwise_is_found_out(
+    serve_vllm, tiny_policy, tiny_folder, make_image, make_sample
+):
+    server = serve_vllm(tiny_folder("qwen2_vl"), max_pixels=56 * 56)
+    policy = tiny_policy()
+    source = Server(policy, _at(server.url), is_main=True, wait_for_everyone=lambda: None)
+    sample = make_sample("wide", images=(make_image(112, 112),))
+    with pytest.raises(VllmError, match=r"read the prompt of sample 'wide' as \d+ tokens and training as \d+.*resize"):
+        roll_out(VllmEngine(policy, source), policy, [sample], GREEDY)
+
+
+def _at(url: str) -> VllmConfig:
+    return VllmConfig(mode="server", server_url=url, timeout=20)
+
+
+def test_a_server_that_does_not_fit_is_refused(serve_vllm, tiny_policy, tiny_folder):
+    server = serve_vllm(tiny_folder("qwen2_vl"))
+    plain, adapted = tiny_policy(), tiny_policy(lora=LoraConfig(rank=20))
+
+    def refused(policy: Policy) -> str:
+        with pytest.raises(ValueError) as caught:
+            Server(policy, _at(server.url), is_main=True, wait_for_everyone=lambda: None)
+        return str(caught.value)
+
+    assert "takes adapters of rank 16 at most, but one of rank 20 is trained" in refused(adapted)
+    assert "--enable-lora --max-lora-rank 32" in refused(adapted)
+    server.max_lora_rank = None
+    assert "takes no adapters" in refused(adapted)
+    server.served = "/models/other"
+    assert "serves /models/other, but model.path is" in refused(plain)
+    server.served, server.logprobs_mode = str(tiny_folder("qwen2_vl")), "raw_logprobs"
+    assert "reports raw_logprobs, which are not of the distribution" in refused(plain)
+    server.answers["/server_info"] = (404, {"detail": "Not Found"})
+    message = refused(plain)
+    assert "no vLLM server in development mode answers there" in message and "VLLM_SERVER_DEV_MODE=1" in message
+    assert "visual.merger are trained beside the adapter" in refused(
+        tiny_policy(lora=LoraConfig(rank=2), train_projector=True)
+    )
+
+
+def test_a_server_that_is_not_there(serve_vllm, tiny_folder):
+    with pytest.raises(ValueError, match=r"no vLLM server can be used there: .* does not answer /health: .*refused"):
+        check_answers(_at("http://127.0.0.1:9"))
+    server = serve_vllm(tiny_folder("qwen2_vl"))
+    check_answers(_at(server.url))
+    server.answers["/health"] = (302, "http://192.0.2.1/health")  # nobody named that host
+    with pytest.raises(ValueError, match="HTTP 302"):
+        check_answers(_at(server.url))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((500, {"error": "out of memory"}), "answers /inference/v1/generate with HTTP 500.*out of memory"),
+        ((200, {"choices": []}), "answers in an unknown form"),
+        ((200, {"prompt_token_ids": [1], "choices": []}), "read the prompt of sample 'one' as 1 tokens"),
+    ],
+)
+def test_a_server_that_fails_later(make, mixed_samples, answer, message):
+    own = make("server")
+    own.server.answers["/inference/v1/generate"] = answer
+    with own.engine.fresh(), pytest.raises(VllmError, match=message):
+        roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+
+
+def test_completions_that_vllm_ends_itself(make, mixed_samples, monkeypatch):
+    own = make("colocate")
+    complete = own.llm.engine.complete
+
+    def aborted(*args: Any) -> Any:
+        ids, outputs = complete(*args)
+        outputs[0].finish_reason = "abort"
+        return ids, outputs
+
+    monkeypatch.setattr(own.llm.engine, "complete", aborted)
+    with own.engine.fresh(), pytest.raises(VllmError, match=r"before its end \(reason: abort\)"):
+        roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+    monkeypatch.setattr(own.llm.engine, "complete", lambda *args: (lambda ids, out: (ids, out[1:]))(*complete(*args)))
+    with own.engine.fresh(), pytest.raises(VllmError, match="gave 1 completions for sample 'one' where 2"):
+        roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+
+
+def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Failed to infer device type")
+
+    monkeypatch.setattr(fake_vllm.LLM, "__init__", fail)
+    with pytest.raises(ValueError, match=r"vLLM does not start with these settings \(Failed to infer device type\)"):
+        Colocated(tiny_policy(), VllmConfig(), rank=0, num_ranks=1)
+    with pytest.raises(ValueError, match="rank 600, but vLLM takes at most 512"):
+        room_for(600)
+    assert [room_for(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+
+
+def test_its_modules_say_that_they_have_not_run_on_a_gpu():
+    for name in ("vllm", "vllm_local", "vllm_server"):
+        assert "ot yet run" in (Path(ours.__file__).parent / f"{name}.py").read_text().split('"""')[1]
