@@ -375,6 +375,14 @@ def test_accuracies_are_drawn_with_every_seed(collected: Collected, drawn: list[
     assert [100 * arms["sft"].accuracy.low, 100 * arms["sft"].accuracy.high] in segments
 
 
+def test_many_tests_are_drawn_in_several_rows(collected: Collected, drawn: list[Figure], tmp_path: Path) -> None:
+    tests = {f"test{number}": collected.tests["home"] for number in range(5)}
+    figures.plot_accuracy(replace(collected, tests=tests), tmp_path / "x.png")
+    assert [axes.get_title(loc="left").split(",")[0] for axes in drawn[0].axes] == list(tests)
+    places = [(axes.get_subplotspec().rowspan.start, axes.get_subplotspec().colspan.start) for axes in drawn[0].axes]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
 def test_curves_are_those_of_the_log(collected: Collected, drawn: list[Figure], tmp_path: Path) -> None:
     figures.plot_curves(collected, tmp_path / "x.png")
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes[:4]]

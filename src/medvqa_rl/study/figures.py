@@ -21,6 +21,8 @@ from medvqa_rl.study.collect import ArmResult, Collected
 
 ROW = 0.36
 """Inches of height of an arm in a list of arms."""
+ACROSS = 4
+"""Tests side by side."""
 _SEED: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 _DASHED: Any = (0, (3, 3))
 _MARKERS = "osD^v"
@@ -52,8 +54,13 @@ def plot_accuracy(collected: Collected, path: Path, theme: Theme = "light") -> P
     recipe, tests = collected.recipe, collected.tests
     with styled(theme) as palette:
         rows = max(map(len, tests.values()))
-        figure = Figure(figsize=(2.0 + 4.2 * len(tests), 1.15 + ROW * rows), layout="constrained")
-        places = figure.subplots(1, len(tests), squeeze=False, sharey=True)[0]
+        lines = math.ceil(len(tests) / ACROSS)
+        columns = math.ceil(len(tests) / lines)
+        size = (2.0 + 4.2 * columns, 0.6 + lines * (0.55 + ROW * rows))
+        figure = Figure(figsize=size, layout="constrained")
+        places = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+        for axes in places[len(tests) :]:
+            axes.remove()
         for axes, (name, arms) in zip(places, tests.items()):
             _accuracy_panel(axes, f"{name}, {arms[0].num_questions} questions", arms, recipe.baseline, palette)
         handles = [
