@@ -211,6 +211,9 @@ def test_shipped_recipes_are_sound_and_fit_their_budget(quick: bool, limit: floa
     assert len(recipe.cells) == 1 + (len(recipe.arms) - 1) * (1 if quick else 3)
     assert sum(forecast(recipe).values()) / 60 <= limit
     read_recipe(find_recipe("reward_ablation_phantom"), tmp_path, quick=quick)
+    staged = read_recipe(find_recipe("rarl_phantom"), tmp_path, quick=quick)
+    assert {cell.start.label for cell in staged.cells if cell.start} == {"warm_up"} and len(staged.contrasts) == 4
+    assert sum(forecast(staged).values()) / 60 <= min(limit, 60)
     overrides = ["tests.vqa_rad=null", "tests.slake=null", f"data.path={tmp_path}"]
     with pytest.raises(
         ValueError, match="There is no folder 'images'"
