@@ -24,6 +24,7 @@ FUNCTIONS = {
     "LLMEngine.add_lora": "vllm/v1/engine/llm_engine.py",
     "LLMEngine.reset_encoder_cache": "vllm/v1/engine/llm_engine.py",
     "GPUModelRunner.reload_weights": "vllm/v1/worker/gpu/model_runner.py",
+    "RequestOutput.__init__": "vllm/outputs.py",
 }
 """Where each function that is called stands."""
 FIELDS = {
@@ -34,6 +35,9 @@ FIELDS = {
     "LoRARequest": "vllm/lora/request.py",
     "CompletionOutput": "vllm/outputs.py",
     "Logprob": "vllm/logprobs.py",
+    "VllmConfig": "vllm/config/vllm.py",
+    "ModelConfig": "vllm/config/model.py",
+    "LoRAConfig": "vllm/config/lora.py",
     "LoadLoRAAdapterRequest": "vllm/entrypoints/serve/lora/protocol.py",
     "GenerateRequest": "vllm/entrypoints/scale_out/token_in_token_out/protocol.py",
     "GenerateResponseBase": "vllm/entrypoints/scale_out/token_in_token_out/protocol.py",

@@ -38,9 +38,10 @@ class FakeServer:
             case "/health":
                 return 200, None
             case "/server_info":
-                lora = None if self.max_lora_rank is None else {"max_lora_rank": self.max_lora_rank}
-                model = {"model": self.served, "logprobs_mode": self.logprobs_mode}
-                return 200, {"vllm_config": {"model_config": model, "lora_config": lora}}
+                rank = self.max_lora_rank
+                lora = None if rank is None else vars(record("LoRAConfig", max_lora_rank=rank))
+                model = vars(record("ModelConfig", model=self.served, logprobs_mode=self.logprobs_mode))
+                return 200, {"vllm_config": vars(record("VllmConfig", model_config=model, lora_config=lora))}
             case "/collective_rpc":
                 assert body.keys() <= {"method", "args", "kwargs", "timeout"} and body["method"] == "reload_weights"
                 engine.reload_weights(**body["kwargs"])

@@ -408,11 +408,28 @@ def test_completions_that_vllm_ends_itself(make, mixed_samples, monkeypatch):
         return ids, outputs
 
     monkeypatch.setattr(own.llm.engine, "complete", aborted)
-    with own.engine.fresh(), pytest.raises(VllmError, match=r"before its end \(reason: abort\)"):
+    with own.engine.fresh(), pytest.raises(VllmError, match=r"before its end \(reason: abort, after \d+ tokens\)"):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
     monkeypatch.setattr(own.llm.engine, "complete", lambda *args: (lambda ids, out: (ids, out[1:]))(*complete(*args)))
     with own.engine.fresh(), pytest.raises(VllmError, match="gave 1 completions for sample 'one' where 2"):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+
+
+def test_what_vllm_refuses_is_told(make, mixed_samples, monkeypatch):
+    own = make("colocate")
+    own.llm.given["max_model_len"] = 20
+    with (
+        own.engine.fresh(),
+        pytest.raises(VllmError, match="could not complete the prompts of this step: The decoder"),
+    ):
+        roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(own.llm.engine, "reload_weights", fail)
+    with pytest.raises(VllmError, match="could not take over the weights: CUDA out of memory"), own.engine.fresh():
+        pass
 
 
 def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):

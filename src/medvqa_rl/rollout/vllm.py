@@ -198,11 +198,11 @@ class VllmEngine:
         )
 
     def _completion(self, sample: Sample, sampled: Sampled) -> Completion:
-        if sampled.finish_reason not in ("stop", "length"):
+        if sampled.finish_reason not in ("stop", "length") or not sampled.token_ids:
             raise VllmError(
-                f"vLLM ended a completion for sample {sample.id!r} before its end (reason: {sampled.finish_reason})."
+                f"vLLM ended a completion for sample {sample.id!r} before its end (reason: {sampled.finish_reason}, "
+                f"after {len(sampled.token_ids)} tokens)."
             )
-        assert len(sampled.token_ids) == len(sampled.logps) > 0
         text = self._policy.processor.decode(sampled.token_ids)
         return Completion(sampled.token_ids, text, sampled.finish_reason == "length", sampled.logps)
 

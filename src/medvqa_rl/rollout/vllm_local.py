@@ -7,7 +7,8 @@ policy's own tower has made of them, so they are encoded once, and vLLM's tower 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,29 +72,31 @@ class Colocated:
             ) from error
 
     def load(self, policy: Policy) -> None:
-        if self._is_asleep:
-            self._llm.wake_up(tags=["weights"])
-        if self._lora_rank is None:
-            weights = ((name, weight.detach()) for name, weight in causal_model(policy.model).named_parameters())
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        else:
-            write_adapter(policy, Path(self._folder.name))
-            self._llm.llm_engine.add_lora(self._adapter(load_inplace=True))
-        if self._is_asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._is_asleep = False
+        with _asked_to("take over the weights"):
+            if self._is_asleep:
+                self._llm.wake_up(tags=["weights"])
+            if self._lora_rank is None:
+                weights = ((name, weight.detach()) for name, weight in causal_model(policy.model).named_parameters())
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            else:
+                write_adapter(policy, Path(self._folder.name))
+                self._llm.llm_engine.add_lora(self._adapter(load_inplace=True))
+            if self._is_asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._is_asleep = False
         if not self._llm.reset_prefix_cache():
             raise VllmError("vLLM could not empty its prefix cache, which was computed with other weights.")
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        outputs = self._llm.generate(
-            [self._prompt(request) for request in requests],
-            [self._sampling_params(**request.params) for request in requests],
-            use_tqdm=False,
-            lora_request=None if self._lora_rank is None else self._adapter(),
-        )
+        with _asked_to("complete the prompts of this step"):
+            outputs = self._llm.generate(
+                [self._prompt(request) for request in requests],
+                [self._sampling_params(**request.params) for request in requests],
+                use_tqdm=False,
+                lora_request=None if self._lora_rank is None else self._adapter(),
+            )
         return [Answer(output.prompt_token_ids, list(map(_sampled, _in_order(output.outputs)))) for output in outputs]
 
     def rest(self) -> None:
@@ -114,6 +117,15 @@ class Colocated:
             return self._tokens_prompt(prompt_token_ids=ids)
         images = {"image_embeds": request.features.cpu(), "image_grid_thw": torch.from_numpy(prompt.image_grid_thw)}
         return self._tokens_prompt(prompt_token_ids=ids, multi_modal_data={"image": images})
+
+
+@contextmanager
+def _asked_to(do_what: str) -> Iterator[None]:
+    """Say what vLLM failed at."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        raise VllmError(f"vLLM could not {do_what}: {error}") from error
 
 
 def not_installed(reason: object) -> str:

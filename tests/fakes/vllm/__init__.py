@@ -333,7 +333,12 @@ class LLM:
         for prompt, params in zip(given["prompts"], given["sampling_params"], strict=True):
             images = self._images((prompt.get("multi_modal_data") or {}).get("image"))
             ids, completions = self.engine.complete(prompt["prompt_token_ids"], images, params, adapter)
-            outputs.append(SimpleNamespace(prompt_token_ids=ids, outputs=completions))
+            if len(ids) > self.given.get("max_model_len", len(ids)):
+                raise ValueError(f"The decoder prompt (length {len(ids)}) is longer than the maximum model length.")
+            rest = {"request_id": "0", "prompt": None, "prompt_logprobs": None, "finished": True}
+            outputs.append(
+                SimpleNamespace(**bind("RequestOutput.__init__", prompt_token_ids=ids, outputs=completions, **rest))
+            )
         return outputs
 
     def _images(self, data: Any) -> list[tuple[Tensor, Tensor]]:
