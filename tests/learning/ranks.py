@@ -135,14 +135,18 @@ def work(job: dict[str, Any]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def lose(step: int, phase: str, number: int) -> None:
-    """Send this process a signal when it gets to a phase of a step."""
+def lose(step: int, phase: str, how: int | str) -> None:
+    """Send this process a signal when it gets to a phase of a step, or let its main thread go no further."""
     at = Run.at
 
     def struck(run: Run, current: str) -> None:
         at(run, current)
-        if (run.state.step + 1, current) == (step, phase):
-            os.kill(os.getpid(), number)
+        if (run.state.step + 1, current) != (step, phase):
+            return
+        if isinstance(how, int):
+            os.kill(os.getpid(), how)
+        while True:  # the thread of its pulse goes on
+            time.sleep(0.01)
 
     Run.at = struck
 
@@ -154,6 +158,7 @@ def launch(job: dict[str, Any]) -> list[int]:
         port = probe.getsockname()[1]
     children = [_fork(job, rank, port) for rank in range(job["ranks"])]
     lost = children[job["lost"]["rank"]] if "lost" in job else None
+    print(f"== {job['name']} ==", file=sys.stderr, flush=True)
     codes: dict[int, int] = {}
     deadline = None
     while len(codes) < len(children):
@@ -161,7 +166,7 @@ def launch(job: dict[str, Any]) -> list[int]:
         if child:
             codes[child] = os.waitstatus_to_exitcode(status)
             if codes[child] and child != lost:
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 5
         elif deadline is not None and time.monotonic() > deadline:
             for other in set(children) - codes.keys():
                 os.kill(other, signal.SIGKILL)
@@ -183,7 +188,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
             os.environ |= ENVIRONMENT[job["engine"]]
         lost = job.get("lost")
         if lost is not None and lost["rank"] == rank:
-            lose(lost["step"], lost["phase"], lost["signal"])
+            lose(lost["step"], lost["phase"], lost["how"])
         work(job)
         code = 0
     except BaseException:  # noqa: BLE001  # whatever it is belongs to the parent

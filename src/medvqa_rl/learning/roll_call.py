@@ -2,19 +2,23 @@
 
 A thread of every rank counts a pulse up in the store of the process group, beside what its main thread is doing. A
 pulse that stands still belongs to a process that is dead or frozen. Where all pulses go on but no rank gets any
-further, those furthest behind are stuck. Time is measured on each rank's own clock, by when it saw something change.
+further, those furthest behind are stuck, and of several in the same place those that do not wait for the others. Time
+is measured on each rank's own clock, by when it saw something change.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch.autograd.graph
 from torch.distributed import distributed_c10d
 
 PULSE_SECONDS = 60.0
@@ -24,6 +28,9 @@ PHASES = ("start", "rollout", "rewards", "update", "logging")
 """What a rank does, in the order of a step; saving and evaluating are part of the last."""
 
 _DONE = "done"
+
+_EXCHANGES = (str(Path(distributed_c10d.__file__).parent), torch.autograd.graph.__file__)
+"""Where the code lies that waits for other ranks: exchanges, and backward passes, in which gradients are exchanged."""
 
 
 @dataclass
@@ -35,6 +42,8 @@ class _Rank:
     """Grows whenever its main thread gets on."""
     step: int = 0
     phase: int = 0
+    waits: bool = False
+    """Its main thread is within an exchange with other ranks."""
     ended: str | None = None
     """None while it runs, then ``done`` or why it failed."""
     seen: float = field(default_factory=time.monotonic)
@@ -44,11 +53,12 @@ class _Rank:
 class RollCall:
     """Watches the other ranks from now on, until :meth:`leave`."""
 
-    def __init__(self, rank: int, num_ranks: int, timeout: float, on_loss: Callable[[str], None]) -> None:
+    def __init__(self, rank: int, num_ranks: int, timeout: float, on_loss: Callable[[str, bool], None]) -> None:
         """
         Args:
             timeout: seconds, ``train.rank_timeout``.
-            on_loss: gets the sentence about lost ranks, on one rank and in a thread; then all processes exit with 1.
+            on_loss: gets the sentence about lost ranks, in a thread of every rank that is alive, and whether this
+                is the one rank to say it; then all processes exit with 1.
         """
         self._rank, self._timeout, self._on_loss = rank, timeout, on_loss
         self._pulse_timeout = min(PULSE_SECONDS, timeout)
@@ -57,6 +67,7 @@ class RollCall:
         self._others = {other: _Rank() for other in range(num_ranks) if other != rank}
         self._round = self._progress = time.monotonic()  # when the store was last read, and when anybody got on
         self._has_left = threading.Event()
+        self._thread = threading.get_ident()
         # A connection of its own: that of the process group may be held for as long as a rank waits.
         store: Any = distributed_c10d._get_default_store()
         self._store: Any = store.clone()
@@ -97,7 +108,8 @@ class RollCall:
 
     def _tell(self) -> None:
         own = self._own
-        value = [own.pulse, own.moves, own.step, own.phase, own.ended]
+        own.waits = _is_in_exchange(self._thread)
+        value = [own.pulse, own.moves, own.step, own.phase, own.waits, own.ended]
         self._store.set(f"roll_call/{self._rank}", json.dumps(value))
 
     def _count(self) -> None:
@@ -117,7 +129,7 @@ class RollCall:
         """What another rank tells of itself."""
         if not self._store.check([key]):
             return  # it has not begun
-        pulse, moves, known.step, known.phase, known.ended = json.loads(self._store.get(key))
+        pulse, moves, known.step, known.phase, known.waits, known.ended = json.loads(self._store.get(key))
         now = time.monotonic()
         if pulse != known.pulse:
             known.pulse, known.seen = pulse, now
@@ -133,9 +145,8 @@ class RollCall:
             if len(verdicts) >= 3 and len({lost for lost, _ in verdicts[-3:]}) == 1:
                 lost, sentence = verdicts[-1]
                 speaker = min({self._rank, *self._others} - set(lost), default=0)
-                if self._rank == speaker:
-                    self._on_loss(sentence)
-                else:
+                self._on_loss(sentence, self._rank == speaker)
+                if self._rank != speaker:
                     time.sleep(3 * self._interval)  # a launcher ends all when the first one ends
                 os._exit(1)
 
@@ -154,6 +165,7 @@ class RollCall:
             ranks = {self._rank: self._own, **self._others}
             least = min((known.step, known.phase) for known in ranks.values() if known.ended is None)
             behind = sorted(rank for rank, known in ranks.items() if (known.step, known.phase) == least)
+            behind = [rank for rank in behind if not ranks[rank].waits] or behind
             where = _place(*least)
             return tuple(behind), (
                 f"No rank has got any further for {self._timeout:g} s (train.rank_timeout): {_named(behind).lower()} "
@@ -174,6 +186,16 @@ class RollCall:
             f"{_named(lost)} {_verb(lost, 'gives', 'give')} no sign of life {where}: "
             f"{_verb(lost, 'its process is', 'their processes are')} dead or frozen, or cannot be reached."
         )
+
+
+def _is_in_exchange(thread: int) -> bool:
+    """Whether a thread is somewhere below the code that exchanges something with other ranks."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_EXCHANGES):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _place(step: int, phase: int) -> str:

@@ -221,10 +221,11 @@ class Run:
             return "No checkpoint was written yet."
         return f"The last checkpoint is {checkpoints[-1]}, which is whole: continue with `{self._how_to_resume()}`."
 
-    def _give_up(self, sentence: str) -> None:
-        """Tell that another rank is lost, in a thread, because the main one waits for that rank."""
-        # Past the console, whose lock the main thread may hold.
-        os.write(2, f"\nerror: {sentence} {self._where_to_go_on()}\n".encode())
+    def _give_up(self, sentence: str, speaks: bool) -> None:
+        """Tell that a rank is lost, in a thread, because the main one waits for that rank or is itself stuck."""
+        if speaks:
+            # Past the console, whose lock the main thread may hold.
+            os.write(2, f"\nerror: {sentence} {self._where_to_go_on()}\n".encode())
         if self._is_main:
             self._write_status("failed", reason=sentence)
 
