@@ -24,6 +24,7 @@ from medvqa_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.launch import Launch, check_launch
 from medvqa_rl.learning.logprobs import GroupForward, collate
+from medvqa_rl.learning.setup import set_up
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, load_reference
@@ -166,12 +167,36 @@ def test_the_reference_is_the_base_in_4_bits_without_the_adapter(policies):
     assert (reference - expected).abs().max() <= 1e-5 < (reference - own).abs().max()
 
 
+def test_the_reference_of_a_trained_adapter_is_that_adapter(wide_folder, tmp_path):
+    policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True))
+    shake(policy)
+    save_model(policy, tmp_path / "adapter")
+    asked = ModelConfig(path=wide_folder(), adapter=str(tmp_path / "adapter"), device="cpu", load_in_4bit=True)
+    further = load_policy(asked)
+    reference, groups = load_reference(further), sampled(further)
+    with torch.no_grad():
+        before = scored(policy, policy.model, groups)
+        shake(further, seed=2)
+        with reference.active() as model:
+            assert (scored(further, model, groups) - before).abs().max() <= 1e-5
+        assert (scored(further, further.model, groups) - before).abs().max() > 1e-3
+
+
 def config_of(folder: str, output: Path, **settings: Any) -> Any:
     """Settings of a toy run in 4 bits of four steps."""
     model = {"lora": {"rank": 2}, "train_projector": False, "load_in_4bit": True}
     steps = {"steps": 4, "save_steps": 2, "eval_steps": 4} | settings
     rate = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "warmup_steps": 0}
     return toy_config(Path(folder), output, model=model, train=steps, optimizer=rate)
+
+
+def test_parameters_are_counted_as_weights_not_as_bytes(wide_folder, tmp_path):
+    coarse = config_of(wide_folder(), tmp_path)
+    whole = coarse.model_copy(update={"model": coarse.model.model_copy(update={"load_in_4bit": False})})
+    counts = [
+        (found.num_parameters, found.num_trained) for found in (set_up(c, ToyData(), None) for c in (coarse, whole))
+    ]
+    assert counts[0] == counts[1]
 
 
 def go(config: Any, **how: Any) -> Path:

@@ -200,7 +200,11 @@ def set_up(
     policy = load_policy(config.model)
     decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
     engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.model.parameters()]
+    # Weights in 4 bits lie two in a byte.
+    sizes = [
+        (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
+        for parameter in policy.model.parameters()
+    ]
     return Setup(
         policy,
         engine,
