@@ -126,12 +126,12 @@ class Recipe:
 
     @property
     def pairs(self) -> list[Pair]:
-        """What each cell, and every one that it starts from, is trained on, and what the cell is tested on."""
+        """What each trained cell is trained and tested on. All tests ask the same, so what a cell starts from, a cell
+        too, is compared with all that the cell is tested on."""
         return [
-            Pair(trained.arm.name, trained.config.data, test.name, test.config.data)
+            Pair(cell.arm.name, cell.config.data, test.name, test.config.data)
             for cell in self.cells
-            for trained in (cell, *cell.starts)
-            if trained.arm.verb != "none"
+            if cell.arm.verb != "none"
             for test in cell.tests
         ]
 
