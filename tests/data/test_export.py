@@ -40,7 +40,14 @@ def dataset(tmp_path: Path) -> StoredDataset:
     memory = MemoryImage("drawn", Image.fromarray(pixels(3)))
     samples = (
         Sample(
-            "a", "Where <|image_pad|>?", "left lung", "open", (plain,), reasoning="Because.", groups={"organ": "chest"}
+            "a",
+            "Where <|image_pad|>?",
+            "left lung",
+            "open",
+            (plain,),
+            reasoning="Because.",
+            groups={"organ": "chest"},
+            description="A chest film.",
         ),
         Sample("b", "Which?", "B", "choice", (turned,), ("cyst", "Größe")),
         Sample("c", "Same?", "yes", "closed", (plain, palette)),
@@ -58,6 +65,7 @@ def check(rows: list[dict[str, Any]], dataset: StoredDataset, open_image: Any) -
         assert is_correct(sample, row["solution"])
         assert (row["id"], row["answer_type"], row["options"]) == (sample.id, sample.answer_type, list(sample.options))
         assert json.loads(row["groups"]) == dict(sample.groups) and row["reasoning"] == sample.reasoning
+        assert row["description"] == sample.description
         assert len(row["images"]) == len(sample.images)
         for written, source in zip(row["images"], sample.images):
             np.testing.assert_array_equal(np.asarray(open_image(written).convert("RGB")), np.asarray(source.load()))
@@ -82,6 +90,19 @@ def test_parquet_holds_the_images(tmp_path: Path, dataset: StoredDataset) -> Non
     rows = parquet.read_table(done.file).to_pylist()
     check(rows, dataset, lambda image: Image.open(io.BytesIO(image["bytes"])))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
+
+
+def test_a_table_is_read_back_as_own_data(tmp_path: Path, dataset: StoredDataset) -> None:
+    export(dataset, tmp_path / "out", "train", form="csv")
+    config = DataConfig(name="own", path=str(tmp_path / "out"), num_val=None, cache_dir=str(tmp_path / "cache"))
+    read = load_dataset(config, "train")
+    for index, sample in enumerate(dataset.samples):
+        again = read[index]
+        for name in ("answer", "answer_type", "options", "reasoning", "description", "groups"):
+            assert getattr(again, name) == getattr(sample, name), name
+        assert [np.asarray(image.load()).tolist() for image in again.images] == [
+            np.asarray(image.load()).tolist() for image in sample.images
+        ]
 
 
 @pytest.mark.slow

@@ -27,7 +27,18 @@ from medvqa_rl.prompts import Template, as_asked, render_prompt
 from medvqa_rl.types import Dataset, ImageSource, Sample
 
 Format = Literal["jsonl", "parquet", "csv"]
-COLUMNS = ("prompt", "images", "solution", "id", "answer_type", "question", "options", "reasoning", "groups")
+COLUMNS = (
+    "prompt",
+    "images",
+    "solution",
+    "id",
+    "answer_type",
+    "question",
+    "options",
+    "reasoning",
+    "description",
+    "groups",
+)
 OWN_COLUMNS = (
     "id",
     "image",
@@ -36,6 +47,7 @@ OWN_COLUMNS = (
     "options",
     "answer_type",
     "reasoning",
+    "description",
     "modality",
     "organ",
     "family",
@@ -140,6 +152,7 @@ def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, 
         "question": sample.question,
         "options": list(sample.options),
         "reasoning": sample.reasoning,
+        "description": sample.description,
         "groups": json.dumps(dict(sample.groups), ensure_ascii=False),
     }
 
@@ -155,6 +168,7 @@ def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
         "options": json.dumps(sample.options, ensure_ascii=False) if sample.options else "",
         "answer_type": sample.answer_type,
         "reasoning": sample.reasoning,
+        "description": sample.description,
         **{name: sample.groups.get(name, "") for name in ("modality", "organ", "family")},
     }
 
@@ -230,6 +244,7 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
             ("question", text),
             ("options", pyarrow.list_(text)),
             ("reasoning", text),
+            ("description", text),
             ("groups", text),
         ]
     )
