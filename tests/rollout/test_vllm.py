@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -292,27 +289,13 @@ def test_nothing_but_the_library_is_told_to_start(fake_vllm, tiny_policy, monkey
 
 
 def test_the_stand_in_takes_what_the_release_takes(fake_vllm):
-    """A call that the release would refuse is refused; where vLLM is installed, its signatures are compared."""
+    """A call that the release would refuse is refused."""
     with pytest.raises(TypeError):
         fake_vllm.LLM("folder", mm_processor_kwargs={}, max_model_length=5)
     with pytest.raises(TypeError):
         fake_vllm.SamplingParams(max_new_tokens=5)
     with pytest.raises(TypeError):
         fake_vllm.bind("LLM.generate", [], None, None)
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-        del sys.modules[name]
-    sys.path.pop(0)
-    from vllm import LLM, SamplingParams
-
-    for name, function in fake_vllm.RELEASED["functions"].items():
-        if name.startswith("LLM."):
-            found = inspect.signature(getattr(LLM, name.removeprefix("LLM."))).parameters
-            assert [row[0] for row in function["parameters"]] == list(found)[1:]
-    assert set(fake_vllm.RELEASED["fields"]["SamplingParams"]["names"]) <= set(SamplingParams.__struct_fields__)
 
 
 def test_prompts_are_collapsed_to_one_placeholder_an_image(tiny_policy, mixed_samples):

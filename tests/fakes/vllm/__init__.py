@@ -169,13 +169,13 @@ class Engine:
         return key, self.features[key], grid
 
     def _expand(self, ids: Sequence[int], grids: Sequence[Tensor]) -> list[int]:
-        """Replace each placeholder by as many as its image has tokens (model_executor/models/qwen2_vl.py)."""
+        """Replace the first placeholders, one for each image, by as many as the image has tokens, and leave any others
+        (multimodal/processing/processor.py, as it was seen to do)."""
         pad, merged = self.inner.config.image_token_id, self.processor.merge_size**2
         counts = [int(grid.prod()) // merged for grid in grids]
-        if list(ids).count(pad) != len(counts):
-            raise RuntimeError(f"Expected there to be {len(counts)} prompt updates")
+        assert list(ids).count(pad) >= len(counts), "Failed to apply prompt replacement"
         waiting = iter(counts)
-        return [id for given in ids for id in ([given] * next(waiting) if given == pad else [given])]
+        return [id for given in ids for id in ([given] * next(waiting, 1) if given == pad else [given])]
 
     def _prefill(
         self, ids: list[int], features: list[Tensor], grids: list[Tensor]
