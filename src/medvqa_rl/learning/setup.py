@@ -31,7 +31,7 @@ from medvqa_rl.models.loading import Policy, Reference, load_policy, load_refere
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import Source, VllmEngine
-from medvqa_rl.rollout.vllm_local import Colocated, not_installed
+from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
 from medvqa_rl.rollout.vllm_server import Server, check_answers
 from medvqa_rl.types import Dataset, Group
 
@@ -161,6 +161,7 @@ def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> Vllm
             wait_for_everyone=accelerator.wait_for_everyone,
         )
     else:
+        os.environ |= ENVIRONMENT
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         source = Colocated(policy, config.vllm, rank=rank, num_ranks=num_ranks)
     return VllmEngine(policy, source)

@@ -6,7 +6,6 @@ policy's own tower has made of them, so they are encoded once, and vLLM's tower 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,9 @@ from medvqa_rl.rollout.vllm import (
 
 ADAPTER = "policy"
 """What the adapter that is trained is called."""
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+"""Variables to set before a :class:`Colocated` is made: vLLM runs in this process, or weights could not be handed over,
+and sends no usage statistics."""
 
 
 class Colocated:
@@ -48,8 +50,6 @@ class Colocated:
         Raises:
             ValueError: vLLM is not installed, or does not start with these settings.
         """
-        # In this process, or weights could not be handed over; and it would send usage statistics.
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
         try:
             from vllm import LLM, SamplingParams, TokensPrompt
             from vllm.lora.request import LoRARequest

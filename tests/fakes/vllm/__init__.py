@@ -7,6 +7,7 @@ and forgets nothing of it by itself, so a reset that is left out shows in what i
 
 from __future__ import annotations
 
+import os
 import ast
 import copy
 import hashlib
@@ -275,6 +276,7 @@ class LLM:
         given = bind("LLM.__init__", *args, **kwargs)
         only("EngineArgs", given.pop("kwargs", {}))
         self.given = kwargs
+        self.environment = {name: value for name, value in os.environ.items() if name.startswith("VLLM_")}
         self.engine = Engine(kwargs["model"], **kwargs["mm_processor_kwargs"])
         self.asleep: set[str] = set()
         self.slept: list[int] = []
