@@ -32,8 +32,8 @@ from medvqa_rl.rollout.vllm import (
 ADAPTER = "policy"
 """What the adapter that is trained is called."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-"""Variables to set before a :class:`Colocated` is made: vLLM runs in this process, or weights could not be handed over,
-and sends no usage statistics."""
+"""Variables to set before a :class:`Colocated` is made: vLLM runs in this process, or weights could not be handed
+over, and sends no usage statistics."""
 
 
 class Colocated:

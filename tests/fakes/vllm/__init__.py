@@ -7,12 +7,12 @@ and forgets nothing of it by itself, so a reset that is left out shows in what i
 
 from __future__ import annotations
 
-import os
 import ast
 import copy
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
