@@ -102,7 +102,8 @@ def test_lessons_teach_the_gold_answer():
             assert text == full_description(image.scene) and faithfulness(text, image.scene) == 1.0
 
 
-def test_a_few_steps_of_the_recipe_lower_the_loss(fresh):
+def test_a_few_steps_of_the_recipe_lower_the_loss(fresh, monkeypatch):
+    monkeypatch.setattr("medvqa_rl.phantom.build.BATCH", 8)
     rows = []
     learn(fresh, "instruct", 100, 0, rows.append)
     assert rows[1]["loss"] < 0.5 * rows[0]["loss"]
