@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -31,10 +30,6 @@ from medvqa_rl.config import ModelConfig
 from medvqa_rl.models.loading import Policy, make_policy
 from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.types import EncodedPrompt, Sample
-
-# A busy machine is no fault of the code.
-settings.register_profile("suite", deadline=None)
-settings.load_profile("suite")
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 ROOT = Path(__file__).resolve().parents[1]

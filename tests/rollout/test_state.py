@@ -36,7 +36,7 @@ class Shadow:
         return scaled_dot_product_attention(query.double()[:, None], *repeated, scale=1.0)[:, 0].float()
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=STEPS, seed=st.integers(0, 99), is_static=st.booleans())
 def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static):
     model = tiny_policy().model
