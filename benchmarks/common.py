@@ -23,10 +23,10 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.types import ImageSource, Sample
+from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.loading import resolve_folder
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.phantom.questions import draw_sample
-from medvqa_rl.types import ImageSource, Sample
 
 PHANTOM = "phantom:instruct"
 

@@ -27,11 +27,11 @@ import numpy as np
 from PIL import Image
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.images import FileImage
-from medvqa_rl.data.prefetch import BYTES_PER_PIXEL, prefetch
-from medvqa_rl.memory import keep_freed_memory
-from medvqa_rl.types import Sample
+from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.data.images.prefetch import BYTES_PER_PIXEL, prefetch
 
 MAX_SECONDS_FIRST = 20.0
 MAX_SECONDS_SECOND = 2.0

@@ -42,12 +42,12 @@ from benchmarks.engines import forbid_stopping
 from benchmarks.floors import architecture_of
 from benchmarks.step import PRESETS
 from medvqa_rl.config import RolloutConfig
-from medvqa_rl.memory import keep_freed_memory
-from medvqa_rl.models.cost import Architecture, decode_bytes, decode_flops
+from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.learning.estimate.cost import Architecture, decode_bytes, decode_flops
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.qwen_vl import backbone, pad_prompts
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.types import EncodedPrompt, Sample
 
 Roll = Callable[[int], Any]
 """Samples all completions of this many tokens."""

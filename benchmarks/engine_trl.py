@@ -11,9 +11,9 @@ import torch
 
 from benchmarks.common import Square, Workload, make_config, now, share_of_vowels
 from benchmarks.engines import Step, Stopwatch, add_noise, forbid_stopping, step_samples
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.types import Sample
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.prompts import render_prompt
-from medvqa_rl.types import Sample
 
 
 def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: float = 0.0) -> list[Step]:

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from benchmarks.common import Workload, make_config, make_data, now
-from medvqa_rl.learning.advantages import group_advantages
-from medvqa_rl.learning.feed import make_feed
+from medvqa_rl.core.types import Completion, Group, Sample
+from medvqa_rl.learning.batching.feed import make_feed
+from medvqa_rl.learning.batching.sampler import samples_at
 from medvqa_rl.learning.grpo import roll_out
-from medvqa_rl.learning.sampler import samples_at
+from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import Reference, load_reference
 from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.types import Completion, Group, Sample
 
 
 @dataclass(frozen=True)

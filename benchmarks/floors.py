@@ -3,7 +3,7 @@
 Least work: every image is encoded once per step where the tower is frozen (otherwise once each for the rollout, the
 reference and the update, whose weights differ), every prompt is prefilled once, a decoding step reads every weight
 once and every key and value of a prompt once for all its completions, one row per group in the update, no masked
-pair, nothing computed again. The operations are those of :mod:`medvqa_rl.models.cost`.
+pair, nothing computed again. The operations are those of :mod:`medvqa_rl.learning.estimate.cost`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.common import Rates, Workload
 from medvqa_rl.config import LoraConfig
-from medvqa_rl.models.cost import (
+from medvqa_rl.learning.estimate.cost import (
     Architecture,
     Grid,
     Shape,

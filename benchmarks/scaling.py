@@ -47,12 +47,12 @@ from benchmarks.common import (
     use_clock,
     write_result,
 )
-from medvqa_rl.learning.advantages import group_advantages
-from medvqa_rl.learning.feed import make_feed
+from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.grpo import roll_out
+from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.memory import keep_freed_memory
 from medvqa_rl.rewards import Rewards
 
 EMBEDDED = Workload(PHANTOM, prompts=8, generations=8, length=64, side=112, prompts_per_micro_batch=4)

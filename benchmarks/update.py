@@ -43,14 +43,21 @@ from benchmarks.common import (
 )
 from benchmarks.floors import architecture_of, trained_of
 from benchmarks.step import PRESETS as STEPS
-from medvqa_rl.learning.logprobs import CompletionBatch, collate, layout_for
+from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.types import Completion, Group
+from medvqa_rl.learning.estimate.cost import (
+    Architecture,
+    Shape,
+    backward_flops,
+    forward_flops,
+    group_pairs,
+    separate_pairs,
+)
+from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layout_for
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.memory import keep_freed_memory
-from medvqa_rl.models.cost import Architecture, Shape, backward_flops, forward_flops, group_pairs, separate_pairs
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.qwen_vl import Processor, backbone, image_features
-from medvqa_rl.types import Completion, Group
 
 Way = Literal["default", "dense", "separate"]
 WAYS: Mapping[Way, str] = {

@@ -50,7 +50,9 @@ def call(*arguments: str, cwd: Path) -> str:
 def without_times(value: Any) -> Any:
     """JSON without seconds, folders and versions."""
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if key not in TIMES and not key.startswith(("time/", "memory"))}
+        kept = {
+            key: item for key, item in value.items() if key not in TIMES and not key.startswith(("time/", "memory"))
+        }
         return {key: without_times(item) for key, item in kept.items()}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
@@ -71,8 +73,8 @@ def record_verbs(folder: Path) -> Any:
         "def show(command):\n"
         "    if hasattr(command, 'commands'):\n"
         "        return {name: show(one) for name, one in sorted(command.commands.items())}\n"
-        "    return [[p.param_type_name, p.name, sorted(p.opts + p.secondary_opts), type(p.type_descriptor).__name__, p.envvar, str(p.default), "
-        "p.required, p.multiple] for p in command.params]\n"
+        "    return [[p.param_type_name, p.name, sorted(p.opts + p.secondary_opts), type(p.type_descriptor).__name__, "
+        "p.envvar, str(p.default), p.required, p.multiple] for p in command.params]\n"
         "print(json.dumps(show(typer.main.get_command(app))))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
@@ -159,7 +161,8 @@ def compare(before: Path, only: list[str]) -> int:
         record(Path(after), only)
         found = {
             name: differences(
-                json.loads((before / f"{name}.json").read_text()), json.loads((Path(after) / f"{name}.json").read_text())
+                json.loads((before / f"{name}.json").read_text()),
+                json.loads((Path(after) / f"{name}.json").read_text()),
             )
             for name in only
         }

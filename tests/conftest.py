@@ -27,9 +27,9 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.loading import Policy, make_policy
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.types import EncodedPrompt, Sample
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 ROOT = Path(__file__).resolve().parents[1]

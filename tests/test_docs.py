@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import typer.main
 
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.config import differences
+from medvqa_rl.config.problems.checks import all_settings, reference_tables
+from medvqa_rl.config.yaml import load_config, read_file
 from medvqa_rl.phantom.demo import demo_config
-from medvqa_rl.problems import all_settings, reference_tables
-from medvqa_rl.settings import load_config, read_file
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from medvqa_rl.core.answers import is_correct
+from medvqa_rl.core.prompts import parse_completion, render_answer
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.prompts import parse_completion, render_answer
-from medvqa_rl.rewards.correctness import is_correct
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.answers import is_correct
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.export import COLUMNS, export
-from medvqa_rl.data.images import FileImage, MemoryImage
+from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.prompts import render_prompt
-from medvqa_rl.rewards.correctness import is_correct
-from medvqa_rl.types import Sample
 
 
 def pixels(seed: int) -> np.ndarray:

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.data.images import MemoryImage
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.evaluation.controls import make_controls, rotated, summarise_controls
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.stats import proportion_interval
-from medvqa_rl.types import Sample
+from medvqa_rl.evaluation.statistics.stats import proportion_interval
 
 CONFIG = EvalConfig(bootstrap=100)
 

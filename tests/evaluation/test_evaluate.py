@@ -19,7 +19,8 @@ from PIL import Image
 from rich.console import Console
 
 from medvqa_rl.config import EvalConfig, RolloutConfig
-from medvqa_rl.data.images import FileImage, MemoryImage
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
+from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.answering import batches
 from medvqa_rl.evaluation.evaluate import (
@@ -34,7 +35,7 @@ from medvqa_rl.evaluation.evaluate import (
     write_evaluation,
 )
 from medvqa_rl.evaluation.records import REQUIRED, EvalRecord, parse_record, record_line, write_records
-from medvqa_rl.evaluation.stats import (
+from medvqa_rl.evaluation.statistics.stats import (
     cluster_bootstrap,
     cluster_permutation,
     cluster_standard_error,
@@ -42,7 +43,6 @@ from medvqa_rl.evaluation.stats import (
     minimum_detectable_effect,
 )
 from medvqa_rl.evaluation.store import without_nan
-from medvqa_rl.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=500)
 PIXEL = Image.new("RGB", (2, 2))

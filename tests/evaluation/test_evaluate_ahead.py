@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
-from medvqa_rl.data.images import FileImage
+from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.rollout.decode import RolloutEngine

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig, EvalConfig
+from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.data.vqa_rad import load_vqa_rad
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine

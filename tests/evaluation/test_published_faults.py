@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medvqa_rl.config import DataConfig, EvalConfig
+from medvqa_rl.core.answers import is_correct, score_correctness, token_f1
+from medvqa_rl.core.prompts import render_answer, render_prompt
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.fingerprints import measure
-from medvqa_rl.data.images import FileImage, MemoryImage
+from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.data.images.fingerprints import measure
 from medvqa_rl.data.overlap import find_overlap
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.evaluate import (
@@ -35,10 +38,7 @@ from medvqa_rl.evaluation.evaluate import (
     summarise,
     write_evaluation,
 )
-from medvqa_rl.prompts import render_answer, render_prompt
-from medvqa_rl.rewards.correctness import is_correct, score_correctness, token_f1
 from medvqa_rl.rewards.functions import FunctionLog, call_function
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 CONFIG = EvalConfig(batch_size=4, bootstrap=100)
 SOURCE = Path(__file__).parents[2] / "src" / "medvqa_rl"

@@ -21,12 +21,12 @@ import toy
 from toy import ToyData
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.types import Completion, Group, Sample
 from medvqa_rl.learning import grpo
+from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.run import Run
-from medvqa_rl.learning.trained import TrainedPolicy
+from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.types import Completion, Group, Sample
 
 ENVIRONMENT = {
     "ddp": {},

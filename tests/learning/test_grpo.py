@@ -16,8 +16,8 @@ from toy import ToyData, gradients, read_metrics, toy_config
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from medvqa_rl.learning import update as update_module
-from medvqa_rl.learning.errors import NonFiniteError, UnscoredError
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.run.errors import NonFiniteError, UnscoredError
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import read_run

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from medvqa_rl.eval_command import run_eval
-from medvqa_rl.evaluation.judging import rewarding_judges
-from medvqa_rl.judges import GradeRequest, JudgeRequest
-from medvqa_rl.judges.load import load_judge, load_judges
-from medvqa_rl.judges.rubric import REASONING
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.prompts import parse_completion
+from medvqa_rl.evaluation.cells import run_eval
+from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.prompts import parse_completion
-from medvqa_rl.settings import build_config
+from medvqa_rl.rewards.judges import GradeRequest, JudgeRequest
+from medvqa_rl.rewards.judges.load import load_judge, load_judges
+from medvqa_rl.rewards.judges.rubric import REASONING
 
 
 def settings(folder: Path, **judge: Any) -> dict[str, Any]:
@@ -142,9 +142,9 @@ def test_a_judge_that_cannot_be_used_stops_before_anything_is_written(tmp_path: 
 
 
 def test_failed_verdicts_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from medvqa_rl.judges.cache import CachedJudge
-    from medvqa_rl.judges.protocol import Verdict
-    from medvqa_rl.learning.errors import UnscoredError
+    from medvqa_rl.learning.run.errors import UnscoredError
+    from medvqa_rl.rewards.judges.cache import CachedJudge
+    from medvqa_rl.rewards.judges.protocol import Verdict
 
     monkeypatch.setattr(CachedJudge, "judge", lambda self, requests: [Verdict.failed("down") for _ in requests])
     given = settings(tmp_path)

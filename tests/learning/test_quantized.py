@@ -18,12 +18,12 @@ from toy import ToyData, toy_config
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from typer.testing import CliRunner
 
-from medvqa_rl.cli import app
-from medvqa_rl.cli_common import prepare_process
+from medvqa_rl.cli.app import app
+from medvqa_rl.cli.common import prepare_process
 from medvqa_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig
+from medvqa_rl.learning.distributed.launch import Launch, check_launch
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.launch import Launch, check_launch
-from medvqa_rl.learning.logprobs import GroupForward, collate
+from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import set_up
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.fingerprint import weights_fingerprint

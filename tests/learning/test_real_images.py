@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from medvqa_rl.config.yaml import load_config
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.settings import load_config
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from toy import ToyData, read_metrics, toy_config
 
-from medvqa_rl.judges.embedded_grader import conclusion
-from medvqa_rl.learning.logprobs import GroupForward, collate
+from medvqa_rl.core.answers import is_correct
+from medvqa_rl.core.prompts import INSTRUCTIONS, SECTIONS, as_asked, normalise, parse_completion
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.phantom.claims import faithfulness
+from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.sft import sft_loss, target_groups, target_text, train_sft
-from medvqa_rl.phantom.claims import faithfulness
-from medvqa_rl.phantom.questions import draw_sample
-from medvqa_rl.prompts import INSTRUCTIONS, SECTIONS, as_asked, normalise, parse_completion
-from medvqa_rl.rewards.correctness import is_correct
-from medvqa_rl.types import Sample
+from medvqa_rl.rewards.judges.embedded_grader import conclusion
 
 SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"), reasoning="It is right. </think>")
 

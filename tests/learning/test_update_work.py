@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 from toy import ToyData, toy_config
 
 from medvqa_rl.config import LoraConfig
-from medvqa_rl.learning import logprobs
+from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.grpo import roll_out
-from medvqa_rl.learning.logprobs import GroupForward, collate
+from medvqa_rl.learning.objective import logprobs
+from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
 from medvqa_rl.models.qwen_vl import backbone, causal_model
-from medvqa_rl.types import Completion, Group
 
 ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5]] * 4)
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from toy import toy_config
 from typer.testing import CliRunner
 
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
+from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.learning import grpo
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.settings import write_yaml
 
 STEPS = 3
 

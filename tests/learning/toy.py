@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from medvqa_rl.config import Config
-from medvqa_rl.learning import checkpoint
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning.grpo import roll_out, train
+from medvqa_rl.learning.run import checkpoint
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.sft import train_sft
-from medvqa_rl.types import Sample
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def gradients(config: Config) -> dict[str, torch.Tensor]:
     """The gradient of the first step on this rank's groups, by parameter; all ranks get the same."""
-    from medvqa_rl.learning.advantages import group_advantages
+    from medvqa_rl.learning.objective.advantages import group_advantages
     from medvqa_rl.learning.setup import make_reference
     from medvqa_rl.learning.update import Learner
     from medvqa_rl.rewards import Rewards
@@ -154,3 +154,10 @@ def main(mode: str, path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
+
+
+def make_group(prompt, lengths, name="x"):
+    sample = Sample(id=name, question="?", answer="yes", answer_type="closed", images=())
+    ids = np.zeros(prompt, dtype=np.int64)
+    completions = [Completion((1,) * length, "", False) for length in lengths]
+    return Group(sample, EncodedPrompt(ids, None, None, ""), completions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from medvqa_rl.data.images import FileImage
+from medvqa_rl.data.images.files import FileImage
 
 
 def test_it_follows_text_and_the_size_in_the_header(tiny_policy, make_sample, tmp_path):

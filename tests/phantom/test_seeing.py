@@ -4,11 +4,11 @@ import numpy as np
 import torch
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.data.phantom.world import ALL_KINDS, Finding, Scene
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.phantom.questions import draw_sample
 from medvqa_rl.phantom.seeing import CELLS, Probe, labels, learn_to_see, patches
 from medvqa_rl.phantom.vlm import build_model, build_processor
-from medvqa_rl.phantom.world import ALL_KINDS, Finding, Scene
 
 PROCESSOR = build_processor()
 

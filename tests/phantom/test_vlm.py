@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
+from medvqa_rl.core.answers import is_correct
+from medvqa_rl.core.prompts import TAGS, parse_completion
 from medvqa_rl.data import load_dataset
+from medvqa_rl.data.phantom.claims import faithfulness
+from medvqa_rl.data.phantom.drawing import PhantomImage
+from medvqa_rl.data.phantom.questions import full_description
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
-from medvqa_rl.learning.errors import Stopped
+from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.phantom import demo
 from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, learn, lesson
-from medvqa_rl.phantom.claims import faithfulness
-from medvqa_rl.phantom.drawing import PhantomImage
-from medvqa_rl.phantom.questions import full_description
 from medvqa_rl.phantom.vlm import ASSETS, CHECKPOINTS, SPECIAL_TOKENS, build_model, build_processor, checkpoint_path
-from medvqa_rl.prompts import TAGS, parse_completion
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.rewards.correctness import is_correct
 from medvqa_rl.rollout.decode import RolloutEngine
 
 PROCESSOR = build_processor()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.config import Config, EvalConfig
+from medvqa_rl.config import Config, DataConfig, EvalConfig
+from medvqa_rl.core.answers import is_correct
+from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.records import EvalRecord, write_records
-from medvqa_rl.evaluation.summary import summarise
-from medvqa_rl.types import LETTERS, Sample
+from medvqa_rl.evaluation.statistics.summary import summarise
 
 EVIL = (
     "</script><script>document.title = 'owned'</script><!--"
@@ -152,3 +154,41 @@ def gold_text(sample: Sample) -> str:
     if not sample.options:
         return sample.answer
     return f"{sample.answer}: {sample.options[LETTERS.index(sample.answer)]}"
+
+
+def write_evaluation(folder: Path, name: str, count: int = 12, *, same: int = 0, **changes: Any) -> Path:
+    """An evaluation of phantom test questions; the first ones answered alike by all, whatever the name."""
+    config = Config(data=DataConfig(num_test=count))
+    data = load_dataset(config.data, "test")
+    records = []
+    for index in range(count):
+        sample = data[index]
+        who = "all" if index < same else name
+        answer = sample.answer if (index + len(who)) % 2 else "nothing of the kind"
+        think = f"Seen by {index} {'x' * len(who)}. {EVIL}"
+        records.append(
+            EvalRecord(
+                sample_id=sample.id,
+                image_key=sample.image_key,
+                question=f"{sample.question} {EVIL}",
+                options=sample.options,
+                gold=sample.answer,
+                output=f"<think>{think}</think><answer>{answer}</answer>",
+                think=think,
+                answer=answer,
+                is_correct=is_correct(sample, answer),
+                is_well_formed=True,
+                has_answer=True,
+                is_truncated=False,
+                num_tokens=10,
+                token_f1=None,
+                answer_type=sample.answer_type,
+                dataset=data.name,
+            )
+        )
+    records = [replace(record, **changes) for record in records]
+    results = summarise(records, EvalConfig(bootstrap=100))
+    results |= {"dataset": {"name": data.name, "fingerprint": data.fingerprint}}
+    write(folder / name / "results.json", {**results, "config": config.model_dump(mode="json")})
+    write_records(records, folder / name / "samples.jsonl")
+    return folder / name

@@ -14,9 +14,9 @@ import yaml
 from synthetic import make_run, write, write_eval
 from typer.testing import CliRunner
 
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.summary import paired_gain
+from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.card import LIMITS, write_cards
 from medvqa_rl.report.runs import read_run
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import make_run, write
 
-from medvqa_rl.report.report import render_report
+from medvqa_rl.report.pages.report import render_report
 from medvqa_rl.report.runs import read_groups, read_run
 
 

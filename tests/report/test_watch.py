@@ -20,7 +20,7 @@ from rich.console import Console
 from synthetic import make_run, step_row, write, write_lines
 from typer.testing import CliRunner
 
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.report.runs import StoredRun, read_run
 from medvqa_rl.report.watch import BARS, duration, frame, seconds_left, silent_for, sparkline, watch
 
@@ -152,7 +152,7 @@ def test_the_command_shows_one_picture_without_torch(run: Path, tmp_path: Path) 
 
 def test_the_report_is_written_without_torch(run: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from medvqa_rl.report.report import write_report; "
+        "import sys; from pathlib import Path; from medvqa_rl.report.pages.report import write_report; "
         f"write_report([Path({str(run)!r})], Path({str(run / 'x.html')!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import RewardsConfig
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 GOOD, WRONG, UNFORMED, NOTHING = (
     "<think>x</think><answer>B</answer>",

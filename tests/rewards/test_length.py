@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from medvqa_rl.config import ConfigError, RewardsConfig
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.length import (
     correctness_weighted_length,
@@ -20,8 +22,6 @@ from medvqa_rl.rewards.length import (
     repetition_penalty,
     soft_overlong,
 )
-from medvqa_rl.settings import build_config
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 
 @pytest.mark.parametrize(

@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.data.images import MemoryImage
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.prompts import render_answer
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.evaluation.similarity import TfidfSimilarity
-from medvqa_rl.judges import Grade, GradeRequest, JudgeIdentity
-from medvqa_rl.judges.load import notices, rubrics_of
-from medvqa_rl.judges.rubric import CORRECTNESS, REASONING
-from medvqa_rl.prompts import render_answer
+from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judges import Grade, GradeRequest, JudgeIdentity
+from medvqa_rl.rewards.judges.load import notices, rubrics_of
+from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
 from medvqa_rl.rewards.open_answers import unrewardable
-from medvqa_rl.settings import build_config
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample, Scores
 
 
 class Words:

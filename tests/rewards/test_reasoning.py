@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.judges import Grade, GradeRequest, JudgeIdentity
-from medvqa_rl.judges.load import notices, rubrics_of
-from medvqa_rl.judges.rubric import REASONING
-from medvqa_rl.learning.advantages import group_advantages
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judges import Grade, GradeRequest, JudgeIdentity
+from medvqa_rl.rewards.judges.load import notices, rubrics_of
+from medvqa_rl.rewards.judges.rubric import REASONING
 from medvqa_rl.rewards.reasoning import gated
-from medvqa_rl.settings import build_config
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 IDENTITY = JudgeIdentity("j", "w", REASONING.hash, 0.0)
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.judges import JudgeIdentity, JudgeRequest, Verdict
-from medvqa_rl.judges.load import notices, overlap
-from medvqa_rl.learning.advantages import group_advantages
-from medvqa_rl.learning.run_dir import RunDir
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.learning.objective.advantages import group_advantages
+from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.settings import build_config
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.rewards.judges import JudgeIdentity, JudgeRequest, Verdict
+from medvqa_rl.rewards.judges.load import notices, overlap
 
 IDENTITY = JudgeIdentity("j", "w", "p", 0.0)
 

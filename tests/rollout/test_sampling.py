@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvqa_rl.randomness import address, uniforms
+from medvqa_rl.core.randomness import address, uniforms
 from medvqa_rl.rollout import sampling
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens, uniform_table
 

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, RolloutConfig, VllmConfig
+from medvqa_rl.core.types import EncodedPrompt, Group, Sample
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import causal_model
 from medvqa_rl.rollout import vllm as ours
@@ -21,7 +22,6 @@ from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, room_for, write_adapter
 from medvqa_rl.rollout.vllm_local import Colocated, engine_arguments
 from medvqa_rl.rollout.vllm_server import Server, check_answers
-from medvqa_rl.types import EncodedPrompt, Group, Sample
 
 MakePolicy = Callable[..., Policy]
 GREEDY = RolloutConfig(num_generations=2, max_completion_length=8, top_k=1, max_batch=3)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.study import running
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
-from medvqa_rl.study.recipe import Recipe, read_recipe
+from medvqa_rl.study.plan.recipe import Recipe, read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
 
 QUIET = Console(quiet=True)

@@ -21,11 +21,11 @@ from cells import OUTCOMES, store, write
 from rich.console import Console
 from scipy.stats import binomtest
 
-from medvqa_rl.evaluation.stats import holm
+from medvqa_rl.evaluation.statistics.stats import holm
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
-from medvqa_rl.study.recipe import find_recipe, read_recipe
+from medvqa_rl.study.plan.recipe import find_recipe, read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
 
 QUIET = Console(quiet=True)

@@ -30,7 +30,7 @@ from medvqa_rl.study import figures
 from medvqa_rl.study.collect import Collected, collect
 from medvqa_rl.study.findings import WrongAnswer, correlations, wordiest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
-from medvqa_rl.study.recipe import Cell, Recipe, read_recipe
+from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
 from medvqa_rl.study.tables import factor_cells, factor_rows, rows
 

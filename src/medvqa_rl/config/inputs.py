@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from medvqa_rl.config.base import Positive, Settings, Share
-from medvqa_rl.prompts import INSTRUCTIONS, Template
+from medvqa_rl.core.prompts import INSTRUCTIONS, Template
 
 
 class LoraConfig(Settings):

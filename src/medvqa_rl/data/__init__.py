@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.types import Dataset
 from medvqa_rl.data.splits import Split
-from medvqa_rl.types import Dataset
 
 __all__ = ["Split", "load_dataset"]
 
@@ -17,34 +17,34 @@ def load_dataset(config: DataConfig, split: Split) -> Dataset:
     """
     match config.name:
         case "phantom":
-            from medvqa_rl.data.phantom import load_phantom
+            from medvqa_rl.data.phantom.dataset import load_phantom
 
             return load_phantom(config, split)
         case "vqa_rad":
-            from medvqa_rl.data.vqa_rad import load_vqa_rad
+            from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
 
             return load_vqa_rad(config, split)
         case "pmc_vqa":
-            from medvqa_rl.data.pmc_vqa import load_pmc_vqa
+            from medvqa_rl.data.sets.pmc_vqa import load_pmc_vqa
 
             return load_pmc_vqa(config, split)
         case "slake_en" | "slake_zh":
-            from medvqa_rl.data.slake import load_slake
+            from medvqa_rl.data.sets.slake import load_slake
 
             return load_slake(config, split)
         case "path_vqa" | "vqa_rad_hub":
-            from medvqa_rl.data.path_vqa import load_image_parquet
+            from medvqa_rl.data.sets.path_vqa import load_image_parquet
 
             return load_image_parquet(config, split)
         case "vqa_med":
-            from medvqa_rl.data.vqa_med import load_vqa_med
+            from medvqa_rl.data.sets.vqa_med import load_vqa_med
 
             return load_vqa_med(config, split)
         case "omnimed":
-            from medvqa_rl.data.omnimed import load_omnimed
+            from medvqa_rl.data.sets.omnimed import load_omnimed
 
             return load_omnimed(config, split)
         case "own":
-            from medvqa_rl.data.own import load_own
+            from medvqa_rl.data.sets.own import load_own
 
             return load_own(config, split)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.data.fingerprints import ImageFacts, measure
-from medvqa_rl.data.images import FileImage
+from medvqa_rl.core.randomness import address
+from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.data.images.fingerprints import ImageFacts, measure
+from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.overlap import twins
+from medvqa_rl.data.reading.tables import Report, read_table
 from medvqa_rl.data.splits import Split, connected
-from medvqa_rl.data.tables import Report, read_table
-from medvqa_rl.data.windowing import split_fragment
-from medvqa_rl.randomness import address
 
 IMAGE_COLUMNS = ("image", "images")
 COLUMN = "split"

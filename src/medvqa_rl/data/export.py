@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from medvqa_rl.data.images import FileImage, shrink
-from medvqa_rl.prompts import Template, as_asked, render_prompt
-from medvqa_rl.types import Dataset, ImageSource, Sample
+from medvqa_rl.core.prompts import Template, as_asked, render_prompt
+from medvqa_rl.core.types import Dataset, ImageSource, Sample
+from medvqa_rl.data.images.files import FileImage, shrink
 
 Format = Literal["jsonl", "parquet", "csv"]
 COLUMNS = (
@@ -52,7 +52,7 @@ OWN_COLUMNS = (
     "organ",
     "family",
 )
-"""Of a table that :mod:`medvqa_rl.data.own` reads."""
+"""Of a table that :mod:`medvqa_rl.data.sets.own` reads."""
 BATCH = 64
 """Rows of parquet in memory at a time."""
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from medvqa_rl.data.fingerprints import NEAR, ImageFacts, as_words, near_pairs
-from medvqa_rl.data.windowing import split_fragment
+from medvqa_rl.data.images.fingerprints import NEAR, ImageFacts, as_words, near_pairs
+from medvqa_rl.data.images.windowing import split_fragment
 
 How = Literal["name", "pixels", "looks"]
 """name: the same key, or another frame or slice of the same file; pixels: other names but equal pixels; looks: other

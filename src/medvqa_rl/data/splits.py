@@ -9,9 +9,9 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from medvqa_rl.data.issues import RowIssue
-from medvqa_rl.randomness import addresses
-from medvqa_rl.types import Sample
+from medvqa_rl.core.randomness import addresses
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.reading.issues import RowIssue
 
 Split = Literal["train", "val", "test"]
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import overload
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.data.hub import download
-from medvqa_rl.data.images import FileImage
-from medvqa_rl.data.index import cache_folder
-from medvqa_rl.data.issues import count_issues, log_issues, refuse_if_too_many_dropped
-from medvqa_rl.data.rows import Reading, Row
+from medvqa_rl.core.prompts import neutralise
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.data.images.windowing import split_fragment
+from medvqa_rl.data.reading.hub import download
+from medvqa_rl.data.reading.index import cache_folder
+from medvqa_rl.data.reading.issues import count_issues, log_issues, refuse_if_too_many_dropped
+from medvqa_rl.data.reading.rows import Reading, Row
 from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, splits_of
-from medvqa_rl.data.windowing import split_fragment
-from medvqa_rl.prompts import neutralise
-from medvqa_rl.types import Sample
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 

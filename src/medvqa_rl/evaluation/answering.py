@@ -13,16 +13,16 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
-from medvqa_rl.data.images import FileImage, MemoryImage
-from medvqa_rl.data.prefetch import work_ahead
+from medvqa_rl.core.answers import is_correct, token_f1
+from medvqa_rl.core.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
+from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
+from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.data.images.prefetch import work_ahead
+from medvqa_rl.data.phantom.claims import claims, faithfulness
+from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.splits import choose
-from medvqa_rl.evaluation.metrics import exact_match, rouge_l
+from medvqa_rl.evaluation.measures.metrics import exact_match, rouge_l
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
-from medvqa_rl.phantom.claims import claims, faithfulness
-from medvqa_rl.phantom.drawing import PhantomImage
-from medvqa_rl.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
-from medvqa_rl.rewards.correctness import is_correct, token_f1
-from medvqa_rl.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -243,7 +243,7 @@ def image_hash(images: Iterable[Image]) -> str | None:
 
 
 def why(sample: Sample, completion: Completion, parsed: ParsedAnswer, template: Template) -> str:
-    """In words, why :func:`medvqa_rl.rewards.correctness.is_correct` says what it says."""
+    """In words, why :func:`medvqa_rl.core.answers.is_correct` says what it says."""
     if parsed.answer is None:
         if completion.is_truncated:
             return "no answer: the token limit came first"

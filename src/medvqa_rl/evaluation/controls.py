@@ -15,12 +15,12 @@ from typing import Any
 from PIL import Image
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.core.randomness import Draws
+from medvqa_rl.core.types import LETTERS, ImageSource, Sample
 from medvqa_rl.evaluation.answering import View
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.stats import Interval, proportion_interval
-from medvqa_rl.evaluation.summary import paired_gain
-from medvqa_rl.randomness import Draws
-from medvqa_rl.types import LETTERS, ImageSource, Sample
+from medvqa_rl.evaluation.statistics.stats import Interval, proportion_interval
+from medvqa_rl.evaluation.statistics.summary import paired_gain
 
 IMAGE_CONTROLS = ("blank", "shuffled", "no_image")
 GREY = (127, 127, 127)

@@ -17,14 +17,14 @@ from typing import Any
 from rich.table import Table
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
+from medvqa_rl.core.prompts import Template, as_asked
+from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
-from medvqa_rl.evaluation.instruments import NOTHING, Instruments, measure
+from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
 from medvqa_rl.evaluation.records import EvalRecord, read_records, record_line
+from medvqa_rl.evaluation.statistics.summary import flat_metrics, paired_gain, summarise
+from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
 from medvqa_rl.evaluation.store import without_nan, write_text
-from medvqa_rl.evaluation.summary import flat_metrics, paired_gain, summarise
-from medvqa_rl.evaluation.tables import controls_table, results_table
-from medvqa_rl.prompts import Template, as_asked
-from medvqa_rl.types import Dataset, Sample
 
 __all__ = [
     "EvalRecord",
@@ -55,7 +55,7 @@ class Evaluation:
 
     records: tuple[EvalRecord, ...]
     results: Mapping[str, Any]
-    """As :func:`medvqa_rl.evaluation.summary.summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
+    """As :func:`summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
     ``versions``: the content of ``results.json``."""
 
     @property

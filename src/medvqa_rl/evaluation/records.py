@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from medvqa_rl.prompts import Template, normalise
-from medvqa_rl.types import LETTERS, AnswerType
+from medvqa_rl.core.prompts import Template, normalise
+from medvqa_rl.core.types import LETTERS, AnswerType
 
 
 @dataclass(frozen=True)

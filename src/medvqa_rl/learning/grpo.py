@@ -21,22 +21,22 @@ from accelerate.utils.operations import gather_object
 from torch import Tensor
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.types import Dataset, Group, Scores
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.similarity import Similarity, load_similarity
-from medvqa_rl.judges.load import load_rewarding, notices
-from medvqa_rl.learning.advantages import group_advantages, preferences
-from medvqa_rl.learning.errors import NonFiniteError, TrainingFailed, UnscoredError
-from medvqa_rl.learning.feed import Prepared, make_feed, prepare_now
-from medvqa_rl.learning.metrics import (
+from medvqa_rl.evaluation.measures.similarity import Similarity, load_similarity
+from medvqa_rl.learning.batching.feed import Prepared, make_feed, prepare_now
+from medvqa_rl.learning.batching.resampling import occurrence, resample
+from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.learning.objective.advantages import group_advantages, preferences
+from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed, UnscoredError
+from medvqa_rl.learning.run.metrics import (
     CompletionRecord,
     mean_of_ranks,
     record_completions,
     rollout_metrics,
     template_metrics,
 )
-from medvqa_rl.learning.resampling import occurrence, resample
-from medvqa_rl.learning.run import Run
-from medvqa_rl.learning.sampler import samples_at
+from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.setup import (
     Setup,
     check_vllm,
@@ -50,9 +50,9 @@ from medvqa_rl.learning.setup import (
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judges.load import load_rewarding, notices
 from medvqa_rl.rewards.open_answers import unrewardable
 from medvqa_rl.rollout.vllm import VllmError
-from medvqa_rl.types import Dataset, Group, Scores
 
 
 def train(

@@ -24,16 +24,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
-from medvqa_rl.learning.launch import check_launch, read_launch
-from medvqa_rl.learning.trained import Fsdp2Policy, TrainedPolicy
+from medvqa_rl.learning.distributed.launch import check_launch, read_launch
+from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
 from medvqa_rl.models.loading import Policy, Reference, load_policy, load_reference, resolve_device
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import Source, VllmEngine
 from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
 from medvqa_rl.rollout.vllm_server import Server, check_answers
-from medvqa_rl.types import Dataset, Group
 
 
 @dataclass
@@ -123,7 +123,7 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
         case "fsdp2":
             return Fsdp2Policy(config.optimizer, accelerator, policy)
         case "zero2" | "zero3":
-            from medvqa_rl.learning.zero import ZeroPolicy  # needs DeepSpeed, which few have
+            from medvqa_rl.learning.distributed.zero import ZeroPolicy  # needs DeepSpeed, which few have
 
             return ZeroPolicy(config.optimizer, accelerator, policy)
         case _:

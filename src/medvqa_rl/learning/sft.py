@@ -16,18 +16,18 @@ from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
 
 from medvqa_rl.config import Config
-from medvqa_rl.judges.load import notices
-from medvqa_rl.learning.errors import NonFiniteError
-from medvqa_rl.learning.feed import Prepared, make_feed
-from medvqa_rl.learning.logprobs import CompletionBatch, collate
-from medvqa_rl.learning.optimizer import lr_at
-from medvqa_rl.learning.run import Run
+from medvqa_rl.core.prompts import Template, as_asked, render_answer
+from medvqa_rl.core.randomness import address
+from medvqa_rl.core.types import Completion, Dataset, Group, Sample
+from medvqa_rl.learning.batching.feed import Prepared, make_feed
+from medvqa_rl.learning.distributed.trained import TrainedPolicy
+from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate
+from medvqa_rl.learning.objective.optimizer import lr_at
+from medvqa_rl.learning.run.errors import NonFiniteError
+from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.setup import Setup, make_accelerator, report_dry_run, set_up, wrap
-from medvqa_rl.learning.trained import TrainedPolicy
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.prompts import Template, as_asked, render_answer
-from medvqa_rl.randomness import address
-from medvqa_rl.types import Completion, Dataset, Group, Sample
+from medvqa_rl.rewards.judges.load import notices
 
 
 def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> str:

@@ -12,18 +12,18 @@ from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
 
 from medvqa_rl.config import Config
-from medvqa_rl.learning.errors import NonFiniteError
-from medvqa_rl.learning.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
-from medvqa_rl.learning.losses import aggregate, dpo_loss, token_loss
-from medvqa_rl.learning.micro_batches import split
-from medvqa_rl.learning.mismatch import Mismatch, importance_weights, sampled_logps
-from medvqa_rl.learning.optimizer import Optimizer, lr_at
-from medvqa_rl.learning.self_check import SelfCheckError, check_first_group
-from medvqa_rl.learning.trained import TrainedPolicy
+from medvqa_rl.core.randomness import address
+from medvqa_rl.core.types import Group
+from medvqa_rl.learning.distributed.trained import TrainedPolicy
+from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
+from medvqa_rl.learning.objective.losses import aggregate, dpo_loss, token_loss
+from medvqa_rl.learning.objective.micro_batches import split
+from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, sampled_logps
+from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
+from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
+from medvqa_rl.learning.run.errors import NonFiniteError
 from medvqa_rl.models.loading import Policy, Reference
 from medvqa_rl.models.qwen_vl import backbone
-from medvqa_rl.randomness import address
-from medvqa_rl.types import Group
 
 _SUMS = ("loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from medvqa_rl.data.images import FileImage
-from medvqa_rl.prompts import Template, render_prompt
-from medvqa_rl.types import EncodedPrompt, Sample
+from medvqa_rl.core.prompts import Template, render_prompt
+from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.data.images.files import FileImage
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 IMAGE_TOKEN = "<|image_pad|>"

@@ -29,22 +29,22 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from medvqa_rl.core.prompts import parse_completion, render_answer
+from medvqa_rl.core.randomness import Draws, address
+from medvqa_rl.core.types import LETTERS, Group, Sample
 from medvqa_rl.data import load_dataset
+from medvqa_rl.data.phantom.drawing import PhantomImage
+from medvqa_rl.data.phantom.questions import draw_sample, full_description
+from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
 from medvqa_rl.evaluation.evaluate import evaluate
-from medvqa_rl.learning.logprobs import GroupForward, collate
-from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.learning.objective.logprobs import GroupForward, collate
+from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.learning.sft import sft_loss, target_group
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.phantom.drawing import PhantomImage
-from medvqa_rl.phantom.questions import draw_sample, full_description
 from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.vlm import build_model, build_processor
-from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
-from medvqa_rl.prompts import parse_completion, render_answer
-from medvqa_rl.randomness import Draws, address
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.types import LETTERS, Group, Sample
 
 Stage = Literal["base", "instruct"]
 

@@ -28,16 +28,16 @@ from medvqa_rl.config import (
     RolloutConfig,
     TrainConfig,
 )
+from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, write_evaluation
-from medvqa_rl.learning.advantages import group_advantages
-from medvqa_rl.learning.errors import Stopped
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.objective.advantages import group_advantages
+from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.models.loading import load_policy
-from medvqa_rl.progress import progress_bar
 from medvqa_rl.report.card import write_cards
-from medvqa_rl.report.page import Comparison, DemoPage, FigureFile, ShownGroup, shown_group, write_demo_page
-from medvqa_rl.report.plots import plot_before_after, plot_training
+from medvqa_rl.report.figures.plots import plot_before_after, plot_training
+from medvqa_rl.report.pages.page import Comparison, DemoPage, FigureFile, ShownGroup, shown_group, write_demo_page
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
 

@@ -5,9 +5,9 @@
 A judge reads a reasoning and nothing else, and its next token is " Yes" or " No". It is trained on the verdict at the
 end of every sentence, not of the last one only: the label of a text that breaks off there. That tells it where a
 reasoning went wrong, and is many times the signal for the same work. The labels are those of
-:func:`medvqa_rl.phantom.claims.is_coherent`, which knows the world's rules but not the image.
+:func:`medvqa_rl.data.phantom.claims.is_coherent`, which knows the world's rules but not the image.
 
-The texts are references, changed and damaged ones (:mod:`medvqa_rl.phantom.reasonings`) and texts that the embedded
+The texts are references, changed and damaged ones (:mod:`reasonings`) and texts that the embedded
 policies sampled. Data is addressed, so the same seed gives the same weights on the same machine and versions.
 """
 
@@ -27,15 +27,15 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import BioGptConfig, BioGptForCausalLM, PreTrainedTokenizerFast
 
 from medvqa_rl.config import JudgeConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from medvqa_rl.judges import JudgeRequest
-from medvqa_rl.judges.local import load_local_judge
-from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.core.prompts import parse_completion
+from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
+from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.checkpoints import atomic_folder
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.phantom.judge_lessons import POSITIONS, Lessons, Probes, Recipe, lesson_loss
-from medvqa_rl.phantom.questions import draw_sample
-from medvqa_rl.phantom.reasonings import Reasoning, draw_reasoning
-from medvqa_rl.prompts import parse_completion
+from medvqa_rl.rewards.judges import JudgeRequest
+from medvqa_rl.rewards.judges.local import load_local_judge
 from medvqa_rl.rollout.decode import RolloutEngine
 
 PAD, END = "<pad>", "</s>"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from medvqa_rl.phantom.claims import FLAWS, claims, flaws
-from medvqa_rl.phantom.reasonings import Mixture, Reasoning, draw_reasoning
-from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, MODALITIES, SIDES, SIZES
-from medvqa_rl.randomness import Draws
+from medvqa_rl.core.randomness import Draws
+from medvqa_rl.data.phantom.claims import FLAWS, claims, flaws
+from medvqa_rl.data.phantom.reasonings import Mixture, Reasoning, draw_reasoning
+from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, MODALITIES, SIDES, SIZES
 
 POSITIONS = 512
 """Tokens that a judge can read."""

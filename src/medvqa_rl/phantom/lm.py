@@ -26,14 +26,14 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from medvqa_rl.config import OptimizerConfig
-from medvqa_rl.evaluation.fluency import LanguageModel, load_language_model
-from medvqa_rl.evaluation.measured import perplexity
-from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.core.prompts import render_answer, without_tags
+from medvqa_rl.core.randomness import Draws
+from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
+from medvqa_rl.evaluation.measures.measured import perplexity
+from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.checkpoints import atomic_folder
 from medvqa_rl.phantom.judge import build_tokenizer
-from medvqa_rl.phantom.questions import draw_sample
-from medvqa_rl.prompts import render_answer, without_tags
-from medvqa_rl.randomness import Draws
 
 SEED = 0
 STEPS = 700

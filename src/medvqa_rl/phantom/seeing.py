@@ -20,10 +20,10 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from medvqa_rl.config import OptimizerConfig
-from medvqa_rl.learning.optimizer import Optimizer, lr_at
+from medvqa_rl.data.phantom.drawing import SIZE, render
+from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
+from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.phantom.drawing import SIZE, render
-from medvqa_rl.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
 
 CELLS = tuple((side, level) for side in SIDES for level in LEVELS)
 _CLASSES = (len(ALL_KINDS) + 1, len(SIZES) + 1, 4)

@@ -17,11 +17,11 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from medvqa_rl.core.prompts import CHOICE_HINT, INSTRUCTIONS, TAGS
+from medvqa_rl.core.types import LETTERS
+from medvqa_rl.data.phantom.drawing import SIZE
+from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.qwen_vl import Processor
-from medvqa_rl.phantom.drawing import SIZE
-from medvqa_rl.phantom.questions import draw_sample
-from medvqa_rl.prompts import CHOICE_HINT, INSTRUCTIONS, TAGS
-from medvqa_rl.types import LETTERS
 
 ASSETS = Path(__file__).parent / "assets"
 CHECKPOINTS = ("base", "instruct")

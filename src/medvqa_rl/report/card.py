@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
-from medvqa_rl.evaluation.judged_tables import in_short
-from medvqa_rl.evaluation.summary import paired_gain
+from medvqa_rl.evaluation.judging.judged_tables import in_short
+from medvqa_rl.evaluation.statistics.summary import paired_gain
+from medvqa_rl.report.figures.style import percent
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
-from medvqa_rl.report.style import percent
 
 LIMITS = (
     "Not for clinical use. This is not a medical device, it is not validated for any clinical purpose, and its "

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.evaluation.summary import paired_gain
-from medvqa_rl.report.page import Comparison
+from medvqa_rl.evaluation.statistics.summary import paired_gain
+from medvqa_rl.report.pages.page import Comparison
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 
 SELECTION = "Steps are compared as they came; none was chosen by its accuracy."

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Literal
 
-from medvqa_rl.evaluation.stability import abrupt_changes, largest_change, largest_drop, window_for
 from medvqa_rl.report.runs import Row
+from medvqa_rl.report.stability import abrupt_changes, largest_change, largest_drop, window_for
 
 Verdict = Literal["fine", "look", "not measured"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medvqa_rl.prompts import Template, parse_completion
+from medvqa_rl.core.prompts import Template, parse_completion
 
 
 def score_format(text: str, template: Template = "think_answer") -> float:

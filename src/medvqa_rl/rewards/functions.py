@@ -22,8 +22,8 @@ from typing import Any, SupportsFloat
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.prompts import render_prompt
-from medvqa_rl.types import Group
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.types import Group
 
 RewardFunction = Callable[..., Sequence[float | None]]
 

@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.judges import Grader
-from medvqa_rl.prompts import as_asked, parse_completion
-from medvqa_rl.rewards.correctness import is_correct, token_f1
+from medvqa_rl.core.answers import is_correct, token_f1
+from medvqa_rl.core.prompts import as_asked, parse_completion
+from medvqa_rl.core.types import AnswerType, Group
 from medvqa_rl.rewards.functions import FunctionLog
 from medvqa_rl.rewards.guards import conflict
+from medvqa_rl.rewards.judges import Grader
 from medvqa_rl.rewards.reasoning import grade_request, log_grades
-from medvqa_rl.types import AnswerType, Group
 
 
 class Compare(Protocol):
-    """Similarity of texts to references, pair by pair (:class:`medvqa_rl.evaluation.similarity.Similarity`)."""
+    """Similarity of texts to references, pair by pair (:class:`Similarity`)."""
 
     def compare(self, texts: Sequence[str], references: Sequence[str]) -> list[float]: ...
 
@@ -50,13 +50,13 @@ class OpenScorer:
 def score_answers(groups: Sequence[Group], scorer: OpenScorer, log: FunctionLog) -> NDArray[np.float64]:
     """(B,) credit for the answers, prompt by prompt, from 0 to 1.
 
-    1 for what :func:`medvqa_rl.rewards.correctness.is_correct` calls right, 0 for every other answer to a choice or
+    1 for what :func:`medvqa_rl.core.answers.is_correct` calls right, 0 for every other answer to a choice or
     closed question, and for no answer. Any other answer to an open question gets 0 where it contradicts the gold
     answer, else
 
     - ``token_f1``: the token F1 of both, continuous;
     - ``similarity``: 1 where their similarity is at least ``rewards.similarity_threshold``, else 0;
-    - ``judge``: a judge's grade on :data:`medvqa_rl.judges.rubric.CORRECTNESS` / 3; NaN (unscored) where it failed.
+    - ``judge``: a judge's grade on :data:`CORRECTNESS` / 3; NaN (unscored) where it failed.
 
     Args:
         log: gets, unless nothing is between right and wrong, the share of right answers

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.judges.rubric import Grade, Grader, GradeRequest
-from medvqa_rl.prompts import as_asked, asks_reasoning, parse_completion
+from medvqa_rl.core.prompts import as_asked, asks_reasoning, parse_completion
+from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.rewards.functions import FunctionLog
-from medvqa_rl.types import Completion, Group
+from medvqa_rl.rewards.judges.rubric import Grade, Grader, GradeRequest
 
 
 def gated(value: float, correctness: float, gate: float) -> float:
@@ -63,7 +63,7 @@ def score_reasoning(
     answers one prompt, and what is the same for the whole group leaves its advantages as they are.
 
     A reward for reasoning quality beside the answer as in RARL (arXiv 2506.06600), whose formula is not known: the
-    rubric (:data:`medvqa_rl.judges.rubric.REASONING`), its mapping score / 3 and the gate are ours.
+    rubric (:data:`medvqa_rl.rewards.judges.rubric.REASONING`), its mapping score / 3 and the gate are ours.
 
     Args:
         correctness: (B,) of the answers, in [0, 1].

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.judges.protocol import Judge, JudgeRequest
-from medvqa_rl.prompts import Template, parse_completion
+from medvqa_rl.core.prompts import Template, parse_completion
+from medvqa_rl.core.types import Group, Sample
 from medvqa_rl.rewards.functions import FunctionLog
-from medvqa_rl.types import Group, Sample
+from medvqa_rl.rewards.judges.protocol import Judge, JudgeRequest
 
 
 def judge_request(sample: Sample, text: str, template: Template = "think_answer") -> JudgeRequest:
@@ -25,7 +25,7 @@ def score_semantic(groups: Sequence[Group], judge: Judge, log: FunctionLog) -> N
 
     A language model reads question, options and reasoning, and says Yes where log P("Yes") > log P("No"); empty
     reasoning is 0. From arXiv 2505.13973, whose judge prompt is not known: ours are in
-    :mod:`medvqa_rl.judges.prompts`.
+    :mod:`medvqa_rl.rewards.judges.prompts`.
 
     Args:
         log: gets, per completion, the margin, why a verdict failed and whose it is; and the judge's counters.

@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
+from medvqa_rl.core.prompts import Template
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
-from medvqa_rl.prompts import Template
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.sampling import Stream, uniform_table
 from medvqa_rl.rollout.state import DecodeState, Prefilled, Room
 from medvqa_rl.rollout.step import Picker, Sampling, advance, take
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 COMPACT_SHARE = 0.25
 """Finished rows are dropped, and their places given to waiting prompts, when they are this share of the batch."""

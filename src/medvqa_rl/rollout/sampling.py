@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medvqa_rl.randomness import address, uniforms
+from medvqa_rl.core.randomness import address, uniforms
 
 Stream = Literal["train", "eval", "ask"]
 """What is sampled for: numbers of one stream never meet those of another."""

@@ -4,7 +4,7 @@
 tested with a stand-in that has them (tests/fakes/vllm). docs/vllm.md says what to look at in a first run.
 
 vLLM computes with its own kernels, so its probabilities differ a little from those that training computes: what it
-sampled each token with is kept (``Completion.logps``) and corrected for (:mod:`medvqa_rl.learning.mismatch`).
+sampled each token with is kept (``Completion.logps``) and corrected for (:mod:`mismatch`).
 Randomness is not addressed token by token as in :mod:`medvqa_rl.rollout.decode`: a prompt's completions share a seed
 with an address, and what vLLM makes of it depends on its batches.
 """
@@ -24,12 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medvqa_rl.config import RolloutConfig
+from medvqa_rl.core.randomness import address
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
 from medvqa_rl.models.qwen_vl import causal_model, image_features
-from medvqa_rl.randomness import address
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
-from medvqa_rl.types import Completion, EncodedPrompt, Group, Sample
 
 NEVER = -1e9
 """Added to the logits of suppressed tokens: their probability is exactly 0 in float32. JSON knows no infinity."""

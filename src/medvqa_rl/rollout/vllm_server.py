@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from medvqa_rl.config import VllmConfig
+from medvqa_rl.core.types import ImageSource
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.loading import Policy, resolve_folder
 from medvqa_rl.rollout.vllm import (
@@ -34,7 +35,6 @@ from medvqa_rl.rollout.vllm import (
     trained_alongside,
     write_adapter,
 )
-from medvqa_rl.types import ImageSource
 
 ADAPTER = "policy"
 """What the server calls the adapter that is trained."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.evaluation.records import EvalRecord, read_records
-from medvqa_rl.evaluation.stats import (
+from medvqa_rl.evaluation.statistics.stats import (
     McNemar,
     SeededInterval,
     exact_mcnemar,
@@ -20,9 +20,9 @@ from medvqa_rl.evaluation.stats import (
 )
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.runs import Row, read_run
-from medvqa_rl.study.contrasts import Contrast, ContrastRow, contrast_rows
 from medvqa_rl.study.findings import Budget, PartCorrelation, WrongAnswer, budget, correlations, wordiest_wrong
-from medvqa_rl.study.recipe import Cell, Recipe
+from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows
+from medvqa_rl.study.plan.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
 from medvqa_rl.study.signs import cell_signs
 

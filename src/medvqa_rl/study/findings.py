@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from medvqa_rl.evaluation.measures.similarity import reference_text
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.similarity import reference_text
 from medvqa_rl.report.runs import Row
-from medvqa_rl.study.recipe import Cell
+from medvqa_rl.study.plan.recipe import Cell
 
 WORDIEST = 3
 """Wrong answers that are shown of each arm."""

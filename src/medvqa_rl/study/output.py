@@ -10,7 +10,7 @@ from statistics import fmean
 
 from medvqa_rl.evaluation.store import write_text
 from medvqa_rl.report.health import Check
-from medvqa_rl.report.page import FigureFile, environment
+from medvqa_rl.report.pages.page import FigureFile, environment
 from medvqa_rl.study.collect import Collected
 from medvqa_rl.study.figures import write_figures
 from medvqa_rl.study.findings import PartCorrelation, WrongAnswer

@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
+from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.data import load_dataset
-from medvqa_rl.settings import write_yaml
-from medvqa_rl.study.recipe import Cell, Recipe, Test
+from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from medvqa_rl.core.prompts import without_tags
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.prompts import without_tags
 from medvqa_rl.report.health import (
     ENTROPY_LEFT,
     HIGH_ACCURACY,

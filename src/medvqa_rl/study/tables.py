@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import Any
 
 from medvqa_rl.study.collect import ArmResult
-from medvqa_rl.study.contrasts import Contrast, ContrastRow
-from medvqa_rl.study.factors import METRICS, FactorTable, Metric, Published
+from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow
+from medvqa_rl.study.plan.factors import METRICS, FactorTable, Metric, Published
 
 PUBLISHED = "published, other data and model"
 NOTES = (

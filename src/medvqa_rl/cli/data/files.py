@@ -1,0 +1,91 @@
+"""What the verbs ``data split`` and ``data export`` do: they write data sets. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.table import Table
+
+from medvqa_rl.cli.data.inspection import console, load_splits
+from medvqa_rl.config import Config
+from medvqa_rl.core.progress import progress_bar
+from medvqa_rl.data import Split, load_dataset
+from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
+from medvqa_rl.data.export import Format, export
+
+
+def run_split(
+    table: Path, *, output: Path | None, by: str, val: float, test: float, seed: int, images: Path | None
+) -> None:
+    """Divide a table and write it with the column ``split``.
+
+    Args:
+        output: the new table; None is ``data`` beside the old one, with its ending.
+        by: ``image`` or a column.
+        images: folder of the images: they are decoded, and those with equal pixels stay together.
+
+    Raises:
+        ValueError: the table cannot be read or divided, or the new one exists.
+    """
+    suffix = table.suffix if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
+    out = table.with_name(f"data{suffix}") if output is None else output
+    if out.exists():
+        raise ValueError(f"The file {out} exists already: name another with --output, or move it away.")
+    rows = read_whole(table)
+    equal: list[tuple[str, ...]] = []
+    if images is not None:
+        with progress_bar("images") as progress:
+            equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
+    division = divide(rows, table, by=by, val=val, test=test, seed=seed, equal=equal)
+    write_divided(division, out)
+    shown = Table(title_justify="left")
+    for column in ("split", "rows", "share", "images"):
+        shown.add_column(column, justify="left" if column == "split" else "right")
+    for split, count in division.counts().items():
+        places = enumerate(zip(rows, division.places))
+        names = {name for number, (row, place) in places if place == split for name in images_in(row, number, table)}
+        shown.add_row(split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}")
+    printer = console()
+    printer.print(shown)
+    printer.print(
+        f"{division.groups:,} groups stay together: rows that share an image{'' if by == 'image' else f' or {by}'}."
+    )
+    if images is not None:
+        renamed = sum(len(group) - 1 for group in equal)
+        printer.print(f"{renamed:,} images have the same pixels as another one under another name.")
+    printer.print(f"Written: {out}. Read it with data.name=own data.path={out.parent}", soft_wrap=True)
+
+
+def run_export(
+    config: Config,
+    *,
+    output: Path,
+    split: Split | None,
+    form: Format,
+    max_pixels: int | None,
+    limit: int | None,
+) -> None:
+    """Write one split, or all, in TRL's columns.
+
+    Raises:
+        ValueError: the data cannot be read, or a file exists already.
+    """
+    printer = console()
+    datasets = load_splits(config) if split is None else {str(split): load_dataset(config.data, split)}
+    for each, dataset in datasets.items():
+        with progress_bar(each) as progress:
+            done = export(
+                dataset,
+                output,
+                each,
+                form=form,
+                template=config.prompt.template,
+                max_pixels=max_pixels,
+                limit=limit,
+                progress=progress,
+            )
+        printer.print(
+            f"Written: {done.file}, {done.rows:,} rows, {done.images:,} images, {done.copied:,} of them as they were",
+            soft_wrap=True,
+        )

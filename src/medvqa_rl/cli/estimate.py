@@ -1,0 +1,81 @@
+"""The verb ``estimate``: its arguments. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+import typer
+
+from medvqa_rl.cli.common import ConfigPath, Debug, Overrides, read_settings, told_plainly
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def _image_size(text: str) -> tuple[int, int] | None:
+    """``1024x768`` as width and height; ``none`` for questions without images.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == "none":
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if match is None:
+        raise ValueError(f"--image-size is {text!r}: give WIDTHxHEIGHT in pixels, such as 1024x768, or none.")
+    return int(match[1]), int(match[2])
+
+
+def estimate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    model_size: Annotated[
+        str | None,
+        typer.Option(help="Size of a model that is not on this machine: 2b, 7b, 2.5-3b, 2.5-7b or 2.5-32b."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Measure this device; auto is that of the settings.")] = "auto",
+    card: Annotated[
+        str | None, typer.Option(help="A GPU by name instead: h200, h100, a100-80, a100-40, rtx4090, l4 ...")
+    ] = None,
+    matmul_tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Rate of matrix products in TFLOP/s, instead of a measured one.")
+    ] = None,
+    bandwidth_gbs: Annotated[
+        float | None, typer.Option(min=1e-3, help="Rate of the memory in GB/s, instead of a measured one.")
+    ] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=1e-3, help="Memory in GiB, instead of what is there.")
+    ] = None,
+    question_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt besides its image: template, question, options.")
+    ] = 110,
+    completion_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Mean length of completions, for the time; the limit unless given.")
+    ] = None,
+    image_size: Annotated[
+        str, typer.Option(help="Size of the images before the settings shrink them, or none.")
+    ] = "1024x1024",
+    ranks: Annotated[int, typer.Option(min=1, help="Devices that share the prompts of a step.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data: bytes and seconds.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Estimate memory and seconds of a training step before it runs. Exit code 1 where it does not fit."""
+    with told_plainly(debug):
+        from medvqa_rl.learning.estimate.estimate import run_estimate
+
+        fits = run_estimate(
+            read_settings(config, overrides or (), purpose="train").config,
+            model_size=model_size,
+            device=device,
+            card_name=card,
+            tflops=matmul_tflops,
+            bandwidth=bandwidth_gbs,
+            memory_gib=memory_gib,
+            question_tokens=question_tokens,
+            completion_tokens=completion_tokens,
+            image_size=_image_size(image_size),
+            ranks=ranks,
+            as_json=as_json,
+        )
+    if not fits:
+        raise typer.Exit(1)

@@ -1,0 +1,314 @@
+"""What the verb ``init`` does: from a table of one's own questions and a folder of images to a project that trains.
+
+The questions are checked and divided, the settings are sized to a GPU, and a folder is written that is either whole or
+not there. Imports no torch but to look for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from medvqa_rl.cli.data.inspection import console, image_budget, load_splits, print_report
+from medvqa_rl.cli.init.template import CPU, GPU, fill
+from medvqa_rl.config import Config, ConfigError, DataConfig
+from medvqa_rl.config.yaml import build_config, read_yaml
+from medvqa_rl.core.progress import progress_bar, progress_bars
+from medvqa_rl.core.prompts import normalise, render_prompt
+from medvqa_rl.core.types import Dataset, Sample
+from medvqa_rl.data.check import DataReport, check_data
+from medvqa_rl.data.division import COLUMN, Division, divide, equal_images, read_whole, write_divided
+from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
+from medvqa_rl.learning.estimate.hardware import GIB, Machine
+from medvqa_rl.learning.estimate.pace import Rates
+from medvqa_rl.learning.estimate.sizes import find_architecture
+
+MIN_SAMPLES = 50
+"""Fewer can neither teach nor measure: a test split of ten questions has an interval of 60 points."""
+ROOM = 0.85
+"""Share of the GPU's memory that the settings are sized to: estimates are within some percent, images differ."""
+MODEL, MODEL_SIZE = "Qwen/Qwen2-VL-2B-Instruct", "2b"
+SPLITS = ("train", "val", "test")
+PASSES = 4
+"""Times that training sees each question, as far as that takes 50 to 2,000 steps."""
+
+TIGHTER: tuple[Mapping[str, Any], ...] = (
+    {"train.prompts_per_micro_batch": 4},
+    {"train.prompts_per_micro_batch": 2},
+    {"train.prompts_per_micro_batch": 1},
+    {"rollout.max_batch": 4},
+    {"model.gradient_checkpointing": True},
+    {"rollout.max_batch": 1},
+    {"model.max_pixels": 200_704},
+    {"rollout.max_completion_length": 128},
+)
+"""What takes less memory, one on top of the other: first what costs time only."""
+ROOMY: Mapping[str, Any] = {
+    "train.prompts_per_micro_batch": 8,
+    "rollout.max_batch": 8,
+    "model.gradient_checkpointing": False,
+    "model.max_pixels": 401_408,
+    "rollout.max_completion_length": 256,
+}
+
+
+@dataclass(frozen=True)
+class Sized:
+    """Settings that fit a machine."""
+
+    values: Mapping[str, Any]
+    """Those of :data:`ROOMY`."""
+    peak: float
+    """Bytes at most."""
+
+
+def run_init(
+    project: Path,
+    *,
+    table: Path,
+    images: Path,
+    gpu_memory: float | None = None,
+    open_correctness: str | None = None,
+    seed: int = 0,
+) -> bool:
+    """Check questions and images, write ``config.yaml`` and the divided table, and print what to do next.
+
+    Args:
+        project: folder to write.
+        table: the questions, with the columns of :mod:`medvqa_rl.data.sets.own`.
+        images: folder of the images.
+        gpu_memory: GiB of the GPU that will train; None looks for one here.
+        open_correctness: how answers to open questions are compared, as ``rewards.open_correctness``; None says
+            nothing about it.
+        seed: of the division.
+
+    Returns:
+        Whether nothing is wrong with the data; where something is, nothing is written.
+
+    Raises:
+        ValueError: the folder is there already, or table, images or memory cannot be used; a sentence says why.
+    """
+    if project.exists() and (not project.is_dir() or any(project.iterdir())):
+        raise ValueError(
+            f"{project} exists already, and nothing is written over: choose another name, or move it away."
+        )
+    if not table.is_file():
+        raise ValueError(f"The table {table} does not exist: give your questions as CSV, JSON Lines, JSON or parquet.")
+    if not images.is_dir():
+        raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
+    rows = read_whole(table)
+    memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
+    out = console()
+    project.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
+        stage = Path(temporary) / "project"
+        suffix = table.suffix.lower() if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
+        write_divided(divided(rows, table, images, seed), stage / f"data{suffix}")
+        data = DataConfig(
+            name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=temporary
+        )
+        datasets = load_splits(Config(data=data))
+        samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
+        if problems := unfit(samples, table, open_correctness):
+            raise ConfigError(problems)
+        template = CPU if memory is None else GPU
+        draft = build_config(
+            read_yaml(fill(template, placeholders(template, project, images, datasets, None, "", open_correctness)))
+        )
+        report = checked(datasets, draft)
+        print_report(report, out, image_budget(draft.model)[1])
+        if report.is_wrong():
+            out.print(
+                "Something is wrong with the data (see above), so nothing is written: mend it and run init again."
+            )
+            return False
+        sized = None if memory is None else size_to(draft, memory, samples, report)
+        line = machine_line(memory, where, sized)
+        text = fill(template, placeholders(template, project, images, datasets, sized, line, open_correctness))
+        build_config(read_yaml(text), purpose="train")
+        (stage / "config.yaml").write_text(text, encoding="utf-8")
+        os.replace(stage, project)
+    out.print(f"\nWritten: {project / 'config.yaml'} and {project / f'data{suffix}'}", soft_wrap=True)
+    out.print(line, soft_wrap=True)
+    out.print("\nNext:")
+    for command in next_commands(project, on_gpu=memory is not None):
+        out.print(f"  {command}", soft_wrap=True)
+    return True
+
+
+def find_gpu() -> tuple[float | None, str]:
+    """Memory in GiB of the GPU that torch would use, and its name; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, ""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.total_memory / GIB, properties.name
+
+
+def divided(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
+    """The table with its own split where every row has one, else divided: no image in two splits, under whatever name,
+    and no patient where there is such a column.
+
+    Raises:
+        ValueError: an image cannot be decoded, a row has none or no patient where others have, the table's own split
+            is not whole, or there are too few groups.
+    """
+    own = [str(row.get(COLUMN) or "").strip() for row in rows]
+    if any(own):
+        bad = next((number for number, place in enumerate(own) if place not in SPLITS), None)
+        missing = [place for place in SPLITS if place not in own]
+        if bad is not None or missing:
+            what = f"has no row for {missing[0]}" if bad is None else f"says {own[bad]!r} in row {bad}, counted from 0"
+            raise ValueError(
+                f"The column {COLUMN} of {table} {what}: let it say train, val or test in every row and each of them "
+                "in some, or remove it, and the questions are divided for you."
+            )
+        return Division(tuple(rows), tuple(own), 0)  # type: ignore[arg-type]
+    with progress_bar("images") as progress:
+        equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
+    by = "patient" if any(str(row.get("patient") or "").strip() for row in rows) else "image"
+    return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
+
+
+def unfit(samples: Sequence[Sample], table: Path, open_correctness: str | None) -> list[str]:
+    """Why nothing could be learned from some questions, a sentence each."""
+    problems = []
+    if len(samples) < MIN_SAMPLES:
+        problems.append(
+            f"{table} has {len(samples)} usable questions, but fewer than {MIN_SAMPLES} are too few to train on and "
+            "to measure by: collect more (500 to 1,000 are usual for LoRA)."
+        )
+    answers = Counter(normalise(sample.answer_text) for sample in samples)
+    letters = Counter(sample.answer for sample in samples if sample.answer_type == "choice")
+    if len(answers) == 1:
+        (answer,) = answers
+        problems.append(
+            f"All {len(samples)} answers in {table} are {answer!r}, so a model that always says so is always right "
+            "and there is nothing to learn: add questions with other answers."
+        )
+    elif len(letters) == 1 and letters.total() == len(samples):
+        (letter,) = letters
+        problems.append(
+            f"The right option in {table} is always {letter}, so a model that always says {letter} is always "
+            "right and there is nothing to learn: shuffle the options."
+        )
+    if open_correctness is None and all(sample.answer_type == "open" for sample in samples):
+        problems.append(
+            f"No question in {table} has options or a yes or no for an answer, and an open answer is right only where "
+            "it has the same words: give options in a column of that name, or say how answers are compared with "
+            "--open-correctness token_f1, similarity or judge (exact keeps it so)."
+        )
+    return problems
+
+
+def checked(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
+    """What ``data check`` finds."""
+    with progress_bars() as progress:
+        return check_data(
+            datasets,
+            budget=image_budget(config.model)[0],
+            template=config.prompt.template,
+            workers=min(8, os.cpu_count() or 1),
+            progress=progress,
+        )
+
+
+def size_to(config: Config, memory: float, samples: Sequence[Sample], report: DataReport) -> Sized:
+    """The roomiest settings that fit a GPU, for the largest image and the longest prompt that there are.
+
+    Args:
+        config: the settings of the project.
+        memory: GiB of the GPU.
+
+    Raises:
+        ValueError: not even the tightest fit.
+    """
+    sizes = [size for split in report.splits for size in zip(split.widths, split.heights)]
+    text = max(sum(len(part.get("text", "")) for part in render_prompt(s).messages[0]["content"]) for s in samples)
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    assumed = Assumptions(question_tokens=32 + text // 3, image_size=largest, ranks=1)
+    model, machine = find_architecture(config.model, MODEL_SIZE), Machine("", Rates(1, 1), memory * GIB, True, "")
+
+    def estimated(values: Mapping[str, Any]) -> Estimate:
+        settings = config.model_dump()
+        for path, value in values.items():
+            section, _, name = path.partition(".")
+            settings[section][name] = value
+        return estimate(Config.model_validate(settings), model, machine, assumed)
+
+    values = dict(ROOMY)
+    for change in ({}, *TIGHTER):
+        values |= change
+        peak = estimated(values).peak
+        if peak <= ROOM * memory * GIB:
+            return Sized(values, peak)
+    raise ValueError(
+        f"{MODEL} needs at least {peak / GIB / ROOM:.1f} GiB of GPU memory to be trained on these questions, but "
+        f"there are {memory:.1f} GiB: give the memory of a larger GPU with --gpu-memory, or make the images smaller."
+    )
+
+
+def machine_line(memory: float | None, where: str, sized: Sized | None) -> str:
+    """What the settings are sized to, as a sentence."""
+    if memory is None or sized is None:
+        return (
+            "There is no GPU here that torch can use, so the settings are for the embedded model on the CPU: all "
+            "works as with a large one, but it knows drawings and no medicine. For a machine with a GPU of 24 GiB run "
+            "init with --gpu-memory 24."
+        )
+    return (
+        f"Sized to a GPU of {memory:.0f} GiB ({where}): a step needs about {sized.peak / GIB:.1f} GiB at most, by the "
+        "arithmetic of medvqa-rl estimate for the largest image and the longest question."
+    )
+
+
+def is_here(model: str) -> bool:
+    """Whether a model of the Hub was downloaded before; opens no connection."""
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def placeholders(
+    template: str,
+    project: Path,
+    images: Path,
+    datasets: Mapping[str, Dataset],
+    sized: Sized | None,
+    machine: str,
+    open_correctness: str | None,
+) -> dict[str, Any]:
+    """What stands in a template's gaps."""
+    count = len(datasets["train"]) if "train" in datasets else 0
+    steps = min(2000, max(50, math.ceil(PASSES * count / 8)))
+    return {
+        "machine": machine,
+        "network": "on" if template == GPU and not is_here(MODEL) else "off",
+        "config": project / "config.yaml",
+        "output": str((project / "run").absolute()),
+        "path": str(project.absolute()),
+        "images": str(images.resolve()),
+        "counts": ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items()),
+        "model": MODEL,
+        "open_correctness": "null" if open_correctness is None else open_correctness,
+        "steps": steps,
+        "passes": f"{steps * 8 / max(1, count):.1f}",
+        "every": max(10, steps // 10),
+        "warmup": min(20, steps // 10),
+        **{path.rpartition(".")[2]: value for path, value in (ROOMY if sized is None else sized.values).items()},
+    }
+
+
+def next_commands(project: Path, *, on_gpu: bool) -> list[str]:
+    """Three commands to run now."""
+    config, run = shlex.quote(str(project / "config.yaml")), shlex.quote(str(project / "run"))
+    first = f"medvqa-rl train {config} --dry-run"
+    return [first, f"medvqa-rl train {config}", f"medvqa-rl eval {run} --prompts think_answer,direct"]

@@ -1,0 +1,40 @@
+"""The verb ``medvqa-rl init``. Imports no torch until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from medvqa_rl.cli.common import Debug, told_plainly
+
+
+def init(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder to write.")],
+    data: Annotated[
+        Path, typer.Option(help="Your questions: CSV, JSON Lines, JSON or parquet, with image, question and answer.")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1.0, help="GiB of the GPU that will train; without it, the one found here.")
+    ] = None,
+    open_correctness: Annotated[
+        Literal["exact", "token_f1", "similarity", "judge"] | None,
+        typer.Option(help="How answers to open questions are compared; sets rewards.open_correctness."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another division into train, val and test.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Check your own questions, write settings sized to the GPU, and say what to run next.
+
+    Exits with 1, nothing written, where something is wrong with the data.
+    """
+    with told_plainly(debug):
+        from medvqa_rl.cli.init.project import run_init
+
+        is_right = run_init(
+            project, table=data, images=images, gpu_memory=gpu_memory, open_correctness=open_correctness, seed=seed
+        )
+    if not is_right:
+        raise typer.Exit(1)

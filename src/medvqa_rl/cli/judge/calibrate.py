@@ -1,0 +1,177 @@
+"""What the verb ``judge calibrate`` does: measure a judge against labels, print, and write what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from medvqa_rl.config import JudgeConfig
+from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
+from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
+from medvqa_rl.evaluation.statistics.tables import shown
+from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.report.figures.style import styled
+from medvqa_rl.rewards.judges import Judge, JudgeRequest, Verdict
+from medvqa_rl.rewards.judges.load import load_judge
+
+SPLIT = "held out"
+"""Of questions and texts; no recipe trains on it."""
+
+
+def phantom_pairs(count: int, seed: int, *, with_policies: bool = True) -> list[LabelledPair]:
+    """Held-out reasoning of the phantom world, labelled by its oracle.
+
+    Args:
+        count: of texts that were written (references, changed and damaged ones), and again as many that the embedded
+            policies sampled.
+        with_policies: whether the policies sample, which takes a minute or two on a CPU.
+    """
+    texts = [draw_reasoning(seed, SPLIT, index) for index in range(count)]
+    groups = ["reference" if text.kind == "reference" else "changed" for text in texts]
+    if with_policies:
+        from medvqa_rl.phantom.judge import sample_texts
+
+        sampled = sample_texts(count, seed, SPLIT)
+        texts += sampled
+        groups += [text.kind.partition(" at ")[0] for text in sampled]
+    return [_pair(text, group) for text, group in zip(texts, groups)]
+
+
+def _pair(text: Reasoning, group: str) -> LabelledPair:
+    request = JudgeRequest(text.sample.question, text.sample.options, text.text)
+    return LabelledPair(request, text.is_coherent, text.sample.id, group)
+
+
+def run_calibrate(
+    config: JudgeConfig,
+    *,
+    pairs_file: Path | None = None,
+    output: Path | None = None,
+    count: int = 600,
+    seed: int = 0,
+    with_policies: bool = True,
+) -> dict[str, Any]:
+    """Measure a judge against the phantom oracle, and against a file of labelled pairs where one is given.
+
+    Args:
+        config: the judge.
+        pairs_file: JSON Lines (:func:`medvqa_rl.evaluation.judging.agreement.read_pairs`).
+        output: folder for ``calibration.json`` and ``calibration.png``; None writes nothing.
+        count: see :func:`phantom_pairs`, as are seed and with_policies.
+
+    Returns:
+        The content of ``calibration.json``.
+
+    Raises:
+        ValueError: the file, the folder or the judge cannot be used.
+    """
+    if output is not None and (output / "calibration.json").exists():
+        raise ValueError(f"The folder {output} already holds a calibration: name another with --output.")
+    sources = {"pairs": read_pairs(pairs_file)} if pairs_file is not None else {}
+    judge = load_judge(config)
+    sources = {"phantom": phantom_pairs(count, seed, with_policies=with_policies)} | sources
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    results: dict[str, Any] = {"judge": judge.identity.to_json(), "seed": seed, "sources": {}}
+    curves: dict[str, list[MarginBin]] = {}
+    for source, pairs in sources.items():
+        verdicts = judge.judge([pair.request for pair in pairs])
+        found = dict(by_group(pairs, verdicts, seed=seed))
+        curves[source] = _curve(pairs, verdicts)
+        failures = Counter(verdict.reason for verdict in verdicts if verdict.reason)
+        results["sources"][source] = {
+            "groups": found,
+            "margins": [asdict(item) for item in curves[source]],
+            "failures": dict(failures.most_common(10)),
+        }
+        console.print(_table(found, f"{judge.identity.name} against {source}"))
+        for reason, number in failures.most_common(3):
+            console.print(f"{number} without a verdict: {reason}", highlight=False, markup=False, soft_wrap=True)
+    results["counters"] = dict(judge.counters)
+    if output is not None:
+        _write(results, curves, judge, output)
+        console.print(f"Written: {output / 'calibration.json'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def _curve(pairs: Sequence[LabelledPair], verdicts: Sequence[Verdict]) -> list[MarginBin]:
+    """Bins of the texts whose margin is known; none for a judge that answers in words."""
+    known = [(v.margin, pair.is_coherent) for pair, v in zip(pairs, verdicts) if math.isfinite(v.margin)]
+    return margin_bins([margin for margin, _ in known], [label for _, label in known]) if known else []
+
+
+def _table(results: Mapping[str, Any], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in ("texts", "number", "labelled yes", "accuracy %", "kappa", "false yes %", "false no %", "unscored %"):
+        table.add_column(name, justify="left" if name == "texts" else "right")
+
+    for group, row in results.items():
+        table.add_row(
+            group,
+            f"{row['n']:,}",
+            f"{100 * row['label_yes_rate']:.0f} %",
+            shown(row["accuracy"], 100, 1),
+            shown(row["kappa"], 1, 2),
+            shown(row["false_yes_rate"], 100, 1),
+            shown(row["false_no_rate"], 100, 1),
+            f"{100 * row['unscored_rate']:.1f}",
+        )
+    return table
+
+
+def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]], judge: Judge, output: Path) -> None:
+    """The plot, where the judge tells margins, and then the numbers."""
+    output.mkdir(parents=True, exist_ok=True)
+    if any(curves.values()):
+        plot_calibration(curves, output / "calibration.png", title=judge.identity.name)
+    text = json.dumps(without_nan(dict(results)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(output / "calibration.json", text + "\n")
+
+
+def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, title: str) -> Path:
+    """Draw the margin against the observed share of coherent texts, with the share that the margin claims,
+    1 / (1 + exp(-margin)), beside it."""
+    with styled("light") as palette:
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        margins = [item.margin for bins in curves.values() for item in bins]
+        edge = max(1.0, *map(abs, margins))
+        grid = np.linspace(-edge, edge, 200)
+        claimed = 1 / (1 + np.exp(-grid))
+        axes.plot(grid, claimed, color=palette.before, linestyle="--", linewidth=1.2, label="claimed by the margin")
+        axes.axvline(0.0, color=palette.faint, linewidth=1.0)
+        for (name, bins), color in zip(curves.items(), palette.series):
+            if bins:
+                observed = np.array([item.observed for item in bins])
+                errors = np.array([[item.observed - item.low, item.high - item.observed] for item in bins]).T
+                axes.errorbar(
+                    [item.margin for item in bins],
+                    observed,
+                    np.maximum(errors, 0.0),
+                    color=color,
+                    marker="o",
+                    markersize=4,
+                    linewidth=1.4,
+                    label=f"observed ({name})",
+                )
+        axes.set_title(f"Margin and truth: {title}")
+        axes.set_xlabel('log P("Yes") - log P("No"), nats')
+        axes.set_ylabel("labelled coherent")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend(frameon=False)
+        figure.savefig(path)
+    return path

@@ -1,0 +1,255 @@
+"""What the verb ``judge eval`` does: have the answers of finished evaluations judged, and check the judges.
+
+```text
+judged.json      what each judge found, how far they agree, what moves them; judges, rubrics and seed
+judged.md        its tables
+judged.jsonl     what each judge, in the same order, said of each answer
+```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from medvqa_rl.config import JudgeConfig
+from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
+from medvqa_rl.config.yaml import build_config, merge, parse_override
+from medvqa_rl.core.network import is_off
+from medvqa_rl.evaluation.judging.instrument import rewarding_judges
+from medvqa_rl.evaluation.judging.judged import (
+    Judged,
+    RubricJudge,
+    check_bias,
+    chosen_records,
+    judge_records,
+    summarise_agreement,
+    summarise_judged,
+)
+from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
+from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.rewards.judges import JudgeIdentity
+from medvqa_rl.rewards.judges.endpoint import host_of
+from medvqa_rl.rewards.judges.load import load_judges
+from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
+
+DEFAULT_JUDGES = ("phantom:judge_eval", "phantom:judge")
+"""Of the phantom world; the first is not the one that rewards by default."""
+FILES = ("judged.json", "judged.md", "judged.jsonl")
+
+
+def read_judge(text: str) -> JudgeConfig:
+    """A judge as it is named on the command line: a model, or settings of the judge separated by commas, such as
+    ``model=my-judge,endpoint=http://localhost:8000/v1``.
+
+    Raises:
+        ValueError: a setting is unknown or wrong.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()] if "=" in text else [f"model={text}"]
+    given = {"network": "off" if is_off() else "on"}
+    return build_config(merge(given, [parse_override(f"judge.{part}") for part in parts])).judge
+
+
+def evaluations_in(path: Path) -> list[Evaluated]:
+    """The evaluations of a folder that are judged: its own, or those below it; of those that a training made after
+    its steps the first and the last.
+
+    Raises:
+        ValueError: there are none, or one is not finished.
+    """
+    found = read_evaluations(path)  # sorted, so the steps of a run come in their order
+    steps: dict[Path, list[Evaluated]] = {}
+    for one in found:
+        if re.fullmatch(r"step_\d+", one.folder.name):
+            steps.setdefault(one.folder.parent, []).append(one)
+    between = {one.folder for several in steps.values() for one in several[1:-1]}
+    return [one for one in found if one.folder not in between]
+
+
+def run_judge_eval(
+    paths: Sequence[Path],
+    judges: Sequence[JudgeConfig] = (),
+    *,
+    samples: int | None = None,
+    bias_samples: int = 200,
+    seed: int = 0,
+    replace: bool = False,
+) -> None:
+    """Judge evaluations, print what was found and write it into their folders.
+
+    Args:
+        paths: folders of runs or evaluations.
+        judges: one or two; none takes the embedded ones where all questions are of the phantom world.
+        samples: answers of each evaluation at most; None takes all.
+        bias_samples: answers that are asked about again, edited; 0 checks no bias.
+        seed: of the choice of answers, of the edits and of the bootstrap.
+        replace: write over what was judged before.
+
+    Raises:
+        ValueError: an evaluation or a judge cannot be used; among others where the only judge is the one that
+            rewarded.
+    """
+    evaluations = list({one.folder: one for path in paths for one in evaluations_in(path)}.values())
+    configs = _configs(evaluations, judges)
+    for one in evaluations:
+        if not replace and (one.folder / FILES[0]).exists():
+            raise ValueError(f"The evaluation in {one.folder} is judged already: write over that with --replace.")
+    chosen = [chosen_records(one.records, samples, seed) for one in evaluations]
+    for one, records in zip(evaluations, chosen):
+        if not records:
+            raise ValueError(f"No question of {one.folder} is scored: see unscored_reason in its samples.jsonl.")
+        if all(config.model in EMBEDDED_JUDGES for config in configs) and not any(r.think for r in records):
+            raise ValueError(
+                f"No answer of {one.folder} comes with reasoning, and the embedded judges read nothing else: name a "
+                "chat or instruct model with --judge."
+            )
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for config in configs:
+        if config.endpoint is not None:
+            _say(
+                console,
+                "Notice: questions, options, reference answers, answers, reasoning and descriptions of images of "
+                f"{sum(map(len, chosen)):,} answers are sent to {host_of(config.endpoint)}, images are not.",
+            )
+    loaded = [_load(config) for config in configs]
+    identities = [next(iter(judge.graders.values())).identity for judge in loaded]
+    if len({identity.fingerprint for identity in identities}) < len(loaded):
+        raise ValueError(
+            f"The two judges {' and '.join(judge.name for judge in loaded)} are the same model, whose agreement with "
+            "itself says nothing: name two different ones with --judge."
+        )
+    warnings = [_overlap(one, identities) for one in evaluations]
+    for one, records, told in zip(evaluations, chosen, warnings):
+        for line in told:
+            _say(console, line)
+        judged = [judge_records(records, judge) for judge in loaded]
+        results = _results(one, records, judged, told, samples=samples, bias_samples=bias_samples, seed=seed)
+        _write(one.folder, results, records, judged)
+        for table in judged_tables(results):
+            console.print(table.rich())
+        for line in notes(results):
+            _say(console, line)
+        _say(console, f"Written: {one.folder / FILES[0]}, {FILES[1]} and {FILES[2]}")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) -> list[JudgeConfig]:
+    if len(judges) > 2:
+        raise ValueError(
+            f"{len(judges)} judges are named, but one or two can be compared: give --judge at most twice."
+        )
+    foreign = [one for one in evaluations if not one.records[0].dataset.startswith("phantom/")]
+    configs = list(judges) or [read_judge(name) for name in DEFAULT_JUDGES]
+    embedded = [config.model for config in configs if config.model in EMBEDDED_JUDGES]
+    if foreign and embedded:
+        raise ValueError(
+            f"The evaluation in {foreign[0].folder} is of {foreign[0].records[0].dataset or 'unnamed data'}, but the "
+            f"embedded judges ({', '.join(embedded)}) know the phantom world alone: name a chat or instruct model, or "
+            "an endpoint's, with --judge."
+        )
+    return configs
+
+
+def _load(config: JudgeConfig) -> RubricJudge:
+    is_embedded = config.model in EMBEDDED_JUDGES
+    rubrics = [REASONING] if is_embedded else [REASONING, CORRECTNESS]
+    graders = load_judges(config, coherence=False, rubrics=rubrics).graders
+    return RubricJudge(config.model, graders, is_embedded)
+
+
+def _overlap(one: Evaluated, identities: Sequence[JudgeIdentity]) -> list[str]:
+    """Warnings about judges that rewarded what they judge.
+
+    Raises:
+        ValueError: there is no other judge.
+    """
+    rewarding = {identity.fingerprint: identity.name for identity in _rewarding(one.folder).values()}
+    same = [identity for identity in identities if identity.fingerprint in rewarding]
+    if same and len(same) == len(identities):
+        raise ValueError(
+            f"The only judge, {same[0].name}, rewarded the model whose answers are in {one.folder}, so it would show "
+            "how well it was pleased, not how good the answers are: name another one, or a second, with --judge."
+        )
+    return [
+        f"Warning: {identity.name} rewarded the model whose answers are in {one.folder} (as "
+        f"{rewarding[identity.fingerprint]}): what it says shows how well it was pleased, so trust the other judge."
+        for identity in same
+    ]
+
+
+def _rewarding(folder: Path) -> dict[str, JudgeIdentity]:
+    """Who rewarded the evaluated weights: by the evaluation's results, or by the run whose folder this is in."""
+    found = rewarding_judges(folder)
+    path = folder / "results.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8")).get("judges", {})
+            found |= {role: JudgeIdentity(**one) for role, one in stored.items() if role != "evaluation"}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"The file {path} is damaged ({error}): evaluate again.") from error
+    return found
+
+
+def _results(
+    one: Evaluated,
+    records: Sequence[EvalRecord],
+    judged: Sequence[Judged],
+    warnings: Sequence[str],
+    *,
+    samples: int | None,
+    bias_samples: int,
+    seed: int,
+) -> dict[str, Any]:
+    checked = chosen_records(records, bias_samples, seed)
+    found = [
+        summarise_judged(records, item, seed=seed)
+        | {"bias": check_bias(checked, item.judge, seed=seed) if bias_samples else None}
+        for item in judged
+    ]
+    return {
+        "evaluation": {
+            "dataset": records[0].dataset,
+            "template": records[0].template,
+            "questions": len(one.records),
+            "judged": len(records),
+            "images": len({record.image_key for record in records}),
+            "scorer_accuracy": sum(bool(record.is_correct) for record in records) / len(records),
+        },
+        "judges": found,
+        "agreement": summarise_agreement(records, *judged, seed=seed) if len(judged) == 2 else None,
+        "warnings": list(warnings),
+        "settings": {"samples": samples, "bias_samples": bias_samples, "seed": seed, "version": version("medvqa-rl")},
+    }
+
+
+def _write(folder: Path, results: Mapping[str, Any], records: Sequence[EvalRecord], judged: Sequence[Judged]) -> None:
+    def said(item: Judged, place: int) -> dict[str, Any]:
+        grades = {of: grades[place] for of, grades in item.grades.items()}
+        return {
+            of: {"score": None if math.isnan(grade.score) else int(grade.score), "reason": grade.reason}
+            for of, grade in grades.items()
+        }
+
+    lines = [
+        json.dumps({"sample_id": record.sample_id, "judges": [said(item, place) for item in judged]})
+        for place, record in enumerate(records)
+    ]
+    write_text(folder / FILES[2], "".join(line + "\n" for line in lines))
+    tables = [table.markdown() for table in judged_tables(results)]
+    text = "\n\n".join(["# Judged answers", *tables, *notes(results)])
+    write_text(folder / FILES[1], text + "\n")
+    text = json.dumps(without_nan(dict(results)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / FILES[0], text + "\n")  # last: with it everything is there

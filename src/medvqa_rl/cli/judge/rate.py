@@ -1,0 +1,171 @@
+"""What the verbs ``judge sheet`` and ``judge ratings`` do: make a blinded sheet for people, and read what they said.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
+from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
+from medvqa_rl.evaluation.statistics.tables import TextTable, number, shown
+from medvqa_rl.evaluation.store import without_nan, write_text
+from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
+
+
+def run_sheet(
+    folders: Sequence[Path], *, output: Path, questions: int, seed: int = 0, images: bool = True, replace: bool = False
+) -> None:
+    """Write a sheet and, beside it, its key.
+
+    Args:
+        folders: of evaluations of the same questions; the first is the baseline of differences.
+        output: the sheet, an HTML file.
+        questions: how many questions at most; each gives as many items as there are different answers to it.
+        seed: of the choice of questions and of the order of items.
+        images: whether the images are put into the sheet.
+        replace: write over a sheet that is there.
+
+    Raises:
+        ValueError: the evaluations, their images or the files cannot be used.
+    """
+    if output.suffix != ".html":
+        raise ValueError(f"The sheet is an HTML file, but --output is {output}: let its name end in .html.")
+    key_path = output.with_suffix(".key.json")
+    for path in (output, key_path):
+        if path.exists() and not replace:
+            raise ValueError(
+                f"The file {path} is already there, and ratings of its sheet need its key: choose another --output, "
+                "or write over both with --replace."
+            )
+    evaluations = [_single(folder) for folder in folders]
+    names = [one.name for one in evaluations]
+    if len(set(names)) < len(names):
+        raise ValueError(f"An evaluation is given twice ({', '.join(names)}): name each folder once.")
+    items = choose_items(evaluations, questions, seed)
+    key = make_key(items, evaluations, seed)
+    samples = find_samples(evaluations[0].folder, [item.record for item in items]) if images else {}
+    write_text(output, render_sheet(key, items, samples))
+    write_key(key, key_path)
+    count = len({item.record.sample_id for item in items})
+    print(f"Written: {output} ({len(items)} answers to {count} questions, {output.stat().st_size / 1e6:.1f} MB).")
+    print(f"Written: {key_path}. It says which answer is whose: keep it from the raters.")
+
+
+def _single(folder: Path) -> Evaluated:
+    found = read_evaluations(folder)
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder} holds {len(found)} evaluations ({', '.join(one.name for one in found[:4])} ...): name the one "
+            "whose answers are to be rated."
+        )
+    return found[0]
+
+
+def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """Read what raters saved, print what follows, and write it where asked.
+
+    Args:
+        key_path: the key of the sheet.
+        paths: one file per rater.
+        output: a JSON file; the tables as Markdown are written beside it.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: a file cannot be used.
+    """
+    key = read_key(key_path)
+    results = summarise_ratings(key, [read_ratings(path, key) for path in paths], seed=seed)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    tables = rating_tables(results)
+    for table in tables:
+        console.print(table.rich())
+    left = [f"{row['name']} rated {row['rated']}" for row in results["raters"] if row["rated"] < results["items"]]
+    for line in [*([f"Of {results['items']} items {', '.join(left)}."] if left else []), _NOTE]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if output is not None:
+        found = {"sheet": key.sheet, "seed": seed, **results}
+        write_text(output, json.dumps(without_nan(found), indent=2, allow_nan=False) + "\n")
+        write_text(
+            output.with_suffix(".md"), "\n\n".join(["# Ratings", *(one.markdown() for one in tables), _NOTE]) + "\n"
+        )
+        console.print(f"Written: {output} and {output.with_suffix('.md').name}", highlight=False, soft_wrap=True)
+    return results
+
+
+_NOTE = (
+    "Intervals are of 95 % and resample images. Several raters of an item count with their mean. Kappa and alpha: "
+    "nominal for right and wrong, by squared differences for the reasoning; 0 is chance, 1 full agreement."
+)
+
+
+def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
+    """What :func:`medvqa_rl.evaluation.judging.ratings.summarise_ratings` returns, as text."""
+    tables = [
+        TextTable(
+            "What people say",
+            ("evaluation", "items", "right, %", "right by the scorer, %", "reasoning, 0 to 3"),
+            [
+                (
+                    row["name"],
+                    str(row["items"]),
+                    shown(row["accuracy"], 100, 1),
+                    number(100 * row["scorer_accuracy"], 1),
+                    shown(row["reasoning"], 1, 2),
+                )
+                for row in results["evaluations"]
+            ],
+        )
+    ]
+    if results["differences"]:
+        tables.append(
+            TextTable(
+                f"Differences from {results['evaluations'][0]['name']} on the same questions",
+                ("evaluation", "right, points", "reasoning"),
+                [
+                    (row["name"], shown(row["accuracy"], 100, 1, "+"), shown(row["reasoning"], 1, 2, "+"))
+                    for row in results["differences"]
+                ],
+            )
+        )
+    tables.append(
+        TextTable(
+            "Raters",
+            ("rater", "rated", "cannot tell", "right, %", "reasoning"),
+            [
+                (
+                    row["name"],
+                    str(row["rated"]),
+                    str(row["cannot_tell"]),
+                    number(100 * row["accuracy"], 1),
+                    number(row["reasoning"], 2),
+                )
+                for row in results["raters"]
+            ],
+        )
+    )
+    if results["agreement"] is not None:
+        tables.append(
+            TextTable(
+                "Agreement of the raters",
+                ("of", "items rated by two or more", "all agree, %", "Cohen's kappa", "Krippendorff's alpha"),
+                [
+                    (
+                        name,
+                        str(row["items"]),
+                        shown(row["same"], 100, 1),
+                        shown(row.get("kappa"), 1, 2),
+                        shown(row["alpha"], 1, 2),
+                    )
+                    for name, row in results["agreement"].items()
+                ],
+            )
+        )
+    return tables

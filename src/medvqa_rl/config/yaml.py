@@ -1,0 +1,291 @@
+"""Reading settings: a YAML file and ``key=value`` overrides become a :class:`~medvqa_rl.config.Config`.
+
+Everything that is wrong is said at once, each in a complete sentence. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from medvqa_rl.config import Config, ConfigError, Purpose, leaves
+from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem, is_nullable, locate, resolve, show
+
+_SCALARS = {
+    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
+    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?[0-9]+$"),
+    "float": re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
+}
+"""Plain scalars of YAML 1.2's core schema. PyYAML follows 1.1, where ``1e-6`` is text, ``no`` is false, ``010`` is
+eight and ``12:30`` is a number."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Mappings, lists and the scalars above; duplicate keys, aliases and other tags are refused."""
+
+    yaml_implicit_resolvers = {}
+    yaml_constructors = {}
+
+    def refuse(self, node: yaml.Node) -> None:
+        raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
+
+    def construct_list(self, node: yaml.SequenceNode) -> list[Any]:
+        return [self.construct_object(item, deep=True) for item in node.value]
+
+    def construct_section(self, node: yaml.MappingNode) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            key = str(key_node.value)
+            if key in result:
+                problem = f"the key {key} is written twice in the same section"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            result[key] = self.construct_object(value_node, deep=True)
+        return result
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what :class:`_Loader` reads back unchanged."""
+
+    yaml_implicit_resolvers = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _kind, _pattern in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
+_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+_Loader.add_constructor("tag:yaml.org,2002:bool", lambda loader, node: node.value.lower() == "true")
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: str(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_list)
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_section)
+_Loader.add_constructor(None, _Loader.refuse)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data from YAML text.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or uses duplicate keys, aliases or tags.
+    """
+    for token in yaml.scan(text, Loader=_Loader):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
+    return yaml.load(text, Loader=_Loader)
+
+
+def write_yaml(data: Any, *, inline: bool = False) -> str:
+    """YAML text that :func:`read_yaml` reads back unchanged; inline puts all on one line."""
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=inline)
+    return text.removesuffix("\n").removesuffix("\n...") + ("" if inline else "\n")
+
+
+def _sentence(error: yaml.YAMLError) -> str:
+    """What is wrong with a YAML text, with line and column where known."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        context = f"{error.context}, " if error.context else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
+    return str(error)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The nested mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file is missing, a folder, not UTF-8, not YAML or not a mapping.
+    """
+    try:
+        data = read_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        order = " The YAML file comes first, then key=value." if "=" in str(path) else ""
+        raise ConfigError([f"The configuration {path} does not exist: give the path of a YAML file.{order}"]) from None
+    except IsADirectoryError:
+        raise ConfigError([f"The configuration {path} is a folder: give the path of a YAML file in it."]) from None
+    except OSError as error:
+        raise ConfigError([f"The configuration {path} cannot be read: {error.strerror}."]) from error
+    except UnicodeDecodeError as error:
+        position = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise ConfigError([f"The configuration {path} is not UTF-8 text ({position}): save it as UTF-8."]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"The configuration {path} is not valid YAML, {_sentence(error)}."]) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            [f"The configuration {path} holds {show(data)} at its top level, but must hold sections (name: value)."]
+        )
+    return data
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """Read ``key=value``: a dotted path and a YAML value, as in ``optimizer.learning_rate=1e-6``.
+
+    Settings that are text take the value as it stands (``data.path=2024`` is a folder's name).
+
+    Raises:
+        ConfigError: there is no ``=``, no key, no value, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    key, value = key.strip().removeprefix("--"), value.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise ConfigError([f"The override '{text}' is not of the form key=value, as in train.steps=100."])
+    if not value:
+        raise ConfigError(
+            [f"The override '{text}' has no value: write {key}=null for none, {key}='\"\"' for no text."]
+        )
+    path = split_path(key)
+    try:
+        data = read_yaml(value)
+    except yaml.YAMLError as error:
+        data = error
+    schema, rest = locate(path)
+    is_text = not rest and resolve(schema).get("type") == "string" and "enum" not in resolve(schema)
+    if is_text and not isinstance(data, str) and not (data is None and is_nullable(schema)):
+        return path, value
+    if isinstance(data, yaml.YAMLError):
+        raise ConfigError([f"The value in the override '{text}' is not valid YAML, {_sentence(data)}."]) from data
+    return path, data
+
+
+def split_path(key: str) -> tuple[str, ...]:
+    """The steps of a dotted path. Where names are free, as in ``rewards.functions.package.module.function``, the
+    rest is one name."""
+    steps = key.split(".")
+    for depth in range(1, len(steps)):
+        schema, rest = locate(steps[:depth])
+        if not rest and isinstance(resolve(schema).get("additionalProperties"), Mapping):
+            return (*steps[:depth], ".".join(steps[depth:]))
+    return tuple(steps)
+
+
+def merge(given: Mapping[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+    """A copy of nested settings with values put in by path; later ones win."""
+    result = copy.deepcopy(dict(given))
+    for path, value in overrides:
+        section = result
+        for step in path[:-1]:
+            if not isinstance(section.get(step), dict):
+                section[step] = {}
+            section = section[step]
+        section[path[-1]] = value
+    return result
+
+
+def _without(given: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
+    """The settings without the one at a path (up to the list that holds it)."""
+    result = copy.deepcopy(dict(given))
+    section = result
+    names = [step for step in path if isinstance(step, str)]
+    for step in names[:-1]:
+        section = section[step]
+    section.pop(names[-1], None)
+    return result
+
+
+def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) -> Config:
+    """Check nested settings and fill in the defaults. A section without content counts as empty.
+
+    Raises:
+        ConfigError: with a sentence for everything that is wrong, in the order of the settings.
+    """
+    data = {key: {} if value is None and _is_section(key) else value for key, value in given.items()}
+    problems: list[Problem] = []
+    try:
+        config = _validate(data)
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False):
+            problems += field_problem(error)
+            data = _without(data, error["loc"])
+        # What is left is sound, so the settings that do not fit together can be told in the same breath.
+        config = _validate(data)
+    bad = [path for problem in problems for path in problem.paths]
+    for problem in cross_checks(config, purpose):
+        if not any(path[: len(other)] == other for path in problem.paths for other in bad):
+            problems.append(problem)
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problem.sentence for problem in problems)))
+    return config
+
+
+def _is_section(key: str) -> bool:
+    schema, rest = locate((key,))
+    return not rest and "properties" in resolve(schema) and not is_nullable(schema)
+
+
+def _validate(data: Mapping[str, Any]) -> Config:
+    # By way of JSON, because strictness then means what a YAML file means by it: a list for a tuple and 1 for 1.0
+    # are fine, "1" for 1 and true for 1 are not.
+    return Config.model_validate_json(json.dumps(data), strict=True)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Settings with where they come from."""
+
+    config: Config
+    given: Mapping[str, Any]
+    """File and overrides merged, nested, before the defaults."""
+    overridden: frozenset[str]
+    """Dotted paths given on the command line."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose | None = None) -> Loaded:
+    """Read a YAML file, put ``key=value`` overrides on top and check everything for a purpose.
+
+    Raises:
+        ConfigError: the file cannot be read, or with a sentence for every override and setting that is wrong.
+    """
+    given = read_file(Path(path))
+    parsed: list[tuple[tuple[str, ...], Any]] = []
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            parsed.append(parse_override(text))
+        except ConfigError as error:
+            problems += error.problems
+    merged = merge(given, parsed)
+    try:
+        config = build_config(merged, purpose=purpose)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return Loaded(config, merged, frozenset(".".join(path) for path, _ in parsed))
+
+
+def show_config(loaded: Loaded) -> str:
+    """The resolved settings as YAML, those that were given marked with where."""
+    given = leaves(loaded.given)
+    lines: list[str] = []
+
+    def write(section: Mapping[str, Any], prefix: str, indent: str) -> None:
+        for name, value in section.items():
+            path = f"{prefix}{name}"
+            if isinstance(value, Mapping) and value:
+                lines.append(f"{indent}{write_yaml(name, inline=True)}:")
+                write(value, f"{path}.", indent + "  ")
+                continue
+            line = f"{indent}{write_yaml(name, inline=True)}: {write_yaml(value, inline=True)}"
+            if path in loaded.overridden:
+                line += "  # given on the command line"
+            elif path in given:
+                line += "  # given in the file"
+            lines.append(line)
+
+    write(loaded.config.model_dump(mode="json"), "", "")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,269 @@
+"""What the model is asked and how its answer is read: the templates and the only answer parser.
+
+A template declares the sections of its form; the one parser reads them for rewards, metrics, judges and reports, so
+they cannot disagree. A prompt is built from the question, the options and the images alone, never from the gold.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from medvqa_rl.core.types import LETTERS, Sample
+
+Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
+
+_THINK_ANSWER = "Think in <think></think>, then answer in <answer></answer>."
+INSTRUCTIONS: dict[Template, str] = {
+    "think_answer": _THINK_ANSWER,
+    "direct": "Answer with the answer only.",
+    "explain": f"{_THINK_ANSWER} Explain step by step what the image shows and why that gives the answer.",
+    "short": "Answer in a few words in <answer></answer>, without explanation.",
+    "open_ended": f"{_THINK_ANSWER} Use your own words, as few as possible.",
+    "choice": f"{_THINK_ANSWER} Compare the options and name the letter of the right one.",
+    "describe_think": f"Describe the image in <describe></describe>. {_THINK_ANSWER}",
+}
+"""The last line of each prompt. Where reasoning is asked for, the words of think_answer are in it, which models of
+this package know. The names of the kinds are those reported of RARL (arXiv 2506.06600); its texts are not known."""
+SECTIONS: dict[Template, tuple[str, ...]] = {
+    "think_answer": ("think", "answer"),
+    "direct": (),
+    "explain": ("think", "answer"),
+    "short": ("answer",),
+    "open_ended": ("think", "answer"),
+    "choice": ("think", "answer"),
+    "describe_think": ("describe", "think", "answer"),
+}
+"""The form of each: sections in tags, in this order. Without any, the whole text is the answer."""
+CHOICE_HINT = "Answer with the letter."
+
+
+def asks_reasoning(template: Template) -> bool:
+    """Whether completions of a template have a section for reasoning."""
+    return "think" in SECTIONS[template]
+
+
+def read_templates(text: str) -> tuple[Template, ...]:
+    """Names of templates separated by commas.
+
+    Raises:
+        ValueError: one is unknown or named twice, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in INSTRUCTIONS:
+            raise ValueError(f"There is no prompt {name!r}: choose from {', '.join(INSTRUCTIONS)}, with commas.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"The prompts {text!r} must name each prompt once, from {', '.join(INSTRUCTIONS)}.")
+    return tuple(template for name in names for template in INSTRUCTIONS if template == name)
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""The tags of the usual form, which the embedded models have tokens for."""
+ALL_TAGS = ("<describe>", "</describe>", *TAGS)
+"""The tags of all forms."""
+_SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
+
+
+def neutralise(text: str) -> tuple[str, int]:
+    """Make special-token and tag strings inside a data set's text harmless.
+
+    ``<|image_pad|>`` becomes ``(|image_pad|)`` and ``</think>`` becomes ``(/think)``: readable, and no tokenizer
+    maps them to control tokens, nor can a question close the reasoning of its answer.
+
+    Returns:
+        The text and the number of strings replaced.
+    """
+    return _SPECIAL.subn(lambda match: f"({match[1] or match[2]})", text)
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt before tokenizing."""
+
+    messages: list[dict[str, Any]]
+    """Chat messages in the form of Hugging Face processors: one user turn, images first."""
+    neutralised: int
+    """Special-token strings replaced in the question and the options."""
+
+
+_NEEDS_OPTIONS = re.compile(r"\b(following|of (these|those)|options?|choices?|listed|statements?|except|not)\b", re.I)
+"""Words of a question that mean its options: "which of the following", "which is not"."""
+_NAMES_OPTIONS = re.compile(r"\b(above|below|both|either|neither|all|none|others?|these|those|and/or)\b", re.I)
+"""Words of an option that mean the others: "all of the above", "both A and B", "none of these"."""
+_MAX_OPTION_WORDS = 5
+"""Nobody writes a longer option word by word without having seen it."""
+
+
+def can_hide_options(sample: Sample) -> bool:
+    """Whether a choice question can be asked without its options, to be answered by the text of the right one.
+
+    It can where all options are short, different after :func:`normalise` and none means another one, and the question
+    does not speak of them. That looks at the options as they are, never at which of them is right.
+    """
+    texts = [normalise(option) for option in sample.options]
+    return (
+        len(texts) > 1
+        and all(texts)
+        and len(set(texts)) == len(texts)
+        and max(len(text.split()) for text in texts) <= _MAX_OPTION_WORDS
+        and not any(_NAMES_OPTIONS.search(option) for option in sample.options)
+        and not _NEEDS_OPTIONS.search(sample.question)
+    )
+
+
+def as_asked(sample: Sample, template: Template) -> Sample:
+    """The sample as a template asks it. ``open_ended`` hides options where :func:`can_hide_options` allows it: the
+    question is an open one then (closed where the answer is yes or no), and its gold answer the text of the right
+    option, which every scorer compares with what was said. A letter that stands behind that text in the reference
+    reasoning ("cyst B") is taken out, for nobody who does not see the options can know it. Everything else is asked
+    as it is."""
+    if template != "open_ended" or not can_hide_options(sample):
+        return sample
+    text = sample.answer_text
+    is_closed = normalise(text) in ("yes", "no")
+    return replace(
+        sample,
+        options=(),
+        answer=text,
+        answer_type="closed" if is_closed else "open",
+        reasoning=re.sub(rf"\b({re.escape(text)}) {sample.answer}\b", r"\1", sample.reasoning),
+    )
+
+
+def fits(sample: Sample, template: Template) -> bool:
+    """Whether a template asks a question in a way of its own: ``choice`` needs options, and ``open_ended`` none, or
+    some that can be hidden. Depends on question and options only."""
+    if template == "choice":
+        return bool(sample.options)
+    return template != "open_ended" or not sample.options or can_hide_options(sample)
+
+
+def render_prompt(sample: Sample, template: Template = "think_answer") -> RenderedPrompt:
+    """Ask the sample's question in the named form. Depends on question, options and images only.
+
+    A template that does not fit (:func:`fits`) asks as ``think_answer`` would: ``open_ended`` shows the options that
+    cannot be hidden, and ``choice`` does not speak of options where there are none.
+    """
+    sample = as_asked(sample, template)
+    question, count = neutralise(sample.question.strip())
+    lines = [question]
+    for letter, option in zip(LETTERS, sample.options):
+        text, replaced = neutralise(option.strip())
+        count += replaced
+        lines.append(f"{letter}: {text}")
+    if sample.options:
+        lines.append(CHOICE_HINT)
+    lines.append(INSTRUCTIONS[template if fits(sample, template) else "think_answer"])
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
+    content.append({"type": "text", "text": "\n".join(lines)})
+    return RenderedPrompt([{"role": "user", "content": content}], count)
+
+
+def render_answer(think: str, answer: str, template: Template = "think_answer", *, description: str = "") -> str:
+    """A completion in the requested form, as supervised fine-tuning and the gold check write it. A section without
+    text is left out: what the data does not have is not invented."""
+    texts = {"describe": description, "think": think, "answer": answer}
+    clean = {name: neutralise(text.strip())[0] for name, text in texts.items()}
+    if not SECTIONS[template]:
+        return clean["answer"]
+    return "".join(f"<{name}>{clean[name]}</{name}>" for name in SECTIONS[template] if clean[name])
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a completion says."""
+
+    think: str | None
+    """Text of the think section, stripped; None when it is not asked for, missing, unclosed or not unique."""
+    answer: str | None
+    """Text of the unique, non-empty answer section, stripped; None is ``no_answer``."""
+    is_well_formed: bool
+    """Each tag of the form exactly once, in order, nothing but white space outside, no section empty."""
+    description: str | None = None
+    """Text of the describe section, stripped; None as for ``think``."""
+
+
+def _section(text: str, name: str) -> str | None:
+    """The stripped text between two tags that each occur exactly once, in order, and hold something."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.index(opening) + len(opening), text.index(closing)
+    return text[start:end].strip() or None if start <= end else None
+
+
+def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
+    """Read a completion. The answer is taken from a unique, non-empty answer section even if the rest is malformed;
+    two answer sections, or none, is no answer. With the ``direct`` template the whole text is the answer."""
+    names = SECTIONS[template]
+    if not names:
+        answer = text.strip() or None
+        return ParsedAnswer(None, answer, answer is not None)
+    found = {name: _section(text, name) for name in names}
+    is_well_formed = all(found.values())
+    rest = text
+    for name in names if is_well_formed else ():
+        before, _, inside = rest.partition(f"<{name}>")
+        _, closing, rest = inside.partition(f"</{name}>")
+        is_well_formed = is_well_formed and not before.strip() and bool(closing)
+    return ParsedAnswer(
+        found.get("think"), found["answer"], is_well_formed and not rest.strip(), found.get("describe")
+    )
+
+
+def without_tags(text: str) -> str:
+    """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
+    for tag in ALL_TAGS:
+        text = text.replace(tag, " ")
+    return text.strip()
+
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_EDGES = re.compile(r"^[\s.,;:!?\"'()\[\]*`]+|[\s.,;:!?\"'()\[\]*`]+$")
+
+
+def normalise(text: str) -> str:
+    """The one normalisation of answers: special-token strings neutralised as in the prompt, lower case, white space
+    and edge punctuation of words removed, leading articles dropped, number words up to ten as digits. Words are
+    compared whole, never as substrings, so "abnormal" is not "no". An answer of nothing but articles keeps them
+    ("A" is an option's letter)."""
+    words = [_EDGES.sub("", word) for word in neutralise(text)[0].lower().split()]
+    words = [_NUMBERS.get(word, word) for word in words if word]
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
+
+
+def _literal(text: str) -> str:
+    """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
+    return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
+
+
+# Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
+_LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
+_LABEL = re.compile(r"[.:,)]|\s[-–—]")
+
+
+def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
+    """The letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
+
+    A lone letter is the option's letter, for that is what the prompt asks for, even where the options' texts are
+    letters themselves (blood groups). Letter and text that disagree, a text that two options share, a letter beyond
+    the options, or anything else names none.
+
+    Returns:
+        The letter, or None.
+    """
+    answer = answer.strip()
+    reading = normalise
+    if match := _LETTER.match(answer):
+        opening, letter, closing, separator, text = match.groups()
+        index, text = LETTERS.index(letter.upper()), normalise(text)
+        if index < len(options) and (not text or text == normalise(options[index])):
+            return LETTERS[index]
+        if opening or closing or _LABEL.search(separator):
+            reading = _literal  # "A: lung" must not lose its A as an article, but an option may be "A. fumigatus"
+    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
+    return named[0] if len(named) == 1 and reading(answer) else None

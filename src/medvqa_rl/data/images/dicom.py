@@ -1,0 +1,140 @@
+"""DICOM images: rescaled, windowed, one frame as RGB. Needs the extra ``dicom`` (pydicom). No torch.
+
+Only pixels are read out; names and other data about patients stay in the file.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from medvqa_rl.data.images.windowing import FUNCTIONS, Function, grey_levels, read_fragment, stretch, window
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+# What pydicom and the decoders behind it raise on damaged files.
+_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+)
+
+
+def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) -> Image.Image:
+    """One frame as RGB.
+
+    Grey frames are rescaled to their physical unit (RescaleSlope and RescaleIntercept, or the modality's table), then
+    windowed: by the fragment's ``window=CENTER,WIDTH``, else by the file's first window or table, else stretched from
+    the frame's own range without its padding. MONOCHROME1 is inverted, so that larger values are darker. Palette and
+    YBR colours become RGB.
+
+    Args:
+        path: the file.
+        fragment: ``frame=NUMBER`` (from 0, else the first) and ``window=CENTER,WIDTH``, joined by &.
+        max_pixels: larger frames are refused before they are decoded.
+
+    Raises:
+        ValueError: pydicom is not installed, or the file is damaged, too large, or holds no such frame.
+    """
+    options = read_fragment(fragment, ("frame", "window"), path)
+    data, errors = _read(path, max_pixels)
+    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+    from pydicom.pixels.utils import pixel_array
+
+    frame = int(options.get("frame", (0,))[0])
+    try:
+        frames = int(data.get("NumberOfFrames") or 1)
+        if frame >= frames:
+            raise RuntimeError(f"it has {frames} frames, so there is no frame {frame}: they count from 0")
+        pixels = pixel_array(data, index=frame)
+        if data.SamplesPerPixel > 1 or data.PhotometricInterpretation == "PALETTE COLOR":
+            if data.PhotometricInterpretation == "PALETTE COLOR":
+                pixels = apply_color_lut(pixels, data)
+            return Image.fromarray(pixels if pixels.dtype == np.uint8 else grey_levels(stretch(pixels)))
+        shares = _shares(pixels, apply_modality_lut(pixels, data), data, options.get("window"))
+        levels = grey_levels(1.0 - shares if data.PhotometricInterpretation == "MONOCHROME1" else shares)
+        return Image.fromarray(levels).convert("RGB")
+    except errors as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def check_dicom(path: Path, *, max_pixels: int) -> None:
+    """Read the header only.
+
+    Raises:
+        ValueError: as :func:`decode_dicom`, except for damage inside the pixel data.
+    """
+    _read(path, max_pixels, stop_before_pixels=True)
+
+
+def _read(
+    path: Path, max_pixels: int, *, stop_before_pixels: bool = False
+) -> tuple[Dataset, tuple[type[Exception], ...]]:
+    """The file's elements, and the errors that a damaged one may still raise when they are used."""
+    try:
+        from pydicom import dcmread
+        from pydicom.errors import BytesLengthException, InvalidDicomError
+    except ImportError as error:
+        raise ValueError(
+            f"The image {path} is a DICOM file, and pydicom is not installed: pip install 'medvqa-rl[dicom]'."
+        ) from error
+    errors = (*_ERRORS, BytesLengthException, InvalidDicomError)
+    try:
+        data = dcmread(path, stop_before_pixels=stop_before_pixels)
+        rows, columns = int(data.Rows), int(data.Columns)
+    except errors as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if rows * columns > max_pixels:
+        raise ValueError(
+            f"The image {path} has {columns} x {rows} pixels, but at most {max_pixels:,} are decoded: "
+            "store it at a lower resolution."
+        )
+    return data, errors
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    # Other errors quote values of the file, which may be about a patient.
+    details = f": {' '.join(str(error).split()).rstrip('.')}" if isinstance(error, (RuntimeError, OSError)) else ""
+    return (
+        f"The image {path} cannot be decoded as DICOM ({type(error).__name__}{details}): replace the file, or "
+        "convert it to PNG; compressed ones may need a decoder such as pylibjpeg."
+    )
+
+
+def _shares(stored: Any, values: Any, data: Dataset, given: tuple[float, ...] | None) -> np.ndarray[Any, Any]:
+    """Brightness in [0, 1] of the rescaled values of a frame."""
+    from pydicom.pixels.processing import apply_voi
+
+    if given is not None:
+        return window(values, given[0], given[1])
+    if data.get("VOILUTSequence"):
+        table = data.VOILUTSequence[0]
+        return np.asarray(apply_voi(values, data) / float(2 ** int(table.LUTDescriptor[2]) - 1))
+    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
+    if center is not None and width is not None:
+        name = str(data.get("VOILUTFunction") or "LINEAR").upper()
+        function: Function = next((known for known in FUNCTIONS if known == name), "LINEAR")
+        return window(values, center, width, function)
+    padding = data.get("PixelPaddingValue")
+    return stretch(values, None if padding is None else np.asarray(stored) != int(padding))
+
+
+def _first(value: Any) -> float | None:
+    """The first of one or several values of an element, which may be absent or empty."""
+    if isinstance(value, Sequence):
+        value = value[0] if value else None
+    return None if value is None else float(value)

@@ -1,0 +1,198 @@
+"""Images on disk, decoded only when asked for and safely: any file becomes an RGB image or a clear error. No torch.
+
+DICOM (.dcm, .dicom) and NIfTI (.nii, .nii.gz) are read where their extras are installed; a fragment after the name
+says which frame, slice and window (:mod:`medvqa_rl.data.images.windowing`).
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from medvqa_rl.data.images.windowing import grey_levels, medical_kind, split_fragment, stretch
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
+"""What is decoded. Others are refused, EPS above all: Pillow would hand it to an interpreter of PostScript."""
+
+MAX_PIXELS = 80_000_000
+"""Larger images are refused before they are decoded; 80 megapixels take 240 MB as RGB."""
+
+# What Pillow's decoders raise on damaged files, as fuzzing shows; none of it may pass for an error of ours.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, upright.
+
+    The EXIF orientation is applied; transparency is laid over white; of an animation the current frame is taken;
+    grey values of more than 8 bits are stretched linearly from the image's own range to 0 to 255 (medical images
+    often use 12 of 16 bits, and clipping would blank them).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(grey_levels(stretch(np.asarray(image)))).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy what is a copy already
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An image of at most max_pixels in area, its ratio kept to the nearest pixel; smaller ones stay as they are.
+
+    Each side is multiplied by sqrt(max_pixels / area) and rounded down, to at least 1; a strip so narrow that one side
+    is 1 already loses length instead of its ratio.
+
+    Raises:
+        ValueError: max_pixels is not positive.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"An image cannot shrink to {max_pixels} pixels: give at least 1.")
+    width, height = image.size
+    if width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    width, height = max(1, int(width * scale)), max(1, int(height * scale))
+    width, height = min(width, max_pixels // height) or 1, min(height, max_pixels // width) or 1
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _open(path: Path) -> Image.Image:
+    """Read the header of an image and refuse what is too large.
+
+    Raises:
+        ValueError: the file is missing, not an image of a known format, or too large.
+    """
+    _must_exist(path)
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except _DECODE_ERRORS as error:
+        raise ValueError(_unreadable(path, error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise ValueError(
+            f"The image {path} has {width} x {height} pixels, but at most {MAX_PIXELS:,} are decoded: "
+            "store it at a lower resolution."
+        )
+    return image
+
+
+def _must_exist(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"The image {path} does not exist: check the data folder, or leave its rows out.")
+
+
+def _unreadable(path: Path, error: BaseException) -> str:
+    return (
+        f"The image {path} cannot be decoded ({type(error).__name__}: {str(error).rstrip('.') or 'no details'}): "
+        f"replace the file, or convert it to one of {', '.join(FORMATS)}."
+    )
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file of a data set; ``path`` is relative to ``root``, the data set's folder.
+
+    Names of DICOM and NIfTI files may carry a fragment (``ct.dcm#window=40,400``), which is part of the key: another
+    slice is another image.
+    """
+
+    path: str
+    root: Path
+
+    @property
+    def key(self) -> str:
+        """The relative path: it names the image on every machine."""
+        return self.path
+
+    @property
+    def file(self) -> Path:
+        """The file on disk, without a fragment."""
+        return self.root / split_fragment(self.path)[0]
+
+    def load(self) -> Image.Image:
+        """Decode the first frame to RGB (:func:`to_rgb`).
+
+        Raises:
+            ValueError: the file is missing, damaged, truncated, too large or not an image, or its format needs an
+                extra that is not installed; the message names it.
+        """
+        path = self.file
+        if kind := medical_kind(self.path):
+            _must_exist(path)
+            fragment = split_fragment(self.path)[1]
+            if kind == "dicom":
+                from medvqa_rl.data.images.dicom import decode_dicom
+
+                return decode_dicom(path, fragment, max_pixels=MAX_PIXELS)
+            from medvqa_rl.data.images.nifti import decode_nifti
+
+            return decode_nifti(path, fragment, max_pixels=MAX_PIXELS)
+        image = _open(path)
+        try:
+            with image:
+                image.seek(0)
+                return to_rgb(image)
+        except _DECODE_ERRORS as error:
+            raise ValueError(_unreadable(path, error)) from error
+
+    def check(self) -> None:
+        """Read the header only: cheap, and finds missing and empty files and files that are no images.
+
+        Raises:
+            ValueError: as :meth:`load`, except for damage inside the pixel data.
+        """
+        path = self.file
+        if kind := medical_kind(self.path):
+            _must_exist(path)
+            if kind == "dicom":
+                from medvqa_rl.data.images.dicom import check_dicom
+
+                return check_dicom(path, max_pixels=MAX_PIXELS)
+            from medvqa_rl.data.images.nifti import check_nifti
+
+            return check_nifti(path, max_pixels=MAX_PIXELS)
+        _open(path).close()
+
+    def header_pixels(self) -> int | None:
+        """Width times height as the header has it, nothing decoded; None where no header tells (DICOM, NIfTI, files
+        that cannot be read)."""
+        if medical_kind(self.path):
+            return None
+        try:
+            with _open(self.file) as image:
+                return image.width * image.height
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class MemoryImage:
+    """An image that is already decoded."""
+
+    key: str
+    image: Image.Image
+
+    def load(self) -> Image.Image:
+        """The image as RGB."""
+        return to_rgb(self.image)

@@ -1,0 +1,90 @@
+"""A contact sheet: images of a data set with their questions and gold answers, as one picture. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from medvqa_rl.core.types import LETTERS, Sample
+
+CELL, GAP, LINE, COLUMNS = 300, 16, 17, 4
+_WIDTH = 44
+"""Characters in a line of text."""
+_LINES = 12
+
+
+def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
+    """Draw samples in rows of four: the images of each side by side, below them the question, the options and the gold
+    answer. An image that cannot be decoded leaves a box that says why.
+
+    Raises:
+        ValueError: there are no samples.
+    """
+    if not samples:
+        raise ValueError("There is nothing to draw: ask for at least one sample.")
+    font = ImageFont.load_default(13)
+    captions = [caption(sample) for sample in samples]
+    columns = min(COLUMNS, len(samples))
+    rows = [range(start, min(start + columns, len(samples))) for start in range(0, len(samples), columns)]
+    heights = [CELL + GAP // 2 + LINE * max(captions[index].count("\n") + 1 for index in row) + GAP for row in rows]
+    sheet = Image.new("RGB", (columns * (CELL + GAP) + GAP, sum(heights) + GAP), "white")
+    canvas = ImageDraw.Draw(sheet)
+    top = GAP
+    for row, height in zip(rows, heights):
+        for place, index in enumerate(row):
+            left = GAP + place * (CELL + GAP)
+            _draw_images(sheet, canvas, samples[index], left, top, font)
+            canvas.multiline_text(
+                (left, top + CELL + GAP // 2), captions[index], fill="#222222", font=font, spacing=LINE - 14
+            )
+        top += height
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> Path:
+    """Save a picture as PNG, atomically; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    sheet.save(partial, "PNG")
+    os.replace(partial, path)
+    return path
+
+
+def caption(sample: Sample) -> str:
+    """Id, question, options and gold answer, at most twelve short lines; the gold answer is always there."""
+    lines = [f"[{textwrap.shorten(sample.id, _WIDTH - 2, placeholder='...')}]"]
+    lines += textwrap.wrap(sample.question, _WIDTH)
+    for letter, option in zip(LETTERS, sample.options):
+        lines += textwrap.wrap(f"{letter}: {option}", _WIDTH, subsequent_indent="   ")
+    gold = textwrap.wrap(f"Answer: {sample.answer}", _WIDTH)[:2]
+    if len(lines) + len(gold) > _LINES:
+        lines = [*lines[: _LINES - len(gold) - 1], "..."]
+    return "\n".join([*lines, *gold])
+
+
+def _draw_images(
+    sheet: Image.Image,
+    canvas: ImageDraw.ImageDraw,
+    sample: Sample,
+    left: int,
+    top: int,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    width = CELL // max(1, len(sample.images))
+    for number, source in enumerate(sample.images):
+        corner = left + number * width
+        try:
+            picture = source.load()
+        except ValueError as error:
+            canvas.rectangle((corner, top, corner + width - 2, top + CELL - 1), outline="#bd4b3c")
+            text = "\n".join(textwrap.wrap(str(error), max(8, width // 8)))
+            canvas.multiline_text((corner + 6, top + 6), text, fill="#bd4b3c", font=font)
+            continue
+        scale = min((width - 2) / picture.width, CELL / picture.height)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        picture = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        sheet.paste(picture, (corner, top + (CELL - size[1]) // 2))

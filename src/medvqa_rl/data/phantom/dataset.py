@@ -1,0 +1,81 @@
+"""The phantom world as a data set: endless training questions, fixed validation and test splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from medvqa_rl.config import DataConfig
+from medvqa_rl.core.randomness import address
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.phantom.questions import FAMILIES, draw_sample
+from medvqa_rl.data.phantom.world import MODALITIES, VERSION
+
+_ENDLESS = 2**40
+_SIZES = {"train": _ENDLESS, "val": 200, "test": 600}
+QUESTIONS_PER_IMAGE = {"train": 1, "val": 2, "test": 2}
+
+
+@dataclass(frozen=True)
+class PhantomDataset:
+    """Samples drawn on demand; the i-th is a pure function of the settings and i."""
+
+    config: DataConfig
+    split: Literal["train", "val", "test"]
+
+    @property
+    def name(self) -> str:
+        return f"phantom/{self.config.scanner}/{self.split}"
+
+    @property
+    def fingerprint(self) -> str:
+        config = self.config
+        recipe = (VERSION, config.seed, self.split, config.scanner, *config.answer_types, *config.families)
+        recipe += config.modalities
+        return f"{address('phantom data set', *recipe, str(config.letter_skew), len(self)):016x}"
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def is_endless(self) -> bool:
+        return len(self) == _ENDLESS
+
+    def __len__(self) -> int:
+        asked = {"train": self.config.num_train, "val": self.config.num_val, "test": self.config.num_test}
+        return asked[self.split] or _SIZES[self.split]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return draw_sample(
+            seed=self.config.seed,
+            split=self.split,
+            index=index,
+            scanner=self.config.scanner,
+            answer_types=self.config.answer_types,
+            families=self.config.families or FAMILIES,
+            modalities=self.config.modalities or MODALITIES,
+            letter_skew=self.config.letter_skew,
+            questions_per_image=QUESTIONS_PER_IMAGE[self.split],
+        )
+
+
+def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> PhantomDataset:
+    """One split of the phantom world.
+
+    Raises:
+        ValueError: a family or modality that the world does not have, or families without questions of the allowed
+            answer types.
+    """
+    for name, asked, known in (("families", config.families, FAMILIES), ("modalities", config.modalities, MODALITIES)):
+        if unknown := [word for word in asked if word not in known]:
+            raise ValueError(
+                f"data.{name} names {', '.join(unknown)}, which the phantom world does not have: "
+                f"choose from {', '.join(known)}."
+            )
+    dataset = PhantomDataset(config, split)
+    dataset[0]  # families and answer types that never meet fail here, not in the middle of a run
+    return dataset

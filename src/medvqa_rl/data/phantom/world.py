@@ -1,0 +1,98 @@
+"""The phantom world: what can be in a scene. The scene is the ground truth; images, questions and claims follow it.
+
+Six modalities, eleven organs, sixteen kinds of finding. Not every kind occurs in every modality: the pairs are the
+world's anatomy, which coherent reasoning respects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medvqa_rl.core.randomness import Draws
+
+VERSION = 1
+"""Part of every fingerprint: raise it when scenes, images or questions change."""
+
+ORGANS: dict[str, tuple[str, ...]] = {
+    "radiograph": ("chest", "knee"),
+    "MRI": ("brain", "spine"),
+    "CT": ("abdomen", "lungs"),
+    "fundus": ("retina",),
+    "ultrasound": ("kidney", "thyroid"),
+    "histology": ("colon", "skin"),
+}
+"""Modality -> the organs (or regions) it can show."""
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "radiograph": ("nodule", "opacity", "calcification", "fracture"),
+    "MRI": ("tumor", "infarct", "cyst", "plaque"),
+    "CT": ("cyst", "nodule", "calcification", "abscess"),
+    "fundus": ("hemorrhage", "exudate", "drusen", "scar"),
+    "ultrasound": ("cyst", "stone", "nodule", "abscess"),
+    "histology": ("granuloma", "necrosis", "tumor", "cyst"),
+}
+"""Modality -> the kinds of finding it can show."""
+
+MODALITIES = tuple(ORGANS)
+ALL_ORGANS = tuple(organ for organs in ORGANS.values() for organ in organs)
+ALL_KINDS = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
+SIDES = ("left", "right")
+"""Sides of the image as it is looked at."""
+LEVELS = ("upper", "middle", "lower")
+SIZES = ("small", "medium", "large")
+COUNTS = ("one", "two", "three", "four")
+"""Up to three lesions are drawn; four only ever stands among the options."""
+
+MODALITY_OF = {organ: modality for modality, organs in ORGANS.items() for organ in organs}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Lesions of one kind, side by side in one of the six cells of the image."""
+
+    kind: str
+    side: str
+    level: str
+    size: str
+    count: int
+
+    @property
+    def count_word(self) -> str:
+        return COUNTS[self.count - 1]
+
+    @property
+    def place(self) -> str:
+        return f"{self.level} {self.side}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that is true of one image."""
+
+    key: str
+    """The address it was drawn from; also the image's name."""
+    modality: str
+    organ: str
+    findings: tuple[Finding, ...]
+
+    def find(self, kind: str) -> Finding | None:
+        """The finding of this kind, if the scene has one."""
+        return next((finding for finding in self.findings if finding.kind == kind), None)
+
+
+def draw_scene(key: str) -> Scene:
+    """Draw the scene that the key names: none (1 in 7), one or two findings, of different kinds in different cells,
+    in reading order."""
+    draws = Draws("phantom scene", VERSION, key)
+    modality = draws.pick(MODALITIES)
+    organ = draws.pick(ORGANS[modality])
+    number = draws.pick((0, 1, 1, 1, 2, 2, 2))
+    kinds = draws.shuffled(KINDS[modality])[:number]
+    cells = [(side, level) for level in LEVELS for side in SIDES]
+    taken = draws.shuffled(cells)[:number]
+    findings = []
+    for kind, (side, level) in zip(kinds, sorted(taken, key=cells.index)):
+        size = draws.pick(SIZES)
+        count = 1 if size == "large" else draws.pick((1, 1, 2, 3))  # a cell holds one large lesion only
+        findings.append(Finding(kind, side, level, size, count))
+    return Scene(key, modality, organ, tuple(findings))

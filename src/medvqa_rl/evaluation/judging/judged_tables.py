@@ -1,0 +1,115 @@
+"""The content of ``judged.json``, what judges said of an evaluation, as tables and sentences. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from medvqa_rl.evaluation.statistics.tables import TextTable, shown
+
+
+def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
+    """The content of ``judged.json`` as tables."""
+    judges = results["judges"]
+    about = results["evaluation"]
+    title = f"{about['dataset']} ({about['template']}): {about['judged']:,} answers about {about['images']:,} images"
+    tables = [
+        TextTable(
+            f"{title}, reasoning from 0 to 3",
+            ("judge", "mean", "of right answers", "of wrong answers", "0 / 1 / 2 / 3", "unscored"),
+            [
+                (
+                    row["judge"]["name"],
+                    shown(part["mean"], 1, 2),
+                    shown(part["of_right"], 1, 2),
+                    shown(part["of_wrong"], 1, 2),
+                    " / ".join(str(count) for count in part["scores"].values()),
+                    str(part["unscored"]),
+                )
+                for row in judges
+                if (part := row["reasoning"])
+            ],
+        ),
+        TextTable(
+            "Answers that mean the same as the reference, in percent",
+            ("judge", "right", "unscored", "questions", "scorer says", "agrees", "kappa", "false yes", "false no"),
+            [
+                (
+                    row["judge"]["name"],
+                    shown(part["right"], 100, 1),
+                    str(part["unscored"]),
+                    f"{name} ({found['n']:,})",
+                    f"{100 * found['label_yes_rate']:.1f}",
+                    shown(found["accuracy"], 100, 1),
+                    shown(found["kappa"], 1, 2),
+                    shown(found["false_yes_rate"], 100, 1),
+                    shown(found["false_no_rate"], 100, 1),
+                )
+                for row in judges
+                if (part := row["correctness"])
+                for name, found in part["against_scorer"].items()
+            ],
+        ),
+        TextTable(
+            "Agreement of the two judges",
+            ("of", "answers", "same, %", "kappa"),
+            [
+                (of, str(row["n"]), shown(row["same"], 100, 1), shown(row["kappa"], 1, 2))
+                for of, row in (results["agreement"] or {}).items()
+            ],
+        ),
+        TextTable(
+            "What moves the judges: the same case edited, in percent of cases",
+            ("judge", "edit", "cases", "changed", "raised", "lowered", "p", "unscored"),
+            [
+                (
+                    row["judge"]["name"],
+                    f"{check['of']}: {check['check']}",
+                    str(check["n"]),
+                    shown(check["changed"], 100, 0),
+                    shown(check["raised"], 100, 0),
+                    shown(check["lowered"], 100, 0),
+                    "-" if check["p"] is None else "< 0.001" if check["p"] < 0.001 else f"{check['p']:.3f}",
+                    str(check["unscored"]),
+                )
+                for row in judges
+                for check in (row["bias"] or {"checks": ()})["checks"]
+            ],
+        ),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def notes(results: Mapping[str, Any]) -> list[str]:
+    """What is to be known about the tables."""
+    lines = [
+        f"{row['judge']['name']}: weights {row['judge']['fingerprint']}, strictness {row['judge']['strictness']:g}, "
+        + ", ".join(f"rubric {of} {digits}" for of, digits in row["judge"]["rubrics"].items())
+        + "."
+        for row in results["judges"]
+    ]
+    lines += dict.fromkeys(line for row in results["judges"] for line in (row["bias"] or {"left_out": ()})["left_out"])
+    return [
+        *results["warnings"],
+        *lines,
+        "Intervals are of 95 % and resample images; p is of the exact test whether raised is as likely as lowered. An "
+        "unbiased judge is not raised by a longer or more confident text, nor changed by the rest.",
+    ]
+
+
+def in_short(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each judge."""
+    found = []
+    for row in results["judges"]:
+        parts = []
+        if row["reasoning"]:
+            parts.append(f"reasoning {shown(row['reasoning']['mean'], 1, 2)} of 3")
+        if row["correctness"]:
+            parts.append(f"{shown(row['correctness']['right'], 100, 1)} % of answers right")
+        unscored = sum(row[of]["unscored"] for of in ("reasoning", "correctness") if row[of])
+        rubrics = ", ".join(f"{of} {digits}" for of, digits in row["judge"]["rubrics"].items())
+        found.append(
+            f"Judged by {row['judge']['name']} (rubric {rubrics}; strictness {row['judge']['strictness']:g}): "
+            f"{', '.join(parts)}; {unscored} unscored."
+        )
+    return [*found, *results["warnings"]]

@@ -1,0 +1,145 @@
+"""Similarity of what a model wrote to the reference answer: TF-IDF offline, or sentence embeddings. Imports no torch
+until an embedding model is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from medvqa_rl.config import is_hub_id
+from medvqa_rl.core.prompts import read_choice, without_tags
+from medvqa_rl.core.types import LETTERS
+from medvqa_rl.evaluation.records import EvalRecord
+
+TFIDF = "tfidf"
+
+_WORD = re.compile(r"\w+")
+
+
+class Similarity(Protocol):
+    """Compares texts with reference texts, pair by pair."""
+
+    @property
+    def name(self) -> str: ...
+
+    def compare(self, texts: Sequence[str], references: Sequence[str]) -> list[float]: ...
+
+
+def reference_text(record: EvalRecord) -> str:
+    """The gold answer as text: the option's text for choice questions."""
+    is_choice = record.answer_type == "choice" and bool(record.options)
+    return record.options[LETTERS.index(record.gold)] if is_choice else record.gold
+
+
+def candidate_text(record: EvalRecord) -> str:
+    """Reasoning and answer as text. A letter that names an option is replaced by the option's text, for the letter
+    says nothing; an output that is not in the requested form is taken as it is, without its tags."""
+    if record.answer is None:
+        return without_tags(record.output)
+    answer = record.answer
+    if record.answer_type == "choice":
+        letter = read_choice(answer, record.options)
+        answer = answer if letter is None else record.options[LETTERS.index(letter)]
+    return f"{record.think or ''} {answer}".strip()
+
+
+def words(text: str) -> Counter[str]:
+    """Words in lower case with their counts."""
+    return Counter(_WORD.findall(text.lower()))
+
+
+def inverse_frequencies(references: Sequence[str]) -> dict[str, float]:
+    """Smoothed inverse document frequency of each word: ln((1 + N) / (1 + n)) + 1 for n of N distinct references, as
+    in scikit-learn."""
+    documents = sorted(set(references))
+    counts = Counter(word for document in documents for word in words(document))
+    return {word: math.log((1 + len(documents)) / (1 + count)) + 1 for word, count in counts.items()}
+
+
+def tfidf_cosine(text: str, reference: str, weights: Mapping[str, float], unseen: float) -> float:
+    """Cosine of the word counts of two texts, each times its weight, in [0, 1]; 0 where either has no word."""
+    one, other = words(text), words(reference)
+
+    def length(counts: Mapping[str, int]) -> float:
+        return math.sqrt(sum((count * weights.get(word, unseen)) ** 2 for word, count in counts.items()))
+
+    product = sum(one[word] * other[word] * weights.get(word, unseen) ** 2 for word in one.keys() & other.keys())
+    size = length(one) * length(other)
+    return product / size if size else 0.0
+
+
+class TfidfSimilarity:
+    """Cosine of TF-IDF vectors. The weights come from the distinct references alone, so that they depend on the
+    questions and never on what a model wrote; a word that no reference has weighs as much as the rarest."""
+
+    name = TFIDF
+
+    def compare(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Similarity of each text to its reference."""
+        weights = inverse_frequencies(references)
+        unseen = math.log(1 + len(set(references))) + 1
+        return [tfidf_cosine(text, reference, weights, unseen) for text, reference in zip(texts, references)]
+
+
+class EmbeddingSimilarity:
+    """Cosine of sentence embeddings."""
+
+    def __init__(self, name: str, model: Any) -> None:
+        """
+        Args:
+            name: what results call it.
+            model: a ``SentenceTransformer``.
+        """
+        self.name = name
+        self._model = model
+
+    def compare(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Similarity of each text to its reference, in [-1, 1]; each distinct text is embedded once."""
+        distinct = sorted({*texts, *references})
+        if not distinct:
+            return []
+        vectors = np.asarray(
+            self._model.encode(distinct, convert_to_numpy=True, show_progress_bar=False), dtype=np.float64
+        )
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        place = {text: index for index, text in enumerate(distinct)}
+        unit = vectors / np.where(norms == 0, 1.0, norms)
+        return [float(unit[place[text]] @ unit[place[reference]]) for text, reference in zip(texts, references)]
+
+
+def load_similarity(name: str, device: str, setting: str = "eval.similarity") -> Similarity:
+    """The similarity that a name stands for: ``tfidf``, or a sentence-transformers model by folder or Hub id.
+
+    Args:
+        name: as in the settings.
+        device: where a model is put.
+        setting: what error messages call it.
+
+    Raises:
+        ValueError: sentence-transformers is not installed, or the model cannot be loaded.
+    """
+    if name == TFIDF:
+        return TfidfSimilarity()
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise ValueError(
+            f"{setting} is {name}, which is no folder and no Hub id: give tfidf, the folder of a "
+            "sentence-transformers model, or its id, such as sentence-transformers/all-MiniLM-L6-v2."
+        )
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ValueError(
+            f"{setting} is {name}, but sentence-transformers is not installed: run `pip install "
+            f"'medvqa-rl[similarity]'`, or set {setting}=tfidf."
+        ) from error
+    try:
+        model = SentenceTransformer(name, device=device, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"The sentence-transformers model {name} ({setting}) cannot be loaded: {error}") from error
+    return EmbeddingSimilarity(name, model)

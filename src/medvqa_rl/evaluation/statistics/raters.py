@@ -1,0 +1,135 @@
+"""How far raters agree beyond chance: Cohen's kappa of two, Krippendorff's alpha of any number. Imports no torch.
+
+Ratings are whole numbers from 0 to levels - 1. Intervals resample clusters (all ratings about one image or question).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvqa_rl.evaluation.statistics.stats import Interval
+
+Scale = Literal["nominal", "interval"]
+"""How far two ratings are apart: all different ones equally (nominal), or by their squared difference (interval)."""
+Floats = NDArray[np.float64]
+
+
+def _distances(levels: int, scale: Scale) -> Floats:
+    """(levels, levels) how far each two ratings are apart, 0 for equal ones."""
+    ratings = np.arange(levels, dtype=np.float64)
+    apart = ratings[:, None] - ratings
+    return (apart != 0).astype(np.float64) if scale == "nominal" else apart**2
+
+
+def cohens_kappa(first: Sequence[int], second: Sequence[int], *, levels: int = 2, scale: Scale = "nominal") -> float:
+    """Cohen's kappa: 1 - D_o / D_e with the observed mean distance D_o of the two ratings and that of independent
+    raters with the same shares (Cohen 1960; 1968 with quadratic weights, which is ``scale="interval"``). NaN where D_e
+    is 0: both always say the same.
+
+    Args:
+        first: (N,) ratings of one rater.
+        second: (N,) ratings of the other, of the same things.
+    """
+    table = np.zeros((levels, levels))
+    np.add.at(table, (np.asarray(first, dtype=int), np.asarray(second, dtype=int)), 1)
+    return float(_kappas(table[None], _distances(levels, scale))[0])
+
+
+def _kappas(tables: Floats, distances: Floats) -> Floats:
+    """Cohen's kappa of (N, K, K) tables of first by second ratings."""
+    total = tables.sum(axis=(1, 2))
+    observed = (tables * distances).sum(axis=(1, 2))
+    expected = np.einsum("ni,ij,nj->n", tables.sum(axis=2), distances, tables.sum(axis=1)) / total
+    with np.errstate(invalid="ignore", divide="ignore"):
+        kappas: Floats = np.where(expected > 0, 1 - observed / expected, np.nan)
+    return kappas
+
+
+def kappa_interval(
+    first: Sequence[int],
+    second: Sequence[int],
+    clusters: Sequence[Hashable],
+    *,
+    levels: int = 2,
+    scale: Scale = "nominal",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """:func:`cohens_kappa` with the 2.5 and 97.5 % quantiles of resampled clusters; NaN bounds for fewer than two."""
+    index, count = _positions(clusters)
+    tables = np.zeros((count, levels, levels))
+    np.add.at(tables, (index, np.asarray(first, dtype=int), np.asarray(second, dtype=int)), 1)
+    distances = _distances(levels, scale)
+
+    def statistic(drawn: Floats) -> Floats:
+        return _kappas(np.tensordot(drawn, tables, axes=1), distances)
+
+    return _resampled(statistic, count, resamples, seed)
+
+
+def krippendorff_alpha(units: Sequence[Sequence[int]], *, levels: int, scale: Scale) -> float:
+    """Krippendorff's alpha: 1 - D_o / D_e over all pairs of ratings of the same thing and of any things (Krippendorff
+    2011, "Computing Krippendorff's Alpha-Reliability"). Any number of raters, and not all need rate everything.
+
+    Args:
+        units: the ratings that each thing got, whoever gave them; a thing with fewer than two tells nothing.
+
+    Returns:
+        NaN where nothing was rated twice, or all ratings are the same.
+    """
+    return alpha_interval(units, range(len(units)), levels=levels, scale=scale, resamples=0).estimate
+
+
+def alpha_interval(
+    units: Sequence[Sequence[int]],
+    clusters: Sequence[Hashable],
+    *,
+    levels: int,
+    scale: Scale,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """:func:`krippendorff_alpha` with the 2.5 and 97.5 % quantiles of resampled clusters of things."""
+    paired = [(unit, cluster) for unit, cluster in zip(units, clusters, strict=True) if len(unit) > 1]
+    if not paired:
+        return Interval(math.nan, math.nan, math.nan)
+    index, count = _positions([cluster for _, cluster in paired])
+    distances = _distances(levels, scale)
+    values = np.stack([np.bincount(unit, minlength=levels) for unit, _ in paired]).astype(np.float64)  # (U, levels)
+    # Of a thing with m ratings each of its pairs counts 1 / (m - 1).
+    apart = np.einsum("ui,ij,uj->u", values, distances, values) / (values.sum(axis=1) - 1)
+    observed, ratings = np.zeros(count), np.zeros((count, levels))
+    np.add.at(observed, index, apart)
+    np.add.at(ratings, index, values)
+
+    def statistic(drawn: Floats) -> Floats:
+        of_each = drawn @ ratings  # (R, levels) how often each rating was given
+        expected = np.einsum("ri,ij,rj->r", of_each, distances, of_each) / (of_each.sum(axis=1) - 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            alphas: Floats = np.where(expected > 0, 1 - (drawn @ observed) / expected, np.nan)
+        return alphas
+
+    return _resampled(statistic, count, resamples, seed)
+
+
+def _positions(clusters: Sequence[Hashable]) -> tuple[NDArray[np.int64], int]:
+    """(N,) number of each one's cluster, in order of appearance, and how many clusters there are."""
+    positions: dict[Hashable, int] = {}
+    index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters], dtype=np.int64)
+    return index, len(positions)
+
+
+def _resampled(statistic: Callable[[Floats], Floats], count: int, resamples: int, seed: int) -> Interval:
+    """A statistic of how often each cluster is drawn, (R, clusters) -> (R,), with its percentile interval."""
+    estimate = float(statistic(np.ones((1, count)))[0])
+    if count < 2 or not resamples or math.isnan(estimate):
+        return Interval(estimate, math.nan, math.nan)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float64)
+    low, high = np.nanquantile(statistic(drawn), [0.025, 0.975])
+    return Interval(estimate, float(low), float(high))

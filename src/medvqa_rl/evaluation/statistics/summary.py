@@ -1,0 +1,300 @@
+"""Everything that is computed from the records of an evaluation: all numbers of ``results.json`` follow from
+``samples.jsonl`` and can be computed again. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, median
+from typing import Any
+
+from medvqa_rl.config import EvalConfig
+from medvqa_rl.core.prompts import normalise
+from medvqa_rl.evaluation.measures.measured import measured_summary
+from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.stats import (
+    cluster_permutation,
+    cluster_standard_error,
+    effective_n,
+    exact_mcnemar,
+    minimum_detectable_effect,
+    paired_cluster_bootstrap,
+    proportion_interval,
+)
+
+Numbers = dict[str, Any]
+
+CHANGED = 0.25
+"""Share of answers that are assumed to differ between two models for ``detectable_difference``."""
+
+
+def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
+    """Numbers of a set of questions; rates are shares of the scored ones, NaN where there are none."""
+    scored = [record for record in records if record.is_scored]
+    clusters = [record.image_key for record in scored]
+    right = [bool(record.is_correct) for record in scored]
+    summary: Numbers = {
+        "n": len(records),
+        "num_scored": len(scored),
+        "num_clusters": len(set(clusters)),
+        "effective_n": math.nan,
+        "accuracy": math.nan,
+        "accuracy_low": math.nan,
+        "accuracy_high": math.nan,
+    }
+    if scored:
+        interval = proportion_interval(
+            right, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+        )
+        summary |= {
+            "effective_n": effective_n(right, clusters),
+            "accuracy": interval.estimate,
+            "accuracy_low": interval.low,
+            "accuracy_high": interval.high,
+        }
+    lengths = [record.num_tokens for record in scored]
+    return summary | {
+        "format_rate": rate([record.is_well_formed for record in scored]),
+        "no_answer_rate": rate([not record.has_answer for record in scored]),
+        "truncated_rate": rate([record.is_truncated for record in scored]),
+        "unscored_rate": rate([not record.is_scored for record in records]),
+        "mean_length": mean(lengths) if lengths else math.nan,
+        "median_length": median(lengths) if lengths else math.nan,
+        "exact_match": average(record.exact_match for record in scored),
+        "token_f1": average(record.token_f1 for record in scored),
+        "rouge_l": average(record.rouge_l for record in scored),
+        "majority_baseline": majority_share([_gold_key(record) for record in scored]),
+    }
+
+
+def _gold_key(record: EvalRecord) -> str:
+    """What a constant answer would be: a letter for choice questions, the normalised gold for others."""
+    return record.gold if record.answer_type == "choice" else normalise(record.gold)
+
+
+def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
+    """Records by key and value: the data set's answer type, yes/no or other, and the samples' own groups."""
+    by: dict[str, dict[str, list[EvalRecord]]] = {}
+    for record in records:
+        keys = {"answer_type": record.answer_type, "answer_kind": record.answer_kind, **record.groups}
+        for key, value in keys.items():
+            by.setdefault(key, {}).setdefault(value, []).append(record)
+    return {key: dict(sorted(values.items())) for key, values in by.items()}
+
+
+def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, Any]:
+    """All numbers of an evaluation from its records alone.
+
+    Returns:
+        ``n``, ``num_scored``, ``num_clusters`` (images), ``effective_n`` (independent questions that would tell as
+        much), ``accuracy`` with the bounds of its 95 % interval (images resampled, ``eval.interval``)
+        ``accuracy_low`` and ``accuracy_high``, ``format_rate``, ``no_answer_rate``, ``truncated_rate``,
+        ``unscored_rate``, ``mean_length`` and ``median_length`` in tokens, ``exact_match``, ``token_f1`` and
+        ``rouge_l`` of the open questions, ``majority_baseline`` (always the most frequent gold answer; the majority
+        letter for choice questions), and under ``by`` the same for each value of ``answer_type`` (as annotated),
+        ``answer_kind`` (yes/no or other) and every key of the samples' groups, such as modality and family.
+
+        ``averages``: ``micro_questions`` is the accuracy, in which every question weighs the same;
+        ``macro_images`` and ``macro_<key>`` are means of the accuracies of images, or of a key's values, in which
+        each of them weighs the same. ``detectable_difference``: what another model must differ by on these questions
+        to be told apart with 80 % power, if a quarter of the answers differ. ``letters``: how often each letter is
+        the gold and the given answer of choice questions. ``majority_per_type``: always the most frequent gold answer
+        of the question's answer type. ``sampled``: of the k sampled answers, where there are any. ``lengths``,
+        ``thinking``, ``perplexity``, ``similarity`` and ``faithfulness``: see
+        :func:`medvqa_rl.evaluation.measures.measured.measured_summary`.
+        What does not apply is NaN.
+
+    Raises:
+        ValueError: there are no records.
+    """
+    if not records:
+        raise ValueError("There is nothing to evaluate: the split has no questions; check data and eval.max_samples.")
+    overall = _summary(records, config)
+    by = {
+        key: {value: _summary(members, config) for value, members in values.items()}
+        for key, values in by_group(records).items()
+    }
+    images: dict[str, list[bool]] = {}
+    for record in records:
+        if record.is_scored:
+            images.setdefault(record.image_key, []).append(bool(record.is_correct))
+    averages = {
+        "micro_questions": overall["accuracy"],
+        "macro_images": average(mean(map(float, right)) for right in images.values()),
+    }
+    for key, values in by.items():
+        accuracies = [summary["accuracy"] for summary in values.values() if summary["num_scored"]]
+        averages[f"macro_{key}"] = average(accuracies)
+    return {
+        **overall,
+        "averages": averages,
+        "detectable_difference": minimum_detectable_effect(math.sqrt(CHANGED / overall["effective_n"])),
+        "letters": _letters(records),
+        "majority_per_type": _majority_per_type(records),
+        "sampled": _sampled(records, config),
+        **measured_summary(records),
+        "by": by,
+    }
+
+
+def _majority_per_type(records: Sequence[EvalRecord]) -> float:
+    """Accuracy of always giving the most frequent gold answer of a question's answer type, chosen with hindsight."""
+    by_type: dict[str, list[str]] = {}
+    for record in records:
+        if record.is_scored:
+            by_type.setdefault(record.answer_type, []).append(_gold_key(record))
+    count = sum(map(len, by_type.values()))
+    return sum(majority_share(golds) * len(golds) for golds in by_type.values()) / count if count else math.nan
+
+
+def _letters(records: Sequence[EvalRecord]) -> Numbers:
+    """Gold and given letters of the scored choice questions, and the distance between the two distributions: half the
+    sum of the absolute differences of shares (total variation), answers that name no option being a letter of their
+    own."""
+    chosen = [record for record in records if record.answer_type == "choice" and record.is_scored]
+    gold, given = Counter(record.gold for record in chosen), Counter(record.choice or "none" for record in chosen)
+    letters = sorted(gold.keys() | given.keys() - {"none"}) + (["none"] if given["none"] else [])
+    return {
+        "gold": {letter: gold[letter] for letter in letters},
+        "given": {letter: given[letter] for letter in letters},
+        "distance": _half_distance(gold, given) if chosen else math.nan,
+    }
+
+
+def _half_distance(one: Counter[str], other: Counter[str]) -> float:
+    """Total variation of two distributions given as counts of the same total."""
+    return sum(abs(one[key] - other[key]) for key in one.keys() | other.keys()) / (2 * one.total())
+
+
+def _sampled(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
+    """Numbers of the sampled answers; empty where there are none."""
+    scored = [record for record in records if record.is_scored and record.sampled]
+    if not scored:
+        return {}
+    count = min(len(record.sampled) for record in scored)
+    sizes = sorted({2**power for power in range(count.bit_length()) if 2**power <= count} | {count})
+    clusters = [record.image_key for record in scored]
+    summary: Numbers = {"num_samples": count, "num_scored": len(scored)}
+
+    def add(name: str, values: Sequence[float]) -> None:
+        interval = paired_cluster_bootstrap(
+            [0.0] * len(values), values, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+        )
+        summary[name] = {"value": interval.estimate, "low": interval.low, "high": interval.high}
+
+    add("mean_accuracy", [mean(float(answer.is_correct) for answer in record.sampled) for record in scored])
+    for k in sizes:
+        right = [sum(answer.is_correct for answer in record.sampled) for record in scored]
+        add(f"pass@{k}", [pass_at_k(len(record.sampled), c, k) for record, c in zip(scored, right)])
+        add(f"majority@{k}", [_majority(record, k) for record in scored])
+    return summary | {
+        "no_answer_rate": average(float(answer.answer is None) for record in scored for answer in record.sampled),
+        "mean_length": average(float(answer.num_tokens) for record in scored for answer in record.sampled),
+    }
+
+
+def _majority(record: EvalRecord, k: int) -> float:
+    votes = Counter(answer.vote for answer in record.sampled if answer.vote is not None)
+    correct = next((answer.vote for answer in record.sampled if answer.is_correct), None)
+    return majority_at_k(votes, correct, len(record.sampled) - votes.total(), k)
+
+
+_LOGGED = (
+    *("accuracy", "accuracy_low", "accuracy_high", "token_f1", "mean_length"),
+    *("format_rate", "no_answer_rate", "truncated_rate", "unscored_rate"),
+)
+
+_MEASURED = {
+    "perplexity": ("perplexity", "value"),
+    "similarity": ("similarity", "value"),
+    "thinking_reward": ("thinking", "reward"),
+    "faithfulness": ("faithfulness", "value"),
+}
+
+
+def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Results under the names of ``metrics.jsonl``: ``eval/accuracy``, ``eval/accuracy/choice``,
+    ``eval/format_rate`` ...; what is NaN is left out."""
+    metrics = {f"eval/{name}": float(results[name]) for name in _LOGGED}
+    metrics |= {f"eval/{name}": float(results[section][key]) for name, (section, key) in _MEASURED.items()}
+    for answer_type, summary in results["by"]["answer_type"].items():
+        metrics[f"eval/accuracy/{answer_type}"] = float(summary["accuracy"])
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+def paired_gain(
+    before: Sequence[EvalRecord], after: Sequence[EvalRecord], config: EvalConfig
+) -> dict[str, float | int]:
+    """What changed between two evaluations of the same questions.
+
+    Questions that are unscored in either are left out.
+
+    Returns:
+        ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with the bounds of
+        its 95 % paired interval ``gain_low`` and ``gain_high`` (images resampled), ``improved`` and ``worsened``
+        (questions), ``mcnemar_p`` (exact, questions as independent), ``permutation_p`` (signs of whole images
+        flipped) and ``detectable_gain`` (found with 80 % power at this number of questions and changes; NaN where
+        nothing changed).
+
+    Raises:
+        ValueError: the evaluations are of different questions, or no question is scored in both.
+    """
+    pairs = pair(before, after)
+    then, now = [bool(one.is_correct) for one, _ in pairs], [bool(other.is_correct) for _, other in pairs]
+    clusters = [one.image_key for one, _ in pairs]
+    gain = paired_cluster_bootstrap(
+        then, now, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+    )
+    test = exact_mcnemar(then, now)
+    differences = [float(later) - float(earlier) for earlier, later in zip(then, now)]
+    error = cluster_standard_error(differences, clusters)
+    return {
+        "n": len(pairs),
+        "num_clusters": len(set(clusters)),
+        "accuracy_before": mean(map(float, then)),
+        "accuracy_after": mean(map(float, now)),
+        "gain": gain.estimate,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+        "improved": test.improved,
+        "worsened": test.worsened,
+        "mcnemar_p": test.p_value,
+        "permutation_p": cluster_permutation(then, now, clusters, seed=config.seed),
+        "detectable_gain": minimum_detectable_effect(error) if any(differences) else math.nan,
+    }
+
+
+def _is_same_question(one: EvalRecord, other: EvalRecord) -> bool:
+    """Whether two records are of the same question; a prompt may have hidden its options."""
+    if bool(one.options) != bool(other.options):
+        return (one.question, one.gold_text) == (other.question, other.gold_text)
+    return (one.question, one.options, one.gold) == (other.question, other.options, other.gold)
+
+
+def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tuple[EvalRecord, EvalRecord]]:
+    """The questions that are scored in both evaluations, in the order of the first.
+
+    Raises:
+        ValueError: the evaluations are of different questions, or no question is scored in both.
+    """
+    later = {record.sample_id: record for record in after}
+    if len(before) != len(after) or {record.sample_id for record in before} != later.keys():
+        shared = len({record.sample_id for record in before} & later.keys())
+        raise ValueError(
+            f"The two evaluations are of different questions ({len(before)} and {len(after)}, {shared} in common): "
+            "evaluate both on the same split with the same data settings."
+        )
+    pairs = [(record, later[record.sample_id]) for record in before]
+    for one, other in pairs:
+        if not _is_same_question(one, other):
+            raise ValueError(
+                f"The two evaluations are of different questions: {one.sample_id!r} asks {one.question!r} with the "
+                f"gold answer {one.gold!r} in one and {other.question!r} with {other.gold!r} in the other; evaluate "
+                "both on the same version of the data."
+            )
+    pairs = [(one, other) for one, other in pairs if one.is_scored and other.is_scored]
+    if not pairs:
+        raise ValueError("No question is scored in both evaluations: see unscored_reason in their samples.jsonl.")
+    return pairs

@@ -1,0 +1,109 @@
+"""How this process was launched: alone, or as one of several ranks, and with which engine. Imports no torch.
+
+``accelerate launch`` tells the processes that it starts by environment variables; what they say is checked here,
+before anything is set up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from medvqa_rl.config import Config, TrainEngine
+from medvqa_rl.config.problems.quantized import refuse_sharded
+
+
+class Launch(NamedTuple):
+    """What a launcher asked for."""
+
+    engine: TrainEngine | None
+    """None where this process is alone."""
+    num_ranks: int
+
+
+def read_launch(environ: Mapping[str, str]) -> Launch:
+    """What the environment says.
+
+    Raises:
+        ValueError: the launcher asks for something that is not supported.
+    """
+
+    def is_on(name: str) -> bool:
+        return environ.get(name, "false").lower() in ("true", "1")
+
+    num_ranks = int(environ.get("WORLD_SIZE", "1"))
+    if is_on("ACCELERATE_USE_DEEPSPEED"):
+        return Launch(_zero_engine(environ), num_ranks)
+    if is_on("ACCELERATE_USE_FSDP"):
+        version = environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise _unsupported(f"FSDP version {version}", "fsdp_version: 2 under fsdp_config in the launch file")
+        if is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            raise _unsupported(
+                "fsdp_cpu_ram_efficient_loading", "fsdp_cpu_ram_efficient_loading: false in the launch file"
+            )
+        return Launch("fsdp2", num_ranks)
+    for name, what in (("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"), ("ACCELERATE_USE_TP", "tensor parallelism")):
+        if is_on(name):
+            raise _unsupported(what, "one of the launch files in configs/launch")
+    return Launch("ddp" if num_ranks > 1 else None, num_ranks)
+
+
+def _zero_engine(environ: Mapping[str, str]) -> TrainEngine:
+    """The stage of ZeRO."""
+    if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise _unsupported("a deepspeed_config_file", "its settings in the launch file itself, as configs/launch does")
+    stages: dict[str, TrainEngine] = {"2": "zero2", "3": "zero3"}
+    stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in stages:
+        raise _unsupported(f"DeepSpeed ZeRO stage {stage}", "zero_stage: 2 or zero_stage: 3 in the launch file")
+    return stages[stage]
+
+
+def _unsupported(what: str, remedy: str) -> ValueError:
+    return ValueError(
+        f"The launcher asks for {what}, but training runs alone or with ddp, zero2, zero3 or fsdp2: use {remedy}."
+    )
+
+
+def check_launch(config: Config, launch: Launch, prompts_per_step: int) -> None:
+    """Refuse settings that do not fit how the process was launched.
+
+    Raises:
+        ValueError: a sentence for the first thing that does not fit.
+    """
+    for sentence in _problems(config, launch, prompts_per_step):
+        raise ValueError(sentence)
+
+
+def _problems(config: Config, launch: Launch, prompts_per_step: int) -> Iterator[str]:
+    wanted, given, ranks = config.train.engine, launch.engine, launch.num_ranks
+    if given is None and wanted not in ("auto", "ddp"):
+        yield (
+            f"train.engine is {wanted}, but this process was started alone: start it with `accelerate launch "
+            f"--config_file configs/launch/{wanted}.yaml -m medvqa_rl train ...` or `medvqa-rl train ... --gpus N`, "
+            "or set train.engine=auto."
+        )
+    if given is not None and wanted not in ("auto", given):
+        yield (
+            f"train.engine is {wanted}, but the launcher asks for {given}: launch with configs/launch/{wanted}.yaml, "
+            f"or set train.engine={given} or auto."
+        )
+    if ranks > prompts_per_step:
+        yield (
+            f"There are {ranks} ranks but only {prompts_per_step} prompts in a step, and the completions of a prompt "
+            f"stay on one rank: set train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}, or "
+            "launch fewer processes."
+        )
+    if prompts_per_step % ranks:
+        yield (
+            f"A step has {prompts_per_step} prompts, which {ranks} processes cannot share out evenly: set "
+            "train.prompts_per_step (sft.batch_size for sft) to a multiple of the number of processes."
+        )
+    if given in ("zero2", "zero3", "fsdp2") and config.model.load_in_4bit:
+        yield refuse_sharded(given)
+    if given in ("zero3", "fsdp2") and config.rollout.engine == "graph":
+        yield (
+            f"rollout.engine is graph, but with {given} the weights are gathered anew for every rollout, so nothing "
+            "recorded can be replayed: set rollout.engine=eager, or launch with ddp or zero2."
+        )

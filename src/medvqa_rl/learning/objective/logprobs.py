@@ -1,0 +1,312 @@
+"""Log-probabilities of completions under a model: the one forward pass of the update.
+
+The prompt and its image are computed once per group and not once per completion. Groups are packed into one row
+without padding, and models/group_attention.py keeps the completions apart. Two slower layouts are what it is tested
+against: a row per group with a dense mask, which any attention that adds a mask can take, and a row per completion
+with the prompt repeated, which needs no mask beyond causality.
+
+Legend: P prompts, B completions, R rows, T tokens of a row, Tc tokens of a completion, N completion tokens, V words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from medvqa_rl.core.types import EncodedPrompt, Group
+from medvqa_rl.models.group_attention import ATTENTION, GroupLayout, group_layout
+from medvqa_rl.models.qwen_vl import (
+    Processor,
+    backbone,
+    blank_features,
+    causal_model,
+    embed_prompts,
+    image_features,
+    rope_positions,
+    vision_is_frozen,
+)
+
+LOGITS_PER_CHUNK = 2**25
+"""Logits in memory at a time: 128 MiB in float32. Beyond it they are computed in chunks, and again in the backward."""
+
+Layout = Literal["packed", "rows", "separate"]
+"""All groups in one row without padding, one padded row per group, or one per completion."""
+
+_PROMPT, _PADDING = 0, -1
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """Whole groups laid out as rows of tokens, on one device."""
+
+    prompts: tuple[EncodedPrompt, ...]
+    """(P,) prompts."""
+    features: tuple[Tensor | None, ...] | None
+    """(P,) image features kept from the rollout; None where the vision tower learns and they must be computed."""
+    input_ids: Tensor
+    """(R, T) prompts, then completions, then padding."""
+    segments: Tensor
+    """(R, T) 0 at prompts, 1, 2 ... at the completions of the row, -1 at padding."""
+    position_ids: Tensor
+    """(3, R, T) M-RoPE positions; every completion continues from the end of its prompt."""
+    prompts_in_rows: tuple[int, ...]
+    """Index of every prompt in the rows, in order: each once, or once per completion where they have own rows."""
+    predictors: Tensor
+    """(N,) index into the R * T tokens of the token that predicts each completion token."""
+    targets: Tensor
+    """(N,) the completion tokens, completion after completion."""
+    mask: Tensor
+    """(B, Tc) bool, True at tokens of the completions."""
+    packing: GroupLayout | None
+    """How the groups of the one row attend; None where rows are padded."""
+    has_shared_rows: bool
+    """True where some row holds more than one completion."""
+
+    @property
+    def num_completions(self) -> int:
+        """B."""
+        return self.mask.shape[0]
+
+
+class TokenStats(NamedTuple):
+    """What the model says of every completion token; 0 at padding."""
+
+    logps: Tensor
+    """(B, Tc) float32 log-probabilities of the tokens, of logits / temperature over the full vocabulary."""
+    entropy: Tensor | None
+    """(B, Tc) float32 entropy of the same distribution in nats, without gradient."""
+
+
+def layout_for(attention: str) -> Layout:
+    """The fastest layout that an attention implementation of transformers can take.
+
+    Eager attention adds its mask, so it takes rows of groups; flash attention takes no mask at all.
+    """
+    layouts: dict[str, Layout] = {ATTENTION: "packed", "sdpa": "rows", "eager": "rows"}
+    return layouts.get(attention, "separate")
+
+
+def collate(
+    groups: Sequence[Group], processor: Processor, device: torch.device | str, *, layout: Layout = "packed"
+) -> CompletionBatch:
+    """Lay groups out for :class:`GroupForward`.
+
+    Args:
+        groups: P groups; completions may differ in number and length, but none is empty.
+        processor: of the model that the batch is for.
+        device: where the tensors go.
+        layout: how; the result of the forward does not depend on it.
+    """
+    prompts = tuple(group.prompt for group in groups)
+    completions = [[completion.token_ids for completion in group.completions] for group in groups]
+    assert all(ids for group in completions for ids in group), "a completion has no tokens"
+    rows = _pieces(completions, layout)
+    lengths = [len(ids) for group in completions for ids in group]
+    width = max(sum(len(prompts[prompt].input_ids if ids is None else ids) for prompt, ids in row) for row in rows)
+    positions = [
+        rope_positions(
+            prompt, image_token_id=processor.image_token_id, merge_size=processor.image_processor.merge_size
+        )
+        for prompt in prompts
+    ]
+    input_ids = np.full((len(rows), width), processor.pad_id, dtype=np.int64)
+    segments = np.full((len(rows), width), _PADDING, dtype=np.int64)
+    position_ids = np.zeros((3, len(rows), width), dtype=np.int64)
+    last = np.zeros(len(prompts), dtype=np.int64)  # index of each prompt's last token
+    predictors = []
+    for row, pieces in enumerate(rows):
+        end, segment = 0, _PROMPT
+        for prompt, ids in pieces:
+            begin, end = end, end + len(prompts[prompt].input_ids if ids is None else ids)
+            if ids is None:
+                input_ids[row, begin:end] = prompts[prompt].input_ids
+                segments[row, begin:end] = _PROMPT
+                position_ids[:, row, begin:end] = positions[prompt]
+                last[prompt] = row * width + end - 1
+                continue
+            segment += 1
+            input_ids[row, begin:end] = ids
+            segments[row, begin:end] = segment
+            position_ids[:, row, begin:end] = positions[prompt].max() + 1 + np.arange(len(ids))
+            # The prompt's last token predicts the first token of each completion.
+            predictors.append(np.concatenate([last[[prompt]], row * width + np.arange(begin, end - 1)]))
+    mask = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
+    features = tuple(group.image_features for group in groups)
+    is_cached = all((feature is None) == (prompt.pixel_values is None) for feature, prompt in zip(features, prompts))
+
+    def as_tensor(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    packing = None
+    if layout == "packed":
+        packing = group_layout(
+            [len(prompt.input_ids) for prompt in prompts], [list(map(len, group)) for group in completions], device
+        )
+    return CompletionBatch(
+        prompts=prompts,
+        features=features if is_cached else None,
+        input_ids=as_tensor(input_ids),
+        segments=as_tensor(segments),
+        position_ids=as_tensor(position_ids),
+        prompts_in_rows=tuple(prompt for row in rows for prompt, ids in row if ids is None),
+        predictors=as_tensor(np.concatenate(predictors)),
+        targets=as_tensor(np.concatenate([ids for group in completions for ids in group])),
+        mask=as_tensor(mask),
+        packing=packing,
+        has_shared_rows=any(len(row) > 2 for row in rows),
+    )
+
+
+def _pieces(
+    completions: Sequence[Sequence[tuple[int, ...]]], layout: Layout
+) -> list[list[tuple[int, tuple[int, ...] | None]]]:
+    """What stands in each row: prompts, as their index and None, and completions, as their prompt's index and tokens.
+
+    Args:
+        completions: the tokens of each prompt's completions.
+    """
+    prompts: list[tuple[int, tuple[int, ...] | None]] = [(prompt, None) for prompt in range(len(completions))]
+    if layout == "packed":
+        return [prompts + [(prompt, ids) for prompt, group in enumerate(completions) for ids in group]]
+    if layout == "rows":
+        return [[prompts[prompt], *((prompt, ids) for ids in group)] for prompt, group in enumerate(completions)]
+    return [[prompts[prompt], (prompt, ids)] for prompt, group in enumerate(completions) for ids in group]
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """(R, 1, T, T) bool: a token sees the tokens before it in its prompt and in its own completion.
+
+    Padding sees itself, because a softmax over nothing is NaN.
+
+    Args:
+        segments: (R, T) as in :class:`CompletionBatch`.
+    """
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]  # (R, T, 1), (R, 1, T)
+    is_causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    is_self = torch.eye(length, dtype=torch.bool, device=segments.device)
+    visible = is_causal & ((key == query) | (key == _PROMPT)) & (query != _PADDING)
+    return (visible | is_self)[:, None]
+
+
+def token_statistics(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens and entropies from final hidden states.
+
+    Args:
+        head: the output layer, hidden -> V logits.
+        hidden: (N, hidden) states that predict the targets.
+        targets: (N,) token ids.
+
+    Returns:
+        (N,) float32 log-probabilities and (N,) float32 entropies, zeros unless asked for.
+    """
+    logits = head(hidden).float() / temperature  # (N, V)
+    normaliser = torch.logsumexp(logits, dim=-1)
+    logps = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+    if not with_entropy:
+        return logps, torch.zeros_like(logps)
+    with torch.no_grad():
+        probabilities = torch.exp(logits - normaliser[:, None])
+        return logps, normaliser - (probabilities * logits).sum(-1)
+
+
+class GroupForward(nn.Module):
+    """The module that is wrapped for distributed training: everything that needs gradients runs in its forward.
+
+    Nothing else may call the model with gradients, or the wrapper's reduction would be skipped silently.
+    """
+
+    def __init__(self, model: nn.Module, *, always_sees: bool = False) -> None:
+        """
+        Args:
+            always_sees: run a trained vision tower also where no prompt has an image, on an empty one that changes
+                nothing, because ranks that exchange its weights or gradients wait for each other.
+        """
+        super().__init__()
+        self.model = model
+        self._always_sees = always_sees
+
+    def forward(self, batch: CompletionBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenStats:
+        """Score the completions of a batch.
+
+        Args:
+            batch: whole groups, from :func:`collate`.
+            temperature: the one they were sampled at.
+            with_entropy: compute the entropies too.
+
+        Raises:
+            ValueError: flash attention was chosen; it cannot take the mask that groups need.
+        """
+        language_model = backbone(self.model).language_model
+        device = batch.input_ids.device
+        features = batch.features
+        if features is None:
+            features = tuple(image_features(self.model, batch.prompts, device))
+        blank = None
+        if self._always_sees and all(prompt.pixel_values is None for prompt in batch.prompts):
+            # At the tower's place, because ranks gather weights in the order in which their modules run.
+            blank = None if vision_is_frozen(self.model) else blank_features(self.model, device)
+        embeds = embed_prompts(
+            self.model,
+            batch.input_ids,
+            batch.segments == _PROMPT,
+            [features[index] for index in batch.prompts_in_rows],
+        )
+        if blank is not None:
+            embeds = embeds + 0.0 * blank.sum()
+        hidden: Tensor = language_model(
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            **self._attention(batch, embeds.dtype),
+        ).last_hidden_state
+        logps, entropy = self._score(
+            hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
+        )
+        table = torch.zeros(batch.mask.shape, dtype=torch.float32, device=device)
+        return TokenStats(
+            table.masked_scatter(batch.mask, logps),
+            table.masked_scatter(batch.mask, entropy) if with_entropy else None,
+        )
+
+    def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
+        """What tells the model's attention which tokens see which."""
+        config = backbone(self.model).language_model.config
+        implementation = config._attn_implementation
+        if batch.packing is not None:
+            if implementation == ATTENTION:
+                packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
+                return {"attention_mask": {"full_attention": None}, "group_layout": packing}
+        elif not batch.has_shared_rows:
+            return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
+        elif implementation in (ATTENTION, "sdpa"):
+            return {"attention_mask": attention_mask(batch.segments)}
+        elif implementation == "eager":  # adds its mask, so a boolean one would be silently wrong
+            mask = attention_mask(batch.segments)
+            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
+        raise ValueError(
+            f"model.attention is {implementation}, which cannot keep the completions of a group apart: set it to sdpa."
+        )
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        """:func:`token_statistics` in chunks, so that the logits of a large vocabulary never exist at once."""
+        head = causal_model(self.model).lm_head
+        size = max(1, LOGITS_PER_CHUNK // head.out_features)
+        if len(targets) <= size:
+            return token_statistics(head, hidden, targets, temperature, with_entropy)
+        parts = [
+            checkpoint(token_statistics, head, *chunk, temperature, with_entropy, use_reentrant=False)
+            for chunk in zip(hidden.split(size), targets.split(size))
+        ]
+        logps, entropies = zip(*parts)
+        return torch.cat(logps), torch.cat(entropies)

@@ -1,0 +1,80 @@
+"""Which groups share a forward and backward pass: memory and speed, never the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from medvqa_rl.core.types import Group
+from medvqa_rl.learning.objective.logprobs import Layout
+from medvqa_rl.learning.run.errors import UnusableSampleError
+
+
+def computed_tokens(sizes: Iterable[tuple[int, Sequence[int]]], layout: Layout) -> int:
+    """Tokens that the layers of the language model compute for a micro-batch, padding included.
+
+    Args:
+        sizes: of each group, the tokens of its prompt and of each of its completions.
+        layout: of the micro-batch; packed groups have no padding.
+    """
+    groups = list(sizes)
+    if layout == "separate":
+        rows = [prompt + length for prompt, lengths in groups for length in lengths]
+    else:
+        rows = [prompt + sum(lengths) for prompt, lengths in groups]
+    return sum(rows) if layout == "packed" else len(rows) * max(rows)
+
+
+def split(
+    groups: Sequence[Group],
+    indices: Sequence[int],
+    *,
+    layout: Layout,
+    max_groups: int,
+    max_tokens: int | None,
+    max_completion_length: int,
+) -> list[list[int]]:
+    """Divide groups over micro-batches. The same groups are always divided in the same way.
+
+    Without a budget of tokens, consecutive groups stay together. With one they are sorted by length first, so that
+    those that share a micro-batch pad each other little, and a micro-batch is full when the next group would exceed
+    either limit.
+
+    Args:
+        groups: P groups.
+        indices: which of them to divide.
+        layout: how a micro-batch is laid out.
+        max_groups: ``train.prompts_per_micro_batch``.
+        max_tokens: ``train.max_tokens_per_micro_batch``.
+        max_completion_length: ``rollout.max_completion_length``.
+
+    Returns:
+        Indices into ``groups``, micro-batch after micro-batch.
+
+    Raises:
+        UnusableSampleError: a group would exceed the budget alone if its completions used their whole length, so
+            that it depends on the prompt and not on what was sampled whether a run can go on.
+    """
+    if max_tokens is None:
+        return [list(indices[start : start + max_groups]) for start in range(0, len(indices), max_groups)]
+    sizes = {
+        index: (len(groups[index].prompt.input_ids), [len(c.token_ids) for c in groups[index].completions])
+        for index in indices
+    }
+    for index, (prompt, lengths) in sizes.items():
+        largest = computed_tokens([(prompt, [max_completion_length] * len(lengths))], layout)
+        if largest > max_tokens:
+            raise UnusableSampleError(
+                f"The group of sample {groups[index].sample.id!r} can have {largest} tokens (a prompt of {prompt} and "
+                f"{len(lengths)} completions of up to {max_completion_length}), but train.max_tokens_per_micro_batch "
+                f"is {max_tokens} and a group is never divided: set it to {largest} or more, or lower "
+                "model.max_pixels, rollout.num_generations or rollout.max_completion_length."
+            )
+    result: list[list[int]] = []
+    for index in sorted(indices, key=lambda index: (computed_tokens([sizes[index]], layout), index)):
+        together = [*result[-1], index] if result else [index]
+        fits = len(together) <= max_groups and computed_tokens([sizes[i] for i in together], layout) <= max_tokens
+        if result and fits:
+            result[-1] = together
+        else:
+            result.append([index])
+    return result

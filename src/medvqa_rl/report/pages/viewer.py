@@ -1,0 +1,177 @@
+"""The data of the group viewer: stored completions with thumbnails of their images, within a budget of bytes.
+
+A run stores texts and numbers, not images. They are found again in the data set that its settings name, by the
+sample's id, and only if that data set still has the fingerprint it had. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from medvqa_rl.config import Config
+from medvqa_rl.core.types import LETTERS, Sample
+from medvqa_rl.data import load_dataset
+from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.report.pages.inline import thumbnail_uri
+from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups
+
+T = TypeVar("T")
+
+MAX_GROUPS = 500
+MAX_TEXT_BYTES = 3_500_000
+MAX_IMAGE_BYTES = 4_500_000
+"""Together with everything else the page stays below 10 MB."""
+MAX_THUMBNAIL = 224
+"""Longest side in pixels of the viewer's images."""
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """What the page's script gets, and what is to be said about it."""
+
+    groups: Sequence[dict[str, Any]]
+    images: dict[str, str]
+    """Data URI of each image by its key in this page."""
+    notes: Sequence[str]
+
+
+def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
+    """Collect the groups of some runs; of too many, those at even distances.
+
+    Args:
+        images: find their images again, too.
+    """
+    notes: list[str] = []
+    found: list[tuple[int, StoredGroup]] = []
+    for number, run in enumerate(runs):
+        groups, problems = read_groups(run)
+        notes += [f"{run.name}: {problem}" for problem in problems]
+        found += [(number, group) for group in groups]
+    kept = evenly(found, MAX_GROUPS)
+    plain = [_group(run, group) for run, group in kept]
+    while len(plain) > 1 and sum(len(json.dumps(group)) for group in plain) > MAX_TEXT_BYTES:
+        kept, plain = evenly(kept, len(kept) * 9 // 10), evenly(plain, len(plain) * 9 // 10)
+    if len(kept) < len(found):
+        notes.append(
+            f"{len(kept)} of {len(found)} stored groups are shown, at even distances, to keep the page small."
+        )
+    thumbnails = _Thumbnails()
+    for number, run in enumerate(runs if images else ()):
+        own = [(group, shown) for (place, group), shown in zip(kept, plain) if place == number]
+        samples, problem = find_samples(run, [group for group, _ in own])
+        if problem:
+            notes.append(f"{run.name}: {problem}")
+        for group, shown in own:
+            if group.sample_id in samples:
+                thumbnails.add(samples[group.sample_id], shown, notes)
+    if plain and not images:
+        notes.append("The page was written without images.")
+    if thumbnails.num_left_out:
+        notes.append(f"{thumbnails.num_left_out} images are left out to keep the page small.")
+    return Viewer(plain, thumbnails.uris, notes)
+
+
+def evenly(items: Sequence[T], limit: int) -> list[T]:
+    """At most so many of the items, at even distances, the last one among them."""
+    if len(items) <= limit:
+        return list(items)
+    return [items[(place + 1) * len(items) // limit - 1] for place in range(limit)]
+
+
+def _group(run: int, group: StoredGroup) -> dict[str, Any]:
+    """A group as the script reads it."""
+    gold = group.gold
+    if group.options and gold in LETTERS[: len(group.options)]:
+        gold = f"{gold}: {group.options[LETTERS.index(gold)]}"
+    return {
+        "run": run,
+        "step": group.step,
+        "id": group.sample_id,
+        "question": group.question,
+        "options": [f"{letter}: {text}" for letter, text in zip(LETTERS, group.options)],
+        "gold": gold,
+        "tags": dict(group.tags),
+        "images": [],
+        "completions": [
+            {
+                "text": item.text,
+                "outcome": "right" if item.is_correct else "wrong" if item.has_answer else "none",
+                "cut": item.is_truncated,
+                "tokens": item.num_tokens,
+                "rewards": [[name, _rounded(value)] for name, value in item.rewards.items()],
+                "reward": _rounded(item.reward),
+                "advantage": _rounded(item.advantage),
+            }
+            for item in group.completions
+        ],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[str, Sample], str]:
+    """The samples of stored groups in the data set of the run's settings, by id.
+
+    Returns:
+        What was found, and a sentence where images cannot be shown, else nothing.
+    """
+    if not groups:
+        return {}, ""
+    try:
+        config = Config.model_validate(run.config)
+    except ValueError:
+        return {}, "the settings are of another version or missing, so the images cannot be found again."
+    try:
+        dataset = load_dataset(config.data, "train")
+    except (ValueError, OSError) as error:
+        return {}, f"the data set {config.data.name} is not available here, so there are no images: {error}"
+    known = run.data.get("train")
+    if not isinstance(known, dict) or known.get("fingerprint") != dataset.fingerprint:
+        return {}, (
+            f"the data set {dataset.name} is not the one of the run (another fingerprint), so no images are shown."
+        )
+    samples: Iterable[Sample]
+    if dataset.is_endless:
+        train = config.train
+        samples = (
+            draw.sample
+            for step in sorted({group.step for group in groups})
+            for draw in samples_at(dataset, step - 1, num_prompts=train.prompts_per_step, seed=train.seed)
+        )
+    else:
+        samples = (dataset[index] for index in range(len(dataset)))
+    wanted = {group.sample_id for group in groups}
+    return {sample.id: sample for sample in samples if sample.id in wanted}, ""
+
+
+class _Thumbnails:
+    """Images inside the page, each once."""
+
+    def __init__(self) -> None:
+        self.uris: dict[str, str] = {}
+        self.num_left_out = 0
+        self._names: dict[str, str] = {}
+        self._size = 0
+
+    def add(self, sample: Sample, shown: dict[str, Any], notes: list[str]) -> None:
+        """Show a sample's images with its group, and fill in the groups that older runs did not store."""
+        shown["tags"] = shown["tags"] or {"answer_type": sample.answer_type, **sample.groups}
+        for image in sample.images:
+            if image.key not in self._names:
+                if self._size >= MAX_IMAGE_BYTES:
+                    self.num_left_out += 1
+                    continue
+                try:
+                    uri = thumbnail_uri(image.load(), MAX_THUMBNAIL, lossless_bytes=8_000)
+                except ValueError as error:
+                    notes.append(str(error))
+                    continue
+                self._size += len(uri)
+                self._names[image.key] = name = str(len(self._names))
+                self.uris[name] = uri
+            shown["images"].append(self._names[image.key])

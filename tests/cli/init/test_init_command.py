@@ -1,0 +1,250 @@
+"""The verb init: one's own questions checked and divided, settings sized to a GPU, and nothing written by halves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from medvqa_rl.cli.app import app
+from medvqa_rl.cli.init import project as init_command
+from medvqa_rl.cli.init.project import run_init
+from medvqa_rl.config import Config, DataConfig
+from medvqa_rl.config.yaml import load_config
+from medvqa_rl.data import load_dataset
+from medvqa_rl.data.export import export
+from medvqa_rl.learning.estimate.estimate import Assumptions, estimate
+from medvqa_rl.learning.estimate.hardware import GIB, Machine
+from medvqa_rl.learning.estimate.pace import Rates
+from medvqa_rl.learning.estimate.sizes import find_architecture
+
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantom questions as somebody's own table and images."""
+    folder = tmp_path_factory.mktemp("own")
+    export(load_dataset(DataConfig(), "train"), folder, "questions", form="csv", limit=ROWS)
+    return folder
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[Path, Path]:
+    """A table of rows without an image get one of their own, 8 x 8 pixels of noise-like stripes."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for number, row in enumerate(rows):
+        image = Image.new("L", (32, 32))
+        image.putdata([(7 * number + 11 * place * (number + 1)) % 256 for place in range(32 * 32)])
+        image.save(images / f"{number}.png")
+        row["image"] = f"{number}.png"
+    table = folder / "questions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return table, images
+
+
+def test_what_is_exported_as_csv_is_read_back_as_ones_own(phantom: Path, tmp_path: Path) -> None:
+    (phantom / "data.csv").write_bytes((phantom / "questions.csv").read_bytes())
+    config = DataConfig(name="own", path=str(phantom), split="image", num_val=None, cache_dir=str(tmp_path))
+    read = {}
+    for split in ("train", "val", "test"):
+        dataset = load_dataset(config, split)
+        read |= {
+            sample.id.removeprefix("own/data/"): sample for sample in map(dataset.__getitem__, range(len(dataset)))
+        }
+    (phantom / "data.csv").unlink()
+    source = load_dataset(DataConfig(), "train")
+    assert len(read) == ROWS
+    for index in range(ROWS):
+        drawn = source[index]
+        own = read[drawn.id]
+        assert (own.question, own.options, own.answer, own.answer_type) == (
+            drawn.question,
+            drawn.options,
+            drawn.answer,
+            drawn.answer_type,
+        )
+        assert own.reasoning == drawn.reasoning
+        assert own.groups == {name: drawn.groups[name] for name in ("modality", "organ", "family")}
+        assert own.images[0].load().tobytes() == drawn.images[0].load().tobytes()
+
+
+def test_a_project_is_divided_sized_and_says_what_to_run(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table, images = phantom / "questions.csv", phantom / "images"
+    arguments = ["init", "mine", "--data", str(table), "--images", str(images), "--gpu-memory", "24"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "Sized to a GPU of 24 GiB (as given)" in result.output
+    commands = [line.strip() for line in result.output.splitlines() if line.startswith("  medvqa-rl")]
+    assert commands == [
+        "medvqa-rl train mine/config.yaml --dry-run",
+        "medvqa-rl train mine/config.yaml",
+        "medvqa-rl eval mine/run --prompts think_answer,direct",
+    ]
+    rows = read_rows(tmp_path / "mine" / "data.csv")
+    assert [row["id"] for row in rows] == [row["id"] for row in read_rows(table)]
+    splits = {split: {row["image"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
+    assert all(splits.values())
+    assert not splits["train"] & splits["val"] and not splits["test"] & (splits["train"] | splits["val"])
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    assert config.model.lora is not None and config.model.lora.rank == 8
+    assert Path(config.output_dir) == tmp_path / "mine" / "run"
+    datasets = [load_dataset(config.data, split) for split in ("train", "val", "test")]
+    assert sum(map(len, datasets)) == ROWS
+    # By the arithmetic of the verb estimate, for images no smaller than these.
+    machine = Machine("", Rates(1, 1), 24 * GIB, True, "")
+    model = find_architecture(config.model, "2b")
+    assert estimate(config, model, machine, Assumptions(60, (112, 112), 1)).peak < 0.85 * 24 * GIB
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "mine exists already, and nothing is written over" in result.output
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_less_memory_first_costs_time_then_changes_the_method(phantom: Path, tmp_path: Path) -> None:
+    table, images = phantom / "questions.csv", phantom / "images"
+    written: dict[float, Config] = {}
+    for memory in (80.0, 12.0, 8.0):
+        run_init(tmp_path / f"{memory:g}", table=table, images=images, gpu_memory=memory)
+        written[memory] = load_config(tmp_path / f"{memory:g}" / "config.yaml").config
+    roomy, tight = written[80.0], written[8.0]
+    assert roomy.train.prompts_per_micro_batch >= 4 and not roomy.model.gradient_checkpointing
+    assert tight.model.gradient_checkpointing
+    assert roomy.rollout.max_completion_length == tight.rollout.max_completion_length == 256
+    batches = [config.train.prompts_per_micro_batch for config in written.values()]
+    assert batches == sorted(batches, reverse=True) and batches[0] > batches[-1]
+    with pytest.raises(ValueError, match=r"needs at least \d+\.\d GiB of GPU memory .* but there are 3.0 GiB"):
+        run_init(tmp_path / "small", table=table, images=images, gpu_memory=3.0)
+    assert not (tmp_path / "small").exists()
+
+
+def test_without_a_gpu_the_settings_are_for_the_embedded_model(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(init_command, "find_gpu", lambda: (None, ""))
+    assert run_init(tmp_path / "mine", table=phantom / "questions.csv", images=phantom / "images")
+    assert "There is no GPU here that torch can use" in capsys.readouterr().out
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    assert (config.model.path, config.model.device, config.data.name) == ("phantom:instruct", "cpu", "own")
+    assert config.network == "off"
+    monkeypatch.setattr(init_command, "find_gpu", lambda: (39.5, "NVIDIA A100-PCIE-40GB"))
+    run_init(tmp_path / "gpu", table=phantom / "questions.csv", images=phantom / "images")
+    assert "Sized to a GPU of 40 GiB (NVIDIA A100-PCIE-40GB)" in capsys.readouterr().out
+
+
+def closed(count: int, answer: str = "") -> list[dict[str, Any]]:
+    return [
+        {"question": f"Is there a nodule in region {number}?", "answer": answer or ("yes", "no")[number % 2]}
+        for number in range(count)
+    ]
+
+
+def choices(count: int, letter: str = "") -> list[dict[str, Any]]:
+    return [
+        {
+            "question": f"Which is seen in region {number}?",
+            "options": [f"cyst {number}", f"mass {number}"],
+            "answer": letter or "AB"[number % 2],
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (closed(49), r"questions.jsonl has 49 usable questions, but fewer than 50 are too few"),
+        (closed(50, "yes"), r"All 50 answers in .* are 'yes', so a model that always says so is always right"),
+        (choices(50, "A"), r"The right option in .* is always A, so .*: shuffle the options"),
+        (
+            [{"question": f"What is seen in region {n}?", "answer": f"mass {n}"} for n in range(50)],
+            r"No question in .* has options or a yes or no for an answer, .* --open-correctness token_f1",
+        ),
+    ],
+)
+def test_questions_that_teach_nothing_are_refused_in_a_sentence(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    table, images = write_rows(tmp_path / "own", rows)
+    with pytest.raises(ValueError, match=message):
+        run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
+    assert not (tmp_path / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
+def test_open_questions_are_taken_where_it_is_said_how_they_are_compared(tmp_path: Path) -> None:
+    rows = [{"question": f"What is seen in region {n}?", "answer": f"mass {n}"} for n in range(50)]
+    table, images = write_rows(tmp_path / "own", rows)
+    run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24, open_correctness="token_f1")
+    assert load_config(tmp_path / "mine" / "config.yaml").config.rewards.open_correctness == "token_f1"
+
+
+def test_enough_questions_with_different_answers_are_taken(tmp_path: Path) -> None:
+    table, images = write_rows(tmp_path / "own", [*closed(25), *choices(25)])
+    assert run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
+
+
+def test_wrong_data_is_shown_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, images = write_rows(tmp_path / "own", closed(60))
+    Image.new("L", (32, 32), 128).save(images / "3.png")
+    assert not run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
+    out = capsys.readouterr().out
+    assert "constant image" in out and "nothing is written: mend it" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
+def test_a_split_of_ones_own_is_kept_and_patients_stay_together(tmp_path: Path) -> None:
+    rows = closed(60)
+    for number, row in enumerate(rows):
+        row["split"] = "test" if number < 20 else "val" if number < 30 else "train"
+    table, images = write_rows(tmp_path / "own", rows)
+    run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
+    kept = [json.loads(line) for line in (tmp_path / "mine" / "data.jsonl").open()]
+    assert [row["split"] for row in kept] == [row["split"] for row in rows]
+    for change, message in (
+        (("train", ""), "says '' in row 59, counted from 0: let it say train, val or test in every row"),
+        (("val", "test"), "has no row for val: let it say"),
+    ):
+        changed = [
+            {**row, "split": change[1] if row["split"] == change[0] and (change[1] or n == 59) else row["split"]}
+            for n, row in enumerate(rows)
+        ]
+        table.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(ValueError, match=message):
+            run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
+    rows = closed(60)
+    for number, row in enumerate(rows):
+        row["patient"] = f"p{number // 6}"
+    table, images = write_rows(tmp_path / "patients", rows)
+    run_init(tmp_path / "theirs", table=table, images=images, gpu_memory=24)
+    found = [json.loads(line) for line in (tmp_path / "theirs" / "data.jsonl").open()]
+    places = {(row["patient"], row["split"]) for row in found}
+    assert len(places) == 10 and {split for _, split in places} == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    ("table", "images", "message"),
+    [
+        ("none.csv", "images", "The table .*none.csv does not exist"),
+        ("questions.csv", "pictures", "The folder .*pictures does not exist: give the folder of the images"),
+    ],
+)
+def test_missing_files_are_named(phantom: Path, tmp_path: Path, table: str, images: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_init(tmp_path / "mine", table=phantom / table, images=phantom / images, gpu_memory=24)

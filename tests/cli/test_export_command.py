@@ -1,0 +1,84 @@
+"""``medvqa-rl export``: one plain folder, from a run, a checkpoint or an adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+from medvqa_rl.cli.app import app
+from medvqa_rl.config import LoraConfig
+from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.qwen_vl import backbone
+
+
+def export(*arguments):
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    assert "Traceback" not in result.output
+    return result
+
+
+def as_run(policy, run, *steps):
+    """A run's folder with checkpoints of these steps."""
+    for step in steps:
+        folder = run / "checkpoints" / f"step_{step:06d}"
+        save_model(policy, folder)
+        (folder / "trainer").mkdir()
+        (folder / "trainer" / "optimizer.safetensors").write_bytes(b"")
+
+
+def test_a_run_is_its_best_model_or_its_last_checkpoint(tiny_policy, tmp_path):
+    policy, run = tiny_policy(), tmp_path / "run"
+    as_run(policy, run, 1, 2)
+    (run / "checkpoints" / "step_000001" / "mark").write_text("")
+    assert export(run, tmp_path / "last").exit_code == 0
+    names = {path.name for path in (tmp_path / "last").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and not names & {"trainer", "mark"}
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == (
+        run / "checkpoints" / "step_000002" / "model.safetensors"
+    ).read_bytes()
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "last")
+    save_model(policy, run / "best")
+    (run / "best" / "best.json").write_text("{}")
+    (run / "best" / "README.md").write_text("card")
+    assert export(run, tmp_path / "best").exit_code == 0
+    assert (tmp_path / "best" / "README.md").exists() and not (tmp_path / "best" / "best.json").exists()
+
+
+def test_an_adapter_as_it_is_and_merged(tiny_policy, tmp_path, make_sample, model_inputs):
+    """Merged, the model below answers as the two do together."""
+    policy = tiny_policy(lora=LoraConfig(rank=4, alpha=8), train_projector=True)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_model(policy, tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "copy").exit_code == 0
+    assert load_file(tmp_path / "copy" / "adapter_model.safetensors").keys() == (
+        load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    )
+    assert export(tmp_path / "adapter", tmp_path / "merged", "--merge").exit_code == 0
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    inputs = model_inputs(backbone(policy.model), policy.processor.encode(make_sample()), completion=(5, 6, 7))
+    policy.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(merged(**inputs).logits, policy.model(**inputs).logits, atol=1e-3)
+        with policy.model.disable_adapter():
+            assert not torch.allclose(merged(**inputs).logits, policy.model(**inputs).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "flags", "message"),
+    [
+        ("empty", "new", (), "There is no checkpoint in"),
+        ("model", "model", (), "exists: give a new one"),
+        ("model", "new", ("--merge",), "holds a whole model, so there is no adapter to merge"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(tiny_policy, tmp_path, source, target, flags, message):
+    save_model(tiny_policy(), tmp_path / "model")
+    result = export(tmp_path / source, tmp_path / target, *flags)
+    assert result.exit_code == 2 and message in result.output
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,66 @@
+"""Settings of vLLM that do not fit: one sentence each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from medvqa_rl.config import ConfigError
+from medvqa_rl.config.yaml import build_config
+
+VLLM = {"rollout": {"engine": "vllm"}}
+SERVER = {"mode": "server", "server_url": "http://localhost:8000"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"rollout": {"engine": "vlm"}},
+            "rollout.engine is the text 'vlm', but must be eager, graph or vllm",
+        ),
+        (
+            {"rollout": {"engine": "vllm", "temperature": 2.5}},
+            "rollout.temperature is 2.5, but vLLM samples at 0.01",
+        ),
+        ({"rollout": {"engine": "vllm", "temperature": 0.001}}, "rollout.temperature is 0.001, but vLLM samples"),
+        (
+            {"vllm": {"max_model_length": 256}},
+            "vllm.max_model_length is 256 and rollout.max_completion_length",
+        ),
+        ({"vllm": {"mode": "server"}}, "vllm.mode is server, but vllm.server_url names none: give its address"),
+        ({"vllm": SERVER | {"server_url": "localhost:8000"}}, "vllm.server_url is 'localhost:8000', but must be the"),
+        ({"vllm": SERVER | {"sleep": True}}, "vllm.sleep is true, but vllm.mode is server, whose memory is its own"),
+        ({"vllm": {"server_url": "http://x"}}, "vllm.server_url is http://x, but vllm.mode is colocate"),
+        (
+            {"model": {"load_in_4bit": True, "lora": {}}},
+            "rollout.engine is vllm and model.load_in_4bit true, but vLLM",
+        ),
+        ({"model": {"device": "cpu"}}, "rollout.engine is vllm and model.device cpu, but vLLM runs beside training"),
+        (
+            {"vllm": SERVER | {"server_url": "http://10.0.0.5:8000"}, "network": "off"},
+            "vllm.server_url is on 10.0.0.5, but network is off, so nothing may leave this machine",
+        ),
+        (
+            {"vllm": {"importance_sampling_clip_max": 0.5}},
+            "vllm.importance_sampling_clip_max is 0.5, but",
+        ),
+        ({"vllm": {"vllm_importance_sampling_cap": 2}}, "it is called vllm.importance_sampling_clip_max here"),
+        ({"rollout": {"engine": "vllm", "use_vllm": True}}, "it is called rollout.engine here"),
+    ],
+)
+def test_one_sentence_each(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(VLLM | changes, purpose="train")
+    (problem,) = caught.value.problems
+    assert problem.startswith(sentence) or sentence in problem
+    assert problem.endswith((".", "?"))
+
+
+def test_what_fits_is_let_through() -> None:
+    for changes in ({}, {"vllm": SERVER}, {"vllm": SERVER, "network": "off"}, {"vllm": {"max_model_length": 1024}}):
+        build_config(VLLM | changes, purpose="train")
+    # Where nothing is rolled out, nothing is asked of vLLM.
+    build_config(VLLM | {"vllm": {"mode": "server"}}, purpose="sft")
+    build_config({"vllm": {"mode": "server"}}, purpose="train")

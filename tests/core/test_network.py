@@ -1,0 +1,255 @@
+"""Nothing leaves the machine with ``network: off``: sockets are refused in the whole process, and images stay out of
+what a run writes. The guard cannot be taken off again, so it is put on in processes of their own.
+
+Run: pytest tests/core/test_network.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medvqa_rl.config import ConfigError
+from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.network import VARIABLE, is_loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.10", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("::1%lo", True),
+        ("::ffff:127.0.0.1", True),
+        ("localhost", True),
+        ("LOCALHOST.", True),
+        ("judge.localhost", True),
+        ("::ffff:192.0.2.1", False),
+        ("192.0.2.1", False),
+        ("10.0.0.1", False),
+        ("fe80::1", False),
+        ("2001:db8::1", False),
+        ("example.com", False),
+        ("localhost.example.com", False),
+        ("127.0.0.1.example.com", False),
+        ("128.0.0.1", False),
+        ("", False),
+    ],
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+SOCKETS = """
+import asyncio, contextlib, http.client, json, os, socket, sys, tempfile, threading, urllib.request
+from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off
+
+def name(call):
+    try:
+        call()
+    except NetworkRefused as error:
+        return "refused" if "because the network is off" in str(error) else str(error)
+    except urllib.error.URLError as error:
+        return "refused" if isinstance(error.reason, NetworkRefused) else repr(error)
+    except Exception as error:
+        return repr(error)
+    return "done"
+
+assert not is_off()
+forbid_network()
+forbid_network()
+far, near = ("192.0.2.1", 9), socket.create_server(("127.0.0.1", 0))
+port = near.getsockname()[1]
+
+def serve():
+    while True:
+        connection, _ = near.accept()
+        connection.settimeout(1)
+        connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhello")
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # closing on unread bytes would reset
+            while connection.recv(4096):
+                pass
+        connection.close()
+
+threading.Thread(target=serve, daemon=True).start()
+udp, tcp = (socket.socket(socket.AF_INET, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
+six = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+path = os.path.join(tempfile.mkdtemp(), "unix")
+files = socket.socket(socket.AF_UNIX)
+files.bind(path)
+files.listen()
+outside = {
+    "create_connection": lambda: socket.create_connection(far, timeout=2),
+    "connect": lambda: tcp.connect(far),
+    "connect a name": lambda: tcp.connect(("example.com", 80)),
+    "connect_ex": lambda: tcp.connect_ex(far),
+    "connect 6": lambda: six.connect(("2001:db8::1", 80)),
+    "sendto": lambda: udp.sendto(b"x", far),
+    "sendto with flags": lambda: udp.sendto(b"x", 0, far),
+    "sendmsg": lambda: udp.sendmsg([b"x"], [], 0, far),
+    "below": lambda: super(socket.socket, tcp).connect(far),
+    "getaddrinfo": lambda: socket.getaddrinfo("example.com", 443),
+    "gethostbyname": lambda: socket.gethostbyname("example.com"),
+    "gethostbyaddr": lambda: socket.gethostbyaddr("192.0.2.1"),
+    "urlopen": lambda: urllib.request.urlopen("http://example.com/", timeout=2),
+    "http.client": lambda: http.client.HTTPSConnection("192.0.2.1", timeout=2).request("GET", "/"),
+    "asyncio": lambda: asyncio.run(asyncio.open_connection("192.0.2.1", 80)),
+}
+inside = {
+    "loopback": lambda: socket.create_connection(("127.0.0.1", port), timeout=5).recv(5),
+    "localhost": lambda: socket.create_connection(("localhost", port), timeout=5).recv(5),
+    "urlopen": lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read(),
+    "unix": lambda: socket.socket(socket.AF_UNIX).connect(path),
+    "udp": lambda: udp.sendto(b"x", ("127.0.0.1", 9)),
+    "listening": lambda: socket.create_server(("", 0)),
+}
+print(json.dumps({
+    "outside": {key: name(call) for key, call in outside.items()},
+    "inside": {key: name(call) for key, call in inside.items()},
+    "offline": [os.environ.get(key) for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MEDVQA_RL_NETWORK")],
+}))
+"""
+
+
+def python(code: str, folder: Path) -> Any:
+    """The last line that a process prints, as JSON."""
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_way_out_is_refused_and_this_machine_stays_reachable(tmp_path: Path) -> None:
+    found = python(SOCKETS, tmp_path)
+    assert found["outside"] == dict.fromkeys(found["outside"], "refused")
+    assert found["inside"] == dict.fromkeys(found["inside"], "done")
+    assert found["offline"] == ["1", "1", "off"]
+
+
+RUN = """
+import json, socket, sys, urllib.request
+from pathlib import Path
+from typer.testing import CliRunner
+from medvqa_rl.cli import app
+from medvqa_rl.core.network import NetworkRefused
+
+Path("phone.py").write_text('''
+import urllib.request
+from medvqa_rl.core.network import NetworkRefused
+
+calls = []
+
+def home(prompts, completions, completion_ids, **kwargs):
+    try:
+        urllib.request.urlopen("http://192.0.2.1/", timeout=2)
+    except urllib.error.URLError as error:
+        calls.append(type(error.reason).__name__)
+    return [0.0] * len(completions)
+''')
+sys.path.insert(0, ".")
+codes, said = [], ""
+for arguments in json.loads('''ARGUMENTS'''):
+    result = CliRunner().invoke(app, arguments)
+    codes.append(result.exit_code)
+    said += result.output
+import phone
+try:
+    socket.create_connection(("192.0.2.1", 80), timeout=2)
+    after = "connected"
+except NetworkRefused as error:
+    after = str(error)
+print(json.dumps({"codes": codes, "calls": phone.calls, "after": after, "said": said}))
+"""
+CONFIG = """
+output_dir: run
+network: off
+model: {path: "phantom:instruct", device: cpu}
+data: {num_val: 4, num_test: 4}
+rollout: {num_generations: 2, max_completion_length: 24}
+rewards: {functions: {phone.home: 1.0}}
+train: {steps: 1, prompts_per_step: 2, eval_steps: 1, log_completions_steps: 1, self_check: false, TRACKERS}
+eval: {bootstrap: 20}
+"""
+
+
+def test_a_whole_run_evaluation_and_report_stay_on_this_machine_and_hold_no_image(tmp_path: Path) -> None:
+    """A reward that calls home is refused inside the training, and nothing in the run's folder is an image."""
+    pytest.importorskip("tensorboard")
+    (tmp_path / "config.yaml").write_text(
+        CONFIG.replace("TRACKERS", "trackers: [tensorboard], tracker_samples: texts")
+    )
+    verbs = [
+        ["train", "config.yaml"],
+        ["eval", "run", "--prompts", "think_answer,short,describe_think"],
+        ["report", "run", "--no-images", "--output", "run/report.html"],
+    ]
+    found = python(RUN.replace("ARGUMENTS", json.dumps(verbs)), tmp_path)
+    assert found["codes"] == [0, 0, 0], found["said"]
+    assert found["calls"] == ["NetworkRefused"]
+    assert found["after"].startswith("A connection to 192.0.2.1 was refused, because the network is off")
+    run = tmp_path / "run"
+    assert len(list(run.glob("eval/prompts-*.csv"))) == 1
+    assert "was written without images" in (run / "report.html").read_text()
+    files = [path for path in run.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert {"metrics.jsonl", "train.log", "report.html"} <= {path.name for path in files}
+    assert any("tfevents" in path.name for path in files)
+    for path in files:
+        content = path.read_bytes()
+        for mark in (b"\x89PNG\r\n", b"\xff\xd8\xff\xe0", b"data:image"):
+            assert mark not in content, f"{path} holds an image"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"judge": {"endpoint": "https://api.example.com/v1", "model": "m"}},
+            "judge.endpoint is on api.example.com, but network is off, so nothing may leave this machine: serve the "
+            "judge here (http://localhost:8000/v1), or set network=on.",
+        ),
+        (
+            {"eval_judge": {"endpoint": "http://192.0.2.7:8000/v1", "model": "m"}},
+            "eval_judge.endpoint is on 192.0.2.7, but network is off, so nothing may leave this machine: serve the "
+            "judge here (http://localhost:8000/v1), or set network=on.",
+        ),
+        (
+            {"train": {"tracker_online": True}},
+            "train.tracker_online is true, but network is off, so nothing may leave this machine: set "
+            "train.tracker_online=false, or network=on.",
+        ),
+    ],
+)
+def test_what_would_leave_is_refused_before_the_start(given: dict[str, Any], sentence: str) -> None:
+    build_config(given)
+    with pytest.raises(ConfigError) as error:
+        build_config({"network": "off", **given})
+    assert error.value.problems == (sentence,)
+
+
+def test_a_judge_on_this_machine_is_allowed() -> None:
+    build_config({"network": "off", "judge": {"endpoint": "http://localhost:8000/v1", "model": "m"}})
+    build_config({"network": "off", "judge": {"endpoint": "http://127.0.0.1:8000/v1", "model": "m"}})
+
+
+def test_the_option_before_the_verb_holds_for_every_verb(tmp_path: Path) -> None:
+    code = """
+import json
+from typer.testing import CliRunner
+from medvqa_rl.cli import app
+from medvqa_rl.core.network import is_off
+assert not is_off()
+result = CliRunner().invoke(app, ["--network", "off", "config", "check", "none.yaml"])
+print(json.dumps([result.exit_code, is_off()]))
+"""
+    assert python(code, tmp_path) == [2, True]

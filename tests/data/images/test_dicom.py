@@ -1,0 +1,182 @@
+"""DICOM files that the test writes: rescaling, windows, colours, frames, damage.
+
+Run: pytest tests/data/images/test_dicom.py
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medvqa_rl.data.images import files as images
+from medvqa_rl.data.images.files import FileImage
+
+pydicom = pytest.importorskip("pydicom")
+UNCOMPRESSED = "1.2.840.10008.1.2.1"  # Explicit VR Little Endian
+STORAGE = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture
+VALUES = np.arange(12, dtype=np.int16).reshape(3, 4) * 100
+
+
+def write(path: Path, pixels: np.ndarray, **elements: Any) -> FileImage:
+    """Write pixels, (rows, columns) or (frames, rows, columns) or (rows, columns, 3), with more elements."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.MediaStorageSOPClassUID = STORAGE
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.TransferSyntaxUID = UNCOMPRESSED
+    data = pydicom.Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = STORAGE, "1.2.3"
+    data.PatientName = "Nobody^Secret"
+    is_colour = pixels.shape[-1] == 3 and pixels.ndim == 3
+    data.SamplesPerPixel = 3 if is_colour else 1
+    data.PhotometricInterpretation = "RGB" if is_colour else "MONOCHROME2"
+    if is_colour:
+        data.PlanarConfiguration = 0
+    elif pixels.ndim == 3:
+        data.NumberOfFrames = len(pixels)
+    data.Rows, data.Columns = pixels.shape[:2] if is_colour else pixels.shape[-2:]
+    data.BitsAllocated = data.BitsStored = 8 * pixels.dtype.itemsize
+    data.HighBit = data.BitsStored - 1
+    data.PixelRepresentation = int(pixels.dtype.kind == "i")
+    data.PixelData = pixels.tobytes()
+    for name, value in elements.items():
+        setattr(data, name, value)
+    data.save_as(path, enforce_file_format=True)
+    return FileImage(path.name, path.parent)
+
+
+def grey(source: FileImage) -> np.ndarray:
+    image = source.load()
+    assert image.mode == "RGB"
+    pixels = np.asarray(image)
+    assert (pixels == pixels[:, :, :1]).all()
+    return pixels[:, :, 0]
+
+
+def test_values_are_rescaled_and_then_windowed(tmp_path: Path) -> None:
+    scan = write(
+        tmp_path / "ct.dcm", VALUES, RescaleSlope="2", RescaleIntercept="-1000", WindowCenter="0", WindowWidth="1001"
+    )
+    hounsfield = VALUES * 2.0 - 1000
+    expected = np.rint(255 * np.clip((hounsfield + 0.5) / 1000 + 0.5, 0, 1))
+    np.testing.assert_array_equal(grey(scan), expected)
+    assert scan.key == "ct.dcm"
+    scan.check()
+
+
+def test_the_first_of_several_windows_is_taken_and_a_given_one_wins(tmp_path: Path) -> None:
+    both = {"WindowCenter": [500, 40], "WindowWidth": [1001, 400], "VOILUTFunction": "LINEAR_EXACT"}
+    scan = write(tmp_path / "x.dcm", VALUES, **both)
+    np.testing.assert_array_equal(grey(scan), np.rint(255 * np.clip((VALUES - 500) / 1001 + 0.5, 0, 1)))
+    given_one = FileImage("x.dcm#window=300,201", tmp_path)
+    np.testing.assert_array_equal(grey(given_one), np.rint(255 * np.clip((VALUES - 299.5) / 200 + 0.5, 0, 1)))
+    assert given_one.key != scan.key
+
+
+def test_without_a_window_the_frame_is_stretched_and_padding_left_out(tmp_path: Path) -> None:
+    pixels = VALUES.copy()
+    pixels[0, 0] = -2000
+    scan = write(tmp_path / "x.dcm", pixels, PixelPaddingValue=-2000)
+    np.testing.assert_array_equal(grey(scan), np.rint(255 * np.clip((pixels - 100) / 1000, 0, 1)))
+
+
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
+    plain = grey(write(tmp_path / "a.dcm", VALUES))
+    inverse = grey(write(tmp_path / "b.dcm", VALUES, PhotometricInterpretation="MONOCHROME1"))
+    assert plain[0, 0] == 0 and inverse[0, 0] == 255
+    np.testing.assert_allclose(plain.astype(int) + inverse, 255, atol=1)
+
+
+def test_a_voi_table_is_applied(tmp_path: Path) -> None:
+    table = pydicom.Dataset()
+    table.LUTDescriptor = [4, 0, 8]  # four entries from value 0, of 8 bits
+    table.add_new("LUTData", "US", [0, 10, 200, 255])
+    scan = write(tmp_path / "x.dcm", np.array([[0, 1, 2, 3, 9]], np.uint16), VOILUTSequence=[table])
+    np.testing.assert_array_equal(grey(scan), [[0, 10, 200, 255, 255]])
+
+
+def test_frames_are_chosen_by_number(tmp_path: Path) -> None:
+    frames = np.stack([np.array([[0, level, 255, 255]], np.uint8) for level in (10, 20, 30)])
+    write(tmp_path / "cine.dcm", frames, WindowCenter="127.5", WindowWidth="255", VOILUTFunction="LINEAR_EXACT")
+    assert grey(FileImage("cine.dcm", tmp_path))[0, 1] == 10
+    assert grey(FileImage("cine.dcm#frame=2", tmp_path))[0, 1] == 30
+    with pytest.raises(ValueError, match=r"cine\.dcm .*3 frames, so there is no frame 3"):
+        FileImage("cine.dcm#frame=3", tmp_path).load()
+
+
+def test_colours_stay_and_palettes_are_looked_up(tmp_path: Path) -> None:
+    colours = np.array([[[255, 0, 0], [0, 128, 0]], [[0, 0, 64], [9, 8, 7]]], np.uint8)
+    np.testing.assert_array_equal(np.asarray(write(tmp_path / "rgb.dcm", colours).load()), colours)
+    tables = {}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        entries = np.array([10 * (channel + 1) * 257, 100 * 257], np.uint16)
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [2, 0, 16]
+        tables[f"{name}PaletteColorLookupTableData"] = entries.tobytes()
+    palette = write(
+        tmp_path / "p.dcm", np.array([[0, 1]], np.uint8), PhotometricInterpretation="PALETTE COLOR", **tables
+    )
+    pixels = np.asarray(palette.load())
+    assert pixels.shape == (1, 2, 3) and pixels[0, 1].min() == pixels[0, 1].max() == 255
+    assert pixels[0, 0].tolist() == sorted(pixels[0, 0].tolist())
+
+
+def test_run_length_encoding_is_decoded(tmp_path: Path) -> None:
+    scan = write(tmp_path / "x.dcm", VALUES)
+    before = grey(scan)
+    data = pydicom.dcmread(tmp_path / "x.dcm")
+    data.compress("1.2.840.10008.1.2.5", generate_instance_uid=False)
+    data.save_as(tmp_path / "x.dcm")
+    np.testing.assert_array_equal(grey(scan), before)
+
+
+def test_large_frames_are_refused_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = write(tmp_path / "x.dcm", VALUES)
+    monkeypatch.setattr(images, "MAX_PIXELS", 11)
+    for read in (scan.load, scan.check):
+        with pytest.raises(ValueError, match=r"x\.dcm has 4 x 3 pixels, but at most 11"):
+            read()
+
+
+@pytest.mark.parametrize("content", [b"", b"no DICOM at all", b"\0" * 128 + b"DICM"])
+def test_files_that_are_no_images_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "scan 7.dcm").write_bytes(content)
+    for read in (FileImage("scan 7.dcm", tmp_path).load, FileImage("scan 7.dcm", tmp_path).check):
+        with pytest.raises(ValueError, match=r"scan 7\.dcm cannot be decoded as DICOM"):
+            read()
+    with pytest.raises(ValueError, match="does not exist"):
+        FileImage("gone.dcm", tmp_path).load()
+
+
+def test_messages_say_nothing_about_the_patient(tmp_path: Path) -> None:
+    scan = write(tmp_path / "x.dcm", VALUES, PixelData=b"\0\0")
+    with pytest.raises(ValueError, match=r"x\.dcm") as caught:
+        scan.load()
+    assert "Secret" not in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8), st.floats(0.3, 1.0))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_give_an_image_or_a_value_error(
+    tmp_path: Path, damage: list[tuple[float, int]], length: float
+) -> None:
+    write(tmp_path / "damaged.dcm", VALUES, WindowCenter="500", WindowWidth="900")
+    content = bytearray((tmp_path / "damaged.dcm").read_bytes())
+    for place, value in damage:
+        content[int(place * len(content))] = value
+    (tmp_path / "damaged.dcm").write_bytes(content[: int(length * len(content))])
+    try:
+        assert FileImage("damaged.dcm", tmp_path).load().mode == "RGB"
+    except ValueError as error:
+        assert "damaged.dcm" in str(error)
+
+
+def test_without_pydicom_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = write(tmp_path / "x.dcm", VALUES)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ValueError, match=r"x\.dcm is a DICOM file, and pydicom is not installed: pip install"):
+        scan.load()

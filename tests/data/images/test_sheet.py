@@ -1,0 +1,57 @@
+"""The contact sheet shows images, questions and gold answers.
+
+Run: pytest tests/data/images/test_sheet.py
+"""
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medvqa_rl.config import DataConfig
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.data.images.sheet import CELL, GAP, caption, draw_sheet, save_sheet
+from medvqa_rl.data.sets.catalogue import ENTRIES, readable
+
+RED = MemoryImage("red", Image.new("RGB", (40, 20), (200, 0, 0)))
+GREEN = MemoryImage("green", Image.new("RGB", (10, 10), (0, 200, 0)))
+
+
+def test_images_fill_their_cells_and_keep_their_ratio(tmp_path: Path) -> None:
+    sheet = draw_sheet([Sample("a", "Q?", "yes", "closed", (RED,)), Sample("b", "Q?", "yes", "closed", (GREEN, RED))])
+    pixels = np.asarray(sheet).astype(int)
+    red = (pixels[..., 0] > 150) & (pixels[..., 1] < 60)
+    first = red[:, : GAP + CELL]
+    assert first.any(axis=1).sum() == pytest.approx(CELL / 2, abs=2)
+    assert first.any(axis=0).sum() == pytest.approx(CELL, abs=2)
+    green = (pixels[..., 1] > 150) & (pixels[..., 0] < 60)
+    assert green.any(axis=0).sum() == green.any(axis=1).sum() == pytest.approx(CELL / 2, abs=2)
+    saved = save_sheet(sheet, tmp_path / "new" / "sheet.png")
+    assert np.array_equal(np.asarray(Image.open(saved)), np.asarray(sheet)) and len(list(saved.parent.iterdir())) == 1
+
+
+def test_an_image_that_cannot_be_read_leaves_a_box(tmp_path: Path) -> None:
+    sheet = draw_sheet([Sample("a", "Q?", "yes", "closed", (FileImage("gone.png", tmp_path),))])
+    assert (np.asarray(sheet)[GAP, GAP] == (0xBD, 0x4B, 0x3C)).all()
+    with pytest.raises(ValueError, match="at least one"):
+        draw_sheet([])
+
+
+def test_captions_are_short_and_keep_the_gold_answer() -> None:
+    sample = Sample("x/1", "Which finding?", "B", "choice", (RED,), ("cyst", "stone"))
+    assert caption(sample).splitlines() == ["[x/1]", "Which finding?", "A: cyst", "B: stone", "Answer: B"]
+    long = Sample("x" * 90, "word " * 400, "long answer " * 20, "open", (RED,))
+    lines = caption(long).splitlines()
+    assert len(lines) == 12 and lines[-3] == "..." and lines[-2].startswith("Answer: long answer")
+    assert max(map(len, lines)) <= 46
+
+
+def test_every_data_set_has_an_entry() -> None:
+    names = [entry.name for entry in readable()]
+    assert names == list(get_args(DataConfig.model_fields["name"].annotation))
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+    for entry in ENTRIES:
+        assert all((entry.what, entry.splits, entry.columns, entry.terms, entry.source))

@@ -1,0 +1,122 @@
+"""The index on disk: the same rows without reading the table, and never rows of another table.
+
+Run: pytest tests/data/reading/test_index.py
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medvqa_rl.config import DataConfig
+from medvqa_rl.data import load_dataset
+from medvqa_rl.data.reading import index
+from medvqa_rl.data.reading.rows import Reading
+from medvqa_rl.data.sets import pmc_vqa
+from medvqa_rl.data.splits import StoredDataset
+
+COLUMNS = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"]
+
+
+def row(number: int, **changes: str) -> dict[str, str]:
+    cells = [f"PMC{number}_F1.jpg", f" Wörter {number}? ", "B\u2028x", " A:a", " B:b x", "C:c\td", "D:'d '", "B"]
+    return dict(zip(COLUMNS, cells)) | {"Answer": "b x"} | changes
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, write_csv: Callable[..., Path], write_images: Callable[..., None], monkeypatch: Any
+) -> Path:
+    monkeypatch.setattr(index, "SMALLEST", 0)
+    rows = [row(number) for number in range(30)]
+    rows[3] |= {"Answer_label": "?"}
+    rows[7] |= {"Answer": "nothing"}
+    write_csv(tmp_path / "train.csv", rows)
+    write_images(tmp_path / "images", *(f"PMC{number}_F1.jpg" for number in range(30)))
+    return tmp_path
+
+
+def load(root: Path, **settings: Any) -> StoredDataset:
+    config = DataConfig(name="pmc_vqa", path=str(root), cache_dir=str(root / "cache"), max_dropped=0.1, **settings)
+    dataset = load_dataset(config, "train")
+    assert isinstance(dataset, StoredDataset)
+    return dataset
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tables that were read and not taken from an index."""
+    found: list[str] = []
+    original = pmc_vqa.read_pmc_vqa
+
+    def counted(path: Path, folder: Any) -> Reading:
+        found.append(path.name)
+        return original(path, folder)
+
+    monkeypatch.setattr(pmc_vqa, "read_pmc_vqa", counted)
+    return found
+
+
+def test_the_second_load_is_the_first_without_reading(folder: Path, reads: list[str]) -> None:
+    first, second = load(folder), load(folder)
+    assert reads == ["train.csv"]
+    assert list(second.samples) == list(first.samples) and second.fingerprint == first.fingerprint
+    assert sorted(second.issues) == sorted(first.issues) and second.notes == first.notes
+    assert first.notes["dropped: answer is none of the options"] == 1
+    assert first[0].options == ("a", "b x", "c d", "'d '") and first[0].question == "Wörter 1?"
+    assert len(load(folder, num_train=5)) == 5 and reads == ["train.csv"]
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "the table's rows": lambda root: rewrite(root / "train.csv", lambda data: data.replace(b"rter 9?", b"rter X?")),
+    "the table's time": lambda root: os.utime(root / "train.csv", ns=(1, 1)),
+    "an image is gone": lambda root: (root / "images" / "PMC1_F1.jpg").unlink(),
+    "the index is cut": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: data[:-300]),
+    "the index is empty": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b""),
+    "the index is noise": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b"\xff" * 99),
+    "the index is other JSON": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b"[]"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_is_read_again(folder: Path, reads: list[str], name: str) -> None:
+    before = load(folder)
+    CHANGES[name](folder)
+    after = load(folder)
+    assert reads == ["train.csv"] * 2
+    assert (after.fingerprint == before.fingerprint) == (name not in ("the table's rows", "an image is gone"))
+    assert load(folder).fingerprint == after.fingerprint and len(reads) == 2
+
+
+def test_other_code_makes_another_index(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    load(folder)
+    monkeypatch.setattr(index, "_code_hash", lambda: "other")
+    load(folder)
+    assert len(reads) == 2
+
+
+def test_small_tables_have_no_index(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "SMALLEST", 10**6)
+    load(folder)
+    load(folder)
+    assert len(reads) == 2 and not (folder / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "cache").write_text("a file, not a folder")
+    assert len(load(folder)) == len(load(folder))
+    assert "cannot be written" in caplog.text
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert index.cache_folder("~/x") == Path.home() / "x"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert index.cache_folder(None) == tmp_path / "medvqa-rl"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert index.cache_folder(None) == Path.home() / ".cache" / "medvqa-rl"

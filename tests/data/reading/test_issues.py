@@ -1,0 +1,30 @@
+"""Reports of dropped and repaired rows.
+
+Run: pytest tests/data/reading/test_issues.py
+"""
+
+import pytest
+
+from medvqa_rl.data.reading.issues import RowIssue, count_issues, few, numbers_by_reason, refuse_if_too_many_dropped
+
+ISSUES = [
+    RowIssue(4, "a.csv", "stray quotes", "repaired", "'x"),
+    RowIssue(7, "a.csv", "missing image", "dropped", "7.jpg"),
+    RowIssue(1, "b.csv", "missing image", "dropped", "1.jpg"),
+    RowIssue(9, "a.csv", "missing image", "dropped"),
+]
+
+
+def test_issues_are_counted_by_action_and_reason_and_listed_by_file() -> None:
+    assert list(count_issues(ISSUES).items()) == [("dropped: missing image", 3), ("repaired: stray quotes", 1)]
+    assert numbers_by_reason(ISSUES, "dropped") == {
+        ("a.csv", "missing image"): [7, 9],
+        ("b.csv", "missing image"): [1],
+    }
+    assert few(range(3), 2) == "0, 1 and 1 more" and few([5]) == "5"
+
+
+def test_a_share_of_dropped_rows_above_the_limit_stops() -> None:
+    refuse_if_too_many_dropped(ISSUES, total=30, max_dropped=0.1, name="X", folder="/x")
+    with pytest.raises(ValueError, match=r"3 of 29 rows of X at /x .*rows 7, 9 of a\.csv.*rows 1 of b\.csv.* = 0\.1 "):
+        refuse_if_too_many_dropped(ISSUES, total=29, max_dropped=0.1, name="X", folder="/x")

@@ -1,0 +1,240 @@
+"""Your own questions in JSON Lines, CSV and parquet, with an image folder that nothing may leave.
+
+Run: pytest tests/data/sets/test_own.py
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medvqa_rl.config import DataConfig
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data import load_dataset
+from medvqa_rl.data.sets.own import COLUMNS
+from medvqa_rl.data.splits import StoredDataset
+
+ROWS: list[dict[str, Any]] = [
+    {"image": "a.png", "question": "Is there a mass?", "answer": "No", "patient": 1, "organ": "lung"},
+    {"image": ["b.png", "sub/c.png"], "question": "What changed?", "answer": "the mass grew", "patient": 2},
+    {"image": "d é.png", "question": "Which organ?", "answer": "B", "options": ["lung", "liver"], "patient": 1},
+    {"image": "a.png", "question": "Which side?", "answer": "left", "options": ["left", "right"], "patient": 1},
+    {
+        "image": "a.png",
+        "question": "Size?",
+        "answer": "2 cm",
+        "answer_type": "closed",
+        "reasoning": "It is small.",
+        "description": "A chest film.",
+    },
+]
+
+
+def load(root: Path, place: Any = "train", **settings: Any) -> StoredDataset:
+    dataset = load_dataset(DataConfig(name="own", path=str(root), **settings), place)
+    assert isinstance(dataset, StoredDataset)
+    return dataset
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_images: Callable[..., None]) -> Path:
+    write_images(tmp_path / "images", "a.png", "b.png", "sub/c.png", "d é.png")
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows in the form of the file's ending; in CSV the lists once with bars and once as JSON."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows), encoding="utf-8")
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        if any(isinstance(value, list) for value in columns.get("image", [])):
+            values = [value if isinstance(value, list) else [value] for value in columns.pop("image")]
+            columns["images"] = values
+        parquet.write_table(pyarrow.table(columns), path)
+        return
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        for row in rows:
+            flat = {n: "|".join(v) if n == "image" and isinstance(v, list) else v for n, v in row.items()}
+            writer.writerow({n: json.dumps(v) if isinstance(v, list) else v for n, v in flat.items()})
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_the_three_forms_say_the_same(
+    folder: Path, suffix: str, gold_scores_1: Callable[[StoredDataset], None]
+) -> None:
+    write(folder / f"train{suffix}", ROWS)
+    write(folder / f"val{suffix}", ROWS[:1])
+    dataset = load(folder)
+    gold_scores_1(dataset)
+    assert (dataset.name, dataset.issues) == (f"own/{folder.name}/train", ())
+    samples = dataset.samples
+    assert [sample.answer_type for sample in samples] == ["closed", "open", "choice", "choice", "closed"]
+    assert [sample.answer for sample in samples] == ["No", "the mass grew", "B", "A", "2 cm"]
+    assert [tuple(image.key for image in sample.images) for sample in samples] == [
+        ("a.png",),
+        ("b.png", "sub/c.png"),
+        ("d é.png",),
+        ("a.png",),
+        ("a.png",),
+    ]
+    assert samples[2].options == ("lung", "liver") and samples[0].groups == {"organ": "lung"}
+    assert samples[4].description == "A chest film." and samples[3].description == ""
+    assert samples[4].reasoning == "It is small." and samples[1].id == "own/train/1"
+    assert all(image.load().size == (8, 8) for sample in samples for image in sample.images)
+
+
+def test_patients_and_images_stay_in_one_split(folder: Path, write_images: Callable[..., None]) -> None:
+    rows = []
+    for patient in range(40):
+        names = [f"p{patient}/{index}.png" for index in range(3)]
+        write_images(folder / "images", *names)
+        # A row without the patient's number is tied to the others by its image.
+        rows += [{"image": names[:2], "question": "Q?", "answer": "yes", "patient": f"p{patient}"}]
+        rows += [{"image": names[0], "question": f"Q{i}?", "answer": "no"} for i in range(2)]
+        rows += [{"image": names[2], "question": "Third?", "answer": "no", "patient": f"p{patient}"}]
+    write(folder / "data.jsonl", rows)
+    parts: list[set[str]] = []
+    count = 0
+    for place in ("train", "val", "test"):
+        dataset = load(folder, place, split="image")
+        count += len(dataset)
+        parts.append({image.key.split("/")[0] for sample in dataset.samples for image in sample.images})
+    assert count == 160
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 40
+
+
+def test_one_file_with_a_column_of_splits(folder: Path) -> None:
+    rows = [{**row, "split": place} for row in ROWS for place in ("train", "test")]
+    write(folder / "data.csv", [*rows, {**ROWS[0], "split": "dev", "question": "Other?"}])
+    assert len(load(folder, "test", max_dropped=0.2)) == 5
+    dataset = load(folder, "train", max_dropped=0.2)
+    assert [(issue.row, issue.reason, issue.detail) for issue in dataset.issues] == [(10, "unknown split", "dev")]
+
+
+def test_without_validation_rows_a_tenth_of_the_training_images_is_taken(folder: Path, write_images: Any) -> None:
+    names = [f"{index}.png" for index in range(50)]
+    write_images(folder / "images", *names)
+    write(folder / "train.jsonl", [{"image": name, "question": "Q?", "answer": "yes"} for name in names])
+    train, val = load(folder, "train"), load(folder, "val")
+    assert len(train) + len(val) == 50 and 0 < len(val) < 15
+    with pytest.raises(ValueError, match=r"has no test split \(train only\): set data\.split=image"):
+        load(folder, "test")
+
+
+BAD: list[tuple[str, dict[str, Any]]] = [
+    ("missing image", {"image": "none.png"}),
+    ("no image", {"image": None}),
+    ("no image", {"image": []}),
+    ("image path leaves the folder", {"image": "../secret.png"}),
+    ("image path leaves the folder", {"image": "/etc/passwd"}),
+    ("image path leaves the folder", {"image": "sub/../../secret.png"}),
+    ("image path leaves the folder", {"image": "..\\secret.png"}),
+    ("image path leaves the folder", {"image": "link.png"}),
+    ("image path leaves the folder", {"image": "away/secret.png"}),
+    ("missing image", {"image": "broken.png"}),
+    ("missing image", {"image": "circle.png"}),
+    ("missing image", {"image": "sub"}),
+    ("missing image", {"image": "a.png/b.png"}),
+    ("empty image file", {"image": "empty.png"}),
+    ("image is not a list or text", {"image": 3}),
+    ("image is not a JSON list", {"image": '["a.png"'}),
+    ("empty question", {"question": ""}),
+    ("no answer", {"answer": None}),
+    ("question is not text", {"question": {"a": 1}}),
+    ("unknown answer_type", {"answer_type": "essay"}),
+    ("wrong number of options", {"options": ["one"]}),
+    ("wrong number of options", {"options": [str(index) for index in range(30)]}),
+    ("empty option", {"options": ["one", "  "]}),
+    ("label outside the options", {"options": ["left", "right"], "answer": "C"}),
+    ("answer is none of the options", {"options": ["left", "right"], "answer": "lefty"}),
+    ("wrong number of options", {"answer_type": "choice"}),
+    ("repeated row", {"id": "again", "question": "First?"}),
+    ("repeated id", {"id": "0", "question": "Another?"}),
+]
+
+
+def test_bad_rows_are_named_and_nothing_leaves_the_folder(folder: Path, write_images: Callable[..., None]) -> None:
+    write_images(folder, "secret.png")
+    write_images(folder / "elsewhere", "secret.png")
+    images = folder / "images"
+    (images / "link.png").symlink_to(folder / "secret.png")
+    (images / "away").symlink_to(folder / "elsewhere")
+    (images / "broken.png").symlink_to(images / "nowhere.png")
+    (images / "circle.png").symlink_to(images / "circle.png")
+    (images / "inside.png").symlink_to(images / "a.png")
+    (images / "empty.png").touch()
+    base = {"image": "a.png", "answer": "yes"}
+    rows = [{**base, "question": "First?", "id": 0}, {**base, "question": "Q?", "image": "inside.png", "id": 1}]
+    rows += [{**base, "question": f"Q{i}?", **changes} for i, (_, changes) in enumerate(BAD)]
+    write(folder / "train.jsonl", rows)
+    write(folder / "val.jsonl", rows[:1])
+    dataset = load(folder, max_dropped=1.0)
+    assert [sample.id for sample in dataset.samples] == ["own/train/0", "own/train/1"]
+    reasons = {issue.row: issue.reason for issue in dataset.issues if issue.action == "dropped"}
+    assert [reasons.get(number) for number in range(2, len(rows))] == [
+        "empty options" if reason == "empty option" else reason for reason, _ in BAD
+    ]
+    assert {issue.file for issue in dataset.issues} == {"train.jsonl"}
+
+
+def test_names_packed_on_a_mac_are_found(folder: Path) -> None:
+    (folder / "images" / "d é.png").rename(folder / "images" / "d e\u0301.png")
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "val.jsonl", ROWS[:1])
+    dataset = load(folder)
+    assert len(dataset) == 5 and dataset.notes == {"repaired: image name in another Unicode form": 1}
+    assert dataset[2].images[0].load().size == (8, 8)
+
+
+def test_folders_that_cannot_be_understood(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no table of questions in"):
+        load(folder)
+    write(folder / "train.jsonl", ROWS)
+    write(folder / "train.csv", ROWS)
+    with pytest.raises(ValueError, match=r"holds train\.jsonl and train\.csv: keep one"):
+        load(folder)
+    (folder / "train.csv").rename(folder / "data.csv")
+    with pytest.raises(ValueError, match=r"holds data\.csv as well as files for the splits"):
+        load(folder)
+    (folder / "data.csv").unlink()
+    with pytest.raises(ValueError, match="There is no folder 'scans' in"):
+        load(folder, image_folder="scans")
+    (folder / "train.jsonl").unlink()
+    (folder / "train.csv").write_text("image,question\na.png,Q?\n")
+    with pytest.raises(ValueError, match=r"train\.csv has no column answer; it has image, question"):
+        load(folder)
+
+
+def test_without_pyarrow_parquet_is_refused_in_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "train.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"needs pyarrow: install it with pip install 'medvqa-rl\[hub\]'"):
+        load(folder)
+
+
+def test_images_may_lie_beside_the_table(tmp_path: Path, write_images: Callable[..., None]) -> None:
+    write_images(tmp_path, "x.png")
+    write_images(tmp_path / "scans", "y.png")
+    write(tmp_path / "test.csv", [{"images": "x.png", "question": "Q?", "answer": "yes"}])
+    sample: Sample = load(tmp_path, "test")[0]
+    assert sample.image_key == "x.png"
+    write(tmp_path / "test.csv", [{"image": "y.png", "question": "Q?", "answer": "yes"}])
+    assert load(tmp_path, "test", image_folder="scans")[0].image_key == "y.png"
+
+
+def test_every_column_is_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    for name, meaning in COLUMNS.items():
+        assert f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" in page

@@ -1,0 +1,156 @@
+"""Dynamic sampling: which groups are replaced, by what, and that a run with it can be repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from toy import ToyData, read_metrics, toy_config
+
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.learning import grpo
+from medvqa_rl.learning.batching.resampling import occurrence, resample, without_signal
+from medvqa_rl.learning.batching.sampler import indices_at
+from medvqa_rl.learning.grpo import train
+
+NAN = float("nan")
+PROMPT = EncodedPrompt(np.arange(3), None, None, "prompt")
+
+
+def group(name: str) -> Group:
+    return Group(
+        Sample(name, "Which?", "B", "choice", options=("left", "right")), PROMPT, [Completion((1,), name, False)] * 2
+    )
+
+
+def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
+    total = np.array(rewards)
+    columns = {"note": [f"{note}{index}" for index in range(total.size)]} if note else {}
+    return Scores(total, {"half": total / 2}, {"metric": 1.0}, columns)
+
+
+def test_equal_rewards_have_no_signal_and_unscored_ones_are_left_alone():
+    assert without_signal(np.array([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN], [0.0, 0.0]])) == [0, 4]
+
+
+def test_groups_without_signal_give_their_place_to_groups_with_some():
+    calls: list[tuple[int, list[int]]] = []
+    found = {1: scores((2.0, 2.0), (1.0, 0.0), note="x"), 2: scores((0.0, 3.0))}
+
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
+        calls.append((attempt, numbers))
+        return [group(f"{attempt}/{number}") for number in numbers]
+
+    groups, merged = resample(
+        [group("a"), group("b"), group("c")],
+        scores((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), note="own"),
+        max_times=5,
+        roll_out=roll_out,
+        score=lambda fresh: found[int(fresh[0].sample.id[0])],
+    )
+    assert calls == [(1, [0, 1]), (2, [0])]  # as many as are left to replace, and no attempt more than needed
+    assert [g.sample.id for g in groups] == ["2/0", "b", "1/1"]
+    assert merged.total.tolist() == [[0.0, 3.0], [0.0, 1.0], [1.0, 0.0]]
+    assert merged.parts["half"].tolist() == [[0.0, 1.5], [0.0, 0.5], [0.5, 0.0]]
+    assert merged.columns["note"] == [None, None, "own2", "own3", "x2", "x3"]
+    assert merged.extras == {"metric": 1.0, "frac_groups_resampled": pytest.approx(2 / 3)}
+
+
+def test_attempts_end_and_what_has_no_signal_then_stays():
+    own, equal = scores((1.0, 1.0), (0.0, 0.0)), scores((0.0, 0.0), (2.0, 2.0))
+    attempts: list[int] = []
+
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
+        attempts.append(attempt)
+        return [group("other")] * len(numbers)
+
+    groups, merged = resample(
+        [group("a"), group("b")],
+        own,
+        max_times=3,
+        roll_out=roll_out,
+        score=lambda _: equal,
+    )
+    assert attempts == [1, 2, 3] and [g.sample.id for g in groups] == ["a", "b"]
+    assert merged.total is own.total and merged.extras["frac_groups_resampled"] == 0.0
+
+
+@pytest.mark.parametrize("length", [None, 7])
+def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
+    def drawn(step: int, attempt: int) -> list[tuple[int, int]]:
+        return indices_at(step, num_prompts=4, length=length, seed=1, attempt=attempt)
+
+    assert drawn(3, 2) == drawn(3, 2)
+    assert len({tuple(drawn(step, attempt)) for step in range(2) for attempt in range(4)}) == 8
+    if length is None:
+        assert not set(drawn(0, 1)) & {place for step in range(100) for place in drawn(step, 0)}
+    else:
+        epoch = [index for step in range(7) for index, number in drawn(step, 1) if number == 0]
+        assert sorted(epoch) == list(range(7))
+    assert len({occurrence(attempt, epoch) for attempt in range(4) for epoch in range(9)}) == 36
+
+
+def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_others():
+    asked: list[list[int]] = []
+
+    def number(places: list[int]) -> list[int] | None:
+        asked.append(places)
+        return [1, 3][: len(places)] if len(asked) < 3 else None
+
+    def roll_out(attempt: int, numbers: list[int]) -> list[Group]:
+        assert (attempt, numbers) == (1, [1])
+        return [group("other")]
+
+    groups, _ = resample(
+        [group("a"), group("b")],
+        scores((1.0, 1.0), (0.0, 1.0)),
+        max_times=9,
+        roll_out=roll_out,
+        score=lambda _: scores((0.0, 3.0)),
+        number=number,
+    )
+    assert asked == [[0], [], []] and [g.sample.id for g in groups] == ["other", "b"]
+
+
+def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    """Share of vowels where an effusion is asked for, else 0: every other question has no signal."""
+    texts = [completion[0]["content"].lower() for completion in completions]
+    return [
+        sum(letter in "aeiou" for letter in text) / max(1, len(text)) * ("effusion" in str(prompt))
+        for prompt, text in zip(prompts, texts)
+    ]
+
+
+def test_a_run_replaces_groups_and_is_repeated_by_a_resume(tiny_folder, tmp_path, monkeypatch):
+    """Stopped after two of four steps and resumed, it meets the same attempts: the same metrics to the last bit."""
+    rewards = {"format": 0.0, "correctness": 0.0, "functions": {"test_resampling.odd_vowels": 1.0}}
+
+    def config(name: str, steps: int = 4, times: int = 20):
+        return toy_config(
+            tiny_folder("qwen2_vl"),
+            tmp_path / name,
+            train={"steps": steps, "prompts_per_step": 4, "save_steps": 2},
+            rewards=rewards,
+            rollout={"max_resample_times": times},
+        )
+
+    seen: list[list[int]] = []
+    roll_out = grpo.roll_out
+
+    def watched(config, accelerator, setup, step, prompts=None):
+        seen.append([prepared.epoch for prepared in prompts])
+        return roll_out(config, accelerator, setup, step, prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "roll_out", watched)
+        whole = read_metrics(train(config("whole"), train_set=ToyData(50)))
+    plain = read_metrics(train(config("plain", times=0), train_set=ToyData(50)))
+    assert sum(row["frac_reward_zero_std"] for row in plain) >= 1.0
+    assert all(row["frac_reward_zero_std"] == 0.0 for row in whole)
+    assert sum(row["frac_groups_resampled"] for row in whole) > 0 and "frac_groups_resampled" not in plain[0]
+    assert {epoch // 2**32 for epochs in seen for epoch in epochs} >= {0, 1}
+
+    train(config("resumed", steps=2), train_set=ToyData(50))
+    resumed = read_metrics(train(config("resumed"), train_set=ToyData(50), resume=True))
+    assert [row["reward"] for row in resumed[2:]] == [row["reward"] for row in whole[2:]]

@@ -1,0 +1,279 @@
+"""Several ranks: the same run under every engine, resumed under others, and ended where a rank is lost.
+
+Two processes on the CPU, gloo, float32. Everything runs in one process that forks the ranks (ranks.py), once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import read_metrics, toy_config
+
+from medvqa_rl.learning.distributed.roll_call import PHASES
+
+RANKS = Path(__file__).parents[1] / "ranks.py"
+ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+STEPS = 5
+
+pytestmark = pytest.mark.slow
+
+LORA = {"lora": {"rank": 2}, "train_projector": False}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    # All weights, the projector too, with a reference, clipped gradients, and a weight decay.
+    "full": {},
+    "lora": {"model": LORA},
+    # The tower too; every other prompt has no image and no gradient, so ranks have unequal work.
+    "mixed": {
+        "model": {"train_vision": True},
+        "loss": {"beta": 0.0},
+        "rewards": {"functions": {"ranks.rare": 1.0}},
+    },
+}
+BFLOAT16: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
+
+
+def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = "full", **more: Any) -> dict[str, Any]:
+    """Two ranks under an engine; one process alone where that is None."""
+    changes = (SCENARIOS | {"bfloat16": BFLOAT16})[scenario] | {
+        key: value for key, value in more.items() if key in ("train",)
+    }
+    settings = {
+        "model": {"path": str(folder), "device": "cpu", "train_projector": True} | changes.get("model", {}),
+        "loss": changes.get("loss", {}),
+        "rewards": {"format": 0.0, "correctness": 0.0, "functions": {"toy.vowels": 1.0}} | changes.get("rewards", {}),
+        "optimizer": {
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.05,  # below the norms that occur
+            "weight_decay": 0.01,
+        },
+        "train": {"steps": STEPS, "prompts_per_micro_batch": 1, "log_completions_steps": 0} | changes.get("train", {}),
+    }
+    config = toy_config(folder, tmp / name, **settings)
+    return {
+        "name": name,
+        "engine": engine or "ddp",
+        "ranks": 1 if engine is None else 2,
+        "config": config.model_dump(mode="json"),
+        "mixed": scenario == "mixed",
+        "completions": str(tmp / f"{scenario}-completions.json"),
+        **{key: value for key, value in more.items() if key != "train"},
+    }
+
+
+def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], str]:
+    """Exit codes of every job's ranks, and what was written to standard error."""
+    path = tmp / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    process = subprocess.run(
+        [sys.executable, str(RANKS), str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1]), process.stderr
+
+
+def needs(engine: str) -> None:
+    if engine.startswith("zero") and not HAS_DEEPSPEED:
+        pytest.skip("needs the extra deepspeed")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with all runs of this module: one for each scenario and engine, resumed ones and a perturbed one."""
+    tmp, folder = tmp_path_factory.mktemp("ranks"), tiny_folder("qwen2_vl")
+    engines = [engine for engine in ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]
+    jobs = [
+        job(folder, tmp, f"{scenario}-{engine}", engine, scenario, gradient=str(tmp / f"{scenario}-{engine}.pt"))
+        for scenario in (*SCENARIOS, "bfloat16")
+        for engine in (None, *engines)
+    ]
+    jobs.append(job(folder, tmp, "perturbed", "ddp", perturb=True))
+    jobs.append(job(folder, tmp, "bfloat16-perturbed", "ddp", "bfloat16", perturb=True))
+    for first, then in [("ddp", None), *zip(engines, [*engines[1:], engines[0]])]:
+        name = f"resumed-{first}-{then}"
+        jobs.append(job(folder, tmp, name, first, train={"steps": 2}))
+        jobs.append(job(folder, tmp, name, then, resume=True))
+    codes, errors = run(jobs, tmp)
+    assert all(code == 0 for ranks in codes.values() for code in ranks), errors
+    flips = [(int(few), int(of)) for few, of in re.findall(r"flipped (\d+) of (\d+)", errors)]
+    assert sum(few for few, _ in flips) <= 0.02 * sum(of for _, of in flips)
+    return tmp
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint."""
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any weight."""
+    assert first and first.keys() == second.keys()
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, engine: str) -> None:
+    needs(engine)
+    alone, ranks = runs / f"{scenario}-None", runs / f"{scenario}-{engine}"
+    found, expected = (torch.load(f"{path}.pt", weights_only=True) for path in (ranks, alone))
+    assert expected.keys() <= found.keys()
+    for name, gradient in expected.items():
+        difference = (found[name].view_as(gradient) - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm() + 1e-8, name
+    assert distance(weights(ranks), weights(alone)) <= 2e-5
+    if scenario == "full":  # and they did learn
+        assert distance(weights(alone), load_file(tiny_folder("qwen2_vl") / "model.safetensors")) > 2e-4
+    # Each rank computes one group at least, so with two of them fewer are skipped.
+    computed = ("entropy", "frac_groups_skipped") if scenario == "mixed" else ()
+    for line, single in zip(read_metrics(ranks), read_metrics(alone), strict=True):
+        assert line.keys() == single.keys()
+        for name, value in single.items():
+            if name in computed:
+                continue
+            assert line[name] == value or line[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_wrong_advantages_would_be_seen(runs: Path) -> None:
+    assert distance(weights(runs / "perturbed"), weights(runs / "full-None")) > 2e-5
+
+
+def masters(run: Path) -> torch.Tensor:
+    """The float32 copies of all trained weights that the optimizer of a bfloat16 model keeps, one after the other."""
+    state = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "trainer" / "optimizer.safetensors")
+    return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if name.startswith("master/")])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one_in_bfloat16(runs: Path, tiny_folder: Any, engine: str) -> None:
+    """As near as rounding to 8 bits allows: gradients within 1 %, five steps within 6 % of the way."""
+    needs(engine)
+    alone, ranks = runs / "bfloat16-None", runs / f"bfloat16-{engine}"
+    found, expected = (torch.load(f"{path}.pt", weights_only=True) for path in (ranks, alone))
+    for name, gradient in expected.items():
+        difference = (found[name].view_as(gradient).float() - gradient.float()).norm()
+        assert difference <= 0.01 * gradient.float().norm() + 1e-4, name
+    way = moved(runs, tiny_folder)
+    assert (masters(ranks) - masters(alone)).norm() <= 0.06 * way
+    assert (masters(runs / "bfloat16-perturbed") - masters(alone)).norm() > 0.3 * way
+
+
+def moved(runs: Path, tiny_folder: Any) -> torch.Tensor:
+    """How far five steps of one rank in bfloat16 go."""
+    start = load_file(tiny_folder("qwen2_vl") / "model.safetensors")
+    state = load_file(
+        runs / "bfloat16-None" / "checkpoints" / f"step_{STEPS:06d}" / "trainer" / "optimizer.safetensors"
+    )
+    names = sorted(name.removeprefix("master/") for name in state if name.startswith("master/"))
+    before = [start[name.replace("model.language_model", "model").replace("model.visual", "visual")] for name in names]
+    return (masters(runs / "bfloat16-None") - torch.cat([part.bfloat16().float().flatten() for part in before])).norm()
+
+
+def test_two_ranks_train_an_adapter_above_4_bits_as_one(wide_folder: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    names = {None: "alone", "ddp": "ranks"}
+    jobs = [
+        job(Path(wide_folder()), tmp_path, name, engine, "lora", gradient=str(tmp_path / f"{name}.pt"))
+        for engine, name in names.items()
+    ]
+    for one in jobs:
+        one["config"]["model"]["load_in_4bit"] = True
+    codes, errors = run(jobs, tmp_path)
+    assert codes == {"alone": [0], "ranks": [0, 0]}, errors
+    found, expected = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("ranks", "alone"))
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+    assert distance(weights(tmp_path / "ranks"), weights(tmp_path / "alone")) <= 2e-5
+
+
+@pytest.mark.parametrize("first", ENGINES)
+def test_a_run_goes_on_under_another_engine(runs: Path, first: str) -> None:
+    """Two steps under one engine and three under the next, with the same samples in the same order."""
+    needs(first)
+    for path in runs.glob(f"resumed-{first}-*"):
+        assert distance(weights(path), weights(runs / "full-None")) <= 1e-5, path.name
+        rewards = [[line["reward"] for line in read_metrics(run)] for run in (path, runs / "full-None")]
+        assert rewards[0] == pytest.approx(rewards[1], rel=1e-4)
+
+
+SEED = int(os.environ.get("LOST_RANKS_SEED") or random.SystemRandom().randrange(10**6))
+"""Where ranks are lost is drawn anew each time; a failing test says the seed."""
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "killed-0": {"rank": 0, "how": int(signal.SIGKILL)},
+    "killed-1": {"rank": 1, "how": int(signal.SIGKILL)},
+    "frozen-1": {"rank": 1, "how": int(signal.SIGSTOP)},
+    "stuck-0": {"rank": 0, "how": "stuck"},
+    "stuck-1": {"rank": 1, "how": "stuck"},
+}
+
+
+def place(name: str) -> tuple[int, str]:
+    """The step, counted from 1, and the phase in which a rank is lost."""
+    chosen = random.Random(f"{SEED} {name}")
+    return chosen.randint(1, STEPS), chosen.choice(PHASES[1:])
+
+
+@pytest.fixture(scope="module")
+def losses(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, str]]:
+    """Folder of the runs that lost a rank, exit codes of their ranks and what these wrote to standard error."""
+    tmp, folder = tmp_path_factory.mktemp("losses"), tiny_folder("qwen2_vl")
+    jobs = []
+    for name, loss in LOSSES.items():
+        step, phase = place(name)
+        train = {"save_steps": 2, "rank_timeout": 10.0}
+        jobs.append(job(folder, tmp, name, "ddp", train=train, lost=loss | {"step": step, "phase": phase}))
+    codes, errors = run(jobs, tmp)
+    parts = re.split(r"^== (\S+) ==$", errors, flags=re.MULTILINE)
+    return tmp, codes, dict(zip(parts[1::2], parts[2::2]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_lost_rank_ends_the_run(losses: Any, name: str) -> None:
+    """Killed, frozen or stuck: it is said which, when, and where to go on, and nothing is left half-written."""
+    tmp, codes, errors = losses
+    rank, how, (step, phase) = LOSSES[name]["rank"], LOSSES[name]["how"], place(name)
+    print(f"LOST_RANKS_SEED={SEED}: rank {rank} lost in the {phase} of step {step}\n{errors[name]}")
+    folder = tmp / name
+    if how == "stuck":
+        assert codes[name] == [1, 1]
+        sentence = f"rank {rank} is stuck in the {phase} of step {step}"
+        assert f"(train.rank_timeout): {sentence}, and the others wait." in errors[name]
+    else:
+        assert codes[name][1 - rank] == 1 and codes[name][rank] == -signal.SIGKILL
+        sentence = f"Rank {rank} gives no sign of life"
+        assert f"{sentence} in the" in errors[name] or f"{sentence} at the start" in errors[name]
+        assert f"of step {step}:" in errors[name] or f"of step {step - 1}:" in errors[name] or step == 1
+    # In the logging of a step the first rank may or may not have saved it.
+    written = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert len(written) in {(step - 1) // 2, step // 2 if phase == "logging" else (step - 1) // 2}
+    if written:
+        assert f"The last checkpoint is {folder / 'checkpoints' / written[-1]}" in errors[name]
+        assert "--gpus 2" in errors[name]
+        assert (folder / "checkpoints" / written[-1] / "trainer" / "state.json").is_file()
+    else:
+        assert "No checkpoint was written yet" in errors[name]
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob(".*.tmp"))
+    if rank == 1 or how == "stuck":
+        status = json.loads((folder / "status.json").read_text())
+        assert status["state"] == "failed" and sentence in status["reason"]

@@ -1,0 +1,285 @@
+"""Stopping and going on: the resumed run ends with the bits of the one that was never interrupted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from filelock import FileLock
+from safetensors import safe_open
+from toy import ToyData, read_metrics, toy_config
+
+from medvqa_rl.config.yaml import load_config
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.run import checkpoint
+from medvqa_rl.learning.run.checkpoint import clean_up
+from medvqa_rl.learning.run.errors import Stopped
+from medvqa_rl.learning.sft import train_sft
+from medvqa_rl.models.loading import load_policy
+
+TOY = Path(__file__).parents[1] / "toy.py"
+STOP = {"steps": 6, "save_steps": 2, "eval_steps": 3}
+
+
+@pytest.fixture
+def folder(tiny_folder):
+    return tiny_folder("qwen2_vl")
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The memory of a tensor; NumPy has no bfloat16."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def weights(run: Path, step: int) -> dict[str, bytes]:
+    """Model and optimizer of a checkpoint, as bytes."""
+    found = {}
+    for path in sorted((run / "checkpoints" / f"step_{step:06d}").rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {f"{path.name}/{name}": bits(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    assert found
+    return found
+
+
+def go(config, *, resume=False, loop=train):
+    return loop(config, train_set=ToyData(), val_set=ToyData(3), resume=resume)
+
+
+def same_runs(first: Path, second: Path, step: int = 6) -> None:
+    assert weights(first, step) == weights(second, step)
+    # Text, because NaN is null there; times are left out.
+    assert json.dumps(read_metrics(first)) == json.dumps(read_metrics(second))
+    names = [sorted(p.relative_to(run).as_posix() for p in run.glob("*/step_*")) for run in (first, second)]
+    assert names[0] == names[1]
+
+
+class Crash(Exception):
+    """Ends a run at a step without any clean-up of its own."""
+
+
+LORA = {"lora": {"rank": 2, "dropout": 0.2}, "train_projector": False}
+LORA_AND_VISION = {"lora": {"rank": 2}, "train_projector": True, "train_vision": True}
+
+
+@pytest.mark.parametrize(
+    ("crash_at", "changes"),
+    [
+        (1, {}),
+        (5, {}),
+        (3, {"model": LORA}),
+        (3, {"model": LORA_AND_VISION, "loss": {"num_iterations": 2}}),
+        (3, {"model": {"dtype": "bfloat16"}}),
+    ],
+    ids=["no-checkpoint", "full", "lora", "lora-vision-rounds", "bfloat16"],
+)
+def test_resume_is_exact(folder, tmp_path, monkeypatch, crash_at, changes):
+    config = toy_config(folder, tmp_path / "whole", train=STOP, **changes)
+    whole = go(config)
+    broken = config.model_copy(update={"output_dir": str(tmp_path / "broken")})
+    original = toy.vowels
+
+    def crashing(prompts, completions, completion_ids, trainer_state, **kwargs):
+        if trainer_state.global_step == crash_at:
+            raise Crash
+        return original(prompts, completions, completion_ids, trainer_state, **kwargs)
+
+    monkeypatch.setattr(toy, "vowels", crashing)
+    with pytest.raises(Crash):
+        go(broken)
+    assert json.loads((tmp_path / "broken" / "status.json").read_text())["state"] == "failed"
+    monkeypatch.setattr(toy, "vowels", original)
+    torch.manual_seed(99)  # nothing may hang on the state of torch's generator
+    same_runs(whole, go(broken, resume=True))
+
+
+def run_toy(mode: str, config, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    return subprocess.run(
+        [sys.executable, str(TOY), mode, str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", ["reward:1", "reward:3", "save:4"])
+def test_kill_9_and_resume(folder, tmp_path, death):
+    """Killed in a step before any checkpoint, in one after, and while a checkpoint is half written."""
+    config = toy_config(folder, tmp_path / "killed", train=STOP)
+    process = run_toy("train", config, tmp_path, TOY_DEATH=death)
+    assert process.returncode == -9, process.stderr
+    run = tmp_path / "killed"
+    assert json.loads((run / "status.json").read_text())["state"] == "running"
+    if death == "save:4":
+        assert list((run / "checkpoints").glob(".step_000004.*.tmp"))  # the half-written one, not under its name
+        assert not (run / "checkpoints" / "step_000004").exists()
+    process = run_toy("resume", config, tmp_path)
+    assert process.returncode == 0, process.stderr
+    same_runs(go(toy_config(folder, tmp_path / "whole", train=STOP)), run)
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_step_and_saves(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "run", train=STOP | {"save_steps": 0})
+    process = run_toy("train", config, tmp_path, TOY_STOP="2")
+    assert process.returncode == 143
+    assert "Stopping when this step is done" in process.stderr and "Stopped after step 3" in process.stderr
+    assert f"`medvqa-rl train {tmp_path / 'run' / 'config.yaml'} --resume`" in process.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
+    run = go(config, resume=True)
+    same_runs(go(toy_config(folder, tmp_path / "whole", train=STOP | {"save_steps": 3})), run)
+
+
+def test_stopping_twice_and_going_on_in_the_same_process(folder, tmp_path, monkeypatch):
+    config = toy_config(folder, tmp_path / "run", train=STOP | {"save_steps": 0, "eval_steps": 0})
+    for step in (1, 3):
+        monkeypatch.setenv("TOY_STOP", str(step))
+        with pytest.raises(Stopped) as stopped:
+            go(config, resume=step > 1)
+        assert stopped.value.code == 143
+    monkeypatch.delenv("TOY_STOP")
+    whole = toy_config(folder, tmp_path / "whole", train=STOP | {"save_steps": 0, "eval_steps": 0})
+    assert weights(go(whole), 6) == weights(go(config, resume=True), 6)
+
+
+def test_sft_resumes_exactly(folder, tmp_path):
+    config = toy_config(
+        folder, tmp_path / "parts", train=STOP | {"steps": 3}, optimizer={"lr_scheduler_type": "constant"}
+    )
+    go(config, loop=train_sft)
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 6})})
+    go(longer, loop=train_sft, resume=True)
+    whole = longer.model_copy(update={"output_dir": str(tmp_path / "whole")})
+    assert weights(go(whole, loop=train_sft), 6) == weights(tmp_path / "parts", 6)
+    with pytest.raises(ValueError, match="was started by `sft`"):
+        go(longer, resume=True)
+
+
+def test_changed_settings_are_refused_and_listed(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "run", train={"steps": 1})
+    go(config)
+    changed = toy_config(
+        folder,
+        tmp_path / "run",
+        train={"steps": 3, "logging_steps": 2, "save_steps": 1, "prompts_per_step": 2},
+        loss={"beta": 0.1},
+    )
+    message = r"loss\.beta \(0\.04 -> 0\.1\), train\.prompts_per_step \(4 -> 2\)\. Set them back"
+    with pytest.raises(ValueError, match=message):
+        go(changed, resume=True)
+    go(toy_config(folder, tmp_path / "run", train={"steps": 2, "save_steps": 1}), resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+
+
+@dataclass(frozen=True)
+class OtherData(ToyData):
+    fingerprint: str = "toy-2"
+
+
+def test_other_data_is_refused(folder, tmp_path):
+    go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
+    with pytest.raises(ValueError, match="The train data is not what this run was started with"):
+        train(toy_config(folder, tmp_path / "run", train={"steps": 2}), train_set=OtherData(), resume=True)
+
+
+def test_a_folder_in_use_is_refused(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "run", train={"steps": 1})
+    with pytest.raises(ValueError, match="There is no run to resume"):
+        go(config, resume=True)
+    go(config)
+    with pytest.raises(
+        ValueError, match=r"already holds a run \(finished at step 1 of 1\): continue it with --resume"
+    ):
+        go(config)
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
+        go(config, resume=True)
+
+
+def test_a_failed_start_leaves_the_folder_free(folder, tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        go(toy_config(tmp_path / "missing", tmp_path / "run"))
+    go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
+
+
+def test_a_run_that_never_began_leaves_nothing(folder, tmp_path):
+    """Neither does it take away what somebody else had in the folder."""
+    bad = {"model": {"path": str(tmp_path / "missing")}}
+    with pytest.raises(ValueError, match="no such folder"):
+        go(toy_config(folder, tmp_path / "run", **bad))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.yaml").write_text("mine")
+    with pytest.raises(ValueError, match="no such folder"):
+        go(toy_config(folder, tmp_path / "notes", **bad))
+    assert (tmp_path / "notes" / "config.yaml").exists()
+
+
+def test_the_settings_as_given_are_those_of_the_last_start(folder, tmp_path):
+    """What is said when a run stops continues it with config.yaml, so that must know a changed number of steps."""
+    go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
+    go(toy_config(folder, tmp_path / "run", train={"steps": 2}), resume=True)
+    assert load_config(tmp_path / "run" / "config.yaml").config.train.steps == 2
+
+
+def test_no_space_left_is_said_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
+    config = toy_config(folder, tmp_path / "run", train=STOP | {"eval_steps": 0})
+    write = checkpoint.save_file
+    written = []
+
+    def full(tensors, path):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(ValueError, match="No space is left"):
+        go(config)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    same = go(toy_config(folder, tmp_path / "whole", train=STOP | {"eval_steps": 0}))
+    same_runs(same, go(config, resume=True))
+
+
+def test_no_space_for_the_log_is_said_too(folder, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("medvqa_rl.learning.run.tracking.Tracker.log", full)
+    with pytest.raises(ValueError, match=r"No space is left on the device of .*--resume"):
+        go(toy_config(folder, tmp_path / "run"))
+
+
+def test_leftovers_are_cleaned_and_a_moved_folder_comes_back(tmp_path):
+    (tmp_path / "checkpoints" / ".step_000002.123.tmp").mkdir(parents=True)
+    (tmp_path / ".best.123.old").mkdir()
+    (tmp_path / ".best.123.old" / "best.json").write_text("{}")
+    (tmp_path / ".status.json.tmp").touch()
+    for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # somebody else's
+        (tmp_path / name).mkdir()
+    clean_up(tmp_path)
+    assert (tmp_path / "best" / "best.json").exists()
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.name != "best.json")
+    assert left == [".bashrc.old", ".notes.7.old", ".notes.tmp", "best", "checkpoints"]
+
+
+def test_checkpoints_are_standard_and_reference_stays_the_start(folder, tmp_path):
+    """A resumed run measures its divergence from where the run began, not from the checkpoint."""
+    config = toy_config(folder, tmp_path / "run", train=STOP, loss={"beta": 0.04})
+    run = go(config)
+    policy = load_policy(config.model.model_copy(update={"path": str(run / "checkpoints" / "step_000006")}))
+    assert policy.processor.tokenizer.chat_template
+    assert read_metrics(run)[-2]["kl"] > 0

@@ -1,0 +1,129 @@
+"""What a run tells: TensorBoard, the terminal, the table of completions."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from toy import ToyData, read_metrics, toy_config
+
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.run import tracking
+from medvqa_rl.learning.run.metrics import CompletionRecord
+from medvqa_rl.learning.run.run_dir import RunDir, source_digest, write_json
+from medvqa_rl.learning.run.tracking import Tracker, completions_table, group_to_show
+
+
+def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    changes = {"steps": 3, "logging_steps": 2, "trackers": ["tensorboard"], "eval_steps": 3}
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train=changes)
+    run = train(config, train_set=ToyData(), val_set=ToyData(2))
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rewards = {event.step: event.value for event in events.Scalars("reward")}
+    logged = {line["step"]: line["reward"] for line in read_metrics(run) if "reward" in line}
+    assert set(rewards) == {2, 3} and set(logged) == {1, 2, 3}  # metrics.jsonl keeps every step
+    assert all(rewards[step] == pytest.approx(logged[step]) for step in rewards)
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [0, 3]
+
+
+def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 4, "logging_steps": 2})
+    train(config, train_set=ToyData())
+    shown = capsys.readouterr().err
+    assert "step 2/4" in shown and "step 4/4" in shown and "step 1/4" not in shown
+    assert "s/step" in shown and "left" in shown
+    assert "\r" not in shown and "\x1b[" not in shown and "━━━━━━━━━━ " not in shown
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_time_left_is_that_of_the_steps_however_slow(tmp_path, monkeypatch, capsys, is_terminal):
+    """The evaluation before the first step is no step, and a step may take longer than rich remembers."""
+    now = [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
+        monkeypatch.setenv(name, value)
+    config = toy_config(tmp_path, tmp_path, train={"steps": 4})
+    with Tracker(RunDir(tmp_path), config, first_step=0) as tracker:
+        now[0] = 1000.0
+        tracker.log(0, {"eval/accuracy": 0.5})
+        now[0] = 1050.0
+        tracker.log(1, {"reward": 1.25, "loss": 0.5})
+        tracker.evaluating(3, 9)
+        tracker.log(1, {"eval/accuracy": 0.75})
+    shown = capsys.readouterr().err
+    assert "50.00 s/step, 2 min left" in shown
+    if is_terminal:
+        assert "reward 1.250  50.00 s/step, 2 min left" in shown.splitlines()[-2]  # not "evaluating", which is over
+
+
+def record(index: int, text: str, reward: float, advantage: float) -> CompletionRecord:
+    """A completion with these rewards."""
+    return CompletionRecord(
+        sample_id="s",
+        index=index,
+        question="Which [bold]side?",
+        options=("left", "right"),
+        gold="B",
+        completion=text,
+        rewards={"format": 1.0, "correctness": reward},
+        reward=reward + 1,
+        advantage=advantage,
+        length=7,
+        prompt_length=3,
+        is_truncated=index == 0,
+        is_correct=reward == 1.0,
+        has_answer=True,
+        answer_type="choice",
+        groups={"modality": "CT"},
+        extra={},
+    )
+
+
+def test_a_group_that_teaches_is_shown():
+    dull = [record(index, "dull", 1.0, 0.0) for index in range(2)]
+    telling = [record(0, "wrong", 0.0, -0.5), record(1, "right", 1.0, 0.5)]
+    assert group_to_show([*dull, *telling, *dull], 2) == telling  # all of one sample: epochs can meet in a step
+    assert group_to_show([*dull, *dull], 2) == dull
+
+
+def test_table_of_completions():
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(completions_table(5, [record(0, "worse", 0.0, -0.7), record(1, "[red]better", 1.0, 0.7)]))
+    lines = console.export_text().splitlines()
+    assert "Step 5: Which [bold]side?  A: left  B: right  [gold: B]" in lines[0]
+    better, worse = (next(i for i, line in enumerate(lines) if word in line) for word in ("[red]better", "worse"))
+    assert better < worse and "+0.70" in lines[better] and "7…" in lines[worse]
+
+
+def test_the_digest_of_the_sources_sees_every_change_of_a_python_file(tmp_path):
+    (tmp_path / "inner").mkdir()
+    file, other = tmp_path / "a.py", tmp_path / "inner" / "b.py"
+    found = []
+    for text, name in (("x = 1", "y"), ("x = 2", "y"), ("x = 2", "z")):
+        file.write_text(text)
+        other.write_text(name)
+        found.append(source_digest(tmp_path))
+    other.rename(tmp_path / "b.py")
+    found.append(source_digest(tmp_path))
+    assert len(set(found)) == 4
+    (tmp_path / "notes.txt").write_text("no source")
+    assert source_digest(tmp_path) == found[-1]
+
+
+def test_another_environment_is_named_when_resuming(tiny_folder, tmp_path):
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 1})
+    run = train(config, train_set=ToyData())
+    environment = json.loads((run / "env.json").read_text())
+    write_json(run / "env.json", environment | {"threads": 64, "source": "another"})
+    train(toy_config(tiny_folder("qwen2_vl"), run, train={"steps": 2}), train_set=ToyData(), resume=True)
+    log = (run / "train.log").read_text()
+    assert f"threads (64 -> {environment['threads']})" in log and "packages" not in log
+    assert f"source (another -> {environment['source']})" in log
+    assert (run / "env.resumed_000001.json").exists()

@@ -1,0 +1,315 @@
+"""A judge behind an endpoint: a real local server that misbehaves on purpose.
+
+Run: pytest tests/rewards/judges/test_endpoint_judge.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.keys import read_key
+from medvqa_rl.rewards.judges.endpoint import (
+    MAX_WAIT,
+    Endpoint,
+    EndpointGrader,
+    EndpointJudge,
+    host_of,
+    parse_verdict,
+    wait_before,
+)
+from medvqa_rl.rewards.judges.load import load_judge, load_judges
+from medvqa_rl.rewards.judges.protocol import JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.rubric import REASONING, GradeRequest
+
+REQUEST = JudgeRequest("Is there a mass?", ("yes", "no"), "No mass is seen.")
+Reply = tuple[int, dict[str, str], bytes, float]
+
+
+def reply(text: Any, **message: Any) -> Reply:
+    """A sound chat completion with 7 prompt tokens and 1 completion token."""
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text, **message}}
+    usage = {"prompt_tokens": 7, "completion_tokens": 1, "total_tokens": 8}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return 200, {"Content-Type": "application/json"}, json.dumps(body).encode(), 0.0
+
+
+def status(code: int, **headers: str) -> Reply:
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return code, {"Content-Type": "application/json", **names}, b'{"error": {"message": "as asked"}}', 0.0
+
+
+def raw(body: bytes, kind: str = "application/json") -> Reply:
+    return 200, {"Content-Type": kind}, body, 0.0
+
+
+def slow(seconds: float) -> Reply:
+    code, headers, body, _ = reply("Yes")
+    return code, headers, body, seconds
+
+
+class Server:
+    """Answers with the replies in turn, the last one for ever; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.replies: list[Reply] = [reply("Yes")]
+        self.seen: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.now = self.most = 0
+        self.answer: Callable[[dict[str, Any]], Reply] | None = None
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.seen.append({"path": self.path, **body})
+                    server.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    server.now += 1
+                    server.most = max(server.most, server.now)
+                    turn = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+                if server.answer is not None:
+                    turn = server.answer(body)
+                code, headers, content, delay = turn
+                time.sleep(delay)
+                with lock:
+                    server.now -= 1
+                try:
+                    self.send_response(code)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True  # the client did not wait
+
+            def log_message(self, *args: Any) -> None:
+                """Say nothing."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
+
+
+def judge_at(url: str, waits: list[float] | None = None, **settings: Any) -> EndpointJudge:
+    config = JudgeConfig(endpoint=url, model="m", **({"max_retries": 2, "timeout": 5.0} | settings))
+    endpoint = Endpoint(config, read_key(config.api_key_env), sleep=(waits if waits is not None else []).append)
+    return EndpointJudge(endpoint)
+
+
+def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "not-to-be-sent")
+    server.replies = [reply("Yes"), reply(" no.\n")]
+    judge = judge_at(server.url, concurrency=1)
+    assert [verdict.value for verdict in judge.judge([REQUEST, REQUEST])] == [1.0, 0.0]
+    asked = server.seen[0]
+    assert asked["path"] == "/v1/chat/completions" and asked["model"] == "m" and asked["temperature"] == 0
+    content = asked["messages"][0]["content"]
+    assert "Question: Is there a mass?\nOptions: A: yes; B: no\nReasoning: No mass is seen." in content
+    assert "not-to-be-sent" not in str(server.headers)
+    expected = {"asked": 2, "failed": 0, "requests": 2, "retries": 0, "prompt_tokens": 14, "completion_tokens": 2}
+    assert judge.counters == expected
+    assert judge.identity.fingerprint == f"{host_of(server.url)}/m"
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        status(429, Retry_After="7"),
+        status(500),
+        status(503),
+        raw(b"{not json"),
+        raw(b"<html>busy</html>", "text/html"),
+        raw(b"{}"),
+        raw(b"[]"),
+        raw(b'{"choices": []}'),
+        raw(b'{"choices": [{"message": null}]}'),
+        raw(b""),
+    ],
+    ids=["429", "500", "503", "not JSON", "HTML", "no fields", "a list", "no choices", "no message", "empty body"],
+)
+def test_passing_trouble_is_tried_again(server: Server, trouble: Reply) -> None:
+    waits: list[float] = []
+    server.replies = [trouble, trouble, reply("Yes")]
+    judge = judge_at(server.url, waits)
+    assert judge.judge([REQUEST])[0].value == 1.0
+    assert len(server.seen) == 3 and judge.counters["retries"] == 2
+    assert waits == [7.0, 7.0] if trouble[0] == 429 else 0.5 <= waits[0] < 0.625 < 1.0 <= waits[1] < 1.25
+    server.replies = [trouble]
+    lasting = judge.judge([REQUEST])[0]
+    assert math.isnan(lasting.value) and "(tried 3 times)" in lasting.reason
+    assert len(server.seen) == 6 and judge.counters["failed"] == 1
+
+
+def test_a_redirect_is_not_followed(server: Server) -> None:
+    other = Server()
+    server.replies = [status(307, Location=f"{other.url}/chat/completions")]
+    verdict = judge_at(server.url).judge([REQUEST])[0]
+    assert math.isnan(verdict.value) and verdict.reason
+    assert len(server.seen) == 1 and not other.seen
+    other.http.shutdown()
+    other.http.server_close()
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404])
+def test_a_refusal_is_not_tried_again(server: Server, code: int) -> None:
+    server.replies = [status(code)]
+    verdict = judge_at(server.url).judge([REQUEST])[0]
+    assert math.isnan(verdict.value) and verdict.reason.startswith(f"HTTP {code}")
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [reply(""), reply(None), reply("I can't help with that."), reply("Yes, but"), reply(None, refusal="No.")],
+    ids=["empty", "null", "refusal", "more than a word", "refusal field"],
+)
+def test_what_is_neither_yes_nor_no_fails_and_is_not_asked_again(server: Server, answer: Reply) -> None:
+    server.replies = [answer]
+    judge = judge_at(server.url)
+    verdict = judge.judge([REQUEST])[0]
+    assert math.isnan(verdict.value) and "neither Yes nor No" in verdict.reason
+    assert len(server.seen) == 1 and judge.counters["prompt_tokens"] == 7
+
+
+def test_a_slow_server_times_out(server: Server) -> None:
+    server.replies = [slow(3.0), reply("Yes")]
+    began = time.perf_counter()
+    assert judge_at(server.url, timeout=0.3).judge([REQUEST])[0].value == 1.0
+    assert time.perf_counter() - began < 2.5
+    server.replies = [slow(3.0)]
+    verdict = judge_at(server.url, timeout=0.2, max_retries=0).judge([REQUEST])[0]
+    assert verdict.reason == "no answer within 0.2 seconds"
+
+
+def test_order_is_kept_and_concurrency_bounded(server: Server) -> None:
+    requests = [JudgeRequest("Q?", (), f"Number {n} {'holds' if n % 3 else 'fails'}.") for n in range(24)]
+
+    def answer(body: dict[str, Any]) -> Reply:
+        text = body["messages"][0]["content"]
+        code, headers, content, _ = reply("Yes" if "holds" in text else "No")
+        return code, headers, content, 0.02
+
+    server.answer = answer
+    values = [verdict.value for verdict in judge_at(server.url, concurrency=3).judge(requests)]
+    assert values == [float(bool(n % 3)) for n in range(24)]
+    assert 2 <= server.most <= 3
+
+
+def test_one_bad_answer_spoils_only_its_own_verdict(server: Server) -> None:
+    server.answer = lambda body: status(400) if "bad" in str(body) else reply("Yes")
+    verdicts = judge_at(server.url).judge([REQUEST, JudgeRequest("Q?", (), "bad"), REQUEST, JudgeRequest("", (), " ")])
+    assert [verdict.value for verdict in verdicts] == pytest.approx([1, math.nan, 1, 0], nan_ok=True)
+    assert len(server.seen) == 3, "empty reasoning is not sent"
+
+
+def test_the_key_comes_from_the_environment_alone(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"api_key_env is MY_KEY, but the environment has no such variable"):
+        judge_at(server.url, api_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "secret-7")
+    judge = judge_at(server.url, api_key_env="MY_KEY")
+    judge.judge([REQUEST])
+    assert server.headers[0]["authorization"] == "Bearer secret-7"
+    assert "secret-7" not in repr(judge.identity) + repr(judge._endpoint._config)
+
+
+def test_the_extra_is_named_where_the_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r"package openai: install it with `pip install 'medvqa-rl\[judge\]'`"):
+        judge_at("http://localhost:1/v1")
+
+
+def test_an_endpoint_that_cannot_be_used_is_refused_when_loading(server: Server) -> None:
+    server.replies = [status(401)]
+    settings = {"model": "m", "max_retries": 0, "cache": False}
+    with pytest.raises(ValueError, match=r"does not answer as it should \(HTTP 401.*check judge\.endpoint"):
+        load_judge(JudgeConfig(endpoint=server.url, **settings))  # type: ignore[arg-type]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ValueError, match="no connection"):
+        load_judge(JudgeConfig(endpoint=f"http://127.0.0.1:{port}/v1", **settings))  # type: ignore[arg-type]
+    server.replies = [reply("Certainly! Yes.")]
+    with pytest.raises(ValueError, match="neither Yes nor No"):
+        load_judge(JudgeConfig(endpoint=server.url, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["Yes", "yes", " YES.\n", "yes. ", "\tYes"])
+def test_yes_in_any_case_with_space_and_a_full_stop(text: str) -> None:
+    assert parse_verdict(text) == 1.0
+    assert parse_verdict(text.lower().replace("yes", "nO")) == 0.0
+
+
+@pytest.mark.parametrize("text", ["", None, "Yes!", "Yes..", "**Yes**", "Yes No", "No way", "y", "Not", "Y e s", "是"])
+def test_everything_else_fails(text: str | None) -> None:
+    assert math.isnan(parse_verdict(text))
+
+
+@given(st.text(max_size=12))
+def test_a_verdict_needs_exactly_the_word(text: str) -> None:
+    value = parse_verdict(text)
+    letters = "".join(character for character in text if not character.isspace()).removesuffix(".")
+    assert math.isnan(value) or value == {"yes": 1.0, "no": 0.0}[letters.lower()]
+
+
+def test_waiting() -> None:
+    assert wait_before(1, "3") == 3.0 and wait_before(1, "0") == 0.0
+    assert wait_before(1, "100000") == MAX_WAIT == wait_before(30, None)
+    for header in (None, "Wed, 21 Oct 2026 07:28:00 GMT", "nan", "-1"):
+        assert 2.0 <= wait_before(3, header) < 2.5
+
+
+CASE = GradeRequest("Which organ?", ("lung", "brain"), "A: lung", "B", "Dark fields.")
+
+
+def test_an_endpoint_grades(server: Server) -> None:
+    server.replies = [
+        reply('{"score": 2, "reason": "A gap."}'),
+        reply("Score: 2"),
+        status(429, Retry_After="0"),
+        reply('{"score": 3, "reason": "Sound."}'),
+        status(400),
+    ]
+    config = JudgeConfig(endpoint=server.url, model="m", max_retries=1, concurrency=1, timeout=5.0)
+    grader = EndpointGrader(Endpoint(config, "none", sleep=lambda seconds: None), REASONING)
+    grades = grader.grade([CASE, CASE, replace(CASE, reasoning=" "), CASE, CASE])
+    assert [grade.score for grade in grades] == pytest.approx([2, math.nan, 0, 3, math.nan], nan_ok=True)
+    assert grades[0].reason == "A gap." and "not JSON" in grades[1].reason and grades[4].reason.startswith("HTTP 400")
+    assert len(server.seen) == 5, "empty reasoning is not sent, and what cannot be read is not asked again"
+    assert server.seen[0]["messages"] == [{"role": "user", "content": REASONING.render(CASE)}]
+    assert server.seen[0]["temperature"] == 0
+    assert grader.counters["asked"] == 5 and grader.counters["failed"] == 2 and grader.counters["retries"] == 1
+    assert grader.identity == JudgeIdentity("m", f"{server.url[7:-3]}/m", REASONING.hash, 0.0)
+
+
+def test_an_endpoint_that_does_not_grade_is_refused_when_loading(server: Server) -> None:
+    server.replies = [reply("Yes"), reply("Yes")]
+    config = JudgeConfig(endpoint=server.url, model="m", max_retries=0, cache=False)
+    with pytest.raises(ValueError, match=r"does not answer as it should \(the answer is not JSON: 'Yes'\): check"):
+        load_judges(config, coherence=True, rubrics=[REASONING])
+    assert len(server.seen) == 2, "asked as a judge, then as a grader"
