@@ -103,6 +103,9 @@ class Square:
     def load(self) -> Image.Image:
         return Image.open(io.BytesIO(self.png)).convert("RGB")
 
+    def header_pixels(self) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Squares:

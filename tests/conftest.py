@@ -211,6 +211,9 @@ class MemoryImage:
         self.loads += 1
         return self.image
 
+    def header_pixels(self) -> None:
+        return None
+
 
 def draw_image(width: int = 56, height: int = 56, *, seed: int = 0) -> MemoryImage:
     """A colour gradient whose direction and phase depend on the seed."""

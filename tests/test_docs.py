@@ -13,7 +13,7 @@ import typer.main
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import differences
-from medvqa_rl.config.problems.checks import all_settings, reference_tables
+from medvqa_rl.config.schema import all_settings, reference_tables
 from medvqa_rl.config.yaml import load_config, read_file
 from medvqa_rl.phantom.demo import demo_config
 

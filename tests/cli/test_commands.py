@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from medvqa_rl import __version__
 from medvqa_rl.cli.app import app
-from medvqa_rl.cli.ask import installed_extras, make_question, model_for, read_vote, with_checkpoint
+from medvqa_rl.cli.ask import installed_extras, make_question, read_vote
 from medvqa_rl.config import Config, EvalConfig, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Completion, Sample
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation import cells as eval_command
 from medvqa_rl.evaluation.cells import run_eval
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import model_for, save_model, with_checkpoint
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
 

@@ -305,6 +305,9 @@ def test_too_many_unscored_questions_fail_after_writing(
         def load(self) -> None:
             raise ValueError("The image broken.png cannot be decoded.")
 
+        def header_pixels(self) -> None:
+            return None
+
     samples = (*questions.samples[:6], replace(questions.samples[6], images=(Broken(),)))
     data = StoredDataset("seven", samples)
     monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvqa_rl.config import Config, ConfigError, LoraConfig, ModelConfig, TrainConfig, differences, digest
-from medvqa_rl.config.problems.checks import all_settings
+from medvqa_rl.config.schema import all_settings
 from medvqa_rl.config.yaml import build_config, load_config, parse_override, read_yaml, show_config, write_yaml
 
 

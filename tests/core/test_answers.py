@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.core.answers import is_correct, score_correctness
-from medvqa_rl.core.prompts import TAGS, normalise, render_answer
+from medvqa_rl.core.answers import is_correct, score_correctness, score_format
+from medvqa_rl.core.prompts import TAGS, render_answer
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
-from medvqa_rl.rewards.format import score_format
 
 OPTIONS = ("pleural effusion", "no finding", "mass", "mass")
 

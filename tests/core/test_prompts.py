@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.core.answers import score_correctness
+from medvqa_rl.core.answers import parse_completion, read_choice, score_correctness
 from medvqa_rl.core.prompts import (
     ALL_TAGS,
     CHOICE_HINT,
@@ -20,13 +20,10 @@ from medvqa_rl.core.prompts import (
     as_asked,
     can_hide_options,
     fits,
-    neutralise,
-    normalise,
-    parse_completion,
-    read_choice,
     render_answer,
     render_prompt,
 )
+from medvqa_rl.core.text import neutralise, normalise
 from medvqa_rl.core.types import LETTERS, Sample
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import parse_completion, render_answer
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.data.splits import StoredDataset
 
 

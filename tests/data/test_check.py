@@ -15,9 +15,10 @@ from scipy.stats import chi2
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.check import DataReport, Finding, check_data
+from medvqa_rl.data.check import check_data
+from medvqa_rl.data.findings import DataReport, Finding
+from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
-from medvqa_rl.data.images.fingerprints import ImageBudget
 from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.splits import StoredDataset
 

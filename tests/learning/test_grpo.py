@@ -95,6 +95,9 @@ class Unreadable:
     def load(self):
         raise ValueError("The image cannot be decoded.")
 
+    def header_pixels(self) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class DamagedData(ToyData):

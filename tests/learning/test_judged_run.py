@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from medvqa_rl.config.yaml import build_config
-from medvqa_rl.core.prompts import parse_completion
+from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.learning.grpo import train

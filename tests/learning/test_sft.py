@@ -9,8 +9,9 @@ import pytest
 import torch
 from toy import ToyData, read_metrics, toy_config
 
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import INSTRUCTIONS, SECTIONS, as_asked, normalise, parse_completion
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.prompts import INSTRUCTIONS, SECTIONS, as_asked
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.phantom.claims import faithfulness
 from medvqa_rl.data.phantom.questions import draw_sample

@@ -42,6 +42,9 @@ class ToyImage:
             (np.stack([phase, phase // 2 + 80, 255 - phase], axis=-1) % 256).astype(np.uint8), "RGB"
         )
 
+    def header_pixels(self) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class ToyData:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BioGptForCausalLM
 
 from medvqa_rl.cli.judge.calibrate import phantom_pairs, run_calibrate
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.evaluation.judging.agreement import agreement
 from medvqa_rl.phantom.judge import RECIPES, build_judges, build_model, build_tokenizer, sample_texts
 from medvqa_rl.phantom.judge_lessons import Lessons, Probes, lesson_loss
-from medvqa_rl.phantom.vlm import ASSETS
 from medvqa_rl.rewards.judges import JudgeRequest
 from medvqa_rl.rewards.judges.local import load_local_judge
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
 from medvqa_rl.evaluation.measures.instruments import load_instruments
 from medvqa_rl.phantom import lm
 from medvqa_rl.phantom.lm import build_lm, cut_short, examine, reference_text, shuffled_words
-from medvqa_rl.phantom.vlm import ASSETS
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import TAGS, parse_completion
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.embedded import ASSETS, CHECKPOINTS, checkpoint_path
+from medvqa_rl.core.prompts import TAGS
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.phantom.claims import faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
@@ -21,7 +22,7 @@ from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.phantom import demo
 from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, learn, lesson
-from medvqa_rl.phantom.vlm import ASSETS, CHECKPOINTS, SPECIAL_TOKENS, build_model, build_processor, checkpoint_path
+from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_model, build_processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
 

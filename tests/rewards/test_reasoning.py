@@ -20,10 +20,10 @@ from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judged import gated
 from medvqa_rl.rewards.judges import Grade, GradeRequest, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, rubrics_of
 from medvqa_rl.rewards.judges.rubric import REASONING
-from medvqa_rl.rewards.reasoning import gated
 
 IDENTITY = JudgeIdentity("j", "w", REASONING.hash, 0.0)
 

@@ -330,6 +330,6 @@ def config_schema() -> None:
 @config_app.command("tables", hidden=True)
 def config_tables() -> None:
     """Print the tables of docs/configuration.md."""
-    from medvqa_rl.config.problems.checks import reference_tables
+    from medvqa_rl.config.schema import reference_tables
 
     print(reference_tables())

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.cli.ask import model_for
 from medvqa_rl.learning.run.checkpoint import list_checkpoints
-from medvqa_rl.models.checkpoints import atomic_folder
+from medvqa_rl.models.checkpoints import atomic_folder, model_for
 from medvqa_rl.models.loading import load_policy
 
 _OF_TRAINING = ("best.json",)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from medvqa_rl.config.base import Positive, Settings, Share
-from medvqa_rl.core.prompts import INSTRUCTIONS, Template
+from medvqa_rl.core.prompts import INSTRUCTIONS
+from medvqa_rl.core.types import Template
 
 
 class LoraConfig(Settings):

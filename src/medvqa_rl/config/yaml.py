@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from medvqa_rl.config import Config, ConfigError, Purpose, leaves
-from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem, is_nullable, locate, resolve, show
+from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem
+from medvqa_rl.config.schema import is_nullable, locate, resolve, show
 
 _SCALARS = {
     "null": re.compile(r"^(?:~|null|Null|NULL|)$"),

@@ -1,15 +1,100 @@
-"""The one scorer of answers, used as a reward and by the evaluation, so that they cannot disagree. No torch."""
+"""How a completion is read and when its answer is right: the one parser and the one scorer. Imports no torch.
+
+Rewards, metrics, judges, the data check and reports all use them, so they cannot disagree.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import dataclass
 
-from medvqa_rl.core.prompts import Template, as_asked, normalise, parse_completion, read_choice
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
+from medvqa_rl.core.text import as_written, normalise
+from medvqa_rl.core.types import LETTERS, Sample, Template
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a completion says."""
+
+    think: str | None
+    """Text of the think section, stripped; None when it is not asked for, missing, unclosed or not unique."""
+    answer: str | None
+    """Text of the unique, non-empty answer section, stripped; None is ``no_answer``."""
+    is_well_formed: bool
+    """Each tag of the form exactly once, in order, nothing but white space outside, no section empty."""
+    description: str | None = None
+    """Text of the describe section, stripped; None as for ``think``."""
+
+
+def _section(text: str, name: str) -> str | None:
+    """The stripped text between two tags that each occur exactly once, in order, and hold something."""
+    opening, closing = f"<{name}>", f"</{name}>"
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.index(opening) + len(opening), text.index(closing)
+    return text[start:end].strip() or None if start <= end else None
+
+
+def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
+    """Read a completion. The answer is taken from a unique, non-empty answer section even if the rest is malformed;
+    two answer sections, or none, is no answer. With the ``direct`` template the whole text is the answer."""
+    names = SECTIONS[template]
+    if not names:
+        answer = text.strip() or None
+        return ParsedAnswer(None, answer, answer is not None)
+    found = {name: _section(text, name) for name in names}
+    is_well_formed = all(found.values())
+    rest = text
+    for name in names if is_well_formed else ():
+        before, _, inside = rest.partition(f"<{name}>")
+        _, closing, rest = inside.partition(f"</{name}>")
+        is_well_formed = is_well_formed and not before.strip() and bool(closing)
+    return ParsedAnswer(
+        found.get("think"), found["answer"], is_well_formed and not rest.strip(), found.get("describe")
+    )
+
+
+def without_tags(text: str) -> str:
+    """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
+    for tag in ALL_TAGS:
+        text = text.replace(tag, " ")
+    return text.strip()
+
+
+# Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
+_LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
+
+
+_LABEL = re.compile(r"[.:,)]|\s[-–—]")
+
+
+def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
+    """The letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
+
+    A lone letter is the option's letter, for that is what the prompt asks for, even where the options' texts are
+    letters themselves (blood groups). Letter and text that disagree, a text that two options share, a letter beyond
+    the options, or anything else names none.
+
+    Returns:
+        The letter, or None.
+    """
+    answer = answer.strip()
+    reading = normalise
+    if match := _LETTER.match(answer):
+        opening, letter, closing, separator, text = match.groups()
+        index, text = LETTERS.index(letter.upper()), normalise(text)
+        if index < len(options) and (not text or text == normalise(options[index])):
+            return LETTERS[index]
+        if opening or closing or _LABEL.search(separator):
+            reading = as_written  # "A: lung" must not lose its A as an article, but an option may be "A. fumigatus"
+    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
+    return named[0] if len(named) == 1 and reading(answer) else None
 
 
 def is_correct(sample: Sample, answer: str | None) -> bool:
-    """Whether an answer, as :func:`medvqa_rl.core.prompts.parse_completion` read it, is the sample's gold answer.
+    """Whether an answer, as :func:`parse_completion` read it, is the sample's gold answer.
 
     Choice questions: the answer names the gold option, by letter or by its text (:func:`read_choice`). Closed and
     open questions: both are equal after :func:`normalise`, whole and never as a substring; where normalising leaves
@@ -45,3 +130,13 @@ def token_f1(prediction: str | None, gold: str) -> float:
         return float(words == gold_words)
     shared = (Counter(words) & Counter(gold_words)).total()
     return 2 * shared / (len(words) + len(gold_words))
+
+
+def score_format(text: str, template: Template = "think_answer") -> float:
+    """1 if the completion has the requested form, else 0.
+
+    The form: each tag of the template's sections exactly once, in this order, nothing but white space outside, no
+    section empty; for most templates ``<think> </think> <answer> </answer>``. With the ``direct`` template any
+    non-empty text has the form.
+    """
+    return float(parse_completion(text, template).is_well_formed)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from medvqa_rl.core.types import LETTERS, Sample
-
-Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
+from medvqa_rl.core.text import neutralise, normalise
+from medvqa_rl.core.types import LETTERS, Sample, Template
 
 _THINK_ANSWER = "Think in <think></think>, then answer in <answer></answer>."
 INSTRUCTIONS: dict[Template, str] = {
@@ -63,19 +62,6 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """The tags of the usual form, which the embedded models have tokens for."""
 ALL_TAGS = ("<describe>", "</describe>", *TAGS)
 """The tags of all forms."""
-_SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
-
-
-def neutralise(text: str) -> tuple[str, int]:
-    """Make special-token and tag strings inside a data set's text harmless.
-
-    ``<|image_pad|>`` becomes ``(|image_pad|)`` and ``</think>`` becomes ``(/think)``: readable, and no tokenizer
-    maps them to control tokens, nor can a question close the reasoning of its answer.
-
-    Returns:
-        The text and the number of strings replaced.
-    """
-    return _SPECIAL.subn(lambda match: f"({match[1] or match[2]})", text)
 
 
 @dataclass(frozen=True)
@@ -169,101 +155,3 @@ def render_answer(think: str, answer: str, template: Template = "think_answer", 
     if not SECTIONS[template]:
         return clean["answer"]
     return "".join(f"<{name}>{clean[name]}</{name}>" for name in SECTIONS[template] if clean[name])
-
-
-@dataclass(frozen=True)
-class ParsedAnswer:
-    """What a completion says."""
-
-    think: str | None
-    """Text of the think section, stripped; None when it is not asked for, missing, unclosed or not unique."""
-    answer: str | None
-    """Text of the unique, non-empty answer section, stripped; None is ``no_answer``."""
-    is_well_formed: bool
-    """Each tag of the form exactly once, in order, nothing but white space outside, no section empty."""
-    description: str | None = None
-    """Text of the describe section, stripped; None as for ``think``."""
-
-
-def _section(text: str, name: str) -> str | None:
-    """The stripped text between two tags that each occur exactly once, in order, and hold something."""
-    opening, closing = f"<{name}>", f"</{name}>"
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start, end = text.index(opening) + len(opening), text.index(closing)
-    return text[start:end].strip() or None if start <= end else None
-
-
-def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
-    """Read a completion. The answer is taken from a unique, non-empty answer section even if the rest is malformed;
-    two answer sections, or none, is no answer. With the ``direct`` template the whole text is the answer."""
-    names = SECTIONS[template]
-    if not names:
-        answer = text.strip() or None
-        return ParsedAnswer(None, answer, answer is not None)
-    found = {name: _section(text, name) for name in names}
-    is_well_formed = all(found.values())
-    rest = text
-    for name in names if is_well_formed else ():
-        before, _, inside = rest.partition(f"<{name}>")
-        _, closing, rest = inside.partition(f"</{name}>")
-        is_well_formed = is_well_formed and not before.strip() and bool(closing)
-    return ParsedAnswer(
-        found.get("think"), found["answer"], is_well_formed and not rest.strip(), found.get("describe")
-    )
-
-
-def without_tags(text: str) -> str:
-    """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
-    for tag in ALL_TAGS:
-        text = text.replace(tag, " ")
-    return text.strip()
-
-
-_ARTICLES = {"a", "an", "the"}
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
-_EDGES = re.compile(r"^[\s.,;:!?\"'()\[\]*`]+|[\s.,;:!?\"'()\[\]*`]+$")
-
-
-def normalise(text: str) -> str:
-    """The one normalisation of answers: special-token strings neutralised as in the prompt, lower case, white space
-    and edge punctuation of words removed, leading articles dropped, number words up to ten as digits. Words are
-    compared whole, never as substrings, so "abnormal" is not "no". An answer of nothing but articles keeps them
-    ("A" is an option's letter)."""
-    words = [_EDGES.sub("", word) for word in neutralise(text)[0].lower().split()]
-    words = [_NUMBERS.get(word, word) for word in words if word]
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
-
-
-def _literal(text: str) -> str:
-    """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
-    return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
-
-
-# Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
-_LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
-_LABEL = re.compile(r"[.:,)]|\s[-–—]")
-
-
-def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
-    """The letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
-
-    A lone letter is the option's letter, for that is what the prompt asks for, even where the options' texts are
-    letters themselves (blood groups). Letter and text that disagree, a text that two options share, a letter beyond
-    the options, or anything else names none.
-
-    Returns:
-        The letter, or None.
-    """
-    answer = answer.strip()
-    reading = normalise
-    if match := _LETTER.match(answer):
-        opening, letter, closing, separator, text = match.groups()
-        index, text = LETTERS.index(letter.upper()), normalise(text)
-        if index < len(options) and (not text or text == normalise(options[index])):
-            return LETTERS[index]
-        if opening or closing or _LABEL.search(separator):
-            reading = _literal  # "A: lung" must not lose its A as an article, but an option may be "A. fumigatus"
-    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
-    return named[0] if len(named) == 1 and reading(answer) else None

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from medvqa_rl.core.prompts import Template
 
 AnswerType = Literal["choice", "closed", "open"]
 """choice: one of the options; closed: a short answer from a small set such as yes and no; open: free text."""
+
+Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
+"""Names of the prompts' forms; :mod:`medvqa_rl.core.prompts` has their texts and sections."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -38,6 +40,10 @@ class ImageSource(Protocol):
         Raises:
             ValueError: the file is missing, unreadable or not an image; the message names it.
         """
+        ...
+
+    def header_pixels(self) -> int | None:
+        """Width times height where that is known without decoding the image, else None."""
         ...
 
 

@@ -3,117 +3,40 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import chisquare
 
+from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.answers import score_correctness
-from medvqa_rl.core.prompts import Template, as_asked, normalise, render_answer
-from medvqa_rl.core.types import LETTERS, Dataset, ImageSource, Sample
-from medvqa_rl.data.images.fingerprints import FLAT, ImageBudget, ImageFacts, measure
+from medvqa_rl.core.prompts import as_asked, render_answer
+from medvqa_rl.core.text import normalise
+from medvqa_rl.core.types import LETTERS, Dataset, ImageSource, Sample, Template
+from medvqa_rl.data import Split, load_dataset
+from medvqa_rl.data.findings import OTHER, DataReport, Faults, Finding, Level, SplitFacts
+from medvqa_rl.data.images.budget import ImageBudget
+from medvqa_rl.data.images.fingerprints import FLAT, ImageFacts, measure
 from medvqa_rl.data.overlap import Overlap, find_overlap, twins
 from medvqa_rl.data.reading.issues import RowIssue
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.splits import NoSuchSplit, StoredDataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KINDS = ("train", "val", "test")
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-Level = Literal["wrong", "look"]
-"""wrong: results would not mean what they seem to mean; look: may be all right, look at it."""
 
 ENDLESS_LIMIT = 1000
 """Samples looked at of each split that never ends, unless told otherwise."""
 
-SKEW_P = 0.001
-"""Answer letters count as skewed where chance explains them with a smaller probability (chi-squared test)."""
-
-OTHER = ": "
-"""Between the name of a further data set and its split: ``slake_en: test``."""
 
 Progress = Callable[[str, int, int], None]
 """Takes what is counted, how many are done and how many there are."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One kind of fault with the places where it was found."""
-
-    level: Level
-    what: str
-    """A few words."""
-    count: int
-    text: str
-    """What it means and what to do."""
-    examples: tuple[str, ...] = ()
-
-
-@dataclass
-class SplitFacts:
-    """What is in a split."""
-
-    split: str
-    name: str
-    fingerprint: str
-    num_rows: int
-    """Samples of the split; those of an endless one are not counted but 0."""
-    seen: int = 0
-    """Samples looked at."""
-    types: Counter[str] = field(default_factory=Counter)
-    letters: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """(number of options, gold letter) -> choice questions."""
-    answers: Counter[str] = field(default_factory=Counter)
-    """Normalised gold answers of closed questions."""
-    question_words: array[int] = field(default_factory=lambda: array("I"))
-    answer_words: array[int] = field(default_factory=lambda: array("I"))
-    images: dict[str, ImageSource] = field(default_factory=dict)
-    """Distinct images by key."""
-    image_uses: list[tuple[str, ...]] = field(default_factory=list)
-    """Keys of the images of every sample."""
-    widths: list[int] = field(default_factory=list)
-    """Of distinct images in pixels."""
-    heights: list[int] = field(default_factory=list)
-    image_tokens: list[int] = field(default_factory=list)
-    """Per question, over all its images; questions with an image that cannot be read are left out."""
-
-    @property
-    def majority_letter(self) -> tuple[str, float]:
-        """The commonest gold letter of the choice questions, and the accuracy of always giving it."""
-        counts: Counter[str] = Counter()
-        for (_, letter), count in self.letters.items():
-            counts[letter] += count
-        return _commonest(counts)
-
-    @property
-    def majority_answer(self) -> tuple[str, float]:
-        """The commonest gold answer of the closed questions, and the accuracy of always giving it."""
-        return _commonest(self.answers)
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """Everything that a check found."""
-
-    splits: tuple[SplitFacts, ...]
-    overlaps: tuple[Overlap, ...]
-    leaked: tuple[int, int] | None
-    """(test images that are in train or val by name or pixels, test images); None without a test split."""
-    findings: tuple[Finding, ...]
-    notes: Mapping[str, int]
-    """What loading said about the splits, other than dropped and repaired rows."""
-    issues: tuple[RowIssue, ...]
-    budget: ImageBudget
-    seconds: float
-
-    def is_wrong(self, *, strict: bool = False) -> bool:
-        """Whether anything is wrong; strict counts what is only to be looked at too."""
-        return any(strict or finding.level == "wrong" for finding in self.findings)
 
 
 @dataclass(frozen=True)
@@ -130,19 +53,8 @@ class _OfAnother:
     def load(self) -> Image:
         return self.source.load()
 
-
-class _Faults:
-    """Faults by kind: how many, and the first few places."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[str]] = {}
-
-    def add(self, kind: str, place: str, count: int = 1) -> None:
-        self.counts[kind] += count
-        places = self.places.setdefault(kind, [])
-        if len(places) < 8:
-            places.append(place)
+    def header_pixels(self) -> int | None:
+        return self.source.header_pixels()
 
 
 TEXTS: dict[str, tuple[Level, str]] = {
@@ -193,7 +105,7 @@ def check_data(
         progress: is told how far the check is.
     """
     start = time.perf_counter()
-    faults = _Faults()
+    faults = Faults()
     splits = [_read_split(split, dataset, template, limit, faults, progress) for split, dataset in datasets.items()]
     facts: dict[str, ImageFacts] = {}
     if decode:
@@ -260,13 +172,13 @@ def _pairs(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, SplitFacts]]:
             if set_1 == set_2:
                 found.append((first, second))
             elif kind_1 != kind_2:
-                is_in_order = KINDS.index(kind_1) < KINDS.index(kind_2)
+                is_in_order = SPLITS.index(kind_1) < SPLITS.index(kind_2)
                 found.append((first, second) if is_in_order else (second, first))
     return found
 
 
 def _read_split(
-    split: str, dataset: Dataset, template: Template, limit: int | None, faults: _Faults, progress: Progress
+    split: str, dataset: Dataset, template: Template, limit: int | None, faults: Faults, progress: Progress
 ) -> SplitFacts:
     """Look at the samples of a split, their images still undecoded."""
     facts = SplitFacts(split, dataset.name, dataset.fingerprint, 0 if dataset.is_endless else len(dataset))
@@ -320,13 +232,6 @@ def _count(facts: SplitFacts, sample: Sample, answer: str) -> None:
     for image in sample.images:
         facts.images.setdefault(image.key, image)
     facts.image_uses.append(tuple(image.key for image in sample.images))
-
-
-def _commonest(counts: Counter[str]) -> tuple[str, float]:
-    if not counts:
-        return "", float("nan")
-    value, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
-    return value, count / counts.total()
 
 
 def _leaks(overlaps: Sequence[Overlap]) -> list[Finding]:
@@ -426,3 +331,63 @@ def _dropped(issues: Sequence[RowIssue]) -> list[Finding]:
             tuple(f"{issue.file} row {issue.row}: {issue.reason}" for issue in dropped[:8]),
         )
     ]
+
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+def load_splits(config: Config) -> dict[str, Dataset]:
+    """All splits that the data of the settings have, in the order train, val, test.
+
+    Raises:
+        ValueError: the data cannot be found or read, or there is no split at all.
+    """
+    found: dict[str, Dataset] = {}
+    missing: list[NoSuchSplit] = []
+    for split in SPLITS:
+        try:
+            found[split] = load_dataset(config.data, split)
+        except NoSuchSplit as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
+
+
+def with_further(config: Config, further: Sequence[DataConfig]) -> dict[str, Dataset]:
+    """The splits of the settings' data and those of further data sets, named ``slake_en: test``.
+
+    Raises:
+        ValueError: a data set cannot be found or read.
+    """
+    found = load_splits(config)
+    for number, data in enumerate(further, start=1):
+        is_alone = [each.name for each in further].count(data.name) == 1
+        label = data.name if is_alone else f"{data.name} {number}"
+        for split, dataset in load_splits(config.model_copy(update={"data": data})).items():
+            found[f"{label}{OTHER}{split}"] = dataset
+    return found
+
+
+def owners_split(config: Config) -> dict[str, int]:
+    """What the owners' split of a data set shares, by the images' names, for settings that split by image instead:
+    published numbers are on that split. Empty where it has no test split or nothing else.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
+    whole = {"split": "official", "num_train": None, "num_val": None, "num_test": None}
+    datasets = load_splits(config.model_copy(update={"data": config.data.model_copy(update=whole)}))
+    names = {
+        split: {image.key for index in range(len(dataset)) for image in dataset[index].images}
+        for split, dataset in datasets.items()
+    }
+    test = names.pop("test", set())
+    if not test or not names:
+        return {}
+    shared = len(test & set().union(*names.values()))
+    return {f"owners' split, not used here: of its {len(test):,} test images are also in train or val": shared}
+
+
+SKEW_P = 0.001
+"""Answer letters count as skewed where chance explains them with a smaller probability (chi-squared test)."""

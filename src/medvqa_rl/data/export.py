@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from medvqa_rl.core.prompts import Template, as_asked, render_prompt
-from medvqa_rl.core.types import Dataset, ImageSource, Sample
+from medvqa_rl.core.prompts import as_asked, render_prompt
+from medvqa_rl.core.types import Dataset, ImageSource, Sample, Template
 from medvqa_rl.data.images.files import FileImage, shrink
 
 Format = Literal["jsonl", "parquet", "csv"]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import overload
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import neutralise
+from medvqa_rl.core.files import cache_folder
+from medvqa_rl.core.text import neutralise
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.hub import download
-from medvqa_rl.data.reading.index import cache_folder
 from medvqa_rl.data.reading.issues import count_issues, log_issues, refuse_if_too_many_dropped
 from medvqa_rl.data.reading.rows import Reading, Row
 from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, splits_of

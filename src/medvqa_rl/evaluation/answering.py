@@ -13,10 +13,11 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
-from medvqa_rl.core.answers import is_correct, token_f1
-from medvqa_rl.core.prompts import ParsedAnswer, Template, normalise, parse_completion, read_choice, render_prompt
-from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, ImageSource, Sample
-from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.core.answers import ParsedAnswer, is_correct, parse_completion, read_choice, token_f1
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.text import normalise
+from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, Sample, Template
+from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.images.prefetch import work_ahead
 from medvqa_rl.data.phantom.claims import claims, faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
@@ -120,17 +121,10 @@ def batches(samples: Sequence[Sample], template: Template, size: int) -> list[li
     def length(sample: Sample) -> float:
         content = render_prompt(sample, template).messages[0]["content"]
         characters = sum(len(part["text"]) for part in content if part["type"] == "text")
-        return characters / 4 + sum(map(_pixels, sample.images)) / 784
+        return characters / 4 + sum(source.header_pixels() or 0 for source in sample.images) / 784
 
     ordered = sorted(samples, key=length)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def _pixels(source: ImageSource) -> int:
-    """Width times height of an image; 0 where only decoding it would tell."""
-    if isinstance(source, MemoryImage):
-        return source.image.width * source.image.height
-    return (source.header_pixels() or 0) if isinstance(source, FileImage) else 0
 
 
 def answer_all(

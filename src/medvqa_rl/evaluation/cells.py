@@ -14,11 +14,10 @@ from typing import Any
 from accelerate.state import PartialState
 from rich.console import Console
 
-from medvqa_rl.cli.ask import with_checkpoint
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.progress import progress_bar
-from medvqa_rl.core.prompts import Template, as_asked
-from medvqa_rl.core.types import Dataset, Sample
+from medvqa_rl.core.prompts import as_asked
+from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.answering import Asking, Engine, View, answer_all, chosen_samples
 from medvqa_rl.evaluation.controls import Control, make_controls, summarise_controls
@@ -35,6 +34,7 @@ from medvqa_rl.evaluation.measures.instruments import Instruments, load_instrume
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, pairs_csv, show_pairs, write_comparisons
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity, write_text
+from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.rewards.judges.load import notices, overlap

@@ -39,6 +39,9 @@ class BlankImage:
     def load(self) -> Image.Image:
         return Image.new("RGB", self.source.load().size, GREY)
 
+    def header_pixels(self) -> int | None:
+        return self.source.header_pixels()
+
 
 @dataclass(frozen=True)
 class Control:

@@ -17,8 +17,8 @@ from typing import Any
 from rich.table import Table
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
-from medvqa_rl.core.prompts import Template, as_asked
-from medvqa_rl.core.types import Dataset, Sample
+from medvqa_rl.core.prompts import as_asked
+from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
 from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
 from medvqa_rl.evaluation.records import EvalRecord, read_records, record_line

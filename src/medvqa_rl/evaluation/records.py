@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from medvqa_rl.core.prompts import Template, normalise
-from medvqa_rl.core.types import LETTERS, AnswerType
+from medvqa_rl.core.text import normalise
+from medvqa_rl.core.types import LETTERS, AnswerType, Template
 
 
 @dataclass(frozen=True)

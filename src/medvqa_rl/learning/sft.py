@@ -16,9 +16,9 @@ from accelerate.accelerator import Accelerator
 from torch import Tensor, nn
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.prompts import Template, as_asked, render_answer
+from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.randomness import address
-from medvqa_rl.core.types import Completion, Dataset, Group, Sample
+from medvqa_rl.core.types import Completion, Dataset, Group, Sample, Template
 from medvqa_rl.learning.batching.feed import Prepared, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate

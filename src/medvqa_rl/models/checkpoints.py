@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, cast
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from medvqa_rl.config import ModelConfig
 from medvqa_rl.models.loading import Policy
 
 
@@ -84,3 +86,43 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The settings of a model with its weights taken from a checkpoint's folder, whole model or LoRA adapter.
+
+    Raises:
+        ValueError: the folder does not exist or holds neither.
+    """
+    if (folder / "config.json").is_file():
+        return model.model_copy(update={"path": str(folder), "adapter": None, "lora": None, "revision": None})
+    if (folder / "adapter_config.json").is_file():
+        return model.model_copy(update={"adapter": str(folder), "lora": None})
+    if not folder.is_dir():
+        raise ValueError(f"The checkpoint {folder} does not exist: give the folder of a saved model or adapter.")
+    found = {path.parent for name in ("config.json", "adapter_config.json") for path in folder.rglob(name)}
+    inside = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    best = [path for path in inside if path.name == "best"]
+    hint = f"try {(best or inside)[-1]}" if inside else "give the folder of a saved model or adapter"
+    raise ValueError(f"The folder {folder} holds neither config.json nor adapter_config.json: {hint}.")
+
+
+def model_for(path: str) -> ModelConfig:
+    """Settings of a model from one path: phantom name, Hub id, folder of a model, or of an adapter, whose base model
+    is the one it was trained on.
+
+    Raises:
+        ValueError: a folder that holds no model, or an adapter that does not name its base model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        with_checkpoint(ModelConfig(), folder)  # a run's folder holds models but is none: say which
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return ModelConfig(path=path)
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"The adapter in {folder} does not name the model that it was trained on: write it as "
+            "base_model_name_or_path into its adapter_config.json."
+        )
+    return ModelConfig(path=base, adapter=str(folder))

@@ -121,7 +121,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         ValueError: there is no such folder or repository, or it is neither cached nor reachable.
     """
     if path.startswith("phantom:"):
-        from medvqa_rl.phantom.vlm import checkpoint_path  # the world's package imports models
+        from medvqa_rl.core.embedded import checkpoint_path
 
         return checkpoint_path(path.removeprefix("phantom:"))
     folder = Path(path).expanduser()

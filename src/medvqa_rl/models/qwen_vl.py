@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from medvqa_rl.core.prompts import Template, render_prompt
-from medvqa_rl.core.types import EncodedPrompt, Sample
-from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.types import EncodedPrompt, Sample, Template
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 IMAGE_TOKEN = "<|image_pad|>"
@@ -147,7 +146,7 @@ class Processor:
         limits = self.image_processor.size
         total = 0
         for source in sample.images:
-            stored = (source.header_pixels() or 0) if isinstance(source, FileImage) else 0
+            stored = source.header_pixels() or 0
             seen = min(max(stored, limits["shortest_edge"]), limits["longest_edge"]) if stored else 0
             total += 12 * stored + 72 * seen
         return total
@@ -159,7 +158,7 @@ class Processor:
         per_token = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
         tokens = (len(sample.question) + sum(map(len, sample.options))) / 4
         for source in sample.images:
-            stored = source.header_pixels() if isinstance(source, FileImage) else None
+            stored = source.header_pixels()
             pixels = min(max(stored or limits["longest_edge"], limits["shortest_edge"]), limits["longest_edge"])
             tokens += pixels / per_token
         return tokens

@@ -29,7 +29,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from medvqa_rl.core.prompts import parse_completion, render_answer
+from medvqa_rl.core.answers import parse_completion
+from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws, address
 from medvqa_rl.core.types import LETTERS, Group, Sample
 from medvqa_rl.data import load_dataset

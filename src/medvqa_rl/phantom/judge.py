@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import BioGptConfig, BioGptForCausalLM, PreTrainedTokenizerFast
 
 from medvqa_rl.config import JudgeConfig, ModelConfig, OptimizerConfig, RolloutConfig
-from medvqa_rl.core.prompts import parse_completion
+from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at

@@ -26,7 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from medvqa_rl.config import OptimizerConfig
-from medvqa_rl.core.prompts import render_answer, without_tags
+from medvqa_rl.core.answers import without_tags
+from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model

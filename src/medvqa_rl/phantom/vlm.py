@@ -6,8 +6,6 @@ weights ship in ``phantom/assets``; :mod:`medvqa_rl.phantom.build` makes them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -22,9 +20,6 @@ from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.drawing import SIZE
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.qwen_vl import Processor
-
-ASSETS = Path(__file__).parent / "assets"
-CHECKPOINTS = ("base", "instruct")
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -51,22 +46,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def checkpoint_path(name: str) -> Path:
-    """Folder of an embedded checkpoint.
-
-    Raises:
-        ValueError: there is none of that name, or the package was installed without it.
-    """
-    if name not in CHECKPOINTS:
-        raise ValueError(f"There is no phantom checkpoint '{name}': use phantom:base or phantom:instruct.")
-    folder = ASSETS / name
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(
-            f"The phantom checkpoint '{name}' is not installed in {folder}: run `medvqa-rl phantom build` to make it."
-        )
-    return folder
 
 
 def corpus(count: int = 4000) -> list[str]:

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import parse_completion, without_tags
+from medvqa_rl.core.answers import is_correct, parse_completion, score_format, without_tags
 from medvqa_rl.core.types import Completion, Group, Scores
-from medvqa_rl.rewards.format import score_format
 from medvqa_rl.rewards.functions import FunctionLog, call_function, load_function
+from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Grader, Judge
 from medvqa_rl.rewards.length import (
     correctness_weighted_length,
@@ -22,8 +21,6 @@ from medvqa_rl.rewards.length import (
     soft_overlong,
 )
 from medvqa_rl.rewards.open_answers import Compare, OpenScorer, score_answers
-from medvqa_rl.rewards.reasoning import score_reasoning
-from medvqa_rl.rewards.semantic import score_semantic
 
 TokenCounter = Callable[[str], int]
 """How many tokens the policy's tokenizer makes of a text."""

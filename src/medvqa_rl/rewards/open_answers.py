@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.core.answers import is_correct, token_f1
-from medvqa_rl.core.prompts import as_asked, parse_completion
+from medvqa_rl.core.answers import is_correct, parse_completion, token_f1
+from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import AnswerType, Group
 from medvqa_rl.rewards.functions import FunctionLog
 from medvqa_rl.rewards.guards import conflict
+from medvqa_rl.rewards.judged import grade_request, log_grades
 from medvqa_rl.rewards.judges import Grader
-from medvqa_rl.rewards.reasoning import grade_request, log_grades
 
 
 class Compare(Protocol):

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
-from medvqa_rl.core.prompts import Template
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph

@@ -12,7 +12,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from medvqa_rl.core.prompts import without_tags
+from medvqa_rl.core.answers import without_tags
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.health import (
     ENTROPY_LEFT,

@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.cli.data.inspection import image_budget
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.sets.vqa_rad import FILE
 
 ROOT = Path(__file__).parents[3]

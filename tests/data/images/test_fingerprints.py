@@ -16,11 +16,11 @@ from scipy.fft import dctn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.types import ImageSource
+from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.images.fingerprints import (
     BITS,
     NEAR,
-    ImageBudget,
     ImageFacts,
     as_words,
     image_facts,

@@ -46,6 +46,9 @@ class Source:
             raise ValueError(f"The image {self.key} is broken.")
         return Image.new("RGB", (100, 100))
 
+    def header_pixels(self) -> None:
+        return None
+
 
 def samples(counter: Counter, count: int | None = None, **how: object) -> Iterator[Sample]:
     numbers = itertools.count() if count is None else range(count)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import normalise, read_choice
+from medvqa_rl.core.answers import read_choice
+from medvqa_rl.core.text import normalise
 from medvqa_rl.data.phantom.claims import claims, faithfulness, is_coherent, is_true
 from medvqa_rl.data.phantom.dataset import load_phantom
 from medvqa_rl.data.phantom.drawing import SIZE, PhantomImage, render

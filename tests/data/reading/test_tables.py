@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import parse_completion, render_answer
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading.folder import MISSING, OUTSIDE, ImageFolder
 from medvqa_rl.data.reading.tables import LATIN_1, Fields, Report, read_table

@@ -89,6 +89,9 @@ class CountedImage:
         self.threads.add(threading.current_thread().name)
         return toy.ToyImage(int(self.key)).load()
 
+    def header_pixels(self) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class CountedData(ToyData):

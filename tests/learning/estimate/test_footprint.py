@@ -25,7 +25,8 @@ from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.learning.estimate import footprint
 from medvqa_rl.learning.estimate.cost import read_architecture
-from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak, plan, trained_parameters
+from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak
+from medvqa_rl.learning.estimate.workload import plan, trained_parameters
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.setup import make_accelerator

@@ -6,8 +6,8 @@ import pytest
 
 from medvqa_rl.config import Config, LossConfig, ModelConfig
 from medvqa_rl.learning.estimate.cost import Architecture
-from medvqa_rl.learning.estimate.footprint import plan
 from medvqa_rl.learning.estimate.pace import Rates, expected_seconds, seconds, update_shape
+from medvqa_rl.learning.estimate.workload import plan
 
 MODEL = Architecture(
     **{"vocabulary": 100, "hidden": 8, "intermediate": 16, "layers": 2, "heads": 2, "kv_heads": 1, "is_tied": True},

@@ -13,8 +13,8 @@ from PIL import Image
 
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.check import check_data
+from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
-from medvqa_rl.data.images.fingerprints import ImageBudget
 from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.report.pages.data_page import MAX_ISSUES, histograms, write_data_page

@@ -35,6 +35,9 @@ class Shade:
             raise ValueError(f"{self.key} is damaged.")
         return Image.new("RGB", (8, 8), (self.level, 0, 0))
 
+    def header_pixels(self) -> None:
+        return None
+
 
 @dataclass
 class Shades:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from medvqa_rl.cli.data.inspection import console, load_splits
+from medvqa_rl.cli.data.inspection import console
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.data import Split, load_dataset
+from medvqa_rl.data.check import load_splits
 from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,23 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.config import Config, DataConfig, ModelConfig
+from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.progress import progress_bars
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import Split, load_dataset
-from medvqa_rl.data.check import ENDLESS_LIMIT, OTHER, DataReport, check_data
-from medvqa_rl.data.images.fingerprints import NEAR, ImageBudget
+from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, owners_split, with_further
+from medvqa_rl.data.findings import DataReport
+from medvqa_rl.data.images.budget import image_budget
+from medvqa_rl.data.images.fingerprints import NEAR
 from medvqa_rl.data.images.sheet import draw_sheet, save_sheet
 from medvqa_rl.data.reading.issues import count_issues
 from medvqa_rl.data.sets.catalogue import readable
-from medvqa_rl.data.splits import NoSuchSplit, choose
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from medvqa_rl.data.splits import choose
 
 
 def console() -> Console:
@@ -52,79 +50,6 @@ def run_list() -> None:
         out.print(table)
         out.print()
     out.print("Set data.name to one of these; docs/data.md says how each folder looks.", soft_wrap=True)
-
-
-def load_splits(config: Config) -> dict[str, Dataset]:
-    """All splits that the data of the settings have, in the order train, val, test.
-
-    Raises:
-        ValueError: the data cannot be found or read, or there is no split at all.
-    """
-    found: dict[str, Dataset] = {}
-    missing: list[NoSuchSplit] = []
-    for split in SPLITS:
-        try:
-            found[split] = load_dataset(config.data, split)
-        except NoSuchSplit as error:
-            missing.append(error)
-    if not found:
-        raise missing[0]
-    return found
-
-
-def with_further(config: Config, further: Sequence[DataConfig]) -> dict[str, Dataset]:
-    """The splits of the settings' data and those of further data sets, named ``slake_en: test``.
-
-    Raises:
-        ValueError: a data set cannot be found or read.
-    """
-    found = load_splits(config)
-    for number, data in enumerate(further, start=1):
-        is_alone = [each.name for each in further].count(data.name) == 1
-        label = data.name if is_alone else f"{data.name} {number}"
-        for split, dataset in load_splits(config.model_copy(update={"data": data})).items():
-            found[f"{label}{OTHER}{split}"] = dataset
-    return found
-
-
-def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
-    """How the model of the settings resizes images, and where that is known from.
-
-    Values come from the checkpoint's preprocessor_config.json where it is on this machine (a folder, the embedded
-    models or the Hub's cache), else they are those published with Qwen2-VL; the settings' min_pixels and max_pixels
-    win. Opens no connection.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    folder = Path(model.path).expanduser()
-    if model.path.startswith("phantom:"):
-        folder = Path(__file__).parents[2] / "phantom" / "assets" / model.path.removeprefix("phantom:")
-    file: Path | None = folder / "preprocessor_config.json"
-    if not folder.is_dir() and model.path.count("/") == 1:
-        cached = try_to_load_from_cache(model.path, "preprocessor_config.json", revision=model.revision)
-        file = Path(cached) if isinstance(cached, str) else None
-    values: dict[str, int] = {}
-    where = "as published with Qwen2-VL"
-    if file is not None and file.is_file():
-        where = f"of {model.path}"
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            size = content.get("size") or {}
-            found = {
-                "min_pixels": size.get("shortest_edge", content.get("min_pixels")),
-                "max_pixels": size.get("longest_edge", content.get("max_pixels")),
-                "patch_size": content.get("patch_size"),
-                "merge_size": content.get("merge_size"),
-            }
-            values = {name: int(value) for name, value in found.items() if value is not None}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"The file {file} is no image settings ({error}): take it from the checkpoint."
-            ) from error
-    given = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
-    values |= {name: value for name, value in given.items() if value is not None}
-    return ImageBudget(**values), where
 
 
 def run_check(
@@ -175,26 +100,6 @@ def run_check(
 
         out.print(f"Written: {write_data_page(html, report, where)}", soft_wrap=True)
     return not report.is_wrong(strict=strict)
-
-
-def owners_split(config: Config) -> dict[str, int]:
-    """What the owners' split of a data set shares, by the images' names, for settings that split by image instead:
-    published numbers are on that split. Empty where it has no test split or nothing else.
-
-    Raises:
-        ValueError: the data cannot be read.
-    """
-    whole = {"split": "official", "num_train": None, "num_val": None, "num_test": None}
-    datasets = load_splits(config.model_copy(update={"data": config.data.model_copy(update=whole)}))
-    names = {
-        split: {image.key for index in range(len(dataset)) for image in dataset[index].images}
-        for split, dataset in datasets.items()
-    }
-    test = names.pop("test", set())
-    if not test or not names:
-        return {}
-    shared = len(test & set().union(*names.values()))
-    return {f"owners' split, not used here: of its {len(test):,} test images are also in train or val": shared}
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -18,15 +18,18 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from medvqa_rl.cli.data.inspection import console, image_budget, load_splits, print_report
+from medvqa_rl.cli.data.inspection import console, print_report
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig
 from medvqa_rl.config.yaml import build_config, read_yaml
 from medvqa_rl.core.progress import progress_bar, progress_bars
-from medvqa_rl.core.prompts import normalise, render_prompt
+from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Dataset, Sample
-from medvqa_rl.data.check import DataReport, check_data
+from medvqa_rl.data.check import check_data, load_splits
 from medvqa_rl.data.division import COLUMN, Division, divide, equal_images, read_whole, write_divided
+from medvqa_rl.data.findings import DataReport
+from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
 from medvqa_rl.learning.estimate.hardware import GIB, Machine
 from medvqa_rl.learning.estimate.pace import Rates

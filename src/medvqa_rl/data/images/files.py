@@ -196,3 +196,7 @@ class MemoryImage:
     def load(self) -> Image.Image:
         """The image as RGB."""
         return to_rgb(self.image)
+
+    def header_pixels(self) -> int:
+        """Width times height."""
+        return self.image.width * self.image.height

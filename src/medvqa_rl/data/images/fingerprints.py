@@ -7,7 +7,6 @@ are most likely copies: compressed again, resized, brightened.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,49 +146,3 @@ def near_pairs(
 def as_words(hashes: Iterable[bytes]) -> NDArray[np.uint64]:
     """Hashes of 32 bytes as (N, 4) words."""
     return np.frombuffer(b"".join(hashes), dtype=np.uint64).reshape(-1, 4)
-
-
-@dataclass(frozen=True)
-class ImageBudget:
-    """How a Qwen2-VL processor resizes images."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 16384 * 28 * 28
-    patch_size: int = 14
-    merge_size: int = 2
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height in pixels after resizing: multiples of patch_size * merge_size, the area within the limits,
-        the ratio nearly kept. The arithmetic of Qwen2-VL (Wang et al. 2024, ``smart_resize`` of its processor).
-
-        Raises:
-            ValueError: one side is more than 200 times the other; the processor refuses such images.
-        """
-        if max(width, height) > 200 * min(width, height):
-            raise ValueError(
-                f"An image of {width} x {height} pixels is more than 200 times as long as wide, which Qwen2-VL "
-                "refuses: crop it."
-            )
-        unit = self.patch_size * self.merge_size
-        rounded = (round(width / unit) * unit, round(height / unit) * unit)
-        if rounded[0] * rounded[1] > self.max_pixels:
-            scale = math.sqrt(width * height / self.max_pixels)
-            return (
-                max(unit, math.floor(width / scale / unit) * unit),
-                max(unit, math.floor(height / scale / unit) * unit),
-            )
-        if rounded[0] * rounded[1] < self.min_pixels:
-            scale = math.sqrt(self.min_pixels / (width * height))
-            return math.ceil(width * scale / unit) * unit, math.ceil(height * scale / unit) * unit
-        return rounded
-
-    def tokens(self, width: int, height: int) -> int:
-        """Image tokens that the language model reads for an image: one per unit of patch_size * merge_size pixels
-        squared.
-
-        Raises:
-            ValueError: as :meth:`resized`.
-        """
-        unit = self.patch_size * self.merge_size
-        across, down = self.resized(width, height)
-        return (across // unit) * (down // unit)

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import TypeVar
 
 from medvqa_rl.core.types import Sample
-from medvqa_rl.data.images.files import FileImage, MemoryImage, shrink
+from medvqa_rl.data.images.files import MemoryImage, shrink
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -149,7 +149,7 @@ def work_ahead(
 
 def image_pixels(sample: Sample) -> int:
     """Pixels of a sample's images as their headers have them; images whose headers do not tell count as 0."""
-    return sum(source.header_pixels() or 0 for source in sample.images if isinstance(source, FileImage))
+    return sum(source.header_pixels() or 0 for source in sample.images)
 
 
 def prefetch(

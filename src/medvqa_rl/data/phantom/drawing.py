@@ -330,3 +330,6 @@ class PhantomImage:
     def load(self) -> Image.Image:
         """Draw the image. Never fails."""
         return Image.fromarray(render(self.scene, self.scanner), "RGB")
+
+    def header_pixels(self) -> None:
+        """Nothing: it has no header."""

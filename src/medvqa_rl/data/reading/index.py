@@ -36,13 +36,6 @@ LISTS = ("options", "images")
 log = logging.getLogger(__name__)
 
 
-def cache_folder(given: str | None) -> Path:
-    """``data.cache_dir``, or ``medvqa-rl`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    if given is not None:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medvqa-rl"
-
-
 def read_indexed(
     path: Path,
     folder: ImageFolder,

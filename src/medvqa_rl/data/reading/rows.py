@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.folder import ImageFolder

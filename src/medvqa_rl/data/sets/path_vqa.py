@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.files import cache_folder
+from medvqa_rl.core.text import normalise
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.index import cache_folder, read_indexed
+from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, read_rows, text_of
 from medvqa_rl.data.reading.tables import Fields
 from medvqa_rl.data.reading.unpack import store_image

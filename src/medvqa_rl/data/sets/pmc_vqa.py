@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.files import cache_folder
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.index import cache_folder, read_indexed
+from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.files import cache_folder
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.index import cache_folder
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, images_of, optional_text, read_rows, text_of
 from medvqa_rl.data.reading.tables import Fields
 from medvqa_rl.data.reading.unpack import unpack_zips

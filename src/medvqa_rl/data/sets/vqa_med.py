@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.text import normalise
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, images_of, read_rows, text_of
 from medvqa_rl.data.reading.tables import Fields, Report, read_table

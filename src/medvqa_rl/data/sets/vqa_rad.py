@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.prompts import neutralise, normalise
+from medvqa_rl.core.text import neutralise, normalise
 from medvqa_rl.core.types import AnswerType, Sample
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.reading.folder import MISSING, ImageFolder

@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medvqa_rl.core.prompts import normalise, read_choice
+from medvqa_rl.core.answers import read_choice
 from medvqa_rl.core.randomness import Draws
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.claims import REMARKS
 from medvqa_rl.evaluation.records import EvalRecord

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
+from medvqa_rl.core.embedded import ASSETS
 
-_ASSETS = Path(__file__).parents[2] / "phantom" / "assets"
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
 """Tokens of a window at most, also for models that could read more."""
@@ -103,7 +103,7 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
     Raises:
         ValueError: there is no such model, or it is no causal language model.
     """
-    folder = _ASSETS / "lm" if name == EMBEDDED_LM else Path(name)
+    folder = ASSETS / "lm" if name == EMBEDDED_LM else Path(name)
     if not folder.is_dir() and not is_hub_id(name):
         raise ValueError(
             f"eval.perplexity_model is {name}, which is no folder and no Hub id: give the folder of a causal language "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.core.prompts import without_tags
+from medvqa_rl.core.answers import without_tags
 from medvqa_rl.evaluation.measures.similarity import Similarity, candidate_text, load_similarity, reference_text
 from medvqa_rl.evaluation.records import EvalRecord
 

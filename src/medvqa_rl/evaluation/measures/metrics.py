@@ -1,6 +1,6 @@
 """Metrics of answers as pure functions of texts and numbers. Imports no torch.
 
-All comparisons go through :func:`medvqa_rl.core.prompts.normalise`, so that a metric and a reward cannot disagree on
+All comparisons go through :func:`medvqa_rl.core.text.normalise`, so that a metric and a reward cannot disagree on
 what equal means.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from math import comb
 from statistics import mean
 
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.text import normalise
 
 
 def rouge_l(prediction: str | None, gold: str) -> float:

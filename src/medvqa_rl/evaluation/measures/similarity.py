@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medvqa_rl.config import is_hub_id
-from medvqa_rl.core.prompts import read_choice, without_tags
+from medvqa_rl.core.answers import read_choice, without_tags
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.evaluation.records import EvalRecord
 

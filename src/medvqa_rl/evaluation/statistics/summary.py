@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.core.prompts import normalise
+from medvqa_rl.core.text import normalise
 from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord

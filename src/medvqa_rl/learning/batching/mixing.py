@@ -8,9 +8,9 @@ rewards are compared among them only.
 from __future__ import annotations
 
 from medvqa_rl.config import PromptConfig
-from medvqa_rl.core.prompts import Template, fits
+from medvqa_rl.core.prompts import fits
 from medvqa_rl.core.randomness import Draws
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.types import Sample, Template
 
 
 def template_for(sample: Sample, config: PromptConfig, *, seed: int, step: int, occurrence: int) -> Template:

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medvqa_rl.cli.data.inspection import image_budget
 from medvqa_rl.config import Config, LoraConfig, VllmConfig
+from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.learning.estimate.cost import Architecture, Grid, count_parameters
-from medvqa_rl.learning.estimate.footprint import PARTS, Workload, memory, peak, plan, trained_parameters
+from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak
 from medvqa_rl.learning.estimate.hardware import GIB, Machine, card, measure
 from medvqa_rl.learning.estimate.pace import (
     EXPECTED_BANDWIDTH,
@@ -24,6 +24,7 @@ from medvqa_rl.learning.estimate.pace import (
     seconds,
 )
 from medvqa_rl.learning.estimate.sizes import find_architecture, with_adapter_read
+from medvqa_rl.learning.estimate.workload import Workload, plan, trained_parameters
 
 PROCESS = {False: 0.55 * GIB, True: 0.6 * GIB}
 """Interpreter and libraries on a CPU, measured; on a GPU CUDA's context and libraries, assumed."""

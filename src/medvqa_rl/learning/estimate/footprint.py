@@ -11,180 +11,22 @@ h hidden, i intermediate, kv width of keys; per patch d, m the same of the visio
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
-from medvqa_rl.config import Config
 from medvqa_rl.learning.estimate.cost import (
     BYTES_IN_4BIT,
-    Architecture,
-    Grid,
-    Trained,
     count_parameters,
     image_tokens,
     kv_bytes,
     layer_weights,
     lora_parameters,
 )
-
-Layout = Literal["packed", "rows", "separate"]
-"""As ``learning.logprobs.layout_for`` chooses it: sdpa, eager and flash attention."""
+from medvqa_rl.learning.estimate.workload import Workload, trained_parameters
 
 LOGITS_PER_CHUNK = 2**25
 """As in ``learning.logprobs``, which imports torch; a test holds them equal."""
 
 PARTS = ("process", "weights", "reference", "optimizer", "gradients", "KV cache", "activations", "logits", "vision")
 """What memory is used for, in the order of tables."""
-
-
-LAYOUTS: Mapping[str, Layout] = {"sdpa": "packed", "eager": "rows", "flash_attention_2": "separate"}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One training step on one device."""
-
-    model: Architecture
-    trained: Trained
-    is_bfloat16: bool
-    is_4bit: bool
-    """The decoder's linear layers are stored in 4 bits and written out one at a time."""
-    on_gpu: bool
-    prompts: int
-    """P of this device."""
-    generations: int
-    prompt_tokens: int
-    """Tokens of a prompt, image tokens included."""
-    completion_tokens: int
-    """Tokens of every completion: the limit, so that nothing is larger."""
-    grid: Grid | None
-    """Patches of each prompt's image, down and across; None for questions without images."""
-    prompts_per_rollout_batch: int
-    groups_per_micro_batch: int
-    has_reference: bool
-    """The loss has a divergence term (beta > 0)."""
-    iterations: int
-    layout: Layout
-    """How groups stand in the update."""
-    prefetch_bytes: int
-    """The most that prompts of the next step may take meanwhile."""
-    keeps_cache: bool
-    """The KV cache stays allocated during the update, for the graphs that were recorded on it."""
-    checks_itself: bool
-    """Before the first update a group is computed in separate rows as well."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of a weight, e."""
-        return 2 if self.is_bfloat16 else 4
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """The images of one prompt."""
-        return () if self.grid is None else (self.grid,)
-
-    @property
-    def patches(self) -> int:
-        """Patches of one prompt's image."""
-        return 0 if self.grid is None else self.grid[0] * self.grid[1]
-
-    @property
-    def row_tokens(self) -> int:
-        """Tokens of a group, or of a row where every completion has its own."""
-        completions = 1 if self.layout == "separate" else self.generations
-        return self.prompt_tokens + completions * self.completion_tokens
-
-    @property
-    def rows(self) -> int:
-        """How many of these a micro-batch has."""
-        return self.groups_per_micro_batch * (self.generations if self.layout == "separate" else 1)
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward and backward passes of an update."""
-        return -(-self.prompts // self.groups_per_micro_batch)
-
-    @property
-    def vision_is_frozen(self) -> bool:
-        """Image features are kept from the rollout to the update."""
-        return not self.trained.tower and not self.trained.projector
-
-
-def plan(
-    config: Config,
-    model: Architecture,
-    *,
-    question_tokens: int,
-    grid: Grid | None,
-    on_gpu: bool,
-    ranks: int = 1,
-) -> Workload:
-    """What the settings make one device do in a step.
-
-    Args:
-        question_tokens: of a prompt besides the image: template, question, options.
-        grid: patches of an image as the processor resizes it, or None.
-        ranks: devices that share the prompts of a step.
-
-    Raises:
-        ValueError: the devices cannot share the prompts evenly, an adapter names unknown layers, or a group is larger
-            than ``train.max_tokens_per_micro_batch``.
-    """
-    prompts = config.train.prompts_per_step
-    if prompts % ranks:
-        raise ValueError(
-            f"A step has {prompts} prompts, which {ranks} devices cannot share out evenly: set train.prompts_per_step "
-            "to a multiple of the number of devices."
-        )
-    lora = config.model.lora
-    if lora is not None:
-        lora_parameters(model, lora.rank, lora.targets)  # unknown names are said here
-    dtype = config.model.dtype
-    layout, rollout = LAYOUTS[config.model.attention], config.rollout
-    tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
-    length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == "separate"))
-    group = length + tokens * (layout != "separate")
-    budget = config.train.max_tokens_per_micro_batch or prompts * group
-    if budget < group:
-        raise ValueError(
-            f"train.max_tokens_per_micro_batch is {budget}, but a group with a prompt of {tokens} tokens can have "
-            f"{group} and is never divided: set it to {group} or more, or shorten prompts or completions."
-        )
-    return Workload(
-        model=model,
-        trained=Trained(
-            lora_rank=0 if lora is None else lora.rank,
-            lora_targets=() if lora is None else tuple(sorted(set(lora.targets))),
-            tower=config.model.train_vision,
-            projector=config.model.train_projector,
-            checkpointing=config.model.gradient_checkpointing,
-        ),
-        is_bfloat16=dtype == "bfloat16" or (dtype == "auto" and on_gpu),
-        is_4bit=config.model.load_in_4bit,
-        on_gpu=on_gpu,
-        prompts=prompts // ranks,
-        generations=rollout.num_generations,
-        prompt_tokens=tokens,
-        completion_tokens=rollout.max_completion_length,
-        grid=grid,
-        prompts_per_rollout_batch=min(prompts // ranks, rollout.max_batch),
-        groups_per_micro_batch=min(prompts // ranks, config.train.prompts_per_micro_batch, budget // group),
-        has_reference=config.loss.beta > 0,
-        iterations=config.loss.num_iterations,
-        layout=layout,
-        prefetch_bytes=config.prefetch.max_mib * 2**20 if config.prefetch.workers else 0,
-        keeps_cache=rollout.engine == "graph",
-        checks_itself=config.train.self_check,
-    )
-
-
-def trained_parameters(work: Workload) -> int:
-    """Parameters that the optimizer updates."""
-    counts, trained = count_parameters(work.model), work.trained
-    language = (
-        lora_parameters(work.model, trained.lora_rank, trained.lora_targets) if trained.lora_rank else counts.language
-    )
-    return language + trained.tower * counts.tower + trained.projector * counts.projector
 
 
 def _static(work: Workload) -> dict[str, float]:

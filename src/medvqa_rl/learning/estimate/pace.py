@@ -18,7 +18,8 @@ from medvqa_rl.learning.estimate.cost import (
     recompute_flops,
     tower_flops,
 )
-from medvqa_rl.learning.estimate.footprint import LOGITS_PER_CHUNK, Workload, trained_parameters
+from medvqa_rl.learning.estimate.footprint import LOGITS_PER_CHUNK
+from medvqa_rl.learning.estimate.workload import Workload, trained_parameters
 
 SAMPLING_PASSES = 10
 """Times that sampling reads or writes its float64 table of all words."""

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from medvqa_rl.config import Config, LoraConfig, ModelConfig
+from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.learning.estimate.cost import Architecture, read_architecture
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -62,7 +63,7 @@ def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
         return read_architecture(SIZES[size])
     folder = Path(model.path).expanduser()
     if model.path.startswith("phantom:"):
-        folder = Path(__file__).parents[2] / "phantom" / "assets" / model.path.removeprefix("phantom:")
+        folder = ASSETS / model.path.removeprefix("phantom:")
     file: Path | None = folder / "config.json"
     if not folder.is_dir() and model.path.count("/") == 1:
         cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import Template, parse_completion
-from medvqa_rl.core.types import AnswerType, Group, Scores
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.types import AnswerType, Group, Scores, Template
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from medvqa_rl.core.types import LETTERS, ImageSource
-from medvqa_rl.data.check import DataReport, SplitFacts
+from medvqa_rl.data.findings import DataReport, SplitFacts
 from medvqa_rl.data.images.files import shrink
 
 THUMBNAIL = 160 * 160

@@ -17,8 +17,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from medvqa_rl.core.answers import is_correct
-from medvqa_rl.core.prompts import ALL_TAGS, parse_completion
+from medvqa_rl.core.answers import is_correct, parse_completion
+from medvqa_rl.core.prompts import ALL_TAGS
 from medvqa_rl.core.types import LETTERS, Group, Scores
 from medvqa_rl.report.figures.style import number
 from medvqa_rl.report.pages.inline import data_uri, thumbnail_uri

@@ -19,7 +19,7 @@ from typing import Any
 from markupsafe import Markup
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.prompts import without_tags
+from medvqa_rl.core.answers import without_tags
 from medvqa_rl.core.randomness import addresses
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import Split, load_dataset

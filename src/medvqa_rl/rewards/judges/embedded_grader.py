@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from medvqa_rl.core.prompts import normalise, read_choice
+from medvqa_rl.core.answers import read_choice
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import NO_REASONING, Grade, GradeRequest

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
+from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.keys import read_key
-from medvqa_rl.data.reading.index import cache_folder
 from medvqa_rl.rewards.judges.cache import CachedGrader, CachedJudge
 from medvqa_rl.rewards.judges.embedded_grader import EmbeddedGrader
 from medvqa_rl.rewards.judges.endpoint import Endpoint, EndpointGrader, EndpointJudge, host_of

@@ -23,11 +23,11 @@ from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
+from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, PROBES, JudgePrompt, chat_prompt, defused
 from medvqa_rl.rewards.judges.protocol import NO_REASONING, JudgeIdentity, JudgeRequest, Verdict
 
-_ASSETS = Path(__file__).parents[2] / "phantom" / "assets"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "pytorch_model*.bin"]
 
 
@@ -279,7 +279,7 @@ def _device(name: str) -> torch.device:
 def _folder(config: JudgeConfig) -> Path:
     """Where the judge's files lie."""
     if config.model.startswith("phantom:"):
-        folder = _ASSETS / config.model.removeprefix("phantom:")
+        folder = ASSETS / config.model.removeprefix("phantom:")
         if config.model not in EMBEDDED_JUDGES or not (folder / "model.safetensors").is_file():
             raise ValueError(
                 f"There is no embedded judge {config.model!r}: use {' or '.join(EMBEDDED_JUDGES)}, which "

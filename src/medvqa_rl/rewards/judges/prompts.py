@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from medvqa_rl.core.prompts import neutralise
+from medvqa_rl.core.text import neutralise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.rewards.judges.protocol import JudgeRequest
 

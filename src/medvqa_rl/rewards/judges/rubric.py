@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from medvqa_rl.core.prompts import neutralise
+from medvqa_rl.core.text import neutralise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.rewards.judges.prompts import defuse
 from medvqa_rl.rewards.judges.protocol import JudgeIdentity

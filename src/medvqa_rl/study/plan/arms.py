@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from medvqa_rl.config.problems.checks import did_you_mean
+from medvqa_rl.config.schema import did_you_mean
 
 Verb = Literal["none", "train", "sft"]
 """none evaluates the model as it is."""

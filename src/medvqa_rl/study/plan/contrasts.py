@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from medvqa_rl.config.problems.checks import did_you_mean
+from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.stats import SeededInterval, seeds_and_clusters_bootstrap
 

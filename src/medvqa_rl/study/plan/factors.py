@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from medvqa_rl.config.problems.checks import did_you_mean
+from medvqa_rl.config.schema import did_you_mean
 
 
 class Metric(NamedTuple):

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpose
-from medvqa_rl.config.problems.checks import did_you_mean
+from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
 from medvqa_rl.study.plan.arms import Arm, Verb, check_keys, read_arms, section, with_starts
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts

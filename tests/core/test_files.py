@@ -1,0 +1,51 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from medvqa_rl.core.files import cache_folder, write_json, write_text, write_whole
+
+
+def test_a_file_appears_with_all_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    with write_whole(path) as partial:
+        partial.write_bytes(b"half")
+        assert not path.exists() and partial.parent == path.parent
+        partial.write_bytes(b"whole")
+    assert path.read_bytes() == b"whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "x", "old")
+    with pytest.raises(KeyboardInterrupt), write_whole(path) as partial:
+        partial.write_text("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = write_json(tmp_path / "x.json", {"ä": 1})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert json.loads(path.read_text("utf-8")) == {"ä": 1} and "ä" in path.read_text("utf-8")
+
+
+def test_lone_surrogates_are_replaced_only_if_asked(tmp_path: Path) -> None:
+    assert write_text(tmp_path / "x", "a\ud800b", errors="replace").read_text() == "a?b"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "y", "a\ud800b")
+    assert not (tmp_path / "y").exists()
+
+
+def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(None) == tmp_path / "medvqa-rl"
+    assert cache_folder("~/x") == Path.home() / "x"
