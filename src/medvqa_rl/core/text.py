@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
@@ -44,3 +45,19 @@ def normalise(text: str) -> str:
 def as_written(text: str) -> str:
     """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
     return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
+
+
+def format_p(value: float | None) -> str:
+    """A p-value with three decimals, ``< 0.001`` below that; empty for None and NaN."""
+    if value is None or math.isnan(value):
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def format_points(value: float | None, sign: str = "") -> str:
+    """A share in percent, or a difference of shares in percentage points, with one decimal; empty for None and NaN.
+
+    Args:
+        sign: ``"+"`` shows the sign of positive numbers too.
+    """
+    return "" if value is None or math.isnan(value) else f"{100 * value:{sign}.1f}"

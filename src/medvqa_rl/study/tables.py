@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.study.collect import ArmResult
 from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow
 from medvqa_rl.study.plan.factors import METRICS, FactorTable, Metric, Published
@@ -26,14 +27,6 @@ SECONDARY = (
     "* reported by secondary sources and not checked against the paper's tables; figures without a star are of the "
     "paper's own summary. In brackets the change from the baseline, for accuracy with its 95 % interval."
 )
-
-
-def _points(value: float | None, sign: str = "") -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:{sign}.1f}"
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _mean(results: Sequence[Mapping[str, Any]], *path: str) -> float:
@@ -63,20 +56,22 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
             "arm": arm.name,
             "completions": f"{arm.budget.completions:,}" if arm.budget.steps else "",
             "optimizer steps": f"{arm.budget.steps:,}" if arm.budget.steps else "",
-            "accuracy": _points(arm.accuracy.estimate),
-            "95 % interval": f"{_points(arm.accuracy.low)} to {_points(arm.accuracy.high)}",
-            "seeds": ", ".join(map(_points, arm.accuracies)),
-            f"minus {baseline}": "" if arm.gain is None else _points(arm.gain.estimate, "+"),
+            "accuracy": format_points(arm.accuracy.estimate),
+            "95 % interval": f"{format_points(arm.accuracy.low)} to {format_points(arm.accuracy.high)}",
+            "seeds": ", ".join(map(format_points, arm.accuracies)),
+            f"minus {baseline}": "" if arm.gain is None else format_points(arm.gain.estimate, "+"),
             "its interval": (
-                "" if arm.gain is None else f"{_points(arm.gain.low, '+')} to {_points(arm.gain.high, '+')}"
+                ""
+                if arm.gain is None
+                else f"{format_points(arm.gain.low, '+')} to {format_points(arm.gain.high, '+')}"
             ),
-            "McNemar p": ", ".join(_p(test.mcnemar.p_value) for test in arm.tests),
-            "Holm p": ", ".join(_p(test.holm_p) for test in arm.tests),
-            "detectable": _points(arm.detectable),
-            "format": _points(_mean(arm.results, "format_rate")),
+            "McNemar p": ", ".join(format_p(test.mcnemar.p_value) for test in arm.tests),
+            "Holm p": ", ".join(format_p(test.holm_p) for test in arm.tests),
+            "detectable": format_points(arm.detectable),
+            "format": format_points(_mean(arm.results, "format_rate")),
             "length, right": _number(_mean(arm.results, "lengths", "think", "right", "mean"), ".0f"),
             "length, wrong": _number(_mean(arm.results, "lengths", "think", "wrong", "mean"), ".0f"),
-            "true claims": _points(_mean(arm.results, "faithfulness", "value")),
+            "true claims": format_points(_mean(arm.results, "faithfulness", "value")),
         }
         for section, key, title, form in (
             ("thinking", "reward", "thinking reward of 2", ".2f"),
@@ -102,11 +97,11 @@ def contrast_table(contrast: Contrast, found: Iterable[ContrastRow]) -> tuple[li
     body = [
         [
             row.arm,
-            _points(row.of),
-            _points(row.minus),
-            _points(row.difference.estimate, "+"),
-            f"{_points(row.difference.low, '+')} to {_points(row.difference.high, '+')}",
-            ", ".join(_points(value, "+") for value in row.differences),
+            format_points(row.of),
+            format_points(row.minus),
+            format_points(row.difference.estimate, "+"),
+            f"{format_points(row.difference.low, '+')} to {format_points(row.difference.high, '+')}",
+            ", ".join(format_points(value, "+") for value in row.differences),
         ]
         for row in found
     ]

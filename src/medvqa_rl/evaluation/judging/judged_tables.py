@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from medvqa_rl.core.text import format_p
 from medvqa_rl.evaluation.statistics.tables import TextTable, shown
 
 
@@ -69,7 +70,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     shown(check["changed"], 100, 0),
                     shown(check["raised"], 100, 0),
                     shown(check["lowered"], 100, 0),
-                    "-" if check["p"] is None else "< 0.001" if check["p"] < 0.001 else f"{check['p']:.3f}",
+                    format_p(check["p"]) or "-",
                     str(check["unscored"]),
                 )
                 for row in judges

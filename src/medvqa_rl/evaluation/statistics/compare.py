@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.stats import holm
 from medvqa_rl.evaluation.statistics.summary import by_group, pair, paired_gain, summarise
@@ -177,16 +178,8 @@ def _flip(one: EvalRecord, other: EvalRecord) -> dict[str, Any]:
     }
 
 
-def _points(value: float, sign: str = "") -> str:
-    return "" if math.isnan(value) else f"{100 * value:{sign}.1f}"
-
-
 def _bounds(low: float, high: float, sign: str = "") -> str:
-    return "" if math.isnan(low) else f"{_points(low, sign)} to {_points(high, sign)}"
-
-
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "" if math.isnan(low) else f"{format_points(low, sign)} to {format_points(high, sign)}"
 
 
 def runs_table(comparison: Mapping[str, Any]) -> Table:
@@ -201,9 +194,9 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
             row["template"],
             f"{row['num_scored']:,}",
             f"{row['num_clusters']:,}",
-            _points(row["accuracy"]),
+            format_points(row["accuracy"]),
             _bounds(row["accuracy_low"], row["accuracy_high"]),
-            _points(row["no_answer_rate"]),
+            format_points(row["no_answer_rate"]),
         )
     return table
 
@@ -224,11 +217,11 @@ def _difference(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['n']:,}",
         f"{row['num_clusters']:,}",
-        _points(row["gain"], "+"),
+        format_points(row["gain"], "+"),
         _bounds(row["gain_low"], row["gain_high"], "+"),
         str(row["improved"]),
         str(row["worsened"]),
-        _p(row["mcnemar_p"]),
+        format_p(row["mcnemar_p"]),
     ]
 
 
@@ -243,9 +236,9 @@ def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
         table.add_row(
             Text(name),
             *_difference(row),
-            _p(row["permutation_p"]),
-            _p(row["holm_p"]),
-            _points(row["detectable_gain"]),
+            format_p(row["permutation_p"]),
+            format_p(row["holm_p"]),
+            format_points(row["detectable_gain"]),
             style=style,
         )
 
@@ -267,10 +260,10 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(f"{row['run']} minus {row['baseline']}"),
             *_difference(row),
-            _p(row["mcnemar_holm_p"]),
-            _p(row["permutation_p"]),
-            _p(row["holm_p"]),
-            _points(row["detectable_gain"]),
+            format_p(row["mcnemar_holm_p"]),
+            format_p(row["permutation_p"]),
+            format_p(row["holm_p"]),
+            format_points(row["detectable_gain"]),
         )
     return table
 

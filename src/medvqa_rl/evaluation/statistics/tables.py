@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+from medvqa_rl.core.text import format_points
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
@@ -22,17 +20,17 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
         table.add_column(name, justify="right")
 
     def add(name: str, summary: Mapping[str, Any], style: str = "") -> None:
-        low, high = _percent(summary["accuracy_low"]), _percent(summary["accuracy_high"])
+        low, high = format_points(summary["accuracy_low"]), format_points(summary["accuracy_high"])
         length = summary["mean_length"]
         table.add_row(
             name,
             f"{summary['num_scored']:,}",
             f"{summary['num_clusters']:,}",
-            _percent(summary["accuracy"]),
+            format_points(summary["accuracy"]),
             f"{low} to {high}" if low else "",
-            _percent(summary["majority_baseline"]),
-            _percent(summary["no_answer_rate"]),
-            _percent(summary["format_rate"]),
+            format_points(summary["majority_baseline"]),
+            format_points(summary["no_answer_rate"]),
+            format_points(summary["format_rate"]),
             "" if length is None or math.isnan(length) else f"{length:.0f}",
             style=style,
         )
@@ -46,7 +44,7 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
         notes.append(
             f"Worth {effective:,.0f} independent questions. If another model answers a quarter of them differently, a "
-            f"true difference of {_percent(results['detectable_difference'])} points is found with 80 % power."
+            f"true difference of {format_points(results['detectable_difference'])} points is found with 80 % power."
         )
     if unscored := results["n"] - results["num_scored"]:
         notes.append(f"{unscored} of {results['n']} questions could not be scored and are left out.")
@@ -106,14 +104,14 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     """Lines with the numbers that have no column, where there are any; older results have fewer."""
     lines = []
     macro = {
-        name.removeprefix("macro_").replace("_", " "): _percent(value)
+        name.removeprefix("macro_").replace("_", " "): format_points(value)
         for name, value in results.get("averages", {}).items()
         if name.startswith("macro_")
     }
     if told := [f"{name} {value}" for name, value in macro.items() if value]:
         lines.append("Macro averages of the accuracy, over " + ", ".join(told) + ".")
     names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
-    if told := [f"{name} {value}" for key, name in names.items() if (value := _percent(results.get(key)))]:
+    if told := [f"{name} {value}" for key, name in names.items() if (value := format_points(results.get(key)))]:
         lines.append("Open answers: " + ", ".join(told) + ".")
     titles, rows = measured_table([("", results)])
     if titles:
@@ -121,7 +119,7 @@ def _further(results: Mapping[str, Any]) -> list[str]:
         lines.append("Lengths in tokens, mean ± standard deviation, and the like: " + "; ".join(told) + ".")
     if sampled := results.get("sampled"):
         values = {name: row["value"] for name, row in sampled.items() if isinstance(row, Mapping)}
-        told = [f"{name.replace('_', ' ')} {_percent(value)}" for name, value in values.items()]
+        told = [f"{name.replace('_', ' ')} {format_points(value)}" for name, value in values.items()]
         lines.append(f"Of {sampled['num_samples']} sampled answers: " + ", ".join(told) + ".")
     return lines
 
@@ -137,18 +135,20 @@ def controls_table(results: Mapping[str, Any]) -> Table:
             table.add_row(
                 f"accuracy, {title}",
                 f"{row['n']:,}",
-                _percent(row["accuracy"]),
+                format_points(row["accuracy"]),
                 _range(row, "accuracy"),
-                _percent(row["drop"]),
+                format_points(row["drop"]),
                 _range(row, "drop"),
-                _percent(row["same_answer_rate"]),
+                format_points(row["same_answer_rate"]),
             )
-    table.add_row("accuracy, majority answer", f"{results['num_scored']:,}", _percent(results["majority_per_type"]))
+    table.add_row(
+        "accuracy, majority answer", f"{results['num_scored']:,}", format_points(results["majority_per_type"])
+    )
     if (order := controls.get("option_order")) and order["n"]:
         table.add_section()
         rows = {"consistency": "same option in every order", "accuracy_all_orders": "right in every order"}
         for key, title in rows.items():
-            table.add_row(title, f"{order['n']:,}", _percent(order[key]), _range(order, key))
+            table.add_row(title, f"{order['n']:,}", format_points(order[key]), _range(order, key))
     letters = results["letters"]
     if letters["gold"]:
         shares = [f"{letter} {letters['gold'][letter]}/{letters['given'][letter]}" for letter in letters["gold"]]
@@ -157,7 +157,7 @@ def controls_table(results: Mapping[str, Any]) -> Table:
 
 
 def _range(row: Mapping[str, Any], key: str) -> str:
-    low, high = _percent(row[f"{key}_low"]), _percent(row[f"{key}_high"])
+    low, high = format_points(row[f"{key}_low"]), format_points(row[f"{key}_high"])
     return f"{low} to {high}" if low else ""
 
 
