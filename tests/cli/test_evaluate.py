@@ -25,7 +25,7 @@ from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation import cells as eval_command
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
-from medvqa_rl.evaluation.store import Shard, saved_model
+from medvqa_rl.evaluation.store import Shard
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy
@@ -265,21 +265,6 @@ def test_prompts_are_compared_pairwise_on_the_same_questions_and_go_on_where_the
     run_eval(config, output=tmp_path / "killed", prompts=names, resume=True)
     assert content(tmp_path / "killed") == content(whole)
     assert (tmp_path / "killed" / "prompts-seven.csv").read_text() == (whole / "prompts-seven.csv").read_text()
-
-
-def test_a_run_is_evaluated_by_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"is not the folder of a run, for it holds no config.yaml"):
-        saved_model(tmp_path)
-    run.mkdir()
-    (run / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match="has no checkpoint yet"):
-        saved_model(run)
-    for name in ("checkpoints/step_000002", "checkpoints/step_000010"):
-        (run / name).mkdir(parents=True)
-    assert saved_model(run) == run / "checkpoints" / "step_000010"
-    (run / "best").mkdir()
-    assert saved_model(run) == run / "best"
 
 
 def test_results_say_what_they_are_of(

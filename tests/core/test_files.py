@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Atomic writes, and the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from medvqa_rl.core.files import cache_folder, write_json, write_text, write_whole
+from medvqa_rl.core.files import cache_folder, checkpoint_folder, find_checkpoint, write_json, write_text, write_whole
 
 
 def test_a_file_appears_with_all_its_content(tmp_path: Path) -> None:
@@ -49,3 +49,14 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "medvqa-rl"
     assert cache_folder("~/x") == Path.home() / "x"
+
+
+def test_a_run_stands_for_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="There is no checkpoint in"):
+        find_checkpoint(tmp_path)
+    for step in (2, 10):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_000010"
+    (tmp_path / "best").mkdir()
+    assert find_checkpoint(tmp_path) == tmp_path / "best"
+    assert find_checkpoint(tmp_path, prefer_best=False) == tmp_path / "checkpoints" / "step_000010"

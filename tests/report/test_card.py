@@ -125,7 +125,7 @@ def test_what_is_missing_is_said(run: Path) -> None:
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no checkpoint to write a card for"):
+    with pytest.raises(ValueError, match="There is no checkpoint in"):
         write_cards(make_run(tmp_path / "run"))
 
 

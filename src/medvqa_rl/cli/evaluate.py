@@ -54,13 +54,19 @@ def evaluate(
 ) -> None:
     """Answer a split and report accuracy with intervals: greedily, and with sampled answers and controls if asked."""
     with told_plainly(debug):
+        from medvqa_rl.core.files import find_checkpoint
         from medvqa_rl.core.prompts import read_templates
-        from medvqa_rl.evaluation.store import Shard, saved_model
+        from medvqa_rl.evaluation.store import Shard
 
         given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
         run = config if config.is_dir() else None
+        if run is not None and not (run / "config.yaml").is_file():
+            raise ValueError(
+                f"The folder {run} is not a run, for it holds no config.yaml: give the output_dir of a training run, "
+                "or a YAML file with settings."
+            )
         if run is not None and checkpoint is None:
-            checkpoint = saved_model(run)
+            checkpoint = find_checkpoint(run)
         settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
         if run is not None:  # it may have moved, or been named from elsewhere
             settings = settings.model_copy(update={"output_dir": str(run)})

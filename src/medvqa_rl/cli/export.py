@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.learning.run.checkpoint import list_checkpoints
+from medvqa_rl.core.files import find_checkpoint
 from medvqa_rl.models.checkpoints import atomic_folder, model_for
 from medvqa_rl.models.loading import load_policy
 
@@ -27,7 +27,8 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
     Raises:
         ValueError: there is no checkpoint, the output exists, or there is nothing to merge.
     """
-    folder = _checkpoint_in(checkpoint)
+    is_model = any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json"))
+    folder = checkpoint if is_model else find_checkpoint(checkpoint)
     if output.exists():
         raise ValueError(f"The output folder {output} exists: give a new one, so that nothing is overwritten.")
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -41,18 +42,6 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
                 if path.is_file() and path.name not in _OF_TRAINING:
                     shutil.copy2(path, temporary / path.name)
     return output
-
-
-def _checkpoint_in(folder: Path) -> Path:
-    """The folder of a model, given that or its run's."""
-    found = [folder, folder / "best", *reversed(list_checkpoints(folder / "checkpoints"))]
-    for path in found:
-        if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            return path
-    raise ValueError(
-        f"There is no checkpoint in {folder}: give the folder of a run that has saved one, or the folder of a "
-        "checkpoint, which holds config.json or adapter_config.json."
-    )
 
 
 def _write_merged(folder: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the folder of caches. Imports no torch."""
+"""Atomic writes, the cache folder, and the checkpoints of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -68,3 +68,34 @@ def cache_folder(given: str | None) -> Path:
     if given is not None:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medvqa-rl"
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """The folder of a run's checkpoint after ``step`` steps, whether or not it exists."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def find_checkpoint(run: Path, *, prefer_best: bool = True) -> Path:
+    """The checkpoint that stands for a run: the best one, if evaluation during training chose one, else the last.
+
+    Args:
+        run: folder of the run.
+        prefer_best: False always takes the last one, whose choice no evaluation influenced.
+
+    Raises:
+        ValueError: the folder holds no checkpoint.
+    """
+    best = run / "best"
+    if prefer_best and best.is_dir():
+        return best
+    if checkpoints := list_checkpoints(run):
+        return checkpoints[-1]
+    raise ValueError(
+        f"There is no checkpoint in {run}: name the folder of a run that has saved one, which happens every "
+        "train.save_steps steps and when training ends."
+    )

@@ -129,23 +129,6 @@ class RecordFile:
         return ordered
 
 
-def saved_model(run: Path) -> Path:
-    """The checkpoint of a run to evaluate: the best one where evaluations chose one, else the last.
-
-    Raises:
-        ValueError: the folder is not that of a run, or has no checkpoint yet.
-    """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(
-            f"The folder {run} is not the folder of a run, for it holds no config.yaml: name the output_dir of a "
-            "training, or a YAML file with settings."
-        )
-    found = [path for path in (run / "best", *sorted(run.glob("checkpoints/step_*"))[-1:]) if path.is_dir()]
-    if not found:
-        raise ValueError(f"The run {run} has no checkpoint yet: one is written when training ends or saves.")
-    return found[0]
-
-
 def agree(folder: Path, identity: Mapping[str, Any], *, write: bool = True) -> None:
     """Compare what is evaluated how with what was written before, and write it down.
 

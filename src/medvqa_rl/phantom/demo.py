@@ -28,6 +28,7 @@ from medvqa_rl.config import (
     RolloutConfig,
     TrainConfig,
 )
+from medvqa_rl.core.files import find_checkpoint
 from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, write_evaluation
@@ -109,7 +110,8 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
         )
         raise
     console.print("[bold]3/4[/bold]  Evaluating the adapted model on the same questions.")
-    adapted = config.model.model_copy(update={"path": str(_last_checkpoint(run_dir))})
+    # The last checkpoint rather than the best: the gain should be the method's, not that of choosing a checkpoint.
+    adapted = config.model.model_copy(update={"path": str(find_checkpoint(run_dir, prefer_best=False))})
     after = _evaluate_both(config, adapted)
     _print_accuracy(console, after)
     for scanner in NUM_QUESTIONS:
@@ -143,12 +145,6 @@ def _evaluate_both(config: Config, model: ModelConfig) -> dict[str, Evaluation]:
                 progress=progress,
             )
     return evaluations
-
-
-def _last_checkpoint(run_dir: Path) -> Path:
-    """The weights at the end of training. Not the best ones: choosing would need no test questions, but the gain
-    shall be that of the method, not of a choice."""
-    return max((run_dir / "checkpoints").glob("step_*"))
 
 
 def _summary(gain: Mapping[str, float | int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
+from medvqa_rl.core.files import find_checkpoint, list_checkpoints
 from medvqa_rl.evaluation.judging.judged_tables import in_short
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.figures.style import percent
@@ -45,13 +46,8 @@ def write_cards(run: Path) -> list[Path]:
         ValueError: the folder is not that of a run, or has no checkpoint.
     """
     stored = read_run(run)
-    checkpoints = [path for path in (run / "best", *sorted(run.glob("checkpoints/step_*"))[-1:]) if path.is_dir()]
-    if not checkpoints:
-        raise ValueError(
-            f"The run {run} has no checkpoint to write a card for: it is written when training ends or saves."
-        )
     written = []
-    for checkpoint in checkpoints:
+    for checkpoint in dict.fromkeys([find_checkpoint(run), *list_checkpoints(run)[-1:]]):
         path = checkpoint / "README.md"
         partial = path.with_name(".README.md.partial")
         partial.write_text(model_card(stored, checkpoint), encoding="utf-8", errors="replace")

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medvqa_rl.core.files import list_checkpoints
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
@@ -45,11 +46,6 @@ class TrainState:
     best_step: int | None = None
     metrics_bytes: int = 0
     """Length of metrics.jsonl at this point."""
-
-
-def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after a step lies."""
-    return checkpoints / f"step_{step:06d}"
 
 
 def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, is_main: bool) -> None:
@@ -104,14 +100,9 @@ def save_best(folder: Path, policy: Policy, state: TrainState) -> None:
         (temporary / "best.json").write_text(json.dumps(best, indent=2) + "\n", encoding="utf-8")
 
 
-def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(checkpoints.glob("step_*"))
-
-
-def remove_old_checkpoints(checkpoints: Path, keep: int) -> None:
+def remove_old_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest checkpoints; the best model lies elsewhere and is not counted."""
-    for folder in list_checkpoints(checkpoints)[:-keep]:
+    for folder in list_checkpoints(run)[:-keep]:
         shutil.rmtree(folder)
 
 

@@ -18,6 +18,7 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.files import checkpoint_folder, list_checkpoints
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
@@ -27,9 +28,7 @@ from medvqa_rl.learning.distributed.roll_call import RollCall
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.run.checkpoint import (
     TrainState,
-    checkpoint_folder,
     clean_up,
-    list_checkpoints,
     load_checkpoint,
     load_optimizer,
     remove_old_checkpoints,
@@ -116,7 +115,7 @@ class Run:
             judges: ``reward``, where a judge rewards.
         """
         self.policy, self.engine, self.datasets = policy, engine, datasets
-        checkpoints = list_checkpoints(self.dir.checkpoints) if self._resume else []
+        checkpoints = list_checkpoints(self.dir.path) if self._resume else []
         if checkpoints:
             self._checkpoint = checkpoints[-1]
             self.state = load_checkpoint(self._checkpoint, policy)
@@ -216,7 +215,7 @@ class Run:
 
     def _where_to_go_on(self) -> str:
         """The last checkpoint and how to continue from it, as a sentence."""
-        checkpoints = list_checkpoints(self.dir.checkpoints)
+        checkpoints = list_checkpoints(self.dir.path)
         if not checkpoints:
             return "No checkpoint was written yet."
         return f"The last checkpoint is {checkpoints[-1]}, which is whole: continue with `{self._how_to_resume()}`."
@@ -286,10 +285,10 @@ class Run:
         """The same on the main rank, and on all where they hold parts of what is saved."""
         if self._tracker is not None:
             self.state.metrics_bytes = self._tracker.flush()
-        folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+        folder = checkpoint_folder(self.dir.path, self.state.step)
         save_checkpoint(folder, self.trained, self.state, is_main=self._is_main)
         if self._is_main:
-            remove_old_checkpoints(self.dir.checkpoints, self.config.train.save_total_limit)
+            remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)
 
     def _agreed_signal(self) -> int:
         """The signal that any rank received, 0 for none: all ranks stop at the same step."""
@@ -358,12 +357,12 @@ class Run:
         tracker.say(f"{error} The samples and their completions are in {path}.")
         if error.has_sound_weights:
             self._save()
-            folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+            folder = checkpoint_folder(self.dir.path, self.state.step)
             tracker.say(f"The weights after the last whole step are in {folder}.")
 
     def _save_what_is_done(self, tracker: Tracker) -> None:
         """Save the steps before one whose data cannot be used, where they are not saved yet."""
-        folder = checkpoint_folder(self.dir.checkpoints, self.state.step)
+        folder = checkpoint_folder(self.dir.path, self.state.step)
         if self.state.step and not folder.exists():
             self._save()
         if self.state.step:

@@ -65,7 +65,6 @@ class RunDir:
         self.path = Path(path).expanduser()
         self.metrics = self.path / "metrics.jsonl"
         self.status = self.path / "status.json"
-        self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.log = self.path / "train.log"
         self._lock = FileLock(self.path / ".lock")

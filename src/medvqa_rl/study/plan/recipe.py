@@ -36,6 +36,7 @@ from typing import Any
 from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpose
 from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
+from medvqa_rl.core.files import checkpoint_folder
 from medvqa_rl.study.plan.arms import Arm, Verb, check_keys, read_arms, section, with_starts
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts
 from medvqa_rl.study.plan.factors import FactorTable, read_tables
@@ -88,7 +89,7 @@ class Cell:
         that it starts from, None being the settings' model."""
         if self.arm.verb == "none":
             return None if self.start is None else self.start.checkpoint
-        return self.folder / "checkpoints" / f"step_{self.config.train.steps:06d}"
+        return checkpoint_folder(self.folder, self.config.train.steps)
 
 
 @dataclass(frozen=True)
