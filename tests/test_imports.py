@@ -36,7 +36,7 @@ MAX_LINES = 400
 MAX_MODULES = 12
 OTHER_NAMES = {
     "PIL": "pillow",
-    "yaml": "pyyaml",
+    "ruamel": "ruamel.yaml",
     "pydantic_core": "pydantic",
     "huggingface_hub": "huggingface-hub",
     "sentence_transformers": "sentence-transformers",

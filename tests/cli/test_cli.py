@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from medvqa_rl import __version__
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import Config, DataConfig
+from medvqa_rl.config.yaml import read_yaml
 from medvqa_rl.evaluation.store import Shard
 from medvqa_rl.learning.run.errors import NonFiniteError
 
@@ -226,6 +226,6 @@ def test_config_verbs(config_file: str) -> None:
     assert invoke("config", "check", config_file, "rollout.num_generations=1").exit_code == 2
     assert invoke("config", "check", config_file, "rollout.num_generations=1", "--for", "eval").output == "ok\n"
     shown = invoke("config", "show", config_file, "train.seed=3").output
-    assert yaml.safe_load(shown)["train"]["seed"] == 3
+    assert read_yaml(shown)["train"]["seed"] == 3
     assert "seed: 3  # given on the command line" in shown
     assert json.loads(invoke("config", "schema").output)["$defs"]["TrainConfig"]["properties"]["steps"]["minimum"] == 1

@@ -49,6 +49,8 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder(None) == tmp_path / "medvqa-rl"
     assert cache_folder("~/x") == Path.home() / "x"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None) == Path.home() / ".cache" / "medvqa-rl"
 
 
 def test_a_run_stands_for_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:

@@ -164,3 +164,12 @@ def make_group(prompt, lengths, name="x"):
     ids = np.zeros(prompt, dtype=np.int64)
     completions = [Completion((1,) * length, "", False) for length in lengths]
     return Group(sample, EncodedPrompt(ids, None, None, ""), completions)
+
+
+def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    """Share of vowels where an effusion is asked for, else 0: every other question has no signal."""
+    texts = [completion[0]["content"].lower() for completion in completions]
+    return [
+        sum(letter in "aeiou" for letter in text) / max(1, len(text)) * ("effusion" in str(prompt))
+        for prompt, text in zip(prompts, texts)
+    ]

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from synthetic import make_run, write, write_eval
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.config.yaml import read_yaml, write_yaml
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.card import LIMITS, write_cards
 from medvqa_rl.report.runs import read_run
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 
 def front_matter(card: str) -> dict[str, object]:
     _, text, _ = card.split("---\n", 2)
-    found: dict[str, object] = yaml.safe_load(text)
+    found: dict[str, object] = read_yaml(text)
     return found
 
 
@@ -140,7 +140,7 @@ def test_training_ends_with_a_card(tiny_folder: Callable[[str], Path], tmp_path:
         "sft": {"batch_size": 2},
     }
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(write_yaml(settings))
     result = CliRunner().invoke(app, [verb, str(path), "--debug"], catch_exceptions=False)
     assert result.exit_code == 0
     cards = [tmp_path / "run" / name / "README.md" for name in ("best", "checkpoints/step_000001")]

@@ -6,98 +6,85 @@ Everything that is wrong is said at once, each in a complete sentence. Imports n
 from __future__ import annotations
 
 import copy
+import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.tokens import AliasToken
 
 from medvqa_rl.config import Config, ConfigError, Purpose, leaves
 from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem
 from medvqa_rl.config.schema import is_nullable, locate, resolve, show
 
-_SCALARS = {
-    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
-    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    "int": re.compile(r"^[-+]?[0-9]+$"),
-    "float": re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"),
-}
-"""Plain scalars of YAML 1.2's core schema. PyYAML follows 1.1, where ``1e-6`` is text, ``no`` is false, ``010`` is
-eight and ``12:30`` is a number."""
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
-class _Loader(yaml.SafeLoader):
-    """Mappings, lists and the scalars above; duplicate keys, aliases and other tags are refused."""
+class _Constructor(SafeConstructor):
+    """Builds mappings with text keys, lists and plain scalars; any other tag is an error. Dates stay text."""
 
-    yaml_implicit_resolvers = {}
-    yaml_constructors = {}
+    yaml_constructors = {
+        **{f"tag:yaml.org,2002:{tag}": SafeConstructor.yaml_constructors[f"tag:yaml.org,2002:{tag}"] for tag in _TAGS},
+        "tag:yaml.org,2002:timestamp": SafeConstructor.construct_yaml_str,
+        "tag:yaml.org,2002:value": SafeConstructor.construct_yaml_str,  # a lone =
+        None: SafeConstructor.construct_undefined,
+    }
 
-    def refuse(self, node: yaml.Node) -> None:
-        raise yaml.constructor.ConstructorError(None, None, f"the tag {node.tag} is not supported", node.start_mark)
-
-    def construct_list(self, node: yaml.SequenceNode) -> list[Any]:
-        return [self.construct_object(item, deep=True) for item in node.value]
-
-    def construct_section(self, node: yaml.MappingNode) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            key = str(key_node.value)
-            if key in result:
-                problem = f"the key {key} is written twice in the same section"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            result[key] = self.construct_object(value_node, deep=True)
-        return result
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> Any:
+        for key, _ in node.value:
+            if not isinstance(key, ScalarNode):
+                raise ConstructorError(None, None, "a key must be a word", key.start_mark)
+            key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep=deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what :class:`_Loader` reads back unchanged."""
-
-    yaml_implicit_resolvers = {}
-
+class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _kind, _pattern in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
-    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, None)
-_Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-_Loader.add_constructor("tag:yaml.org,2002:bool", lambda loader, node: node.value.lower() == "true")
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: str(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_list)
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_section)
-_Loader.add_constructor(None, _Loader.refuse)
+def _parser() -> YAML:
+    """YAML 1.2, in which ``1e-6`` is a number and ``no`` is text. A parser keeps state, so each call makes its own."""
+    made = YAML(typ="safe", pure=True)
+    made.Constructor, made.Representer = _Constructor, _Representer
+    made.width = 10**9
+    made.allow_unicode = True
+    made.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return made
 
 
 def read_yaml(text: str) -> Any:
-    """Plain data from YAML text.
+    """Return the plain data in YAML text.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or uses duplicate keys, aliases or tags.
+        YAMLError: the text is not YAML, or has duplicate keys, aliases or unknown tags.
     """
-    for token in yaml.scan(text, Loader=_Loader):
-        if isinstance(token, yaml.AliasToken):
-            raise yaml.constructor.ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
-    return yaml.load(text, Loader=_Loader)
+    for token in _parser().scan(text):
+        if isinstance(token, AliasToken):
+            raise ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
+    return _parser().load(text)
 
 
 def write_yaml(data: Any, *, inline: bool = False) -> str:
-    """YAML text that :func:`read_yaml` reads back unchanged; inline puts all on one line."""
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**9, default_flow_style=inline)
-    return text.removesuffix("\n").removesuffix("\n...") + ("" if inline else "\n")
+    """Return YAML text that :func:`read_yaml` reads back unchanged, on one line if ``inline``."""
+    dumper = _parser()
+    dumper.default_flow_style = inline
+    out = io.StringIO()
+    dumper.dump(data, out)
+    return out.getvalue().removesuffix("\n").removesuffix("\n...") + ("" if inline else "\n")
 
 
-def _sentence(error: yaml.YAMLError) -> str:
+def _sentence(error: YAMLError) -> str:
     """What is wrong with a YAML text, with line and column where known."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         context = f"{error.context}, " if error.context else ""
         return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
@@ -122,7 +109,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         position = f"byte {error.start} is 0x{error.object[error.start]:02x}"
         raise ConfigError([f"The configuration {path} is not UTF-8 text ({position}): save it as UTF-8."]) from error
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise ConfigError([f"The configuration {path} is not valid YAML, {_sentence(error)}."]) from error
     if data is None:
         return {}
@@ -152,13 +139,13 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     path = split_path(key)
     try:
         data = read_yaml(value)
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         data = error
     schema, rest = locate(path)
     is_text = not rest and resolve(schema).get("type") == "string" and "enum" not in resolve(schema)
     if is_text and not isinstance(data, str) and not (data is None and is_nullable(schema)):
         return path, value
-    if isinstance(data, yaml.YAMLError):
+    if isinstance(data, YAMLError):
         raise ConfigError([f"The value in the override '{text}' is not valid YAML, {_sentence(data)}."]) from data
     return path, data
 

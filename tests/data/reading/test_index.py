@@ -112,11 +112,3 @@ def test_a_cache_that_cannot_be_written_is_a_warning(folder: Path, caplog: pytes
     (folder / "cache").write_text("a file, not a folder")
     assert len(load(folder)) == len(load(folder))
     assert "cannot be written" in caplog.text
-
-
-def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert index.cache_folder("~/x") == Path.home() / "x"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert index.cache_folder(None) == tmp_path / "medvqa-rl"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert index.cache_folder(None) == Path.home() / ".cache" / "medvqa-rl"

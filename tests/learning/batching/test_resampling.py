@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from toy import ToyData, read_metrics, toy_config
@@ -113,18 +111,9 @@ def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_oth
     assert asked == [[0], [], []] and [g.sample.id for g in groups] == ["other", "b"]
 
 
-def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
-    """Share of vowels where an effusion is asked for, else 0: every other question has no signal."""
-    texts = [completion[0]["content"].lower() for completion in completions]
-    return [
-        sum(letter in "aeiou" for letter in text) / max(1, len(text)) * ("effusion" in str(prompt))
-        for prompt, text in zip(prompts, texts)
-    ]
-
-
 def test_a_run_replaces_groups_and_is_repeated_by_a_resume(tiny_folder, tmp_path, monkeypatch):
     """Stopped after two of four steps and resumed, it meets the same attempts: the same metrics to the last bit."""
-    rewards = {"format": 0.0, "correctness": 0.0, "functions": {"test_resampling.odd_vowels": 1.0}}
+    rewards = {"format": 0.0, "correctness": 0.0, "functions": {"toy.odd_vowels": 1.0}}
 
     def config(name: str, steps: int = 4, times: int = 20):
         return toy_config(

@@ -26,7 +26,7 @@ from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.learning.estimate import footprint
 from medvqa_rl.learning.estimate.cost import read_architecture
 from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak
-from medvqa_rl.learning.estimate.workload import plan, trained_parameters
+from medvqa_rl.learning.estimate.workload import LAYOUTS, plan, trained_parameters
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.setup import make_accelerator
@@ -231,9 +231,9 @@ def test_logits_in_chunks(lora, monkeypatch):
 def test_chunks_and_layouts_are_those_of_the_update():
     assert footprint.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK
     assert {name: logprobs.layout_for(name) for name in ("eager", "flash_attention_2")} == {
-        name: footprint.LAYOUTS[name] for name in ("eager", "flash_attention_2")
+        name: LAYOUTS[name] for name in ("eager", "flash_attention_2")
     }
-    assert logprobs.layout_for(ATTENTION) == footprint.LAYOUTS["sdpa"]  # what use_group_attention makes of sdpa
+    assert logprobs.layout_for(ATTENTION) == LAYOUTS["sdpa"]  # what use_group_attention makes of sdpa
 
 
 @pytest.fixture
