@@ -36,3 +36,24 @@ def wide_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
         return made[arch]
 
     return write
+
+
+@pytest.fixture
+def stock_logps(model_inputs: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., Any]:
+    """Log-probabilities and entropies by the stock forward: ``stock_logps(model, groups, temperature)``.
+
+    Each is a list with a tensor (Tc,) per completion, computed alone and without padding.
+    """
+
+    def compute(model: Any, groups: Any, temperature: float) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        logps, entropies = [], []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor(completion.token_ids)
+                logits = model(**model_inputs(model, group.prompt, completion.token_ids)).logits[0].float()
+                table = torch.log_softmax(logits[-len(ids) - 1 : -1] / temperature, dim=-1)
+                logps.append(table.gather(-1, ids[:, None])[:, 0])
+                entropies.append(-(table.exp() * table).sum(-1))
+        return logps, entropies
+
+    return compute

@@ -100,6 +100,21 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch, crash_at, changes):
     same_runs(whole, go(broken, resume=True))
 
 
+def test_resume_starts_from_the_newest_checkpoint(folder, tmp_path, monkeypatch):
+    """An older one gives the same weights in the end, so count the steps that are computed again."""
+    go(toy_config(folder, tmp_path / "run", train={"steps": 3, "save_steps": 1}))
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+    original, steps = toy.vowels, []
+
+    def recording(prompts, completions, completion_ids, trainer_state, **kwargs):
+        steps.append(trainer_state.global_step)
+        return original(prompts, completions, completion_ids, trainer_state, **kwargs)
+
+    monkeypatch.setattr(toy, "vowels", recording)
+    go(toy_config(folder, tmp_path / "run", train={"steps": 4, "save_steps": 1}), resume=True)
+    assert steps == [3]
+
+
 def run_toy(mode: str, config, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json())
