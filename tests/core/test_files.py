@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        path = write_json(tmp_path / "x.json", {"ä": 1})
+        path = write_json(tmp_path / "x.json", {"ä": 1, "b": [math.nan]})
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
-    assert json.loads(path.read_text("utf-8")) == {"ä": 1} and "ä" in path.read_text("utf-8")
+    assert json.loads(path.read_text("utf-8")) == {"ä": 1, "b": [None]} and "ä" in path.read_text("utf-8")
 
 
 def test_lone_surrogates_are_replaced_only_if_asked(tmp_path: Path) -> None:

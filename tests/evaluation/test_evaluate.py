@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from medvqa_rl.config import EvalConfig, RolloutConfig
+from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.splits import StoredDataset
@@ -42,7 +43,6 @@ from medvqa_rl.evaluation.statistics.stats import (
     effective_n,
     minimum_detectable_effect,
 )
-from medvqa_rl.evaluation.store import without_nan
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=500)
 PIXEL = Image.new("RGB", (2, 2))

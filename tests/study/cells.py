@@ -10,9 +10,9 @@ from typing import Any
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.config.yaml import write_yaml
+from medvqa_rl.core.files import without_nan
 from medvqa_rl.evaluation.records import EvalRecord, record_line
 from medvqa_rl.evaluation.statistics.summary import summarise
-from medvqa_rl.evaluation.store import without_nan
 from medvqa_rl.study.plan.recipe import Cell, Recipe
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,17 @@ def write_text(path: Path, text: str, *, errors: str = "strict") -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write a value as indented JSON, whole or not at all."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a value as indented JSON, whole or not at all, with NaN as null."""
+    return write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN by None, at any depth: standard JSON has no NaN. Tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def flush(path: Path) -> None:

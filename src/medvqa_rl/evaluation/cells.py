@@ -15,6 +15,7 @@ from accelerate.state import PartialState
 from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
+from medvqa_rl.core.files import write_text
 from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
@@ -33,7 +34,7 @@ from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_jud
 from medvqa_rl.evaluation.measures.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, pairs_csv, show_pairs, write_comparisons
-from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity, write_text
+from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device

@@ -6,7 +6,6 @@ Imports torch only through the engine that is passed in.
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from typing import Any
 from rich.table import Table
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
 from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
-from medvqa_rl.evaluation.records import EvalRecord, read_records, record_line
+from medvqa_rl.evaluation.records import EvalRecord, read_records, write_records
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, paired_gain, summarise
 from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
-from medvqa_rl.evaluation.store import without_nan, write_text
 
 __all__ = [
     "EvalRecord",
@@ -165,6 +164,5 @@ def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write ``samples.jsonl`` and then ``results.json``, each atomically, into a folder that is made if needed."""
-    write_text(folder / "samples.jsonl", "".join(map(record_line, evaluation.records)))
-    text = json.dumps(without_nan(dict(evaluation.results)), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / "results.json", text + "\n")
+    write_records(evaluation.records, folder / "samples.jsonl")
+    write_json(folder / "results.json", evaluation.results)

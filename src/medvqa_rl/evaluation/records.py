@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+from medvqa_rl.core.files import write_text
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, AnswerType, Template
 
@@ -125,8 +126,8 @@ def record_line(record: EvalRecord) -> str:
 
 
 def write_records(records: Iterable[EvalRecord], path: Path) -> None:
-    """Write one line per record."""
-    path.write_text("".join(map(record_line, records)), encoding="utf-8")
+    """Write one line per record, all of them or none."""
+    write_text(path, "".join(map(record_line, records)))
 
 
 def parse_record(line: str, where: str) -> EvalRecord:

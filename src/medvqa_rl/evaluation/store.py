@@ -13,14 +13,14 @@ results.json                         written last: with it the evaluation is com
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
+from medvqa_rl.core.files import write_json
+from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, write_records
 
 
 @dataclass(frozen=True)
@@ -44,23 +44,6 @@ class Shard:
         if not (index.isdecimal() and count.isdecimal()) or int(index) >= int(count):
             raise ValueError(f"The shard {text!r} is not of the form I/N with I from 0 to N - 1, such as 0/4.")
         return cls(int(index), int(count))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def without_nan(value: Any) -> Any:
-    """NaN as null: what does not apply, in a form that every JSON reader takes."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class RecordFile:
@@ -125,7 +108,7 @@ class RecordFile:
         if not records.keys() >= set(ids):
             return None
         ordered = [records[id] for id in ids]
-        write_text(self.path, "".join(map(record_line, ordered)))
+        write_records(ordered, self.path)
         return ordered
 
 
@@ -149,7 +132,7 @@ def agree(folder: Path, identity: Mapping[str, Any], *, write: bool = True) -> N
             "another folder with --output."
         )
     if write and given.keys() - before.keys():
-        write_text(path, json.dumps(before | given, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, before | given)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

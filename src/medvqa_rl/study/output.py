@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from medvqa_rl.evaluation.store import write_text
+from medvqa_rl.core.files import write_text
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.page import FigureFile, environment
 from medvqa_rl.study.collect import Collected

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import Counter
@@ -19,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.files import write_json
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.statistics.tables import shown
-from medvqa_rl.evaluation.store import without_nan, write_text
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Judge, JudgeRequest, Verdict
 from medvqa_rl.rewards.judges.load import load_judge
@@ -136,8 +135,7 @@ def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]]
     output.mkdir(parents=True, exist_ok=True)
     if any(curves.values()):
         plot_calibration(curves, output / "calibration.png", title=judge.identity.name)
-    text = json.dumps(without_nan(dict(results)), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(output / "calibration.json", text + "\n")
+    write_json(output / "calibration.json", results)
 
 
 def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, title: str) -> Path:

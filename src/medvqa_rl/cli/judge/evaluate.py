@@ -23,6 +23,7 @@ from rich.console import Console
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.config.yaml import build_config, merge, parse_override
+from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
 from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
@@ -37,7 +38,6 @@ from medvqa_rl.evaluation.judging.judged import (
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
-from medvqa_rl.evaluation.store import without_nan, write_text
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rewards.judges.endpoint import host_of
 from medvqa_rl.rewards.judges.load import load_judges
@@ -251,5 +251,4 @@ def _write(folder: Path, results: Mapping[str, Any], records: Sequence[EvalRecor
     tables = [table.markdown() for table in judged_tables(results)]
     text = "\n\n".join(["# Judged answers", *tables, *notes(results)])
     write_text(folder / FILES[1], text + "\n")
-    text = json.dumps(without_nan(dict(results)), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(folder / FILES[0], text + "\n")  # last: with it everything is there
+    write_json(folder / FILES[0], results)  # last: with it everything is there

@@ -5,7 +5,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
+from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.evaluation.statistics.tables import TextTable, number, shown
-from medvqa_rl.evaluation.store import without_nan, write_text
 from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
 
 
@@ -92,7 +91,7 @@ def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = 
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if output is not None:
         found = {"sheet": key.sheet, "seed": seed, **results}
-        write_text(output, json.dumps(without_nan(found), indent=2, allow_nan=False) + "\n")
+        write_json(output, found)
         write_text(
             output.with_suffix(".md"), "\n\n".join(["# Ratings", *(one.markdown() for one in tables), _NOTE]) + "\n"
         )

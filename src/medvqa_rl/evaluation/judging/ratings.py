@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from medvqa_rl.core.files import write_json
 from medvqa_rl.evaluation.statistics.raters import Scale, alpha_interval, kappa_interval
 from medvqa_rl.evaluation.statistics.stats import cluster_bootstrap, paired_cluster_bootstrap, proportion_interval
-from medvqa_rl.evaluation.store import write_text
 from medvqa_rl.rewards.judges.rubric import TOP
 
 KEY_FORMAT = "medvqa-rl rating key 1"
@@ -80,7 +80,7 @@ class RaterFile:
 
 def write_key(key: SheetKey, path: Path) -> None:
     """Write a key as a whole or not at all."""
-    write_text(path, json.dumps(key.to_json(), indent=2) + "\n")
+    write_json(path, key.to_json())
 
 
 def read_key(path: Path) -> SheetKey:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.stats import holm
 from medvqa_rl.evaluation.statistics.summary import by_group, pair, paired_gain, summarise
 from medvqa_rl.evaluation.statistics.tables import measured_table
-from medvqa_rl.evaluation.store import without_nan, write_text
 
 Cell = tuple[str, str]
 """Data set and template."""
@@ -325,8 +324,7 @@ def show_pairs(comparison: Mapping[str, Any], console: Console) -> None:
 
 def write_comparisons(comparisons: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write comparisons as JSON, every flipped question included, as a whole or not at all."""
-    text = json.dumps(without_nan({"comparisons": comparisons}), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_json(path, {"comparisons": comparisons})
 
 
 def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int = 5) -> None:
