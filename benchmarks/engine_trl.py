@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Square, Workload, make_config, now, share_of_vowels
-from benchmarks.engines import Step, Stopwatch, add_noise, forbid_stopping, step_samples
+from benchmarks.engines import Step, Stopwatch, add_noise, forbid_stopping, samples_by_step
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.types import Sample
 from medvqa_rl.models.qwen_vl import Processor
@@ -149,7 +149,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
             model=model,
             reward_funcs=share_of_vowels,
             args=arguments,
-            train_dataset=_as_dataset(datasets, [s for part in step_samples(workload, steps) for s in part]),
+            train_dataset=_as_dataset(datasets, [s for part in samples_by_step(workload, steps) for s in part]),
             processing_class=ImagesOnly(
                 processor.image_processor,
                 processor.tokenizer,

@@ -19,7 +19,7 @@ import torch
 from benchmarks.common import Workload, make_config, make_data, now
 from medvqa_rl.core.types import Completion, Group, Sample
 from medvqa_rl.learning.batching.feed import make_feed
-from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
@@ -86,11 +86,11 @@ class Stopwatch:
         return taken
 
 
-def step_samples(workload: Workload, steps: int) -> list[list[Sample]]:
+def samples_by_step(workload: Workload, steps: int) -> list[list[Sample]]:
     """The samples of every step, in the order in which this package draws them."""
     data = make_data(workload.prompts * steps, workload.side)
     return [
-        [draw.sample for draw in samples_at(data, step, num_prompts=workload.prompts, seed=0, rank=0, num_ranks=1)]
+        [draw.sample for draw in step_samples(data, step, num_prompts=workload.prompts, seed=0, rank=0, num_ranks=1)]
         for step in range(steps)
     ]
 
@@ -136,7 +136,7 @@ def run_ours(
     with make_feed(config, accelerator, setup, range(steps), workload.prompts) as feed:
         for step in range(steps):
             with watch.phase("rollout"):
-                groups = roll_out(config, accelerator, setup, step, feed.at(step))
+                groups = roll_out(config, accelerator, setup, step, feed.prompts(step))
             with watch.phase("reward"):
                 total = torch.from_numpy(rewards.score(groups, step=step).total)
             with watch.phase("update"):
@@ -214,7 +214,7 @@ def replay(
     accelerator = make_accelerator(config, workload.prompts)
     setup = set_up(config, make_data(workload.prompts, workload.side), None, with_validation=False)
     policy = setup.policy
-    step, samples = steps[0], step_samples(workload, len(steps))[0]
+    step, samples = steps[0], samples_by_step(workload, len(steps))[0]
     ids = iter(step.completion_ids)
     groups = [
         Group(

@@ -99,7 +99,7 @@ def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
             accelerator.wait_for_everyone()
             passed, began = time.perf_counter(), now()
             with trained.gathered():
-                groups = roll_out(config, accelerator, setup, step, feed.at(step))
+                groups = roll_out(config, accelerator, setup, step, feed.prompts(step))
             total = torch.from_numpy(rewards.score(groups, step=step).total)
             rolled_out = now()
             accelerator.wait_for_everyone()  # where a run exchanges what its ranks have sampled

@@ -69,20 +69,20 @@ def keep_first_gradient(path: Path) -> None:
     accumulate = Learner.accumulate
 
     def watched(learner: Learner, *args: Any) -> Any:
-        finish = learner.trained.finish_gradients
+        finish = learner.trained.clip_gradients
 
-        def keep(*, has_skipped: bool) -> float:
+        def keep(*, fill_missing: bool) -> float:
             trained = learner.trained
             found = {name: gradient(trained, parameter) for name, parameter in trained.parameters.items()}
             if trained.accelerator.is_main_process:
                 torch.save({name: grad for name, grad in found.items() if grad is not None}, path)
-            return finish(has_skipped=has_skipped)
+            return finish(fill_missing=fill_missing)
 
-        learner.trained.finish_gradients = keep
+        learner.trained.clip_gradients = keep
         try:
             return accumulate(learner, *args)
         finally:
-            learner.trained.finish_gradients = finish
+            learner.trained.clip_gradients = finish
             Learner.accumulate = accumulate
 
     Learner.accumulate = watched
@@ -137,10 +137,10 @@ def work(job: dict[str, Any]) -> None:
 
 def lose(step: int, phase: str, how: int | str) -> None:
     """Send this process a signal when it gets to a phase of a step, or let its main thread go no further."""
-    at = Run.at
+    set_phase = Run.set_phase
 
     def struck(run: Run, current: str) -> None:
-        at(run, current)
+        set_phase(run, current)
         if (run.state.step + 1, current) != (step, phase):
             return
         if isinstance(how, int):
@@ -148,7 +148,7 @@ def lose(step: int, phase: str, how: int | str) -> None:
         while True:  # the thread of its pulse goes on
             time.sleep(0.01)
 
-    Run.at = struck
+    Run.set_phase = struck
 
 
 def launch(job: dict[str, Any]) -> list[int]:

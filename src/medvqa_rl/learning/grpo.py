@@ -24,19 +24,19 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.types import Dataset, Group, Scores
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.measures.similarity import Similarity, load_similarity
-from medvqa_rl.learning.batching.feed import Prepared, make_feed, prepare_now
-from medvqa_rl.learning.batching.resampling import occurrence, resample
-from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed, prepare_prompt
+from medvqa_rl.learning.batching.resampling import resample, resampled_occurrence
+from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.learning.objective.advantages import group_advantages, preferences
 from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed, UnscoredError
-from medvqa_rl.learning.run.metrics import (
+from medvqa_rl.learning.run.run import Run
+from medvqa_rl.learning.run.step_metrics import (
     CompletionRecord,
-    mean_of_ranks,
+    mean_over_ranks,
     record_completions,
     rollout_metrics,
     template_metrics,
 )
-from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.setup import (
     Setup,
     check_vllm,
@@ -105,43 +105,42 @@ def train(
         setup = set_up(config, train_set, val_set)
         # The reference is the policy as it is before a checkpoint is loaded.
         reference = make_reference(config, setup.policy)
-        run.attach(setup.policy, setup.engine, setup.datasets, judges.identities)
+        run.start(setup.policy, setup.engine, setup.datasets, judges.identities)
         setup.vllm = start_vllm(config, accelerator, setup.policy)
-        trained = run.go_on_with(wrap(config, accelerator, setup.policy))
+        trained = run.use_trained(wrap(config, accelerator, setup.policy))
         learner = Learner(config, accelerator, setup.policy, reference, trained)
-        run.begin()
         steps = range(run.state.step, config.train.steps)
-        feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.train.prompts_per_step))
+        feed = run.enter_context(make_feed(config, accelerator, setup, steps, config.train.prompts_per_step))
         for step in steps:
             began = time.perf_counter()
-            run.at("rollout")
-            prompts = feed.at(step)
+            run.set_phase("rollout")
+            prompts = feed.prompts(step)
             with trained.gathered(), reporting(step), setup.sampling():
                 groups = roll_out(config, accelerator, setup, step, prompts)
                 rolled_out = time.perf_counter()
-                run.at("rewards")
+                run.set_phase("rewards")
                 score = partial(rewards.score, step=step, count_tokens=setup.policy.processor.count_tokens)
                 scores = score(groups)
                 if times := config.rollout.max_resample_times:
                     others = partial(roll_out_others, config, accelerator, setup, step)
-                    number = partial(number_among_ranks, [prompt.place for prompt in prompts])
+                    number = partial(number_among_ranks, [prompt.position for prompt in prompts])
                     groups, scores = resample(
-                        groups, scores, max_times=times, roll_out=others, score=score, number=number
+                        groups, scores, max_attempts=times, roll_out=others, score=score, global_indices=number
                     )
             total = torch.from_numpy(scores.total)  # (P, G)
             advantages = group_advantages(total, scale=config.advantage.scale)
             own = record_completions(groups, scores, advantages.numpy())
-            records = gather_records([prompt.place for prompt in prompts], own)
+            records = gather_records([prompt.position for prompt in prompts], own)
             metrics = rollout_metrics(records, config.rollout.num_generations)
             metrics |= template_metrics(records) if config.prompt.mix.is_on else {}
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
             scored = time.perf_counter()
-            run.at("update")
+            run.set_phase("update")
             if config.loss.type == "dpo":
                 metrics |= learner.update(*as_pairs(groups, total), step)
             else:
                 metrics |= learner.update(groups, advantages, ~total.isnan(), step)
-            metrics |= mean_of_ranks(gather_object([scores.extras]))
+            metrics |= mean_over_ranks(gather_object([scores.extras]))
             metrics |= {
                 "time/rollout": rolled_out - began,
                 "time/update": time.perf_counter() - scored,
@@ -181,7 +180,7 @@ def check_rewardable(config: Config, dataset: Dataset) -> list[str]:
 
 
 def roll_out(
-    config: Config, accelerator: Accelerator, setup: Setup, step: int, prompts: Sequence[Prepared] | None = None
+    config: Config, accelerator: Accelerator, setup: Setup, step: int, prompts: Sequence[PreparedPrompt] | None = None
 ) -> list[Group]:
     """This rank's groups of a step: P prompts with G sampled completions each.
 
@@ -190,7 +189,7 @@ def roll_out(
     """
     if prompts is None:
         with make_feed(config, accelerator, setup, range(step, step + 1), config.train.prompts_per_step) as feed:
-            prompts = feed.at(step)
+            prompts = feed.prompts(step)
     samples = [prepared.sample for prepared in prompts]
     try:
         return setup.sampler.rollout(
@@ -199,12 +198,12 @@ def roll_out(
             seed=config.train.seed,
             stream="train",
             step=step,
-            occurrences=[prepared.epoch for prepared in prompts],
+            occurrences=[prepared.occurrence for prepared in prompts],
             prompts=[prepared.prompt for prepared in prompts],
         )
     except FloatingPointError as error:
         names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
-        raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_sound_weights=False) from error
+        raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_valid_weights=False) from error
 
 
 @contextmanager
@@ -272,7 +271,7 @@ def roll_out_others(
         attempt: from 1; each draws other prompts.
         numbers: which of them this rank takes.
     """
-    draws = samples_at(
+    draws = step_samples(
         setup.datasets["train"],
         step,
         num_prompts=config.train.prompts_per_step,
@@ -280,7 +279,7 @@ def roll_out_others(
         attempt=attempt,
     )
     taken = [draws[number] for number in numbers]
-    prompts = [prepare_now(setup, config, draw, occurrence(attempt, draw.epoch), step) for draw in taken]
+    prompts = [prepare_prompt(setup, config, draw, resampled_occurrence(attempt, draw.epoch), step) for draw in taken]
     return roll_out(config, accelerator, setup, step, prompts)
 
 

@@ -19,7 +19,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, Dataset, Group, Sample, Template
-from medvqa_rl.learning.batching.feed import Prepared, make_feed
+from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate
 from medvqa_rl.learning.objective.optimizer import lr_at
@@ -96,21 +96,20 @@ def train_sft(
         setup = set_up(config, train_set, None, with_validation=False)
         trained = wrap(config, accelerator, setup.policy)
         with make_feed(config, accelerator, setup, range(1), config.sft.batch_size) as feed:
-            groups = prepared_groups(config, setup, feed.at(0))
+            groups = prepared_groups(config, setup, feed.prompts(0))
         metrics = accumulate(config, accelerator, setup, trained, groups)
         report_dry_run(setup, groups, {name: f"{value:.4f}" for name, value in metrics.items()})
         return Path(config.output_dir)
     with Run(config, accelerator, kind="sft", resume=resume, given=given) as run:
         setup = set_up(config, train_set, val_set)
-        run.attach(setup.policy, setup.engine, setup.datasets)
-        trained = run.go_on_with(wrap(config, accelerator, setup.policy))
-        run.begin()
+        run.start(setup.policy, setup.engine, setup.datasets)
+        trained = run.use_trained(wrap(config, accelerator, setup.policy))
         steps = range(run.state.step, config.train.steps)
-        feed = run.until_the_end(make_feed(config, accelerator, setup, steps, config.sft.batch_size))
+        feed = run.enter_context(make_feed(config, accelerator, setup, steps, config.sft.batch_size))
         for step in steps:
             began = time.perf_counter()
-            run.at("update")
-            groups = prepared_groups(config, setup, feed.at(step))
+            run.set_phase("update")
+            groups = prepared_groups(config, setup, feed.prompts(step))
             trained.forward.train()
             torch.manual_seed(address(config.train.seed, "dropout", step, accelerator.process_index))
             metrics = accumulate(config, accelerator, setup, trained, groups)
@@ -129,7 +128,7 @@ def train_sft(
     return run.dir.path
 
 
-def prepared_groups(config: Config, setup: Setup, prompts: Sequence[Prepared]) -> list[Group]:
+def prepared_groups(config: Config, setup: Setup, prompts: Sequence[PreparedPrompt]) -> list[Group]:
     """The targets of a step's prompts."""
     processor = setup.policy.processor
     groups = []
@@ -161,6 +160,6 @@ def accumulate(
             loss = sft_loss(trained.forward, batch, counts[0])
             trained.backward(loss * accelerator.num_processes)  # distributed wrappers average over ranks
             total += loss.detach()
-    grad_norm = trained.finish_gradients(has_skipped=False)
+    grad_norm = trained.clip_gradients(fill_missing=False)
     loss_sum = float(accelerator.reduce(total, "sum"))
     return {"loss": loss_sum, "grad_norm": grad_norm, "step_tokens": float(counts[1])}

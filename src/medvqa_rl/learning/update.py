@@ -233,7 +233,7 @@ class Learner:
 
     def _idle(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Micro-batches that have no part in the loss, for ranks with fewer than others where passes need all."""
-        if not self.trained.needs_all_ranks:
+        if not self.trained.is_collective:
             return []
         count = torch.tensor([len(micro_batches)], device=self.policy.device)
         missing = int(self.accelerator.gather(count).max()) - len(micro_batches)
@@ -312,7 +312,7 @@ class Learner:
                 tokens.is_low_clipped | tokens.is_high_clipped,
             )
             sums += torch.stack([loss.detach(), *(torch.where(micro.mask, values, 0).sum() for values in per_token)])
-        grad_norm = self.trained.finish_gradients(has_skipped=experience.num_skipped > 0)
+        grad_norm = self.trained.clip_gradients(fill_missing=experience.num_skipped > 0)
         loss_sum, kl, entropy, *clipped = self.accelerator.reduce(sums, "sum").tolist()
         num_tokens = max(experience.num_tokens, 1)
         means = [loss_sum, kl / num_tokens, entropy / max(experience.num_computed_tokens, 1)]
@@ -366,5 +366,5 @@ class Learner:
             "optimizer.max_grad_norm, or train in float32 (model.dtype), and start again from the last checkpoint "
             "(model.path).",
             named,
-            has_sound_weights=is_first_round,
+            has_valid_weights=is_first_round,
         )

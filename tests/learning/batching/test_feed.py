@@ -18,7 +18,7 @@ from medvqa_rl.config import PrefetchConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.learning.batching.feed import Feed
-from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.errors import UnusableSampleError
 from medvqa_rl.learning.sft import train_sft
@@ -117,15 +117,17 @@ def test_a_feed_gives_what_the_sampler_names(tiny_policy):
     common: dict[str, Any] = {"num_prompts": 4, "seed": 3, "rank": 1, "num_ranks": 2}
     with Feed(data, engine, PrefetchConfig(workers=2), steps=range(5, 9), **common) as feed:
         for step in range(5, 9):
-            found = feed.at(step)
-            named = samples_at(data, step, **common, cost=engine.expected_tokens)
-            assert [(one.sample.id, one.epoch) for one in found] == [(draw.sample.id, draw.epoch) for draw in named]
+            found = feed.prompts(step)
+            named = step_samples(data, step, **common, cost=engine.expected_tokens)
+            assert [(one.sample.id, one.occurrence) for one in found] == [
+                (draw.sample.id, draw.epoch) for draw in named
+            ]
             for one in found:
                 direct = engine.encode(one.sample)
                 assert (one.prompt.input_ids == direct.input_ids).all()
                 assert (one.prompt.pixel_values == direct.pixel_values).all()
         with pytest.raises(StopIteration):
-            feed.at(9)
+            feed.prompts(9)
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def files(tmp_path) -> FileData:
 @pytest.mark.parametrize("loop", [train, train_sft])
 def test_a_damaged_image_stops_at_its_step_and_what_is_done_is_kept(folder, tmp_path, files, loop, workers, capsys):
     config = toy_config(folder, tmp_path / "run", train=SHORT | {"save_steps": 0}, prefetch={"workers": workers})
-    (second, *_) = samples_at(files, 1, num_prompts=4, seed=0)
+    (second, *_) = step_samples(files, 1, num_prompts=4, seed=0)
     path = files.root / second.sample.images[0].key
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

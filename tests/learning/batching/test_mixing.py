@@ -17,7 +17,7 @@ from medvqa_rl.config import PromptConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.run.metrics import record_completions, template_metrics
+from medvqa_rl.learning.run.step_metrics import record_completions, template_metrics
 from medvqa_rl.learning.sft import train_sft
 
 MIX = PromptConfig.model_validate({"mix": {"explain": 1, "short": 2, "open_ended": 1, "choice": 4}})

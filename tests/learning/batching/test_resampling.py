@@ -8,8 +8,8 @@ from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.learning import grpo
-from medvqa_rl.learning.batching.resampling import occurrence, resample, without_signal
-from medvqa_rl.learning.batching.sampler import indices_at
+from medvqa_rl.learning.batching.resampling import groups_without_signal, resample, resampled_occurrence
+from medvqa_rl.learning.batching.sampler import step_indices
 from medvqa_rl.learning.grpo import train
 
 NAN = float("nan")
@@ -29,7 +29,7 @@ def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
 
 
 def test_equal_rewards_have_no_signal_and_unscored_ones_are_left_alone():
-    assert without_signal(np.array([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN], [0.0, 0.0]])) == [0, 4]
+    assert groups_without_signal(np.array([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN], [0.0, 0.0]])) == [0, 4]
 
 
 def test_groups_without_signal_give_their_place_to_groups_with_some():
@@ -43,7 +43,7 @@ def test_groups_without_signal_give_their_place_to_groups_with_some():
     groups, merged = resample(
         [group("a"), group("b"), group("c")],
         scores((1.0, 1.0), (0.0, 1.0), (0.0, 0.0), note="own"),
-        max_times=5,
+        max_attempts=5,
         roll_out=roll_out,
         score=lambda fresh: found[int(fresh[0].sample.id[0])],
     )
@@ -66,7 +66,7 @@ def test_attempts_end_and_what_has_no_signal_then_stays():
     groups, merged = resample(
         [group("a"), group("b")],
         own,
-        max_times=3,
+        max_attempts=3,
         roll_out=roll_out,
         score=lambda _: equal,
     )
@@ -77,7 +77,7 @@ def test_attempts_end_and_what_has_no_signal_then_stays():
 @pytest.mark.parametrize("length", [None, 7])
 def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
     def drawn(step: int, attempt: int) -> list[tuple[int, int]]:
-        return indices_at(step, num_prompts=4, length=length, seed=1, attempt=attempt)
+        return step_indices(step, num_prompts=4, length=length, seed=1, attempt=attempt)
 
     assert drawn(3, 2) == drawn(3, 2)
     assert len({tuple(drawn(step, attempt)) for step in range(2) for attempt in range(4)}) == 8
@@ -86,7 +86,7 @@ def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
     else:
         epoch = [index for step in range(7) for index, number in drawn(step, 1) if number == 0]
         assert sorted(epoch) == list(range(7))
-    assert len({occurrence(attempt, epoch) for attempt in range(4) for epoch in range(9)}) == 36
+    assert len({resampled_occurrence(attempt, epoch) for attempt in range(4) for epoch in range(9)}) == 36
 
 
 def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_others():
@@ -103,10 +103,10 @@ def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_oth
     groups, _ = resample(
         [group("a"), group("b")],
         scores((1.0, 1.0), (0.0, 1.0)),
-        max_times=9,
+        max_attempts=9,
         roll_out=roll_out,
         score=lambda _: scores((0.0, 3.0)),
-        number=number,
+        global_indices=number,
     )
     assert asked == [[0], [], []] and [g.sample.id for g in groups] == ["other", "b"]
 
@@ -128,7 +128,7 @@ def test_a_run_replaces_groups_and_is_repeated_by_a_resume(tiny_folder, tmp_path
     roll_out = grpo.roll_out
 
     def watched(config, accelerator, setup, step, prompts=None):
-        seen.append([prepared.epoch for prepared in prompts])
+        seen.append([prepared.occurrence for prepared in prompts])
         return roll_out(config, accelerator, setup, step, prompts)
 
     with monkeypatch.context() as patch:

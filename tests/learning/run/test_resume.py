@@ -273,7 +273,7 @@ def test_no_space_for_the_log_is_said_too(folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("medvqa_rl.learning.run.tracking.Tracker.log", full)
+    monkeypatch.setattr("medvqa_rl.learning.run.logger.RunLogger.log", full)
     with pytest.raises(ValueError, match=r"No space is left on the device of .*--resume"):
         go(toy_config(folder, tmp_path / "run"))
 

@@ -152,7 +152,7 @@ def test_a_failed_run_is_told(
     name, recorder = tracker
 
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise NonFiniteError("The loss is not finite.", (), has_sound_weights=False)
+        raise NonFiniteError("The loss is not finite.", (), has_valid_weights=False)
 
     monkeypatch.setattr("medvqa_rl.learning.grpo.roll_out", fail)
     with pytest.raises(NonFiniteError):

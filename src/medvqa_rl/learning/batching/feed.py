@@ -1,7 +1,7 @@
-"""The prompts of every step, prepared by background threads while the step before it is computed.
+"""The prompts of each step, prepared by background threads while the previous step is computed.
 
-What a step works on stays a function of the step alone (:mod:`sampler`): how many threads prepare
-it, and how far they were when a run was killed, changes nothing.
+The samples of a step are a pure function of the step (sampler.py). They do not depend on the number of threads or on
+how far the threads were when a run was interrupted.
 """
 
 from __future__ import annotations
@@ -19,24 +19,26 @@ from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, EncodedPrompt, Sample
 from medvqa_rl.data.images.prefetch import work_ahead
 from medvqa_rl.learning.batching.mixing import template_for
-from medvqa_rl.learning.batching.sampler import Draw, samples_at
+from medvqa_rl.learning.batching.sampler import DrawnSample, step_samples
 from medvqa_rl.learning.run.errors import UnusableSampleError
 from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rollout.decode import RolloutEngine
 
 
-class Prepared(NamedTuple):
-    """A sample as its prompt asks it, the epoch that it is drawn in, the prompt, and its number in the step over all
-    ranks."""
+class PreparedPrompt(NamedTuple):
+    """A sample with its encoded prompt."""
 
     sample: Sample
-    epoch: int
+    """The sample as its template asks it."""
+    occurrence: int
+    """Distinguishes repeated draws of the sample within the step: the epoch, or that and the resampling attempt."""
     prompt: EncodedPrompt
-    place: int
+    position: int
+    """Its index among the step's prompts over all ranks."""
 
 
 class Feed(AbstractContextManager["Feed"]):
-    """Prompts of consecutive steps. Leaving the context ends the threads."""
+    """Prompts of consecutive steps. Leaving the context stops the threads."""
 
     def __init__(
         self,
@@ -49,24 +51,22 @@ class Feed(AbstractContextManager["Feed"]):
         seed: int,
         rank: int = 0,
         num_ranks: int = 1,
-        asking: PromptConfig = PromptConfig(),
+        prompt_config: PromptConfig = PromptConfig(),
     ) -> None:
         """
         Args:
-            dataset: samples are drawn from it by the caller's thread; their images are loaded by others.
+            dataset: samples are drawn in the caller's thread; the threads load their images.
             engine: encodes the prompts.
-            prefetch: threads, and the bound on their memory.
-            steps: those that will be asked for, in their order; nothing beyond is prepared.
-            num_prompts: P, prompts of a step over all ranks.
-            seed: of the order of the samples.
-            rank: which share of them this is.
-            num_ranks: among how many.
-            asking: how questions are asked.
+            prefetch: number of threads and their memory limit.
+            steps: the steps to prepare, in the order in which :meth:`prompts` is called.
+            num_prompts: P, prompts per step over all ranks.
+            seed: seed of the sample order.
+            prompt_config: which templates to use.
         """
 
-        def draws() -> Iterator[tuple[int, Draw]]:
+        def draws() -> Iterator[tuple[int, DrawnSample]]:
             for step in steps:
-                for draw in samples_at(
+                for draw in step_samples(
                     dataset,
                     step,
                     num_prompts=num_prompts,
@@ -77,9 +77,9 @@ class Feed(AbstractContextManager["Feed"]):
                 ):
                     yield step, draw
 
-        def prepare(place: tuple[int, Draw]) -> Prepared:
-            step, draw = place
-            return prepared(engine, draw, draw.epoch, asking, seed=seed, step=step)
+        def prepare(item: tuple[int, DrawnSample]) -> PreparedPrompt:
+            step, draw = item
+            return _prepare(engine, draw, draw.epoch, prompt_config, seed=seed, step=step)
 
         self._share = num_prompts // num_ranks
         self._steps = iter(steps)
@@ -89,18 +89,18 @@ class Feed(AbstractContextManager["Feed"]):
             workers=prefetch.workers,
             max_bytes=prefetch.max_mib * 2**20,
             ahead=self._share,
-            cost=lambda place: engine.encoding_bytes(place[1].sample),
-            size=lambda made: made.prompt.nbytes,
+            cost=lambda item: engine.encoding_bytes(item[1].sample),
+            size=lambda prepared: prepared.prompt.nbytes,
         )
 
-    def at(self, step: int) -> list[Prepared]:
-        """This rank's prompts of a step; the threads turn to the next one.
+    def prompts(self, step: int) -> list[PreparedPrompt]:
+        """This rank's prompts of a step. The threads then start on the next step.
 
         Raises:
-            UnusableSampleError: an image cannot be used; the message names file and sample.
+            UnusableSampleError: an image cannot be used; the message names the file and the sample.
         """
         expected = next(self._steps)
-        assert step == expected, f"step {step} was asked for where {expected} is prepared"
+        assert step == expected, f"step {step} was requested, but {expected} is next"
         try:
             return list(islice(self._prepared, self._share))
         except ValueError as error:
@@ -112,36 +112,36 @@ class Feed(AbstractContextManager["Feed"]):
         self._prepared.close()
 
 
-def prepared(
-    engine: RolloutEngine, draw: Draw, occurrence: int, asking: PromptConfig, *, seed: int, step: int
-) -> Prepared:
-    """A sample asked by the template that its place in the run draws.
+def _prepare(
+    engine: RolloutEngine, draw: DrawnSample, occurrence: int, config: PromptConfig, *, seed: int, step: int
+) -> PreparedPrompt:
+    """Draw a sample's template and encode its prompt.
 
     Raises:
-        ValueError: an image cannot be used; the message names file and sample.
+        ValueError: an image cannot be used; the message names the file and the sample.
     """
-    template = template_for(draw.sample, asking, seed=seed, step=step, occurrence=occurrence)
+    template = template_for(draw.sample, config, seed=seed, step=step, occurrence=occurrence)
     asked = as_asked(draw.sample, template)
-    return Prepared(asked, occurrence, engine.encode(asked, template), draw.place)
+    return PreparedPrompt(asked, occurrence, engine.encode(asked, template), draw.position)
 
 
-def prepare_now(setup: Setup, config: Config, draw: Draw, occurrence: int, step: int) -> Prepared:
-    """A prompt that no feed has prepared.
+def prepare_prompt(setup: Setup, config: Config, draw: DrawnSample, occurrence: int, step: int) -> PreparedPrompt:
+    """Prepare a single prompt outside of a feed, such as one that is resampled.
 
     Args:
-        occurrence: what tells it from other draws of the same sample in the step.
+        occurrence: distinguishes this draw from other draws of the same sample within the step.
 
     Raises:
-        UnusableSampleError: an image cannot be used; the message names file and sample.
+        UnusableSampleError: an image cannot be used; the message names the file and the sample.
     """
     try:
-        return prepared(setup.engine, draw, occurrence, config.prompt, seed=config.train.seed, step=step)
+        return _prepare(setup.engine, draw, occurrence, config.prompt, seed=config.train.seed, step=step)
     except ValueError as error:
         raise UnusableSampleError(str(error)) from error
 
 
 def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: range, num_prompts: int) -> Feed:
-    """The prompts that this rank trains on, from the settings."""
+    """The feed of this rank's training prompts."""
     return Feed(
         setup.datasets["train"],
         setup.engine,
@@ -151,5 +151,5 @@ def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: ran
         seed=config.train.seed,
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
-        asking=config.prompt,
+        prompt_config=config.prompt,
     )

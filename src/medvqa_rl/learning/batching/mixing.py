@@ -1,8 +1,8 @@
-"""Diversity prompting: which template asks a question in a step, by weights and by address. Imports no torch.
+"""Diversity prompting: draw each prompt's template by weight. Imports no torch.
 
-Training asks in several ways (explanation required, short form, open-ended, multiple choice), as reported of RARL
-(arXiv 2506.06600, whose texts and shares are not known). All completions of a group answer the same prompt, so
-rewards are compared among them only.
+Training prompts use several templates (explanation required, short answer, open-ended, multiple choice), as RARL
+reports (arXiv 2506.06600, which publishes neither texts nor weights). All completions of a group answer the same
+prompt, so rewards are only compared within a template.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from medvqa_rl.core.types import Sample, Template
 
 
 def template_for(sample: Sample, config: PromptConfig, *, seed: int, step: int, occurrence: int) -> Template:
-    """The template that asks a sample's question: of those with a weight that fit it, one by weight.
+    """Draw a sample's template by weight, among those that fit the question.
 
-    A function of its address (seed, step, sample id, occurrence) and of question and options, never of the gold
-    answer, the rank, or what was drawn before.
+    A pure function of (seed, step, sample id, occurrence), the question and the options. It does not depend on the
+    gold answer or the rank.
 
     Args:
-        sample: as it is in the data set.
-        config: the weights, and the template to ask by where none of them fits or there are none.
-        seed: of the run.
-        step: of the run.
-        occurrence: tells apart the times that a sample occurs in the step.
+        sample: the sample as stored in the data set.
+        config: template weights, and the default template if there are no weights or none of them fits.
+        seed: the run's seed.
+        step: counted from 0.
+        occurrence: distinguishes repeated draws of a sample within a step.
     """
     weights = {template: weight for template, weight in config.mix.weights.items() if fits(sample, template)}
     if not weights:
         return config.template
-    left = Draws("template", seed, step, sample.id, occurrence).uniform() * sum(weights.values())
+    remaining = Draws("template", seed, step, sample.id, occurrence).uniform() * sum(weights.values())
     for template, weight in weights.items():
-        left -= weight
-        if left < 0:
+        remaining -= weight
+        if remaining < 0:
             return template
     return template

@@ -1,8 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups that teach nothing give their place to others.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): replace groups whose rewards are all equal.
 
-A group whose rewards are all equal has no advantage. So groups of other prompts are sampled, and those whose rewards
-differ take its place. Which prompts an attempt draws, and every token of it, is a function of the step and the number
-of the attempt, so a resumed run meets the same.
+Such a group has zero advantages and no gradient. Groups of other prompts are rolled out, and those with unequal
+rewards take its place. The prompts of an attempt and every sampled token are pure functions of the step and the
+attempt, so a resumed run repeats them.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from medvqa_rl.core.types import Group, Scores
 
-_EPOCHS = 2**32
-"""More than any run has: tells the attempts' occurrences of a sample apart."""
+_MAX_EPOCHS = 2**32
+"""Above the number of epochs of any run, so that occurrences of different attempts never collide."""
 
 
-def without_signal(total: NDArray[np.float64]) -> list[int]:
+def groups_without_signal(total: NDArray[np.float64]) -> list[int]:
     """Indices of the groups whose rewards are all equal.
 
-    A group with an unscored completion is not among them: what we failed to score must be seen, not replaced.
+    Groups with an unscored completion are not included, so that scoring failures stay visible.
 
     Args:
         total: (P, G) rewards; NaN is unscored.
@@ -30,71 +30,72 @@ def without_signal(total: NDArray[np.float64]) -> list[int]:
     return np.flatnonzero(total.max(axis=1) == total.min(axis=1)).tolist()
 
 
-def occurrence(attempt: int, epoch: int) -> int:
-    """What tells a completion of this attempt from the step's own, and from those of other attempts."""
-    return attempt * _EPOCHS + epoch
+def resampled_occurrence(attempt: int, epoch: int) -> int:
+    """The occurrence of a sample in a resampling attempt: unique for each (attempt, epoch)."""
+    return attempt * _MAX_EPOCHS + epoch
 
 
 def resample(
     groups: Sequence[Group],
     scores: Scores,
     *,
-    max_times: int,
+    max_attempts: int,
     roll_out: Callable[[int, Sequence[int]], list[Group]],
     score: Callable[[Sequence[Group]], Scores],
-    number: Callable[[Sequence[int]], list[int] | None] | None = None,
+    global_indices: Callable[[Sequence[int]], list[int] | None] | None = None,
 ) -> tuple[list[Group], Scores]:
-    """Replace groups without signal by groups of other prompts that have some, as far as they are found.
+    """Replace groups without signal by groups of other prompts, in at most ``max_attempts`` attempts.
+
+    Each attempt rolls out as many prompts as there are groups left to replace.
 
     Args:
-        groups: P groups of the step's own prompts.
-        scores: theirs.
-        max_times: attempts at most, each with as many prompts as there are groups left to replace.
-        roll_out: (attempt from 1, numbers of prompts in the attempt) -> groups of these prompts.
-        score: their scores.
-        number: of several ranks, all of which call it in every attempt: which of this rank's groups are to be replaced
-            -> their numbers among those of all ranks, None where no rank has any. None counts this rank's alone.
+        groups: this rank's P groups of the step.
+        scores: their scores.
+        roll_out: (attempt counted from 1, prompt indices within the attempt) -> groups of these prompts.
+        score: groups -> scores.
+        global_indices: for several ranks, a collective call in every attempt: indices of this rank's groups to replace
+            -> their indices among those of all ranks, or None if no rank has any. None: this is the only rank.
 
     Returns:
-        P groups and their scores. ``extras`` are those of the step's own groups, and ``frac_groups_resampled``, the
-        share of the groups that are not the step's own.
+        P groups and their scores. ``extras`` are those of the original groups, with ``frac_groups_resampled``: the
+        fraction of groups that were replaced.
     """
     groups, num_replaced = list(groups), 0
-    for attempt in range(1, max_times + 1):
-        places = without_signal(scores.total)
-        numbers = (list(range(len(places))) or None) if number is None else number(places)
-        if numbers is None:
+    for attempt in range(1, max_attempts + 1):
+        targets = groups_without_signal(scores.total)
+        indices = (list(range(len(targets))) or None) if global_indices is None else global_indices(targets)
+        if indices is None:
             break
-        if not places:
-            continue  # but other ranks have some
-        fresh = roll_out(attempt, numbers)
-        found = score(fresh)
-        useless = set(without_signal(found.total))
-        pairs = [(place, index) for index, place in enumerate(places) if index not in useless]
-        for place, index in pairs:
-            groups[place] = fresh[index]
-        scores = _with_rows(scores, found, pairs)
+        if not targets:
+            continue  # other ranks still have groups to replace
+        fresh = roll_out(attempt, indices)
+        fresh_scores = score(fresh)
+        useless = set(groups_without_signal(fresh_scores.total))
+        pairs = [(target, index) for index, target in enumerate(targets) if index not in useless]
+        for target, index in pairs:
+            groups[target] = fresh[index]
+        scores = _replace_rows(scores, fresh_scores, pairs)
         num_replaced += len(pairs)
     return groups, replace(scores, extras={**scores.extras, "frac_groups_resampled": num_replaced / len(groups)})
 
 
-def _with_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]]) -> Scores:
-    """Scores with the rows of some groups replaced: pairs of a row here and a row of the fresh ones."""
+def _replace_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]]) -> Scores:
+    """Copy rows of ``fresh`` into ``scores``: pairs of (row in scores, row in fresh)."""
     if not pairs:
         return scores
-    places, indices = (list(numbers) for numbers in zip(*pairs))
+    rows, fresh_rows = (list(indices) for indices in zip(*pairs))
 
     def merged(own: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
         own = own.copy()
-        own[places] = other[indices]
+        own[rows] = other[fresh_rows]
         return own
 
     size = scores.total.shape[1]
     columns = {name: list(values) for name, values in scores.columns.items()}
     for name, values in columns.items():
-        others = fresh.columns.get(name, [None] * fresh.total.size)  # a function need not log in every call
-        for place, index in pairs:
-            values[place * size : (place + 1) * size] = others[index * size : (index + 1) * size]
+        others = fresh.columns.get(name, [None] * fresh.total.size)  # a reward function need not log in every call
+        for row, fresh_row in pairs:
+            values[row * size : (row + 1) * size] = others[fresh_row * size : (fresh_row + 1) * size]
     return replace(
         scores,
         total=merged(scores.total, fresh.total),

@@ -1,4 +1,4 @@
-"""Which samples a step trains on: a function of the step alone, so a resumed run goes on where it stopped."""
+"""Which samples each training step uses. Pure functions of the step, so a resumed run draws the same samples."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from medvqa_rl.core.randomness import address, permutation
 from medvqa_rl.core.types import Dataset, Sample
 
 
-class Draw(NamedTuple):
-    """A sample and the epoch that it is drawn in: a step that holds the end of one epoch and the beginning of the
-    next can hold a sample twice."""
+class DrawnSample(NamedTuple):
+    """A sample drawn for a step."""
 
     sample: Sample
     epoch: int
-    place: int
-    """Its number among the step's samples over all ranks."""
+    """The epoch it belongs to. A step that spans two epochs can contain a sample twice."""
+    position: int
+    """Its index among the step's samples over all ranks."""
 
 
-_FURTHER = 2**32
-"""Samples of an endless data set that the steps' own prompts leave to each attempt at resampling."""
-_STRIDE = 2654435761
-"""2**32 over the golden ratio: its multiples lie far apart, so the starts of two seeds are never near each other."""
+_ATTEMPT_OFFSET = 2**32
+"""Offset between resampling attempts in an endless data set. The steps' own prompts never reach it."""
+_SEED_STRIDE = 2654435761
+"""2**32 divided by the golden ratio (Knuth's multiplicative hash), which spreads the starts of different seeds."""
 
 
-def indices_at(
+def step_indices(
     step: int, *, num_prompts: int, length: int | None, seed: int, attempt: int = 0
 ) -> list[tuple[int, int]]:
-    """Indices of the samples of one step, each with its epoch.
+    """(index, epoch) of each sample of a step.
 
-    An endless data set is read in order from a start that the seed sets, seed * 2654435761 modulo 2**31: step s takes
-    start + s * P ... start + s * P + P - 1. A finite one is shuffled anew in every epoch; epochs join without a gap,
-    so a step may hold the end of one and the beginning of the next.
+    An endless data set is read in order: step s takes start + s * P ... start + s * P + P - 1, where start is
+    seed * 2654435761 modulo 2**31. A finite one is reshuffled every epoch. Epochs follow each other without a gap, so
+    a step can span two of them.
 
     Args:
         step: counted from 0.
-        num_prompts: P, prompts of a step over all ranks.
-        length: samples in the data set; None is endless.
-        seed: of the start or of the shuffling.
-        attempt: 0 for the step's own prompts; others for those that are sampled in their place, which come from
-            further on in an endless data set, and from orders of their own in a finite one.
+        num_prompts: P, prompts per step over all ranks.
+        length: size of the data set; None if endless.
+        seed: seed of the start or the shuffling.
+        attempt: 0 for the step's own prompts, n for the n-th resampling attempt. Each attempt starts at its own offset
+            in an endless data set and has its own shuffling in a finite one.
     """
-    places = range(step * num_prompts, (step + 1) * num_prompts)
+    positions = range(step * num_prompts, (step + 1) * num_prompts)
     if length is None:
-        start = seed * _STRIDE % (_FURTHER // 2)
-        return [(start + place + attempt * _FURTHER, 0) for place in places]
-    order: tuple[str | int, ...] = (seed, "attempt", attempt, "epoch") if attempt else (seed, "epoch")
-    orders = {epoch: permutation(address(*order, epoch), length) for epoch in {i // length for i in places}}
-    return [(int(orders[place // length][place % length]), place // length) for place in places]
+        start = seed * _SEED_STRIDE % (_ATTEMPT_OFFSET // 2) + attempt * _ATTEMPT_OFFSET
+        return [(start + position, 0) for position in positions]
+    key: tuple[str | int, ...] = (seed, "attempt", attempt, "epoch") if attempt else (seed, "epoch")
+    orders = {epoch: permutation(address(*key, epoch), length) for epoch in {p // length for p in positions}}
+    return [(int(orders[position // length][position % length]), position // length) for position in positions]
 
 
-def samples_at(
+def step_samples(
     dataset: Dataset,
     step: int,
     *,
@@ -61,37 +61,37 @@ def samples_at(
     num_ranks: int = 1,
     attempt: int = 0,
     cost: Callable[[Sample], float] | None = None,
-) -> list[Draw]:
-    """The samples of one step that one rank works on, in the order of the step.
+) -> list[DrawnSample]:
+    """The samples of a step that one rank processes, in step order.
 
     Args:
-        cost: what a sample is expected to take; ranks get as many samples each, and as equal sums as :func:`deal`
-            finds. None deals consecutive ones.
+        cost: expected cost of a sample, used to balance ranks (:func:`balance_by_cost`). None gives each rank
+            consecutive samples.
     """
     length = None if dataset.is_endless else len(dataset)
-    indices = indices_at(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt)
+    indices = step_indices(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt)
     if num_ranks == 1 or cost is None:
         share = num_prompts // num_ranks
-        places = list(range(rank * share, (rank + 1) * share))
+        positions = list(range(rank * share, (rank + 1) * share))
     else:
-        places = deal([cost(dataset[index]) for index, _ in indices], num_ranks)[rank]
-    return [Draw(dataset[indices[place][0]], indices[place][1], place) for place in places]
+        positions = balance_by_cost([cost(dataset[index]) for index, _ in indices], num_ranks)[rank]
+    return [DrawnSample(dataset[indices[position][0]], indices[position][1], position) for position in positions]
 
 
-def deal(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Share things out so that every rank gets as many, and the dearest share is cheap.
+def balance_by_cost(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Assign the same number of items to each rank, with total costs as equal as a greedy pass gets them.
 
-    The dearest thing left goes to the rank that has least so far and still has room (longest processing time first,
-    Graham 1969). All ranks find the same.
+    Items are assigned in order of decreasing cost to the rank with the lowest total that still has room (longest
+    processing time first, Graham 1969). Deterministic, so all ranks compute the same assignment.
 
     Returns:
-        Indices by rank, each list ascending.
+        Item indices of each rank, ascending.
     """
-    room = len(costs) // num_ranks
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    sums = [0.0] * num_ranks
+    share = len(costs) // num_ranks
+    assigned: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
     for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        rank = min((rank for rank in range(num_ranks) if len(shares[rank]) < room), key=lambda rank: sums[rank])
-        shares[rank].append(index)
-        sums[rank] += costs[index]
-    return [sorted(share) for share in shares]
+        rank = min((rank for rank in range(num_ranks) if len(assigned[rank]) < share), key=lambda rank: totals[rank])
+        assigned[rank].append(index)
+        totals[rank] += costs[index]
+    return [sorted(indices) for indices in assigned]

@@ -74,7 +74,7 @@ class RollCall:
         for work in (self._count, self._judge):
             threading.Thread(target=work, daemon=True).start()
 
-    def at(self, step: int, phase: str) -> None:
+    def set_phase(self, step: int, phase: str) -> None:
         """The main thread begins a phase of a step, counted from 1."""
         self._own.step, self._own.phase = step, PHASES.index(phase)
         self.tick()

@@ -29,7 +29,7 @@ from medvqa_rl.models.shards import Shards, filled, hollow_copy
 class TrainedPolicy:
     """All weights on every rank: alone, or with averaged gradients (DDP)."""
 
-    needs_all_ranks = False
+    is_collective = False
     """True where passes, gathering and saving exchange data, so that all ranks must do the same number of each."""
 
     def __init__(
@@ -73,18 +73,18 @@ class TrainedPolicy:
         """Add a micro-batch's gradient, averaged over ranks."""
         self.accelerator.backward(loss)
 
-    def finish_gradients(self, *, has_skipped: bool) -> float:
+    def clip_gradients(self, *, fill_missing: bool) -> float:
         """Clip the gradient of the step.
 
         Args:
-            has_skipped: groups without gradient were left out. A parameter that only they reach, as the vision tower
+            fill_missing: groups without gradient were left out. A parameter that only they reach, as the vision tower
                 beside text-only questions, has the gradient zero then and not none: the optimizer's running means
                 move on.
 
         Returns:
             Its norm before that.
         """
-        for parameter in self.parameters.values() if has_skipped else ():
+        for parameter in self.parameters.values() if fill_missing else ():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self._max_grad_norm)
@@ -114,7 +114,7 @@ class TrainedPolicy:
 class Fsdp2Policy(TrainedPolicy):
     """Weights, gradients and optimizer state sharded by FSDP2, layer by layer."""
 
-    needs_all_ranks = True
+    is_collective = True
 
     def _make(self, config: OptimizerConfig) -> None:
         model = self.policy.model

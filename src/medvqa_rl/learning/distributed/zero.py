@@ -35,7 +35,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeroPolicy(TrainedPolicy):
     """Trained by DeepSpeed through Accelerate."""
 
-    needs_all_ranks = True
+    is_collective = True
 
     def _make(self, config: OptimizerConfig) -> None:
         model = self.policy.model
@@ -80,7 +80,7 @@ class ZeroPolicy(TrainedPolicy):
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def finish_gradients(self, *, has_skipped: bool) -> float:
+    def clip_gradients(self, *, fill_missing: bool) -> float:
         """The norm of the step's gradient; it is clipped in :meth:`step`. Unused parameters have the gradient zero."""
         if not self._is_stage_3:
             norm = float(self._zero.scaled_global_norm())

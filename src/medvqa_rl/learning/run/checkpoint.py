@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, 
             if temporary is not None:
                 write_model(trained.policy, temporary)
         if temporary is None:
-            for _ in trained.state_tensors() if trained.needs_all_ranks else ():
+            for _ in trained.state_tensors() if trained.is_collective else ():
                 pass
             return
         trainer = temporary / "trainer"

@@ -11,10 +11,10 @@ from medvqa_rl.core.types import Group
 class TrainingFailed(RuntimeError):
     """Training cannot go on. The run saves the groups concerned, and the weights where they are sound."""
 
-    def __init__(self, message: str, groups: Sequence[Group], *, has_sound_weights: bool = True) -> None:
+    def __init__(self, message: str, groups: Sequence[Group], *, has_valid_weights: bool = True) -> None:
         super().__init__(message)
         self.groups = tuple(groups)
-        self.has_sound_weights = has_sound_weights
+        self.has_valid_weights = has_valid_weights
         """True where the weights are those of the last whole step."""
 
 

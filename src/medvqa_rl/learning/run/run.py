@@ -36,9 +36,9 @@ from medvqa_rl.learning.run.checkpoint import (
     save_checkpoint,
 )
 from medvqa_rl.learning.run.errors import RankLostError, Stopped, TrainingFailed, UnusableSampleError
-from medvqa_rl.learning.run.metrics import CompletionRecord
+from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.run_dir import RunDir
-from medvqa_rl.learning.run.tracking import Tracker
+from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -69,10 +69,9 @@ class Run:
         self._is_main = accelerator.is_main_process
         self._signal: int | None = None
         self._exits = ExitStack()
-        self._tracker: Tracker | None = None
-        self._has_begun = False
+        self._tracker: RunLogger | None = None
         self._checkpoint: Path | None = None
-        """The one that a resumed run goes on from."""
+        """The checkpoint that a resumed run continues from."""
         self._instruments = NOTHING
         self._roll_call: RollCall | None = None
 
@@ -101,14 +100,14 @@ class Run:
             # Past the console, which this handler may have interrupted in the middle of a line.
             os.write(2, b"\nStopping when this step is done; once more stops at once and loses what is not saved.\n")
 
-    def attach(
+    def start(
         self,
         policy: Policy,
         engine: RolloutEngine,
         datasets: Mapping[str, Dataset],
         judges: Mapping[str, JudgeIdentity] | None = None,
     ) -> None:
-        """Take the policy, go back to the weights of the last checkpoint when resuming, and start the logs.
+        """Load the last checkpoint into the policy when resuming, and open the logs.
 
         Args:
             datasets: ``train``, and ``val`` where there are evaluations.
@@ -119,7 +118,6 @@ class Run:
         if checkpoints:
             self._checkpoint = checkpoints[-1]
             self.state = load_checkpoint(self._checkpoint, policy)
-            self._has_begun = True
         if not self._is_main:
             return
         if self._resume:
@@ -136,7 +134,7 @@ class Run:
         if not self._resume:
             self.dir.write_environment(seed)
         self._write_status("running")
-        self._tracker = self._exits.enter_context(Tracker(self.dir, self.config, first_step=self.state.step))
+        self._tracker = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
         if self._resume:
             where = f"step {self.state.step}" if checkpoints else "the beginning, because no checkpoint was written"
             self._tracker.say(f"Resuming {self.dir.path} from {where}.")
@@ -146,26 +144,23 @@ class Run:
                 "of an uninterrupted run by rounding."
             )
 
-    def go_on_with(self, trained: TrainedPolicy) -> TrainedPolicy:
-        """Take the policy as it is trained, with the optimizer's state of the last checkpoint when resuming."""
+    def use_trained(self, trained: TrainedPolicy) -> TrainedPolicy:
+        """Register the wrapped policy; when resuming, restore the optimizer state, else evaluate before step 1."""
+        self.trained = trained
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, trained)
-        self.trained = trained
+        elif self.config.train.eval_steps:
+            self.evaluate()
         return trained
 
-    def at(self, phase: str) -> None:
-        """Tell the other ranks what this one does now: one of :data:`PHASES`."""
+    def set_phase(self, phase: str) -> None:
+        """Report to the other ranks what this one is doing: one of :data:`roll_call.PHASES`."""
         if self._roll_call is not None:
-            self._roll_call.at(self.state.step + 1, phase)
+            self._roll_call.set_phase(self.state.step + 1, phase)
 
-    def until_the_end(self, context: AbstractContextManager[T]) -> T:
-        """Enter a context that is left when the run ends, however it ends."""
+    def enter_context(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is exited when the run ends, as :meth:`contextlib.ExitStack.enter_context` does."""
         return self._exits.enter_context(context)
-
-    def begin(self) -> None:
-        """The evaluation before the first step."""
-        if self.config.train.eval_steps and not self._has_begun:
-            self.evaluate()
 
     def finish_step(
         self, metrics: Mapping[str, float], records: Sequence[CompletionRecord] = (), groups: Sequence[Group] = ()
@@ -181,7 +176,7 @@ class Run:
             Stopped: a signal asked for it; a checkpoint is saved.
         """
         train, state = self.config.train, self.state
-        self.at("logging")
+        self.set_phase("logging")
         state.step += 1
         if self._tracker is not None:
             self._tracker.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
@@ -241,7 +236,7 @@ class Run:
                 self._evaluate(self._tracker)
         self._accelerator.wait_for_everyone()
 
-    def _evaluate(self, tracker: Tracker) -> None:
+    def _evaluate(self, tracker: RunLogger) -> None:
         state = self.state
         evaluation = evaluate(
             self.engine,
@@ -317,14 +312,14 @@ class Run:
             if self._tracker is None:
                 if self._is_main:
                     self.dir.discard()
-                elif isinstance(error, TrainingFailed) and error.has_sound_weights:
+                elif isinstance(error, TrainingFailed) and error.has_valid_weights:
                     self._save()  # as the main rank does, which may need this one's part
                 return
             self._tracker.has_failed = True
             if isinstance(error, TrainingFailed):
                 self._write_failure(error, self._tracker)
             # A sample fails on one rank alone, and a rank alone cannot save what others hold parts of.
-            if isinstance(error, UnusableSampleError) and not self.trained.needs_all_ranks:
+            if isinstance(error, UnusableSampleError) and not self.trained.is_collective:
                 self._save_what_is_done(self._tracker)
             try:
                 state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -350,17 +345,17 @@ class Run:
         self._roll_call.leave(None if is_well else str(lost or error) or type(error).__name__)
         return lost
 
-    def _write_failure(self, error: TrainingFailed, tracker: Tracker) -> None:
+    def _write_failure(self, error: TrainingFailed, tracker: RunLogger) -> None:
         """Save the groups that made training fail, and the weights before that where they are sound."""
         path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(_describe(group)) + "\n" for group in error.groups), encoding="utf-8")
         tracker.say(f"{error} The samples and their completions are in {path}.")
-        if error.has_sound_weights:
+        if error.has_valid_weights:
             self._save()
             folder = checkpoint_folder(self.dir.path, self.state.step)
             tracker.say(f"The weights after the last whole step are in {folder}.")
 
-    def _save_what_is_done(self, tracker: Tracker) -> None:
+    def _save_what_is_done(self, tracker: RunLogger) -> None:
         """Save the steps before one whose data cannot be used, where they are not saved yet."""
         folder = checkpoint_folder(self.dir.path, self.state.step)
         if self.state.step and not folder.exists():

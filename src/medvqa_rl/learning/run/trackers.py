@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from medvqa_rl.config import Config, shareable
-from medvqa_rl.learning.run.metrics import CompletionRecord
+from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
 Images = Mapping[str, Sequence[Image.Image]]
 """Decoded images by sample id; empty unless they were asked for."""

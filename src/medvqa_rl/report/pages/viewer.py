@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.learning.batching.sampler import samples_at
+from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.report.pages.inline import thumbnail_uri
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups
 
@@ -141,7 +141,7 @@ def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[st
         samples = (
             draw.sample
             for step in sorted({group.step for group in groups})
-            for draw in samples_at(dataset, step - 1, num_prompts=train.prompts_per_step, seed=train.seed)
+            for draw in step_samples(dataset, step - 1, num_prompts=train.prompts_per_step, seed=train.seed)
         )
     else:
         samples = (dataset[index] for index in range(len(dataset)))

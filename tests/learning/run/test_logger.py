@@ -12,10 +12,10 @@ from rich.console import Console
 from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.run import tracking
-from medvqa_rl.learning.run.metrics import CompletionRecord
+from medvqa_rl.learning.run import logger
+from medvqa_rl.learning.run.logger import RunLogger, completions_table, group_to_show
 from medvqa_rl.learning.run.run_dir import RunDir, source_digest, write_json
-from medvqa_rl.learning.run.tracking import Tracker, completions_table, group_to_show
+from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
 
 def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
@@ -45,12 +45,12 @@ def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):
 def test_the_time_left_is_that_of_the_steps_however_slow(tmp_path, monkeypatch, capsys, is_terminal):
     """The evaluation before the first step is no step, and a step may take longer than rich remembers."""
     now = [0.0]
-    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     for name, value in {"TERM": "xterm", "COLUMNS": "100"}.items():
         monkeypatch.setenv(name, value)
     config = toy_config(tmp_path, tmp_path, train={"steps": 4})
-    with Tracker(RunDir(tmp_path), config, first_step=0) as tracker:
+    with RunLogger(RunDir(tmp_path), config, first_step=0) as tracker:
         now[0] = 1000.0
         tracker.log(0, {"eval/accuracy": 0.5})
         now[0] = 1050.0

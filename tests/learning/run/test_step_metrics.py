@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
-from medvqa_rl.learning.run.metrics import mean_of_ranks, record_completions, rollout_metrics, to_json
+from medvqa_rl.learning.run.step_metrics import mean_over_ranks, record_completions, rollout_metrics, to_json
 
 NAN = float("nan")
 PROMPT = EncodedPrompt(np.arange(7), None, None, "prompt")
@@ -65,7 +65,7 @@ def test_what_is_not_a_number_is_null():
 
 
 def test_mean_of_ranks():
-    assert mean_of_ranks([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
+    assert mean_over_ranks([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
 
 
 def test_the_correlation_of_a_part_with_right_answers():

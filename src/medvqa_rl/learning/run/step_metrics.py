@@ -161,7 +161,7 @@ def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -
     return metrics
 
 
-def mean_of_ranks(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_over_ranks(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Metrics that every rank has for itself, averaged over the ranks that have them."""
     names = {name for own in metrics for name in own}
     return {name: _mean(own[name] for own in metrics if name in own) for name in sorted(names)}

@@ -18,15 +18,15 @@ from rich.text import Text
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import Group
-from medvqa_rl.learning.run.metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run.run_dir import RunDir
+from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run.trackers import Images, open_boards
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
 """Metrics that a line shows; the bar has room for one."""
 
 
-class Tracker:
+class RunLogger:
     """Writes the log files of a run and shows its progress; a context manager.
 
     metrics.jsonl gets every step. ``logging_steps`` thins out the terminal and the trackers only.
@@ -53,7 +53,7 @@ class Tracker:
         self._task = self._progress.add_task("", total=config.train.steps, completed=first_step)
         self._description = ""
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> RunLogger:
         self._progress.start()
         return self
 
