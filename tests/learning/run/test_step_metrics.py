@@ -64,7 +64,7 @@ def test_what_is_not_a_number_is_null():
     assert to_json({"a": NAN, "b": math.inf, "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
 
 
-def test_mean_of_ranks():
+def test_mean_over_ranks():
     assert mean_over_ranks([{"a": 1.0, "b": 2.0}, {"a": 3.0}]) == {"a": 2.0, "b": 2.0}
 
 
