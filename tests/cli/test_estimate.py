@@ -136,7 +136,7 @@ def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
         ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b, 2.5-32b"),
         ((PHANTOM, "--card", "gtx"), "There is no card 'gtx' in the table: choose one of h200"),
         ((PHANTOM, "--image-size", "big"), "give WIDTHxHEIGHT in pixels"),
-        ((PHANTOM, "--image-size", "10000x10", "--card", "l4"), "200 times as long as wide"),
+        ((PHANTOM, "--image-size", "10000x10", "--card", "l4"), "200 times the other"),
         ((PHANTOM, "--ranks", "3", "--card", "l4"), "which 3 devices cannot share out evenly"),
         ((PHANTOM, "--completion-tokens", "97"), "completions end at rollout.max_completion_length, 96"),
         ((PHANTOM, "model.path=phantom:none", "--card", "l4"), "phantom:none"),

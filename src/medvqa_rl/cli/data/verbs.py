@@ -1,6 +1,6 @@
-"""The verbs ``medvqa-rl data ...``: look at data before anything is trained on it. Imports no torch.
+"""The verbs ``medvqa-rl data ...``: inspect, check, split and export data. Imports no torch.
 
-Exit codes of ``check``: 0 nothing is wrong, 1 something is, 2 settings or data that cannot be used.
+``check`` exits with 0 if nothing is wrong, 1 if something is, and 2 if the settings or the data cannot be used.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import typer
 
 from medvqa_rl.cli.common import ConfigPath, Debug, Overrides, Split, read_settings, told_plainly
 
-data_app = typer.Typer(help="Look at data, check it, split it and export it.", no_args_is_help=True)
-
-PartOf = Annotated[Split, typer.Option(help="Which questions.")]
+data_app = typer.Typer(help="Inspect, check, split and export data.", no_args_is_help=True)
 
 
 @data_app.command("list")
 def data_list(debug: Debug = False) -> None:
-    """Name the data sets that can be read: splits, columns, terms, and where to get them."""
+    """List the supported data sets with their splits, columns, terms of use and sources."""
     with told_plainly(debug):
-        from medvqa_rl.cli.data.inspection import run_list
+        from medvqa_rl.cli.data.show import run_list
 
         run_list()
 
@@ -30,35 +28,37 @@ def data_list(debug: Debug = False) -> None:
 def data_check(
     config: ConfigPath,
     overrides: Overrides = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Look at so many samples of each split at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Check at most this many samples per split.")] = None,
     no_images: Annotated[
-        bool, typer.Option("--no-images", help="Decode no images: shared ones are found by name only.")
+        bool, typer.Option("--no-images", help="Do not decode images; shared images are then found by name only.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 also for what is only to be looked at.")
+        bool, typer.Option("--strict", help="Also exit with 1 on findings that are only to be looked at.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write the findings as one HTML page.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the findings to this HTML file.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode; one per processor, at most 8.")
+        int | None, typer.Option(min=1, help="Decoding threads. Default: one per CPU, at most 8.")
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A YAML file whose data section names a set to look for shared images in; once for each."),
+        typer.Option(
+            help="YAML file whose data section names another data set to search for shared images; repeatable."
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check every question and every image of all splits. Exits with 1 where something is wrong."""
+    """Check every question and image of all splits. Exits with 1 if something is wrong."""
     with told_plainly(debug):
         loaded = read_settings(config, overrides or (), purpose="eval")
         further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
         if further and no_images:
             raise ValueError(
-                "--data and --no-images do not go together: images of different data sets are compared by their "
-                "pixels, not by their names. Leave one of them out."
+                "--data and --no-images cannot be combined: images of different data sets are compared by pixels, not "
+                "by name. Leave one of them out."
             )
-        from medvqa_rl.cli.data.inspection import run_check
+        from medvqa_rl.cli.data.check import run_check
 
-        is_right = run_check(
+        passed = run_check(
             loaded.config,
             limit=limit,
             decode=not no_images,
@@ -67,7 +67,7 @@ def data_check(
             workers=workers,
             further=further,
         )
-    if not is_right:
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -75,15 +75,15 @@ def data_check(
 def data_show(
     config: ConfigPath,
     overrides: Overrides = None,
-    split: PartOf = "train",
-    count: Annotated[int, typer.Option(min=1, max=200, help="How many samples.")] = 12,
+    split: Annotated[Split, typer.Option(help="Split to draw.")] = "train",
+    count: Annotated[int, typer.Option(min=1, max=200, help="Number of samples.")] = 12,
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
     debug: Debug = False,
 ) -> None:
-    """Draw a contact sheet: images with their questions and gold answers."""
+    """Draw a contact sheet of images with their questions and gold answers."""
     with told_plainly(debug):
         loaded = read_settings(config, overrides or (), purpose="eval")
-        from medvqa_rl.cli.data.inspection import run_show
+        from medvqa_rl.cli.data.show import run_show
 
         run_show(loaded.config, split=split, count=count, output=output)
 
@@ -92,20 +92,24 @@ def data_show(
 def data_split(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, JSON Lines, JSON or parquet.")],
     by: Annotated[
-        str, typer.Option(help="What must not be in two splits: image, or a column such as patient (and images too).")
+        str,
+        typer.Option(
+            help="Keep rows with the same value in one split: image, or a column such as patient (and image)."
+        ),
     ] = "image",
     val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for validation.")] = 0.1,
     test: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for testing.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed, another split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random assignment.")] = 0,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images; those with equal pixels then stay together too.")
+        Path | None,
+        typer.Option(help="Folder of the images; if given, images with equal pixels stay in one split too."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The table to write; data.* beside TABLE.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Table to write. Default: data.* beside TABLE.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write your table again with a column that says train, val or test, no image in two of them."""
+    """Add a column with train, val or test to your table, so that no image is in two splits."""
     with told_plainly(debug):
-        from medvqa_rl.cli.data.files import run_split
+        from medvqa_rl.cli.data.write import run_split
 
         run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)
 
@@ -115,18 +119,20 @@ def data_export(
     config: ConfigPath,
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("export"),
-    split: Annotated[Split | None, typer.Option(help="Which questions; without it, all three splits.")] = None,
+    split: Annotated[Split | None, typer.Option(help="Split to export. Default: all of them.")] = None,
     form: Annotated[
         Literal["jsonl", "parquet", "csv"],
-        typer.Option("--format", help="jsonl with image files, parquet with all inside, or csv as for data.name=own."),
+        typer.Option(
+            "--format", help="jsonl with image files, parquet with embedded images, or csv for data.name=own."
+        ),
     ] = "jsonl",
-    max_pixels: Annotated[int | None, typer.Option(min=1, help="Shrink larger images to this area.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Write so many samples of each split at most.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help="Downscale larger images to this many pixels.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Write at most this many samples per split.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a data set with the columns that TRL reads (prompt, images, solution), or as a table of one's own."""
+    """Export a data set with TRL's columns (prompt, images, solution), or as a CSV table."""
     with told_plainly(debug):
         loaded = read_settings(config, overrides or (), purpose="eval")
-        from medvqa_rl.cli.data.files import run_export
+        from medvqa_rl.cli.data.write import run_export
 
         run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)

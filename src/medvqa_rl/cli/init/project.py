@@ -18,7 +18,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from medvqa_rl.cli.data.inspection import console, print_report
+from medvqa_rl.cli.data.check import console, print_report
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig
 from medvqa_rl.config.yaml import build_config, read_yaml

@@ -1,4 +1,4 @@
-"""How many image tokens an image costs. Imports no torch."""
+"""Number of image tokens that an image takes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medvqa_rl.core.embedded import ASSETS
 
 @dataclass(frozen=True)
 class ImageBudget:
-    """How a Qwen2-VL processor resizes images."""
+    """Image size limits of a Qwen2-VL processor, which determine the number of image tokens."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 16384 * 28 * 28
@@ -23,16 +23,17 @@ class ImageBudget:
     merge_size: int = 2
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height in pixels after resizing: multiples of patch_size * merge_size, the area within the limits,
-        the ratio nearly kept. The arithmetic of Qwen2-VL (Wang et al. 2024, ``smart_resize`` of its processor).
+        """Width and height in pixels after resizing: multiples of patch_size * merge_size, with an area between
+        min_pixels and max_pixels and nearly the same aspect ratio. Same arithmetic as ``smart_resize`` in Qwen2-VL's
+        processor (Wang et al. 2024).
 
         Raises:
-            ValueError: one side is more than 200 times the other; the processor refuses such images.
+            ValueError: one side is more than 200 times the other, which the processor rejects.
         """
         if max(width, height) > 200 * min(width, height):
             raise ValueError(
-                f"An image of {width} x {height} pixels is more than 200 times as long as wide, which Qwen2-VL "
-                "refuses: crop it."
+                f"One side of the {width} x {height} image is more than 200 times the other, which Qwen2-VL rejects: "
+                "crop the image."
             )
         unit = self.patch_size * self.merge_size
         rounded = (round(width / unit) * unit, round(height / unit) * unit)
@@ -48,8 +49,7 @@ class ImageBudget:
         return rounded
 
     def tokens(self, width: int, height: int) -> int:
-        """Image tokens that the language model reads for an image: one per unit of patch_size * merge_size pixels
-        squared.
+        """Number of image tokens: one per square of patch_size * merge_size pixels.
 
         Raises:
             ValueError: as :meth:`resized`.
@@ -60,11 +60,11 @@ class ImageBudget:
 
 
 def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
-    """How the model of the settings resizes images, and where that is known from.
+    """Image size limits of a model, and their source in words.
 
-    Values come from the checkpoint's preprocessor_config.json where it is on this machine (a folder, the embedded
-    models or the Hub's cache), else they are those published with Qwen2-VL; the settings' min_pixels and max_pixels
-    win. Opens no connection.
+    The limits are read from the checkpoint's preprocessor_config.json if it is available locally (a folder, an
+    embedded model or the Hub cache) and default to those published with Qwen2-VL. ``model.min_pixels`` and
+    ``model.max_pixels`` override both. Never uses the network.
 
     Raises:
         ValueError: the file is damaged.
@@ -79,7 +79,7 @@ def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
     values: dict[str, int] = {}
     where = "as published with Qwen2-VL"
     if file is not None and file.is_file():
-        where = f"of {model.path}"
+        where = f"from {model.path}"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             size = content.get("size") or {}
@@ -92,7 +92,7 @@ def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
             values = {name: int(value) for name, value in found.items() if value is not None}
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"The file {file} is no image settings ({error}): take it from the checkpoint."
+                f"The file {file} cannot be read as image processor settings ({error}): copy it from the checkpoint."
             ) from error
     given = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
     values |= {name: value for name, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What the verbs ``data split`` and ``data export`` do: they write data sets. Imports no torch."""
+"""The verbs ``data split`` and ``data export``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from medvqa_rl.cli.data.inspection import console
+from medvqa_rl.cli.data.check import console
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.data import Split, load_dataset
@@ -19,20 +19,21 @@ from medvqa_rl.data.export import Format, export
 def run_split(
     table: Path, *, output: Path | None, by: str, val: float, test: float, seed: int, images: Path | None
 ) -> None:
-    """Divide a table and write it with the column ``split``.
+    """Assign the rows of a table to splits and write it with a column ``split``.
 
     Args:
-        output: the new table; None is ``data`` beside the old one, with its ending.
-        by: ``image`` or a column.
-        images: folder of the images: they are decoded, and those with equal pixels stay together.
+        table: CSV, JSON Lines, JSON or parquet file.
+        output: the new table; defaults to ``data`` beside the old one, with the same suffix.
+        by: ``image``, or a column whose values must not be in two splits.
+        images: folder of the images; if given, they are decoded and those with equal pixels stay together.
 
     Raises:
-        ValueError: the table cannot be read or divided, or the new one exists.
+        ValueError: the table cannot be read or split, or the new one exists.
     """
     suffix = table.suffix if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
     out = table.with_name(f"data{suffix}") if output is None else output
     if out.exists():
-        raise ValueError(f"The file {out} exists already: name another with --output, or move it away.")
+        raise ValueError(f"The file {out} already exists: choose another file with --output, or move this one away.")
     rows = read_whole(table)
     equal: list[tuple[str, ...]] = []
     if images is not None:
@@ -44,18 +45,22 @@ def run_split(
     for column in ("split", "rows", "share", "images"):
         shown.add_column(column, justify="left" if column == "split" else "right")
     for split, count in division.counts().items():
-        places = enumerate(zip(rows, division.places))
-        names = {name for number, (row, place) in places if place == split for name in images_in(row, number, table)}
+        names = {
+            name
+            for number, (row, place) in enumerate(zip(rows, division.places))
+            if place == split
+            for name in images_in(row, number, table)
+        }
         shown.add_row(split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}")
     printer = console()
     printer.print(shown)
     printer.print(
-        f"{division.groups:,} groups stay together: rows that share an image{'' if by == 'image' else f' or {by}'}."
+        f"{division.groups:,} groups of rows that share an image{'' if by == 'image' else f' or {by}'} stay together."
     )
     if images is not None:
         renamed = sum(len(group) - 1 for group in equal)
-        printer.print(f"{renamed:,} images have the same pixels as another one under another name.")
-    printer.print(f"Written: {out}. Read it with data.name=own data.path={out.parent}", soft_wrap=True)
+        printer.print(f"{renamed:,} images duplicate another one under another name.")
+    printer.print(f"Written: {out}. Load it with data.name=own data.path={out.parent}", soft_wrap=True)
 
 
 def run_export(
@@ -67,19 +72,19 @@ def run_export(
     max_pixels: int | None,
     limit: int | None,
 ) -> None:
-    """Write one split, or all, in TRL's columns.
+    """Write one split, or all of them, with TRL's columns or as a table for ``data.name=own``.
 
     Raises:
-        ValueError: the data cannot be read, or a file exists already.
+        ValueError: the data cannot be read, or a file already exists.
     """
     printer = console()
     datasets = load_splits(config) if split is None else {str(split): load_dataset(config.data, split)}
-    for each, dataset in datasets.items():
-        with progress_bar(each) as progress:
+    for name, dataset in datasets.items():
+        with progress_bar(name) as progress:
             done = export(
                 dataset,
                 output,
-                each,
+                name,
                 form=form,
                 template=config.prompt.template,
                 max_pixels=max_pixels,
@@ -87,6 +92,6 @@ def run_export(
                 progress=progress,
             )
         printer.print(
-            f"Written: {done.file}, {done.rows:,} rows, {done.images:,} images, {done.copied:,} of them as they were",
+            f"Written: {done.file}, {done.rows:,} rows, {done.images:,} images ({done.copied:,} copied unchanged)",
             soft_wrap=True,
         )

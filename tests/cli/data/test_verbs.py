@@ -1,6 +1,6 @@
-"""The verbs `data ...` through the real command line.
+"""The verbs `data ...`, run through the command line.
 
-Run: pytest tests/cli/data/test_data_commands.py
+Run: pytest tests/cli/data/test_verbs.py
 """
 
 import json
@@ -129,14 +129,14 @@ def test_show_draws_a_sheet(folder: Path) -> None:
 
 def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path, shared_data: Path) -> None:
     published, where = image_budget(ModelConfig(path=str(shared_data / "qwen2_vl" / "instruct")))
-    assert (published.min_pixels, published.max_pixels) == (3136, 12_845_056) and where.startswith("of ")
+    assert (published.min_pixels, published.max_pixels) == (3136, 12_845_056) and where.startswith("from ")
     assert image_budget(ModelConfig(path="some/model-nobody-has"))[0] == published
     content = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 12544}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
     budget, _ = image_budget(ModelConfig(path=str(tmp_path), max_pixels=6272))
     assert (budget.min_pixels, budget.max_pixels) == (784, 6272)
     (tmp_path / "preprocessor_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no image settings"):
+    with pytest.raises(ValueError, match="cannot be read as image processor settings"):
         image_budget(ModelConfig(path=str(tmp_path)))
 
 
@@ -155,7 +155,7 @@ def test_check_looks_for_shared_images_in_other_data_sets(folder: Path, tmp_path
     assert code == 1
     assert "images in train and own: test" in output and "own/x.png = " in output and "own/0.png" not in output
     code, output = run("check", *config, "--data", str(settings), "--no-images")
-    assert code == 2 and "--data and --no-images do not go together" in output
+    assert code == 2 and "--data and --no-images cannot be combined" in output
 
 
 def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
@@ -163,7 +163,11 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     lines += [f"{n % 40}.png,Question {n}?,yes,p{n % 20}" for n in range(120)]
     (tmp_path / "mine.csv").write_text("\n".join(lines) + "\n")
     code, output = run("split", str(tmp_path / "mine.csv"), "--by", "patient", "--test", "0.2", "--seed", "3")
-    assert code == 0 and "20 groups stay together" in output and "data.name=own" in output
+    assert (
+        code == 0
+        and "20 groups of rows that share an image or patient stay together" in output
+        and "data.name=own" in output
+    )
     written = (tmp_path / "data.csv").read_text().splitlines()
     assert written[0] == "image,question,answer,patient,split" and len(written) == 121
     places: dict[str, set[str]] = {}
@@ -173,7 +177,7 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     assert all(len(found) == 1 for found in places.values())
     assert sum(line.endswith(",test") for line in written) == 24
     code, output = run("split", str(tmp_path / "mine.csv"))
-    assert code == 2 and "exists already" in output
+    assert code == 2 and "already exists" in output
     code, output = run("split", str(tmp_path / "gone.csv"), "--output", str(tmp_path / "x.csv"))
     assert code == 2 and "gone.csv" in output
 
@@ -181,7 +185,7 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
 def test_export_writes_every_split(folder: Path) -> None:
     out = folder / "out"
     code, output = run("export", CONFIG, f"data.path={folder}", "data.split=official", "--output", str(out))
-    assert code == 0 and "test.jsonl, 4 rows, 4 images, 4 of them as they were" in output
+    assert code == 0 and "test.jsonl, 4 rows, 4 images (4 copied unchanged)" in output
     rows = [json.loads(line) for name in ("train", "val", "test") for line in (out / f"{name}.jsonl").open()]
     assert len(rows) == 24 and {row["solution"] for row in rows} == {"yes"}
     assert all((out / name).is_file() for row in rows for name in row["images"])
@@ -215,7 +219,7 @@ def test_what_split_writes_is_read_and_shares_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("\n".join(lines))
     arguments = ("--by", "patient", "--images", str(tmp_path / "images"), "--val", "0.2", "--test", "0.2")
     code, output = run("split", str(tmp_path / "mine.csv"), *arguments)
-    assert code == 0 and "15 groups" in output and "0 images have the same pixels" in output
+    assert code == 0 and "15 groups of rows" in output and "0 images duplicate another one" in output
     own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
     code, output = run("check", *own, "data.answer_types=[closed]")
     assert code == 0 and "0 of the 6 test images" in output, output

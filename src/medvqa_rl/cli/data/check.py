@@ -1,0 +1,172 @@
+"""The verb ``data check``, and how its findings are printed. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medvqa_rl.config import Config, DataConfig
+from medvqa_rl.core.progress import progress_bars
+from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, owners_split, with_further
+from medvqa_rl.data.findings import DataReport, SplitFacts
+from medvqa_rl.data.images.budget import image_budget
+from medvqa_rl.data.images.fingerprints import BITS, NEAR
+from medvqa_rl.data.reading.issues import count_issues
+
+
+def console() -> Console:
+    """The terminal; output to a file or pipe is 140 columns wide, which fits the tables."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+
+def run_check(
+    config: Config,
+    *,
+    limit: int | None,
+    decode: bool,
+    strict: bool,
+    html: Path | None,
+    workers: int | None = None,
+    further: Sequence[DataConfig] = (),
+) -> bool:
+    """Check all splits, print the findings and optionally write them as an HTML page.
+
+    Args:
+        limit: maximum number of samples to check per split.
+        decode: decode the images.
+        strict: fail on warnings too.
+        html: path of the HTML page.
+        workers: decoding threads; defaults to one per CPU, at most 8.
+        further: data sets that must not share images with this one, such as those of an evaluation.
+
+    Returns:
+        Whether the check passed.
+
+    Raises:
+        ValueError: the data cannot be found or read.
+    """
+    budget, where = image_budget(config.model)
+    with progress_bars() as progress:
+        report = check_data(
+            with_further(config, further),
+            budget=budget,
+            template=config.prompt.template,
+            limit=limit,
+            decode=decode,
+            workers=workers or min(8, os.cpu_count() or 1),
+            progress=progress,
+        )
+    if config.data.split == "image" and config.data.name != "own":
+        report = replace(report, notes={**report.notes, **owners_split(config)})
+    out = console()
+    print_report(report, out, where)
+    if html is not None:
+        from medvqa_rl.report.pages.data_page import write_data_page
+
+        out.print(f"Written: {write_data_page(html, report, where)}", soft_wrap=True)
+    return not report.is_wrong(strict=strict)
+
+
+def _spread(values: Sequence[int]) -> str:
+    """Median and range."""
+    if not values:
+        return "–"
+    low, middle, high = np.quantile(values, [0, 0.5, 1])
+    return f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
+
+
+def _majority(answer: str, share: float) -> str:
+    """The most frequent gold answer and its share."""
+    return f"{answer} {100 * share:.1f} %" if answer else "–"
+
+
+def print_report(report: DataReport, out: Console, where: str) -> None:
+    """Print the report: a table of the splits, notes from loading, the findings, and the verdict.
+
+    Args:
+        where: source of the image limits, as from :func:`image_budget`.
+    """
+    table = Table(title="Splits", title_justify="left", title_style="bold")
+    table.add_column("")
+    for split in report.splits:
+        table.add_column(split.split, justify="right")
+    rows: dict[str, Callable[[SplitFacts], str]] = {
+        "questions": lambda split: f"{split.num_rows:,}" if split.num_rows else "endless",
+        "checked": lambda split: f"{split.seen:,}",
+        "images": lambda split: f"{len(split.images):,}",
+        "answer types": lambda split: ", ".join(f"{n:,} {kind}" for kind, n in split.types.most_common()),
+        "majority letter": lambda split: _majority(*split.majority_letter),
+        "majority closed answer": lambda split: _majority(*split.majority_answer),
+        "words per question": lambda split: _spread(split.question_words),
+        "words per answer": lambda split: _spread(split.answer_words),
+        "image width": lambda split: _spread(split.widths),
+        "image height": lambda split: _spread(split.heights),
+        "image area": lambda split: _spread([w * h for w, h in zip(split.widths, split.heights)]),
+        "image tokens per question": lambda split: _spread(split.image_tokens),
+        "fingerprint": lambda split: split.fingerprint,
+    }
+    for label, cell in rows.items():
+        table.add_row(label, *map(cell, report.splits))
+    out.print(table)
+    budget = report.budget
+    side = budget.patch_size * budget.merge_size
+    out.print(
+        f"Medians, with ranges in parentheses. Images are resized to {budget.min_pixels:,} to {budget.max_pixels:,} "
+        f"pixels ({where}); each {side} x {side} pixels are one token.",
+        style="dim",
+        soft_wrap=True,
+    )
+    if any(not split.num_rows for split in report.splits):
+        out.print(
+            f"Endless splits: the first {ENDLESS_LIMIT:,} samples are checked unless --limit is set.", style="dim"
+        )
+    out.print()
+    if report.leaked is not None:
+        leaked, total = report.leaked
+        out.print(f"{leaked:,} of the {total:,} test images are also in train or val.", style="bold" if leaked else "")
+    for note, count in report.notes.items():
+        out.print(f"{note}: {count:,}", markup=False)
+    for what, count in count_issues(report.issues).items():
+        out.print(f"rows {what}: {count:,}", markup=False)
+    if report.findings:
+        out.print()
+        out.print(_findings(report))
+        if any(finding.what.startswith("look-alikes") for finding in report.findings):
+            out.print(
+                f"Look-alikes: images whose perceptual hashes differ in at most {NEAR} of {BITS} bits.",
+                style="dim",
+                soft_wrap=True,
+            )
+    out.print()
+    wrong = sum(finding.level == "wrong" for finding in report.findings)
+    verdict = f"{wrong} kinds of faults" if wrong > 1 else "1 kind of fault" if wrong else "Nothing is wrong"
+    rest = len(report.findings) - wrong
+    out.print(f"{verdict}{f', {rest} to look at' if rest else ''}. {report.seconds:.1f} s.", style="bold")
+
+
+def _findings(report: DataReport) -> Table:
+    table = Table(title="Findings", title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    table.add_column("meaning", overflow="fold", ratio=3)
+    table.add_column("such as", overflow="fold", ratio=2)
+    for finding in report.findings:
+        shown = [text if len(text) <= 90 else text[:87] + "..." for text in finding.examples[:3]]
+        more = "..." if finding.examples and finding.count > len(shown) else ""
+        table.add_row(
+            Text(finding.level, style="bold red" if finding.level == "wrong" else "yellow"),
+            Text(finding.what),
+            f"{finding.count:,}",
+            Text(finding.text),
+            Text("\n".join([*shown, *([more] if more else [])])),
+        )
+    return table
