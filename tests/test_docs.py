@@ -86,7 +86,7 @@ def test_the_papers_settings_differ_in_the_two_lines_of_dr_grpo() -> None:
 
 def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text.endswith(reference_tables() + "\n"), (
+    assert text.rstrip().endswith(reference_tables().rstrip()), (
         "docs/configuration.md is out of date: replace its tables by the output of `medvqa-rl config tables`"
     )
     assert all(f"`{name}`" in text for name, field in all_settings() if "." in name and "$ref" not in field)

@@ -86,7 +86,7 @@ def test_written_yaml_reads_back_unchanged(data: Any) -> None:
     assert "\n" not in inline
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     text = """
 model: {path: phantom:instrct}
 data: {name: vqa_rda, answer_types: [chocie]}
@@ -97,8 +97,8 @@ train: {learning_rate: 1e-6, steps: true, prompts_per_steps: 3}
 optim: {weight: 3}
 """
     assert problems_of(text, tmp_path, ("steps", "train.seed="), purpose="train") == [
-        "The override 'steps' is not of the form key=value, as in train.steps=100.",
-        "The override 'train.seed=' has no value: write train.seed=null for none, train.seed='\"\"' for no text.",
+        "The override 'steps' is not of the form key=value, such as train.steps=100.",
+        "The override 'train.seed=' has no value: write train.seed=null for null, train.seed='\"\"' for empty text.",
         "data.name is the text 'vqa_rda', but must be phantom, vqa_rad, vqa_rad_hub, pmc_vqa, slake_en, slake_zh, "
         "path_vqa, vqa_med, omnimed or own: did you mean vqa_rad?",
         "data.answer_types[0] is the text 'chocie', but must be choice, closed or open: did you mean choice?",
@@ -113,7 +113,7 @@ optim: {weight: 3}
         'optim (given as {"weight": 3}) is not a setting: did you mean optimizer?',
         "model.path is phantom:instrct, but the embedded models are phantom:base and phantom:instruct: "
         "did you mean phantom:instruct?",
-        "loss.epsilon_high is 0.2 and loss.epsilon 0.3, but the upper clip range must be at least the lower one: "
+        "loss.epsilon_high is 0.2 and loss.epsilon 0.3, but the upper clipping range must be at least the lower one: "
         "raise loss.epsilon_high (0.28 is usual) or set it to null.",
         "rollout.num_generations is 1, but GRPO compares completions of the same prompt: set it to 2 or more "
         "(8 is usual).",
@@ -154,8 +154,8 @@ CROSS = [
     ("train", {"train": {"max_tokens_per_micro_batch": 2048}}, "has up to 2048 besides its prompt"),
     ("train", {"rollout": {"max_completion_length": 4}}, "rollout.max_completion_length is 4"),
     ("train", {"rollout": {"max_completion_length": 10**6}}, "Qwen2-VL reads at most 32768"),
-    ("train", {"rewards": {"format": 0, "correctness": 0}}, "all have weight 0"),
-    ("train", {"rewards": {"format": 0, "correctness": 0, "functions": {"a.b": 0}}}, "all have weight 0"),
+    ("train", {"rewards": {"format": 0, "correctness": 0}}, "All reward weights are 0"),
+    ("train", {"rewards": {"format": 0, "correctness": 0, "functions": {"a.b": 0}}}, "All reward weights are 0"),
     ("sft", {"optimizer": {"warmup_steps": 10}, "train": {"steps": 10}}, "optimizer.warmup_steps is 10"),
     (
         "eval",
@@ -163,15 +163,19 @@ CROSS = [
         "model.min_pixels is 5000 and model.max_pixels 4000",
     ),
     ("eval", {"model": {"max_pixels": 700}}, "model.max_pixels is 700, but one image token covers"),
-    ("eval", {"model": {"attention": "flash_attention_2", "device": "cpu"}}, "runs in bfloat16 on a GPU only"),
+    ("eval", {"model": {"attention": "flash_attention_2", "device": "cpu"}}, "needs bfloat16 on a GPU"),
     ("eval", {"model": {"path": " "}}, "model.path is empty"),
     ("eval", {"data": {"name": "vqa_rad"}}, "data.path is missing, but data.name is vqa_rad"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "scanner": "unseen"}}, "data.scanner is unseen, but only"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "letter_skew": 0.5}}, "data.letter_skew is 0.5, but only"),
-    ("eval", {"data": {"path": "x"}}, "data.path is x, but data.name is phantom, which needs no folder"),
+    ("eval", {"data": {"path": "x"}}, "data.path is x, but data.name is phantom, which reads no files"),
     ("eval", {"data": {"split": "image"}}, "data.split is image, but data.name is phantom"),
     ("eval", {"data": {"name": "own"}}, "data.path is missing, but data.name is own, which is read from disk"),
-    ("eval", {"data": {"name": "own", "path": "x", "variant": "v2"}}, "data.variant is v2, but only pmc_vqa has that"),
+    (
+        "eval",
+        {"data": {"name": "own", "path": "x", "variant": "v2"}},
+        "data.variant is v2, but only pmc_vqa",
+    ),
     ("eval", {"data": {"name": "own", "hub": "a/b", "revision": "0" * 40}}, "data.hub is a/b, but data.name is own"),
     ("eval", {"data": {"name": "own", "path": "x", "revision": "0" * 40}}, "but data.hub is not set"),
     ("eval", {"data": {"name": "path_vqa", "path": "x", "image_folder": "y"}}, "the images of path_vqa come with"),
@@ -179,7 +183,7 @@ CROSS = [
     (
         "eval",
         {"data": {"name": "slake_en", "hub": "a/b", "revision": "0" * 40, "path": "x"}},
-        "the data can come from one place only",
+        "only one of the two may be set",
     ),
     ("eval", {"data": {"answer_types": []}}, "data.answer_types is an empty list"),
     ("eval", {"loss": {"epsilon_high": 0.1}}, "loss.epsilon_high is 0.1 and loss.epsilon 0.2"),
@@ -187,7 +191,7 @@ CROSS = [
 
 
 @pytest.mark.parametrize(("purpose", "data", "sentence"), CROSS)
-def test_settings_that_do_not_fit_together(purpose: Any, data: dict[str, Any], sentence: str) -> None:
+def test_contradictory_settings(purpose: Any, data: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         build_config(data, purpose=purpose)
     (problem,) = error.value.problems

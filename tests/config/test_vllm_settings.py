@@ -22,22 +22,28 @@ SERVER = {"mode": "server", "server_url": "http://localhost:8000"}
         ),
         (
             {"rollout": {"engine": "vllm", "temperature": 2.5}},
-            "rollout.temperature is 2.5, but vLLM samples at 0.01",
+            "rollout.temperature is 2.5, but vLLM supports 0.01",
         ),
-        ({"rollout": {"engine": "vllm", "temperature": 0.001}}, "rollout.temperature is 0.001, but vLLM samples"),
+        ({"rollout": {"engine": "vllm", "temperature": 0.001}}, "rollout.temperature is 0.001, but vLLM supports"),
         (
             {"vllm": {"max_model_length": 256}},
             "vllm.max_model_length is 256 and rollout.max_completion_length",
         ),
-        ({"vllm": {"mode": "server"}}, "vllm.mode is server, but vllm.server_url names none: give its address"),
+        ({"vllm": {"mode": "server"}}, "vllm.mode is server, but vllm.server_url is not set: give its address"),
         ({"vllm": SERVER | {"server_url": "localhost:8000"}}, "vllm.server_url is 'localhost:8000', but must be the"),
-        ({"vllm": SERVER | {"sleep": True}}, "vllm.sleep is true, but vllm.mode is server, whose memory is its own"),
+        (
+            {"vllm": SERVER | {"sleep": True}},
+            "vllm.sleep is true, but vllm.mode is server",
+        ),
         ({"vllm": {"server_url": "http://x"}}, "vllm.server_url is http://x, but vllm.mode is colocate"),
         (
             {"model": {"load_in_4bit": True, "lora": {}}},
-            "rollout.engine is vllm and model.load_in_4bit true, but vLLM",
+            "rollout.engine is vllm and model.load_in_4bit is true, but vLLM",
         ),
-        ({"model": {"device": "cpu"}}, "rollout.engine is vllm and model.device cpu, but vLLM runs beside training"),
+        (
+            {"model": {"device": "cpu"}},
+            "rollout.engine is vllm and model.device cpu, but vllm.mode=colocate",
+        ),
         (
             {"vllm": SERVER | {"server_url": "http://10.0.0.5:8000"}, "network": "off"},
             "vllm.server_url is on 10.0.0.5, but network is off, so nothing may leave this machine",

@@ -197,7 +197,7 @@ def test_a_whole_run_evaluation_and_report_stay_on_this_machine_and_hold_no_imag
     found = python(RUN.replace("ARGUMENTS", json.dumps(verbs)), tmp_path)
     assert found["codes"] == [0, 0, 0], found["said"]
     assert found["calls"] == ["NetworkRefused"]
-    assert found["after"].startswith("A connection to 192.0.2.1 was refused, because the network is off")
+    assert found["after"].startswith("A connection to 192.0.2.1 was refused because the network is off")
     run = tmp_path / "run"
     assert len(list(run.glob("eval/prompts-*.csv"))) == 1
     assert "was written without images" in (run / "report.html").read_text()

@@ -1,7 +1,7 @@
-"""Settings: frozen models of everything a run can be told. Imports no torch.
+"""Settings of a run as frozen pydantic models. Imports no torch.
 
-Names follow TRL's ``GRPOConfig`` where it has one. Every field has a default that is safe on a laptop; the files
-in ``configs/`` hold the papers' values.
+Names follow TRL's ``GRPOConfig`` where it has one. All defaults are safe on a laptop; the files in ``configs/`` hold
+the papers' values.
 """
 
 from medvqa_rl.config.config import Config, ConfigError, Purpose, differences, digest, is_hub_id, leaves, shareable

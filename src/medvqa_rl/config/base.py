@@ -1,4 +1,4 @@
-"""What all sections of the settings are made of. Imports no torch."""
+"""Base class and shared types of the settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Settings(BaseModel):
-    """Base of all sections: frozen, unknown keys refused, the string under a field is its description."""
+    """Base of all sections: frozen; unknown keys are errors; the string under a field is its description."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()

@@ -1,4 +1,4 @@
-"""A whole configuration, and what can be said of two of them. Imports no torch."""
+"""The complete configuration, its digest, and differences between two of them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, O
 from medvqa_rl.config.sampling import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
 
 Purpose = Literal["train", "sft", "eval"]
-"""What a configuration is about to be used for: some combinations are wrong for one verb only."""
+"""The verb that a configuration is checked for: some combinations are wrong for one verb only."""
 
 
 class Config(Settings):
-    """Everything a run can be told."""
+    """All settings of a run."""
 
     output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
-    """Folder of the run; a new one, or with --resume the one to continue."""
+    """Folder of the run; must be new, unless --resume continues it."""
     network: Literal["on", "off"] = "on"
-    """off refuses every connection beyond this machine, for the whole process."""
+    """off blocks every connection that leaves this machine, for the whole process."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     prefetch: PrefetchConfig = PrefetchConfig()
@@ -35,9 +35,9 @@ class Config(Settings):
     vllm: VllmConfig = VllmConfig()
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
-    """The judge that rewards, where rewards.semantic, rewards.reasoning or rewards.open_correctness asks one."""
+    """The reward judge, used by rewards.semantic, rewards.reasoning and rewards.open_correctness."""
     eval_judge: JudgeConfig | None = None
-    """The judge of evaluations, better another than the one that rewards; None judges none."""
+    """The evaluation judge, which should differ from the reward judge; None disables it."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -47,7 +47,7 @@ class Config(Settings):
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be used. Its text is one complete sentence per problem, a line each."""
+    """Invalid settings: one complete sentence per problem, one per line."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         assert problems
@@ -56,10 +56,10 @@ class ConfigError(ValueError):
 
 
 def digest(config: Config) -> str:
-    """SHA-256 of the canonical JSON of the settings that differ from their defaults.
+    """Return the SHA-256 of the canonical JSON of the settings that differ from their defaults.
 
-    Equal exactly when every setting is equal, in one version of the program; and equal across versions that only add
-    settings. A section that may be null and is given stands there even if all of it is at its defaults.
+    Within one version, two digests are equal exactly if all settings are equal; versions that only add settings keep
+    the digest. An optional section that is given counts even if all its settings are at their defaults.
     """
     changed = config.model_dump(mode="json", exclude_defaults=True)
     text = json.dumps(changed, sort_keys=True, separators=(",", ":"))
@@ -67,7 +67,7 @@ def digest(config: Config) -> str:
 
 
 def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by dotted path; an empty section is a value of its own."""
+    """Flatten nested sections to values by dotted path; an empty section stays as a value."""
     result: dict[str, Any] = {}
     for key, value in section.items():
         path = f"{prefix}{key}"
@@ -79,12 +79,12 @@ def leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a model's path names a repository on the Hugging Face Hub, not a folder."""
+    """Whether a path is the id of a Hugging Face Hub repository rather than a local folder."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 def shareable(config: Config) -> dict[str, Any]:
-    """The settings by dotted path without folders of this machine: of each only the last part."""
+    """Return the settings by dotted path, with local folders reduced to their last part."""
     found = leaves(config.model_dump(mode="json"))
     folders = ["output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity"]
     folders += ["rewards.similarity_model", "vllm.weights_dir"]
@@ -94,8 +94,8 @@ def shareable(config: Config) -> dict[str, Any]:
 
 
 def differences(before: Config, after: Config) -> list[str]:
-    """Dotted paths of the settings in which two configurations differ, sorted."""
+    """Return the sorted dotted paths of the settings in which two configurations differ."""
     old, new = (leaves(config.model_dump(mode="json")) for config in (before, after))
     paths = {path for path in old.keys() | new.keys() if (path in old, old.get(path)) != (path in new, new.get(path))}
-    # A section that is null on one side is one difference, not one for each of its settings.
+    # A section that is null on one side counts as one difference, not one per setting.
     return sorted(path for path in paths if not any(path.startswith(f"{other}.") for other in paths))

@@ -1,4 +1,4 @@
-"""What is made of it: advantages, losses, the optimizer, the loop, evaluations. Imports no torch."""
+"""Settings of advantages, losses, the optimizer, the training loop, SFT and evaluation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,120 +12,120 @@ TrainEngine = Literal["ddp", "zero2", "zero3", "fsdp2"]
 
 
 class AdvantageConfig(Settings):
-    """How rewards of a group become advantages."""
+    """How the rewards of a group become advantages."""
 
     scale: Literal["group", "none"] = "group"
-    """group divides by the group's standard deviation (GRPO); none only centers (Dr. GRPO). TRL's scale_rewards."""
+    """group divides by the group's standard deviation (GRPO); none only subtracts the mean (Dr. GRPO)."""
 
 
 class LossConfig(Settings):
     """The policy loss."""
 
     type: Literal["grpo", "dr_grpo", "dapo", "dpo"] = "grpo"
-    """How token losses are averaged (TRL's loss_type); dpo learns to prefer each group's best completion."""
+    """How token losses are aggregated (TRL: loss_type); dpo is online DPO on each group's best and worst."""
     beta: Annotated[float, Field(ge=0.0)] = 0.04
-    """Weight of the KL divergence from the reference policy; with dpo its own beta, for which TRL has 0.1."""
+    """KL coefficient; with dpo, the beta of DPO, for which TRL's default is 0.1."""
     epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Clip range of the probability ratio."""
+    """Clipping range of the probability ratio."""
     epsilon_high: Annotated[float, Field(gt=0.0)] | None = None
-    """Upper clip range; None takes epsilon."""
+    """Upper clipping range; None uses epsilon."""
     num_iterations: Positive = 1
-    """Optimizer passes over the completions of one rollout."""
+    """Optimizer steps per rollout, each on all of its completions."""
     mask_truncated_completions: bool = False
-    """Leave completions that hit the token limit out of the loss."""
+    """Mask completions that hit the token limit out of the loss."""
 
 
 class OptimizerConfig(Settings):
     """AdamW and its schedule."""
 
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
-    """The highest learning rate."""
+    """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """How it falls after the warmup."""
+    """Schedule after the warmup."""
     min_lr_ratio: Share = 0.0
-    """Learning rate at the last step as a share of the highest; a constant schedule does not use it."""
+    """Final learning rate as a share of the peak; ignored by the constant schedule."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises linearly from zero."""
+    """Steps of linear warmup from zero."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    """Adam's betas."""
     epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator of the update."""
+    """Adam's epsilon."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
-    """Gradients are scaled down to this norm; None never clips."""
+    """Gradient clipping norm; None disables clipping."""
 
 
 class TrainConfig(Settings):
-    """The loop."""
+    """The training loop."""
 
     steps: Positive = 300
-    """Training steps: one rollout and the update from it."""
+    """Training steps; each is one rollout and the updates from it."""
     prompts_per_step: Positive = 8
-    """P, prompts per step over all ranks (TRL: batch x accumulation x ranks / G)."""
+    """P, prompts per step over all ranks (TRL: batch size x gradient accumulation x ranks / G)."""
     prompts_per_micro_batch: Positive = 8
-    """At most this many whole groups share one forward and backward pass; memory and speed, never the gradient."""
+    """Maximum number of groups per forward and backward pass; changes memory and speed, not the gradient."""
     max_tokens_per_micro_batch: Positive | None = None
-    """Tokens that share one forward and backward pass, whole groups sorted by length; None sets no such limit."""
+    """Maximum number of tokens per forward and backward pass, in whole groups sorted by length; None sets no limit."""
     self_check: bool = True
-    """Before the first update, compare the fast computation with the plain one on one group; stop if they differ."""
+    """Before the first update, check the shared-prefix forward against the plain one; fail if they differ."""
     engine: Literal["auto", "ddp", "zero2", "zero3", "fsdp2"] = "auto"
-    """How several ranks train together; auto takes what the launcher says, others refuse to run under another one."""
+    """Distributed engine; auto uses the launcher's, any other value fails under a different launcher setting."""
     rank_timeout: Annotated[float, Field(gt=0.0)] = 1800.0
-    """Seconds after which a run of several ranks ends where no rank gets any further; 60 where one is dead."""
+    """Seconds without progress after which a distributed run fails; 60 if a rank has died."""
     seed: int = 0
-    """Seed of the order of the samples (of endless data: where it starts) and of every sampled token."""
+    """Seed for the order of samples and for every sampled token."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
-    """Evaluate greedily on the validation split before the first step, every so many and after the last; 0 never."""
+    """Evaluate greedily on the validation split before training, every N steps and at the end; 0 disables it."""
     save_steps: Annotated[int, Field(ge=0)] = 0
-    """Checkpoint every so many steps; 0 only at the end and when stopped."""
+    """Save a checkpoint every N steps; 0 saves only at the end and when interrupted."""
     save_total_limit: Positive = 2
-    """Checkpoints kept besides the best."""
+    """Maximum number of checkpoints, not counting the best one."""
     logging_steps: Positive = 1
-    """Show metrics every so many steps; metrics.jsonl has every one."""
+    """Print metrics every N steps; metrics.jsonl always has every step."""
     log_completions_steps: Annotated[int, Field(ge=0)] = 25
-    """Print and store sample completions every so many steps; 0 never."""
+    """Print and save sample completions every N steps; 0 disables it."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Programs that get a copy of metrics.jsonl (need the extra ``track``)."""
+    """Experiment trackers that receive the metrics (need the extra ``track``)."""
     tracker_samples: Literal["none", "texts", "images"] = "none"
-    """What trackers get of logged completions: nothing, the texts, or the texts and the images."""
+    """What trackers receive of logged completions: nothing, texts, or texts and images."""
     tracker_online: bool = False
-    """Let trackers send what they get to their servers; false keeps it on this machine."""
+    """Allow trackers to upload to their servers; false keeps everything on this machine."""
 
 
 class SftConfig(Settings):
-    """Supervised fine-tuning; steps, seeds and saving come from train."""
+    """Supervised fine-tuning (SFT); steps, seed and saving come from train."""
 
     batch_size: Positive = 32
     """Samples per optimizer step over all ranks."""
     samples_per_micro_batch: Positive = 32
-    """At most this many samples share one forward and backward pass."""
+    """Maximum number of samples per forward and backward pass."""
     use_reasoning: bool = True
-    """Train on reference reasoning and descriptions where the data has them; otherwise on the answer alone."""
+    """Train on reference reasoning and descriptions where the data has them, else on the answer only."""
 
 
 class EvalConfig(Settings):
-    """Evaluation: greedy answers, and sampled ones where asked."""
+    """Evaluation: greedy answers, and optionally sampled ones."""
 
     batch_size: Positive = 64
-    """Questions answered together."""
+    """Questions per batch."""
     max_samples: Positive | None = None
-    """Evaluate on this many samples at most; None takes all."""
+    """Maximum number of questions; None uses all."""
     num_samples: Annotated[int, Field(ge=0)] = 0
-    """Sample this many answers to each question besides the greedy one, for majority@k and pass@k; 0 samples none."""
+    """Sampled answers per question besides the greedy one, for majority@k and pass@k."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Temperature of the sampled answers."""
+    """Temperature of sampled answers."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Sampled answers: from the fewest tokens that hold this much probability; 1 keeps all."""
+    """Top-p (nucleus) of sampled answers; 1 disables it."""
     perplexity_model: str | None = None
-    """Language model for perplexity, not the judge that rewards: phantom:lm, folder or Hub id; None measures none."""
+    """Language model for perplexity, not the reward judge: phantom:lm, a folder or a Hub id; None disables it."""
     similarity: str | None = None
-    """tfidf, or a sentence-transformers model by folder or Hub id; None measures no similarity."""
+    """Answer similarity: tfidf, or a sentence-transformers model (folder or Hub id); None disables it."""
     fail_on_unscored: Share = 0.05
-    """The evaluation fails, its files written, when a larger share of the questions could not be scored."""
+    """Fail, after writing the results, if a larger share of the questions could not be scored."""
     interval: Literal["bca", "percentile"] = "bca"
-    """How the 95 % intervals are read off the resampled images: bias-corrected and accelerated, or percentiles."""
+    """Bootstrap method of the 95 % intervals: bias-corrected and accelerated, or percentile."""
     bootstrap: Positive = 2000
-    """Resamples of the 95 % intervals."""
+    """Bootstrap resamples of the 95 % intervals."""
     seed: int = 0
-    """Seed of the choice of samples, of the sampled answers and of the resampling."""
+    """Seed for the choice of questions, the sampled answers and the bootstrap."""

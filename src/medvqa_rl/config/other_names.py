@@ -1,4 +1,4 @@
-"""What other programs call our settings: told where one of these names is given. Imports no torch."""
+"""Names of settings in TRL and other programs, suggested if one of them is given. Imports no torch."""
 
 OTHER_NAMES = {
     "lr": "optimizer.learning_rate",

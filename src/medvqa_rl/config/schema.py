@@ -1,4 +1,4 @@
-"""The settings as a schema: paths, what each allows in words, and the reference tables. Imports no torch."""
+"""The schema of the settings: dotted paths, allowed values in words, and the reference tables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from typing import Any
 from medvqa_rl.config import Config
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
-
-
 Schema = Mapping[str, Any]
 
 
 def resolve(schema: Schema) -> Schema:
-    """Follow references and drop the null of an optional field."""
+    """Follow references and drop the null option of an optional field."""
     if "$ref" in schema:
         return resolve(SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")])
     if "anyOf" in schema:
@@ -26,12 +24,12 @@ def resolve(schema: Schema) -> Schema:
 
 
 def is_nullable(schema: Schema) -> bool:
-    """True where null (no value) is allowed."""
+    """Whether null is allowed."""
     return any(option.get("type") == "null" for option in schema.get("anyOf", ()))
 
 
 def allowed(schema: Schema) -> str:
-    """What a field allows, in words: "a number above 0 and at most 1"."""
+    """Describe what a field allows: "a number above 0 and at most 1"."""
     inner = resolve(schema)
     text = _allowed(inner)
     return f"{text}, or null" if is_nullable(schema) else text
@@ -80,7 +78,7 @@ def one_of(names: Sequence[Any]) -> str:
 
 
 def show(value: Any) -> str:
-    """A given value as the user would recognise it, cut to a readable length."""
+    """Show a given value as the user wrote it, cut to 80 characters."""
     text = f"the text '{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -92,10 +90,10 @@ def did_you_mean(word: Any, names: Iterable[Any]) -> str:
 
 
 def locate(path: Sequence[str | int]) -> tuple[Schema, tuple[str | int, ...]]:
-    """Follow a path into the settings as far as it exists.
+    """Follow a path into the schema as far as it exists.
 
     Returns:
-        The schema of the last setting found (its optional null kept), and the part of the path beyond it.
+        The schema of the last setting found, and the rest of the path.
     """
     schema: Schema = SCHEMA
     for depth, step in enumerate(path):
@@ -112,7 +110,7 @@ def locate(path: Sequence[str | int]) -> tuple[Schema, tuple[str | int, ...]]:
 
 
 def all_settings(schema: Schema = SCHEMA, prefix: str = "") -> Iterator[tuple[str, Schema]]:
-    """Dotted path and schema of every setting, sections before their fields."""
+    """Yield the dotted path and schema of every setting, sections before their fields."""
     for name, field in schema["properties"].items():
         yield prefix + name, field
         inner = resolve(field)
@@ -121,7 +119,7 @@ def all_settings(schema: Schema = SCHEMA, prefix: str = "") -> Iterator[tuple[st
 
 
 def reference_tables() -> str:
-    """Every setting with its default, what it allows and what it does, as Markdown tables; docs/ holds a copy."""
+    """Return Markdown tables of every setting: default, allowed values, description. docs/ has a copy."""
     lines: list[str] = []
     sections = [("", SCHEMA)] + [(name, resolve(field)) for name, field in all_settings()]
     for name, section in sections:

@@ -1,6 +1,6 @@
-"""Reading settings: a YAML file and ``key=value`` overrides become a :class:`~medvqa_rl.config.Config`.
+"""Read settings: a YAML file and ``key=value`` overrides become a :class:`~medvqa_rl.config.Config`.
 
-Everything that is wrong is said at once, each in a complete sentence. Imports no torch.
+All problems are reported at once, one sentence each. Imports no torch.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write_yaml(data: Any, *, inline: bool = False) -> str:
 
 
 def _sentence(error: YAMLError) -> str:
-    """What is wrong with a YAML text, with line and column where known."""
+    """Describe a YAML error, with line and column where known."""
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         context = f"{error.context}, " if error.context else ""
@@ -92,7 +92,7 @@ def _sentence(error: YAMLError) -> str:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The nested mapping in a YAML file; an empty file is an empty mapping.
+    """Read the nested mapping in a YAML file; an empty file is an empty mapping.
 
     Raises:
         ConfigError: the file is missing, a folder, not UTF-8, not YAML or not a mapping.
@@ -123,18 +123,18 @@ def read_file(path: Path) -> dict[str, Any]:
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     """Read ``key=value``: a dotted path and a YAML value, as in ``optimizer.learning_rate=1e-6``.
 
-    Settings that are text take the value as it stands (``data.path=2024`` is a folder's name).
+    Text settings take the value literally (``data.path=2024`` is a folder's name).
 
     Raises:
-        ConfigError: there is no ``=``, no key, no value, or the value is not YAML.
+        ConfigError: ``=``, key or value is missing, or the value is not YAML.
     """
     key, equals, value = text.partition("=")
     key, value = key.strip().removeprefix("--"), value.strip()
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError([f"The override '{text}' is not of the form key=value, as in train.steps=100."])
+        raise ConfigError([f"The override '{text}' is not of the form key=value, such as train.steps=100."])
     if not value:
         raise ConfigError(
-            [f"The override '{text}' has no value: write {key}=null for none, {key}='\"\"' for no text."]
+            [f"The override '{text}' has no value: write {key}=null for null, {key}='\"\"' for empty text."]
         )
     path = split_path(key)
     try:
@@ -151,8 +151,8 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def split_path(key: str) -> tuple[str, ...]:
-    """The steps of a dotted path. Where names are free, as in ``rewards.functions.package.module.function``, the
-    rest is one name."""
+    """Split a dotted path. In a section with free names, as in ``rewards.functions.package.module.function``, the rest
+    is one name."""
     steps = key.split(".")
     for depth in range(1, len(steps)):
         schema, rest = locate(steps[:depth])
@@ -162,7 +162,7 @@ def split_path(key: str) -> tuple[str, ...]:
 
 
 def merge(given: Mapping[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """A copy of nested settings with values put in by path; later ones win."""
+    """Return a copy of nested settings with values set by path; later ones win."""
     result = copy.deepcopy(dict(given))
     for path, value in overrides:
         section = result
@@ -175,7 +175,7 @@ def merge(given: Mapping[str, Any], overrides: Sequence[tuple[tuple[str, ...], A
 
 
 def _without(given: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str, Any]:
-    """The settings without the one at a path (up to the list that holds it)."""
+    """Return the settings without the one at a path; for an entry of a list, without the list."""
     result = copy.deepcopy(dict(given))
     section = result
     names = [step for step in path if isinstance(step, str)]
@@ -186,10 +186,10 @@ def _without(given: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str,
 
 
 def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) -> Config:
-    """Check nested settings and fill in the defaults. A section without content counts as empty.
+    """Validate nested settings and fill in the defaults. A section without content counts as empty.
 
     Raises:
-        ConfigError: with a sentence for everything that is wrong, in the order of the settings.
+        ConfigError: with a sentence for every problem, in the order of the settings.
     """
     data = {key: {} if value is None and _is_section(key) else value for key, value in given.items()}
     problems: list[Problem] = []
@@ -199,7 +199,7 @@ def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) ->
         for error in errors.errors(include_url=False):
             problems += field_problem(error)
             data = _without(data, error["loc"])
-        # What is left is sound, so the settings that do not fit together can be told in the same breath.
+        # The rest is valid, so contradictions between settings can be reported too.
         config = _validate(data)
     bad = [path for problem in problems for path in problem.paths]
     for problem in cross_checks(config, purpose):
@@ -216,27 +216,26 @@ def _is_section(key: str) -> bool:
 
 
 def _validate(data: Mapping[str, Any]) -> Config:
-    # By way of JSON, because strictness then means what a YAML file means by it: a list for a tuple and 1 for 1.0
-    # are fine, "1" for 1 and true for 1 are not.
+    # Through JSON, because strict mode then accepts a list for a tuple and 1 for 1.0, but not "1" or true for 1.
     return Config.model_validate_json(json.dumps(data), strict=True)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Settings with where they come from."""
+    """Settings and where they came from."""
 
     config: Config
     given: Mapping[str, Any]
-    """File and overrides merged, nested, before the defaults."""
+    """File and overrides, merged and nested, without defaults."""
     overridden: frozenset[str]
     """Dotted paths given on the command line."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose | None = None) -> Loaded:
-    """Read a YAML file, put ``key=value`` overrides on top and check everything for a purpose.
+    """Read a YAML file, apply ``key=value`` overrides and validate the result for a purpose.
 
     Raises:
-        ConfigError: the file cannot be read, or with a sentence for every override and setting that is wrong.
+        ConfigError: the file cannot be read, or with a sentence for every problem.
     """
     given = read_file(Path(path))
     parsed: list[tuple[tuple[str, ...], Any]] = []
@@ -257,7 +256,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Pur
 
 
 def show_config(loaded: Loaded) -> str:
-    """The resolved settings as YAML, those that were given marked with where."""
+    """Return the resolved settings as YAML; a comment marks those that were given, and where."""
     given = leaves(loaded.given)
     lines: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Keys of servers, from the environment alone: no other module reads them, and no file holds one. Imports no torch."""
+"""API keys, read from the environment only: no file stores one. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 def read_key(variable: str | None) -> str:
-    """The key of a judge's endpoint. Without a variable's name none is sent (the client wants some text).
+    """Return the API key of a judge's endpoint, or a placeholder (the client requires some text) if none is set.
 
     Args:
-        variable: as ``judge.api_key_env`` names it.
+        variable: name of the environment variable, ``judge.api_key_env``.
 
     Raises:
         ValueError: the environment has no such variable, or it is empty.
@@ -19,7 +19,7 @@ def read_key(variable: str | None) -> str:
     key = os.environ.get(variable, "")
     if not key:
         raise ValueError(
-            f"judge.api_key_env is {variable}, but the environment has no such variable: set it to the key (never "
-            "write keys into files), or set judge.api_key_env to null for an endpoint without keys."
+            f"judge.api_key_env is {variable}, but the environment has no such variable: set it to the key "
+            "(never write keys into files), or set judge.api_key_env to null for an endpoint without keys."
         )
     return key

@@ -1,4 +1,4 @@
-"""Memory of the process: let glibc keep what is freed, in one heap."""
+"""Memory allocation of the process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # mal
 
 
 def keep_freed_memory() -> None:
-    """Reuse freed tensors instead of returning them to the system, on Linux with glibc; elsewhere nothing happens.
+    """Make glibc reuse freed memory instead of returning it to the kernel. Does nothing on other systems.
 
-    Training on a CPU frees and allocates the same large tensors at every step. By default each goes back to the
-    kernel and comes again page by page, which can take most of a step. The price is that the process stays at its
-    highest use of memory.
+    Training on a CPU frees and allocates the same large tensors at every step. By default glibc returns each one to
+    the kernel and gets it back page by page, which can take most of a step. The cost: the process keeps its peak
+    memory.
 
-    All threads share one heap. By default each has its own, and what one thread allocates and another frees, as
-    prefetched images are, leaves holes in all of them: half as much again as the images take.
+    All threads also share one heap. With glibc's heap per thread, images that one thread allocates and another frees
+    fragment every heap and take half as much memory again.
     """
     if platform.libc_ver()[0] != "glibc":
         return

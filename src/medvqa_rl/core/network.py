@@ -1,9 +1,9 @@
-"""No connection but to this machine: a guard for the whole process. Imports no torch.
+"""A process-wide guard that refuses every connection beyond this machine. Imports no torch.
 
-``network: off`` in the settings, or ``medvqa-rl --network off VERB``, installs it before anything else runs. Python
-reports every use of a socket to audit hooks (PEP 578), which nothing that runs later can take away; ours raises.
-What is not Python is not asked: the collective communication of torch.distributed, and other programs that are
-started. Child processes of this package inherit it through the environment.
+``network: off`` in the settings, or ``medvqa-rl --network off VERB``, installs it before anything else runs. It is an
+audit hook (PEP 578): Python reports every use of a socket to it, and later code cannot remove it. It does not see
+native code, such as the collectives of torch.distributed, or other programs. Child processes of this package inherit
+it through the environment.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 from typing import Any
 
 VARIABLE = "MEDVQA_RL_NETWORK"
-"""Environment variable that switches the network off for every verb."""
+"""Environment variable that turns the network off for every verb."""
 
 _LOCAL_FAMILIES = {getattr(socket, name) for name in ("AF_UNIX", "AF_NETLINK") if name in dir(socket)}
-"""Kinds of sockets that never leave the machine: files, and the kernel."""
+"""Address families that never leave the machine."""
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -31,13 +31,13 @@ _is_off = False
 
 
 class NetworkRefused(ConnectionError):
-    """Something wanted to leave this machine although the network is off."""
+    """A connection beyond this machine was attempted while the network is off."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own: 127.0.0.0/8, ::1, localhost and names below it.
+    """Whether a host name or address is a loopback one: 127.0.0.0/8, ::1, localhost and its subdomains.
 
-    No name is looked up: any other one counts as outside.
+    Names are not resolved; any other name counts as remote.
     """
     name = host.strip("[]").rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -56,21 +56,21 @@ def is_off() -> bool:
 
 
 def forbid_network() -> None:
-    """From now on, until the process ends, refuse every connection, datagram and look-up beyond this machine; tell
-    the libraries below, and child processes, to be offline."""
+    """Refuse every connection, datagram and name lookup beyond this machine until the process ends, and set the
+    offline switches of the libraries below for this process and its children."""
     global _is_off
     if _is_off:
         return
     _is_off = True
     os.environ.update(_OFFLINE)
     sys.addaudithook(_audit)
-    # A name given to these is looked up before the hook is asked, so they ask themselves.
+    # These resolve names before the audit hook is called, so they check the address themselves.
     for name in ("connect", "connect_ex", "sendto"):
         _check_first(name)
 
 
 def _check_first(name: str) -> None:
-    """Let a method of all sockets check its address, the last argument, before anything else."""
+    """Make a method of ``socket.socket`` check its address, the last argument, first."""
     original = getattr(socket.socket, name)
 
     def method(self: socket.socket, *args: Any) -> Any:
@@ -81,7 +81,7 @@ def _check_first(name: str) -> None:
 
 
 def _audit(event: str, args: tuple[Any, ...]) -> None:
-    """An audit hook: called for many things, so what is not about sockets must leave at once."""
+    """The audit hook. It is called for many events, so it returns at once for those that are not about sockets."""
     if not event.startswith("socket."):
         return
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
@@ -99,15 +99,11 @@ def _check_address(sock: Any, address: Any) -> None:
 
 
 def _check_host(host: Any) -> None:
-    """Refuse a host that is not this machine; none and the unspecified address are where servers listen.
-
-    Raises:
-        NetworkRefused: it is another.
-    """
+    """Raise NetworkRefused for a remote host. No host and the unspecified address are those of listening servers."""
     name = host.decode("ascii", "replace") if isinstance(host, bytes | bytearray) else host
     if name in (None, "", "0.0.0.0", "::") or (isinstance(name, str) and is_loopback(name)):
         return
     raise NetworkRefused(
-        f"A connection to {name} was refused, because the network is off: what is needed must be on this machine; or "
-        "set network=on."
+        f"A connection to {name} was refused because the network is off: put the files on this machine, or set "
+        "network=on."
     )

@@ -1,4 +1,4 @@
-"""Progress bars of long commands: on standard error, and only where that is a terminal."""
+"""Progress bars on standard error, shown only if it is a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """How many are done in a second."""
+    """Items per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f}/s" if task.speed and task.speed >= 1 else "", style="progress.data.speed")
@@ -30,13 +30,13 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left for the length of the block.
+    """Show a bar with the remaining time while the block runs.
 
     Args:
         unit: what is counted, such as "questions".
 
     Yields:
-        A function that takes how many are done and how many there are.
+        A function that takes the number done and the total.
     """
     with Progress(
         TextColumn(unit),
@@ -55,10 +55,10 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars with rates for work in several stages, one below the other.
+    """Show one bar per stage, with rates, while the block runs.
 
     Yields:
-        A function that takes what is counted, how many are done and how many there are.
+        A function that takes what is counted, the number done and the total.
     """
     with Progress(
         TextColumn("{task.description}"),

@@ -1,8 +1,8 @@
-"""Addressed randomness: every random number is a stable hash of its address, never the next of a stream.
+"""Addressed randomness: every random number is a stable hash of its address, never the next number of a stream.
 
-A number's address says what it is for (seed, stream, step, sample, completion, position ...), so any one of
-them can be drawn again alone: on another machine, in another batch, after a resume. Pure integer arithmetic
-modulo 2**64, hence identical on every platform.
+An address says what a number is for (seed, stream, step, sample, completion, position ...), so each number can be
+drawn again alone: on another machine, in another batch, after a resume. Only integer arithmetic modulo 2**64 is used,
+so the numbers are identical on every platform.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _update(digest: hashlib.blake2b, part: str | int) -> None:
 
 
 def address(*parts: str | int) -> int:
-    """Hash an address to 64 bits (BLAKE2b of its parts, each with its type and length, so that no two collide by
-    concatenation).
+    """Hash an address to 64 bits: BLAKE2b of its parts, each with its type and length, so that ``("a", "bc")`` and
+    ``("ab", "c")`` differ.
 
     Example:
         >>> address("train", 1) == address("train", "1")
@@ -70,7 +70,7 @@ def uniforms(key: int, count: int, start: int = 0) -> NDArray[np.float64]:
 
 
 class Draws:
-    """Choices drawn one after the other under one address; the n-th draw depends on the address and n alone."""
+    """Sequential draws under one address; the n-th draw depends only on the address and n."""
 
     def __init__(self, *parts: str | int) -> None:
         self._state = address(*parts)

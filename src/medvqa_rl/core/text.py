@@ -1,4 +1,4 @@
-"""Text as people mean it: control strings made harmless, and the one normalisation of answers. Imports no torch."""
+"""Neutralising control strings in data, and the one normalisation of answers. Imports no torch."""
 
 from __future__ import annotations
 

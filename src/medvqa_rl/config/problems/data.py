@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of a data set, said in complete sentences. Imports no torch."""
+"""Problems with the settings of a data set, as complete sentences. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from medvqa_rl.config import DataConfig
 
 
 def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
-    """Everything that does not fit together: a sentence, then the dotted paths of the settings it is about."""
+    """Yield each problem: a sentence, then the dotted paths of the settings involved."""
     if not data.answer_types:
         yield (
-            "data.answer_types is an empty list, so no question is left: name some of choice, closed and open.",
+            "data.answer_types is an empty list, which leaves no question: list some of choice, closed and open.",
             "data.answer_types",
         )
     if data.name != "phantom":
@@ -20,8 +20,8 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
     for name, given in (("path", data.path), ("hub", data.hub), ("image_folder", data.image_folder)):
         if given is not None:
             yield (
-                f"data.{name} is {given}, but data.name is phantom, which needs no folder: remove data.{name}, or set "
-                "data.name to the data set that is there (vqa_rad, pmc_vqa, own ...).",
+                f"data.{name} is {given}, but data.name is phantom, which reads no files: remove data.{name}, or set "
+                "data.name to the data set in that place (vqa_rad, pmc_vqa, own ...).",
                 f"data.{name}",
                 "data.name",
             )
@@ -34,10 +34,10 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
 
 
 FROM_HUB = ("pmc_vqa", "slake_en", "slake_zh", "path_vqa", "vqa_rad_hub")
-"""Data sets that are read from the Hugging Face Hub as well as from a folder."""
+"""Data sets that can be read from the Hugging Face Hub as well as from a folder."""
 
 NO_IMAGE_FOLDER = ("path_vqa", "vqa_rad_hub", "vqa_med")
-"""Data sets whose images lie inside their tables, or in folders of fixed names."""
+"""Data sets whose images are inside their tables or in folders with fixed names."""
 
 
 def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
@@ -61,15 +61,15 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             )
         if data.path is not None:
             yield (
-                f"data.hub is {data.hub} and data.path {data.path}, but the data can come from one place only: "
-                "remove one of the two.",
+                f"data.hub is {data.hub} and data.path {data.path}, but only one of the two may be set: "
+                "remove the other.",
                 "data.hub",
                 "data.path",
             )
         if data.revision is None:
             yield (
                 f"data.revision is missing, but data.hub is {data.hub}: set it to a commit of that repository (40 "
-                "hexadecimal digits), so that the data cannot change under you.",
+                "hexadecimal digits), so that the data cannot change between runs.",
                 "data.revision",
                 "data.hub",
             )
@@ -89,15 +89,15 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             "data.hub",
         )
     for name, value, default, owner in (
-        ("scanner", data.scanner, "home", "the phantom world"),
-        ("modalities", data.modalities, (), "the phantom world"),
-        ("letter_skew", data.letter_skew, 0.0, "the phantom world"),
+        ("scanner", data.scanner, "home", "phantom"),
+        ("modalities", data.modalities, (), "phantom"),
+        ("letter_skew", data.letter_skew, 0.0, "phantom"),
         ("variant", data.variant, "v1", "pmc_vqa"),
     ):
         if value != default and data.name != owner:
             yield (
-                f"data.{name} is {value}, but only {owner} has that and data.name is {data.name}: remove "
-                f"data.{name} or set data.name={owner.split()[-2] if ' ' in owner else owner}.",
+                f"data.{name} is {value}, but only {owner} has this setting and data.name is {data.name}: remove "
+                f"data.{name} or set data.name={owner}.",
                 f"data.{name}",
                 "data.name",
             )
