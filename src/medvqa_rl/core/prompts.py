@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from medvqa_rl.core.text import neutralise, normalise
+from medvqa_rl.core.text import is_yes_no, neutralise, normalise
 from medvqa_rl.core.types import LETTERS, Sample, Template
 
 _THINK_ANSWER = "Think in <think></think>, then answer in <answer></answer>."
@@ -108,7 +108,7 @@ def as_asked(sample: Sample, template: Template) -> Sample:
     if template != "open_ended" or not can_hide_options(sample):
         return sample
     text = sample.answer_text
-    is_closed = normalise(text) in ("yes", "no")
+    is_closed = is_yes_no(text)
     return replace(
         sample,
         options=(),

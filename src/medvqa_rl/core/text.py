@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
 
@@ -45,6 +46,18 @@ def normalise(text: str) -> str:
 def as_written(text: str) -> str:
     """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
     return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
+
+
+def is_yes_no(answer: str) -> bool:
+    """Whether an answer is yes or no once normalised."""
+    return normalise(answer) in ("yes", "no")
+
+
+def first_few(items: Iterable[object], limit: int = 8) -> str:
+    """The first items, separated by commas, and how many more there are: ``3, 5, 8 and 12 more``."""
+    texts = list(map(str, items))
+    rest = len(texts) - limit
+    return ", ".join(texts[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def format_p(value: float | None) -> str:

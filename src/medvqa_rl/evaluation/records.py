@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.core.types import LETTERS, AnswerType, Template
 
 
@@ -112,7 +112,7 @@ class EvalRecord:
     @property
     def answer_kind(self) -> str:
         """``yes/no`` where the gold answer says either, else ``other``, whatever the data set's annotation."""
-        return "yes/no" if normalise(self.gold_text) in ("yes", "no") else "other"
+        return "yes/no" if is_yes_no(self.gold_text) else "other"
 
 
 REQUIRED = frozenset(

@@ -21,6 +21,7 @@ from accelerate.utils.operations import gather_object
 from torch import Tensor
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Dataset, Group, Scores
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.measures.similarity import Similarity, load_similarity
@@ -202,7 +203,7 @@ def roll_out(
             prompts=[prepared.prompt for prepared in prompts],
         )
     except FloatingPointError as error:
-        names = ", ".join(sample.id for sample in samples[:8]) + (" ..." if len(samples) > 8 else "")
+        names = first_few(sample.id for sample in samples)
         raise NonFiniteError(f"Step {step + 1} (samples: {names}): {error}", (), has_valid_weights=False) from error
 
 
@@ -293,7 +294,7 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
         return
     failing = [name for name, values in scores.parts.items() if np.isnan(values).any()]
     bad = [group for group, row in zip(groups, scores.total) if np.isnan(row).any()]
-    names = ", ".join(group.sample.id for group in bad[:8]) + (" ..." if len(bad) > 8 else "")
+    names = first_few(group.sample.id for group in bad)
     parts = ", ".join(failing) or "another rank"
     raise UnscoredError(
         f"Step {step + 1}: {rate:.0%} of the completions could not be scored by {parts} (samples: {names}), but "

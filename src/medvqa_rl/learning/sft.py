@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from medvqa_rl.config import Config
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.randomness import address
+from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Completion, Dataset, Group, Sample, Template
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
@@ -114,10 +115,10 @@ def train_sft(
             torch.manual_seed(address(config.train.seed, "dropout", step, accelerator.process_index))
             metrics = accumulate(config, accelerator, setup, trained, groups)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                names = ", ".join(group.sample.id for group in groups[:8])
+                names = first_few(group.sample.id for group in groups)
                 raise NonFiniteError(
                     f"Step {step + 1}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} "
-                    f"(samples: {names} ...): lower optimizer.learning_rate, or train in float32 (model.dtype).",
+                    f"(samples: {names}): lower optimizer.learning_rate, or train in float32 (model.dtype).",
                     groups,
                 )
             learning_rate = lr_at(step, config.optimizer, config.train.steps)

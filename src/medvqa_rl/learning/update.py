@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.randomness import address
+from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, Layout, collate, layout_for
@@ -358,7 +359,7 @@ class Learner:
             if not bool(rows.isfinite().all())
         ]
         named = bad or groups
-        names = ", ".join(group.sample.id for group in named[:8]) + (" ..." if len(named) > 8 else "")
+        names = first_few(group.sample.id for group in named)
         what = "gradient norm" if math.isfinite(metrics["loss"]) else "loss"
         value = metrics["grad_norm"] if math.isfinite(metrics["loss"]) else metrics["loss"]
         return NonFiniteError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medvqa_rl.core.text import first_few
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 
 Row = Mapping[str, float]
@@ -176,9 +177,8 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any
 
 
 def _left_out(path: Path, bad: Sequence[int]) -> str:
-    shown = ", ".join(map(str, bad[:5])) + (" ..." if len(bad) > 5 else "")
     lines = "line" if len(bad) == 1 else "lines"
-    return f"{path.name}: {lines} {shown} cannot be read and {'is' if len(bad) == 1 else 'are'} left out."
+    return f"{path.name}: {lines} {first_few(bad, 5)} cannot be read and {'is' if len(bad) == 1 else 'are'} left out."
 
 
 def _metrics(path: Path, problems: list[str]) -> list[Row]:
