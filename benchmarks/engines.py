@@ -232,5 +232,5 @@ def replay(
     total = torch.tensor(step.rewards).view(workload.prompts, workload.generations).double()
     experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())
     policy.model.train()
-    metrics, _ = learner.accumulate(experience, None, 0)
+    metrics, _ = learner.accumulate(experience)
     return metrics["loss"], metrics["grad_norm"]

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from medvqa_rl.learning import update as update_module
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.objective.grpo_loss import grpo_loss
 from medvqa_rl.learning.run.errors import NonFiniteError, UnscoredError
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.report.health import check_health
@@ -183,14 +184,15 @@ def test_dry_run_leaves_nothing_behind(folder, tmp_path, capsys):
 
 def test_not_finite_stops_with_step_samples_and_checkpoint(folder, tmp_path, monkeypatch):
     config = toy_config(folder, tmp_path / "run")
-    original = update_module.token_loss
     calls = []
 
-    def poisoned(logps, *args, **kwargs):
+    def poisoned(inputs, counts, config):
         calls.append(None)
-        return original(logps * torch.nan if len(calls) > 2 else logps, *args, **kwargs)  # from step 2 on
+        if len(calls) > 2:  # from step 2 on
+            inputs = inputs._replace(logps=inputs.logps * torch.nan)
+        return grpo_loss(inputs, counts, config)
 
-    monkeypatch.setattr(update_module, "token_loss", poisoned)
+    monkeypatch.setattr(update_module, "grpo_loss", poisoned)
     with pytest.raises(NonFiniteError, match=r"Step 2: the loss is nan \(samples: toy-\d, toy-\d"):
         train(config, train_set=ToyData())
     run = tmp_path / "run"

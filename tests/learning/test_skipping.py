@@ -42,7 +42,7 @@ def prepared(folder, tmp_path, advantages, *, text_only=(), **changes):
 
 
 def gradients_and_metrics(learner, experience):
-    metrics, _ = learner.accumulate(experience, None, 0)
+    metrics, _ = learner.accumulate(experience)
     gradients = {name: p.grad for name, p in learner.trained.parameters.items()}
     return gradients, metrics
 
@@ -94,4 +94,4 @@ def test_entropy_is_that_of_the_computed_groups(folder, tmp_path):
     with torch.no_grad():
         stats = learner.trained.forward(micro.batch, temperature=1.0, with_entropy=True)
     assert metrics["entropy"] == pytest.approx(float(stats.entropy[micro.mask].mean()), rel=1e-5)
-    assert experience.num_computed_tokens == int(micro.mask.sum()) < experience.num_tokens
+    assert experience.counts.num_computed_tokens == int(micro.mask.sum()) < experience.counts.num_tokens

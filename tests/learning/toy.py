@@ -127,7 +127,7 @@ def gradients(config: Config) -> dict[str, torch.Tensor]:
         total[0, 0] = torch.nan  # one unscored completion, so that the ranks' own counts differ
     experience = learner.prepare(groups, group_advantages(total, scale="group"), ~total.isnan())
     setup.policy.model.train()
-    metrics, _ = learner.accumulate(experience, None, 0)
+    metrics, _ = learner.accumulate(experience)
     found = {name: p.grad.clone() for name, p in trained.parameters.items() if p.grad is not None}
     return found | {f"metric/{name}": torch.tensor(value) for name, value in metrics.items()}
 

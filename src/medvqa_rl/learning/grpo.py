@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from accelerate.accelerator import Accelerator
 from accelerate.utils.operations import gather_object
-from torch import Tensor
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
@@ -28,7 +26,8 @@ from medvqa_rl.evaluation.measures.similarity import Similarity, load_similarity
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed, prepare_prompt
 from medvqa_rl.learning.batching.resampling import resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_samples
-from medvqa_rl.learning.objective.advantages import group_advantages, preferences
+from medvqa_rl.learning.objective.advantages import group_advantages
+from medvqa_rl.learning.objective.dpo_loss import preference_pairs
 from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed, UnscoredError
 from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.run.step_metrics import (
@@ -138,7 +137,7 @@ def train(
             scored = time.perf_counter()
             run.set_phase("update")
             if config.loss.type == "dpo":
-                metrics |= learner.update(*as_pairs(groups, total), step)
+                metrics |= learner.update(*preference_pairs(groups, total), step)
             else:
                 metrics |= learner.update(groups, advantages, ~total.isnan(), step)
             metrics |= mean_over_ranks(gather_object([scores.extras]))
@@ -214,28 +213,6 @@ def reporting(step: int) -> Iterator[None]:
         yield
     except VllmError as error:
         raise TrainingFailed(f"Step {step + 1}: {error}", ()) from error
-
-
-def as_pairs(groups: Sequence[Group], rewards: Tensor) -> tuple[list[Group], Tensor, Tensor]:
-    """What online DPO learns from: of each group its best and its worst completion.
-
-    Args:
-        groups: P groups of G completions.
-        rewards: (P, G); NaN is unscored.
-
-    Returns:
-        P groups of two, the chosen one first; (P, 2) signs, +1 and -1, or 0 where none is better (the group's first
-        two then stand for it); and (P, 2) True.
-    """
-    chosen = preferences(rewards)
-    has_pair = chosen[:, :1] >= 0
-    places = torch.where(has_pair, chosen, torch.tensor([0, 1])).tolist()
-    pairs = [
-        replace(group, completions=tuple(group.completions[place] for place in pair))
-        for group, pair in zip(groups, places, strict=True)
-    ]
-    signs = torch.tensor([1.0, -1.0]) * has_pair
-    return pairs, signs, torch.ones_like(signs, dtype=torch.bool)
 
 
 def number_among_ranks(places: Sequence[int], indices: Sequence[int]) -> list[int] | None:
@@ -329,7 +306,7 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
     scores = rewards.score(groups, step=0, count_tokens=setup.policy.processor.count_tokens)
     total = torch.from_numpy(scores.total)
     experience = learner.prepare(groups, group_advantages(total, scale=config.advantage.scale), ~total.isnan())
-    metrics, _ = learner.accumulate(experience, None, 0)
+    metrics, _ = learner.accumulate(experience)
     shapes = {
         f"micro-batch {index}": f"{tuple(micro.batch.input_ids.shape)} rows x tokens, "
         f"{tuple(micro.batch.mask.shape)} completions x tokens"

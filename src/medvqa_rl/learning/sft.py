@@ -149,7 +149,7 @@ def accumulate(
     """
     device, size = setup.policy.device, config.sft.samples_per_micro_batch
     batches = [
-        collate(groups[start : start + size], setup.policy.processor, device, layout="rows")
+        collate(groups[start : start + size], setup.policy.processor, device, layout="separate")
         for start in range(0, len(groups), size)
     ]
     num_targets = sum(len(batch.targets) for batch in batches)

@@ -116,7 +116,7 @@ def _show_one_step(policy: Policy, seed: int) -> None:
     ids, at = Binding(policy, seed).draw(64, 8, _REACH, use_words=True)
     print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {at.tolist()}")
     for stage in STEPS:
-        batch = collate(_lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout="rows")
+        batch = collate(_lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout="separate")
         loss = sft_loss(GroupForward(policy.model), batch)
         loss.backward()
         print(f"{stage}: {tuple(batch.input_ids.shape)} rows x tokens, {len(batch.targets)} targets, loss {loss:.3f}")
@@ -229,7 +229,7 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
     recent, began = deque[float](maxlen=50), time.perf_counter()
     for step in range(steps):
         groups = _lesson_groups(policy, stage, seed, step)
-        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout="rows"))
+        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout="separate"))
         recent.append(loss.item())
         if step % 8 == 0:
             ids, at = practice.draw(BATCH, 4, _REACH, use_words=True)

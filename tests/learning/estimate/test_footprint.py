@@ -16,7 +16,6 @@ from medvqa_rl.config import (
     LoraConfig,
     LossConfig,
     ModelConfig,
-    OptimizerConfig,
     PrefetchConfig,
     RolloutConfig,
     TrainConfig,
@@ -28,8 +27,7 @@ from medvqa_rl.learning.estimate.cost import read_architecture
 from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak
 from medvqa_rl.learning.estimate.workload import LAYOUTS, plan, trained_parameters
 from medvqa_rl.learning.objective import logprobs
-from medvqa_rl.learning.objective.optimizer import Optimizer
-from medvqa_rl.learning.setup import make_accelerator
+from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import save_model
 from medvqa_rl.models.group_attention import ATTENTION
@@ -106,10 +104,10 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     """(estimated, measured) bytes of every phase of the second step, completions as long as they can get."""
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     reference = load_reference(policy) if config.loss.beta > 0 else None
-    optimizer = Optimizer(policy.model, OptimizerConfig())
+    trained = wrap(config, accelerator, policy)
     policy.processor.stop_ids = ()  # so that no completion ends early
     engine = RolloutEngine(policy)
-    learner = Learner(config, accelerator, policy, reference, optimizer)
+    learner = Learner(config, accelerator, policy, reference, trained)
     samples = questions(config.train.prompts_per_step, size)
 
     def step(number: int) -> None:
@@ -119,9 +117,9 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
         with record_function("phase:reference"):
             experience = learner.prepare(groups, advantages, torch.ones_like(advantages, dtype=torch.bool))
         with record_function("phase:gradients"):
-            learner.accumulate(experience, None, number)
+            learner.accumulate(experience)
         with record_function("phase:optimizer"):
-            optimizer.step(1e-6)
+            trained.step(1e-6)
         prompts.extend(group.prompt for group in groups)
 
     prompts = []
@@ -131,7 +129,7 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     weights = [t for model in (policy.model, *frozen) for t in (*model.parameters(), *model.buffers())]
     # The constants of weights in 4 bits are neither.
     weights += [tensor for name, tensor in policy.model.state_dict().items() if ".weight." in name]
-    base = storages(weights) + storages(optimizer.state_tensors().values())
+    base = storages(weights) + storages(tensor for _, tensor in trained.state_tensors())
     measured = phase_peaks(lambda: step(1), base)
 
     model = read_architecture(json.loads(causal_model(policy.model).config.to_json_string(use_diff=False)))
@@ -150,7 +148,7 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
         phases["reference"] = ["update: reference"]
     result = {phase: (max(moments[name] for name in names), measured[phase]) for phase, names in phases.items()}
     result["static"] = (sum(static[name] for name in ("weights", "reference", "optimizer")), base)
-    assert trained_parameters(work) == sum(p.numel() for p in optimizer.parameters.values())
+    assert trained_parameters(work) == sum(p.numel() for p in trained.parameters.values())
     return result
 
 

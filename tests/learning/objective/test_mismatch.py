@@ -1,6 +1,6 @@
 """The correction for another engine's probabilities: numbers by hand, and exact equality where they are the same.
 
-That a weighted loss equals TRL's is in test_losses.py.
+test_grpo_loss.py compares a weighted loss with TRL's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from medvqa_rl.config import Config
 from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, sampled_logps
-from medvqa_rl.learning.objective.optimizer import Optimizer
+from medvqa_rl.learning.setup import wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -73,11 +73,10 @@ def learn(tiny_policy, mixed_samples):
         groups = RolloutEngine(policy).rollout(mixed_samples, config.rollout, seed=0, stream="train", step=0)
 
         def accumulate(config):
-            learner = Learner(
-                config, Accelerator(cpu=True), policy, reference, Optimizer(policy.model, config.optimizer)
-            )
+            accelerator = Accelerator(cpu=True)
+            learner = Learner(config, accelerator, policy, reference, wrap(config, accelerator, policy))
             experience = learner.prepare(groups, advantages, torch.ones(4, 2, dtype=torch.bool))
-            return experience.micro_batches, *learner.accumulate(experience, None, 0)
+            return experience.micro_batches, *learner.accumulate(experience)
 
         micro_batches, metrics, tables = accumulate(config)
         if shift is not None:

@@ -32,13 +32,10 @@ class TrainedPolicy:
     is_collective = False
     """True where passes, gathering and saving exchange data, so that all ranks must do the same number of each."""
 
-    def __init__(
-        self, config: OptimizerConfig, accelerator: Accelerator, policy: Policy, optimizer: Optimizer | None = None
-    ) -> None:
+    def __init__(self, config: OptimizerConfig, accelerator: Accelerator, policy: Policy) -> None:
         """
         Args:
             policy: with the weights that training starts from; what is wrapped is made of its model.
-            optimizer: of the policy's model, where the caller has one and no weights are sharded; None makes one.
 
         Raises:
             ValueError: no parameter is trained.
@@ -46,14 +43,13 @@ class TrainedPolicy:
         self.policy = policy
         self.accelerator = accelerator
         self._max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-        self._given = optimizer
         self._make(config)
 
     def _make(self, config: OptimizerConfig) -> None:
         """Wrap the model."""
         model = self.policy.model
         self.forward: nn.Module = self.accelerator.prepare_model(GroupForward(model))
-        self._optimizer = Optimizer(model, config) if self._given is None else self._given
+        self._optimizer = Optimizer(model, config)
         self.parameters: dict[str, nn.Parameter] = self._optimizer.parameters
 
     def gathered(self, weights: Shards | None = None) -> AbstractContextManager[None]:

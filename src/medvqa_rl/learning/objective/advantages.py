@@ -1,4 +1,4 @@
-"""From the rewards of a group to the advantages of its completions. Pure mathematics on tensors."""
+"""Group-relative advantages from rewards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ EPSILON = 1e-4
 
 
 def group_statistics(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each group's scored completions.
+    """Compute the mean and standard deviation of each group's scored completions.
 
     Args:
         rewards: (P, G) rewards; NaN is unscored.
 
     Returns:
-        (P,) mean, NaN where nothing was scored, and (P,) standard deviation with n - 1 as divisor, exactly 0 where
-        fewer than 2 were scored or where all scored rewards are equal.
+        (P,) means, NaN if nothing was scored, and (P,) standard deviations with divisor n - 1, exactly 0 if fewer
+        than 2 completions were scored or all scored rewards are equal.
     """
     is_scored = ~rewards.isnan()
     count = is_scored.sum(1)  # (P,)
@@ -27,41 +27,25 @@ def group_statistics(rewards: Tensor) -> tuple[Tensor, Tensor]:
     squares = torch.where(is_scored, rewards - mean[:, None], 0.0).square().sum(1)
     low = torch.where(is_scored, rewards, torch.inf).amin(1)
     high = torch.where(is_scored, rewards, -torch.inf).amax(1)
-    # Rounding can leave a deviation of 1e-17 in a group of equal rewards; the comparison cannot.
+    # Compare rewards rather than deviations: rounding can leave 1e-17 in a group of equal rewards.
     has_spread = (count >= 2) & (high > low)
     std = (squares / (count - 1).clamp(min=1)).sqrt()
     return mean, torch.where(has_spread, std, 0.0)
 
 
-def preferences(rewards: Tensor) -> Tensor:
-    """The best and the worst completion of each group.
-
-    Args:
-        rewards: (P, G) rewards; NaN is unscored and neither.
-
-    Returns:
-        (P, 2) indices, best first, the first ones where several are equal; -1 where all scored rewards are equal.
-    """
-    best = torch.where(rewards.isnan(), -torch.inf, rewards).argmax(1)
-    worst = torch.where(rewards.isnan(), torch.inf, rewards).argmin(1)
-    has_spread = group_statistics(rewards)[1] > 0
-    return torch.where(has_spread[:, None], torch.stack([best, worst], dim=1), -1)
-
-
 def group_advantages(rewards: Tensor, *, scale: Literal["group", "none"]) -> Tensor:
-    """Center the rewards inside each group, and scale them for GRPO.
+    """Center the rewards of each group, and for GRPO divide them by the group's standard deviation.
 
-    A_i = (r_i - mean) / (std + 1e-4) for ``group`` (GRPO, arXiv 2402.03300); A_i = r_i - mean for ``none``
-    (Dr. GRPO, arXiv 2503.20783). Mean and standard deviation (n - 1, as in TRL) are those of the scored completions.
-    A group with fewer than 2 scored completions, or whose scored rewards are all equal, gets exactly 0; so does an
-    unscored completion.
+    A_i = (r_i - mean) / (std + 1e-4) for ``group`` (GRPO, arXiv 2402.03300) and A_i = r_i - mean for ``none``
+    (Dr. GRPO, arXiv 2503.20783), with the statistics of :func:`group_statistics`. Unscored completions, and groups
+    with fewer than 2 scored completions or equal rewards, get exactly 0.
 
     Args:
         rewards: (P, G) rewards; NaN is unscored.
-        scale: ``group`` divides by the standard deviation, ``none`` does not.
+        scale: divide by the standard deviation (``group``) or not (``none``).
 
     Returns:
-        (P, G) advantages, dimensionless, never NaN.
+        (P, G) advantages, never NaN.
     """
     mean, std = group_statistics(rewards)
     advantages = rewards - mean[:, None]

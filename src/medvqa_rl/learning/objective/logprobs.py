@@ -1,11 +1,11 @@
-"""Log-probabilities of completions under a model: the one forward pass of the update.
+"""Log-probabilities of completions under a model: the only forward pass of the update.
 
-The prompt and its image are computed once per group and not once per completion. Groups are packed into one row
-without padding, and models/group_attention.py keeps the completions apart. Two slower layouts are what it is tested
-against: a row per group with a dense mask, which any attention that adds a mask can take, and a row per completion
-with the prompt repeated, which needs no mask beyond causality.
+A prompt and its images are computed once per group instead of once per completion. By default all groups of a
+micro-batch are packed into one row without padding, and models/group_attention.py keeps the completions apart. Two
+slower layouts serve other attention implementations and tests.
 
-Legend: P prompts, B completions, R rows, T tokens of a row, Tc tokens of a completion, N completion tokens, V words.
+Legend: P prompts, B completions, R rows, T tokens per row, Tc tokens per completion, N completion tokens, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medvqa_rl.core.types import EncodedPrompt, Group
-from medvqa_rl.models.group_attention import ATTENTION, GroupLayout, group_layout
+from medvqa_rl.models import group_attention
+from medvqa_rl.models.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.qwen_vl import (
     Processor,
     backbone,
@@ -34,10 +35,10 @@ from medvqa_rl.models.qwen_vl import (
 )
 
 LOGITS_PER_CHUNK = 2**25
-"""Logits in memory at a time: 128 MiB in float32. Beyond it they are computed in chunks, and again in the backward."""
+"""Logits held in memory at a time: 128 MiB in float32. More are computed in chunks, and recomputed in the backward."""
 
 Layout = Literal["packed", "rows", "separate"]
-"""All groups in one row without padding, one padded row per group, or one per completion."""
+"""One row with all groups and no padding, one padded row per group, or one padded row per completion."""
 
 _PROMPT, _PADDING = 0, -1
 
@@ -46,10 +47,11 @@ _PROMPT, _PADDING = 0, -1
 class CompletionBatch:
     """Whole groups laid out as rows of tokens, on one device."""
 
+    layout: Layout
     prompts: tuple[EncodedPrompt, ...]
     """(P,) prompts."""
     features: tuple[Tensor | None, ...] | None
-    """(P,) image features kept from the rollout; None where the vision tower learns and they must be computed."""
+    """(P,) image features cached by the rollout; None if the vision tower is trained and must run again."""
     input_ids: Tensor
     """(R, T) prompts, then completions, then padding."""
     segments: Tensor
@@ -57,17 +59,15 @@ class CompletionBatch:
     position_ids: Tensor
     """(3, R, T) M-RoPE positions; every completion continues from the end of its prompt."""
     prompts_in_rows: tuple[int, ...]
-    """Index of every prompt in the rows, in order: each once, or once per completion where they have own rows."""
+    """Index of each prompt in row order: each appears once, or once per completion in separate rows."""
     predictors: Tensor
-    """(N,) index into the R * T tokens of the token that predicts each completion token."""
+    """(N,) for each completion token, the index (into the R * T tokens) of the token that predicts it."""
     targets: Tensor
     """(N,) the completion tokens, completion after completion."""
     mask: Tensor
-    """(B, Tc) bool, True at tokens of the completions."""
+    """(B, Tc) bool, True at completion tokens."""
     packing: GroupLayout | None
-    """How the groups of the one row attend; None where rows are padded."""
-    has_shared_rows: bool
-    """True where some row holds more than one completion."""
+    """How packed groups attend; None in the padded layouts."""
 
     @property
     def num_completions(self) -> int:
@@ -76,38 +76,37 @@ class CompletionBatch:
 
 
 class TokenStats(NamedTuple):
-    """What the model says of every completion token; 0 at padding."""
+    """Statistics of the model's distribution at each completion token; 0 at padding."""
 
     logps: Tensor
-    """(B, Tc) float32 log-probabilities of the tokens, of logits / temperature over the full vocabulary."""
+    """(B, Tc) float32 log-probabilities of the tokens under softmax(logits / temperature), full vocabulary."""
     entropy: Tensor | None
-    """(B, Tc) float32 entropy of the same distribution in nats, without gradient."""
+    """(B, Tc) float32 entropy of the same distribution in nats, without gradient; None unless requested."""
 
 
 def layout_for(attention: str) -> Layout:
-    """The fastest layout that an attention implementation of transformers can take.
+    """Return the fastest layout that an attention implementation of transformers supports.
 
-    Eager attention adds its mask, so it takes rows of groups; flash attention takes no mask at all.
+    SDPA and eager attention accept a 4-D mask, so groups can share a row; flash attention does not.
     """
-    layouts: dict[str, Layout] = {ATTENTION: "packed", "sdpa": "rows", "eager": "rows"}
+    layouts: dict[str, Layout] = {group_attention.ATTENTION: "packed", "sdpa": "rows", "eager": "rows"}
     return layouts.get(attention, "separate")
 
 
 def collate(
     groups: Sequence[Group], processor: Processor, device: torch.device | str, *, layout: Layout = "packed"
 ) -> CompletionBatch:
-    """Lay groups out for :class:`GroupForward`.
+    """Lay groups out for :class:`GroupForward`, whose result does not depend on the layout.
 
     Args:
-        groups: P groups; completions may differ in number and length, but none is empty.
-        processor: of the model that the batch is for.
-        device: where the tensors go.
-        layout: how; the result of the forward does not depend on it.
+        groups: P groups; completions may differ in number and length, but must not be empty.
+        processor: the model's processor.
+        device: device of the batch.
     """
     prompts = tuple(group.prompt for group in groups)
     completions = [[completion.token_ids for completion in group.completions] for group in groups]
     assert all(ids for group in completions for ids in group), "a completion has no tokens"
-    rows = _pieces(completions, layout)
+    rows = _rows(completions, layout)
     lengths = [len(ids) for group in completions for ids in group]
     width = max(sum(len(prompts[prompt].input_ids if ids is None else ids) for prompt, ids in row) for row in rows)
     positions = [
@@ -150,6 +149,7 @@ def collate(
             [len(prompt.input_ids) for prompt in prompts], [list(map(len, group)) for group in completions], device
         )
     return CompletionBatch(
+        layout=layout,
         prompts=prompts,
         features=features if is_cached else None,
         input_ids=as_tensor(input_ids),
@@ -160,17 +160,16 @@ def collate(
         targets=as_tensor(np.concatenate([ids for group in completions for ids in group])),
         mask=as_tensor(mask),
         packing=packing,
-        has_shared_rows=any(len(row) > 2 for row in rows),
     )
 
 
-def _pieces(
+def _rows(
     completions: Sequence[Sequence[tuple[int, ...]]], layout: Layout
 ) -> list[list[tuple[int, tuple[int, ...] | None]]]:
-    """What stands in each row: prompts, as their index and None, and completions, as their prompt's index and tokens.
+    """Arrange prompts and completions in rows: (index, None) is a prompt, (index, tokens) a completion of it.
 
     Args:
-        completions: the tokens of each prompt's completions.
+        completions: for each prompt, the tokens of its completions.
     """
     prompts: list[tuple[int, tuple[int, ...] | None]] = [(prompt, None) for prompt in range(len(completions))]
     if layout == "packed":
@@ -181,9 +180,9 @@ def _pieces(
 
 
 def attention_mask(segments: Tensor) -> Tensor:
-    """(R, 1, T, T) bool: a token sees the tokens before it in its prompt and in its own completion.
+    """Make the (R, 1, T, T) bool mask in which a token attends to its prompt and its own completion, causally.
 
-    Padding sees itself, because a softmax over nothing is NaN.
+    Padding attends to itself, because a softmax over nothing is NaN.
 
     Args:
         segments: (R, T) as in :class:`CompletionBatch`.
@@ -199,15 +198,15 @@ def attention_mask(segments: Tensor) -> Tensor:
 def token_statistics(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens and entropies from final hidden states.
+    """Compute log-probabilities and entropies from final hidden states.
 
     Args:
-        head: the output layer, hidden -> V logits.
+        head: output layer, hidden -> V logits.
         hidden: (N, hidden) states that predict the targets.
         targets: (N,) token ids.
 
     Returns:
-        (N,) float32 log-probabilities and (N,) float32 entropies, zeros unless asked for.
+        (N,) float32 log-probabilities and (N,) float32 entropies, zeros unless requested.
     """
     logits = head(hidden).float() / temperature  # (N, V)
     normaliser = torch.logsumexp(logits, dim=-1)
@@ -222,14 +221,14 @@ def token_statistics(
 class GroupForward(nn.Module):
     """The module that is wrapped for distributed training: everything that needs gradients runs in its forward.
 
-    Nothing else may call the model with gradients, or the wrapper's reduction would be skipped silently.
+    Calling the model directly with gradients would silently skip the wrapper's all-reduce.
     """
 
     def __init__(self, model: nn.Module, *, always_sees: bool = False) -> None:
         """
         Args:
-            always_sees: run a trained vision tower also where no prompt has an image, on an empty one that changes
-                nothing, because ranks that exchange its weights or gradients wait for each other.
+            always_sees: if no prompt has an image, run a trained vision tower on a blank one whose output is
+                multiplied by 0, because ranks that exchange its weights or gradients wait for each other.
         """
         super().__init__()
         self.model = model
@@ -239,12 +238,12 @@ class GroupForward(nn.Module):
         """Score the completions of a batch.
 
         Args:
-            batch: whole groups, from :func:`collate`.
-            temperature: the one they were sampled at.
-            with_entropy: compute the entropies too.
+            batch: groups from :func:`collate`.
+            temperature: sampling temperature.
+            with_entropy: compute entropies, too.
 
         Raises:
-            ValueError: flash attention was chosen; it cannot take the mask that groups need.
+            ValueError: the attention implementation does not support the batch's layout.
         """
         language_model = backbone(self.model).language_model
         device = batch.input_ids.device
@@ -253,7 +252,7 @@ class GroupForward(nn.Module):
             features = tuple(image_features(self.model, batch.prompts, device))
         blank = None
         if self._always_sees and all(prompt.pixel_values is None for prompt in batch.prompts):
-            # At the tower's place, because ranks gather weights in the order in which their modules run.
+            # Here, where the tower would run: sharded ranks gather weights in the order in which modules run.
             blank = None if vision_is_frozen(self.model) else blank_features(self.model, device)
         embeds = embed_prompts(
             self.model,
@@ -279,27 +278,28 @@ class GroupForward(nn.Module):
         )
 
     def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
-        """What tells the model's attention which tokens see which."""
+        """Return the language model's arguments that tell which tokens attend to which."""
         config = backbone(self.model).language_model.config
-        implementation = config._attn_implementation
-        if batch.packing is not None:
-            if implementation == ATTENTION:
+        match batch.layout, config._attn_implementation:
+            case "separate", _:
+                return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
+            case "packed", group_attention.ATTENTION:
+                assert batch.packing is not None
                 packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
                 return {"attention_mask": {"full_attention": None}, "group_layout": packing}
-        elif not batch.has_shared_rows:
-            return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
-        elif implementation in (ATTENTION, "sdpa"):
-            return {"attention_mask": attention_mask(batch.segments)}
-        elif implementation == "eager":  # adds its mask, so a boolean one would be silently wrong
-            mask = attention_mask(batch.segments)
-            additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
+            case "rows", group_attention.ATTENTION | "sdpa":
+                return {"attention_mask": attention_mask(batch.segments)}
+            case "rows", "eager":  # eager attention adds its mask, so a boolean one would be silently wrong
+                mask = attention_mask(batch.segments)
+                additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
         raise ValueError(
-            f"model.attention is {implementation}, which cannot keep the completions of a group apart: set it to sdpa."
+            f"model.attention is {config._attn_implementation}, which cannot mask the completions of a group from "
+            "each other: set it to sdpa."
         )
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        """:func:`token_statistics` in chunks, so that the logits of a large vocabulary never exist at once."""
+        """Run :func:`token_statistics` in chunks, so that a large vocabulary's logits never exist all at once."""
         head = causal_model(self.model).lm_head
         size = max(1, LOGITS_PER_CHUNK // head.out_features)
         if len(targets) <= size:

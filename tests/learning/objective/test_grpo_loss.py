@@ -1,4 +1,4 @@
-"""Losses: numbers computed by hand, TRL's own loss code, invariance of the gradient to the split."""
+"""GRPO losses: values computed by hand, TRL's own loss code, and invariance to the micro-batch split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from medvqa_rl.learning.objective.losses import aggregate, k3_divergence, token_loss
+from medvqa_rl.config import LossConfig
+from medvqa_rl.learning.objective.grpo_loss import grpo_loss
+from medvqa_rl.learning.objective.loss import LossInputs, StepCounts, aggregate, k3_divergence
 from medvqa_rl.learning.objective.mismatch import importance_weights
 
 LOG = math.log
@@ -19,42 +21,39 @@ def tensor(*values: float) -> torch.Tensor:
     return torch.tensor([values], dtype=torch.float64)
 
 
+def one_row(logps, old, advantage, reference=None, **config):
+    """The loss of one completion, summed over its tokens."""
+    inputs = LossInputs(logps, old, reference, torch.tensor([advantage]), torch.ones_like(logps, dtype=torch.bool))
+    config = LossConfig(type="dapo", beta=0.0 if reference is None else 0.04, **config)
+    return grpo_loss(inputs, StepCounts(num_tokens=1), config)
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected", "low", "high"),
     [
         (1.0, 2.0, -2.0, False, False),
         (1.1, 2.0, -2.2, False, False),
         (1.5, 2.0, -2.4, False, True),  # clipped above: min(3.0, 1.2 * 2)
-        (0.5, 2.0, -1.0, False, False),  # a fallen ratio of a good token is not clipped
+        (0.5, 2.0, -1.0, False, False),  # a low ratio is not clipped if the advantage is positive
         (0.5, -2.0, 1.6, True, False),  # clipped below: -min(-1.0, 0.8 * -2)
-        (1.5, -2.0, 3.0, False, False),  # a risen ratio of a bad token is not clipped
+        (1.5, -2.0, 3.0, False, False),  # a high ratio is not clipped if the advantage is negative
         (1.5, 0.0, 0.0, False, False),
     ],
 )
 def test_clipped_surrogate_by_hand(ratio, advantage, expected, low, high):
-    result = token_loss(
-        tensor(LOG(ratio)), tensor(0.0), torch.tensor([advantage]), None, beta=0.0, epsilon=0.2, epsilon_high=None
-    )
+    result = one_row(tensor(LOG(ratio)), tensor(0.0), advantage)
     assert result.loss.item() == pytest.approx(expected, abs=1e-12)
     assert (result.is_low_clipped.item(), result.is_high_clipped.item()) == (low, high)
 
 
-def test_upper_clip_range_of_its_own():
-    result = token_loss(
-        tensor(LOG(1.5)), tensor(0.0), torch.tensor([1.0]), None, beta=0, epsilon=0.2, epsilon_high=0.4
-    )
-    assert result.loss.item() == pytest.approx(-1.4)
-    result = token_loss(
-        tensor(LOG(0.5)), tensor(0.0), torch.tensor([-1.0]), None, beta=0, epsilon=0.2, epsilon_high=0.4
-    )
-    assert result.loss.item() == pytest.approx(0.8)
+def test_separate_upper_clip_range():
+    assert one_row(tensor(LOG(1.5)), tensor(0.0), 1.0, epsilon_high=0.4).loss.item() == pytest.approx(-1.4)
+    assert one_row(tensor(LOG(0.5)), tensor(0.0), -1.0, epsilon_high=0.4).loss.item() == pytest.approx(0.8)
 
 
 def test_gradient_stops_where_clipped_and_equals_minus_advantage_on_policy():
     logps = tensor(0.0, LOG(1.5), LOG(0.5)).requires_grad_()
-    token_loss(
-        logps, torch.zeros(1, 3).double(), torch.tensor([2.0]), None, beta=0.0, epsilon=0.2
-    ).loss.sum().backward()
+    one_row(logps, torch.zeros(1, 3).double(), 2.0).loss.backward()
     assert logps.grad is not None
     assert logps.grad[0].tolist() == pytest.approx([-2.0, 0.0, -1.0])  # d(ratio A)/d(log pi) = ratio A
 
@@ -64,8 +63,8 @@ def test_divergence_by_hand():
     logps, reference = tensor(LOG(0.25), LOG(0.25), LOG(0.5)), tensor(LOG(0.5), LOG(0.25), LOG(0.25))
     expected = [1 - LOG(2), 0.0, LOG(2) - 0.5]
     assert k3_divergence(logps, reference)[0].tolist() == pytest.approx(expected)
-    result = token_loss(logps, logps, torch.tensor([0.0]), reference, beta=0.04, epsilon=0.2)
-    assert result.loss[0].tolist() == pytest.approx([0.04 * value for value in expected])
+    result = one_row(logps, logps, 0.0, reference)
+    assert result.loss.item() == pytest.approx(0.04 * sum(expected))
     assert result.kl[0].tolist() == pytest.approx(expected)
 
 
@@ -82,14 +81,14 @@ VALUES = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 7.0, 100.0, math.nan], [9.0, 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("grpo", (2.5 + 6.0 + 0.0) / 3),  # the third completion is masked and stays in B
+        ("grpo", (2.5 + 6.0 + 0.0) / 3),  # the third completion is masked and still counts
         ("dr_grpo", 22.0 / (3 * 10)),
         ("dapo", 22.0 / 6),
     ],
 )
 def test_aggregation_by_hand(kind, expected):
-    result = aggregate(VALUES, MASK, kind=kind, num_completions=3, num_tokens=6, max_completion_length=10)
-    assert result.item() == pytest.approx(expected)
+    counts = StepCounts(num_completions=3, num_tokens=6, token_budget=3 * 10)
+    assert aggregate(VALUES, MASK, kind, counts).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
@@ -100,26 +99,18 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(kind):
     reference = -torch.rand(8, 7, generator=generator, dtype=torch.float64)
     noise = 0.3 * torch.randn(8, 7, generator=generator, dtype=torch.float64)
     advantages = torch.randn(8, generator=generator, dtype=torch.float64)
+    counts = StepCounts(num_completions=8, num_tokens=int(mask.sum()), token_budget=8 * 9)
     results = []
     for size in (8, 4, 2, 1):
         logps = (old + noise).requires_grad_()
-        losses = []
+        total = 0.0
         for rows in torch.arange(8).split(size):
-            per_token = token_loss(
-                logps[rows], old[rows], advantages[rows], reference[rows], beta=0.04, epsilon=0.2
-            ).loss
-            loss = aggregate(
-                per_token,
-                mask[rows],
-                kind=kind,
-                num_completions=8,
-                num_tokens=int(mask.sum()),
-                max_completion_length=9,
-            )
+            inputs = LossInputs(logps[rows], old[rows], reference[rows], advantages[rows], mask[rows])
+            loss = grpo_loss(inputs, counts, LossConfig(type=kind)).loss
             loss.backward()
-            losses.append(loss.item())
+            total += loss.item()
         assert logps.grad is not None
-        results.append((sum(losses), logps.grad))
+        results.append((total, logps.grad))
     for loss, gradient in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-12)
         torch.testing.assert_close(gradient, results[0][1], rtol=1e-12, atol=1e-15)
@@ -189,26 +180,24 @@ def test_loss_and_gradient_equal_trl(kind, beta, epsilon_high, corrects):
     expected = trainer_module.GRPOTrainer._compute_loss(trainer, None, inputs)
     expected.backward()
 
-    per_token = token_loss(
+    inputs = LossInputs(
         logps,
         old,
-        advantages,
         reference if beta else None,
-        beta=beta,
-        epsilon=0.2,
-        epsilon_high=epsilon_high,
-        weights=importance_weights(old, sampled, clip_max=2.0) if corrects else None,
+        advantages,
+        mask,
+        importance_weights(old, sampled, clip_max=2.0) if corrects else None,
     )
-    loss = aggregate(
-        per_token.loss, mask, kind=kind, num_completions=4, num_tokens=int(mask.sum()), max_completion_length=12
-    )
+    counts = StepCounts(num_completions=4, num_tokens=int(mask.sum()), token_budget=4 * 12)
+    output = grpo_loss(inputs, counts, LossConfig(type=kind, beta=beta, epsilon=0.2, epsilon_high=epsilon_high))
+    loss = output.loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logps.grad, logps_trl.grad, rtol=1e-5, atol=1e-7)
     metrics = trainer._metrics["train"]
     mean = lambda values: (values.float() * mask).sum().item() / int(mask.sum())  # noqa: E731
-    assert metrics["clip_ratio/low_mean"][0] == pytest.approx(mean(per_token.is_low_clipped))
-    assert metrics["clip_ratio/high_mean"][0] == pytest.approx(mean(per_token.is_high_clipped))
-    assert mean(per_token.is_low_clipped) > 0 and mean(per_token.is_high_clipped) > 0
+    assert metrics["clip_ratio/low_mean"][0] == pytest.approx(mean(output.is_low_clipped))
+    assert metrics["clip_ratio/high_mean"][0] == pytest.approx(mean(output.is_high_clipped))
+    assert mean(output.is_low_clipped) > 0 and mean(output.is_high_clipped) > 0
     if beta:
-        assert metrics["kl"][0] == pytest.approx(mean(per_token.kl), rel=1e-5)
+        assert metrics["kl"][0] == pytest.approx(mean(output.kl), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Online DPO: preferences of groups, the loss by hand, and its gradient against one row per completion."""
+"""Online DPO: preference pairs, the loss by hand, and its gradient against separate rows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from torch.nn import functional
 
 from medvqa_rl.config import Config, ConfigError, LossConfig, ModelConfig, RolloutConfig, TrainConfig
 from medvqa_rl.config.yaml import build_config
-from medvqa_rl.learning.grpo import as_pairs
-from medvqa_rl.learning.objective.advantages import preferences
+from medvqa_rl.learning.objective.dpo_loss import dpo_loss, preference_pairs, preferences
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
-from medvqa_rl.learning.objective.losses import dpo_loss
-from medvqa_rl.learning.objective.optimizer import Optimizer
-from medvqa_rl.learning.setup import make_accelerator
+from medvqa_rl.learning.objective.loss import LossInputs, StepCounts
+from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -28,15 +26,18 @@ def test_preferences_by_hand():
     assert preferences(rewards).tolist() == [[1, 2], [-1, -1], [2, 1], [-1, -1], [0, 1]]
 
 
-def test_the_loss_by_hand():
+def test_loss_by_hand():
     logps = torch.tensor([[-1.0, -2.0], [-3.0, -9.0], [-1.0, -1.0], [-1.0, -1.0]])
     reference = torch.tensor([[-2.0, -2.5], [-2.0, -9.0], [-5.0, -1.0], [-1.0, -1.0]])
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
     signs = torch.tensor([1.0, -1.0, 0.0, 0.0])
     # d of the chosen: 1 + 0.5, of the rejected: -1 (its second token does not count); margin 2.5, times 0.2.
     expected = math.log1p(math.exp(-0.5)) / 3
-    assert dpo_loss(logps, reference, mask, signs, beta=0.2, num_pairs=3).item() == pytest.approx(expected, rel=1e-6)
-    assert dpo_loss(logps, None, mask, torch.zeros(4), beta=0.2, num_pairs=0).item() == 0
+    config = LossConfig(type="dpo", beta=0.2)
+    found = dpo_loss(LossInputs(logps, logps, reference, signs, mask), StepCounts(num_unequal=3), config)
+    assert found.loss.item() == pytest.approx(expected, rel=1e-6)
+    idle = LossInputs(logps, logps, None, torch.zeros(4), mask)
+    assert dpo_loss(idle, StepCounts(), config).loss.item() == 0
 
 
 def make_learner(policy, micro):
@@ -47,29 +48,30 @@ def make_learner(policy, micro):
         train=TrainConfig(prompts_per_step=3, prompts_per_micro_batch=micro),
     )
     reference = load_reference(policy)
-    with torch.no_grad():  # away from the reference, so that the margins are not all 0
+    with torch.no_grad():  # away from the reference, so that not all margins are 0
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
-    optimizer = Optimizer(policy.model, config.optimizer)
-    return config, reference, Learner(config, make_accelerator(config, 3), policy, reference, optimizer)
+    accelerator = make_accelerator(config, 3)
+    learner = Learner(config, accelerator, policy, reference, wrap(config, accelerator, policy))
+    return config, reference, learner
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_the_gradient_is_that_of_separate_rows(micro, tiny_policy, make_sample):
+def test_gradient_equals_separate_rows(micro, tiny_policy, make_sample):
     policy = tiny_policy(train_vision=True)
     config, reference, learner = make_learner(policy, micro)
     samples = [make_sample(f"q{index}") for index in range(3)]
     groups = RolloutEngine(policy).rollout(samples, config.rollout, seed=0, stream="train", step=0)
     rewards = torch.tensor([[0.0, 1.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]])
-    pairs, signs, scored = as_pairs(groups, rewards)
+    pairs, signs, scored = preference_pairs(groups, rewards)
     assert signs.tolist() == [[1, -1], [0, 0], [1, -1]]
     assert pairs[0].completions == (groups[0].completions[2], groups[0].completions[0])
 
     experience = learner.prepare(pairs, signs, scored)
-    assert (experience.num_skipped, experience.num_unequal) == (1, 2)
+    assert (experience.counts.num_skipped, experience.counts.num_unequal) == (1, 2)
     policy.model.train()
-    metrics, _ = learner.accumulate(experience, None, 0)
+    metrics, _ = learner.accumulate(experience)
     found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     learner.trained.zero_grad()
 
@@ -92,7 +94,7 @@ def test_the_gradient_is_that_of_separate_rows(micro, tiny_policy, make_sample):
             assert (found[name] - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
 
 
-def test_what_does_not_go_with_it():
+def test_unsupported_settings_are_refused():
     with pytest.raises(ConfigError, match=r"loss\.beta is 0, but with loss\.type=dpo"):
         build_config({"loss": {"type": "dpo", "beta": 0.0}}, purpose="train")
     with pytest.raises(ConfigError, match=r"loss\.num_iterations is 2, but loss\.type=dpo"):
