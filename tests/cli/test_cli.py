@@ -69,6 +69,14 @@ def test_help_starts_at_once_and_without_torch() -> None:
     assert time.perf_counter() - start < 3  # 0.2 s here; the bound is for a machine under load
 
 
+def test_libraries_show_no_progress_bars_of_their_own() -> None:
+    code = (
+        "from medvqa_rl.cli.common import prepare_process; prepare_process()\n"
+        "from transformers.utils import logging; assert not logging.is_progress_bar_enabled()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_version() -> None:
     assert invoke("--version").output == f"medvqa-rl {__version__}\n"
 
@@ -89,6 +97,21 @@ def test_training_verbs_hand_over_settings(
     assert kwargs == {"resume": True, "dry_run": True, "given": {"train": {"steps": 5, "seed": 3}}}
     assert calls[1][1] == {"resume": False, "dry_run": False, "given": {"train": {"steps": 5}}}
     assert len(cards) == 1  # none for the dry run
+
+
+def test_gpus_starts_the_same_command_through_the_launcher(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
+    commands: list[list[str]] = []
+
+    def execv(program: str, command: list[str]) -> None:
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.execv", execv)
+    words = ["train", config_file, "model.device=cpu", "--resume"]
+    assert invoke(*words, "--debug", "--gpus", "2").exit_code == 130
+    (command,) = commands
+    assert command[command.index("medvqa_rl") + 1 :] == [*words, "--debug"]
+    assert command[command.index("--num_processes") + 1] == "2"
 
 
 def test_eval_hands_over_checkpoint_split_and_output(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:
@@ -141,7 +164,8 @@ def test_eval_says_what_is_wrong_with_its_options(config_file: str, options: lis
 
 
 def test_ask_hands_over_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "medvqa_rl.cli.ask", "run_ask")
+    calls: list[Any] = []
+    monkeypatch.setattr("medvqa_rl.cli.ask.run_ask", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert invoke("ask", "x.png", "Where?", "--option", "left", "--option", "right", "--samples", "8").exit_code == 0
     args, kwargs = calls[0]
     assert args == (Path("x.png"), "Where?")

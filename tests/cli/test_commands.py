@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medvqa_rl import __version__
-from medvqa_rl.cli.app import app
-from medvqa_rl.cli.ask import installed_extras, make_question, read_vote
+from medvqa_rl.cli.app import app, installed_extras
+from medvqa_rl.cli.ask import make_question, read_vote
 from medvqa_rl.config import Config, EvalConfig, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Completion, Sample
 from medvqa_rl.data.splits import StoredDataset
@@ -160,7 +160,7 @@ def test_ask_greedily_and_as_a_group(
         (["none.png", "Where?"], "The image none.png does not exist: give the path of an image file"),
         ([".", "Where?"], "The image . is a folder"),
         (["x.png", " "], "The question is empty"),
-        (["x.png", "Where?", "--option", "left"], "There are 1 options, but a choice needs 2 to 26"),
+        (["x.png", "Where?", "--option", "left"], "There are 1 options, but a choice question needs 2 to 26"),
     ],
 )
 def test_ask_says_what_is_wrong_before_it_loads_a_model(

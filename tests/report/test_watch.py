@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.report.runs import StoredRun, read_run
-from medvqa_rl.report.watch import BARS, duration, frame, seconds_left, silent_for, sparkline, watch
+from medvqa_rl.report.watch import BARS, frame, seconds_left, silent_for, sparkline, watch
 
 NOW = datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC)
 
@@ -61,13 +61,6 @@ def test_sparklines(values: list[float], width: int, expected: str) -> None:
 def test_sparklines_fit(values: list[float], width: int) -> None:
     line = sparkline(values, width)
     assert len(line) == min(width, len(values)) and set(line) <= set(BARS)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (9000, "2.5 h")]
-)
-def test_durations(seconds: float, expected: str) -> None:
-    assert duration(seconds) == expected
 
 
 def test_time_left_is_that_of_the_last_steps() -> None:

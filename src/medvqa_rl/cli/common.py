@@ -1,13 +1,20 @@
-"""What all verbs of the command share: common arguments, and errors told in plain sentences. Imports no torch."""
+"""What all verbs share: common arguments, error messages, exit codes and process settings. Imports no torch.
+
+Exit codes: 0 success, 1 the run failed, 2 invalid input (explained in a sentence), 130 interrupted by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
+import inspect
+import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -18,44 +25,73 @@ if TYPE_CHECKING:
     from medvqa_rl.config import Purpose
     from medvqa_rl.config.yaml import Loaded
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file with settings, as those in configs/.")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, such as those in configs/.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that win over the file's, such as train.steps=100."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings that override the config, such as train.steps=100."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, show the shapes of one step, and stop.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show where in the program an error comes from.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, run one step, print its shapes and exit.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback on errors.")]
 Split = Literal["train", "val", "test"]
 
 
-@contextmanager
-def told_plainly(debug: bool = False) -> Iterator[None]:
-    """Turn errors that the user can mend into one clear message and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ArithmeticError) as error:
-        if debug or isinstance(error, BrokenPipeError):  # the reader of our output has gone; that ends quietly
-            raise
-        _say(_sentence(error))
-        raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
-    except RuntimeError as error:
-        from medvqa_rl.evaluation.evaluate import EvaluationFailed
-        from medvqa_rl.learning.run.errors import TrainingFailed
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a verb of a function: add ``--debug``, prepare the process, and report errors as one sentence.
 
-        if debug or not isinstance(error, TrainingFailed | EvaluationFailed):
+    Errors that the user can fix end with an exit code instead of a traceback; defects, and everything under
+    ``--debug``, keep their traceback.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    debug_option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        prepare_process()
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
             raise
-        _say(_sentence(error))
-        raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError, ArithmeticError) as error:
+            if debug or isinstance(error, BrokenPipeError):  # the reader of our output has exited: end quietly
+                raise
+            _print_error(_sentence(error))
+            raise typer.Exit(1 if isinstance(error, ArithmeticError) else 2) from None
+        except RuntimeError as error:
+            from medvqa_rl.evaluation.evaluate import EvaluationFailed
+            from medvqa_rl.learning.run.errors import TrainingFailed
+
+            if debug or not isinstance(error, TrainingFailed | EvaluationFailed):
+                raise
+            _print_error(_sentence(error))
+            raise typer.Exit(1) from None
+
+    parameters = [*signature.parameters.values(), debug_option]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {**function.__annotations__, "debug": Debug}
+    return run
+
+
+def prepare_process() -> None:
+    """Reuse freed memory, and silence what the libraries below would print into our output. Imports none of them."""
+    from medvqa_rl.core.memory import keep_freed_memory
+
+    keep_freed_memory()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
+    # PEFT imports bitsandbytes if it is installed. On some CPUs bitsandbytes then runs code from the Hub through the
+    # package kernels, or warns that the package is missing.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> Loaded:
-    """Read and check the settings of a verb, and shut the network where they, or ``--network``, say so.
+    """Read and check a config, and block the network if the config or ``--network`` says so.
 
     Raises:
-        ConfigError: with a sentence for everything that is wrong.
+        ConfigError: the config is invalid; has a sentence for each problem.
     """
     from medvqa_rl.config.yaml import load_config
 
@@ -66,45 +102,21 @@ def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> 
 
 
 def _sentence(error: Exception) -> str:
-    """The message of an error, as a sentence."""
+    """Return an error's message as a sentence."""
     from medvqa_rl.config import ConfigError
 
+    if isinstance(error, ConfigError):
+        return "\nerror: ".join(error.problems)
     if not isinstance(error, OSError) or isinstance(error, NetworkRefused):
-        return (
-            "\nerror: ".join(error.problems)
-            if isinstance(error, ConfigError)
-            else str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
-        )
+        return str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No space is left on the device{where}: free some, or choose another output folder."
     return f"{error.strerror or error}{where}: check the path and its permissions."
 
 
-def _say(message: str) -> None:
-    """Write an error message, unwrapped so that it can be searched for."""
+def _print_error(message: str) -> None:
+    """Print an error message to standard error without wrapping, so that it can be searched for."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="bold red", end=" ")
     console.print(message, markup=False)
-
-
-def prepare_process() -> None:
-    """Switch off the bars and notices of the libraries below, which would run into ours, and code that one of them
-    would fetch; reuse memory."""
-    import logging as standard_logging
-    import warnings
-
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-    from transformers.utils import logging
-
-    from medvqa_rl.core.memory import keep_freed_memory
-
-    keep_freed_memory()
-    # PEFT imports bitsandbytes where it is installed, and that, on some CPUs, runs code from the Hub where the package
-    # kernels is, or else complains that it is not.
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

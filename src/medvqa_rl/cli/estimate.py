@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Debug, Overrides, read_settings, told_plainly
+from medvqa_rl.cli.common import ConfigPath, Overrides, read_settings, verb
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -26,6 +26,7 @@ def _image_size(text: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+@verb
 def estimate(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -57,25 +58,23 @@ def estimate(
     ] = "1024x1024",
     ranks: Annotated[int, typer.Option(min=1, help="Devices that share the prompts of a step.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data: bytes and seconds.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Estimate memory and seconds of a training step before it runs. Exit code 1 where it does not fit."""
-    with told_plainly(debug):
-        from medvqa_rl.learning.estimate.estimate import run_estimate
+    from medvqa_rl.learning.estimate.estimate import run_estimate
 
-        fits = run_estimate(
-            read_settings(config, overrides or (), purpose="train").config,
-            model_size=model_size,
-            device=device,
-            card_name=card,
-            tflops=matmul_tflops,
-            bandwidth=bandwidth_gbs,
-            memory_gib=memory_gib,
-            question_tokens=question_tokens,
-            completion_tokens=completion_tokens,
-            image_size=_image_size(image_size),
-            ranks=ranks,
-            as_json=as_json,
-        )
+    fits = run_estimate(
+        read_settings(config, overrides or (), purpose="train").config,
+        model_size=model_size,
+        device=device,
+        card_name=card,
+        tflops=matmul_tflops,
+        bandwidth=bandwidth_gbs,
+        memory_gib=memory_gib,
+        question_tokens=question_tokens,
+        completion_tokens=completion_tokens,
+        image_size=_image_size(image_size),
+        ranks=ranks,
+        as_json=as_json,
+    )
     if not fits:
         raise typer.Exit(1)

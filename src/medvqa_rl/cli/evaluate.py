@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Debug, DryRun, Overrides, Split, prepare_process, read_settings, told_plainly
+from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, verb
 
 RunOrConfig = Annotated[
     Path,
@@ -18,6 +18,7 @@ RunOrConfig = Annotated[
 ]
 
 
+@verb
 def evaluate(
     config: RunOrConfig,
     overrides: Overrides = None,
@@ -50,46 +51,44 @@ def evaluate(
         bool, typer.Option("--resume", help="Continue an evaluation that was stopped, in the same folder.")
     ] = False,
     dry_run: DryRun = False,
-    debug: Debug = False,
 ) -> None:
     """Answer a split and report accuracy with intervals: greedily, and with sampled answers and controls if asked."""
-    with told_plainly(debug):
-        from medvqa_rl.core.files import find_checkpoint
-        from medvqa_rl.core.prompts import read_templates
-        from medvqa_rl.evaluation.store import Shard
+    from medvqa_rl.core.files import find_checkpoint
+    from medvqa_rl.core.prompts import read_templates
+    from medvqa_rl.evaluation.store import Shard
 
-        given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
-        run = config if config.is_dir() else None
-        if run is not None and not (run / "config.yaml").is_file():
-            raise ValueError(
-                f"The folder {run} is not a run, for it holds no config.yaml: give the output_dir of a training run, "
-                "or a YAML file with settings."
-            )
-        if run is not None and checkpoint is None:
-            checkpoint = find_checkpoint(run)
-        settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
-        if run is not None:  # it may have moved, or been named from elsewhere
-            settings = settings.model_copy(update={"output_dir": str(run)})
-        further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
-        part = None if shard is None else Shard.parse(shard)
-        templates = () if prompts is None else read_templates(prompts)
-        prepare_process()
-        from medvqa_rl.evaluation.cells import run_eval
-
-        run_eval(
-            settings,
-            checkpoint=checkpoint,
-            split=split,
-            output=output,
-            dry_run=dry_run,
-            data=further,
-            prompts=templates,
-            controls=controls,
-            shard=part,
-            resume=resume,
+    given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
+    run = config if config.is_dir() else None
+    if run is not None and not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"The folder {run} is not a run, for it holds no config.yaml: give the output_dir of a training run, "
+            "or a YAML file with settings."
         )
+    if run is not None and checkpoint is None:
+        checkpoint = find_checkpoint(run)
+    settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
+    if run is not None:  # it may have moved, or been named from elsewhere
+        settings = settings.model_copy(update={"output_dir": str(run)})
+    further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
+    part = None if shard is None else Shard.parse(shard)
+    templates = () if prompts is None else read_templates(prompts)
+    from medvqa_rl.evaluation.cells import run_eval
+
+    run_eval(
+        settings,
+        checkpoint=checkpoint,
+        split=split,
+        output=output,
+        dry_run=dry_run,
+        data=further,
+        prompts=templates,
+        controls=controls,
+        shard=part,
+        resume=resume,
+    )
 
 
+@verb
 def compare(
     runs: Annotated[
         list[Path],
@@ -101,10 +100,8 @@ def compare(
     flips: Annotated[
         int, typer.Option(min=0, help="Show so many questions that got better, and so many that got worse.")
     ] = 5,
-    debug: Debug = False,
 ) -> None:
     """Compare evaluations of the same questions: differences with intervals and tests, by group, and what flipped."""
-    with told_plainly(debug):
-        from medvqa_rl.evaluation.statistics.compare import run_compare
+    from medvqa_rl.evaluation.statistics.compare import run_compare
 
-        run_compare(runs, output=output, flips=flips)
+    run_compare(runs, output=output, flips=flips)

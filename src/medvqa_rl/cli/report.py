@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Debug, told_plainly
+from medvqa_rl.cli.common import verb
 
 
+@verb
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
@@ -20,37 +21,34 @@ def report(
         Path | None, typer.Option(help="Write the figures for a paper, as PDF and SVG, to this folder instead.")
     ] = None,
     no_images: Annotated[bool, typer.Option("--no-images", help="Leave the images of the questions out.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
-    with told_plainly(debug):
-        if card:
-            from medvqa_rl.report.card import write_cards
+    if card:
+        from medvqa_rl.report.card import write_cards
 
-            for run in runs:
-                for path in write_cards(run):
-                    print(path)
-            return
-        if figures is not None:
-            from medvqa_rl.report.figures.figures import write_figures
-
-            for path in write_figures(runs, figures):
+        for run in runs:
+            for path in write_cards(run):
                 print(path)
-            return
-        from medvqa_rl.report.pages.report import write_report
+        return
+    if figures is not None:
+        from medvqa_rl.report.figures.figures import write_figures
 
-        path = write_report(runs, output, images=not no_images)
-        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+        for path in write_figures(runs, figures):
+            print(path)
+        return
+    from medvqa_rl.report.pages.report import write_report
+
+    path = write_report(runs, output, images=not no_images)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
+@verb
 def watch(
     run: Annotated[Path, typer.Argument(help="Folder of a run, which may still be going.")],
     once: Annotated[bool, typer.Option("--once", help="Show it as it is now and stop.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
-    debug: Debug = False,
 ) -> None:
     """Watch a run in the terminal: curves, last samples, time left. Ends when the run ends."""
-    with told_plainly(debug):
-        from medvqa_rl.report.watch import watch as follow
+    from medvqa_rl.report.watch import watch as follow
 
-        follow(run, once=once, interval=interval)
+    follow(run, once=once, interval=interval)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Debug, Overrides, prepare_process, told_plainly
+from medvqa_rl.cli.common import Overrides, verb
 from medvqa_rl.core.network import forbid_network
 
 if TYPE_CHECKING:
@@ -40,28 +40,27 @@ def _read(
 
 
 @study_app.command()
+@verb
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     output: Output = None,
     quick: Quick = False,
     arms: Arms = None,
-    debug: Debug = False,
 ) -> None:
     """Check a recipe, and print its cells with what is done and how long the rest takes."""
-    with told_plainly(debug):
-        from rich.console import Console
+    from medvqa_rl.core.progress import open_console
+    from medvqa_rl.study.plan.leaks import compare_pixels
+    from medvqa_rl.study.running import plan_table
 
-        from medvqa_rl.study.plan.leaks import compare_pixels
-        from medvqa_rl.study.running import plan_table
-
-        read, _ = _read(recipe, overrides, output, quick, arms)
-        for line in compare_pixels(read.pairs):
-            print(line)
-        Console(width=None if sys.stdout.isatty() else 160).print(plan_table(read))
+    read, _ = _read(recipe, overrides, output, quick, arms)
+    for line in compare_pixels(read.pairs):
+        print(line)
+    open_console(160).print(plan_table(read))
 
 
 @study_app.command()
+@verb
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -70,68 +69,63 @@ def run(
     arms: Arms = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="GPUs that share the work of a cell.")] = 1,
-    debug: Debug = False,
 ) -> None:
     """Do what is left of every cell, and write the tables. Stopped or killed, the same command continues."""
-    with told_plainly(debug):
-        from rich.console import Console
+    from rich.console import Console
 
-        from medvqa_rl.study.collect import collect as read_results
-        from medvqa_rl.study.output import write_study
-        from medvqa_rl.study.plan.leaks import compare_pixels
-        from medvqa_rl.study.running import run_study
+    from medvqa_rl.study.collect import collect as read_results
+    from medvqa_rl.study.output import write_study
+    from medvqa_rl.study.plan.leaks import compare_pixels
+    from medvqa_rl.study.running import run_study
 
-        read, folder = _read(recipe, overrides, output, quick, arms)
-        for line in compare_pixels(read.pairs):
-            print(line)
-        failures = run_study(read, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
-        if failures:
-            told = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
-            print(f"error: {len(failures)} cells failed: {told}", file=sys.stderr)
-            raise typer.Exit(1)
-        for path in write_study(read_results(read), folder / "tables"):
-            print(path)
+    read, folder = _read(recipe, overrides, output, quick, arms)
+    for line in compare_pixels(read.pairs):
+        print(line)
+    failures = run_study(read, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
+    if failures:
+        told = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
+        print(f"error: {len(failures)} cells failed: {told}", file=sys.stderr)
+        raise typer.Exit(1)
+    for path in write_study(read_results(read), folder / "tables"):
+        print(path)
 
 
 @study_app.command(hidden=True)
+@verb
 def answer(
     tests: Annotated[
         Path, typer.Argument(help="What `study run` wrote for a cell: checkpoint, and settings by folder.")
     ],
-    debug: Debug = False,
 ) -> None:
     """Put one model to several tests, each in its folder, and go on with those that were begun."""
-    with told_plainly(debug):
-        from medvqa_rl.config.yaml import build_config, read_file
+    from medvqa_rl.config.yaml import build_config, read_file
 
-        given = read_file(tests)
-        if given.keys() != {"checkpoint", "tests"} or not isinstance(given["tests"], dict):
-            raise ValueError(f"The file {tests} must have checkpoint and tests, as `medvqa-rl study run` writes them.")
-        configs = {Path(folder): build_config(of, purpose="eval") for folder, of in given["tests"].items()}
-        if any(config.network == "off" for config in configs.values()):
-            forbid_network()
-        prepare_process()
-        from medvqa_rl.evaluation.cells import run_eval
+    given = read_file(tests)
+    if given.keys() != {"checkpoint", "tests"} or not isinstance(given["tests"], dict):
+        raise ValueError(f"The file {tests} must have checkpoint and tests, as `medvqa-rl study run` writes them.")
+    configs = {Path(folder): build_config(of, purpose="eval") for folder, of in given["tests"].items()}
+    if any(config.network == "off" for config in configs.values()):
+        forbid_network()
+    from medvqa_rl.evaluation.cells import run_eval
 
-        checkpoint = None if given["checkpoint"] is None else Path(given["checkpoint"])
-        for folder, config in configs.items():
-            run_eval(config, checkpoint=checkpoint, output=folder, resume=True)
+    checkpoint = None if given["checkpoint"] is None else Path(given["checkpoint"])
+    for folder, config in configs.items():
+        run_eval(config, checkpoint=checkpoint, output=folder, resume=True)
 
 
 @study_app.command()
+@verb
 def collect(
     recipe: RecipeName,
     overrides: Overrides = None,
     output: Output = None,
     quick: Quick = False,
     arms: Arms = None,
-    debug: Debug = False,
 ) -> None:
     """Write what the finished cells show: tables as Markdown, CSV and LaTeX, figures, and a page of all."""
-    with told_plainly(debug):
-        from medvqa_rl.study.collect import collect as read_results
-        from medvqa_rl.study.output import write_study
+    from medvqa_rl.study.collect import collect as read_results
+    from medvqa_rl.study.output import write_study
 
-        read, folder = _read(recipe, overrides, output, quick, arms)
-        for path in write_study(read_results(read), folder / "tables"):
-            print(path)
+    read, folder = _read(recipe, overrides, output, quick, arms)
+    for path in write_study(read_results(read), folder / "tables"):
+        print(path)

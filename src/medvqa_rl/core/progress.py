@@ -1,4 +1,4 @@
-"""Progress bars on standard error, shown only if it is a terminal."""
+"""What commands print: tables on standard output, progress bars on standard error if that is a terminal."""
 
 from __future__ import annotations
 
@@ -19,6 +19,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+
+def open_console(width: int = 120) -> Console:
+    """Return a console on standard output: as wide as the terminal, or ``width`` if the output goes to a file."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _Rate(ProgressColumn):

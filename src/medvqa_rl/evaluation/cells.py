@@ -4,7 +4,6 @@ processes can share."""
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.progress import progress_bar
+from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.data import Split, load_dataset
@@ -149,7 +148,7 @@ def run_eval(
                 f"The evaluation in {cell.folder} was not written by this command, so it cannot be continued: choose "
                 "another folder with --output."
             )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
 
     @cache
     def policy() -> Policy:

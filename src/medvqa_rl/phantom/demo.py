@@ -9,7 +9,6 @@ and on the one the model came from. Minutes on two CPU cores, no download.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +28,7 @@ from medvqa_rl.config import (
     TrainConfig,
 )
 from medvqa_rl.core.files import find_checkpoint
-from medvqa_rl.core.progress import progress_bar
+from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, write_evaluation
 from medvqa_rl.learning.grpo import train
@@ -86,7 +85,7 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
         ValueError: the folder is in use, or the embedded checkpoint is not installed.
     """
     began = time.perf_counter()
-    console = Console(width=None if os.isatty(1) else 120)
+    console = open_console()
     config = demo_config(output, seed)
     if dry_run:
         train(config, dry_run=True)

@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from medvqa_rl.core.progress import duration
 from medvqa_rl.report.runs import Row, StoredGroup, StoredRun, read_groups, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -75,13 +76,6 @@ def seconds_left(run: StoredRun) -> float | None:
     if not durations or not isinstance(step, int) or not isinstance(steps, int) or step >= steps:
         return None
     return fmean(durations) * (steps - step)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def silent_for(run: StoredRun, now: datetime) -> float | None:

@@ -10,7 +10,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.cli.launching import launch_command
+from medvqa_rl.cli.train import launch_command
 from medvqa_rl.config import Config
 from medvqa_rl.learning.distributed.launch import Launch, check_launch, read_launch
 
@@ -56,10 +56,10 @@ def test_auto_is_ddp_and_one_process_needs_no_engine():
 
 def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--gpus is 4, but this machine shows 2 GPUs"):
+    with pytest.raises(ValueError, match="--gpus is 4, but torch finds 2 GPUs"):
         launch_command(Config(), 4, [])
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="a launcher has started this one"):
+    with pytest.raises(ValueError, match="already started by a launcher"):
         launch_command(Config(), 2, [])
 
 

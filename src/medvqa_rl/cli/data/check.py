@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import Config, DataConfig
-from medvqa_rl.core.progress import progress_bars
+from medvqa_rl.core.progress import open_console, progress_bars
 from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, owners_split, with_further
 from medvqa_rl.data.findings import DataReport, SplitFacts
 from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
 from medvqa_rl.data.reading.issues import count_issues
-
-
-def console() -> Console:
-    """The terminal; output to a file or pipe is 140 columns wide, which fits the tables."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
 def run_check(
@@ -66,7 +60,7 @@ def run_check(
         )
     if config.data.split == "image" and config.data.name != "own":
         report = replace(report, notes={**report.notes, **owners_split(config)})
-    out = console()
+    out = open_console(140)
     print_report(report, out, where)
     if html is not None:
         from medvqa_rl.report.pages.data_page import write_data_page

@@ -10,21 +10,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Debug, Overrides, Split, read_settings, told_plainly
+from medvqa_rl.cli.common import ConfigPath, Overrides, Split, read_settings, verb
 
 data_app = typer.Typer(help="Inspect, check, split and export data.", no_args_is_help=True)
 
 
 @data_app.command("list")
-def data_list(debug: Debug = False) -> None:
+@verb
+def data_list() -> None:
     """List the supported data sets with their splits, columns, terms of use and sources."""
-    with told_plainly(debug):
-        from medvqa_rl.cli.data.show import run_list
+    from medvqa_rl.cli.data.show import run_list
 
-        run_list()
+    run_list()
 
 
 @data_app.command("check")
+@verb
 def data_check(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -45,50 +46,48 @@ def data_check(
             help="YAML file whose data section names another data set to search for shared images; repeatable."
         ),
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Check every question and image of all splits. Exits with 1 if something is wrong."""
-    with told_plainly(debug):
-        loaded = read_settings(config, overrides or (), purpose="eval")
-        further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
-        if further and no_images:
-            raise ValueError(
-                "--data and --no-images cannot be combined: images of different data sets are compared by pixels, not "
-                "by name. Leave one of them out."
-            )
-        from medvqa_rl.cli.data.check import run_check
-
-        passed = run_check(
-            loaded.config,
-            limit=limit,
-            decode=not no_images,
-            strict=strict,
-            html=html,
-            workers=workers,
-            further=further,
+    loaded = read_settings(config, overrides or (), purpose="eval")
+    further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
+    if further and no_images:
+        raise ValueError(
+            "--data and --no-images cannot be combined: images of different data sets are compared by pixels, not "
+            "by name. Leave one of them out."
         )
+    from medvqa_rl.cli.data.check import run_check
+
+    passed = run_check(
+        loaded.config,
+        limit=limit,
+        decode=not no_images,
+        strict=strict,
+        html=html,
+        workers=workers,
+        further=further,
+    )
     if not passed:
         raise typer.Exit(1)
 
 
 @data_app.command("show")
+@verb
 def data_show(
     config: ConfigPath,
     overrides: Overrides = None,
     split: Annotated[Split, typer.Option(help="Split to draw.")] = "train",
     count: Annotated[int, typer.Option(min=1, max=200, help="Number of samples.")] = 12,
     output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
-    debug: Debug = False,
 ) -> None:
     """Draw a contact sheet of images with their questions and gold answers."""
-    with told_plainly(debug):
-        loaded = read_settings(config, overrides or (), purpose="eval")
-        from medvqa_rl.cli.data.show import run_show
+    loaded = read_settings(config, overrides or (), purpose="eval")
+    from medvqa_rl.cli.data.show import run_show
 
-        run_show(loaded.config, split=split, count=count, output=output)
+    run_show(loaded.config, split=split, count=count, output=output)
 
 
 @data_app.command("split")
+@verb
 def data_split(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, JSON Lines, JSON or parquet.")],
     by: Annotated[
@@ -105,16 +104,15 @@ def data_split(
         typer.Option(help="Folder of the images; if given, images with equal pixels stay in one split too."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Table to write. Default: data.* beside TABLE.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Add a column with train, val or test to your table, so that no image is in two splits."""
-    with told_plainly(debug):
-        from medvqa_rl.cli.data.write import run_split
+    from medvqa_rl.cli.data.write import run_split
 
-        run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)
+    run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)
 
 
 @data_app.command("export")
+@verb
 def data_export(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -128,11 +126,9 @@ def data_export(
     ] = "jsonl",
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Downscale larger images to this many pixels.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write at most this many samples per split.")] = None,
-    debug: Debug = False,
 ) -> None:
     """Export a data set with TRL's columns (prompt, images, solution), or as a CSV table."""
-    with told_plainly(debug):
-        loaded = read_settings(config, overrides or (), purpose="eval")
-        from medvqa_rl.cli.data.write import run_export
+    loaded = read_settings(config, overrides or (), purpose="eval")
+    from medvqa_rl.cli.data.write import run_export
 
-        run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)
+    run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)

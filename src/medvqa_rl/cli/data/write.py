@@ -7,9 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from medvqa_rl.cli.data.check import console
 from medvqa_rl.config import Config
-from medvqa_rl.core.progress import progress_bar
+from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.data.check import load_splits
 from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
@@ -52,7 +51,7 @@ def run_split(
             for name in images_in(row, number, table)
         }
         shown.add_row(split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}")
-    printer = console()
+    printer = open_console(140)
     printer.print(shown)
     printer.print(
         f"{division.groups:,} groups of rows that share an image{'' if by == 'image' else f' or {by}'} stay together."
@@ -77,7 +76,7 @@ def run_export(
     Raises:
         ValueError: the data cannot be read, or a file already exists.
     """
-    printer = console()
+    printer = open_console(140)
     datasets = load_splits(config) if split is None else {str(split): load_dataset(config.data, split)}
     for name, dataset in datasets.items():
         with progress_bar(name) as progress:

@@ -18,11 +18,11 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from medvqa_rl.cli.data.check import console, print_report
+from medvqa_rl.cli.data.check import print_report
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig
 from medvqa_rl.config.yaml import build_config, read_yaml
-from medvqa_rl.core.progress import progress_bar, progress_bars
+from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Dataset, Sample
@@ -110,7 +110,7 @@ def run_init(
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
     rows = read_whole(table)
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
-    out = console()
+    out = open_console(140)
     project.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
         stage = Path(temporary) / "project"

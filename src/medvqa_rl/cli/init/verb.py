@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import Debug, told_plainly
+from medvqa_rl.cli.common import verb
 
 
+@verb
 def init(
     project: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder to write.")],
     data: Annotated[
@@ -24,17 +25,15 @@ def init(
         typer.Option(help="How answers to open questions are compared; sets rewards.open_correctness."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed, another division into train, val and test.")] = 0,
-    debug: Debug = False,
 ) -> None:
     """Check your own questions, write settings sized to the GPU, and say what to run next.
 
     Exits with 1, nothing written, where something is wrong with the data.
     """
-    with told_plainly(debug):
-        from medvqa_rl.cli.init.project import run_init
+    from medvqa_rl.cli.init.project import run_init
 
-        is_right = run_init(
-            project, table=data, images=images, gpu_memory=gpu_memory, open_correctness=open_correctness, seed=seed
-        )
+    is_right = run_init(
+        project, table=data, images=images, gpu_memory=gpu_memory, open_correctness=open_correctness, seed=seed
+    )
     if not is_right:
         raise typer.Exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,11 +13,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.console import Console
 from rich.table import Table
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.statistics.tables import shown
@@ -82,7 +81,7 @@ def run_calibrate(
     sources = {"pairs": read_pairs(pairs_file)} if pairs_file is not None else {}
     judge = load_judge(config)
     sources = {"phantom": phantom_pairs(count, seed, with_policies=with_policies)} | sources
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
     results: dict[str, Any] = {"judge": judge.identity.to_json(), "seed": seed, "sources": {}}
     curves: dict[str, list[MarginBin]] = {}
     for source, pairs in sources.items():

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +24,7 @@ from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
     Judged,
@@ -113,7 +113,7 @@ def run_judge_eval(
                 f"No answer of {one.folder} comes with reasoning, and the embedded judges read nothing else: name a "
                 "chat or instruct model with --judge."
             )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
     for config in configs:
         if config.endpoint is not None:
             _say(

@@ -5,14 +5,12 @@ Imports no torch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medvqa_rl.core.files import write_json, write_text
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.evaluation.statistics.tables import TextTable, number, shown
@@ -82,7 +80,7 @@ def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = 
     """
     key = read_key(key_path)
     results = summarise_ratings(key, [read_ratings(path, key) for path in paths], seed=seed)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
     tables = rating_tables(results)
     for table in tables:
         console.print(table.rich())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Debug, prepare_process, told_plainly
+from medvqa_rl.cli.common import verb
 from medvqa_rl.core.network import is_off
 
 judge_app = typer.Typer(
@@ -21,6 +21,7 @@ def _root() -> None:
 
 
 @judge_app.command("calibrate")
+@verb
 def calibrate(
     judge: Annotated[
         str, typer.Option(help="phantom:judge, phantom:judge_eval, folder, Hub id, or an endpoint's model.")
@@ -43,33 +44,31 @@ def calibrate(
     ] = 600,
     seed: Annotated[int, typer.Option(help="Seed of the phantom texts.")] = 0,
     policies: Annotated[bool, typer.Option(help="Also judge what the embedded models sample.")] = True,
-    debug: Debug = False,
 ) -> None:
     """Measure a judge against the phantom oracle, and against your own labelled reasoning."""
-    with told_plainly(debug):
-        from medvqa_rl.config import Config
-        from medvqa_rl.config.yaml import build_config
-        from medvqa_rl.rewards.judges.load import notices
+    from medvqa_rl.config import Config
+    from medvqa_rl.config.yaml import build_config
+    from medvqa_rl.rewards.judges.load import notices
 
-        given = {
-            "model": judge,
-            "endpoint": endpoint,
-            "api_key_env": api_key_env,
-            "template": template,
-            "strictness": strictness,
-            "device": device,
-        }
-        network = "off" if is_off() else "on"
-        config: Config = build_config({"network": network, "judge": given, "rewards": {"semantic": 1.0}})
-        for line in notices(config):
-            print(line)
-        prepare_process()
-        from medvqa_rl.cli.judge.calibrate import run_calibrate
+    given = {
+        "model": judge,
+        "endpoint": endpoint,
+        "api_key_env": api_key_env,
+        "template": template,
+        "strictness": strictness,
+        "device": device,
+    }
+    network = "off" if is_off() else "on"
+    config: Config = build_config({"network": network, "judge": given, "rewards": {"semantic": 1.0}})
+    for line in notices(config):
+        print(line)
+    from medvqa_rl.cli.judge.calibrate import run_calibrate
 
-        run_calibrate(config.judge, pairs_file=pairs, output=output, count=count, seed=seed, with_policies=policies)
+    run_calibrate(config.judge, pairs_file=pairs, output=output, count=count, seed=seed, with_policies=policies)
 
 
 @judge_app.command("eval")
+@verb
 def judge_eval(
     folders: Annotated[
         list[Path],
@@ -87,18 +86,16 @@ def judge_eval(
     ] = 200,
     seed: Annotated[int, typer.Option(help="Seed of choices, edits and the bootstrap.")] = 0,
     replace: Annotated[bool, typer.Option("--replace", help="Write over what was judged before.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Have answers judged by one or two models: correctness, reasoning from 0 to 3, agreement, the judges' biases."""
-    with told_plainly(debug):
-        from medvqa_rl.cli.judge.evaluate import read_judge, run_judge_eval
+    from medvqa_rl.cli.judge.evaluate import read_judge, run_judge_eval
 
-        configs = [read_judge(text) for text in judge or ()]
-        prepare_process()
-        run_judge_eval(folders, configs, samples=samples, bias_samples=bias_samples, seed=seed, replace=replace)
+    configs = [read_judge(text) for text in judge or ()]
+    run_judge_eval(folders, configs, samples=samples, bias_samples=bias_samples, seed=seed, replace=replace)
 
 
 @judge_app.command("sheet")
+@verb
 def sheet(
     evaluations: Annotated[
         list[Path],
@@ -113,16 +110,15 @@ def sheet(
     seed: Annotated[int, typer.Option(help="Seed of the choice and of the order.")] = 0,
     images: Annotated[bool, typer.Option(help="Put the images into the sheet.")] = True,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a sheet that is there.")] = False,
-    debug: Debug = False,
 ) -> None:
     """Write a blinded sheet on which people rate the answers of one or several evaluations."""
-    with told_plainly(debug):
-        from medvqa_rl.cli.judge.rate import run_sheet
+    from medvqa_rl.cli.judge.rate import run_sheet
 
-        run_sheet(evaluations, output=output, questions=samples, seed=seed, images=images, replace=replace)
+    run_sheet(evaluations, output=output, questions=samples, seed=seed, images=images, replace=replace)
 
 
 @judge_app.command("ratings")
+@verb
 def ratings(
     key: Annotated[Path, typer.Argument(metavar="KEY", help="The key that was written beside the sheet.")],
     files: Annotated[list[Path], typer.Argument(metavar="RATINGS ...", help="What the raters saved, one file each.")],
@@ -130,10 +126,8 @@ def ratings(
         Path | None, typer.Option(help="JSON file for the results; the tables are written beside it as Markdown.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    debug: Debug = False,
 ) -> None:
     """Read what people rated: accuracy and reasoning of each evaluation, and how far the raters agree."""
-    with told_plainly(debug):
-        from medvqa_rl.cli.judge.rate import run_ratings
+    from medvqa_rl.cli.judge.rate import run_ratings
 
-        run_ratings(key, files, output=output, seed=seed)
+    run_ratings(key, files, output=output, seed=seed)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.stats import holm
@@ -333,7 +333,7 @@ def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int
     Raises:
         ValueError: the runs cannot be compared.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = open_console(140)
     comparisons = [compare(runs) for runs in match(paths)]
     for comparison in comparisons:
         show(comparison, console, flips)

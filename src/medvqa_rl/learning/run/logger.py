@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.progress import duration
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
@@ -94,7 +95,7 @@ class RunLogger:
             self._began = time.perf_counter()  # the evaluation before the first step tells nothing about steps
         rate = (time.perf_counter() - self._began) / max(1, done)
         shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
-        left = f"{rate:.2f} s/step, {_duration(rate * (self._config.steps - step))} left"
+        left = f"{rate:.2f} s/step, {duration(rate * (self._config.steps - step))} left"
         line = f"step {step}/{self._config.steps}  {shown}" + ("" if is_evaluation else f"  {left}")
         self._write(line)
         if self._progress.disable:
@@ -158,10 +159,3 @@ def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
         rewards = [f"{value:.2f}" for value in record.rewards.values()]
         table.add_row(Text(record.completion), *rewards, f"{record.advantage:+.2f}", tokens)
     return table
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,66 @@
+"""The verbs ``medvqa-rl phantom ...``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from medvqa_rl.cli.common import DryRun, verb
+
+phantom_app = typer.Typer(help="The embedded phantom world: its small models and its images.", no_args_is_help=True)
+
+
+@phantom_app.command("build")
+@verb
+def build_models(
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom_build"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the embedded checkpoints from scratch, by the committed recipe."""
+    from medvqa_rl.phantom.build import build
+
+    build(output, seed=seed, dry_run=dry_run)
+
+
+@phantom_app.command("build-judges")
+@verb
+def build_judges(
+    output: Annotated[Path, typer.Option(help="Folder for the judges.")] = Path("runs/judges"),
+    only: Annotated[list[str] | None, typer.Option(help="judge or judge_eval. Defaults to both.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train the embedded reasoning judges from scratch, by the committed recipe."""
+    from medvqa_rl.phantom.judge import build_judges as build
+
+    build(output, names=only or (), dry_run=dry_run)
+
+
+@phantom_app.command("build-lm")
+@verb
+def build_lm(
+    output: Annotated[Path, typer.Option(help="Folder for the model.")] = Path("runs/lm"),
+    dry_run: DryRun = False,
+) -> None:
+    """Train the embedded language model, which measures perplexity, from scratch, by the committed recipe."""
+    from medvqa_rl.phantom.lm import build_lm as build
+
+    build(output, dry_run=dry_run)
+
+
+@phantom_app.command("draw")
+@verb
+def draw(
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("phantom.png"),
+    count: Annotated[int, typer.Option(min=1, max=600, help="Number of images.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the phantom world.")] = 0,
+    scanner: Annotated[
+        Literal["home", "unseen", "worn"], typer.Option(help="Scanner that the images come from.")
+    ] = "home",
+) -> None:
+    """Draw a contact sheet of phantom images, each with a question and its answer."""
+    from medvqa_rl.data.phantom.sheet import draw_sheet
+
+    print(draw_sheet(output, count, seed, scanner))
