@@ -1,4 +1,4 @@
-"""The engine that replays recorded steps: its logic with a stand-in for recording, and the real one on a GPU."""
+"""Decoding with CUDA graphs: its logic with a stand-in for capturing, and the real one on a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 24
 
 
 class Recorder:
-    """Stands in for recording: a replay repeats the arithmetic on the memory of that time, whatever has changed."""
+    """Stands in for capturing: a replay repeats the arithmetic on the buffers as they were when captured."""
 
     def __init__(self) -> None:
         self.shapes = []
@@ -31,8 +31,8 @@ class Recorder:
         _, _, shape, picker = run.args
         self.shapes.append((shape, picker.sampling))
         model, state = run.args[0], copy.copy(run.args[1])
-        for name in ("owners", "_row_slots", "_begun", "_slot_lengths", "_clock", "_places", "_is_grid", "shape"):
-            setattr(state, name, None)  # a graph knows nothing of what the host does
+        for name in ("_rows", "_prompt_lengths", "_num_steps", "_oldest_step", "_shape", "shape"):
+            setattr(state, name, None)  # a graph cannot read the host's state
         recorded = partial(run.func, model, state, shape, picker)
 
         def replay():
@@ -77,10 +77,10 @@ def many(samples):
 
 
 @BOTH
-@pytest.mark.parametrize("burst", [1, 5])
-def test_replayed_steps_give_the_tokens_of_eager_ones(arch, burst, make_policy, mixed_samples, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "BURST", burst)
-    monkeypatch.setattr(cuda_graph, "COLUMNS", 8)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_replayed_steps_give_the_same_tokens_as_eager_ones(arch, steps, make_policy, mixed_samples, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "STEPS_PER_SYNC", steps)
+    monkeypatch.setattr(cuda_graph, "LENGTH_MULTIPLE", 8)
     policy = make_policy(arch, seed=3)
     eager, recorder = RolloutEngine(policy), Recorder()
     graphs = with_graphs(policy, recorder)
@@ -91,11 +91,11 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(arch, burst, make_policy, 
         assert greedy(graphs, samples, size) == greedy(eager, samples, size)
     assert recorder.replays > len(recorder.shapes)
     rows = {shape.rows for shape, _ in recorder.shapes}
-    assert len(rows) > 2  # smaller batches are recorded once more, by powers of two or the whole room
+    assert len(rows) > 2  # smaller batches are captured again, at powers of two or the capacity
     assert all(count in (48, 12) or count & (count - 1) == 0 for count in rows)
 
 
-def test_each_shape_is_recorded_once_for_the_whole_run(make_policy, mixed_samples):
+def test_each_shape_is_captured_once_per_run(make_policy, mixed_samples):
     policy = make_policy(seed=3)
     recorder = Recorder()
     graphs = with_graphs(policy, recorder)
@@ -109,23 +109,23 @@ def test_each_shape_is_recorded_once_for_the_whole_run(make_policy, mixed_sample
     assert len(recorder.shapes) - before <= 1
     with torch.no_grad():
         head = backbone(policy.model).language_model.norm
-        head.weight = torch.nn.Parameter(head.weight * 2)  # other memory: what was recorded would read the old
+        head.weight = torch.nn.Parameter(head.weight * 2)  # other memory: captured graphs would read the old weights
     before = len(recorder.shapes)
     assert sampled(graphs, mixed_samples) == sampled(RolloutEngine(policy), mixed_samples)
     assert len(recorder.shapes) > before
 
 
-def test_longer_prompts_make_everything_be_recorded_again(make_policy, make_sample, mixed_samples):
+def test_longer_prompts_are_captured_again(make_policy, make_sample, mixed_samples):
     policy = make_policy(seed=3)
     recorder = Recorder()
     graphs = with_graphs(policy, recorder)
     long = make_sample("long", question="Which organ is seen in this image? " * 20)
     samples = [*mixed_samples, long, *many(mixed_samples)]
     assert sampled(graphs, samples, max_batch=2) == sampled(RolloutEngine(policy), samples, max_batch=2)
-    widths = [shape.width for shape, _ in recorder.shapes]
-    assert widths[0] < widths[-1]
-    assert sorted(widths) == widths
-    assert all(width % cuda_graph.COLUMNS == 0 for width in widths)
+    lengths = [shape.prompt_length for shape, _ in recorder.shapes]
+    assert lengths[0] < lengths[-1]
+    assert sorted(lengths) == lengths
+    assert all(length % cuda_graph.LENGTH_MULTIPLE == 0 for length in lengths)
 
 
 def test_lora(make_policy, mixed_samples):
@@ -138,7 +138,7 @@ def test_lora(make_policy, mixed_samples):
     assert sampled(graphs, mixed_samples) == sampled(RolloutEngine(policy), mixed_samples)
 
 
-def test_a_failure_leaves_nothing_behind(make_policy, mixed_samples):
+def test_the_engine_works_after_a_failure(make_policy, mixed_samples):
     policy = make_policy(seed=3)
     graphs = with_graphs(policy, Recorder())
     norm = backbone(policy.model).language_model.norm.weight
@@ -173,7 +173,7 @@ def test_graphs_on_a_gpu(arch, make_policy, mixed_samples):
     for step in range(3):
         expected, found = (sampled(engine, samples, step=step, max_batch=5) for engine in (eager, graphs))
         pairs = [pair for groups in zip(expected, found, strict=True) for pair in zip(*groups, strict=True)]
-        # The same kernels on other shapes may round a few picks the other way.
+        # The same kernels may round differently for other shapes, which flips a few picks.
         assert sum(one == other for one, other in pairs) >= 0.9 * len(pairs)
         with torch.no_grad():
             for parameter in policy.model.parameters():

@@ -1,4 +1,4 @@
-"""The engine equals stock generation, and its samples do not depend on how they were batched."""
+"""The engine equals transformers' ``generate``, and its samples do not depend on batching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 24
 
 @pytest.fixture
 def make_policy(tiny_policy):
-    """Tiny policies whose completions end at various lengths: one token in eight ends them, not one in 350."""
+    """Tiny policies whose completions end at various lengths: one token in eight is a stop token, not one in 350."""
 
     def make(*args, **settings):
         policy = tiny_policy(*args, **settings)
@@ -95,8 +95,8 @@ def test_lora_and_checkpointing_while_training(arch, make_policy, mixed_samples,
         assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
 
 
-def test_shifted_positions_are_noticed(make_policy, mixed_samples, model_inputs, monkeypatch):
-    """Negative control: positions that go on from the number of tokens, as for text, give other tokens."""
+def test_shifted_positions_change_the_tokens(make_policy, mixed_samples, model_inputs, monkeypatch):
+    """Negative control: other positions after the prompt, such as its number of tokens, give other tokens."""
 
     def wrong(*args, **kwargs):
         padded = qwen_vl.pad_prompts(*args, **kwargs)
@@ -117,9 +117,8 @@ def test_shifted_positions_are_noticed(make_policy, mixed_samples, model_inputs,
         assert differ >= 6  # of 12
 
 
-def test_leaking_padding_is_noticed(make_policy, mixed_samples, model_inputs, monkeypatch):
-    """Negative control: without the mask, rows shorter than the longest see its padding."""
-
+def test_a_leaking_mask_changes_the_tokens(make_policy, mixed_samples, model_inputs, monkeypatch):
+    """Negative control: without the mask, sequences attend to the padding of shorter prompts."""
     shape = DecodeState.shape
 
     padded = []
@@ -159,7 +158,7 @@ def test_sampling_does_not_depend_on_compaction(make_policy, mixed_samples, monk
         assert sampled(policy, mixed_samples) == expected
 
 
-def test_addresses_tell_samplings_apart(make_policy, mixed_samples):
+def test_each_part_of_the_address_changes_the_samples(make_policy, mixed_samples):
     policy = make_policy(seed=3)
     expected = sampled(policy, mixed_samples)
     assert sampled(policy, mixed_samples) == expected
@@ -169,7 +168,7 @@ def test_addresses_tell_samplings_apart(make_policy, mixed_samples):
     assert len(set(expected["one"])) == 4
 
 
-def test_repeated_samples_are_sampled_anew_wherever_they_lie(make_policy, mixed_samples):
+def test_a_repeated_sample_gets_new_completions(make_policy, mixed_samples):
     policy = make_policy(seed=3)
     first = mixed_samples[0]
     config = RolloutConfig(num_generations=2, max_completion_length=LENGTH)
@@ -186,8 +185,8 @@ def test_repeated_samples_are_sampled_anew_wherever_they_lie(make_policy, mixed_
 
 
 @BOTH
-def test_sampled_tokens_follow_the_stock_logits(arch, make_policy, mixed_samples, model_inputs):
-    """Each token is what its uniform picks from the plain forward of the whole row."""
+def test_sampled_tokens_follow_the_logits_of_transformers(arch, make_policy, mixed_samples, model_inputs):
+    """Each token is what its uniform picks from a plain forward over the whole sequence."""
     from medvqa_rl.rollout.sampling import pick_tokens, uniform_table
 
     policy = make_policy(arch, seed=3)
@@ -205,7 +204,7 @@ def test_sampled_tokens_follow_the_stock_logits(arch, make_policy, mixed_samples
             assert tuple(picked.tolist()) == completion.token_ids
 
 
-def test_dominating_control_tokens_are_never_sampled(make_policy, mixed_samples):
+def test_control_tokens_are_never_sampled(make_policy, mixed_samples):
     policy = make_policy()
     suppressed = torch.tensor(never_sampled(policy))
     with torch.no_grad():
@@ -222,7 +221,7 @@ def test_dominating_control_tokens_are_never_sampled(make_policy, mixed_samples)
     assert not tokens & set(never_sampled(policy))
 
 
-def test_features_are_kept_only_where_the_tower_is_frozen(make_policy, mixed_samples):
+def test_features_are_cached_only_if_the_tower_is_frozen(make_policy, mixed_samples):
     config = RolloutConfig(num_generations=2, max_completion_length=4)
     frozen, trained = make_policy(), make_policy(train_projector=True)
     groups = RolloutEngine(frozen).rollout(mixed_samples, config, seed=0, stream="train", step=0)
@@ -253,7 +252,7 @@ def test_images_are_encoded_once_per_prompt(make_policy, mixed_samples, monkeypa
 
 
 def watch_shapes(monkeypatch):
-    """The list that every decoding step's shape is appended to."""
+    """A list that collects the shape of every decoding step."""
     shapes = []
     shape = DecodeState.shape
     monkeypatch.setattr(DecodeState, "shape", lambda state: shapes.append(shape(state)) or shapes[-1])
@@ -266,17 +265,17 @@ def test_prompts_of_equal_length_need_no_mask(make_policy, make_sample, monkeypa
     RolloutEngine(make_policy()).rollout([make_sample("a"), make_sample("b")], config, seed=0, stream="train", step=0)
     assert shapes
     assert not any(shape.is_padded for shape in shapes)
-    assert all(shape.is_even for shape in shapes)
+    assert all(shape.is_aligned for shape in shapes)
     assert shapes[0].is_grid
 
 
 def many_samples(mixed_samples):
-    """Twelve questions of different lengths, and the images of four."""
+    """Twelve samples of different lengths."""
     return [replace(sample, id=f"{sample.id}-{turn}") for turn in range(3) for sample in mixed_samples]
 
 
 @BOTH
-def test_waiting_prompts_take_the_places_of_finished_rows(arch, make_policy, mixed_samples, monkeypatch):
+def test_waiting_prompts_take_the_rows_of_finished_sequences(arch, make_policy, mixed_samples, monkeypatch):
     policy = make_policy(arch, seed=3)
     samples = many_samples(mixed_samples)
     expected = sampled(policy, samples)
@@ -285,10 +284,10 @@ def test_waiting_prompts_take_the_places_of_finished_rows(arch, make_policy, mix
         monkeypatch.setattr(decode, "COMPACT_SHARE", share)
         shapes.clear()
         assert sampled(policy, samples, max_batch=3) == expected
-        is_refilled = any(not shape.is_even for shape in shapes)
+        is_refilled = any(not shape.is_aligned for shape in shapes)
         assert is_refilled == (share < 1)
         assert max(shape.rows for shape in shapes) == 12
-        # More prompts than were asked for at a time share the rows, never more rows than asked for.
+        # Up to twice as many prompts share the rows, but there are never more rows.
         assert max(shape.slots for shape in shapes) > 3 or share > 1
     long = sum(shape.rows for shape in shapes)  # never refilled: rows wait for the last of their batch
     shapes.clear()
@@ -298,7 +297,7 @@ def test_waiting_prompts_take_the_places_of_finished_rows(arch, make_policy, mix
 
 
 @BOTH
-def test_greedy_does_not_depend_on_refill(arch, make_policy, mixed_samples, model_inputs, monkeypatch):
+def test_greedy_does_not_depend_on_the_batch_size(arch, make_policy, mixed_samples, model_inputs, monkeypatch):
     policy = make_policy(arch, seed=1)
     samples = many_samples(mixed_samples)
     shapes = watch_shapes(monkeypatch)
@@ -310,10 +309,10 @@ def test_greedy_does_not_depend_on_refill(arch, make_policy, mixed_samples, mode
             assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
         by_id = {group.sample.id: group.completions[0].token_ids for group in groups}
         assert all(by_id[f"{sample.id}-2"] == by_id[f"{sample.id}-0"] for sample in mixed_samples)
-        assert size == 1 or any(not shape.is_even for shape in shapes)
+        assert size == 1 or any(not shape.is_aligned for shape in shapes)
 
 
-def test_greedy_reads_ahead_no_more_than_it_has_room_for(make_policy, mixed_samples):
+def test_greedy_reads_ahead_no_further_than_its_batch(make_policy, mixed_samples):
     policy = make_policy(seed=1)
     taken = []
     samples = (taken.append(sample) or sample for sample in many_samples(mixed_samples))
@@ -325,7 +324,7 @@ def test_greedy_reads_ahead_no_more_than_it_has_room_for(make_policy, mixed_samp
     assert len(taken) == 12
 
 
-def test_encoded_prompts_are_taken_as_they_are(make_policy, mixed_samples):
+def test_encoded_prompts_are_not_encoded_again(make_policy, mixed_samples):
     policy = make_policy(seed=3)
     engine = RolloutEngine(policy)
     config = RolloutConfig(num_generations=2, max_completion_length=LENGTH)
@@ -350,11 +349,11 @@ def test_bfloat16(make_policy, mixed_samples):
     assert all(0 < len(tokens) <= LENGTH for group in groups.values() for tokens in group)
 
 
-def test_diverged_weights_are_noticed(make_policy, mixed_samples):
+def test_diverged_weights_raise(make_policy, mixed_samples):
     policy = make_policy()
     with torch.no_grad():
         backbone(policy.model).language_model.norm.weight.fill_(np.nan)
-    with pytest.raises(FloatingPointError, match=r"not finite numbers"):
+    with pytest.raises(FloatingPointError, match="not finite, so no token can be sampled"):
         sampled(policy, mixed_samples)
 
 

@@ -1,4 +1,4 @@
-"""Attention over shared prompts, whatever has come and gone, against plain attention over each row's own copy."""
+"""Attention over shared prefixes equals plain attention over copies, whichever sequences have joined and left."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from medvqa_rl.rollout.state import DecodeState, Prefilled, Room, rotary_table
+from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled, rotary_table
 from medvqa_rl.rollout.step import attend, write
 
 HEADS, KEYS, SIZE, LENGTH = 4, 2, 8, 12  # of the tiny model
-STEPS = st.lists(
+SCRIPTS = st.lists(
     st.tuples(
-        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), max_size=3),  # prompts: tokens and rows
+        st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), max_size=3),  # new prompts: tokens and sequences
         st.integers(0, 3),  # steps
-        st.lists(st.booleans(), min_size=12, max_size=12),  # which rows are then done
+        st.lists(st.booleans(), min_size=12, max_size=12),  # which sequences are then done
     ),
     min_size=1,
     max_size=5,
@@ -24,12 +24,12 @@ STEPS = st.lists(
 
 
 class Shadow:
-    """The same rows, each with a copy of its prompt and its own keys and values in plain lists."""
+    """The same sequences, each with its own copy of its prompt's keys and values, in plain lists."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self.rows: dict[Owner, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
-    def attention(self, owner: int, query: torch.Tensor) -> torch.Tensor:
+    def attention(self, owner: Owner, query: torch.Tensor) -> torch.Tensor:
         """(HEADS, SIZE) for a query of that shape."""
         keys, values = (torch.cat(states, dim=1).double() for states in self.rows[owner])
         repeated = (states.repeat_interleave(HEADS // KEYS, dim=0) for states in (keys, values))
@@ -37,20 +37,19 @@ class Shadow:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(script=STEPS, seed=st.integers(0, 99), is_static=st.booleans())
-def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static):
+@given(script=SCRIPTS, seed=st.integers(0, 99), is_static=st.booleans())
+def test_attention_equals_attention_over_copies(tiny_policy, script, seed, is_static):
     model = tiny_policy().model
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *sizes: torch.randn(sizes, generator=generator)  # noqa: E731
-    state = DecodeState(model, Room(slots=12, places=3, rows=12, width=1, length=LENGTH), "cpu", is_static=is_static)
+    state = DecodeState(model, Capacity(12, 3, 12, 1, LENGTH), "cpu", is_static=is_static)
     shadow, cache_index, number = Shadow(), 1, 0
     for prompts, steps, done in script:
-        free_rows, free_slots = state.room
         admitted, rows = [], 0
-        for length, count in prompts[:free_slots]:
-            if rows + count <= free_rows:
-                admitted.append((length, range(number, number + count)))
-                rows, number = rows + count, number + count
+        for length, count in prompts[: state.free_slots]:
+            if rows + count <= state.free_rows:
+                admitted.append((length, [Owner(number, index) for index in range(count)]))
+                rows, number = rows + count, number + 1
         if admitted:
             width = max(length for length, _ in admitted)
             keys, values = draw(len(admitted), KEYS, width, SIZE), draw(len(admitted), KEYS, width, SIZE)
@@ -60,12 +59,12 @@ def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static)
             lengths = [length for length, _ in admitted]
             prefilled = Prefilled([keys] * 2, [values] * 2, draw(len(admitted), 5), lengths, zeros)
             new = state.admit(prefilled, [owners for _, owners in admitted], None)
-            state.step[new] = 0
+            state.token_index[new] = 0
             for index, (length, owners) in enumerate(admitted):
                 for owner in owners:
                     shadow.rows[owner] = ([keys[index, :, :length]], [values[index, :, :length]])
         for _ in range(steps):
-            if not state.owners or state.extent >= LENGTH:
+            if not state.owners or state.longest >= LENGTH:
                 break
             shape, cache = state.shape(), state.layers[cache_index]
             key, value = draw(shape.rows, KEYS, SIZE), draw(shape.rows, KEYS, SIZE)
@@ -76,8 +75,8 @@ def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static)
                 for states, one in zip(shadow.rows[owner], (key, value)):
                     states.append(one[row][:, None])
                 torch.testing.assert_close(found[row], shadow.attention(owner, query[row]), atol=1e-5, rtol=1e-5)
-            state.step[: shape.rows] += 1
-            state.tick()
+            state.token_index[: shape.rows] += 1
+            state.count_step()
         if state.owners:
             is_done = [done[row % 12] for row in range(state.num_rows)]
             gone = {owner for owner, ends in zip(state.owners, is_done) if ends}
@@ -87,25 +86,25 @@ def test_attention_equals_that_over_copies(tiny_policy, script, seed, is_static)
                 del shadow.rows[owner]
 
 
-def test_room(tiny_policy):
-    state = DecodeState(tiny_policy().model, Room(slots=2, places=2, rows=4, width=3, length=LENGTH), "cpu")
+def test_finished_sequences_free_their_rows_and_slots(tiny_policy):
+    state = DecodeState(tiny_policy().model, Capacity(2, 2, 4, 3, LENGTH), "cpu")
     keys = [torch.ones(1, KEYS, 3, SIZE)] * 2
     prefilled = Prefilled(keys, keys, torch.zeros(1, 5), [3], torch.zeros(1, dtype=torch.long))
-    assert state.room == (4, 2)
-    state.admit(prefilled, [range(0, 2)], None)
-    state.admit(prefilled, [range(2, 4)], None)
-    assert state.room == (0, 0)
+    assert (state.free_rows, state.free_slots) == (4, 2)
+    state.admit(prefilled, [[Owner(0, 0), Owner(0, 1)]], None)
+    state.admit(prefilled, [[Owner(1, 0), Owner(1, 1)]], None)
+    assert (state.free_rows, state.free_slots) == (0, 0)
     state.remove([True, False, False, False])
-    assert state.room == (1, 0)
-    assert state.owners == [3, 1, 2]  # the last one took the gap
+    assert (state.free_rows, state.free_slots) == (1, 0)
+    assert state.owners == [(1, 1), (0, 1), (1, 0)]  # the last one moved into the gap
     state.remove([False, True, False])
-    assert state.owners == [3, 2]
-    assert state.room == (2, 1)
+    assert state.owners == [(1, 1), (1, 0)]
+    assert (state.free_rows, state.free_slots) == (2, 1)
     assert state.shape().slots == 1
 
 
 @pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
-def test_rotary_table_is_that_of_the_model(arch, tiny_policy):
+def test_rotary_table_equals_the_rotation_of_transformers(arch, tiny_policy):
     model = tiny_policy(arch).model
     cosines, sines = rotary_table(model, 40, "cpu")
     text = model.model.language_model

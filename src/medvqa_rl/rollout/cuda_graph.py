@@ -1,9 +1,9 @@
-"""Decoding steps replayed as CUDA graphs: each step is one launch, and several are asked for at once.
+"""Decoding steps replayed as CUDA graphs: one launch per step, several of them queued before the host synchronises.
 
-A step (:func:`medvqa_rl.rollout.step.advance`) reads and writes nothing but a :class:`DecodeState` and the weights, at
-addresses that stay, so what was recorded once is right for every later step of the same shape. Shapes are rounded up
-to few sizes; rows, slots and columns too many are hidden or never read. Not yet measured on a GPU, hence not the
-default. ``torch.compile`` is not used: whether it pays beside graphs has to be measured first, too.
+A step (:func:`medvqa_rl.rollout.step.advance`) reads and writes only the statically allocated buffers of a
+:class:`DecodeState` and the weights, so a captured graph stays valid for every later step of the same shape. Shapes
+are rounded up so that few graphs suffice; the extra rows, slots and tokens are masked or never read. Not measured on a
+GPU yet, hence not the default. ``torch.compile`` is not used: its benefit on top of graphs is not measured either.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvqa_rl.rollout.state import DecodeState, Room, Shape
+from medvqa_rl.rollout.state import Capacity, DecodeState, Shape
 from medvqa_rl.rollout.step import Picker, Sampling, advance
 
 Run = Callable[[], None]
 
-BURST = 8
-"""Steps between two looks at what is done: each look waits for the GPU."""
-COLUMNS = 64
-"""Columns are rounded up to a multiple of this."""
+STEPS_PER_SYNC = 8
+"""Steps between two checks for finished sequences; each check waits for the GPU."""
+LENGTH_MULTIPLE = 64
+"""Prompt and completion lengths are rounded up to a multiple of this."""
 
 
 def capture_graph(run: Run, pool: Any) -> Run:
-    """Run once, so that every library has what it needs, record a second time without running; gives the replay.
+    """Run once to warm up, capture a second run, and return the replay of that graph.
 
     Args:
-        run: works on memory that stays, and leaves nothing behind in new memory.
-        pool: of ``torch.cuda.graph_pool_handle``; what graphs need only while they run may be shared by all.
+        run: works on static buffers only.
+        pool: from ``torch.cuda.graph_pool_handle``; graphs that share it share their temporary memory.
     """
     side: Any = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -45,82 +45,89 @@ def capture_graph(run: Run, pool: Any) -> Run:
 
 
 class GraphDecoder:
-    """Keeps states and the graphs recorded on them from call to call."""
+    """Keeps decode states, and the graphs captured on them, between calls."""
 
     def __init__(self, model: nn.Module, device: torch.device | str, capture: Callable[[Run, Any], Run]) -> None:
         """
         Args:
             model: may be trained between calls, in place.
             device: of the model.
-            capture: :func:`capture_graph`, or what stands in for it without a GPU.
+            capture: :func:`capture_graph`, or a stand-in in tests without a GPU.
         """
         self._model, self._device, self._capture = model, device, capture
         self._pool: Any = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._states: dict[tuple[int, int], DecodeState] = {}
         self._graphs: dict[tuple[int, int], dict[tuple[Shape, Sampling | None], Run]] = {}
-        self._memory: dict[tuple[int, int], int] = {}
+        self._versions: dict[tuple[int, int], int] = {}
         self._addresses: list[int] = []
-        self._lent: set[tuple[int, int]] = set()
+        self._in_use: set[tuple[int, int]] = set()
 
-    def borrow(self, room: Room) -> DecodeState:
-        """An empty state with at least this much room; to be given back."""
+    def acquire(self, capacity: Capacity) -> DecodeState:
+        """An empty state of at least this capacity; return it with :meth:`release`."""
         addresses = [parameter.data_ptr() for parameter in self._model.parameters()]
-        if addresses != self._addresses:  # weights that were replaced, not changed in place
+        if addresses != self._addresses:  # weights were replaced instead of changed in place
             self._graphs.clear()
             self._addresses = addresses
-        key = room.places, room.length
-        assert key not in self._lent, "the groups of one call must be taken before the next call begins"
+        key = _key(capacity)
+        assert key not in self._in_use, "consume all groups of one call before the next"
         state = self._states.get(key)
-        if state is None or state.capacity < room.rows or state.slot_capacity < room.slots:
-            # What is replaced goes first, so that both never exist at once.
+        if state is None or state.capacity.rows < capacity.rows or state.capacity.slots < capacity.slots:
+            # Free the old state first, so that the two never exist at once.
             state = None
             self._states.pop(key, None)
             self._graphs.pop(key, None)
-            room = room._replace(width=_round_up(room.width, COLUMNS))
-            state = DecodeState(self._model, room, self._device, is_static=True)
+            capacity = capacity._replace(prompt_length=_round_up(capacity.prompt_length, LENGTH_MULTIPLE))
+            state = DecodeState(self._model, capacity, self._device, is_static=True)
             self._states[key] = state
         state.clear()
-        self._lent.add(key)
+        self._in_use.add(key)
         return state
 
-    def give_back(self, state: DecodeState) -> None:
-        """Let the next call have the state."""
-        self._lent.remove((state.places, state.length))
+    def release(self, state: DecodeState) -> None:
+        """Make the state available to the next call."""
+        self._in_use.remove(_key(state.capacity))
 
     def advance(self, state: DecodeState, picker: Picker) -> None:
-        """Take BURST steps; rows that are done stand still."""
-        key = state.places, state.length
-        if self._memory.get(key) != state.version:  # longer prompts needed other memory
+        """Take :data:`STEPS_PER_SYNC` steps; sequences that are done do not change."""
+        key = _key(state.capacity)
+        if self._versions.get(key) != state.version:  # buffers were reallocated for longer prompts
             self._graphs.pop(key, None)
-            self._memory[key] = state.version
+            self._versions[key] = state.version
         graphs = self._graphs.setdefault(key, {})
-        shape = bucket(state.shape(), state, BURST)
-        for _ in range(BURST):
+        shape = round_shape(state.shape(), state.capacity, STEPS_PER_SYNC)
+        for _ in range(STEPS_PER_SYNC):
             replay = graphs.get((shape, picker.sampling))
             if replay is None:
                 run = partial(advance, self._model, state, shape, picker)
-                graphs[shape, picker.sampling] = self._capture(run, self._pool)  # which takes the step, too
+                graphs[shape, picker.sampling] = self._capture(run, self._pool)  # also takes the step
             else:
                 replay()
-            state.tick()
+            state.count_step()
 
 
-def bucket(shape: Shape, state: DecodeState, steps: int) -> Shape:
-    """The size to record for a shape and the next steps from it: powers of two for rows and slots, no shortcuts."""
+def round_shape(shape: Shape, capacity: Capacity, steps: int) -> Shape:
+    """The shape to capture for the next steps: rows and slots rounded up to powers of two, no work skipped."""
     return Shape(
-        rows=min(_power(shape.rows), state.capacity),
-        slots=min(_power(shape.slots), state.slot_capacity),
-        places=state.places,
-        width=state.width,
-        extent=min(_round_up(shape.extent + steps - 1, COLUMNS), state.length),
-        is_even=False,
+        rows=min(_power(shape.rows), capacity.rows),
+        slots=min(_power(shape.slots), capacity.slots),
+        rows_per_slot=capacity.rows_per_slot,
+        prompt_length=capacity.prompt_length,
+        completion_length=min(
+            _round_up(shape.completion_length + steps - 1, LENGTH_MULTIPLE), capacity.completion_length
+        ),
+        is_aligned=False,
         is_padded=True,
         is_grid=False,
     )
 
 
+def _key(capacity: Capacity) -> tuple[int, int]:
+    """States are kept by the sizes that never grow."""
+    return capacity.rows_per_slot, capacity.completion_length
+
+
 def _power(count: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """The smallest power of two that is not smaller than the count."""
     return 1 << (count - 1).bit_length()
 
 

@@ -1,8 +1,8 @@
-"""The rollout engine: encode each image once, prefill each prompt once, decode all its completions from that one copy.
+"""The rollout engine: encode each image once, prefill each prompt once, decode all its completions from that prefix.
 
-Completions that have ended leave the batch, and prompts that wait take their place. Prompts are padded on the right:
-causal attention never looks ahead, so the prefill needs no mask. Positions are explicit, so where a key lies in the
-cache does not matter.
+Batching is continuous: finished sequences leave the batch and waiting prompts take their rows. Prompts are padded on
+the right, so the prefill needs no mask beyond causality. Positions are explicit, so attention does not depend on where
+in the cache a key is stored.
 """
 
 from __future__ import annotations
@@ -26,38 +26,40 @@ from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.sampling import Stream, uniform_table
-from medvqa_rl.rollout.state import DecodeState, Prefilled, Room
-from medvqa_rl.rollout.step import Picker, Sampling, advance, take
+from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled
+from medvqa_rl.rollout.step import Picker, Sampling, advance, append_tokens
 
 COMPACT_SHARE = 0.25
-"""Finished rows are dropped, and their places given to waiting prompts, when they are this share of the batch."""
+"""Finished sequences are removed from the batch once they are this share of it."""
 
 
 class _Request(NamedTuple):
-    """A prompt that waits."""
+    """A prompt to complete."""
 
     sample: Sample
     prompt: EncodedPrompt
     occurrence: int
 
 
-class _Work(NamedTuple):
-    """What is to be done with every prompt."""
+class _Generation(NamedTuple):
+    """Parameters of one call, the same for all its prompts."""
 
     num_generations: int
-    length: int
+    """G."""
+    max_length: int
+    """L."""
     max_prompts: int
-    """The batch holds this many times ``num_generations`` completions."""
+    """The batch has at most this many times G sequences."""
     more_may_come: bool
-    """There may be more prompts than that."""
+    """There may be more prompts than ``max_prompts``."""
     picker: Picker
     uniforms: Callable[[Sequence[_Request]], NDArray[np.float64]] | None
-    """The (P * G, L) uniforms of some prompts."""
+    """Returns the (P * G, L) uniforms of P requests; None decodes greedily."""
 
 
 @dataclass
-class _Begun:
-    """A prompt whose completions are being written."""
+class _Running:
+    """A prompt whose completions are being decoded."""
 
     request: _Request
     features: Tensor | None
@@ -65,7 +67,7 @@ class _Begun:
 
 
 class RolloutEngine:
-    """Samples groups of completions from a policy as it is at each call."""
+    """Samples groups of completions from a policy, with its weights at the time of each call."""
 
     def __init__(
         self,
@@ -77,11 +79,11 @@ class RolloutEngine:
         """
         Args:
             policy: may be trained between calls.
-            template: how questions are asked.
-            engine: as ``rollout.engine``.
+            template: the prompt template.
+            engine: ``rollout.engine``.
 
         Raises:
-            ValueError: CUDA graphs are asked for and the model is not on a GPU.
+            ValueError: CUDA graphs are requested for a model that is not on a GPU.
         """
         self._policy = policy
         self._template = template
@@ -92,17 +94,17 @@ class RolloutEngine:
                 "GPU; set rollout.engine to eager, or model.device to cuda where there is one."
             )
         self._graphs = GraphDecoder(policy.model, device, capture_graph) if engine == "graph" else None
-        # Output layers are often padded to a round size; the surplus rows are no tokens.
-        surplus = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
-        suppressed = sorted({*policy.processor.suppressed_ids, *surplus})
+        # Output layers are often padded to a round size; the rows beyond the tokenizer are not tokens.
+        padding = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
+        suppressed = sorted({*policy.processor.suppressed_ids, *padding})
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
         self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
 
     def encode(self, sample: Sample, template: Template | None = None) -> EncodedPrompt:
-        """A sample's prompt as :meth:`rollout` and :meth:`greedy` take it; may be called by any thread.
+        """Encode a sample's prompt for :meth:`rollout` and :meth:`greedy`; thread-safe.
 
         Args:
-            template: how to ask; None asks as the engine does.
+            template: defaults to the engine's.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
@@ -134,34 +136,40 @@ class RolloutEngine:
     ) -> list[Group]:
         """Sample G completions for each sample.
 
-        Every token's randomness is addressed by (seed, stream, step, sample id, occurrence, completion index,
+        Each token's random number is addressed by (seed, stream, step, sample id, occurrence, completion index,
         position), so the result does not depend on the other samples, their order or ``max_batch``.
 
         Args:
-            samples: the prompts.
-            config: how to sample.
-            seed: of the run.
-            stream: what the numbers are for.
-            step: of the run.
-            occurrences: per sample, tells apart the times that it occurs in the step, on any rank; None counts them
-                in this call.
-            prompts: the samples' prompts as from :meth:`encode`; None encodes them here.
+            samples: the samples to prompt with.
+            config: the sampling settings.
+            seed: the run's seed.
+            stream: the purpose of the random numbers.
+            step: the run's step.
+            occurrences: per sample, how often its id came before in this step on any rank; defaults to counting within
+                this call.
+            prompts: the samples' prompts from :meth:`encode`; by default they are encoded here.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
-            FloatingPointError: the model gives logits that are not finite.
+            FloatingPointError: the model returns logits that are not finite.
         """
-        numbers = _count_occurrences(samples) if occurrences is None else occurrences
-        encoded = zip(self._encoded(samples, prompts), numbers, strict=True)
-        requests = (_Request(*pair, number) for pair, number in encoded)
+        if occurrences is None:
+            occurrences = _count_occurrences(samples)
+        encoded = zip(self._encoded(samples, prompts), occurrences, strict=True)
+        requests = (_Request(sample, prompt, occurrence) for (sample, prompt), occurrence in encoded)
 
-        def uniforms(of: Sequence[_Request]) -> NDArray[np.float64]:
-            ids, occurrences = [request.sample.id for request in of], [request.occurrence for request in of]
+        def uniforms(requests: Sequence[_Request]) -> NDArray[np.float64]:
             return uniform_table(
-                seed, stream, step, ids, occurrences, config.num_generations, config.max_completion_length
+                seed,
+                stream,
+                step,
+                [request.sample.id for request in requests],
+                [request.occurrence for request in requests],
+                config.num_generations,
+                config.max_completion_length,
             )
 
-        work = _Work(
+        generation = _Generation(
             config.num_generations,
             config.max_completion_length,
             config.max_batch,
@@ -170,7 +178,7 @@ class RolloutEngine:
             uniforms,
         )
         with torch.no_grad(), evaluating(self._policy.model):
-            return [group for groups in self._complete(requests, work) for group in groups]
+            return [group for groups in self._complete(requests, generation) for group in groups]
 
     def greedy(
         self,
@@ -180,20 +188,20 @@ class RolloutEngine:
         batch_size: int,
         prompts: Iterable[EncodedPrompt] | None = None,
     ) -> Iterator[Group]:
-        """The most likely completion of each sample, token by token, in order; groups of one.
+        """Decode one completion of each sample greedily; yields groups of one, in order.
 
         Args:
-            prompts: the samples' prompts as from :meth:`encode`; None encodes each when its turn comes.
+            prompts: the samples' prompts from :meth:`encode`; by default each is encoded when it joins the batch.
 
         Raises:
             ValueError: an image cannot be used; the message names the sample.
-            FloatingPointError: the model gives logits that are not finite.
+            FloatingPointError: the model returns logits that are not finite.
         """
-        requests = (_Request(*pair, 0) for pair in self._encoded(samples, prompts))
-        work = _Work(1, max_completion_length, batch_size, True, Picker(None, self._suppressed, self._stop), None)
-        finished = self._complete(requests, work)
+        requests = (_Request(sample, prompt, 0) for sample, prompt in self._encoded(samples, prompts))
+        picker = Picker(None, self._suppressed, self._stop)
+        finished = self._complete(requests, _Generation(1, max_completion_length, batch_size, True, picker, None))
         while True:
-            # The caller of a generator is not to find itself without gradients.
+            # Do not leak no_grad into the caller between yields.
             with torch.no_grad(), evaluating(self._policy.model):
                 groups = next(finished, None)
             if groups is None:
@@ -205,45 +213,45 @@ class RolloutEngine:
     def _encoded(
         self, samples: Iterable[Sample], prompts: Iterable[EncodedPrompt] | None
     ) -> Iterator[tuple[Sample, EncodedPrompt]]:
-        """Every sample with its prompt."""
+        """Pairs of sample and prompt."""
         if prompts is not None:
             return zip(samples, prompts, strict=True)
         return ((sample, self.encode(sample)) for sample in samples)
 
-    def _complete(self, requests: Iterable[_Request], work: _Work) -> Iterator[list[Group]]:
-        """Complete prompts as there is room for them; groups come in the order of the requests, some at a time."""
+    def _complete(self, requests: Iterable[_Request], generation: _Generation) -> Iterator[list[Group]]:
+        """Complete all requests with continuous batching; yields groups as they finish, in the requests' order."""
         waiting = iter(requests)
-        begun: dict[int, _Begun] = {}
-        num_begun = num_given = 0
+        running: dict[int, _Running] = {}
+        num_admitted = num_finished = 0
         state: DecodeState | None = None
-        new = list(islice(waiting, work.max_prompts))
+        new = list(islice(waiting, generation.max_prompts))
         try:
-            while new or begun:
+            while new or running:
                 if new:
                     prefilled, features = self._prefill([request.prompt for request in new])
                     if state is None:
-                        state = self._make_state(work, len(new), prefilled.keys[0].shape[2])
-                    self._admit(state, prefilled, new, num_begun, work)
-                    begun |= {num_begun + index: _Begun(*pair) for index, pair in enumerate(zip(new, features))}
-                    num_begun += len(new)
+                        state = self._make_state(generation, len(new), prefilled.keys[0].shape[2])
+                    self._admit(state, prefilled, new, num_admitted, generation)
+                    for request, feature in zip(new, features):
+                        running[num_admitted] = _Running(request, feature)
+                        num_admitted += 1
                 assert state is not None
-                done = self._advance(state, work)
-                for owner, completion in self._read(state, done):
-                    begun[owner // work.num_generations].completions[owner % work.num_generations] = completion
-                state.remove(done)
+                is_done = self._decode(state, generation)
+                for owner, completion in self._read(state, is_done):
+                    running[owner.prompt].completions[owner.completion] = completion
+                state.remove(is_done)
                 finished = []
-                while num_given in begun and len(begun[num_given].completions) == work.num_generations:
-                    finished.append(self._group(begun.pop(num_given), work.num_generations))
-                    num_given += 1
+                while num_finished in running and len(running[num_finished].completions) == generation.num_generations:
+                    finished.append(self._group(running.pop(num_finished)))
+                    num_finished += 1
                 yield finished
-                free_rows, free_slots = state.room
-                new = list(islice(waiting, min(free_rows // work.num_generations, free_slots)))
+                new = list(islice(waiting, min(state.free_rows // generation.num_generations, state.free_slots)))
         finally:
             if state is not None and self._graphs is not None:
-                self._graphs.give_back(state)
+                self._graphs.release(state)
 
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[Prefilled, list[Tensor | None]]:
-        """Read prompts, padded on the right; their image features are given too."""
+        """Prefill prompts, padded on the right; also returns their image features."""
         model, device = self._policy.model, self._policy.device
         features = image_features(model, prompts, device)
         padded = pad_prompts(model, prompts, pad_id=self._policy.processor.pad_id, device=device, side="right")
@@ -266,59 +274,68 @@ class RolloutEngine:
         )
         return prefilled, features
 
-    def _make_state(self, work: _Work, num_prompts: int, width: int) -> DecodeState:
-        """Room for a first batch of so many prompts; where more wait, stragglers of twice as many share the rows."""
-        rows = num_prompts * work.num_generations
-        slots = min(2 * num_prompts, rows) if work.more_may_come else num_prompts
-        room = Room(slots, work.num_generations, rows, width, work.length)
+    def _make_state(self, generation: _Generation, num_prompts: int, prompt_length: int) -> DecodeState:
+        """Allocate the batch for its first prompts. If more may come, there are slots for twice as many, because the
+        last sequences of earlier prompts share the rows with new ones."""
+        rows = num_prompts * generation.num_generations
+        slots = min(2 * num_prompts, rows) if generation.more_may_come else num_prompts
+        capacity = Capacity(slots, generation.num_generations, rows, prompt_length, generation.max_length)
         if self._graphs is not None:
-            return self._graphs.borrow(room)
-        return DecodeState(self._policy.model, room, self._policy.device)
+            return self._graphs.acquire(capacity)
+        return DecodeState(self._policy.model, capacity, self._policy.device)
 
     def _admit(
-        self, state: DecodeState, prefilled: Prefilled, new: Sequence[_Request], number: int, work: _Work
+        self,
+        state: DecodeState,
+        prefilled: Prefilled,
+        new: Sequence[_Request],
+        num_admitted: int,
+        generation: _Generation,
     ) -> None:
-        """Give prompts their rows and pick the first tokens."""
-        size, device = work.num_generations, self._policy.device
-        owners = [range((number + index) * size, (number + index + 1) * size) for index in range(len(new))]
-        u = None if work.uniforms is None else torch.from_numpy(work.uniforms(new)).to(device)
-        rows = state.admit(prefilled, owners, u)
-        take(state, rows, prefilled.logits.repeat_interleave(size, dim=0), work.picker)
+        """Add prompts to the batch and pick the first tokens."""
+        size = generation.num_generations
+        owners = [[Owner(num_admitted + index, number) for number in range(size)] for index in range(len(new))]
+        uniforms = None
+        if generation.uniforms is not None:
+            uniforms = torch.from_numpy(generation.uniforms(new)).to(self._policy.device)
+        rows = state.admit(prefilled, owners, uniforms)
+        append_tokens(state, rows, prefilled.logits.repeat_interleave(size, dim=0), generation.picker)
 
-    def _advance(self, state: DecodeState, work: _Work) -> list[bool]:
-        """Decode until so many rows are done that dropping them pays; which ones, by row."""
+    def _decode(self, state: DecodeState, generation: _Generation) -> list[bool]:
+        """Decode until enough sequences are done for removing them to pay; returns which, by row."""
         while True:
-            done: list[bool] = state.is_done[: state.num_rows].tolist()
-            if all(done) or sum(done) >= COMPACT_SHARE * len(done):
+            is_done: list[bool] = state.is_done[: state.num_rows].tolist()
+            if all(is_done) or sum(is_done) >= COMPACT_SHARE * len(is_done):
                 break
             if self._graphs is not None:
-                self._graphs.advance(state, work.picker)
+                self._graphs.advance(state, generation.picker)
             else:
-                advance(self._policy.model, state, state.shape(), work.picker)
-                state.tick()
+                advance(self._policy.model, state, state.shape(), generation.picker)
+                state.count_step()
         if not bool(state.is_finite):
             raise FloatingPointError(
-                "The model gives logits that are not finite numbers, so nothing can be sampled: its weights have "
+                "The model returned logits that are not finite, so no token can be sampled: its weights have "
                 "diverged. Go back to an earlier checkpoint and lower the learning rate."
             )
-        return done
+        return is_done
 
-    def _read(self, state: DecodeState, done: Sequence[bool]) -> Iterator[tuple[int, Completion]]:
-        """The completions of the rows that are done, with their owners."""
-        rows = [row for row, is_done in enumerate(done) if is_done]
+    def _read(self, state: DecodeState, is_done: Sequence[bool]) -> Iterator[tuple[Owner, Completion]]:
+        """The completions of the sequences that are done."""
+        rows = [row for row, done in enumerate(is_done) if done]
         index = torch.tensor(rows, device=self._policy.device)
-        found = (values[index].tolist() for values in (state.tokens, state.step, state.is_stopped))
+        found = (values[index].tolist() for values in (state.tokens, state.token_index, state.is_stopped))
+        owners = state.owners
         for row, tokens, last, is_stopped in zip(rows, *found):
             ids = tuple(tokens[: last + 1])
-            yield state.owners[row], Completion(ids, self._policy.processor.decode(ids), not is_stopped)
+            yield owners[row], Completion(ids, self._policy.processor.decode(ids), not is_stopped)
 
-    def _group(self, begun: _Begun, num_generations: int) -> Group:
-        """A prompt all of whose completions are there."""
+    def _group(self, prompt: _Running) -> Group:
+        """The group of a prompt whose completions are all done."""
         return Group(
-            begun.request.sample,
-            begun.request.prompt,
-            [begun.completions[index] for index in range(num_generations)],
-            begun.features if self._policy.vision_is_frozen else None,
+            prompt.request.sample,
+            prompt.request.prompt,
+            [prompt.completions[index] for index in sorted(prompt.completions)],
+            prompt.features if self._policy.vision_is_frozen else None,
         )
 
 
@@ -334,7 +351,7 @@ def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time of the block."""
+    """Put the model in evaluation mode for the block."""
     is_training = model.training
     model.eval()
     try:

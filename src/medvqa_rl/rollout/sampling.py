@@ -1,7 +1,7 @@
-"""Picking tokens: addressed uniforms and the inverse of the truncated distribution.
+"""Token sampling: addressed uniforms and inverse transform sampling from the truncated distribution.
 
-The uniform that picks a token depends only on where the token stands, so any completion can be sampled again alone,
-in another batch, on another number of ranks or after a resume.
+The uniform that picks a token depends only on the token's address, so any completion can be sampled again alone, in
+another batch, on another number of ranks or after a resume.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from medvqa_rl.core.randomness import address, uniforms
 
 Stream = Literal["train", "eval", "ask"]
-"""What is sampled for: numbers of one stream never meet those of another."""
+"""The purpose of the random numbers; streams are independent."""
 
 
 def uniform_table(
@@ -29,14 +29,14 @@ def uniform_table(
     num_generations: int,
     length: int,
 ) -> NDArray[np.float64]:
-    """The uniforms of a rollout, one per token position.
+    """Compute the uniforms of a rollout, one per token position.
 
     Args:
-        seed: of the run.
+        seed: the run's seed.
         stream: train, eval or ask.
         step: optimizer step, or another counter of the stream.
         sample_ids: ids of the P samples.
-        occurrences: how often the same id came before in this step, so that a repeated sample is sampled anew.
+        occurrences: (P,) how often the same id came before in this step, so that a repeated sample gets new numbers.
         num_generations: G.
         length: token positions.
 
@@ -60,18 +60,18 @@ def pick_tokens(
     top_p: float = 1.0,
     suppressed: Tensor | None = None,
 ) -> Tensor:
-    """Sample one token per row by the inverse of the cumulative distribution, by token id, in float64.
+    """Sample one token per row by inverting the cumulative distribution over token ids, in float64.
 
-    Order: suppress, divide by temperature, keep the top_k most likely tokens, of these the fewest most likely ones
-    whose share reaches top_p, then the first token whose cumulative mass exceeds u times the total. Equal logits
-    rank by token id. A token without mass is never picked.
+    Order: suppress, divide by temperature, keep the top_k most likely tokens, of these keep the smallest set of the
+    most likely whose probability reaches top_p, then pick the first token whose cumulative mass exceeds u times the
+    total. Ties are ranked by token id. A token of zero mass is never picked.
 
     Args:
         logits: (B, V).
         u: (B,) float64 in [0, 1).
-        temperature: above 0.
-        top_k: 0 keeps all tokens.
-        top_p: 1 keeps all tokens.
+        temperature: greater than 0.
+        top_k: 0 disables it.
+        top_p: 1 disables it.
         suppressed: (n,) token ids that are never picked.
 
     Returns:
@@ -92,10 +92,10 @@ def pick_tokens(
 
 
 def _invert_in_order(mass: Tensor, u: Tensor) -> Tensor:
-    """(B,) the first token whose cumulative mass exceeds u times the total, where sums are taken from left to right.
+    """(B,) the first token whose cumulative mass exceeds u times the total, for a sequential cumulative sum.
 
-    Then they never fall and a token without mass adds nothing, so bisection finds the token, and it has mass. Where
-    the mass is not a number there is no such token, and any is given.
+    Such a sum never decreases and a token of zero mass adds nothing, so binary search finds a token that has mass. If
+    the mass is NaN no token qualifies and an arbitrary one is returned.
     """
     cumulative = mass.cumsum(dim=-1)
     found = torch.searchsorted(cumulative, u.unsqueeze(-1) * cumulative[:, -1:], right=True)
@@ -103,7 +103,7 @@ def _invert_in_order(mass: Tensor, u: Tensor) -> Tensor:
 
 
 def _invert(mass: Tensor, u: Tensor) -> Tensor:
-    """The same where sums are taken in parallel, which may round one above the next and none above the last."""
+    """The same for a parallel cumulative sum, which rounding may make decrease or end below the target."""
     cumulative = mass.cumsum(dim=-1)
     has_mass = mass > 0
     is_beyond = (cumulative > u.unsqueeze(-1) * cumulative[:, -1:]) & has_mass
@@ -113,10 +113,10 @@ def _invert(mass: Tensor, u: Tensor) -> Tensor:
 
 
 def pick_greedy(logits: Tensor, *, suppressed: Tensor | None = None) -> Tensor:
-    """(B,) the most likely token of each row of (B, V) logits that is not suppressed; the first where tied."""
+    """(B,) the most likely token of each row of (B, V) logits that is not suppressed; ties go to the lowest id."""
     return _suppress(logits, suppressed).argmax(dim=-1)
 
 
 def _suppress(logits: Tensor, suppressed: Tensor | None) -> Tensor:
-    """Logits with the suppressed columns at minus infinity."""
+    """Set the suppressed columns of logits to minus infinity."""
     return logits if suppressed is None else logits.index_fill(-1, suppressed, -torch.inf)

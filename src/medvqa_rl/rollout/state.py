@@ -1,10 +1,27 @@
-"""The batch being decoded: its cache, its rows and where they stand, in memory whose addresses stay.
+"""The batch being decoded: its KV cache and per-sequence state, in statically allocated buffers.
 
-Legend: n rows (completions being written), m slots (prompts that they read), w places (rows of one prompt), S width of
-the prompts, L limit of the completions, K key-value heads, D size of a head.
+A sequence is one completion being decoded. The keys and values of a prompt are stored once, in a slot of the prefix
+cache, and read by all its sequences; a row of the completion cache holds only what its own sequence wrote:
 
-The keys and values of a prompt are stored once, in a slot; all its completions read them there. A row holds only what
-it wrote itself. Rows in use are always the first n, slots the first m: whatever finishes is overwritten by the last.
+    prefix cache (m, K, S, D)                completion cache (n, K, L, D)
+    slot 0  [p p p p p p p p]  <--+--------  row 0  [c c c c c . . .]
+                                  +--------  row 1  [c c c c c . . .]
+    slot 1  [p p p p p - - -]  <-----------  row 2  [c c . . . . . .]  joined the batch three steps later
+    slot 2  [free           ]                row 3  [free           ]
+
+    p prompt token   - padding   c completion token   . not written yet
+
+Attention over the prefix batches the queries of each slot. Row r is at ``cell_of_row[r]`` of this grid, and
+``row_of_cell`` is the inverse, with any row where a cell is empty:
+
+              column 0   column 1
+    slot 0    row 0      row 1
+    slot 1    row 2      empty
+
+Rows in use are always the first n and slots the first m: when a sequence finishes, the last one moves into the gap.
+
+Legend: n rows, m slots, w columns of the grid (sequences per prompt), S prompt tokens, L completion tokens,
+K key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -18,25 +35,49 @@ from torch import Tensor, nn
 from medvqa_rl.models.qwen_vl import backbone, causal_model
 
 
+class Owner(NamedTuple):
+    """Whose completion a sequence is."""
+
+    prompt: int
+    """Index of the prompt, in the order of the requests."""
+    completion: int
+    """Index among the prompt's completions, in [0, G)."""
+
+
+class Capacity(NamedTuple):
+    """Sizes that a batch is allocated for."""
+
+    slots: int
+    """Prompts at a time."""
+    rows_per_slot: int
+    """Sequences per prompt, w."""
+    rows: int
+    """Sequences at a time."""
+    prompt_length: int
+    """S, tokens of the longest prompt."""
+    completion_length: int
+    """L."""
+
+
 class Shape(NamedTuple):
-    """All that a decoding step must know before it runs: sizes, and what it may leave out."""
+    """Sizes of a decoding step, and which work it can skip. A CUDA graph is captured for one shape."""
 
     rows: int
     """n."""
     slots: int
     """m."""
-    places: int
-    """w: every slot is asked by so many queries at once; n <= m * w."""
-    width: int
-    """Columns of the prompts to read."""
-    extent: int
-    """Columns of the completions to read."""
-    is_even: bool
-    """All rows write column ``extent`` - 1, so none has a column to hide."""
+    rows_per_slot: int
+    """w; n <= m * w."""
+    prompt_length: int
+    """Prefix tokens to attend to."""
+    completion_length: int
+    """Completion tokens to attend to, the one that this step reads included."""
+    is_aligned: bool
+    """All sequences have the same length, so none has unwritten tokens to mask."""
     is_padded: bool
-    """Some prompt is shorter than ``width``."""
+    """Some prompt is shorter than ``prompt_length``."""
     is_grid: bool
-    """Row s * w + i is the i-th of slot s, so rows need no rearranging."""
+    """Rows are already in grid order and fill it, so no gather is needed."""
 
 
 class LayerCache(NamedTuple):
@@ -51,261 +92,264 @@ class LayerCache(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """Prompts read by the model, padded on the right."""
+    """Prompts after the prefill, padded on the right."""
 
     keys: Sequence[Tensor]
     """Per layer (P, K, T, D)."""
     values: Sequence[Tensor]
     logits: Tensor
-    """(P, V) for the first token of a completion."""
+    """(P, V) for the first completion token."""
     lengths: Sequence[int]
     next_positions: Tensor
-    """(P,) the position of the first token of a completion."""
+    """(P,) the position of the first completion token."""
 
 
-class Room(NamedTuple):
-    """What a batch shall have room for."""
+class _Row(NamedTuple):
+    """What the host knows of a sequence."""
 
-    slots: int
-    """At most so many prompts at a time."""
-    places: int
-    """At most so many completions of one prompt."""
-    rows: int
-    """At most so many completions at a time."""
-    width: int
-    """S, tokens of the longest prompt."""
-    length: int
-    """L."""
+    owner: Owner
+    slot: int
+    first_step: int
+    """Steps that the batch had taken when the sequence joined."""
 
 
 class DecodeState:
-    """Room for a number of completions of a number of prompts."""
+    """KV cache and state of a batch of sequences."""
 
-    def __init__(self, model: nn.Module, room: Room, device: torch.device | str, *, is_static: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, capacity: Capacity, device: torch.device | str, *, is_static: bool = False
+    ) -> None:
         """
         Args:
-            model: whose keys and values these are.
-            room: for how much; :meth:`admit` makes room for longer prompts.
+            model: whose keys and values are cached.
+            capacity: of the buffers; :meth:`admit` reallocates those of the prompts when a longer one arrives.
             device: of the model.
-            is_static: steps may be asked for with more rows, slots and columns than are in use, and with all places
-                of every slot.
+            is_static: the grid always has the capacity's columns, and steps may cover more rows, slots and tokens than
+                are in use, as CUDA graphs of rounded shapes do.
         """
-        slots, places, rows, width, length = room
-        self.capacity, self.slot_capacity, self.places, self.length = rows, slots, places, length
+        slots, rows_per_slot, rows, prompt_length, length = self.capacity = capacity
         self.device = device
-        self.width = width
-        """S, the tokens that a slot has room for."""
         self.version = 0
-        """Changes where :meth:`admit` had to take other memory for longer prompts."""
+        """Incremented when :meth:`admit` reallocates buffers, which invalidates captured graphs."""
         self._model = model
         self._is_static = is_static
-        attentions = [layer.self_attn for layer in backbone(model).language_model.layers]
-        dtype = causal_model(model).dtype
 
-        made: Any = {"dtype": dtype, "device": device}
+        cached: Any = {"dtype": causal_model(model).dtype, "device": device}
         self.layers = []
-        for attention in attentions:
-            heads, size = attention.num_key_value_heads, attention.head_dim
-            prompt, own = (slots, heads, width, size), (rows, heads, length, size)
-            self.layers.append(LayerCache(*(torch.zeros(sizes, **made) for sizes in (prompt, prompt, own, own))))
+        for layer in backbone(model).language_model.layers:
+            heads, size = layer.self_attn.num_key_value_heads, layer.self_attn.head_dim
+            prompt, own = (slots, heads, prompt_length, size), (rows, heads, length, size)
+            self.layers.append(LayerCache(*(torch.zeros(sizes, **cached) for sizes in (prompt, prompt, own, own))))
         integers: Any = {"dtype": torch.long, "device": device}
-        self.hidden = torch.zeros(slots, width, dtype=torch.bool, device=device)
-        """(slots, S) True at padding of the prompts."""
-        self.cosines, self.sines = rotary_table(model, width + length, device)
+        self.is_padding = torch.zeros(slots, prompt_length, dtype=torch.bool, device=device)
+        """(slots, S) True at the padding of the prompts."""
+        self.cosines, self.sines = rotary_table(model, prompt_length + length, device)
         self.tokens = torch.zeros(rows, length, **integers)
-        self.last = torch.zeros(rows, **integers)
+        self.last_token = torch.zeros(rows, **integers)
         """(rows,) the newest token, which the next step reads."""
-        self.step = torch.zeros(rows, **integers)
-        """(rows,) its place in the completion, and the column that the next step writes."""
-        self.start = torch.zeros(rows, **integers)
+        self.token_index = torch.zeros(rows, **integers)
+        """(rows,) index of the newest token in its completion, where the next step writes its keys and values."""
+        self.first_position = torch.zeros(rows, **integers)
         """(rows,) the position of the completion's first token."""
         self.is_done = torch.ones(rows, dtype=torch.bool, device=device)
         self.is_stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         """(rows,) True where a stop token ended the completion."""
-        self.u = torch.zeros(rows, length, dtype=torch.float64, device=device)
-        """(rows, L) the uniforms that pick its tokens."""
+        self.uniforms = torch.zeros(rows, length, dtype=torch.float64, device=device)
+        """(rows, L) the uniforms that pick the tokens."""
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self.cell = torch.zeros(rows, **integers)
-        """(rows,) slot * w + place."""
-        self.grid = torch.zeros(slots * places, **integers)
-        """(m * w,) the row of each cell; of a cell without one, any row."""
-        self.columns = torch.arange(length, device=device)
-        self.row_numbers = torch.arange(rows, device=device)
+        """False once any logits were not finite."""
+        self.cell_of_row = torch.zeros(rows, **integers)
+        """(rows,) slot * w + column."""
+        self.row_of_cell = torch.zeros(slots * rows_per_slot, **integers)
+        """(m * w,) the row in each cell of the grid; any row where the cell is empty."""
+        self.length_range = torch.arange(length, device=device)
+        self.row_range = torch.arange(rows, device=device)
 
-        # The rows as the host knows them, by row and by slot.
-        self.owners: list[int] = []
-        """What the caller calls each row."""
-        self._row_slots: list[int] = []
-        self._begun: list[int] = []
-        self._slot_lengths: list[int] = []
-        self._clock = 0
-        self._places = 0
-        self._is_grid = True
+        # The host's view of the batch, so that a step does not wait for the device.
+        self._rows: list[_Row] = []
+        self._prompt_lengths: list[int] = []
+        """By slot."""
+        self._num_steps = 0
+        self._update_shape()
+
+    @property
+    def owners(self) -> list[Owner]:
+        """Of each row in use."""
+        return [row.owner for row in self._rows]
 
     @property
     def num_rows(self) -> int:
-        return len(self.owners)
+        return len(self._rows)
 
     @property
     def num_slots(self) -> int:
-        return len(self._slot_lengths)
+        return len(self._prompt_lengths)
 
     @property
-    def room(self) -> tuple[int, int]:
-        """Free rows and free slots."""
-        return self.capacity - self.num_rows, self.slot_capacity - self.num_slots
+    def free_rows(self) -> int:
+        return self.capacity.rows - self.num_rows
 
     @property
-    def extent(self) -> int:
-        """Columns of the completions that are written, or will be by the next step."""
-        return self._clock - min(self._begun) + 1 if self._begun else 0
+    def free_slots(self) -> int:
+        return self.capacity.slots - self.num_slots
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest completion, the one that the next step reads included; 0 for an empty batch."""
+        return self._num_steps - self._oldest_step + 1 if self._rows else 0
 
     def shape(self) -> Shape:
-        """The next step's, with no row, slot or column too many."""
-        width = max(self._slot_lengths)
-        return Shape(
-            rows=self.num_rows,
-            slots=self.num_slots,
-            places=self._places,
-            width=width,
-            extent=self.extent,
-            is_even=min(self._begun) == max(self._begun),
-            is_padded=min(self._slot_lengths) < width,
-            is_grid=self._is_grid,
-        )
+        """The smallest shape for the next step."""
+        return self._shape._replace(completion_length=self.longest)
 
     def clear(self) -> None:
-        """Forget all rows and slots, and anything that was not finite."""
+        """Remove all sequences and prompts, and reset :attr:`is_finite`."""
         for layer in self.layers:
-            for room in layer:
-                room.zero_()
+            for states in layer:
+                states.zero_()
         self.is_done.fill_(True)
         self.is_finite.fill_(True)
-        for listed in (self.owners, self._row_slots, self._begun, self._slot_lengths):
-            listed.clear()
+        self._rows.clear()
+        self._prompt_lengths.clear()
+        self._update_shape()
 
-    def tick(self) -> None:
+    def count_step(self) -> None:
         """Note that a step was taken."""
-        self._clock += 1
+        self._num_steps += 1
 
-    def admit(self, prefilled: Prefilled, owners: Sequence[Sequence[int]], u: Tensor | None) -> slice:
-        """Take in prompts and the rows that complete them; their first tokens are yet to be picked.
+    def admit(self, prefilled: Prefilled, owners: Sequence[Sequence[Owner]], uniforms: Tensor | None) -> slice:
+        """Add prompts and their sequences to the batch; the first tokens are still to be picked.
 
         Args:
             prefilled: the prompts.
-            owners: per prompt, what to call each of its rows.
-            u: (new rows, L) uniforms; None where none are needed.
+            owners: per prompt, the owners of its sequences.
+            uniforms: (new rows, L); None for greedy decoding.
 
         Returns:
             The new rows.
         """
-        count, width = len(owners), prefilled.keys[0].shape[2]
-        if width > self.width:
-            self._widen(width)
-        slots = slice(self.num_slots, self.num_slots + count)
-        new = [name for group in owners for name in group]
-        rows = slice(self.num_rows, self.num_rows + len(new))
-        assert slots.stop <= self.slot_capacity and rows.stop <= self.capacity, "the batch has no room"
+        length = prefilled.keys[0].shape[2]
+        if length > self.capacity.prompt_length:
+            self._reallocate(length)
+        first_slot = self.num_slots
+        new = [
+            _Row(owner, first_slot + index, self._num_steps) for index, group in enumerate(owners) for owner in group
+        ]
+        slots, rows = slice(first_slot, first_slot + len(owners)), slice(self.num_rows, self.num_rows + len(new))
+        assert slots.stop <= self.capacity.slots and rows.stop <= self.capacity.rows, "the batch is full"
         for layer, keys, values in zip(self.layers, prefilled.keys, prefilled.values):
-            for room, states in ((layer.prompt_keys, keys), (layer.prompt_values, values)):
-                room[slots, :, :width] = states
-            # What is read of an earlier row must be finite: hidden columns are multiplied by zero, not skipped.
-            for room in (layer.own_keys, layer.own_values):
-                room[rows, :, : max(self.extent, 1)] = 0
+            layer.prompt_keys[slots, :, :length] = keys
+            layer.prompt_values[slots, :, :length] = values
+            # Masked tokens are multiplied by zero, not skipped, so what an earlier sequence left must be finite.
+            layer.own_keys[rows, :, : max(self.longest, 1)] = 0
+            layer.own_values[rows, :, : max(self.longest, 1)] = 0
         lengths = torch.tensor(prefilled.lengths, device=self.device)
-        self.hidden[slots] = torch.arange(self.width, device=self.device) >= lengths[:, None]
+        self.is_padding[slots] = torch.arange(self.capacity.prompt_length, device=self.device) >= lengths[:, None]
         repeats = torch.tensor([len(group) for group in owners], device=self.device)
-        self.start[rows] = prefilled.next_positions.repeat_interleave(repeats)
-        self.step[rows] = -1
+        self.first_position[rows] = prefilled.next_positions.repeat_interleave(repeats)
+        self.token_index[rows] = -1
         self.is_done[rows] = False
         self.is_stopped[rows] = False
-        if u is not None:
-            self.u[rows] = u
-        self.owners += new
-        self._row_slots += [slots.start + index for index, group in enumerate(owners) for _ in group]
-        self._begun += [self._clock] * len(new)
-        self._slot_lengths += prefilled.lengths
-        self._index()
+        if uniforms is not None:
+            self.uniforms[rows] = uniforms
+        self._rows += new
+        self._prompt_lengths += prefilled.lengths
+        self._update_shape()
         return rows
 
-    def remove(self, done: Sequence[bool]) -> None:
-        """Drop the rows that are done, and the slots that no row reads any more.
+    def remove(self, is_done: Sequence[bool]) -> None:
+        """Remove the sequences that are done, and the prompts that no sequence reads any more.
 
         Args:
-            done: per row in use.
+            is_done: by row in use.
         """
-        kept = [row for row, is_done in enumerate(done) if not is_done]
-        holes, movers = _holes(kept)
-        if movers:
-            source, target = (torch.tensor(rows, device=self.device) for rows in (movers, holes))
-            extent = self.extent
-            for layer in self.layers:
-                for room in (layer.own_keys, layer.own_values):
-                    room[:, :, :extent].index_copy_(0, target, room[:, :, :extent].index_select(0, source))
-            for values in (self.tokens, self.last, self.step, self.start, self.is_done, self.is_stopped, self.u):
-                values.index_copy_(0, target, values.index_select(0, source))
-        for listed in (self.owners, self._row_slots, self._begun):
-            _move(listed, holes, movers, len(kept))
-        self.is_done[len(kept) :] = True
+        moves, count = _moves([row for row, done in enumerate(is_done) if not done])
+        longest = self.longest
+        for layer in self.layers:
+            self._move(moves, layer.own_keys[:, :, :longest], layer.own_values[:, :, :longest])
+        self._move(moves, self.tokens, self.last_token, self.token_index, self.first_position, self.uniforms)
+        self._move(moves, self.is_done, self.is_stopped)
+        for target, source in moves.items():
+            self._rows[target] = self._rows[source]
+        del self._rows[count:]
+        self.is_done[count:] = True
 
-        kept = sorted(set(self._row_slots))
-        holes, movers = _holes(kept)
-        if movers:
-            source, target = (torch.tensor(slots, device=self.device) for slots in (movers, holes))
-            for layer in self.layers:
-                for room in (layer.prompt_keys, layer.prompt_values):
-                    room.index_copy_(0, target, room.index_select(0, source))
-            self.hidden.index_copy_(0, target, self.hidden.index_select(0, source))
-        _move(self._slot_lengths, holes, movers, len(kept))
-        moved = dict(zip(movers, holes))
-        self._row_slots[:] = [moved.get(slot, slot) for slot in self._row_slots]
-        self._index()
+        moves, count = _moves(sorted({row.slot for row in self._rows}))
+        for layer in self.layers:
+            self._move(moves, layer.prompt_keys, layer.prompt_values)
+        self._move(moves, self.is_padding)
+        for target, source in moves.items():
+            self._prompt_lengths[target] = self._prompt_lengths[source]
+        del self._prompt_lengths[count:]
+        new_slots = {source: target for target, source in moves.items()}
+        self._rows = [row._replace(slot=new_slots.get(row.slot, row.slot)) for row in self._rows]
+        self._update_shape()
 
-    def _index(self) -> None:
-        """Say which row stands where in the grid of slots and places."""
-        seen = [0] * self.num_slots
-        places = []
-        for slot in self._row_slots:
-            places.append(seen[slot])
-            seen[slot] += 1
-        self._places = self.places if self._is_static else max(seen, default=0)
-        cells = [slot * self._places + place for slot, place in zip(self._row_slots, places)]
-        self._is_grid = cells == list(range(self.num_slots * self._places))
+    def _move(self, moves: dict[int, int], *buffers: Tensor) -> None:
+        """Copy rows or slots of some buffers, target <- source."""
+        if moves:
+            target, source = (torch.tensor([*indices], device=self.device) for indices in (moves, moves.values()))
+            for buffer in buffers:
+                buffer.index_copy_(0, target, buffer.index_select(0, source))
+
+    def _update_shape(self) -> None:
+        """Work out the shape of the next steps, all but its completion length, and the order of rows in the grid."""
+        columns, used = [], [0] * self.num_slots
+        for row in self._rows:
+            columns.append(used[row.slot])
+            used[row.slot] += 1
+        width = self.capacity.rows_per_slot if self._is_static else max(used, default=0)
+        cells = [row.slot * width + column for row, column in zip(self._rows, columns)]
+        first_steps = [row.first_step for row in self._rows]
+        self._oldest_step = min(first_steps, default=0)
+        longest_prompt = max(self._prompt_lengths, default=0)
+        self._shape = Shape(
+            rows=self.num_rows,
+            slots=self.num_slots,
+            rows_per_slot=width,
+            prompt_length=longest_prompt,
+            completion_length=0,
+            is_aligned=self._oldest_step == max(first_steps, default=0),
+            is_padded=min(self._prompt_lengths, default=0) < longest_prompt,
+            is_grid=cells == list(range(self.num_slots * width)),
+        )
         if self._is_static:
-            self.cell.zero_()
-            self.grid.zero_()
-        elif self._is_grid:
+            self.cell_of_row.zero_()
+            self.row_of_cell.zero_()
+        elif self._shape.is_grid:
             return
-        grid = [0] * (self.num_slots * self._places)
-        for row, cell in enumerate(cells):
-            grid[cell] = row
-        self.cell[: len(cells)] = torch.tensor(cells, device=self.device)
-        self.grid[: len(grid)] = torch.tensor(grid, device=self.device)
+        rows = [0] * (self.num_slots * width)
+        for row_index, cell in enumerate(cells):
+            rows[cell] = row_index
+        self.cell_of_row[: len(cells)] = torch.tensor(cells, device=self.device)
+        self.row_of_cell[: len(rows)] = torch.tensor(rows, device=self.device)
 
-    def _widen(self, width: int) -> None:
-        """Make room for longer prompts."""
-        width = -(-width // 64) * 64 if self._is_static else width
+    def _reallocate(self, prompt_length: int) -> None:
+        """Allocate the prefix cache for longer prompts and copy what is in use."""
+        length = -(-prompt_length // 64) * 64 if self._is_static else prompt_length
+        old = self.capacity.prompt_length
 
-        def wider(room: Tensor) -> Tensor:
-            new = room.new_zeros(*room.shape[:2], width, room.shape[3])
-            new[: self.num_slots, :, : self.width] = room[: self.num_slots]
+        def longer(states: Tensor) -> Tensor:
+            new = states.new_zeros(*states.shape[:2], length, states.shape[3])
+            new[: self.num_slots, :, :old] = states[: self.num_slots]
             return new
 
         self.layers = [
-            layer._replace(prompt_keys=wider(layer.prompt_keys), prompt_values=wider(layer.prompt_values))
+            layer._replace(prompt_keys=longer(layer.prompt_keys), prompt_values=longer(layer.prompt_values))
             for layer in self.layers
         ]
-        hidden = self.hidden.new_ones(len(self.hidden), width)
-        hidden[:, : self.width] = self.hidden
-        self.hidden, self.width = hidden, width
+        is_padding = self.is_padding.new_ones(len(self.is_padding), length)
+        is_padding[:, :old] = self.is_padding
+        self.is_padding = is_padding
+        self.capacity = self.capacity._replace(prompt_length=length)
+        self.cosines, self.sines = rotary_table(self._model, length + self.capacity.completion_length, self.device)
         self.version += 1
-        self.cosines, self.sines = rotary_table(self._model, width + self.length, self.device)
 
 
 def rotary_table(model: nn.Module, count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(count, D) cosines and sines of the positions 0, 1 ... of text, by the model's own rotary embedding.
+    """(count, D) cosines and sines of the text positions 0, 1 ..., from the model's own rotary embedding.
 
-    The first half of the sines is negative: x * cos + roll(x, D / 2) * sin then rotates x.
+    The first half of the sines is negated, so that x * cos + roll(x, D / 2) * sin rotates x.
     """
     text = backbone(model).language_model
     positions = torch.arange(count, device=device).expand(3, 1, -1)
@@ -315,14 +359,8 @@ def rotary_table(model: nn.Module, count: int, device: torch.device | str) -> tu
     return cosines[0].clone(), sines
 
 
-def _holes(kept: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Where gaps among the first len(kept) places are, and which of the later ones are to fill them."""
-    first = set(kept)
-    return [place for place in range(len(kept)) if place not in first], [place for place in kept if place >= len(kept)]
-
-
-def _move(listed: list[Any], holes: Sequence[int], movers: Sequence[int], count: int) -> None:
-    """Fill the holes of a list and cut it to ``count``."""
-    for hole, mover in zip(holes, movers):
-        listed[hole] = listed[mover]
-    del listed[count:]
+def _moves(kept: Sequence[int]) -> tuple[dict[int, int], int]:
+    """Moves target <- source that bring the kept indices (ascending) to the first places, and how many are kept."""
+    count, in_place = len(kept), set(kept)
+    gaps = [index for index in range(count) if index not in in_place]
+    return dict(zip(gaps, [index for index in kept if index >= count], strict=True)), count

@@ -1,7 +1,7 @@
-"""One decoding step as tensor arithmetic on a :class:`DecodeState`: the same on a CPU and in a CUDA graph.
+"""One decoding step as tensor arithmetic on a :class:`DecodeState`, run eagerly or captured as a CUDA graph.
 
-The model's own layers are called one by one; only attention is computed here, because a prompt's keys and values are
-stored once and read by all its completions. Names of sizes as in :mod:`medvqa_rl.rollout.state`.
+The model's own layers are called one by one. Only attention is computed here, because the sequences of a prompt
+share one copy of its keys and values. :mod:`medvqa_rl.rollout.state` explains the layout and names the dimensions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
 
 class Sampling(NamedTuple):
-    """How tokens are picked from logits."""
+    """Sampling parameters."""
 
     temperature: float
     top_k: int
@@ -25,48 +25,48 @@ class Sampling(NamedTuple):
 
 
 class Picker(NamedTuple):
-    """Everything about picking that does not change from step to step."""
+    """How the next token is picked from logits, the same at every step."""
 
     sampling: Sampling | None
-    """None picks the most likely token."""
+    """None decodes greedily."""
     suppressed: Tensor
-    """(...,) ids that are never picked."""
+    """(...,) token ids that are never picked."""
     stop: Tensor
-    """(...,) ids that end a completion."""
+    """(...,) token ids that end a completion."""
 
 
 def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) -> None:
-    """Read the newest token of every row, pick the next one and note which rows are done."""
+    """Run the model on the newest token of every sequence and pick the next one."""
     text: Any = backbone(model).language_model
     rows = slice(shape.rows)
-    positions = state.start[rows] + state.step[rows]
+    positions = state.first_position[rows] + state.token_index[rows]
     cosines, sines = state.cosines[positions].unsqueeze(1), state.sines[positions].unsqueeze(1)
-    hidden = text.embed_tokens(state.last[rows])
+    hidden = text.embed_tokens(state.last_token[rows])
     for layer, cache in zip(text.layers, state.layers):
         hidden = hidden + _attention(
             layer.self_attn, layer.input_layernorm(hidden), cosines, sines, state, cache, shape
         )
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    take(state, rows, causal_model(model).lm_head(text.norm(hidden)), picker)
+    append_tokens(state, rows, causal_model(model).lm_head(text.norm(hidden)), picker)
 
 
-def take(state: DecodeState, rows: slice, logits: Tensor, picker: Picker) -> None:
-    """Pick the next token of these rows from (n, V) logits; rows that are done stay as they are."""
+def append_tokens(state: DecodeState, rows: slice, logits: Tensor, picker: Picker) -> None:
+    """Pick the next tokens from (n, V) logits and append them; sequences that are done stay as they are."""
     is_live = ~state.is_done[rows]
-    place = state.step[rows] + is_live.long()
+    index = state.token_index[rows] + is_live.long()
     state.is_finite &= (logits.sum(dim=-1).isfinite() | ~is_live).all()
     if picker.sampling is None:
         picked = pick_greedy(logits, suppressed=picker.suppressed)
     else:
-        u = state.u[rows].gather(1, place.unsqueeze(1)).squeeze(1)
-        picked = pick_tokens(logits, u, suppressed=picker.suppressed, **picker.sampling._asdict())
-    picked = torch.where(is_live, picked, state.last[rows])
-    state.tokens[rows].scatter_(1, place.unsqueeze(1), picked.unsqueeze(1))
+        uniforms = state.uniforms[rows].gather(1, index.unsqueeze(1)).squeeze(1)
+        picked = pick_tokens(logits, uniforms, suppressed=picker.suppressed, **picker.sampling._asdict())
+    picked = torch.where(is_live, picked, state.last_token[rows])
+    state.tokens[rows].scatter_(1, index.unsqueeze(1), picked.unsqueeze(1))
     stops = (picked.unsqueeze(1) == picker.stop).any(dim=1) & is_live
     state.is_stopped[rows] |= stops
-    state.is_done[rows] |= stops | (place + 1 == state.length)
-    state.step[rows] = place
-    state.last[rows] = picked
+    state.is_done[rows] |= stops | (index + 1 == state.capacity.completion_length)
+    state.token_index[rows] = index
+    state.last_token[rows] = picked
 
 
 def _attention(
@@ -86,21 +86,21 @@ def _attention(
 
 def write(key: Tensor, value: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -> None:
     """Store the keys and values (n, K, D) of the newest tokens."""
-    if shape.is_even:
-        cache.own_keys[: shape.rows, :, shape.extent - 1] = key
-        cache.own_values[: shape.rows, :, shape.extent - 1] = value
+    if shape.is_aligned:
+        cache.own_keys[: shape.rows, :, shape.completion_length - 1] = key
+        cache.own_values[: shape.rows, :, shape.completion_length - 1] = value
     else:
-        where = (state.row_numbers[: shape.rows], slice(None), state.step[: shape.rows])
-        cache.own_keys[where] = key
-        cache.own_values[where] = value
+        newest = (state.row_range[: shape.rows], slice(None), state.token_index[: shape.rows])
+        cache.own_keys[newest] = key
+        cache.own_values[newest] = value
 
 
 def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -> Tensor:
-    """Softmax attention over [the prompt | what the row wrote], both read where they lie.
+    """Softmax attention over [prompt | completion], each read from its own cache.
 
-    A prompt's rows are its queries, in one product for all of them. Either part gives sum(exp(s - top) v) and
-    sum(exp(s - top)); brought to a common top they add up to numerator and denominator of the whole. Scores are summed
-    in the model's number format and softmax is taken in float32, as in the eager attention of transformers.
+    The queries of a prompt's sequences attend to its keys in one product. Both parts return sum(exp(s - top) v) and
+    sum(exp(s - top)); rescaled to a common top they add up to numerator and denominator of the whole softmax. Products
+    are computed in the model's dtype and the softmax in float32, as in the eager attention of transformers.
 
     Args:
         query: (n, K, heads / K, D), scaled.
@@ -108,27 +108,27 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
     Returns:
         (n, K, heads / K, D).
     """
-    rows, slots, places, width, extent = shape[:5]
+    rows, slots, columns, prompt_length, length = shape[:5]
     _, heads, repeats, size = query.shape
-    asked = query if shape.is_grid else query.index_select(0, state.grid[: slots * places])
-    asked = asked.view(slots, places, heads, repeats, size).transpose(1, 2).reshape(slots, heads, -1, size)
-    scores = (asked @ cache.prompt_keys[:slots, :, :width].transpose(2, 3)).float()
+    grid = query if shape.is_grid else query.index_select(0, state.row_of_cell[: slots * columns])
+    grid = grid.view(slots, columns, heads, repeats, size).transpose(1, 2).reshape(slots, heads, -1, size)
+    scores = (grid @ cache.prompt_keys[:slots, :, :prompt_length].transpose(2, 3)).float()
     if shape.is_padded:
-        scores.masked_fill_(state.hidden[:slots, None, None, :width], -torch.inf)
+        scores.masked_fill_(state.is_padding[:slots, None, None, :prompt_length], -torch.inf)
     top, weights, mass = _exponentials(scores)
-    summed = weights.to(query.dtype) @ cache.prompt_values[:slots, :, :width]
-    parts = torch.cat((summed.float(), top, mass), dim=-1).view(slots, heads, places, repeats, size + 2)
-    parts = parts.transpose(1, 2).reshape(slots * places, heads, repeats, size + 2)
+    summed = weights.to(query.dtype) @ cache.prompt_values[:slots, :, :prompt_length]
+    parts = torch.cat((summed.float(), top, mass), dim=-1).view(slots, heads, columns, repeats, size + 2)
+    parts = parts.transpose(1, 2).reshape(slots * columns, heads, repeats, size + 2)
     if not shape.is_grid:
-        parts = parts.index_select(0, state.cell[:rows])
+        parts = parts.index_select(0, state.cell_of_row[:rows])
     prompt_sum, prompt_top, prompt_mass = parts.split((size, 1, 1), dim=-1)
 
-    scores = (query @ cache.own_keys[:rows, :, :extent].transpose(2, 3)).float()
-    if not shape.is_even:
-        is_unwritten = state.columns[:extent] > state.step[:rows, None]
+    scores = (query @ cache.own_keys[:rows, :, :length].transpose(2, 3)).float()
+    if not shape.is_aligned:
+        is_unwritten = state.length_range[:length] > state.token_index[:rows, None]
         scores.masked_fill_(is_unwritten[:, None, None], -torch.inf)
     own_top, weights, own_mass = _exponentials(scores)
-    own_sum = (weights.to(query.dtype) @ cache.own_values[:rows, :, :extent]).float()
+    own_sum = (weights.to(query.dtype) @ cache.own_values[:rows, :, :length]).float()
 
     top = torch.maximum(prompt_top, own_top)
     prompt_share, own_share = (prompt_top - top).exp(), (own_top - top).exp()
@@ -138,7 +138,7 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
 
 
 def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The highest score (.., 1), exp(score - highest) and their sum (.., 1); the scores are overwritten."""
+    """The maximum (..., 1), exp(scores - maximum) and its sum (..., 1); overwrites the scores."""
     top: Tensor = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     return top, weights, weights.sum(dim=-1, keepdim=True)
