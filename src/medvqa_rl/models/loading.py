@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
@@ -168,8 +169,7 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
             "or Qwen2.5-VL does): choose another model.path, or set use_sliding_window to false in its config.json."
         )
     refuse_stored(folder, settings)
-    use_bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if use_bfloat16 else torch.float32
+    dtype = torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32
     quantized = loading_arguments(folder, settings, dtype, device) if config.load_in_4bit else {}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(

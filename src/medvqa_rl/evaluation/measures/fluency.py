@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
 from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.models.dtype import uses_bfloat16
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
@@ -109,7 +110,7 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
             f"eval.perplexity_model is {name}, which is no folder and no Hub id: give the folder of a causal language "
             f"model, its id, such as openai-community/gpt2, or {EMBEDDED_LM} for texts of the phantom world."
         )
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if uses_bfloat16("auto", torch.device(device).type) else torch.float32
     try:
         if not folder.is_dir():
             folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))

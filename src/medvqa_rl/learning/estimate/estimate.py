@@ -25,6 +25,7 @@ from medvqa_rl.learning.estimate.pace import (
 )
 from medvqa_rl.learning.estimate.sizes import find_architecture, with_adapter_read
 from medvqa_rl.learning.estimate.workload import Workload, plan, trained_parameters
+from medvqa_rl.models.dtype import uses_bfloat16
 
 PROCESS = {False: 0.55 * GIB, True: 0.6 * GIB}
 """Interpreter and libraries on a CPU, measured; on a GPU CUDA's context and libraries, assumed."""
@@ -75,8 +76,7 @@ def find_machine(
             import torch
 
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        is_bfloat16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and wanted == "cuda")
-        machine = measure(wanted, use_bfloat16=is_bfloat16)
+        machine = measure(wanted, use_bfloat16=uses_bfloat16(config.model.dtype, wanted))
     rates = Rates(
         machine.rates.flops if tflops is None else tflops * 1e12,
         machine.rates.bandwidth if bandwidth is None else bandwidth * 1e9,

@@ -15,6 +15,7 @@ from medvqa_rl.learning.estimate.cost import (
     image_tokens,
     lora_parameters,
 )
+from medvqa_rl.models.dtype import uses_bfloat16
 
 Layout = Literal["packed", "rows", "separate"]
 """As ``learning.logprobs.layout_for`` chooses it: sdpa, eager and flash attention."""
@@ -122,7 +123,6 @@ def plan(
     lora = config.model.lora
     if lora is not None:
         lora_parameters(model, lora.rank, lora.targets)  # unknown names are said here
-    dtype = config.model.dtype
     layout, rollout = LAYOUTS[config.model.attention], config.rollout
     tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
     length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == "separate"))
@@ -142,7 +142,7 @@ def plan(
             projector=config.model.train_projector,
             checkpointing=config.model.gradient_checkpointing,
         ),
-        is_bfloat16=dtype == "bfloat16" or (dtype == "auto" and on_gpu),
+        is_bfloat16=uses_bfloat16(config.model.dtype, "cuda" if on_gpu else "cpu"),
         is_4bit=config.model.load_in_4bit,
         on_gpu=on_gpu,
         prompts=prompts // ranks,

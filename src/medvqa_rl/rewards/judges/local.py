@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, PROBES, JudgePrompt, chat_prompt, defused
 from medvqa_rl.rewards.judges.protocol import NO_REASONING, JudgeIdentity, JudgeRequest, Verdict
@@ -233,12 +234,11 @@ def load_local_judge(config: JudgeConfig) -> LocalJudge:
     """
     device = _device(config.device)
     folder = _folder(config)
-    is_half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.bfloat16 if is_half else torch.float32,
+            dtype=torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32,
             local_files_only=True,
             trust_remote_code=False,
             weights_only=True,
