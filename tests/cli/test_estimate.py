@@ -17,7 +17,7 @@ from medvqa_rl.config import LoraConfig
 from medvqa_rl.learning.estimate.cost import count_parameters, read_architecture
 from medvqa_rl.learning.estimate.hardware import CARDS
 from medvqa_rl.learning.estimate.sizes import SIZES
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 
 ROOT = Path(__file__).parents[2]
 PAPER = str(ROOT / "configs" / "grpo.yaml")
@@ -146,7 +146,7 @@ def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
     ],
 )
 def test_bad_input(args, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("medvqa_rl.learning.estimate.sizes.try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr("medvqa_rl.core.embedded.try_to_load_from_cache", lambda *args, **kwargs: None)
     result = run(*args)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -166,7 +166,7 @@ def test_damaged_config_files(tmp_path):
 
 def test_a_trained_adapter_is_read_from_its_folder(tiny_policy, tmp_path):
     policy = tiny_policy(lora=LoraConfig(rank=3, targets=("q_proj", "down_proj")))
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     settings = (f"model.path={policy.config.path}", f"model.adapter={tmp_path / 'adapter'}")
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     assert (

@@ -1,11 +1,12 @@
-"""Where the embedded checkpoints lie in the package. Imports no torch."""
+"""Files of checkpoints on this machine: embedded in the package, in a folder, or in the Hub's cache. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
+from huggingface_hub import try_to_load_from_cache
 
+ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
 
 CHECKPOINTS = ("base", "instruct")
 
@@ -24,3 +25,14 @@ def checkpoint_path(name: str) -> Path:
             f"The phantom checkpoint '{name}' is not installed in {folder}: run `medvqa-rl phantom build` to make it."
         )
     return folder
+
+
+def local_file(path: str, revision: str | None, name: str) -> Path | None:
+    """Find a file of the checkpoint ``model.path`` without opening a connection; None if it is not on this machine."""
+    folder = Path(path).expanduser()
+    if path.startswith("phantom:"):
+        folder = ASSETS / path.removeprefix("phantom:")
+    if folder.is_dir() or path.count("/") != 1:
+        return folder / name if (folder / name).is_file() else None
+    cached = try_to_load_from_cache(path, name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None

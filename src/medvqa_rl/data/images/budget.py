@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
-from huggingface_hub import try_to_load_from_cache
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.core.embedded import local_file
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,10 @@ def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
     Raises:
         ValueError: the file is damaged.
     """
-    folder = Path(model.path).expanduser()
-    if model.path.startswith("phantom:"):
-        folder = ASSETS / model.path.removeprefix("phantom:")
-    file: Path | None = folder / "preprocessor_config.json"
-    if not folder.is_dir() and model.path.count("/") == 1:
-        cached = try_to_load_from_cache(model.path, "preprocessor_config.json", revision=model.revision)
-        file = Path(cached) if isinstance(cached, str) else None
+    file = local_file(model.path, model.revision, "preprocessor_config.json")
     values: dict[str, int] = {}
     where = "as published with Qwen2-VL"
-    if file is not None and file.is_file():
+    if file is not None:
         where = f"from {model.path}"
         try:
             content = json.loads(file.read_text(encoding="utf-8"))

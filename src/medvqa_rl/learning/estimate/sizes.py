@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from medvqa_rl.config import Config, LoraConfig, ModelConfig
-from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.core.embedded import local_file
 from medvqa_rl.learning.estimate.cost import Architecture, read_architecture
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -61,14 +59,8 @@ def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
         if size not in SIZES:
             raise ValueError(f"--model-size is {size!r}, but the known sizes are {', '.join(SIZES)}.")
         return read_architecture(SIZES[size])
-    folder = Path(model.path).expanduser()
-    if model.path.startswith("phantom:"):
-        folder = ASSETS / model.path.removeprefix("phantom:")
-    file: Path | None = folder / "config.json"
-    if not folder.is_dir() and model.path.count("/") == 1:
-        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-        file = Path(cached) if isinstance(cached, str) else None
-    if file is None or not file.is_file():
+    file = local_file(model.path, model.revision, "config.json")
+    if file is None:
         raise ValueError(
             f"model.path is {model.path!r}, but no config.json of it is on this machine: give the folder of a "
             f"checkpoint, download the model once, or name its size with --model-size ({', '.join(SIZES)})."
