@@ -51,7 +51,6 @@ from medvqa_rl.learning.estimate.cost import (
     backward_flops,
     forward_flops,
     group_pairs,
-    separate_pairs,
 )
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layout_for
 from medvqa_rl.learning.setup import make_accelerator, wrap
@@ -189,13 +188,13 @@ def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int],
     scored = rows * workload.length * len(prompts)
     if way == "separate":
         tokens = rows * (sum(prompts) + workload.length * len(prompts))
-        shape = Shape(tokens, sum(separate_pairs(p, completions) for p in prompts), scored)
+        pairs = sum(group_pairs(0, [p + length for length in completions]) for p in prompts)
     else:
         tokens = sum(prompts) + scored
         pairs = sum(
             (p + rows * workload.length) ** 2 if way == "dense" else group_pairs(p, completions) for p in prompts
         )
-        shape = Shape(tokens, pairs, scored)
+    shape = Shape(tokens, pairs, scored)
     return forward_flops(model, shape, trained) + backward_flops(model, shape, trained, attention=2.0)
 
 

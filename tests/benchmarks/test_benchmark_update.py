@@ -18,7 +18,7 @@ from benchmarks import update
 from benchmarks.common import Workload, prepare_model
 from benchmarks.floors import architecture_of
 from medvqa_rl.core.types import Group
-from medvqa_rl.learning.estimate.cost import separate_pairs
+from medvqa_rl.learning.estimate.cost import group_pairs
 from medvqa_rl.learning.update import Learner
 
 TINY = dataclasses.replace(update.PRESETS["smoke"], prompts=2, generations=3, length=4)
@@ -64,7 +64,7 @@ def test_operations_of_rows_per_completion_are_what_torch_counts(folder: Path, l
         update.run(learner, batches)
     model, prompt = architecture_of(folder), len(groups[0].prompt.input_ids)
     # Torch counts the masked half of the squares too: two products forward, four backward.
-    masked = 3 * (prompt + 4) ** 2 - separate_pairs(prompt, [4] * 3)
+    masked = 3 * (prompt + 4) ** 2 - group_pairs(0, [prompt + 4] * 3)
     expected = update.count_flops(model, workload, [prompt], "separate") + 3 * 4 * model.hidden * model.layers * masked
     assert counter.get_total_flops() == expected
 

@@ -149,7 +149,7 @@ def test_no_space_left(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("medvqa_rl.models.checkpoints._flush", full)
+    monkeypatch.setattr("medvqa_rl.models.checkpoints.flush", full)
     assert "No space is left" in refused("train", config)
 
 

@@ -18,7 +18,7 @@ from medvqa_rl.core.types import Completion, Sample
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation import cells as eval_command
 from medvqa_rl.evaluation.cells import run_eval
-from medvqa_rl.models.checkpoints import model_for, save_model, with_checkpoint
+from medvqa_rl.models.checkpoints import model_for, with_checkpoint, write_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -75,7 +75,7 @@ def test_eval_uses_the_weights_of_a_checkpoint_whole_or_adapter(
         if "lora_B" in name:
             parameter.data.fill_(0.2)
     for name, policy in (("whole", whole), ("adapter", adapter)):
-        save_model(policy, tmp_path / name)
+        write_model(policy, tmp_path / name)
         run_eval(config, checkpoint=tmp_path / name, split="val", output=None, dry_run=False)
         groups = RolloutEngine(policy, "think_answer").greedy(questions.samples, max_completion_length=6, batch_size=3)
         expected = [group.completions[0].text for group in groups]
@@ -122,7 +122,7 @@ def test_an_adapter_brings_its_base_model(tmp_path: Path) -> None:
     assert model_for(str(tmp_path)) == ModelConfig(path="some/model", adapter=str(tmp_path))
     assert model_for("some/model") == ModelConfig(path="some/model")
     path.write_text("{}")
-    with pytest.raises(ValueError, match="does not name the model that it was trained on"):
+    with pytest.raises(ValueError, match="does not name the model it was trained on"):
         model_for(str(tmp_path))
 
 

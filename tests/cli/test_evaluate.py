@@ -26,7 +26,7 @@ from medvqa_rl.evaluation import cells as eval_command
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
 from medvqa_rl.evaluation.store import Shard
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -115,7 +115,7 @@ def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
     longer = config.model_copy(update={"rollout": RolloutConfig(max_completion_length=7)})
     with pytest.raises(ValueError, match="max_completion_length was 6 and is 7"):
         run_eval(longer, output=folder, resume=True)
-    save_model(tiny_policy(seed=1), tmp_path / "other")
+    write_model(tiny_policy(seed=1), tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds an evaluation of something else \(model.path was"):
         run_eval(config, checkpoint=tmp_path / "other", output=folder, resume=True)
     # Other weights at the same place are noticed too.

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.qwen_vl import backbone
 
 
@@ -24,7 +24,7 @@ def as_run(policy, run, *steps):
     """A run's folder with checkpoints of these steps."""
     for step in steps:
         folder = run / "checkpoints" / f"step_{step:06d}"
-        save_model(policy, folder)
+        write_model(policy, folder)
         (folder / "trainer").mkdir()
         (folder / "trainer" / "optimizer.safetensors").write_bytes(b"")
 
@@ -40,7 +40,7 @@ def test_a_run_is_its_best_model_or_its_last_checkpoint(tiny_policy, tmp_path):
         run / "checkpoints" / "step_000002" / "model.safetensors"
     ).read_bytes()
     AutoModelForImageTextToText.from_pretrained(tmp_path / "last")
-    save_model(policy, run / "best")
+    write_model(policy, run / "best")
     (run / "best" / "best.json").write_text("{}")
     (run / "best" / "README.md").write_text("card")
     assert export(run, tmp_path / "best").exit_code == 0
@@ -54,7 +54,7 @@ def test_an_adapter_as_it_is_and_merged(tiny_policy, tmp_path, make_sample, mode
         for parameter in policy.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     assert export(tmp_path / "adapter", tmp_path / "copy").exit_code == 0
     assert load_file(tmp_path / "copy" / "adapter_model.safetensors").keys() == (
         load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
@@ -78,7 +78,7 @@ def test_an_adapter_as_it_is_and_merged(tiny_policy, tmp_path, make_sample, mode
     ],
 )
 def test_what_cannot_be_exported_is_said(tiny_policy, tmp_path, source, target, flags, message):
-    save_model(tiny_policy(), tmp_path / "model")
+    write_model(tiny_policy(), tmp_path / "model")
     result = export(tmp_path / source, tmp_path / target, *flags)
     assert result.exit_code == 2 and message in result.output
     assert not (tmp_path / "new").exists()

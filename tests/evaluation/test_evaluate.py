@@ -53,6 +53,7 @@ class Reciter:
     """Answers with the text given for each sample; notes what it was asked."""
 
     def __init__(self, texts: dict[str, str], truncated: frozenset[str] = frozenset()) -> None:
+        self.processor = self
         self.texts, self.truncated = texts, truncated
         self.batches: list[list[str]] = []
         self.encoded: list[str] = []

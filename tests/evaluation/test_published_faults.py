@@ -53,6 +53,7 @@ class Speaker:
     """Gives prepared answers, to the prompts as they are really rendered."""
 
     def __init__(self, answers: dict[str, str]) -> None:
+        self.processor = self
         self.answers = answers
 
     def count_tokens(self, text: str) -> int:

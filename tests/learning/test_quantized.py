@@ -25,7 +25,7 @@ from medvqa_rl.learning.distributed.launch import Launch, check_launch
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import set_up
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, load_reference
 from medvqa_rl.models.quantized import KEPT
@@ -170,7 +170,7 @@ def test_the_reference_is_the_base_in_4_bits_without_the_adapter(policies):
 def test_the_reference_of_a_trained_adapter_is_that_adapter(wide_folder, tmp_path):
     policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True))
     shake(policy)
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     asked = ModelConfig(path=wide_folder(), adapter=str(tmp_path / "adapter"), device="cpu", load_in_4bit=True)
     further = load_policy(asked)
     reference, groups = load_reference(further), sampled(further)
@@ -244,7 +244,7 @@ def test_training_moves_the_adapter_alone_and_resumes_exactly(wide_folder, tmp_p
 def test_plain_peft_opens_the_adapter_on_both_bases(wide_folder, tmp_path, make_sample, model_inputs, in_4_bits):
     policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True))
     shake(policy)
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     assert not any(path.name == "config.json" for path in (tmp_path / "adapter").iterdir())
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -269,7 +269,7 @@ def test_plain_peft_opens_the_adapter_on_both_bases(wide_folder, tmp_path, make_
 def test_merging_adds_to_the_whole_weights(wide_folder, tmp_path):
     policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True))
     shake(policy)
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     result = CliRunner().invoke(app, ["export", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--merge"])
     assert result.exit_code == 0, result.output
     assert "full precision" in result.output
@@ -305,7 +305,7 @@ def test_fingerprints_tell_bases_and_constants_apart(wide_folder):
 def test_an_adapter_is_evaluated_on_the_base_in_4_bits(tmp_path):
     settings = ["model.device=cpu", "model.load_in_4bit=true", "data.num_test=4", "eval.bootstrap=20"]
     policy = load_policy(ModelConfig(device="cpu", lora=LORA, load_in_4bit=True))
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     config = tmp_path / "config.yaml"
     config.write_text("rollout: {max_completion_length: 16}\n")
     where = ["--checkpoint", str(tmp_path / "adapter"), "--output", str(tmp_path / "eval")]

@@ -1,4 +1,4 @@
-"""Saved folders load with stock transformers and PEFT, give the same logits, and are never left half written."""
+"""Saved folders load with stock transformers and PEFT, return the same logits, and are never left half written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, ModelConfig
-from medvqa_rl.models.checkpoints import atomic_folder, save_model
+from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.models.qwen_vl import backbone
 
@@ -34,7 +34,7 @@ def logits_of(model, prompt, inner, model_inputs):
 def test_full_checkpoint_loads_in_stock_transformers(arch, tiny_policy, tmp_path, make_sample, model_inputs):
     policy = tiny_policy(arch, train_vision=True, train_projector=True)
     shake(policy)
-    save_model(policy, tmp_path / "checkpoint")
+    write_model(policy, tmp_path / "checkpoint")
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= names
 
@@ -53,7 +53,7 @@ def test_full_checkpoint_loads_in_stock_transformers(arch, tiny_policy, tmp_path
 def test_adapter_loads_in_stock_peft(arch, settings, tiny_policy, tiny_folder, tmp_path, make_sample, model_inputs):
     policy = tiny_policy(arch, lora=LORA, **settings)
     shake(policy)
-    save_model(policy, tmp_path / "checkpoint")
+    write_model(policy, tmp_path / "checkpoint")
     names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json"} <= names
     assert not names & {"model.safetensors", "README.md"}
@@ -70,20 +70,20 @@ def test_adapter_loads_in_stock_peft(arch, settings, tiny_policy, tiny_folder, t
     assert {name for name, parameter in ours.model.named_parameters() if parameter.requires_grad} == trained
 
 
-def test_saving_an_adapter_asks_no_network(tiny_policy, tmp_path, monkeypatch):
+def test_saving_an_adapter_opens_no_connection(tiny_policy, tmp_path, monkeypatch):
     policy = tiny_policy(lora=LORA)
     policy.model.peft_config["default"].base_model_name_or_path = "Qwen/Qwen2-VL-2B-Instruct"
     policy.model.get_base_model().config.vocab_size = 151936  # what PEFT compares with the Hub's
 
     def refuse(*args, **kwargs):
-        raise AssertionError("the network was asked")
+        raise AssertionError("a connection was opened")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
-    save_model(policy, tmp_path / "checkpoint")
+    write_model(policy, tmp_path / "checkpoint")
 
 
-def test_older_folder_is_replaced_and_nothing_else_is_left(tiny_policy, tmp_path):
+def test_an_existing_folder_is_replaced(tiny_policy, tmp_path):
     for content in ("old", "new"):
         with atomic_folder(tmp_path / "best") as folder:
             (folder / content).write_text(content)
@@ -91,7 +91,7 @@ def test_older_folder_is_replaced_and_nothing_else_is_left(tiny_policy, tmp_path
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["new"]
 
 
-def test_failure_leaves_the_older_folder(tmp_path):
+def test_a_failure_leaves_the_existing_folder(tmp_path):
     with atomic_folder(tmp_path / "best") as folder:
         (folder / "old").write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "best") as folder:
@@ -101,7 +101,7 @@ def test_failure_leaves_the_older_folder(tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["old"]
 
 
-def test_full_device_is_a_clear_sentence(tmp_path):
+def test_a_full_device_raises_value_error(tmp_path):
     with pytest.raises(ValueError, match="No space is left to write"), atomic_folder(tmp_path / "best"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medvqa_rl.config import LoraConfig, ModelConfig
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.loading import load_policy, load_reference, resolve_device, resolve_folder
 from medvqa_rl.models.qwen_vl import backbone, image_features
 
@@ -157,7 +157,7 @@ def test_lora_reference_is_the_model_without_adapter(settings, tiny_policy, make
 def test_reference_of_a_trained_adapter_is_that_adapter(settings, tiny_policy, tmp_path, make_sample, model_inputs):
     first = tiny_policy(lora=LORA, **settings)
     shake(first)
-    save_model(first, tmp_path / "sft")
+    write_model(first, tmp_path / "sft")
     expected = logits_of(first, first.model, make_sample(), model_inputs)
 
     policy = tiny_policy(adapter=str(tmp_path / "sft"), **settings)
@@ -171,14 +171,14 @@ def test_reference_of_a_trained_adapter_is_that_adapter(settings, tiny_policy, t
         torch.testing.assert_close(logits_of(policy, module, make_sample(), model_inputs), expected)
     assert trained_names(policy) == names
     assert torch.equal(logits_of(policy, policy.model, make_sample(), model_inputs), after)
-    save_model(policy, tmp_path / "grpo")  # the reference is not saved with it
+    write_model(policy, tmp_path / "grpo")  # the reference is not saved with it
     saved = load_file(tmp_path / "grpo" / "adapter_model.safetensors")
     assert saved.keys() == load_file(tmp_path / "sft" / "adapter_model.safetensors").keys()
 
 
 def test_adapter_that_does_not_fit_is_refused(tiny_policy, tiny_folder, tmp_path):
     policy = tiny_policy("qwen2_vl", lora=LORA)
-    save_model(policy, tmp_path / "adapter")
+    write_model(policy, tmp_path / "adapter")
     path = str(tiny_folder("qwen2_vl"))
 
     def load(**settings):
@@ -221,7 +221,7 @@ def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
 
 
 def test_adapter_folder_as_path(tiny_policy, tmp_path):
-    save_model(tiny_policy(lora=LORA), tmp_path / "adapter")
+    write_model(tiny_policy(lora=LORA), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"holds a LoRA adapter, not a whole model"):
         load_policy(ModelConfig(path=str(tmp_path / "adapter")))
 

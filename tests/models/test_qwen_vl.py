@@ -16,7 +16,6 @@ from medvqa_rl.models.qwen_vl import (
     embed_prompts,
     image_features,
     pad_prompts,
-    prompt_positions,
     rope_positions,
 )
 
@@ -161,8 +160,8 @@ def test_folder_of_another_tokenizer_is_refused(tmp_path):
 def test_positions_equal_the_stock_ones(arch, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
-    left = prompt_positions(policy.model, prompts, "cpu", side="left")
-    right = prompt_positions(policy.model, prompts, "cpu", side="right")
+    left = pad_prompts(policy.model, prompts, pad_id=0, device="cpu", side="left")
+    right = pad_prompts(policy.model, prompts, pad_id=0, device="cpu", side="right")
     for row, prompt in enumerate(prompts):
         length = len(prompt.input_ids)
         if prompt.image_grid_thw is None:
@@ -173,10 +172,10 @@ def test_positions_equal_the_stock_ones(arch, tiny_policy, mixed_samples, model_
                 inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
             )
             expected = positions[:, 0]
-            assert left[1][row] == length + deltas[0, 0]
-        assert torch.equal(left[0][:, row, -length:], expected)
-        assert torch.equal(right[0][:, row, :length], expected)
-        assert left[1][row] == right[1][row] == expected.max() + 1
+            assert left.next_positions[row] == length + deltas[0, 0]
+        assert torch.equal(left.position_ids[:, row, -length:], expected)
+        assert torch.equal(right.position_ids[:, row, :length], expected)
+        assert left.next_positions[row] == right.next_positions[row] == expected.max() + 1
 
 
 def test_positions_by_hand(tiny_policy, make_sample, make_image):

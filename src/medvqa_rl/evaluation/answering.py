@@ -28,6 +28,7 @@ from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from medvqa_rl.models.qwen_vl import Processor
     from medvqa_rl.rollout.sampling import Stream
 
 Progress = Callable[[int, int], None]
@@ -40,9 +41,10 @@ View = Callable[[Sample], Sample]
 class Engine(Protocol):
     """What evaluation needs of :class:`medvqa_rl.rollout.decode.RolloutEngine`."""
 
-    def encode(self, sample: Sample) -> EncodedPrompt: ...
+    @property
+    def processor(self) -> Processor: ...
 
-    def encoding_bytes(self, sample: Sample) -> int: ...
+    def encode(self, sample: Sample) -> EncodedPrompt: ...
 
     def greedy(
         self,
@@ -63,8 +65,6 @@ class Engine(Protocol):
         step: int,
         prompts: Sequence[EncodedPrompt],
     ) -> list[Group]: ...
-
-    def count_tokens(self, text: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def answer_all(
         workers=asking.prefetch.workers,
         max_bytes=asking.prefetch.max_mib * 2**20,
         ahead=size,
-        cost=lambda sample: model.encoding_bytes(sample if view is None else view(sample)),
+        cost=lambda sample: model.processor.encoding_bytes(sample if view is None else view(sample)),
         size=lambda question: 0 if question.prompt is None else question.prompt.nbytes,
     )
     with closing(questions):
@@ -294,7 +294,7 @@ def _scored(question: Prepared, group: Group, sampled: Group | None, asking: Ask
 def _reasoning(engine: Engine, sample: Sample, group: Group, template: Template) -> dict[str, Any]:
     """Tokens of the reasoning and, where the scene is known, its claims."""
     think = parse_completion(group.completions[0].text, template).think
-    measured: dict[str, Any] = {"think_tokens": 0 if think is None else engine.count_tokens(think)}
+    measured: dict[str, Any] = {"think_tokens": 0 if think is None else engine.processor.count_tokens(think)}
     scenes = [image.scene for image in sample.images if isinstance(image, PhantomImage)]
     if len(scenes) == 1:
         measured["num_claims"] = len(claims(think or ""))

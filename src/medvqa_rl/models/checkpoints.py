@@ -1,4 +1,4 @@
-"""Model folders on disk: standard Hugging Face or PEFT files, written so that a crash never leaves half of one."""
+"""Saving models as standard Hugging Face or PEFT folders, atomically, and the settings to load them again."""
 
 from __future__ import annotations
 
@@ -12,27 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.core.files import flush
 from medvqa_rl.models.loading import Policy
 
 
-def save_model(policy: Policy, folder: str | Path) -> None:
-    """Write a policy as a folder that stock transformers and PEFT load, replacing an older one of that name.
-
-    Full fine-tuning writes the whole model; LoRA writes the adapter (with the projector or tower where they are
-    trained alongside). Tokenizer, chat template and image settings lie beside both.
-
-    Raises:
-        ValueError: no space is left on the device.
-    """
-    with atomic_folder(folder) as temporary:
-        write_model(policy, temporary)
-
-
 def write_model(policy: Policy, folder: Path) -> None:
-    """Write a policy's files into an existing folder, for callers who add files of their own."""
+    """Save a policy so that stock transformers and PEFT load it.
+
+    Full fine-tuning saves the whole model, LoRA the adapter (with the projector or vision tower if they are trained).
+    Tokenizer, chat template and image settings are saved with both. Use :func:`atomic_folder` to replace a folder.
+    """
     if isinstance(policy.model, PeftModel):
         # "auto" would ask the Hub for the base model's configuration to compare vocabulary sizes.
         policy.model.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
@@ -44,9 +35,10 @@ def write_model(policy: Policy, folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its name when the block ends well, else disappears.
+    """Yield a temporary folder next to the target; flush it to disk and rename it when the block ends.
 
-    Files are flushed to disk before the renaming. An older folder of that name is moved away at the last moment.
+    An existing target is replaced at the last moment. If the block raises, the temporary folder is removed and the
+    target stays as it was.
 
     Raises:
         ValueError: no space is left on the device.
@@ -60,36 +52,24 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
+            flush(path)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
-        _flush(target.parent)
+        flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or "No space left" in str(error):
+        if is_full or "No space left" in str(error):  # safetensors raises an error of its own
             raise ValueError(
                 f"No space is left to write {target}: free some, or set output_dir to a device with more room."
             ) from error
         raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _flush(path: Path) -> None:
-    """Force a file's or a folder's content to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:
-    """The settings of a model with its weights taken from a checkpoint's folder, whole model or LoRA adapter.
+    """Model settings with the weights of a checkpoint folder, which holds a whole model or a LoRA adapter.
 
     Raises:
         ValueError: the folder does not exist or holds neither.
@@ -108,21 +88,21 @@ def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def model_for(path: str) -> ModelConfig:
-    """Settings of a model from one path: phantom name, Hub id, folder of a model, or of an adapter, whose base model
-    is the one it was trained on.
+    """Model settings from one path: an embedded model, a Hub id, or the folder of a model or of an adapter, which is
+    loaded onto the base model it was trained on.
 
     Raises:
-        ValueError: a folder that holds no model, or an adapter that does not name its base model.
+        ValueError: the folder holds no model, or the adapter does not name its base model.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        with_checkpoint(ModelConfig(), folder)  # a run's folder holds models but is none: say which
+        with_checkpoint(ModelConfig(), folder)  # raises for the folder of a run, and names its checkpoints
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return ModelConfig(path=path)
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"The adapter in {folder} does not name the model that it was trained on: write it as "
-            "base_model_name_or_path into its adapter_config.json."
+            f"The adapter in {folder} does not name the model it was trained on: set base_model_name_or_path in its "
+            "adapter_config.json."
         )
     return ModelConfig(path=base, adapter=str(folder))

@@ -310,14 +310,6 @@ def pad_prompts(
     return PaddedPrompts(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions, following)))
 
 
-def prompt_positions(
-    model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device | str, *, side: Side = "left"
-) -> tuple[Tensor, Tensor]:
-    """(3, P, T) M-RoPE positions of padded prompts (0 at padding) and (P,) the position that follows each prompt."""
-    padded = pad_prompts(model, prompts, pad_id=0, device=device, side=side)
-    return padded.position_ids, padded.next_positions
-
-
 def embed_prompts(model: nn.Module, input_ids: Tensor, mask: Tensor, features: Sequence[Tensor | None]) -> Tensor:
     """(P, T, hidden) embeddings of padded prompts with image features at their placeholders.
 

@@ -85,6 +85,7 @@ class RolloutEngine:
         Raises:
             ValueError: CUDA graphs are requested for a model that is not on a GPU.
         """
+        self.processor = policy.processor
         self._policy = policy
         self._template = template
         device = torch.device(policy.device)
@@ -95,10 +96,10 @@ class RolloutEngine:
             )
         self._graphs = GraphDecoder(policy.model, device, capture_graph) if engine == "graph" else None
         # Output layers are often padded to a round size; the rows beyond the tokenizer are not tokens.
-        padding = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
-        suppressed = sorted({*policy.processor.suppressed_ids, *padding})
+        padding = range(len(self.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
+        suppressed = sorted({*self.processor.suppressed_ids, *padding})
         self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
-        self._stop = torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
+        self._stop = torch.tensor(self.processor.stop_ids, dtype=torch.long, device=policy.device)
 
     def encode(self, sample: Sample, template: Template | None = None) -> EncodedPrompt:
         """Encode a sample's prompt for :meth:`rollout` and :meth:`greedy`; thread-safe.
@@ -109,19 +110,7 @@ class RolloutEngine:
         Raises:
             ValueError: an image cannot be used; the message names the sample.
         """
-        return self._policy.processor.encode(sample, template or self._template)
-
-    def encoding_bytes(self, sample: Sample) -> int:
-        """Memory that :meth:`encode` takes at most (:meth:`Processor.encoding_bytes`)."""
-        return self._policy.processor.encoding_bytes(sample)
-
-    def expected_tokens(self, sample: Sample) -> float:
-        """Tokens of a sample's prompt, roughly (:meth:`Processor.expected_tokens`)."""
-        return self._policy.processor.expected_tokens(sample)
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens that the policy's tokenizer makes of a text."""
-        return self._policy.processor.count_tokens(text)
+        return self.processor.encode(sample, template or self._template)
 
     def rollout(
         self,
@@ -254,7 +243,7 @@ class RolloutEngine:
         """Prefill prompts, padded on the right; also returns their image features."""
         model, device = self._policy.model, self._policy.device
         features = image_features(model, prompts, device)
-        padded = pad_prompts(model, prompts, pad_id=self._policy.processor.pad_id, device=device, side="right")
+        padded = pad_prompts(model, prompts, pad_id=self.processor.pad_id, device=device, side="right")
         cache = DynamicCache()
         language_model: Any = backbone(model).language_model
         hidden = language_model(
@@ -327,7 +316,7 @@ class RolloutEngine:
         owners = state.owners
         for row, tokens, last, is_stopped in zip(rows, *found):
             ids = tuple(tokens[: last + 1])
-            yield owners[row], Completion(ids, self._policy.processor.decode(ids), not is_stopped)
+            yield owners[row], Completion(ids, self.processor.decode(ids), not is_stopped)
 
     def _group(self, prompt: _Running) -> Group:
         """The group of a prompt whose completions are all done."""

@@ -297,6 +297,7 @@ class Teller:
     """Answers with a given reasoning and the gold answer."""
 
     def __init__(self, reasoning: dict[str, str]) -> None:
+        self.processor = self
         self.reasoning = reasoning
 
     def encode(self, sample: Sample) -> EncodedPrompt:

@@ -118,7 +118,7 @@ def test_a_feed_gives_what_the_sampler_names(tiny_policy):
     with Feed(data, engine, PrefetchConfig(workers=2), steps=range(5, 9), **common) as feed:
         for step in range(5, 9):
             found = feed.prompts(step)
-            named = step_samples(data, step, **common, cost=engine.expected_tokens)
+            named = step_samples(data, step, **common, cost=engine.processor.expected_tokens)
             assert [(one.sample.id, one.occurrence) for one in found] == [
                 (draw.sample.id, draw.epoch) for draw in named
             ]

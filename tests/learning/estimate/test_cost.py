@@ -37,7 +37,6 @@ from medvqa_rl.learning.estimate.cost import (
     projector_flops,
     read_architecture,
     recompute_flops,
-    separate_pairs,
     tower_flops,
     vision_pairs,
 )
@@ -238,9 +237,6 @@ def test_decoding_reads_the_weights_and_the_cache(tiny_policy):
 def test_pairs_are_the_cells_of_the_mask(prompt, completions):
     segments = torch.tensor([[0] * prompt + [s for s, n in enumerate(completions, start=1) for _ in range(n)]])
     assert group_pairs(prompt, completions) == int(attention_mask(segments).sum())
-    assert separate_pairs(prompt, completions) == sum(
-        int(torch.ones(prompt + n, prompt + n).tril().sum()) for n in completions
-    )
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=3))
@@ -263,7 +259,9 @@ def test_shared_rows_save_what_the_group_size_says(tiny_policy, make_sample):
     assert together.input_ids.numel() == length + 12
     assert int(attention_mask(together.segments).sum()) == group_pairs(length, (3, 5, 4))
     is_causal = np.tri(length + 5, dtype=bool) & (apart.segments.numpy()[:, None, :] >= 0)
-    assert (is_causal & (apart.segments.numpy()[:, :, None] >= 0)).sum() == separate_pairs(length, (3, 5, 4))
+    assert (is_causal & (apart.segments.numpy()[:, :, None] >= 0)).sum() == group_pairs(
+        0, [length + 3, length + 5, length + 4]
+    )
 
 
 def test_adapters_cost_their_parameters():

@@ -29,7 +29,7 @@ from medvqa_rl.learning.estimate.workload import LAYOUTS, plan, trained_paramete
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.models.checkpoints import save_model
+from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, load_reference, make_policy
 from medvqa_rl.models.qwen_vl import causal_model
@@ -210,7 +210,7 @@ def test_what_settings_change(changed):
 @pytest.mark.parametrize("changed", [{}, {"gradient_checkpointing": True, "dtype": "bfloat16"}])
 def test_base_weights_in_4_bits(changed, tmp_path):
     pytest.importorskip("bitsandbytes")
-    save_model(medium_policy(ModelConfig(device="cpu"), 168), tmp_path)
+    write_model(medium_policy(ModelConfig(device="cpu"), 168), tmp_path)
     model = ModelConfig(path=str(tmp_path), device="cpu", lora=LoraConfig(), load_in_4bit=True, **changed)
     config = settings(model, beta=0.04, prompts=2, micro=1, generations=3, length=16)
     check(compare(load_policy(model), config, 168))

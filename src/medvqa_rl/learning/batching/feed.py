@@ -73,7 +73,7 @@ class Feed(AbstractContextManager["Feed"]):
                     seed=seed,
                     rank=rank,
                     num_ranks=num_ranks,
-                    cost=engine.expected_tokens,
+                    cost=engine.processor.expected_tokens,
                 ):
                     yield step, draw
 
@@ -89,7 +89,7 @@ class Feed(AbstractContextManager["Feed"]):
             workers=prefetch.workers,
             max_bytes=prefetch.max_mib * 2**20,
             ahead=self._share,
-            cost=lambda item: engine.encoding_bytes(item[1].sample),
+            cost=lambda item: engine.processor.encoding_bytes(item[1].sample),
             size=lambda prepared: prepared.prompt.nbytes,
         )
 

@@ -199,12 +199,6 @@ def group_pairs(prompt: int, completions: Sequence[int]) -> int:
     return prompt * (prompt + 1) // 2 + sum(r * prompt + r * (r + 1) // 2 for r in completions)
 
 
-def separate_pairs(prompt: int, completions: Sequence[int]) -> int:
-    """Pairs that a group needs when every completion has a row of its own with the prompt repeated: the sum of
-    T (T + 1) / 2 with T = P + R."""
-    return sum((prompt + r) * (prompt + r + 1) // 2 for r in completions)
-
-
 def vision_pairs(model: Architecture, grids: Sequence[Grid]) -> int:
     """Pairs of all vision layers together: the square of an image's patches, or of a window's where there are
     windows (windows at the right and lower edge are cut, not padded)."""
