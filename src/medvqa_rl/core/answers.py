@@ -1,6 +1,6 @@
-"""How a completion is read and when its answer is right: the one parser and the one scorer. Imports no torch.
+"""The answer parser and the correctness scorer. Imports no torch.
 
-Rewards, metrics, judges, the data check and reports all use them, so they cannot disagree.
+Rewards, metrics, judges, the data check and reports all use these functions, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from medvqa_rl.core.types import LETTERS, Sample, Template
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """What a completion says."""
+    """A parsed completion."""
 
     think: str | None
-    """Text of the think section, stripped; None when it is not asked for, missing, unclosed or not unique."""
+    """Text of the think section, stripped; None if it is not asked for, missing, unclosed or not unique."""
     answer: str | None
-    """Text of the unique, non-empty answer section, stripped; None is ``no_answer``."""
+    """Text of the unique, non-empty answer section, stripped; None means ``no_answer``."""
     is_well_formed: bool
-    """Each tag of the form exactly once, in order, nothing but white space outside, no section empty."""
+    """Whether each tag occurs exactly once, in order, with only white space outside and no empty section."""
     description: str | None = None
     """Text of the describe section, stripped; None as for ``think``."""
 
 
 def _section(text: str, name: str) -> str | None:
-    """The stripped text between two tags that each occur exactly once, in order, and hold something."""
+    """Return the stripped, non-empty text between two tags that occur exactly once and in order, else None."""
     opening, closing = f"<{name}>", f"</{name}>"
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
@@ -38,8 +38,11 @@ def _section(text: str, name: str) -> str | None:
 
 
 def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
-    """Read a completion. The answer is taken from a unique, non-empty answer section even if the rest is malformed;
-    two answer sections, or none, is no answer. With the ``direct`` template the whole text is the answer."""
+    """Parse a completion.
+
+    The answer is read from a unique, non-empty answer section even if the rest is malformed; two answer sections, or
+    none, give no answer. With the ``direct`` template the whole text is the answer.
+    """
     names = SECTIONS[template]
     if not names:
         answer = text.strip() or None
@@ -57,7 +60,7 @@ def parse_completion(text: str, template: Template = "think_answer") -> ParsedAn
 
 
 def without_tags(text: str) -> str:
-    """A completion's words: every tag is replaced by a space, the rest stays as it is, stripped."""
+    """Return the text with every tag replaced by a space, stripped."""
     for tag in ALL_TAGS:
         text = text.replace(tag, " ")
     return text.strip()
@@ -71,11 +74,11 @@ _LABEL = re.compile(r"[.:,)]|\s[-–—]")
 
 
 def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
-    """The letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
+    """Return the letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
 
-    A lone letter is the option's letter, for that is what the prompt asks for, even where the options' texts are
-    letters themselves (blood groups). Letter and text that disagree, a text that two options share, a letter beyond
-    the options, or anything else names none.
+    A single letter is always the letter of an option, because the prompt asks for it, even if the options are letters
+    themselves (blood groups). A letter and a text that disagree, a text shared by two options, or a letter beyond the
+    options names none.
 
     Returns:
         The letter, or None.
@@ -88,21 +91,21 @@ def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
         if index < len(options) and (not text or text == normalise(options[index])):
             return LETTERS[index]
         if opening or closing or _LABEL.search(separator):
-            reading = as_written  # "A: lung" must not lose its A as an article, but an option may be "A. fumigatus"
+            reading = as_written  # do not drop the A of "A: lung" as an article; an option may be "A. fumigatus"
     named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
     return named[0] if len(named) == 1 and reading(answer) else None
 
 
 def is_correct(sample: Sample, answer: str | None) -> bool:
-    """Whether an answer, as :func:`parse_completion` read it, is the sample's gold answer.
+    """Whether a parsed answer is correct.
 
-    Choice questions: the answer names the gold option, by letter or by its text (:func:`read_choice`). Closed and
-    open questions: both are equal after :func:`normalise`, whole and never as a substring; where normalising leaves
-    nothing of the gold answer ("?"), both are equal as written.
+    Choice questions: the answer names the gold option, by letter or by text (:func:`read_choice`). Closed and open
+    questions: answer and gold answer are equal after :func:`normalise`, never as substrings; if normalisation leaves
+    nothing of the gold answer ("?"), they must be equal as written.
 
     Args:
         sample: the question with its gold answer.
-        answer: text of the answer section; None (no answer) is wrong.
+        answer: the parsed answer; None (no answer) is wrong.
     """
     if answer is None:
         return False
@@ -113,15 +116,15 @@ def is_correct(sample: Sample, answer: str | None) -> bool:
 
 
 def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
-    """1 if the completion's answer is correct, else 0; a completion without a readable answer gets 0."""
+    """Return 1.0 if the answer of a completion is correct, else 0.0; no parsable answer is 0.0."""
     return float(is_correct(as_asked(sample, template), parse_completion(text, template).answer))
 
 
 def token_f1(prediction: str | None, gold: str) -> float:
-    """Overlap of the words of two answers: F1 = 2 * precision * recall / (precision + recall).
+    """Token F1 of two answers: 2 * precision * recall / (precision + recall).
 
-    Words are those of the normalised texts, counted with multiplicity (SQuAD, Rajpurkar et al. 2016, with this
-    package's normalisation). Two texts without words are equal (1); one without words, or no answer at all, gets 0.
+    Tokens are the words of the normalised texts, counted with multiplicity (SQuAD, Rajpurkar et al. 2016, with this
+    package's normalisation). Two texts without words score 1; one text without words, or no answer, scores 0.
     """
     if prediction is None:
         return 0.0

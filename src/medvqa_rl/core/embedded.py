@@ -12,10 +12,10 @@ CHECKPOINTS = ("base", "instruct")
 
 
 def checkpoint_path(name: str) -> Path:
-    """Folder of an embedded checkpoint.
+    """Return the folder of an embedded checkpoint.
 
     Raises:
-        ValueError: there is none of that name, or the package was installed without it.
+        ValueError: the name is unknown, or the package was installed without its weights.
     """
     if name not in CHECKPOINTS:
         raise ValueError(f"There is no phantom checkpoint '{name}': use phantom:base or phantom:instruct.")

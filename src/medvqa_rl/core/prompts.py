@@ -1,7 +1,7 @@
-"""What the model is asked and how its answer is read: the templates and the only answer parser.
+"""Prompt templates: what the model is asked, and the format of its answer. Imports no torch.
 
-A template declares the sections of its form; the one parser reads them for rewards, metrics, judges and reports, so
-they cannot disagree. A prompt is built from the question, the options and the images alone, never from the gold.
+A template declares the sections of its format; :mod:`medvqa_rl.core.answers` parses them. A prompt is built from the
+question, the options and the images only, never from the gold answer.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ INSTRUCTIONS: dict[Template, str] = {
     "choice": f"{_THINK_ANSWER} Compare the options and name the letter of the right one.",
     "describe_think": f"Describe the image in <describe></describe>. {_THINK_ANSWER}",
 }
-"""The last line of each prompt. Where reasoning is asked for, the words of think_answer are in it, which models of
-this package know. The names of the kinds are those reported of RARL (arXiv 2506.06600); its texts are not known."""
+"""The last line of each prompt. Every prompt for reasoning contains the words of think_answer, which the embedded
+models were trained on. The names follow RARL (arXiv 2506.06600), whose prompt texts are not published."""
 SECTIONS: dict[Template, tuple[str, ...]] = {
     "think_answer": ("think", "answer"),
     "direct": (),
@@ -34,59 +34,59 @@ SECTIONS: dict[Template, tuple[str, ...]] = {
     "choice": ("think", "answer"),
     "describe_think": ("describe", "think", "answer"),
 }
-"""The form of each: sections in tags, in this order. Without any, the whole text is the answer."""
+"""The format of each template: tagged sections in this order. Without sections, the whole text is the answer."""
 CHOICE_HINT = "Answer with the letter."
 
 
 def asks_reasoning(template: Template) -> bool:
-    """Whether completions of a template have a section for reasoning."""
+    """Whether a template asks for reasoning."""
     return "think" in SECTIONS[template]
 
 
 def read_templates(text: str) -> tuple[Template, ...]:
-    """Names of templates separated by commas.
+    """Parse comma-separated template names.
 
     Raises:
-        ValueError: one is unknown or named twice, or there is none.
+        ValueError: a name is unknown or repeated, or there is none.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in INSTRUCTIONS:
-            raise ValueError(f"There is no prompt {name!r}: choose from {', '.join(INSTRUCTIONS)}, with commas.")
+            raise ValueError(f"There is no prompt template {name!r}: choose from {', '.join(INSTRUCTIONS)}.")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"The prompts {text!r} must name each prompt once, from {', '.join(INSTRUCTIONS)}.")
+        raise ValueError(f"--prompts is {text!r}, but must name each template once, from {', '.join(INSTRUCTIONS)}.")
     return tuple(template for name in names for template in INSTRUCTIONS if template == name)
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""The tags of the usual form, which the embedded models have tokens for."""
+"""The tags of think_answer, which are tokens of the embedded models."""
 ALL_TAGS = ("<describe>", "</describe>", *TAGS)
-"""The tags of all forms."""
+"""The tags of all templates."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt before tokenizing."""
+    """A prompt before tokenization."""
 
     messages: list[dict[str, Any]]
-    """Chat messages in the form of Hugging Face processors: one user turn, images first."""
+    """Chat messages as Hugging Face processors take them: one user turn, images first."""
     neutralised: int
-    """Special-token strings replaced in the question and the options."""
+    """Number of special-token strings replaced in the question and the options."""
 
 
 _NEEDS_OPTIONS = re.compile(r"\b(following|of (these|those)|options?|choices?|listed|statements?|except|not)\b", re.I)
-"""Words of a question that mean its options: "which of the following", "which is not"."""
+"""Words of a question that refer to its options: "which of the following", "which is not"."""
 _NAMES_OPTIONS = re.compile(r"\b(above|below|both|either|neither|all|none|others?|these|those|and/or)\b", re.I)
-"""Words of an option that mean the others: "all of the above", "both A and B", "none of these"."""
+"""Words of an option that refer to other options: "all of the above", "both A and B", "none of these"."""
 _MAX_OPTION_WORDS = 5
-"""Nobody writes a longer option word by word without having seen it."""
+"""Longer options are unlikely to be produced word for word without having been shown."""
 
 
 def can_hide_options(sample: Sample) -> bool:
-    """Whether a choice question can be asked without its options, to be answered by the text of the right one.
+    """Whether a choice question can be asked without its options and answered with the text of the correct one.
 
-    It can where all options are short, different after :func:`normalise` and none means another one, and the question
-    does not speak of them. That looks at the options as they are, never at which of them is right.
+    True if all options are short, distinct after :func:`normalise` and refer to no other option, and the question does
+    not refer to them. Does not depend on which option is correct.
     """
     texts = [normalise(option) for option in sample.options]
     return (
@@ -100,11 +100,13 @@ def can_hide_options(sample: Sample) -> bool:
 
 
 def as_asked(sample: Sample, template: Template) -> Sample:
-    """The sample as a template asks it. ``open_ended`` hides options where :func:`can_hide_options` allows it: the
-    question is an open one then (closed where the answer is yes or no), and its gold answer the text of the right
-    option, which every scorer compares with what was said. A letter that stands behind that text in the reference
-    reasoning ("cyst B") is taken out, for nobody who does not see the options can know it. Everything else is asked
-    as it is."""
+    """Return the sample as a template asks it.
+
+    ``open_ended`` hides options if :func:`can_hide_options` allows it: the question becomes an open one (closed if the
+    answer is yes or no) whose gold answer is the text of the correct option. The letter after that text in the
+    reference reasoning ("cyst B") is removed, because it cannot be known without the options. Other samples are
+    returned unchanged.
+    """
     if template != "open_ended" or not can_hide_options(sample):
         return sample
     text = sample.answer_text
@@ -119,18 +121,18 @@ def as_asked(sample: Sample, template: Template) -> Sample:
 
 
 def fits(sample: Sample, template: Template) -> bool:
-    """Whether a template asks a question in a way of its own: ``choice`` needs options, and ``open_ended`` none, or
-    some that can be hidden. Depends on question and options only."""
+    """Whether a template suits a question: ``choice`` needs options, ``open_ended`` needs none or ones that can be
+    hidden. Depends on the question and the options only."""
     if template == "choice":
         return bool(sample.options)
     return template != "open_ended" or not sample.options or can_hide_options(sample)
 
 
 def render_prompt(sample: Sample, template: Template = "think_answer") -> RenderedPrompt:
-    """Ask the sample's question in the named form. Depends on question, options and images only.
+    """Render the prompt of a sample. Depends on the question, the options and the images only.
 
-    A template that does not fit (:func:`fits`) asks as ``think_answer`` would: ``open_ended`` shows the options that
-    cannot be hidden, and ``choice`` does not speak of options where there are none.
+    A template that does not fit the question (:func:`fits`) uses the instruction of ``think_answer``: ``open_ended``
+    shows options that cannot be hidden, and ``choice`` does not mention options if there are none.
     """
     sample = as_asked(sample, template)
     question, count = neutralise(sample.question.strip())
@@ -148,8 +150,8 @@ def render_prompt(sample: Sample, template: Template = "think_answer") -> Render
 
 
 def render_answer(think: str, answer: str, template: Template = "think_answer", *, description: str = "") -> str:
-    """A completion in the requested form, as supervised fine-tuning and the gold check write it. A section without
-    text is left out: what the data does not have is not invented."""
+    """Render a reference completion in the requested format, for supervised fine-tuning and the gold check. Sections
+    without text are left out."""
     texts = {"describe": description, "think": think, "answer": answer}
     clean = {name: neutralise(text.strip())[0] for name, text in texts.items()}
     if not SECTIONS[template]:

@@ -10,10 +10,10 @@ _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", 
 
 
 def neutralise(text: str) -> tuple[str, int]:
-    """Make special-token and tag strings inside a data set's text harmless.
+    """Neutralise special-token and tag strings in the text of a data set.
 
-    ``<|image_pad|>`` becomes ``(|image_pad|)`` and ``</think>`` becomes ``(/think)``: readable, and no tokenizer
-    maps them to control tokens, nor can a question close the reasoning of its answer.
+    ``<|image_pad|>`` becomes ``(|image_pad|)`` and ``</think>`` becomes ``(/think)``: still readable, but no tokenizer
+    maps them to control tokens, and a question cannot close the reasoning of its answer.
 
     Returns:
         The text and the number of strings replaced.
@@ -22,29 +22,25 @@ def neutralise(text: str) -> tuple[str, int]:
 
 
 _ARTICLES = {"a", "an", "the"}
-
-
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-
-
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
-
-
 _EDGES = re.compile(r"^[\s.,;:!?\"'()\[\]*`]+|[\s.,;:!?\"'()\[\]*`]+$")
 
 
 def normalise(text: str) -> str:
-    """The one normalisation of answers: special-token strings neutralised as in the prompt, lower case, white space
-    and edge punctuation of words removed, leading articles dropped, number words up to ten as digits. Words are
-    compared whole, never as substrings, so "abnormal" is not "no". An answer of nothing but articles keeps them
-    ("A" is an option's letter)."""
+    """Normalise an answer for comparison.
+
+    Neutralises special-token strings as in the prompt, lowercases, strips white space and punctuation around words,
+    drops articles and turns number words up to ten into digits. Words are compared whole, never as substrings, so
+    "abnormal" is not "no". An answer that consists of articles only keeps them ("A" is the letter of an option).
+    """
     words = [_EDGES.sub("", word) for word in neutralise(text)[0].lower().split()]
     words = [_NUMBERS.get(word, word) for word in words if word]
     return " ".join([word for word in words if word not in _ARTICLES] or words)
 
 
 def as_written(text: str) -> str:
-    """An option's text as written, but for case, white space and punctuation around it: "A. fumigatus" keeps its A."""
+    """Fold case, white space and outer punctuation only: "A. fumigatus" keeps its A."""
     return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of the package: samples, prompts, completions, groups and scores. Imports no torch.
+"""The data types of the package: samples, prompts, completions, groups and scores. Imports no torch.
 
 Legend for shapes everywhere: P prompts, G completions per prompt, B = P * G completions, T tokens, V vocabulary.
 """
@@ -21,7 +21,7 @@ AnswerType = Literal["choice", "closed", "open"]
 """choice: one of the options; closed: a short answer from a small set such as yes and no; open: free text."""
 
 Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
-"""Names of the prompts' forms; :mod:`medvqa_rl.core.prompts` has their texts and sections."""
+"""Names of the prompt templates; :mod:`medvqa_rl.core.prompts` has their texts and sections."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -31,7 +31,7 @@ class ImageSource(Protocol):
 
     @property
     def key(self) -> str:
-        """Names the image: equal keys are the same image (the cluster of the bootstrap, the key of caches)."""
+        """Identifies the image: equal keys are the same image. The bootstrap clusters by it, caches use it."""
         ...
 
     def load(self) -> Image:
@@ -43,7 +43,7 @@ class ImageSource(Protocol):
         ...
 
     def header_pixels(self) -> int | None:
-        """Width times height where that is known without decoding the image, else None."""
+        """Return width times height if that is known without decoding the image, else None."""
         ...
 
 
@@ -61,43 +61,43 @@ class Sample:
     options: tuple[str, ...] = ()
     """Texts of the options in the order A, B, C ...; empty unless answer_type is choice."""
     reasoning: str = ""
-    """A reference reasoning for supervised fine-tuning; empty where the data set has none."""
+    """Reference reasoning for supervised fine-tuning; empty if the data set has none."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """What results are broken down by, such as modality, organ and family."""
+    """Keys by which results are broken down, such as modality, organ and family."""
     description: str = ""
-    """What is known of the image in words, such as a report: graders of reasoning are shown it, and supervised
-    fine-tuning teaches it where the prompt asks for a description. No prompt has it."""
+    """A description of the image, such as a report. Judges that grade reasoning see it, and SFT uses it as the target
+    of prompts that ask for a description. It is never part of a prompt."""
 
     @property
     def image_key(self) -> str:
-        """The cluster of this question: all questions about the same images share it."""
+        """The bootstrap cluster: all questions about the same images share it."""
         return "+".join(image.key for image in self.images) or self.id
 
     @property
     def answer_text(self) -> str:
-        """The gold answer as text: the option's text for choice questions."""
+        """The gold answer as text; for choice questions, the text of the option."""
         return self.options[LETTERS.index(self.answer)] if self.answer_type == "choice" else self.answer
 
 
 class Dataset(Protocol):
-    """Samples of one split. Indexing draws or reads the sample; images are decoded later."""
+    """The samples of one split. Indexing generates or reads a sample; images are decoded later."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the samples are (ids, questions, answers or the recipe that draws them)."""
+        """Hash of the samples: of their ids, questions and answers, or of the recipe that generates them."""
         ...
 
     @property
     def notes(self) -> Mapping[str, int]:
-        """What loading dropped, repaired or neutralised: a reason and its count."""
+        """What loading dropped, repaired or neutralised: reason -> count."""
         ...
 
     @property
     def is_endless(self) -> bool:
-        """True where samples are drawn on demand and an epoch would never end."""
+        """Whether samples are generated on demand, so that an epoch never ends."""
         ...
 
     def __len__(self) -> int: ...
@@ -107,24 +107,24 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model reads it, image placeholders expanded."""
+    """A tokenized prompt with image placeholders expanded."""
 
     input_ids: NDArray[np.int64]
     """(T,) token ids."""
     pixel_values: NDArray[np.float32] | None
-    """(patches of all images, channels * temporal * patch * patch), or None for text only."""
+    """(patches of all images, channels * temporal * patch * patch), or None without images."""
     image_grid_thw: NDArray[np.int64] | None
     """(images, 3) patches in time, height and width."""
     text: str
-    """The prompt as rendered, with one placeholder per image."""
+    """The rendered prompt, with one placeholder per image."""
     neutralised: int = 0
-    """Special-token strings of the data set that were made harmless."""
+    """Number of special-token strings in the data that were neutralised."""
     template: Template = "think_answer"
-    """The form that it asks for."""
+    """The format that it asks for."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays."""
+        """Bytes of the arrays."""
         return self.input_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
 
 
@@ -133,13 +133,13 @@ class Completion:
     """One sampled answer to a prompt."""
 
     token_ids: tuple[int, ...]
-    """The sampled tokens, the end-of-sequence token included when it was reached."""
+    """The sampled tokens, including the end-of-sequence token if it was reached."""
     text: str
-    """The tokens decoded without special tokens."""
+    """The decoded tokens, without special tokens."""
     is_truncated: bool
-    """True when the token limit came before the end-of-sequence token."""
+    """Whether the token limit was reached before the end-of-sequence token."""
     logps: tuple[float, ...] | None = None
-    """Log-probability of each token where it was sampled, NaN where unknown; None where training's own engine did."""
+    """Log-probabilities reported by another engine (vLLM), NaN where unknown; None if the own engine sampled."""
 
 
 @dataclass
@@ -150,23 +150,23 @@ class Group:
     prompt: EncodedPrompt
     completions: Sequence[Completion]
     image_features: torch.Tensor | None = None
-    """(image tokens, hidden) features kept from the rollout where the vision tower is frozen, else None."""
+    """(image tokens, hidden) features cached from the rollout if the vision tower is frozen, else None."""
 
     @property
     def template(self) -> Template:
-        """The form in which completions are read: the one that the prompt asks for."""
+        """The format in which completions are parsed: the one that the prompt asks for."""
         return self.prompt.template
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards of P groups of G completions. NaN is unscored: our failure, not the model's."""
+    """Rewards of P groups of G completions. NaN means unscored: a failure of ours, not of the model."""
 
     total: NDArray[np.float64]
-    """(P, G) weighted sum of the parts; NaN where any enabled part is NaN."""
+    """(P, G) weighted sum of the parts; NaN if any enabled part is NaN."""
     parts: Mapping[str, NDArray[np.float64]]
-    """(P, G) each part before its weight."""
+    """(P, G) values of each part, before weighting."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Scalars that reward functions logged through ``log_metric``."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """(P * G) values per completion, prompt by prompt, that reward functions logged through ``log_extra``."""
+    """(P * G) values per completion, in prompt order, that reward functions logged through ``log_extra``."""
