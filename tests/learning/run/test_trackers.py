@@ -1,7 +1,4 @@
-"""Trackers get what they are allowed to, on this machine unless told otherwise; W&B and Trackio are stand-ins here.
-
-Run: pytest tests/learning/run/test_trackers.py
-"""
+"""What trackers receive, and that nothing leaves the machine by default. W&B and Trackio are replaced by fakes."""
 
 from __future__ import annotations
 
@@ -14,21 +11,22 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate.state import PartialState
 from PIL import Image
 from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.config import Config, shareable
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.errors import NonFiniteError
-from medvqa_rl.learning.run.trackers import COLUMNS, finite, open_boards
+from medvqa_rl.learning.run.trackers import COLUMNS, Trackers
 
 
 class Recorder:
-    """A stand-in for a tracker's package and its run: records every call."""
+    """A fake of a tracker's package and its run, which records every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self.Table = self.Image = self.Settings = lambda *args, **kwargs: SimpleNamespace(args=args, **kwargs)
+        self.Table = self.Image = lambda *args, **kwargs: SimpleNamespace(args=args, **kwargs)
 
     def __getattr__(self, name: str) -> Callable[..., Recorder]:
         if name.startswith("_"):
@@ -44,11 +42,17 @@ class Recorder:
         return [(args, kwargs) for called, args, kwargs in self.calls if called == name]
 
 
+@pytest.fixture(autouse=True)
+def accelerate_state() -> None:
+    """Accelerate's trackers need its state, which a run has."""
+    PartialState(cpu=True)
+
+
 @pytest.fixture(params=["wandb", "trackio"])
 def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Recorder]:
     recorder = Recorder()
     module: Any = ModuleType(request.param)
-    for name in ("Table", "Image", "Settings", "init"):
+    for name in ("Table", "Image", "init"):
         setattr(module, name, getattr(recorder, name))
     monkeypatch.setitem(sys.modules, request.param, module)
     for name in ("WANDB_ERROR_REPORTING", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_ANALYTICS_ENABLED"):
@@ -59,7 +63,7 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def logged(name: str, recorder: Recorder) -> list[dict[str, Any]]:
-    """What was logged, each with its step."""
+    """The logged values, with their step."""
     if name == "wandb":
         return [args[0] for args, _ in recorder.all("log")]
     return [{"step": kwargs["step"], **args[0]} for args, kwargs in recorder.all("log")]
@@ -70,7 +74,7 @@ def run_toy(folder: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     return train(toy_config(folder, tmp_path / "run", train=settings), train_set=ToyData(), val_set=ToyData(2))
 
 
-def test_numbers_only_and_on_this_machine(
+def test_only_numbers_by_default_and_offline(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tracker: tuple[str, Recorder]
 ) -> None:
     name, recorder = tracker
@@ -84,7 +88,7 @@ def test_numbers_only_and_on_this_machine(
         assert (
             given["mode"] == "offline" and given["dir"] == str(run) and os.environ["WANDB_ERROR_REPORTING"] == "false"
         )
-        quiet = vars(given["settings"])
+        quiet = given["settings"]
         assert all(quiet[key] for key in quiet if "disable" in key) and quiet["console"] == "off"
         assert not quiet["x_save_requirements"]
         assert recorder.all("finish") == [((), {"exit_code": 0})]
@@ -94,7 +98,7 @@ def test_numbers_only_and_on_this_machine(
 
 
 @pytest.mark.parametrize("what", ["texts", "images"])
-def test_samples_are_given_only_when_asked_for(
+def test_samples_are_logged_only_if_enabled(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tracker: tuple[str, Recorder], what: str
 ) -> None:
     name, recorder = tracker
@@ -111,7 +115,7 @@ def test_samples_are_given_only_when_asked_for(
     assert len(flat) == (len({record["sample_id"] for record in stored}) if what == "images" else 0)
 
 
-def test_a_resumed_run_is_the_same_run(
+def test_a_resumed_run_continues_the_same_tracker_run(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tracker: tuple[str, Recorder]
 ) -> None:
     name, recorder = tracker
@@ -126,27 +130,30 @@ def test_a_resumed_run_is_the_same_run(
     assert logged(name, recorder)[-1]["step"] == 4
 
 
-def test_online_only_when_told(tmp_path: Path, tracker: tuple[str, Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_if_enabled(tmp_path: Path, tracker: tuple[str, Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
     name, recorder = tracker
     (tmp_path / "env.json").write_text('{"started": "now"}')
     monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/space")
     config = Config.model_validate({"train": {"trackers": [name], "tracker_online": True}})
-    open_boards(tmp_path, config, first_step=0)
+    Trackers(tmp_path, config, first_step=0)
     if name == "wandb":
         assert recorder.all("init")[0][1]["mode"] == "online" and os.environ["WANDB_ERROR_REPORTING"] == ""
         return
-    with pytest.raises(ValueError, match=r"TRACKIO_SPACE_ID would make Trackio send the run away.*tracker_online"):
-        open_boards(tmp_path, Config.model_validate({"train": {"trackers": [name]}}), first_step=0)
+    with pytest.raises(ValueError, match=r"TRACKIO_SPACE_ID would make Trackio upload the run.*tracker_online"):
+        Trackers(tmp_path, Config.model_validate({"train": {"trackers": [name]}}), first_step=0)
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    (tmp_path / "env.json").write_text('{"started": "now"}')
+    monkeypatch.delattr("torch.utils.tensorboard", raising=False)
+    for module in ("torch.utils.tensorboard", "tensorboardX", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"train.trackers names {name}, which is not installed: pip install"):
-        open_boards(tmp_path, Config.model_validate({"train": {"trackers": [name]}}), first_step=0)
+        Trackers(tmp_path, Config.model_validate({"train": {"trackers": [name]}}), first_step=0)
 
 
-def test_a_failed_run_is_told(
+def test_a_failed_run_is_marked(
     tiny_folder: Callable[[str], Path], tmp_path: Path, tracker: tuple[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, recorder = tracker
@@ -160,7 +167,7 @@ def test_a_failed_run_is_told(
     assert recorder.all("finish") == [((), {"exit_code": 1} if name == "wandb" else {})]
 
 
-def test_tensorboard_holds_samples_when_asked(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tensorboard_receives_samples_if_enabled(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = run_toy(tiny_folder("qwen2_vl"), tmp_path, "tensorboard", tracker_samples="images")
     events = accumulator.EventAccumulator(str(run / "tensorboard"))
@@ -173,7 +180,7 @@ def test_tensorboard_holds_samples_when_asked(tiny_folder: Callable[[str], Path]
     assert len(read_metrics(run)) == 5
 
 
-def test_shared_settings_name_no_folder(tmp_path: Path) -> None:
+def test_shared_settings_contain_no_full_path(tmp_path: Path) -> None:
     model = {"path": str(tmp_path / "qwen"), "adapter": str(tmp_path / "runs" / "best")}
     config = Config.model_validate(
         {"output_dir": str(tmp_path / "x"), "model": model, "data": {"name": "vqa_rad", "path": str(tmp_path / "rad")}}
@@ -190,5 +197,9 @@ def test_shared_settings_name_no_folder(tmp_path: Path) -> None:
     assert shareable(hub)["model.path"] == "Qwen/Qwen2-VL-2B-Instruct"
 
 
-def test_only_numbers_are_logged() -> None:
-    assert finite({"a": 1, "b": float("nan"), "c": float("-inf"), "d": 0.5}) == {"a": 1.0, "d": 0.5}
+def test_only_finite_metrics_are_logged(tmp_path: Path, tracker: tuple[str, Recorder]) -> None:
+    name, recorder = tracker
+    (tmp_path / "env.json").write_text('{"started": "now"}')
+    trackers = Trackers(tmp_path, Config.model_validate({"train": {"trackers": [name]}}), first_step=0)
+    trackers.log(3, {"a": 1, "b": float("nan"), "c": float("-inf"), "d": 0.5})
+    assert logged(name, recorder) == [{"step": 3, "a": 1.0, "d": 0.5}]

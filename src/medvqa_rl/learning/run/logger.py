@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, samples, trackers, and a progress bar or plain lines."""
+"""What a run logs: metrics.jsonl, samples, train.log, the terminal, and optional trackers (trackers.py)."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.files import write_text
 from medvqa_rl.core.progress import duration
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
-from medvqa_rl.learning.run.trackers import Images, open_boards
+from medvqa_rl.learning.run.trackers import Trackers
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
-"""Metrics that a line shows; the bar has room for one."""
+"""Metrics shown on a line of the terminal."""
 
 
 class RunLogger:
-    """Writes the log files of a run and shows its progress; a context manager.
+    """Writes a run's log files and shows its progress; a context manager.
 
-    metrics.jsonl gets every step. ``logging_steps`` thins out the terminal and the trackers only.
+    metrics.jsonl receives every step. ``logging_steps`` applies to the terminal and the trackers only.
     """
 
     def __init__(self, run: RunDir, config: Config, *, first_step: int) -> None:
         self.has_failed = False
-        """Whether the run ends by an error, which trackers show."""
+        """Whether the run ends with an error, which W&B shows."""
         self._run = run
         self._config = config.train
         self._num_generations = config.rollout.num_generations
         self._console = Console(stderr=True)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
-        self._boards = open_boards(run.path, config, first_step=first_step)
-        self._first_step, self._began = first_step, time.perf_counter()
+        self._trackers = Trackers(run.path, config, first_step=first_step)
+        self._first_step, self._started = first_step, time.perf_counter()
         self._progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=16),
-            TextColumn("{task.description}"),  # with our own time left: rich forgets steps of more than 30 seconds
+            # Includes the time left: rich's own estimate ignores steps that took more than 30 seconds.
+            TextColumn("{task.description}"),
             console=self._console,
             disable=not sys.stderr.isatty(),
         )
@@ -62,19 +64,18 @@ class RunLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        for board in self._boards:
-            board.close(failed=self.has_failed)
+        self._trackers.close(failed=self.has_failed)
         self._metrics.close()
         self._log.close()
 
     def flush(self) -> int:
-        """Force metrics.jsonl to disk and return its length in bytes."""
+        """Flush metrics.jsonl to disk and return its length in bytes."""
         os.fsync(self._metrics.fileno())
         return self._metrics.tell()
 
     def say(self, text: str) -> None:
-        """A line for people: on the terminal and in train.log."""
-        self._console.print(Text(text), soft_wrap=True)  # a command in it must stay in one piece
+        """Write a message to the terminal and train.log."""
+        self._console.print(Text(text), soft_wrap=True)  # unwrapped, so that a command in it can be copied
         self._write(text)
 
     def _write(self, text: str) -> None:
@@ -87,19 +88,19 @@ class RunLogger:
         self._metrics.write(line.encode())
         self._metrics.flush()
         is_evaluation = all(name.startswith("eval/") for name in metrics)
-        is_due = step % self._config.logging_steps == 0 or step == self._config.steps
-        for board in self._boards if is_due or is_evaluation else ():
-            board.log(step, metrics)
-        done = step - self._first_step
-        if is_evaluation and not done:
-            self._began = time.perf_counter()  # the evaluation before the first step tells nothing about steps
-        rate = (time.perf_counter() - self._began) / max(1, done)
+        is_due = is_evaluation or step % self._config.logging_steps == 0 or step == self._config.steps
+        if is_due:
+            self._trackers.log(step, metrics)
+        steps_done = step - self._first_step
+        if is_evaluation and not steps_done:
+            self._started = time.perf_counter()  # the evaluation before the first step is not part of the step time
+        step_time = (time.perf_counter() - self._started) / max(1, steps_done)
         shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
-        left = f"{rate:.2f} s/step, {duration(rate * (self._config.steps - step))} left"
+        left = f"{step_time:.2f} s/step, {duration(step_time * (self._config.steps - step))} left"
         line = f"step {step}/{self._config.steps}  {shown}" + ("" if is_evaluation else f"  {left}")
         self._write(line)
         if self._progress.disable:
-            if is_due or is_evaluation:
+            if is_due:
                 self._console.print(Text(line), soft_wrap=True)
             return
         if is_evaluation:
@@ -109,31 +110,25 @@ class RunLogger:
             self._description = f"{name} {metrics[name]:.3f}  {left}"
         self._progress.update(self._task, completed=step, description=self._description)
 
-    def evaluating(self, done: int, total: int) -> None:
-        """Show how far an evaluation is."""
+    def show_evaluation_progress(self, done: int, total: int) -> None:
+        """Show how many questions of an evaluation are done."""
         self._progress.update(self._task, description=f"evaluating {done}/{total}")
 
-    def samples(self, step: int, records: Sequence[CompletionRecord], groups: Sequence[Group] = ()) -> None:
-        """Store a step's completions and show one group; trackers get what they are allowed to.
+    def log_samples(self, step: int, records: Sequence[CompletionRecord], groups: Sequence[Group] = ()) -> None:
+        """Write a step's completions to samples/ and the trackers, and show one group on the terminal.
 
         Args:
             records: groups of ``num_generations`` each, group after group.
+            groups: groups whose images trackers may receive.
         """
-        path = self._run.samples(step)
-        path.parent.mkdir(exist_ok=True)
         lines = [json.dumps({"step": step, **record.to_json()}, default=str) + "\n" for record in records]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_text(self._run.samples(step), "".join(lines))
         self._console.print(completions_table(step, group_to_show(records, self._num_generations)))
-        if self._boards and self._config.tracker_samples != "none":
-            images: Images = {}
-            if self._config.tracker_samples == "images":
-                images = {group.sample.id: [image.load() for image in group.sample.images] for group in groups}
-            for board in self._boards:
-                board.samples(step, records, images)
+        self._trackers.log_samples(step, records, groups)
 
 
 def group_to_show(records: Sequence[CompletionRecord], num_generations: int) -> Sequence[CompletionRecord]:
-    """The first group that something is learned from, or the first one where all agree.
+    """The first group with a nonzero advantage, or the first group if there is none.
 
     Args:
         records: groups of ``num_generations`` each, group after group.
@@ -143,7 +138,7 @@ def group_to_show(records: Sequence[CompletionRecord], num_generations: int) -> 
 
 
 def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
-    """The completions of one prompt with rewards and advantages, best first."""
+    """A group's completions with rewards and advantages, best first, at most four."""
     first = group[0]
     options = "".join(f"  {letter}: {text}" for letter, text in zip("ABCDEFGHIJ", first.options))
     table = Table(
