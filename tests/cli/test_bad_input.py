@@ -138,7 +138,7 @@ def test_checkpoint_of_another_architecture(config: Path, tmp_path: Path) -> Non
 def test_output_folder_in_use_and_resume_with_another_configuration(config: Path, tmp_path: Path) -> None:
     accepted("train", config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert "already holds a run (finished at step 2 of 2)" in refused("train", config)
+    assert "already contains a run (finished at step 2 of 2)" in refused("train", config)
     message = refused("train", config, "--resume", "optimizer.learning_rate=1e-3", "rollout.temperature=0.5")
     assert "optimizer.learning_rate" in message and "rollout.temperature" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

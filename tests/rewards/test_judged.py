@@ -164,7 +164,7 @@ def test_a_run_is_resumed_with_its_judge_only(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "judge.json").read_text())
     assert written == {"reward": {"name": "j", "fingerprint": "w", "prompt_hash": "p", "strictness": 0.0}}
     run.check_judges({"reward": IDENTITY}, resume=True)
-    with pytest.raises(ValueError, match="not the one that this run was started with"):
+    with pytest.raises(ValueError, match="judge has changed since this run was started"):
         run.check_judges({"reward": JudgeIdentity("j", "w2", "p", 0.0)}, resume=True)
 
 

@@ -39,20 +39,22 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str, *, errors: str = "strict") -> Path:
+def write_text(path: Path, text: str, *, errors: str = "strict", durable: bool = True) -> Path:
     """Write a text file in UTF-8, whole or not at all.
 
     Args:
         errors: ``replace`` writes ``?`` for lone surrogates, which some data sets contain.
+        durable: see :func:`write_whole`.
     """
-    with write_whole(path) as partial:
+    with write_whole(path, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8", errors=errors)
     return path
 
 
-def write_json(path: Path, value: Any) -> Path:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> Path:
     """Write a value as indented JSON, whole or not at all, with NaN as null."""
-    return write_text(path, json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_text(path, text, durable=durable)
 
 
 def without_nan(value: Any) -> Any:

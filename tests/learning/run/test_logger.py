@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, the terminal, the table of completions."""
+"""TensorBoard, the terminal, the table of completions, and the recorded environment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from toy import ToyData, read_metrics, toy_config
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run import logger
 from medvqa_rl.learning.run.logger import RunLogger, completions_table, group_to_show
-from medvqa_rl.learning.run.run_dir import RunDir, source_digest, write_json
+from medvqa_rl.learning.run.run_dir import RunDir, source_digest
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
 
@@ -55,7 +55,7 @@ def test_the_time_left_is_that_of_the_steps_however_slow(tmp_path, monkeypatch, 
         tracker.log(0, {"eval/accuracy": 0.5})
         now[0] = 1050.0
         tracker.log(1, {"reward": 1.25, "loss": 0.5})
-        tracker.evaluating(3, 9)
+        tracker.show_evaluation_progress(3, 9)
         tracker.log(1, {"eval/accuracy": 0.75})
     shown = capsys.readouterr().err
     assert "50.00 s/step, 2 min left" in shown
@@ -121,7 +121,7 @@ def test_another_environment_is_named_when_resuming(tiny_folder, tmp_path):
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 1})
     run = train(config, train_set=ToyData())
     environment = json.loads((run / "env.json").read_text())
-    write_json(run / "env.json", environment | {"threads": 64, "source": "another"})
+    (run / "env.json").write_text(json.dumps(environment | {"threads": 64, "source": "another"}))
     train(toy_config(tiny_folder("qwen2_vl"), run, train={"steps": 2}), train_set=ToyData(), resume=True)
     log = (run / "train.log").read_text()
     assert f"threads (64 -> {environment['threads']})" in log and "packages" not in log

@@ -151,7 +151,7 @@ def test_sigterm_finishes_the_step_and_saves(folder, tmp_path):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"save_steps": 0})
     process = run_toy("train", config, tmp_path, TOY_STOP="2")
     assert process.returncode == 143
-    assert "Stopping when this step is done" in process.stderr and "Stopped after step 3" in process.stderr
+    assert "Stopping after this step" in process.stderr and "Stopped after step 3" in process.stderr
     assert f"`medvqa-rl train {tmp_path / 'run' / 'config.yaml'} --resume`" in process.stderr
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "stopped"
     run = go(config, resume=True)
@@ -206,7 +206,7 @@ class OtherData(ToyData):
 
 def test_other_data_is_refused(folder, tmp_path):
     go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
-    with pytest.raises(ValueError, match="The train data is not what this run was started with"):
+    with pytest.raises(ValueError, match="The train data has changed since this run was started"):
         train(toy_config(folder, tmp_path / "run", train={"steps": 2}), train_set=OtherData(), resume=True)
 
 
@@ -216,10 +216,10 @@ def test_a_folder_in_use_is_refused(folder, tmp_path):
         go(config, resume=True)
     go(config)
     with pytest.raises(
-        ValueError, match=r"already holds a run \(finished at step 1 of 1\): continue it with --resume"
+        ValueError, match=r"already contains a run \(finished at step 1 of 1\): continue it with --resume"
     ):
         go(config)
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="Another process is working in"):
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="Another process is using"):
         go(config, resume=True)
 
 
@@ -282,7 +282,7 @@ def test_leftovers_are_cleaned_and_a_moved_folder_comes_back(tmp_path):
     (tmp_path / "checkpoints" / ".step_000002.123.tmp").mkdir(parents=True)
     (tmp_path / ".best.123.old").mkdir()
     (tmp_path / ".best.123.old" / "best.json").write_text("{}")
-    (tmp_path / ".status.json.tmp").touch()
+    (tmp_path / ".status.json.7-0a.partial").touch()
     for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # somebody else's
         (tmp_path / name).mkdir()
     clean_up(tmp_path)

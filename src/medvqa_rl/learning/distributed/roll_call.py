@@ -93,7 +93,7 @@ class RollCall:
         except (RuntimeError, OSError):
             return  # the store has gone with whoever held it, so nobody reads this
 
-    def who_is_lost(self) -> str | None:
+    def find_lost_ranks(self) -> str | None:
         """After an exchange between ranks failed: a sentence about those that are gone, None if all are there."""
         # What a rank wrote just before it died may not have been read yet, and would look like a later sign of life.
         time.sleep(2 * self._interval)

@@ -1,14 +1,14 @@
-"""The policy as it is trained: alone, copied to every rank (DDP), or sharded (FSDP2; ZeRO is in zero.py).
+"""The policy wrapped for training: on one process, replicated (DDP) or sharded (FSDP2; ZeRO is in zero.py).
 
-One module computes log-probabilities with gradients, and that module is what an engine wraps. What needs no
-gradients runs on ``policy.model``, which is a plain model under every engine: the very one that is trained where each
-rank has all weights, else one that :meth:`TrainedPolicy.gathered` fills.
+The engine wraps a single module, which computes log-probabilities with gradients. Everything without gradients runs
+on ``policy.model``, a plain model under every engine: the trained model itself if every rank has all weights, else a
+copy that :meth:`TrainedPolicy.gathered` fills.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,18 +27,18 @@ from medvqa_rl.models.shards import Shards, filled, hollow_copy
 
 
 class TrainedPolicy:
-    """All weights on every rank: alone, or with averaged gradients (DDP)."""
+    """A policy with all weights on every rank: one process, or DDP."""
 
     is_collective = False
-    """True where passes, gathering and saving exchange data, so that all ranks must do the same number of each."""
+    """Whether forward passes, gathering and saving are collective, so that all ranks must run equally many."""
 
     def __init__(self, config: OptimizerConfig, accelerator: Accelerator, policy: Policy) -> None:
         """
         Args:
-            policy: with the weights that training starts from; what is wrapped is made of its model.
+            policy: the policy with its initial weights. Its model is wrapped.
 
         Raises:
-            ValueError: no parameter is trained.
+            ValueError: no parameter is trainable.
         """
         self.policy = policy
         self.accelerator = accelerator
@@ -46,69 +46,73 @@ class TrainedPolicy:
         self._make(config)
 
     def _make(self, config: OptimizerConfig) -> None:
-        """Wrap the model."""
+        """Wrap the model and create its optimizer."""
         model = self.policy.model
         self.forward: nn.Module = self.accelerator.prepare_model(GroupForward(model))
         self._optimizer = Optimizer(model, config)
         self.parameters: dict[str, nn.Parameter] = self._optimizer.parameters
 
     def gathered(self, weights: Shards | None = None) -> AbstractContextManager[None]:
-        """``policy.model`` holds all weights for the time of the block; all ranks enter and leave it together.
+        """Fill ``policy.model`` with all weights for the duration of the block. Collective.
 
         Args:
-            weights: to hold instead of the policy's, as far as they go.
+            weights: weights to use instead of the policy's; those it lacks are the policy's.
         """
-        return nullcontext() if weights is None else filled(self.policy.model, lambda name: _of(weights, name))
+        if weights is None:
+            return nullcontext()
+        return filled(self.policy.model, lambda name: weights.gather(name) if name in weights else None)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward pass of a micro-batch; gradients are exchanged in the last one."""
+        """Context of a micro-batch's forward and backward pass. Gradients are synchronized in the last one."""
         context: AbstractContextManager[None] = self.accelerator.no_sync(self.forward)
         return nullcontext() if is_last else context
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient, averaged over ranks."""
+        """Accumulate a micro-batch's gradient, averaged over ranks."""
         self.accelerator.backward(loss)
 
     def clip_gradients(self, *, fill_missing: bool) -> float:
-        """Clip the gradient of the step.
+        """Clip the step's gradient to ``optimizer.max_grad_norm``.
 
         Args:
-            fill_missing: groups without gradient were left out. A parameter that only they reach, as the vision tower
-                beside text-only questions, has the gradient zero then and not none: the optimizer's running means
-                move on.
+            fill_missing: set missing gradients to zero. If groups without a gradient were skipped, a parameter that
+                only they use (such as the vision tower's) gets none, but its moments must still decay.
 
         Returns:
-            Its norm before that.
+            The gradient norm before clipping.
         """
-        for parameter in self.parameters.values() if fill_missing else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        if fill_missing:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self._max_grad_norm)
         assert norm is not None
-        return float(_whole(norm))
+        return float(_full(norm))
 
     def step(self, learning_rate: float) -> None:
-        """Update the weights from the gradient, then forget it."""
+        """Update the weights, then clear the gradient."""
         self._optimizer.step(learning_rate)
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Clear the gradient."""
         self._optimizer.zero_grad()
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's state in whole tensors, one after another: ``exp_avg/NAME``, ``exp_avg_sq/NAME``,
-        ``step/NAME``, and ``master/NAME`` for float32 copies. The same under every engine, so that a run can go on
-        under another one; all ranks walk through it together."""
+        """Yield the optimizer state as full tensors, gathered one at a time. Collective.
+
+        Names are ``exp_avg/NAME``, ``exp_avg_sq/NAME``, ``step/NAME``, and ``master/NAME`` for float32 master weights.
+        They do not depend on the engine, so a run can be resumed under another one.
+        """
         for name, tensor in self._optimizer.state_tensors().items():
-            yield name, _whole(tensor)
+            yield name, _full(tensor)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state from :meth:`state_tensors`; the model's weights are those that it was made with."""
+        """Restore the optimizer state from :meth:`state_tensors`. The model already has the matching weights."""
         self._optimizer.load_state_tensors(tensors)
 
 
 class Fsdp2Policy(TrainedPolicy):
-    """Weights, gradients and optimizer state sharded by FSDP2, layer by layer."""
+    """A policy whose weights, gradients and optimizer state are sharded by FSDP2, layer by layer."""
 
     is_collective = True
 
@@ -121,57 +125,55 @@ class Fsdp2Policy(TrainedPolicy):
         self.forward = fsdp2_prepare_model(self.accelerator, GroupForward(model, always_sees=True))
         self._optimizer = Optimizer(model, config)
         self.parameters = self._optimizer.parameters
-        # The very parameters: a module shows others while it is gathered.
+        # The sharded parameters themselves: FSDP2 swaps a module's parameters while it is unsharded.
         self._shards: dict[str, nn.Parameter] = dict(model.named_parameters())
 
     def gathered(self, weights: Shards | None = None) -> AbstractContextManager[None]:
-        return filled(
-            self.policy.model,
-            lambda name: _whole(self._shards[name].detach()) if weights is None else _of(weights, name, self._shards),
-        )
+        def gather(name: str) -> Tensor:
+            if weights is not None and name in weights:
+                return weights.gather(name)
+            return _full(self._shards[name].detach())
+
+        return filled(self.policy.model, gather)
 
     def micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        return nullcontext()  # gradients are exchanged and sharded in every pass, or they would need their full room
+        return nullcontext()  # reduce in every pass: unsharded gradients would need memory for all of them
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self._optimizer.load_state_tensors(_Distributed(tensors, self.parameters))
+        def shard(key: str) -> Tensor:
+            kind, name = key.split("/", 1)
+            tensor, parameter = tensors[key], self.parameters[name]
+            if kind == "step" or not isinstance(parameter, DTensor):
+                return tensor
+            full = tensor.to(parameter.device)
+            return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+        self._optimizer.load_state_tensors(LazyTensors(tensors, shard))
 
 
-class _Distributed(Mapping[str, Tensor]):
-    """An optimizer's state sharded as the parameters are, one tensor at a time as it is asked for."""
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read only when it is accessed."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-        self._tensors, self._parameters = tensors, parameters
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = tuple(names), read
 
-    def __getitem__(self, key: str) -> Tensor:
-        kind, name = key.split("/", 1)
-        tensor, parameter = self._tensors[key], self._parameters[name]
-        if kind == "step" or not isinstance(parameter, DTensor):
-            return tensor
-        whole = tensor.to(parameter.device)
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._names)
 
 
 def layer_classes(model: nn.Module) -> list[str]:
-    """Names of the classes of the layers that are gathered one at a time."""
+    """Class names of the layers that are sharded as units."""
     inner = backbone(model)
     layers: Iterable[nn.Module] = [*inner.language_model.layers, *inner.visual.blocks]
     return sorted({type(layer).__name__ for layer in layers})
 
 
-def _of(weights: Shards, name: str, others: Mapping[str, Tensor] | None = None) -> Tensor | None:
-    """A weight by name: of the shards, else of the others."""
-    if name in weights:
-        return weights.gather(name)
-    return None if others is None else _whole(others[name].detach())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded."""
+def _full(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

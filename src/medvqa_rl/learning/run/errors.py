@@ -1,4 +1,4 @@
-"""What ends a run before its last step."""
+"""Exceptions that end a run before its last step."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from medvqa_rl.core.types import Group
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on. The run saves the groups concerned, and the weights where they are sound."""
+    """Training cannot continue. The run saves the groups involved, and a checkpoint if the weights are valid."""
 
     def __init__(self, message: str, groups: Sequence[Group], *, has_valid_weights: bool = True) -> None:
         super().__init__(message)
         self.groups = tuple(groups)
         self.has_valid_weights = has_valid_weights
-        """True where the weights are those of the last whole step."""
+        """Whether the weights are those of the last completed step."""
 
 
 class NonFiniteError(TrainingFailed):
-    """A loss or a gradient is infinite or not a number."""
+    """A loss or gradient is NaN or infinite."""
 
 
 class UnscoredError(TrainingFailed):
@@ -27,15 +27,15 @@ class UnscoredError(TrainingFailed):
 
 
 class RankLostError(TrainingFailed):
-    """Another rank is dead, frozen or has failed."""
+    """Another rank is dead, unresponsive or has failed."""
 
 
 class UnusableSampleError(ValueError):
-    """A sample cannot be used, for its image or its size. Nothing is wrong with the weights, which the run saves."""
+    """A sample's image cannot be used, or the sample is too large. The weights are valid, and the run saves them."""
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has saved a checkpoint; the exit code is 128 + the signal, as shells have it."""
+    """The run was asked to stop and has saved a checkpoint. The exit code is 128 + the signal, as in shells."""
 
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(128 + signal_number)

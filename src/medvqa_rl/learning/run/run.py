@@ -1,4 +1,4 @@
-"""The life of a run: its folder, checkpoints, evaluations, logs, and how it ends. The loops tell it what they did."""
+"""A training run: its folder, checkpoints, evaluations and logs, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.files import checkpoint_folder, list_checkpoints
+from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, write_text
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
@@ -47,9 +47,10 @@ T = TypeVar("T")
 
 
 class Run:
-    """One run as a context manager. Entering takes the folder; leaving says how it ended.
+    """A training run as a context manager: entering locks the folder, leaving records how the run ended.
 
-    All ranks go through the same calls; only the main one writes.
+    Call :meth:`start`, :meth:`use_trained`, :meth:`finish_step` after each step, and :meth:`finish`, on all ranks.
+    Only the main rank writes files.
     """
 
     def __init__(
@@ -64,15 +65,21 @@ class Run:
         self.config = config
         self.dir = RunDir(config.output_dir)
         self.state = TrainState()
+        # Set by start and use_trained.
+        self.policy: Policy
+        self.engine: RolloutEngine
+        self.datasets: Mapping[str, Dataset]
+        self.trained: TrainedPolicy
         self._accelerator = accelerator
-        self._kind, self._resume, self._given = kind, resume, given
         self._is_main = accelerator.is_main_process
-        self._signal: int | None = None
+        self._kind, self._resume, self._given = kind, resume, given
         self._exits = ExitStack()
-        self._tracker: RunLogger | None = None
+        self._signal: int | None = None
         self._checkpoint: Path | None = None
         """The checkpoint that a resumed run continues from."""
         self._instruments = NOTHING
+        self._logger: RunLogger | None = None
+        """On the main rank, once the run has started."""
         self._roll_call: RollCall | None = None
 
     def __enter__(self) -> Run:
@@ -83,22 +90,22 @@ class Run:
         accelerator = self._accelerator
         if accelerator.num_processes > 1:
             timeout = self.config.train.rank_timeout
-            self._roll_call = RollCall(accelerator.process_index, accelerator.num_processes, timeout, self._give_up)
-        # Only the main thread may handle signals; elsewhere they are someone else's business.
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGINT, signal.SIGTERM) if is_main_thread else ():
-            previous = signal.signal(number, self._ask_to_stop)
-            self._exits.callback(signal.signal, number, previous)
+            self._roll_call = RollCall(
+                accelerator.process_index, accelerator.num_processes, timeout, self._report_lost_rank
+            )
+        if threading.current_thread() is threading.main_thread():  # others may not set signal handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._exits.callback(signal.signal, number, signal.signal(number, self._request_stop))
         return self
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: the step under way is finished first; a second signal does not wait."""
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: stop after the current step, or at once on the second signal."""
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
         if self._is_main:
-            # Past the console, which this handler may have interrupted in the middle of a line.
-            os.write(2, b"\nStopping when this step is done; once more stops at once and loses what is not saved.\n")
+            # Not through the console: the handler may have interrupted it in the middle of a line.
+            os.write(2, b"\nStopping after this step. Interrupt again to stop at once and lose unsaved steps.\n")
 
     def start(
         self,
@@ -107,11 +114,14 @@ class Run:
         datasets: Mapping[str, Dataset],
         judges: Mapping[str, JudgeIdentity] | None = None,
     ) -> None:
-        """Load the last checkpoint into the policy when resuming, and open the logs.
+        """Load the last checkpoint's weights when resuming, check data and judges, and open the logs.
 
         Args:
-            datasets: ``train``, and ``val`` where there are evaluations.
-            judges: ``reward``, where a judge rewards.
+            datasets: ``train``, and ``val`` if there are evaluations.
+            judges: the judges that score rewards, by role.
+
+        Raises:
+            ValueError: when resuming, the data or a judge has changed.
         """
         self.policy, self.engine, self.datasets = policy, engine, datasets
         checkpoints = list_checkpoints(self.dir.path) if self._resume else []
@@ -130,18 +140,18 @@ class Run:
             self._instruments = load_instruments(self.config.eval, policy.device.type, as_instrument(judge))
         self.dir.check_judges(used, resume=self._resume)
         seed = self.config.train.seed
-        changed = self.dir.compare_environment(seed, self.state.step) if self._resume else []
+        changes = self.dir.compare_environment(seed, self.state.step) if self._resume else []
         if not self._resume:
             self.dir.write_environment(seed)
         self._write_status("running")
-        self._tracker = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
+        self._logger = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
         if self._resume:
-            where = f"step {self.state.step}" if checkpoints else "the beginning, because no checkpoint was written"
-            self._tracker.say(f"Resuming {self.dir.path} from {where}.")
-        if changed:
-            self._tracker.say(
-                f"The environment is another than at the start: {', '.join(changed)}. The result can differ from that "
-                "of an uninterrupted run by rounding."
+            where = f"step {self.state.step}" if checkpoints else "the beginning, because it has no checkpoint yet"
+            self._logger.say(f"Resuming {self.dir.path} from {where}.")
+        if changes:
+            self._logger.say(
+                f"The environment has changed since the run was started: {', '.join(changes)}. Results can differ by "
+                "rounding from those of an uninterrupted run."
             )
 
     def use_trained(self, trained: TrainedPolicy) -> TrainedPolicy:
@@ -165,24 +175,24 @@ class Run:
     def finish_step(
         self, metrics: Mapping[str, float], records: Sequence[CompletionRecord] = (), groups: Sequence[Group] = ()
     ) -> None:
-        """Log a step that was done; evaluate, save and stop as is due.
+        """Log a completed step; evaluate, save and stop if due.
 
         Args:
-            metrics: of the step, over all ranks.
-            records: its completions, over all ranks.
-            groups: this rank's groups, whose images trackers may get.
+            metrics: the step's metrics over all ranks.
+            records: its completions over all ranks.
+            groups: this rank's groups, whose images trackers may receive.
 
         Raises:
-            Stopped: a signal asked for it; a checkpoint is saved.
+            Stopped: a signal requested it. A checkpoint is saved.
         """
         train, state = self.config.train, self.state
         self.set_phase("logging")
         state.step += 1
-        if self._tracker is not None:
-            self._tracker.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
+        if self._logger is not None:
+            self._logger.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
             if records and train.log_completions_steps and state.step % train.log_completions_steps == 0:
-                self._tracker.samples(state.step, records, groups)
-            self._write_status("running")
+                self._logger.log_samples(state.step, records, groups)
+        self._write_status("running")
         is_last = state.step >= train.steps
         if train.eval_steps and (is_last or state.step % train.eval_steps == 0):
             self.evaluate()
@@ -190,53 +200,26 @@ class Run:
         if is_last or number or (train.save_steps and state.step % train.save_steps == 0):
             self.save()
         if number and not is_last:
-            if self._tracker is not None:
-                self._write_status("stopped", reason=signal.Signals(number).name)
-                self._tracker.say(
-                    f"Stopped after step {state.step} as asked; a checkpoint is saved. Continue with "
-                    f"`{self._how_to_resume()}`."
-                )
+            self._write_status("stopped", reason=signal.Signals(number).name)
+            self._say(
+                f"Stopped after step {state.step} as requested; a checkpoint is saved. Continue with "
+                f"`{self._resume_command()}`."
+            )
             raise Stopped(number, self.dir.path)
 
-    def _how_to_resume(self) -> str:
-        """The command that continues this run, whatever command started it."""
-        command = f"medvqa-rl {self._kind} {shlex.quote(str(self.dir.path / 'config.yaml'))} --resume"
-        launch = read_launch(os.environ)
-        if launch.num_ranks == 1:
-            return command
-        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
-            return f"{command} --gpus N train.engine={launch.engine}"  # on so many machines as there are next time
-        return f"{command} --gpus {launch.num_ranks} train.engine={launch.engine}"
-
-    def _where_to_go_on(self) -> str:
-        """The last checkpoint and how to continue from it, as a sentence."""
-        checkpoints = list_checkpoints(self.dir.path)
-        if not checkpoints:
-            return "No checkpoint was written yet."
-        return f"The last checkpoint is {checkpoints[-1]}, which is whole: continue with `{self._how_to_resume()}`."
-
-    def _give_up(self, sentence: str, speaks: bool) -> None:
-        """Tell that a rank is lost, in a thread, because the main one waits for that rank or is itself stuck."""
-        if speaks:
-            # Past the console, whose lock the main thread may hold.
-            os.write(2, f"\nerror: {sentence} {self._where_to_go_on()}\n".encode())
-        if self._is_main:
-            self._write_status("failed", reason=sentence)
-
     def finish(self) -> None:
-        """All steps are done."""
-        if self._tracker is not None:
-            self._write_status("finished")
-            self._tracker.say(f"Finished after {self.state.step} steps: {self.dir.path}")
+        """Record that all steps are done."""
+        self._write_status("finished")
+        self._say(f"Finished after {self.state.step} steps: {self.dir.path}")
 
     def evaluate(self) -> None:
-        """Evaluate greedily on the validation split, keep the model if it is the best so far."""
+        """Evaluate greedily on the validation split, and save the model if it is the best so far. Collective."""
         with self.trained.gathered():
-            if self._tracker is not None:
-                self._evaluate(self._tracker)
+            if self._logger is not None:
+                self._evaluate(self._logger)
         self._accelerator.wait_for_everyone()
 
-    def _evaluate(self, tracker: RunLogger) -> None:
+    def _evaluate(self, logger: RunLogger) -> None:
         state = self.state
         evaluation = evaluate(
             self.engine,
@@ -244,130 +227,162 @@ class Run:
             self.config.eval,
             max_completion_length=self.config.rollout.max_completion_length,
             template=self.config.prompt.template,
-            progress=self._evaluating,
+            progress=self._show_evaluation_progress,
             prefetch=self.config.prefetch,
             instruments=self._instruments,
         )
-        write_evaluation(evaluation, self.dir.evaluation(state.step))
+        folder = self.dir.evaluation(state.step)
+        write_evaluation(evaluation, folder)
         metrics = evaluation.metrics
-        tracker.log(state.step, metrics)
+        logger.log(state.step, metrics)
         unscored = evaluation.results["unscored_rate"]
         if unscored:
-            tracker.say(
-                f"{unscored:.1%} of the validation questions could not be scored and are left out: see "
-                f"unscored_reason in {self.dir.evaluation(state.step) / 'samples.jsonl'}."
+            logger.say(
+                f"{unscored:.1%} of the validation questions could not be scored and are excluded: see "
+                f"unscored_reason in {folder / 'samples.jsonl'}."
             )
         accuracy = metrics.get("eval/accuracy")
-        # With too few questions scored it is another measure than at the other steps.
-        counts = accuracy is not None and unscored <= self.config.eval.fail_on_unscored
-        if counts and (state.best_accuracy is None or metrics["eval/accuracy"] > state.best_accuracy):
+        # With too many questions unscored, the accuracy is not comparable to that of other steps.
+        if accuracy is None or unscored > self.config.eval.fail_on_unscored:
+            return
+        if state.best_accuracy is None or accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             save_best(self.dir.best, self.policy, state)
 
-    def _evaluating(self, done: int, total: int) -> None:
-        """Show how far an evaluation is, to other ranks too."""
-        if self._tracker is not None:
-            self._tracker.evaluating(done, total)
+    def _show_evaluation_progress(self, done: int, total: int) -> None:
+        if self._logger is not None:
+            self._logger.show_evaluation_progress(done, total)
         if self._roll_call is not None:
             self._roll_call.tick()
 
     def save(self) -> None:
-        """Write a checkpoint of this step and remove older ones beyond the limit."""
+        """Write a checkpoint of the current step and remove older ones beyond the limit. Collective."""
         self._save()
         self._accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """The same on the main rank, and on all where they hold parts of what is saved."""
-        if self._tracker is not None:
-            self.state.metrics_bytes = self._tracker.flush()
+        """:meth:`save` without waiting for the other ranks."""
+        if self._logger is not None:
+            self.state.metrics_bytes = self._logger.flush()
         folder = checkpoint_folder(self.dir.path, self.state.step)
         save_checkpoint(folder, self.trained, self.state, is_main=self._is_main)
         if self._is_main:
             remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)
 
     def _agreed_signal(self) -> int:
-        """The signal that any rank received, 0 for none: all ranks stop at the same step."""
+        """The signal that any rank received, 0 if none, so that all ranks stop after the same step. Collective."""
         own = self._signal or 0
         if self._accelerator.num_processes == 1:
             return own
         received = self._accelerator.gather(torch.tensor([own], device=self._accelerator.device))
         return int(received.max())
 
+    def _say(self, text: str) -> None:
+        if self._logger is not None:
+            self._logger.say(text)
+
     def _write_status(self, state: str, **details: Any) -> None:
-        best = {"best_step": self.state.best_step, "best_accuracy": self.state.best_accuracy}
-        self.dir.write_status(state, self.state.step, self.config.train.steps, kind=self._kind, **best, **details)
+        if self._is_main:
+            best = {"best_step": self.state.best_step, "best_accuracy": self.state.best_accuracy}
+            self.dir.write_status(state, self.state.step, self.config.train.steps, kind=self._kind, **best, **details)
+
+    def _resume_command(self) -> str:
+        """The command that continues this run, however it was launched."""
+        command = f"medvqa-rl {self._kind} {shlex.quote(str(self.dir.path / 'config.yaml'))} --resume"
+        launch = read_launch(os.environ)
+        if launch.num_ranks == 1:
+            return command
+        is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        return f"{command} --gpus {launch.num_ranks if is_one_machine else 'N'} train.engine={launch.engine}"
+
+    def _resume_hint(self) -> str:
+        """A sentence that names the last checkpoint and how to continue from it."""
+        checkpoints = list_checkpoints(self.dir.path)
+        if not checkpoints:
+            return "No checkpoint was written yet."
+        return f"The last checkpoint is {checkpoints[-1]}: continue with `{self._resume_command()}`."
+
+    def _report_lost_rank(self, sentence: str, speaks: bool) -> None:
+        """Report a lost rank. Runs in a thread of the roll call, because the main thread is blocked.
+
+        Args:
+            speaks: whether this rank is the one that prints.
+        """
+        if speaks:
+            # Not through the console, whose lock the main thread may hold.
+            os.write(2, f"\nerror: {sentence} {self._resume_hint()}\n".encode())
+        self._write_status("failed", reason=sentence)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        lost = self._leave(error)
+        failure = self._leave_roll_call(error)
         with self._exits:
-            if error is None or isinstance(error, Stopped):
-                return
-            if lost is not None:
-                if self._tracker is not None:
-                    self._tracker.has_failed = True
-                    self._write_status("failed", reason=str(lost))
-                raise lost from error
-            if self._tracker is None:
-                if self._is_main:
+            match failure:
+                case None | Stopped():
+                    return
+                case RankLostError():
+                    pass
+                case _ if self._is_main and self._logger is None:  # failed before the run started
                     self.dir.discard()
-                elif isinstance(error, TrainingFailed) and error.has_valid_weights:
-                    self._save()  # as the main rank does, which may need this one's part
-                return
-            self._tracker.has_failed = True
-            if isinstance(error, TrainingFailed):
-                self._write_failure(error, self._tracker)
-            # A sample fails on one rank alone, and a rank alone cannot save what others hold parts of.
-            if isinstance(error, UnusableSampleError) and not self.trained.is_collective:
-                self._save_what_is_done(self._tracker)
-            try:
-                state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-                self._write_status(state, reason=str(error) or type(error).__name__)
-            except OSError:
-                # A full disk refuses this file too; the error under way says so.
-                self._tracker = None
+                    return
+                case TrainingFailed():
+                    self._save_failed_step(failure)
+                case UnusableSampleError() if self._logger is not None and not self.trained.is_collective:
+                    self._save_completed_steps()  # the other ranks do not take part, because the sample failed here
+            if self._logger is not None:
+                self._logger.has_failed = True
+                state = "stopped" if isinstance(failure, KeyboardInterrupt) else "failed"
+                with suppress(OSError):  # the disk may be full, which is then reported below
+                    self._write_status(state, reason=str(failure) or type(failure).__name__)
+            if failure is not error:
+                raise failure from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ValueError(
                     f"No space is left on the device of {self.dir.path}: free some and continue with --resume from "
-                    "the last checkpoint, which is whole."
+                    "the last checkpoint, which is complete."
                 ) from error
 
-    def _leave(self, error: BaseException | None) -> RankLostError | None:
-        """Tell the other ranks how this one ends, and find out whether it ends because one of them did."""
-        if self._roll_call is None:
-            return None
-        lost = None
-        if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed):  # as failed exchanges raise it
-            sentence = self._roll_call.who_is_lost()
-            lost = None if sentence is None else RankLostError(f"{sentence} {self._where_to_go_on()}", ())
-        is_well = error is None or isinstance(error, Stopped)
-        self._roll_call.leave(None if is_well else str(lost or error) or type(error).__name__)
-        return lost
+    def _leave_roll_call(self, error: BaseException | None) -> BaseException | None:
+        """Tell the other ranks how this one ends.
 
-    def _write_failure(self, error: TrainingFailed, tracker: RunLogger) -> None:
-        """Save the groups that made training fail, and the weights before that where they are sound."""
-        path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(_describe(group)) + "\n" for group in error.groups), encoding="utf-8")
-        tracker.say(f"{error} The samples and their completions are in {path}.")
+        Returns:
+            The error, or a RankLostError if a lost rank caused it.
+        """
+        if self._roll_call is None:
+            return error
+        # Failed collectives raise a RuntimeError.
+        if isinstance(error, RuntimeError) and not isinstance(error, TrainingFailed):
+            sentence = self._roll_call.find_lost_ranks()
+            if sentence is not None:
+                error = RankLostError(f"{sentence} {self._resume_hint()}", ())
+        is_failure = error is not None and not isinstance(error, Stopped)
+        self._roll_call.leave((str(error) or type(error).__name__) if is_failure else None)
+        return error
+
+    def _save_failed_step(self, error: TrainingFailed) -> None:
+        """Save the groups that made training fail, and a checkpoint of the last step if the weights are valid."""
+        if self._is_main:
+            path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
+            write_text(path, "".join(json.dumps(_describe(group)) + "\n" for group in error.groups))
+            self._say(f"{error} The samples and their completions are in {path}.")
         if error.has_valid_weights:
             self._save()
             folder = checkpoint_folder(self.dir.path, self.state.step)
-            tracker.say(f"The weights after the last whole step are in {folder}.")
+            self._say(f"The weights after the last completed step are in {folder}.")
 
-    def _save_what_is_done(self, tracker: RunLogger) -> None:
-        """Save the steps before one whose data cannot be used, where they are not saved yet."""
+    def _save_completed_steps(self) -> None:
+        """Save a checkpoint of the steps before one whose data cannot be used, unless there is one."""
+        if not self.state.step:
+            return
         folder = checkpoint_folder(self.dir.path, self.state.step)
-        if self.state.step and not folder.exists():
+        if not folder.exists():
             self._save()
-        if self.state.step:
-            tracker.say(
-                f"Step {self.state.step} and all before it are saved in {folder}: mend the file, then --resume."
-            )
+        self._say(f"Step {self.state.step} and all before it are saved in {folder}: fix the file, then use --resume.")
 
 
 def _describe(group: Group) -> dict[str, Any]:
-    """A group as plain values."""
+    """A group as JSON values."""
     return {
         "sample_id": group.sample.id,
         "images": [image.key for image in group.sample.images],

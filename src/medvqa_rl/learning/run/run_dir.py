@@ -1,4 +1,4 @@
-"""The folder of a run: what it is told, what it ran on, how far it is. Every table and plot is made from it.
+"""The folder of a run: settings, environment, data, status and logs. Every table and plot is made from it.
 
 config.yaml (as given) config.resolved.json env.json data.json judge.json status.json metrics.jsonl train.log
 samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
@@ -25,13 +25,14 @@ from filelock import FileLock, Timeout
 
 from medvqa_rl.config import Config, differences, leaves
 from medvqa_rl.config.yaml import write_yaml
+from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.types import Dataset
 from medvqa_rl.rewards.judges import JudgeIdentity
 
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
 
 OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
-"""Named where they are installed."""
+"""Recorded if installed."""
 
 MAY_CHANGE = (
     "network",
@@ -55,11 +56,11 @@ MAY_CHANGE = (
         for name in ("api_key_env", "timeout", "max_retries", "concurrency", "cache_dir")
     ),
 )
-"""Settings that a resumed run may change. Another number of steps changes the learning-rate schedule from there on."""
+"""Settings that may change on resume. A new number of steps changes the learning-rate schedule from there on."""
 
 
 class RunDir:
-    """Paths and small files of one run; held by one process at a time."""
+    """Paths and small files of a run. One process at a time holds its lock."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
@@ -69,33 +70,33 @@ class RunDir:
         self.log = self.path / "train.log"
         self._lock = FileLock(self.path / ".lock")
         self._is_new = False
-        """Whether this process made the folder."""
+        """Whether this process created the folder."""
 
     def samples(self, step: int) -> Path:
-        """File of the completions sampled in a step."""
+        """The file with the completions of a step."""
         return self.path / "samples" / f"step_{step:06d}.jsonl"
 
     def evaluation(self, step: int) -> Path:
-        """Folder of the evaluation after a step."""
+        """The folder of the evaluation after a step."""
         return self.path / "eval" / f"step_{step:06d}"
 
     def open(self, config: Config, given: Mapping[str, Any] | None, *, kind: str, resume: bool) -> None:
-        """Take the folder for this process: a new one, or the same run again.
+        """Lock the folder and write the settings, for a new run or a resumed one.
 
         Args:
             config: all settings.
-            given: the settings as the user wrote them; None takes those that differ from the defaults.
+            given: the settings as the user wrote them; None writes those that differ from the defaults.
             kind: the command that runs, ``train`` or ``sft``.
-            resume: continue the run that is there.
+            resume: continue the existing run.
 
         Raises:
-            ValueError: the folder holds a run and resume is off, or none and resume is on; another process has it;
-                settings that must not change were changed.
+            ValueError: the folder contains a run and ``resume`` is false, or no run and ``resume`` is true; another
+                process is using it; a setting was changed that must not change on resume.
         """
         status = json.loads(self.status.read_text(encoding="utf-8")) if self.status.exists() else None
         if not resume and status is not None:
             raise ValueError(
-                f"The output folder {self.path} already holds a run ({status['state']} at step {status['step']} of "
+                f"The output folder {self.path} already contains a run ({status['state']} at step {status['step']} of "
                 f"{status['steps']}): continue it with --resume, or set output_dir to another folder."
             )
         if resume and status is None:
@@ -104,15 +105,14 @@ class RunDir:
                 "one without --resume."
             )
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir is {str(self.path)!r}, which is a file: give a folder, or a new name.")
+            raise ValueError(f"output_dir is {str(self.path)!r}, which is a file: name a folder instead.")
         self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
-                f"Another process is working in {self.path} now: wait for it, stop it, or set output_dir to another "
-                "folder."
+                f"Another process is using {self.path}: wait for it, stop it, or set output_dir to another folder."
             ) from error
         path = self.path / "config.resolved.json"
         if resume:
@@ -124,11 +124,11 @@ class RunDir:
                 )
             check_same_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
         as_given = config.model_dump(mode="json", exclude_defaults=True) if given is None else given
-        (self.path / "config.yaml").write_text(write_yaml(dict(as_given)), encoding="utf-8")
+        write_text(self.path / "config.yaml", write_yaml(dict(as_given)))
         write_json(path, config.model_dump(mode="json"))
 
     def discard(self) -> None:
-        """Take back a folder that this process made for a run that never began: nothing of it is worth keeping."""
+        """Remove the folder of a run that failed before it started, if this process created it."""
         if not self._is_new:
             return
         names = ("config.yaml", "config.resolved.json", "env.json", "data.json", "status.json", ".lock")
@@ -138,23 +138,21 @@ class RunDir:
             self.path.rmdir()
 
     def close(self) -> None:
-        """Let other processes take the folder."""
+        """Release the lock."""
         self._lock.release()
 
     def write_status(self, state: str, step: int, steps: int, **details: Any) -> None:
-        """State (``running``, ``finished``, ``stopped`` or ``failed``), step, process and time."""
+        """Write status.json: state (``running``, ``finished``, ``stopped`` or ``failed``), step, process and time."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(
-            self.status,
-            {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "updated": now, **details},
-        )
+        status = {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "updated": now, **details}
+        write_json(self.status, status, durable=False)  # every step
 
     def write_environment(self, seed: int) -> None:
-        """env.json: what the run was started on."""
+        """Write env.json: the environment in which the run started."""
         write_json(self.path / "env.json", environment() | {"seed": seed})
 
     def compare_environment(self, seed: int, step: int) -> list[str]:
-        """Write env.resumed_STEP.json, and name what of the environment the bits of a result depend on differs."""
+        """Write env.resumed_STEP.json and return the changes that can affect results, as ``name (old -> new)``."""
         now = environment() | {"seed": seed}
         write_json(self.path / f"env.resumed_{step:06d}.json", now)
         path = self.path / "env.json"
@@ -165,10 +163,10 @@ class RunDir:
         return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
-        """Write data.json, or compare with the one of the run that is resumed.
+        """Write data.json; when resuming, check that the data is the same.
 
         Raises:
-            ValueError: the data is not that of the run that is resumed.
+            ValueError: the data has changed since the run was started.
         """
         path = self.path / "data.json"
         described = {
@@ -185,17 +183,17 @@ class RunDir:
             changed = [s for s in described if before.get(s, {}).get("fingerprint") != described[s]["fingerprint"]]
             if changed:
                 raise ValueError(
-                    f"The {' and '.join(changed)} data is not what this run was started with (its fingerprint in "
-                    f"{path} differs): restore the data, or start a new run in another output_dir."
+                    f"The {' and '.join(changed)} data has changed since this run was started (its fingerprint is not "
+                    f"that in {path}): restore the data, or start a new run in another output_dir."
                 )
         else:
             write_json(path, described)
 
     def check_judges(self, judges: Mapping[str, JudgeIdentity], *, resume: bool) -> None:
-        """Write judge.json where a judge rewards, or compare with the one of the run that is resumed.
+        """Write judge.json if there are judges; when resuming, check that they are the same.
 
         Raises:
-            ValueError: the judge is not that of the run that is resumed, though it may have its name.
+            ValueError: a judge's weights or prompt have changed since the run was started.
         """
         path = self.path / "judge.json"
         described = {role: identity.to_json() for role, identity in judges.items()}
@@ -203,14 +201,14 @@ class RunDir:
             before = json.loads(path.read_text(encoding="utf-8"))
             if before != described:
                 raise ValueError(
-                    f"The judge is not the one that this run was started with ({path} names its weights and prompt): "
+                    f"The judge has changed since this run was started ({path} identifies its weights and prompt): "
                     "restore it, or start a new run in another output_dir."
                 )
         elif described:
             write_json(path, described)
 
     def cut_back(self, step: int, metrics_bytes: int) -> None:
-        """Remove what was written after a checkpoint: lines of metrics.jsonl, samples and evaluations."""
+        """Remove metrics, samples and evaluations that were written after a checkpoint."""
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
                 file.truncate(metrics_bytes)
@@ -220,10 +218,10 @@ class RunDir:
 
 
 def check_same_settings(before: Config, now: Config) -> None:
-    """Refuse to resume with other settings than those in :data:`MAY_CHANGE`.
+    """Check that only settings in :data:`MAY_CHANGE` differ.
 
     Raises:
-        ValueError: lists what was changed.
+        ValueError: others differ; the message lists them.
     """
     old, new = (leaves(config.model_dump(mode="json")) for config in (before, now))
     changed = [
@@ -233,21 +231,14 @@ def check_same_settings(before: Config, now: Config) -> None:
     ]
     if changed:
         raise ValueError(
-            f"A resumed run keeps its settings, but these were changed: {', '.join(changed)}. Set them back (the "
-            "run's config.yaml holds what was given), or start a new run in another output_dir. Only the number of "
-            "steps, saving and logging may change."
+            f"These settings must not change when a run is resumed: {', '.join(changed)}. Set them back (the run's "
+            "config.yaml contains the old ones), or start a new run in another output_dir. Only the number of steps, "
+            "saving and logging may change."
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is never seen half written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def environment() -> dict[str, Any]:
-    """Versions, machine, threads and commit: what someone needs to run this again."""
+    """Versions, machine, threads and commit: what is needed to reproduce a run."""
     return {
         "python": platform.python_version(),
         "packages": _versions(),
@@ -265,7 +256,7 @@ def environment() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what a run is computed with."""
+    """Versions of the packages that affect results."""
     found = {name: version(name) for name in PACKAGES}
     for name in OPTIONAL_PACKAGES:
         with suppress(PackageNotFoundError):
@@ -274,8 +265,8 @@ def _versions() -> dict[str, str]:
 
 
 def source_digest(package: Path) -> str:
-    """Names and contents of a package's Python files in one hash: a commit says nothing of an installed copy, nor of
-    what was edited since."""
+    """Hash of the names and contents of a package's Python files. Unlike the commit, it covers installed copies and
+    uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
@@ -284,7 +275,7 @@ def source_digest(package: Path) -> str:
 
 
 def _git_commit() -> dict[str, Any] | None:
-    """Commit of the working directory and whether files differ from it; None outside of a repository."""
+    """Commit of the working directory and whether it is dirty; None outside a repository."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -1,4 +1,4 @@
-"""Numbers about a step, from the records of its completions. Names are TRL's where it has them."""
+"""Metrics of a step, computed from its completions. Metrics that TRL has too keep TRL's names."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from medvqa_rl.core.types import AnswerType, Group, Scores, Template
 
 @dataclass(frozen=True)
 class CompletionRecord:
-    """What is kept of a sampled completion; one line of samples/step_*.jsonl."""
+    """A sampled completion as logged: one line of samples/step_*.jsonl."""
 
     sample_id: str
     index: int
-    """Number of the completion within its group."""
+    """Index of the completion within its group."""
     question: str
     options: tuple[str, ...]
     gold: str
     completion: str
     rewards: dict[str, float]
-    """Each part before its weight; NaN is unscored."""
+    """Unweighted reward parts; NaN is unscored."""
     reward: float
     advantage: float
     length: int
-    """Tokens, the end-of-sequence token included."""
+    """Number of tokens, including the end-of-sequence token."""
     prompt_length: int
     is_truncated: bool
     is_correct: bool
@@ -39,14 +39,14 @@ class CompletionRecord:
     groups: dict[str, str]
     """The sample's groups, such as modality and family."""
     extra: dict[str, Any]
-    """What reward functions logged about this completion."""
+    """Values that reward functions logged for this completion."""
     template: Template = "think_answer"
-    """The form that its prompt asks for."""
+    """The template of its prompt."""
     is_well_formed: bool = False
-    """Whether it has exactly this form."""
+    """Whether it follows the template's format exactly."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; NaN as None."""
+        """The record as JSON values, with non-finite rewards as None."""
         record = asdict(self)
         record["rewards"] = {name: _finite(value) for name, value in self.rewards.items()}
         record["reward"] = _finite(self.reward)
@@ -60,7 +60,7 @@ def _finite(value: float) -> float | None:
 def record_completions(
     groups: Sequence[Group], scores: Scores, advantages: NDArray[np.float64]
 ) -> list[CompletionRecord]:
-    """Records of P groups of G completions, group after group."""
+    """Build the records of P groups of G completions, group after group."""
     records: list[CompletionRecord] = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
@@ -92,19 +92,19 @@ def record_completions(
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN of none."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     array = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
     return float(array.mean()) if array.size else math.nan
 
 
 def _std(values: Iterable[float]) -> float:
-    """Standard deviation (n - 1) of the values that are not NaN; 0 of fewer than two."""
+    """Standard deviation (n - 1) of the values that are not NaN; 0 for fewer than two."""
     array = np.asarray([value for value in values if not math.isnan(value)], dtype=np.float64)
     return float(array.std(ddof=1)) if array.size > 1 else 0.0
 
 
 def _correlation(values: Sequence[float], flags: Sequence[bool]) -> float:
-    """Pearson's correlation of values with 0 and 1, over the values that are not NaN; NaN where either is constant."""
+    """Pearson correlation of values with flags, ignoring NaN; NaN if either is constant."""
     pairs = [(value, float(flag)) for value, flag in zip(values, flags) if not math.isnan(value)]
     if not pairs or np.ptp(np.asarray(pairs), axis=0).min() < 1e-12:
         return math.nan
@@ -112,8 +112,8 @@ def _correlation(values: Sequence[float], flags: Sequence[bool]) -> float:
 
 
 def template_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
-    """For each template of a step, over all ranks: ``prompts/{template}/share`` of the completions, and their mean
-    ``reward``, ``correct`` (share of right answers), ``format`` (share of the requested form) and ``length``."""
+    """Metrics per template, over all ranks: ``prompts/{template}/share`` (of the completions), mean ``reward``,
+    ``correct`` (share of correct answers), ``format`` (share that follow the format) and mean ``length``."""
     metrics: dict[str, float] = {}
     for template in sorted({record.template for record in records}):
         own = [record for record in records if record.template == template]
@@ -128,7 +128,7 @@ def template_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
 
 
 def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -> dict[str, float]:
-    """Rewards, lengths and rates of a step's completions, over all ranks.
+    """Reward, length and rate metrics of a step's completions, over all ranks.
 
     Args:
         records: groups of ``num_generations`` records each, group after group.
@@ -162,11 +162,11 @@ def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -
 
 
 def mean_over_ranks(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics that every rank has for itself, averaged over the ranks that have them."""
+    """Average per-rank metrics over the ranks that report them."""
     names = {name for own in metrics for name in own}
     return {name: _mean(own[name] for own in metrics if name in own) for name in sorted(names)}
 
 
 def to_json(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Metrics with None for what is not a finite number, which JSON cannot write."""
+    """Metrics with None in place of NaN and infinity, which JSON does not support."""
     return {name: _finite(float(value)) for name, value in metrics.items()}
