@@ -1,12 +1,12 @@
-"""Rates of loading: a large table, its index, and decoding images ahead.
+"""Loading rates: a large table, its index, and prompts prefetched for training and evaluation.
 
     python -m benchmarks.data                 # 200,000 rows, 400 images
-    python -m benchmarks.data --rows 2000 --images 20
+    python -m benchmarks.data --rows 2000 --images 32
 
-Writes a table in PMC-VQA's form and its image files into a temporary folder, then loads it in fresh processes: the
-first reads the table, the second the index. Then decodes JPEGs of 1024 x 768 pixels one after the other and ahead of
-a consumer that takes its time, each in a fresh process, its memory set up as the command does it. Prints seconds and
-peak memory; exits with 1 where a limit is missed.
+Writes a table in PMC-VQA's format with its image files to a temporary folder and loads it in fresh processes: the
+first parses the table, the second reads the index. Then prepares prompts with JPEGs of 1024 x 768 pixels as training
+and evaluation do, without and with prefetching, each in a fresh process; a consumer sleeps for 10 ms per prompt in
+place of the model. Prints seconds and peak memory; exits with 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -20,35 +20,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from medvqa_rl.config import DataConfig
+from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, PrefetchConfig
 from medvqa_rl.core.memory import keep_freed_memory
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.images.files import FileImage
-from medvqa_rl.data.images.prefetch import BYTES_PER_PIXEL, prefetch
+from medvqa_rl.data.splits import StoredDataset
 
 MAX_SECONDS_FIRST = 20.0
 MAX_SECONDS_SECOND = 2.0
 MAX_GB = 1.5
-PREFETCH_BYTES = 64 * 2**20
-ONE_IMAGE_MIB = 2 * BYTES_PER_PIXEL * 1024 * 768 / 2**20
-"""While it is decoded, and once more for its copy: what may go ahead beyond the bound."""
-HOLES_MIB = 4.0
-"""What the allocator may lose to holes between images."""
+PROMPTS = 16
+"""Prompts per training step and per evaluation batch."""
+MAX_PIXELS = 401_408
+"""512 image tokens, as in the configs for PMC-VQA."""
+PREFETCH_MIB = 128
+HOLES_MIB = 16.0
+"""Memory that the allocator may lose to fragmentation."""
 CONSUMER_SECONDS = 0.01
-"""What a step of the consumer takes; it sleeps, as a CPU does that waits for a GPU."""
+"""Time per prompt that the consumer takes; it sleeps, as a CPU does while it waits for a GPU."""
 
 COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label")
 
 
 def write_table(root: Path, rows: int) -> None:
-    """``rows`` questions about as many images, three to an article."""
+    """Write ``rows`` questions, each with its own image, three images per article."""
     (root / "images").mkdir()
     with (root / "train.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -73,38 +76,67 @@ def load(root: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "gb": peak_bytes() / 1e9}
 
 
-def write_images(root: Path, count: int) -> list[Sample]:
-    """Photographs of noise, which compress badly, as medical images do."""
+def write_images(root: Path, count: int) -> None:
+    """Write JPEGs of noise, which compress as badly as medical images do."""
     generator = np.random.default_rng(0)
-    samples = []
     for index in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (96, 128, 3), dtype=np.uint8))
         coarse.resize((1024, 768)).save(root / f"{index}.jpg", quality=90)
-        samples.append(Sample(str(index), "Q?", "yes", "closed", (FileImage(f"{index}.jpg", root),)))
-    return samples
 
 
-def decode(root: Path, count: int, workers: int) -> dict[str, float]:
-    """Use every image once; with no workers each is decoded when it is needed."""
-    samples = [Sample(str(i), "Q?", "yes", "closed", (FileImage(f"{i}.jpg", root),)) for i in range(count)]
+def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
+    """Prepare the prompts of all images through the training feed, then through evaluation."""
+    from medvqa_rl.evaluation.answering import Asking, answer_all
+    from medvqa_rl.learning.batching.feed import Feed
+    from medvqa_rl.models.loading import load_policy
+    from medvqa_rl.rollout.decode import RolloutEngine
+
+    class SleepingEngine(RolloutEngine):
+        """Encodes prompts, and sleeps instead of generating."""
+
+        def greedy(
+            self, samples: Sequence[Sample], *, prompts: Sequence[EncodedPrompt] | None = None, **_: Any
+        ) -> Iterator[Group]:
+            for sample, prompt in zip(samples, prompts or ()):
+                time.sleep(CONSUMER_SECONDS)
+                yield Group(sample, prompt, [Completion((0,), "", False)])
+
     keep_freed_memory()
-    samples[0].images[0].load()
+    samples = [Sample(str(i), "Q?", "yes", "closed", (FileImage(f"{i}.jpg", root),)) for i in range(count)]
+    policy = load_policy(ModelConfig(path="phantom:instruct", device="cpu", max_pixels=MAX_PIXELS))
+    engine = SleepingEngine(policy)
+    prefetch = PrefetchConfig(workers=workers, max_mib=PREFETCH_MIB)
+    held = [engine.encode(samples[0]) for _ in range(PROMPTS)]  # what the caller holds in any case
     before = peak_bytes()
+    del held
+
     began = time.perf_counter()
-    for sample in prefetch(samples, workers=workers, max_bytes=PREFETCH_BYTES) if workers else samples:
-        sample.images[0].load()
-        time.sleep(CONSUMER_SECONDS)
-    return {"seconds": time.perf_counter() - began, "mib": (peak_bytes() - before) / 2**20}
+    steps = range(-(-count // PROMPTS))
+    with Feed(StoredDataset("images", samples), engine, prefetch, steps=steps, num_prompts=PROMPTS, seed=0) as feed:
+        for step in steps:
+            time.sleep(CONSUMER_SECONDS * len(feed.prompts(step)))
+    training = len(steps) * PROMPTS / (time.perf_counter() - began)
+
+    began = time.perf_counter()
+    asking = Asking(EvalConfig(batch_size=PROMPTS), max_completion_length=1, prefetch=prefetch)
+    answer_all(lambda: engine, samples, asking, keep=lambda records: None)
+    evaluation = count / (time.perf_counter() - began)
+    return {
+        "training": training,
+        "evaluation": evaluation,
+        "mib": (peak_bytes() - before) / 2**20,
+        "one_prompt_mib": policy.processor.encoding_bytes(samples[0]) / 2**20,
+    }
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has used."""
+    """Peak resident memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def in_a_new_process(*arguments: object) -> dict[str, float]:
-    """The numbers that this program prints when started with these arguments."""
+    """Run this program with these arguments in a fresh process and return the numbers it prints."""
     command = [sys.executable, "-m", "benchmarks.data", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if result.returncode:
@@ -119,11 +151,11 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--decode", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     children: list[tuple[Path | None, Callable[[Path], dict[str, float]]]] = [
         (options.load, load),
-        (options.decode, lambda root: decode(root, options.images, options.workers)),
+        (options.prepare, lambda root: prepare(root, options.images, options.workers)),
     ]
     for root, measure in children:
         if root is not None:
@@ -144,17 +176,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root, options.images)
-        print(f"{options.images} JPEGs of 1024 x 768, a consumer of {1000 * CONSUMER_SECONDS:g} ms each")
-        without = 0.0
-        for workers in (0, options.workers):
-            found = in_a_new_process("--decode", root, "--images", options.images, "--workers", workers)
-            rate = options.images / found["seconds"]
-            what = f"{workers} workers, at most {PREFETCH_BYTES // 2**20} MiB waiting" if workers else "without"
-            print(f"  prefetch {what:<34} {rate:6.1f} images/s, memory grew by {found['mib']:.0f} MiB")
-            if not workers:
-                without = found["mib"]
-            elif found["mib"] - without > PREFETCH_BYTES / 2**20 + ONE_IMAGE_MIB + HOLES_MIB:
-                missed.append("memory of prefetching")
+        print(f"prompts with JPEGs of 1024 x 768 pixels, a consumer of {1000 * CONSUMER_SECONDS:g} ms each")
+        without, found = (
+            in_a_new_process("--prepare", root, "--images", options.images, "--workers", workers)
+            for workers in (0, options.workers)
+        )
+        for workers, rates in ((0, without), (options.workers, found)):
+            what = f"{workers} workers, at most {PREFETCH_MIB} MiB" if workers else "no prefetching"
+            print(
+                f"  {what:<30} {rates['training']:6.1f} prompts/s in training, {rates['evaluation']:6.1f} in "
+                f"evaluation, memory grew by {rates['mib']:.0f} MiB"
+            )
+        if found["mib"] - without["mib"] > PREFETCH_MIB + found["one_prompt_mib"] + HOLES_MIB:
+            missed.append("memory of prefetching")
     if missed:
         print(f"missed: {', '.join(missed)}")
     return bool(missed)

@@ -18,7 +18,7 @@ from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.data.images.files import MemoryImage
-from medvqa_rl.data.images.prefetch import work_ahead
+from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.data.phantom.claims import claims, faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.splits import choose
@@ -158,7 +158,7 @@ def answer_all(
     if not asked:
         return
     model = engine()
-    questions = work_ahead(
+    questions = prefetch_map(
         lambda sample: prepare(model, sample, view),
         chain.from_iterable(asked),
         workers=asking.prefetch.workers,

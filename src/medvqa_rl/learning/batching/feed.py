@@ -17,7 +17,7 @@ from accelerate.accelerator import Accelerator
 from medvqa_rl.config import Config, PrefetchConfig, PromptConfig
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, EncodedPrompt, Sample
-from medvqa_rl.data.images.prefetch import work_ahead
+from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.batching.sampler import DrawnSample, step_samples
 from medvqa_rl.learning.run.errors import UnusableSampleError
@@ -83,7 +83,7 @@ class Feed(AbstractContextManager["Feed"]):
 
         self._share = num_prompts // num_ranks
         self._steps = iter(steps)
-        self._prepared = work_ahead(
+        self._prepared = prefetch_map(
             prepare,
             draws(),
             workers=prefetch.workers,

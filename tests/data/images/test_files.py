@@ -1,6 +1,6 @@
 """Any file becomes an RGB image or a ValueError that names it.
 
-Run: pytest tests/data/images/test_images.py
+Run: pytest tests/data/images/test_files.py
 """
 
 import io
@@ -168,3 +168,11 @@ def test_shrinking_keeps_the_ratio_and_the_limit() -> None:
 def test_no_image_is_larger_than_asked_for(width: int, height: int, limit: int) -> None:
     small = shrink(Image.new("L", (width, height)), limit)
     assert small.width * small.height <= max(limit, 1) and small.width <= width and small.height <= height
+
+
+def test_header_pixels_are_read_without_decoding(tmp_path: Path) -> None:
+    Image.new("L", (60, 40)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])  # the pixels are missing
+    assert FileImage("a.png", tmp_path).header_pixels() == 60 * 40
+    assert FileImage("gone.png", tmp_path).header_pixels() is None
+    assert FileImage("x.dcm", tmp_path).header_pixels() is None
