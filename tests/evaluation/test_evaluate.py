@@ -28,14 +28,10 @@ from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,
     check_unscored,
     evaluate,
-    paired_gain,
     questions_hash,
-    read_records,
-    results_table,
-    summarise,
     write_evaluation,
 )
-from medvqa_rl.evaluation.records import REQUIRED, EvalRecord, parse_record, record_line, write_records
+from medvqa_rl.evaluation.records import REQUIRED, EvalRecord, parse_record, read_records, record_line, write_records
 from medvqa_rl.evaluation.statistics.stats import (
     cluster_bootstrap,
     cluster_permutation,
@@ -43,6 +39,8 @@ from medvqa_rl.evaluation.statistics.stats import (
     effective_n,
     minimum_detectable_effect,
 )
+from medvqa_rl.evaluation.statistics.summary import paired_gain, summarise
+from medvqa_rl.evaluation.statistics.tables import results_table
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=500)
 PIXEL = Image.new("RGB", (2, 2))

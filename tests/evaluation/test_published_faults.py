@@ -33,11 +33,11 @@ from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,
     check_unscored,
     evaluate,
-    read_records,
-    results_table,
-    summarise,
     write_evaluation,
 )
+from medvqa_rl.evaluation.records import read_records
+from medvqa_rl.evaluation.statistics.summary import summarise
+from medvqa_rl.evaluation.statistics.tables import results_table
 from medvqa_rl.rewards.functions import FunctionLog, call_function
 
 CONFIG = EvalConfig(batch_size=4, bootstrap=100)

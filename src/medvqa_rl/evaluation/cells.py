@@ -1,11 +1,10 @@
-"""What the verb ``eval`` does: data sets x prompts, each in a folder that a killed run can continue and that several
-processes can share."""
+"""The verb ``eval``: every data set with every prompt, each in its own folder, resumable and shared by processes."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.data import Split, load_dataset
-from medvqa_rl.evaluation.answering import Asking, Engine, View, answer_all, chosen_samples
-from medvqa_rl.evaluation.controls import Control, make_controls, summarise_controls
+from medvqa_rl.evaluation.answering import AnswerSettings, View, answer_all, chosen_samples
+from medvqa_rl.evaluation.controls import make_controls, summarise_controls
 from medvqa_rl.evaluation.evaluate import (
     Evaluation,
     check_unscored,
-    controls_table,
     make_evaluation,
     questions_hash,
     write_evaluation,
@@ -33,6 +31,7 @@ from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_jud
 from medvqa_rl.evaluation.measures.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, pairs_csv, show_pairs, write_comparisons
+from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
@@ -41,66 +40,38 @@ from medvqa_rl.rewards.judges.load import notices, overlap
 from medvqa_rl.rollout.decode import RolloutEngine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
-    """One data set asked with one prompt."""
+    """One data set with one prompt."""
 
     data: DataConfig
     dataset: Dataset
     samples: Sequence[Sample]
-    asking: Asking
+    settings: AnswerSettings
     folder: Path
 
     @property
-    def ids(self) -> list[str]:
-        return [sample.id for sample in self.samples]
-
-    @property
     def label(self) -> str:
-        return f"{self.dataset.name} ({self.asking.template})"
+        return f"{self.dataset.name} ({self.settings.template})"
 
 
-def plan(
-    config: Config,
-    datas: Sequence[DataConfig],
-    prompts: Sequence[Template],
-    *,
-    model_name: str,
-    split: Split,
-    output: Path | None,
-) -> list[Cell]:
-    """All cells with their folders: ``output`` itself where there is only one, otherwise folders in it.
+@dataclass(frozen=True)
+class _Run:
+    """What all cells of one command share."""
 
-    Raises:
-        ValueError: data cannot be used, or two data sets have the same name.
-    """
-    datasets = [load_dataset(data, split) for data in datas]
-    names = [dataset.name for dataset in datasets]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"Two of the data sets are called {twice}, so their results could not be told apart: evaluate them one at "
-            "a time, with different folders for --output."
-        )
-    base = Path(config.output_dir) / "eval" if output is None else output
-    cells = []
-    for data, dataset in zip(datas, datasets):
-        chosen = chosen_samples(dataset, config.eval)
-        for template in prompts:
-            samples = [as_asked(sample, template) for sample in chosen]
-            name = model_name if output is None else ""
-            folder = base / _file_name(dataset.name, name, template if len(prompts) > 1 else "")
-            if output is not None and len(datas) * len(prompts) == 1:
-                folder = output
-            length = config.rollout.max_completion_length
-            asking = Asking(config.eval, length, template, dataset.name, config.prefetch)
-            cells.append(Cell(data, dataset, samples, asking, folder))
-    return cells
+    config: Config
+    model: ModelConfig
+    policy: Callable[[], Policy]
+    """Loads the model at the first call only: a complete evaluation is shown without it."""
+    shard: Shard
+    instruments: Instruments
+    judges: Mapping[str, Any]
+    """Identities of the judges that rewarded the model and of the one that evaluates it, for ``results.json``."""
+    controls: bool
+    console: Console
 
-
-def _file_name(*parts: str) -> str:
-    """Names as one name of a file; empty ones are left out."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
+    def print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_eval(
@@ -116,170 +87,112 @@ def run_eval(
     shard: Shard | None = None,
     resume: bool = False,
 ) -> None:
-    """Answer one or several splits, print accuracy with intervals and write ``samples.jsonl`` and ``results.json``.
+    """Evaluate one or several splits: print accuracy with intervals, write ``samples.jsonl`` and ``results.json``.
 
     Args:
-        checkpoint: folder of the weights; None takes the model of the settings.
-        output: folder to write; None names one under ``output_dir`` by data and model.
-        dry_run: answer one batch of each cell, show its sizes and write nothing.
-        data: further data sets besides the one of the settings.
-        prompts: templates to ask with; none takes that of the settings.
-        controls: also ask with blank, shuffled and no images, and with the options in other orders.
-        shard: the part of the questions that this process answers; None: its part of those that a launcher started,
-            or all. The process that finds all answers written writes the results.
-        resume: continue an evaluation that was stopped, or show one that is complete.
+        checkpoint: folder with the weights; defaults to the configured model.
+        output: output folder; defaults to one under ``output_dir``, named after data and model.
+        dry_run: answer one batch per cell, print its sizes and write nothing.
+        data: data sets to evaluate besides the configured one.
+        prompts: templates; defaults to the configured one.
+        controls: also run the bias controls (:mod:`medvqa_rl.evaluation.controls`).
+        shard: the part of the questions that this process answers; defaults to this rank's part under a launcher,
+            else to all. The process that finds all answers present writes the results.
+        resume: continue an interrupted evaluation, or show a complete one.
 
     Raises:
-        ValueError: data, model or folder cannot be used.
+        ValueError: the data, model or folder cannot be used.
         EvaluationFailed: more than ``eval.fail_on_unscored`` of the questions could not be scored.
     """
     model = config.model if checkpoint is None else with_checkpoint(config.model, checkpoint)
-    model_name = config.model.path if checkpoint is None else checkpoint.name
+    model_name = "" if output is not None else config.model.path if checkpoint is None else checkpoint.name
+    base = Path(config.output_dir) / "eval" if output is None else output
     templates = tuple(prompts) or (config.prompt.template,)
-    cells = plan(config, [config.data, *data], templates, model_name=model_name, split=split, output=output)
+    cells = plan_cells(config, [config.data, *data], templates, split=split, base=base, model_name=model_name)
+    if output is not None and len(cells) == 1:
+        cells = [replace(cells[0], folder=output)]
+    policy = cache(lambda: load_policy(model))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if dry_run:
+        _dry_run(cells, policy, console)
+        return
     if shard is None:
         state = PartialState(cpu=resolve_device(model.device).type == "cpu")
         shard = Shard(state.process_index, state.num_processes)  # type: ignore[has-type]
-    for cell in cells if not dry_run else ():
-        if not resume:
-            _refuse_if_used(cell, shard)
-        elif (cell.folder / "results.json").exists() and not read_identity(cell.folder):
-            raise ValueError(
-                f"The evaluation in {cell.folder} was not written by this command, so it cannot be continued: choose "
-                "another folder with --output."
-            )
-    console = open_console()
-
-    @cache
-    def policy() -> Policy:
-        return load_policy(model)
-
-    if dry_run:
-        _dry_run(cells, lambda cell: RolloutEngine(policy(), cell.asking.template), console)
-        return
-    # Before the first answer, so that a model that is not there is said at once.
-    judge = load_eval_judge(config.eval_judge)
-    rewarding = rewarding_judges(checkpoint)
-    lines = notices(config, rewards=False)
-    if judge is not None and not any(line.startswith("Warning") for line in lines):
-        lines += filter(None, {overlap(one, judge.identity) for one in rewarding.values()})
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
-    judges = {role: identity.to_json() for role, identity in rewarding.items()}
-    judges |= {} if judge is None else {"evaluation": judge.identity.to_json()}
-    complete: list[tuple[Cell, Evaluation]] = []
     for cell in cells:
-        evaluation = _evaluate_cell(
-            cell, config, model, policy, shard, instruments, judges, controls=controls, console=console
-        )
-        if evaluation is not None:
-            complete.append((cell, evaluation))
+        _check_folder(cell.folder, shard, resume)
+    # Loaded before the first answer, so that a missing model is reported at once.
+    judge = load_eval_judge(config.eval_judge)
+    instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
+    rewarding = rewarding_judges(checkpoint)
+    judges = {role: identity.to_json() for role, identity in rewarding.items()}
+    lines = notices(config, rewards=False)
+    if judge is not None:
+        judges["evaluation"] = judge.identity.to_json()
+        if not any(line.startswith("Warning") for line in lines):
+            lines += filter(None, {overlap(identity, judge.identity) for identity in rewarding.values()})
+    run = _Run(config, model, policy, shard, instruments, judges, controls, console)
+    for line in lines:
+        run.print(line)
+    complete = {}
+    for cell in cells:
+        answers = _answer_cell(cell, run)
+        if answers is None:
+            run.print(f"{cell.label}: shard {shard} is done, others are missing.")
+            continue
+        complete[cell] = _make_results(cell, run, *answers)
+        _print_results(cell, run, complete[cell])
     if len(complete) == len(cells) and len(templates) > 1:
-        base = Path(config.output_dir) / "eval" if output is None else output
-        _compare_prompts(complete, config, base, model_name if output is None else "", console)
-    for _, evaluation in complete:
+        _compare_prompts(complete, run, base, model_name)
+    for evaluation in complete.values():
         check_unscored(evaluation.results, config.eval)
 
 
-def _refuse_if_used(cell: Cell, shard: Shard) -> None:
-    if (cell.folder / "results.json").exists():
-        raise ValueError(
-            f"The folder {cell.folder} already holds an evaluation: choose another with --output, or show it with "
-            "--resume."
-        )
-    if RecordFile(cell.folder / "samples.jsonl", shard).exists():
-        raise ValueError(
-            f"The folder {cell.folder} holds an evaluation that is not finished: continue it with --resume, or choose "
-            "another with --output."
-        )
-
-
-def _evaluate_cell(
-    cell: Cell,
+def plan_cells(
     config: Config,
-    model: ModelConfig,
-    policy: Callable[[], Policy],
-    shard: Shard,
-    instruments: Instruments,
-    judges: Mapping[str, Any],
+    datas: Sequence[DataConfig],
+    templates: Sequence[Template],
     *,
-    controls: bool,
-    console: Console,
-) -> Evaluation | None:
-    """Answer what is missing; once all is there, write and print the results."""
-    asking, folder = cell.asking, cell.folder
-    identity = _identity(cell, model)
-    agree(folder, identity, write=False)
+    split: Split,
+    base: Path,
+    model_name: str,
+) -> list[Cell]:
+    """Load the data sets and name a folder in ``base`` for each of them with each prompt.
 
-    def engine() -> Engine:
-        agree(folder, identity | {"weights": weights_fingerprint(policy().model)})
-        return RolloutEngine(policy(), asking.template)
-
-    def ask(name: str, file: RecordFile, samples: Sequence[Sample], view: View | None) -> list[EvalRecord] | None:
-        own = samples[shard.index :: shard.count]
-        with progress_bar(f"{cell.dataset.name} {asking.template} {name}".strip()) as progress:
-            answer_all(engine, own, asking, view=view, done=file.read(), keep=file.append, progress=progress)
-        return file.settle([sample.id for sample in samples])
-
-    records = ask("", RecordFile(folder / "samples.jsonl", shard), cell.samples, None)
-    passes: list[Control] = []
-    if controls or (folder / "controls").is_dir():
-        passes = make_controls(cell.samples, config.eval.seed)
-    found: dict[str, list[EvalRecord] | None] = {}
-    for control in passes:
-        file = RecordFile(folder / "controls" / f"{control.name}.jsonl", shard)
-        found[control.name] = ask(control.name, file, control.samples, control.view)
-    if records is None or any(rows is None for rows in found.values()):
-        console.print(f"{cell.label}: shard {shard} is done, others are missing.", highlight=False, soft_wrap=True)
-        return None
-    measured = measure(records, remaining(records, instruments))
-    evaluation = make_evaluation(measured, cell.samples, cell.dataset, asking)
-    results: dict[str, Any] = dict(evaluation.results)
-    results["seeds"] = {**results["seeds"], "data": cell.data.seed}
-    results["model"] = {**model.model_dump(mode="json"), "weights": read_identity(folder).get("weights")}
-    results["config"] = config.model_copy(update={"data": cell.data}).model_dump(mode="json")
-    if judges:
-        results["judges"] = dict(judges)
-    if passes:
-        answered = {name: rows for name, rows in found.items() if rows is not None}
-        results["controls"] = summarise_controls(records, answered, config.eval)
-    evaluation = Evaluation(evaluation.records, results)
-    write_evaluation(evaluation, folder)
-    in_4_bits = ", base model in 4 bits" if model.load_in_4bit else ""
-    console.print(evaluation.table(f"{cell.label}: {model.adapter or model.path}{in_4_bits}"))
-    if passes:
-        console.print(controls_table(results))
-    console.print(f"Written: {folder / 'results.json'} and samples.jsonl", highlight=False, soft_wrap=True)
-    return evaluation
+    Raises:
+        ValueError: a data set cannot be used, or two have the same name.
+    """
+    datasets = [load_dataset(data, split) for data in datas]
+    names = [dataset.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"Two of the data sets are called {twice}, so their results could not be told apart: evaluate them one at "
+            "a time, with different folders for --output."
+        )
+    cells = []
+    for data, dataset in zip(datas, datasets):
+        chosen = chosen_samples(dataset, config.eval)
+        for template in templates:
+            length = config.rollout.max_completion_length
+            settings = AnswerSettings(config.eval, length, template, dataset.name, config.prefetch)
+            folder = base / _file_name(dataset.name, model_name, template if len(templates) > 1 else "")
+            cells.append(Cell(data, dataset, [as_asked(sample, template) for sample in chosen], settings, folder))
+    return cells
 
 
-def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
-    """Everything that the answers depend on, but for the weights, which are known once they are loaded."""
-    names = {"path", "adapter", "revision", "load_in_4bit", "dtype", "attention", "min_pixels", "max_pixels"}
-    config = cell.asking.config
-    return {
-        **{f"model.{name}": value for name, value in model.model_dump(mode="json", include=names).items()},
-        "data": cell.dataset.name,
-        "fingerprint": cell.dataset.fingerprint,
-        "questions": questions_hash(cell.samples),
-        "template": cell.asking.template,
-        "max_completion_length": cell.asking.max_completion_length,
-        **{f"eval.{name}": getattr(config, name) for name in ("num_samples", "temperature", "top_p", "seed")},
-        **{
-            f"eval.{name}": by
-            for name in ("perplexity_model", "similarity")
-            if (by := getattr(config, name)) is not None
-        },
-    }
+def _file_name(*parts: str) -> str:
+    """Join names into a file name; empty ones are left out."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts)))
 
 
-def _dry_run(cells: Sequence[Cell], engine: Callable[[Cell], Engine], console: Console) -> None:
+def _dry_run(cells: Sequence[Cell], policy: Callable[[], Policy], console: Console) -> None:
     lines = ["Dry run: everything loads, and a batch is answered. Nothing was written."]
     for cell in cells:
-        samples = cell.samples[: cell.asking.config.batch_size]
-        length = cell.asking.max_completion_length
-        groups = list(engine(cell).greedy(samples, max_completion_length=length, batch_size=max(1, len(samples))))
+        samples = cell.samples[: cell.settings.config.batch_size]
+        length = cell.settings.max_completion_length
+        engine = RolloutEngine(policy(), cell.settings.template)
+        groups = list(engine.greedy(samples, max_completion_length=length, batch_size=max(1, len(samples))))
         lines.append(f"  {cell.label}: {len(cell.samples):,} of {len(cell.dataset):,} questions")
         if groups:
             prompts = [len(group.prompt.input_ids) for group in groups]
@@ -291,18 +204,112 @@ def _dry_run(cells: Sequence[Cell], engine: Callable[[Cell], Engine], console: C
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _compare_prompts(
-    complete: Sequence[tuple[Cell, Evaluation]], config: Config, base: Path, model_name: str, console: Console
-) -> None:
-    """Print how every two prompts differ on the same questions, data set by data set, and write it beside them."""
+def _check_folder(folder: Path, shard: Shard, resume: bool) -> None:
+    """Refuse a folder whose content would be overwritten, or cannot be continued."""
+    is_complete = (folder / "results.json").exists()
+    if resume and is_complete and not read_identity(folder):
+        raise ValueError(
+            f"The evaluation in {folder} was not written by this command, so it cannot be continued: choose another "
+            "folder with --output."
+        )
+    if not resume and is_complete:
+        raise ValueError(
+            f"The folder {folder} already holds an evaluation: choose another with --output, or show it with --resume."
+        )
+    if not resume and RecordFile(folder / "samples.jsonl", shard).exists():
+        raise ValueError(
+            f"The folder {folder} holds an evaluation that is not finished: continue it with --resume, or choose "
+            "another with --output."
+        )
+
+
+def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, list[EvalRecord]]] | None:
+    """Answer this shard's missing questions, those of the controls included.
+
+    Returns:
+        All records, and those of each control; None while other shards are unfinished.
+    """
+    settings, folder, shard = cell.settings, cell.folder, run.shard
+    identity = _identity(cell, run.model)
+    agree(folder, identity, write=False)
+
+    def load_engine() -> RolloutEngine:
+        policy = run.policy()
+        agree(folder, identity | {"weights": weights_fingerprint(policy.model)})
+        return RolloutEngine(policy, settings.template)
+
+    def answer(name: str, path: Path, samples: Sequence[Sample], view: View | None) -> list[EvalRecord] | None:
+        file = RecordFile(path, shard)
+        own = samples[shard.index :: shard.count]
+        with progress_bar(f"{cell.dataset.name} {settings.template} {name}".strip()) as progress:
+            answer_all(load_engine, own, settings, view=view, done=file.read(), save=file.append, progress=progress)
+        return file.settle([sample.id for sample in samples])
+
+    records = answer("", folder / "samples.jsonl", cell.samples, None)
+    controls: dict[str, list[EvalRecord] | None] = {}
+    if run.controls or (folder / "controls").is_dir():
+        for control in make_controls(cell.samples, settings.config.seed):
+            path = folder / "controls" / f"{control.name}.jsonl"
+            controls[control.name] = answer(control.name, path, control.samples, control.view)
+    answered = {name: rows for name, rows in controls.items() if rows is not None}
+    return None if records is None or len(answered) < len(controls) else (records, answered)
+
+
+def _make_results(
+    cell: Cell, run: _Run, records: Sequence[EvalRecord], controls: Mapping[str, Sequence[EvalRecord]]
+) -> Evaluation:
+    """Measure the outputs, compute all results and write them."""
+    measured = measure(records, remaining(records, run.instruments))
+    evaluation = make_evaluation(measured, cell.samples, cell.dataset, cell.settings)
+    results: dict[str, Any] = dict(evaluation.results)
+    results["seeds"] = {**results["seeds"], "data": cell.data.seed}
+    results["model"] = {**run.model.model_dump(mode="json"), "weights": read_identity(cell.folder).get("weights")}
+    results["config"] = run.config.model_copy(update={"data": cell.data}).model_dump(mode="json")
+    if run.judges:
+        results["judges"] = dict(run.judges)
+    if controls:
+        results["controls"] = summarise_controls(records, controls, run.config.eval)
+    evaluation = Evaluation(evaluation.records, results)
+    write_evaluation(evaluation, cell.folder)
+    return evaluation
+
+
+def _print_results(cell: Cell, run: _Run, evaluation: Evaluation) -> None:
+    in_4_bits = ", base model in 4 bits" if run.model.load_in_4bit else ""
+    title = f"{cell.label}: {run.model.adapter or run.model.path}{in_4_bits}"
+    run.console.print(results_table(evaluation.results, title))
+    if "controls" in evaluation.results:
+        run.console.print(controls_table(evaluation.results))
+    run.print(f"Written: {cell.folder / 'results.json'} and samples.jsonl")
+
+
+def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
+    """Everything that the answers depend on, except the weights, which are known only once they are loaded."""
+    names = {"path", "adapter", "revision", "load_in_4bit", "dtype", "attention", "min_pixels", "max_pixels"}
+    config = cell.settings.config
+    instruments = {name: getattr(config, name) for name in ("perplexity_model", "similarity")}
+    return {
+        **{f"model.{name}": value for name, value in model.model_dump(mode="json", include=names).items()},
+        "data": cell.dataset.name,
+        "fingerprint": cell.dataset.fingerprint,
+        "questions": questions_hash(cell.samples),
+        "template": cell.settings.template,
+        "max_completion_length": cell.settings.max_completion_length,
+        **{f"eval.{name}": getattr(config, name) for name in ("num_samples", "temperature", "top_p", "seed")},
+        **{f"eval.{name}": value for name, value in instruments.items() if value is not None},
+    }
+
+
+def _compare_prompts(complete: Mapping[Cell, Evaluation], run: _Run, base: Path, model_name: str) -> None:
+    """Compare every two prompts on the same questions, per data set; print the tables and write them to ``base``."""
     by_data: dict[str, list[Evaluated]] = {}
-    for cell, evaluation in complete:
-        run = Evaluated(cell.asking.template, cell.folder, evaluation.records)
-        by_data.setdefault(cell.dataset.name, []).append(run)
+    for cell, evaluation in complete.items():
+        evaluated = Evaluated(cell.settings.template, cell.folder, evaluation.records)
+        by_data.setdefault(cell.dataset.name, []).append(evaluated)
     for name, runs in by_data.items():
-        comparison = compare(runs, config.eval, every_pair=True)
-        show_pairs(comparison, console)
+        comparison = compare(runs, run.config.eval, every_pair=True)
+        show_pairs(comparison, run.console)
         stem = _file_name("prompts", name, model_name)
         write_comparisons([comparison], base / f"{stem}.json")
         write_text(base / f"{stem}.csv", pairs_csv(comparison))
-        console.print(f"Written: {base / stem}.csv and .json", highlight=False, soft_wrap=True)
+        run.print(f"Written: {base / stem}.csv and .json")

@@ -1,6 +1,6 @@
-"""What is answered without looking: the same questions with another image, none, or their options in another order.
+"""Bias controls: the same questions with another image, without one, or with their options in another order.
 
-An answer that stays right without its image was guessed from the words; one that changes with the order of the
+An answer that stays correct without its image was guessed from the text; one that changes with the order of the
 options was chosen by its letter. Imports no torch.
 """
 
@@ -28,7 +28,7 @@ GREY = (127, 127, 127)
 
 @dataclass(frozen=True)
 class BlankImage:
-    """A grey image of the size of another."""
+    """A grey image of the same size as another."""
 
     source: ImageSource
 
@@ -45,22 +45,21 @@ class BlankImage:
 
 @dataclass(frozen=True)
 class Control:
-    """A pass over some of the questions."""
+    """One pass over some of the questions."""
 
     name: str
     samples: Sequence[Sample]
-    """The questions that it applies to, as they are."""
+    """The questions that the control applies to, unchanged."""
     view: View
-    """What is shown in their place."""
+    """Returns what is shown in their place."""
 
 
 def make_controls(samples: Sequence[Sample], seed: int) -> list[Control]:
-    """The passes that the questions allow.
+    """Return the controls that apply to the questions.
 
-    ``blank``: every image grey; ``shuffled``: the images of another question, which is of other images (drawn by
-    address); ``no_image``: the question alone. ``order_1``, ``order_2`` ...: the options of choice questions moved
-    up by so many places, cyclically, so that over all orders each option stands at every letter (CircularEval, Liu
-    et al. 2023, arXiv 2307.06281).
+    ``blank``: every image grey; ``shuffled``: the images of a random question about other images; ``no_image``: the
+    question alone. ``order_1``, ``order_2`` ...: the options of choice questions rotated by that many positions, so
+    that over all orders each option appears at every letter (CircularEval, Liu et al. 2023, arXiv 2307.06281).
     """
     controls = []
     with_images = [sample for sample in samples if sample.images]
@@ -82,7 +81,7 @@ def _blank(sample: Sample) -> Sample:
 
 
 def _donor(sample: Sample, samples: Sequence[Sample], seed: int) -> tuple[ImageSource, ...]:
-    """The images of another question, which is not about the same images."""
+    """The images of a random question about other images."""
     draws = Draws("shuffled image", seed, sample.id)
     while True:
         donor = draws.pick(samples)
@@ -91,21 +90,21 @@ def _donor(sample: Sample, samples: Sequence[Sample], seed: int) -> tuple[ImageS
 
 
 def rotated(sample: Sample, shift: int) -> Sample:
-    """A choice question whose options are moved up by some places; the first ones come last."""
+    """Rotate the options of a choice question to the left; the first ones come last."""
     options = sample.options[shift:] + sample.options[:shift]
-    place = (LETTERS.index(sample.answer) - shift) % len(options)
-    return replace(sample, options=options, answer=LETTERS[place])
+    position = (LETTERS.index(sample.answer) - shift) % len(options)
+    return replace(sample, options=options, answer=LETTERS[position])
 
 
 def summarise_controls(
     records: Sequence[EvalRecord], controls: Mapping[str, Sequence[EvalRecord]], config: EvalConfig
 ) -> dict[str, Any]:
-    """Numbers of the controls beside those of the evaluation.
+    """Summarise the controls.
 
     Returns:
-        For each image control ``n``, ``accuracy`` with its interval, ``drop`` = accuracy of the same questions with
-        their image minus that (positive: looking helps) with its paired interval and ``permutation_p``, and
-        ``same_answer_rate``, how often the answer is the same as with the image. ``option_order``: see
+        For each image control ``n``, ``accuracy`` with its interval, ``drop``: the accuracy of the same questions with
+        their image minus that (positive if the image helps) with its paired interval and ``permutation_p``, and
+        ``same_answer_rate``: how often the answer is the same as with the image. ``option_order``: see
         :func:`order_summary`; absent without choice questions.
     """
     by_id = {record.sample_id: record for record in records}
@@ -122,9 +121,9 @@ def summarise_controls(
 
 
 def _image_summary(pairs: Sequence[tuple[EvalRecord, EvalRecord]], config: EvalConfig) -> dict[str, Any]:
-    looking, blind = [one for one, _ in pairs], [other for _, other in pairs]
-    interval = _share([bool(record.is_correct) for record in blind], blind, config)
-    gain = paired_gain(blind, looking, config)
+    with_image, without = [one for one, _ in pairs], [other for _, other in pairs]
+    interval = _share([bool(record.is_correct) for record in without], without, config)
+    gain = paired_gain(without, with_image, config)
     return {
         "n": len(pairs),
         "num_clusters": gain["num_clusters"],
@@ -135,12 +134,12 @@ def _image_summary(pairs: Sequence[tuple[EvalRecord, EvalRecord]], config: EvalC
         "drop_low": gain["gain_low"],
         "drop_high": gain["gain_high"],
         "permutation_p": gain["permutation_p"],
-        "same_answer_rate": mean(float(_said(one) == _said(other)) for one, other in pairs),
+        "same_answer_rate": mean(float(_comparable(one) == _comparable(other)) for one, other in pairs),
     }
 
 
-def _said(record: EvalRecord) -> str | None:
-    """An answer for comparing it with another one to the same options."""
+def _comparable(record: EvalRecord) -> str | None:
+    """The answer in a form that can be compared with another answer to the same options."""
     return record.choice if record.answer_type == "choice" else record.answer
 
 
@@ -157,47 +156,48 @@ def _share(flags: Sequence[bool], records: Sequence[EvalRecord], config: EvalCon
 def order_summary(
     records: Sequence[EvalRecord], orders: Mapping[int, Sequence[EvalRecord]], config: EvalConfig
 ) -> dict[str, Any]:
-    """How much the order of the options matters, over the choice questions that are scored in every order.
+    """Measure the effect of the option order, over the choice questions that are scored in every order.
 
     Args:
-        records: of the options in their own order.
-        orders: records by the number of places that the options were moved up.
+        records: with the options in their original order.
+        orders: records by the number of positions that the options were rotated by.
+        config: of the bootstrap.
 
     Returns:
-        ``n``, ``consistency``: share of the questions for which the same option, by its content, is named in every
-        order; ``accuracy_all_orders``: share that is right in every order; both with intervals; ``mean_accuracy``
-        over all orders.
+        ``n``; ``consistency``: share of the questions for which the same option, by content, is named in every
+        order; ``accuracy_all_orders``: share answered correctly in every order; both with intervals;
+        ``mean_accuracy`` over all orders.
     """
-    asked: dict[str, dict[int, EvalRecord]] = {}
+    by_question: dict[str, dict[int, EvalRecord]] = {}
     for record in records:
         if record.answer_type == "choice":
-            asked[record.sample_id] = {0: record}
+            by_question[record.sample_id] = {0: record}
     for shift, rows in orders.items():
         for record in rows:
-            asked[record.sample_id][shift] = record
-    whole = [
+            by_question[record.sample_id][shift] = record
+    complete = [
         versions
-        for versions in asked.values()
+        for versions in by_question.values()
         if len(versions) == len(versions[0].options) and all(record.is_scored for record in versions.values())
     ]
-    if not whole:
+    if not complete:
         return {"n": 0, "consistency": math.nan, "accuracy_all_orders": math.nan, "mean_accuracy": math.nan}
-    first = [versions[0] for versions in whole]
-    named = [{_option(record, shift) for shift, record in versions.items()} for versions in whole]
+    first = [versions[0] for versions in complete]
+    named = [{_option(record, shift) for shift, record in versions.items()} for versions in complete]
     consistency = _share([len(options) == 1 and None not in options for options in named], first, config)
-    all_right = _share([all(record.is_correct for record in v.values()) for v in whole], first, config)
+    all_right = _share([all(record.is_correct for record in v.values()) for v in complete], first, config)
     return {
-        "n": len(whole),
+        "n": len(complete),
         "consistency": consistency.estimate,
         "consistency_low": consistency.low,
         "consistency_high": consistency.high,
         "accuracy_all_orders": all_right.estimate,
         "accuracy_all_orders_low": all_right.low,
         "accuracy_all_orders_high": all_right.high,
-        "mean_accuracy": mean(mean(float(bool(record.is_correct)) for record in v.values()) for v in whole),
+        "mean_accuracy": mean(mean(float(bool(record.is_correct)) for record in v.values()) for v in complete),
     }
 
 
 def _option(record: EvalRecord, shift: int) -> int | None:
-    """Which option of the original order an answer names."""
+    """Position of the named option in the original order."""
     return None if record.choice is None else (LETTERS.index(record.choice) + shift) % len(record.options)

@@ -1,7 +1,4 @@
-"""Evaluation of a model on a data set: answers, per-sample records, results and files.
-
-Imports torch only through the engine that is passed in.
-"""
+"""Evaluate a model on a data set: answers, per-sample records, results and files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -19,26 +16,14 @@ from medvqa_rl.config import EvalConfig, PrefetchConfig
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
-from medvqa_rl.evaluation.answering import Asking, Engine, Progress, answer_all, chosen_samples
+from medvqa_rl.evaluation.answering import AnswerSettings, Progress, answer_all, chosen_samples
 from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
-from medvqa_rl.evaluation.records import EvalRecord, read_records, write_records
-from medvqa_rl.evaluation.statistics.summary import flat_metrics, paired_gain, summarise
-from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
+from medvqa_rl.evaluation.records import EvalRecord, write_records
+from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
+from medvqa_rl.evaluation.statistics.tables import results_table
 
-__all__ = [
-    "EvalRecord",
-    "Evaluation",
-    "EvaluationFailed",
-    "Progress",
-    "check_unscored",
-    "controls_table",
-    "evaluate",
-    "paired_gain",
-    "read_records",
-    "results_table",
-    "summarise",
-    "write_evaluation",
-]
+if TYPE_CHECKING:
+    from medvqa_rl.rollout.decode import RolloutEngine
 
 PACKAGES = ("medvqa-rl", "torch", "transformers", "numpy", "scipy", "pillow")
 _INTERVALS = {"bca": "95 %, BCa bootstrap of images", "percentile": "95 %, percentile bootstrap of images"}
@@ -50,12 +35,12 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The records of an evaluation and what was computed from them."""
+    """The records of an evaluation and the results computed from them."""
 
     records: tuple[EvalRecord, ...]
     results: Mapping[str, Any]
-    """As :func:`summarise` returns them, with ``dataset``, ``settings``, ``seeds`` and
-    ``versions``: the content of ``results.json``."""
+    """The content of ``results.json``: what :func:`summarise` returns, and ``dataset``, ``settings``, ``seeds`` and
+    ``versions``."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -63,12 +48,12 @@ class Evaluation:
         return flat_metrics(self.results)
 
     def table(self, title: str = "") -> Table:
-        """Accuracy with intervals, overall and by every group, for the terminal."""
+        """Accuracy with intervals, overall and by group, for the terminal."""
         return results_table(self.results, title)
 
 
 def evaluate(
-    engine: Engine,
+    engine: RolloutEngine,
     dataset: Dataset,
     config: EvalConfig,
     *,
@@ -78,46 +63,51 @@ def evaluate(
     prefetch: PrefetchConfig = PrefetchConfig(),
     instruments: Instruments = NOTHING,
 ) -> Evaluation:
-    """Answer every question and score the answers with the rewards' own scorer.
+    """Answer every question greedily and score the answers with the scorer that rewards use.
 
-    Answers are greedy; with ``eval.num_samples`` further ones are sampled. A question whose image cannot be used is
-    unscored: recorded with its reason, left out of every rate and counted in ``unscored_rate``. ``eval.max_samples``
-    keeps a choice by ``eval.seed``. Prompts of similar length are answered together.
+    ``eval.num_samples`` more answers are sampled per question. A question whose image cannot be used is unscored:
+    recorded with its reason, left out of every rate and counted in ``unscored_rate``.
 
     Args:
         engine: generates the answers.
-        dataset: the questions; not an endless one, whose length would say nothing.
+        dataset: the questions; must not be endless.
         config: batch size, limits and bootstrap.
         max_completion_length: tokens per answer.
-        template: form in which the engine asks and answers are read.
-        progress: called after every batch.
-        prefetch: how the prompts of the next batch are prepared; no result depends on it.
-        instruments: what measures the outputs besides.
+        template: the engine's prompt template, which also says how answers are parsed.
+        progress: called after each batch.
+        prefetch: how prompts are prepared ahead; no result depends on it.
+        instruments: further measures of the outputs.
 
     Raises:
-        ValueError: the data set is endless, has no questions, or not unique ids.
+        ValueError: the data set is endless, has no questions, or its ids are not unique.
     """
     samples = [as_asked(sample, template) for sample in chosen_samples(dataset, config)]
-    asking = Asking(config, max_completion_length, template, dataset.name, prefetch)
+    settings = AnswerSettings(config, max_completion_length, template, dataset.name, prefetch)
     records: dict[str, EvalRecord] = {}
 
-    def keep(some: Sequence[EvalRecord]) -> None:
-        records.update({record.sample_id: record for record in some})
+    def save(batch: Sequence[EvalRecord]) -> None:
+        records.update({record.sample_id: record for record in batch})
 
-    answer_all(lambda: engine, samples, asking, keep=keep, progress=progress)
+    answer_all(lambda: engine, samples, settings, save=save, progress=progress)
     measured = measure([records[sample.id] for sample in samples], instruments)
-    return make_evaluation(measured, samples, dataset, asking)
+    return make_evaluation(measured, samples, dataset, settings)
 
 
 def make_evaluation(
-    records: Sequence[EvalRecord], samples: Sequence[Sample], dataset: Dataset, asking: Asking
+    records: Sequence[EvalRecord], samples: Sequence[Sample], dataset: Dataset, settings: AnswerSettings
 ) -> Evaluation:
-    """Results of the records of all chosen questions, in their order.
+    """Compute the results of an evaluation from the records of all chosen questions.
+
+    Args:
+        records: in the order of the samples.
+        samples: the chosen questions.
+        dataset: that they were chosen from.
+        settings: that they were answered with.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no records.
     """
-    config = asking.config
+    config = settings.config
     results = summarise(records, config)
     results["dataset"] = {
         "name": dataset.name,
@@ -128,8 +118,8 @@ def make_evaluation(
     }
     results["settings"] = {
         **config.model_dump(),
-        "max_completion_length": asking.max_completion_length,
-        "template": asking.template,
+        "max_completion_length": settings.max_completion_length,
+        "template": settings.template,
         "decoding": "greedy",
         "interval": _INTERVALS[config.interval],
     }
@@ -139,8 +129,8 @@ def make_evaluation(
 
 
 def questions_hash(samples: Sequence[Sample]) -> str:
-    """16 hexadecimal digits of the SHA-256 of the evaluated questions: ids, questions, options, gold answers, image
-    names."""
+    """Hash the evaluated questions (ids, questions, options, gold answers, image names): 16 hexadecimal digits of
+    SHA-256."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.id, sample.question, sample.options, sample.answer, sample.image_key)).encode())
@@ -148,7 +138,7 @@ def questions_hash(samples: Sequence[Sample]) -> str:
 
 
 def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
-    """Refuse results of which too much is missing.
+    """Fail an evaluation with too many unscored questions.
 
     Raises:
         EvaluationFailed: more than ``eval.fail_on_unscored`` of the questions could not be scored.
@@ -158,11 +148,11 @@ def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
         raise EvaluationFailed(
             f"{count} of {results['n']} questions of {results['dataset']['name']} could not be scored, more than "
             f"eval.fail_on_unscored = {config.fail_on_unscored:g} allows: see unscored_reason in samples.jsonl, "
-            "repair the data, or raise the setting."
+            "fix the data, or raise the setting."
         )
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write ``samples.jsonl`` and then ``results.json``, each atomically, into a folder that is made if needed."""
+    """Write ``samples.jsonl``, then ``results.json``, each atomically; the folder is created."""
     write_records(evaluation.records, folder / "samples.jsonl")
     write_json(folder / "results.json", evaluation.results)

@@ -1,4 +1,4 @@
-"""What an evaluation stores, one record per question: the lines of ``samples.jsonl``. Imports no torch."""
+"""Records of an evaluation, one per question: the lines of ``samples.jsonl``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SampledAnswer:
     output: str
     answer: str | None
     vote: str | None
-    """What it counts as in a majority vote: an option's letter, or the normalised answer; None has no vote."""
+    """Its vote in a majority vote: an option's letter, or the normalised answer; None abstains."""
     is_correct: bool
     num_tokens: int
     is_truncated: bool
@@ -31,7 +31,7 @@ class EvalRecord:
 
     sample_id: str
     image_key: str
-    """The cluster: questions about the same images share it."""
+    """The cluster: shared by questions about the same images."""
     question: str
     options: tuple[str, ...]
     gold: str
@@ -40,58 +40,58 @@ class EvalRecord:
     """The completion as decoded; empty where unscored."""
     think: str | None
     answer: str | None
-    """The answer as parsed; None is no answer."""
+    """The parsed answer; None means no answer."""
     is_correct: bool | None
-    """The score. None is unscored: our failure, left out of every rate."""
+    """The score. None means unscored: our failure, excluded from every rate."""
     is_well_formed: bool
     has_answer: bool
     is_truncated: bool
-    """The token limit came before the end."""
+    """The token limit was reached before the end-of-sequence token."""
     num_tokens: int
     token_f1: float | None
-    """Token F1 of open questions; None for others and where unscored."""
+    """Open questions only; None for others and if unscored."""
     answer_type: AnswerType
     """As the data set annotates it."""
     groups: Mapping[str, str] = field(default_factory=dict)
     unscored_reason: str | None = None
     exact_match: float | None = None
-    """Exact match of open questions; None for others and where unscored."""
+    """As ``token_f1``."""
     rouge_l: float | None = None
-    """ROUGE-L of open questions; None for others and where unscored."""
+    """As ``token_f1``."""
     choice: str | None = None
-    """Choice questions: the letter of the option that the answer names; None where it names none."""
+    """Choice questions only: the letter of the option that the answer names; None if it names none."""
     why: str = ""
-    """Why the score is what it is, in words."""
+    """Explains the score in words."""
     dataset: str = ""
     template: Template = "think_answer"
     prompt_hash: str | None = None
-    """First 16 hexadecimal digits of the SHA-256 of the prompt as the model got it; None where it got none."""
+    """First 16 hexadecimal digits of the SHA-256 of the rendered prompt; None if unscored."""
     image_hash: str | None = None
-    """The same of the decoded pixels of the images that were shown; None without images."""
+    """The same for the decoded pixels of the images shown; None without images."""
     sampled: tuple[SampledAnswer, ...] = ()
-    """The k sampled answers, where there are any, besides the greedy one."""
+    """The k sampled answers, if any, besides the greedy one."""
     think_tokens: int | None = None
-    """Tokens of the reasoning as the policy's tokenizer encodes it, 0 where it is not closed; None: not counted."""
+    """Tokens of the reasoning under the policy's tokenizer, 0 if the section is unclosed; None if not counted."""
     num_claims: int | None = None
-    """Phantom world: checkable claims of the reasoning; None for other data."""
+    """Number of checkable claims in the reasoning; PhantomVQA only."""
     faithfulness: float | None = None
-    """Phantom world: share of the claims that are true of the scene; None without claims."""
+    """Share of these claims that are true of the scene; None without claims."""
     nll: float | None = None
-    """Negative log-likelihood in nats of the output without its tags under ``perplexity_by``."""
+    """Negative log-likelihood in nats of the output, tags removed, under ``perplexity_by``."""
     nll_tokens: int | None = None
-    """Tokens that this was summed over."""
+    """Number of tokens that ``nll`` sums over."""
     perplexity_by: str | None = None
-    """The language model that was asked; None: perplexity was not measured."""
+    """The language model; None if perplexity was not measured."""
     similarity: float | None = None
-    """Cosine between reasoning with answer and the reference answer."""
+    """Cosine similarity between reasoning plus answer and the reference answer."""
     similarity_by: str | None = None
-    """What compared them: ``tfidf`` or an embedding model; None: similarity was not measured."""
+    """``tfidf`` or the embedding model; None if similarity was not measured."""
     verdict: float | None = None
-    """1 where a judge finds the reasoning coherent, else 0; None where it failed or was not asked."""
+    """1 if the judge finds the reasoning coherent, else 0; None if it failed or was not used."""
     verdict_by: str | None = None
-    """The judge that was asked."""
+    """The judge."""
     description: str = ""
-    """What the data set says of the image in words, for judges that grade; empty where it says nothing."""
+    """The data set's description of the image, for judges that grade; may be empty."""
 
     @property
     def is_scored(self) -> bool:
@@ -105,14 +105,14 @@ class EvalRecord:
 
     @property
     def reference(self) -> str:
-        """The gold answer as people and graders are shown it: for choice questions with its letter before it."""
+        """The gold answer as shown to people and graders: for choice questions ``letter: text``."""
         is_letter = self.answer_type == "choice" and bool(self.options)
         return f"{self.gold}: {self.gold_text}" if is_letter else self.gold
 
     @property
     def answer_kind(self) -> str:
-        """``yes/no`` where the gold answer says either, else ``other``, whatever the data set's annotation."""
-        return "yes/no" if is_yes_no(self.gold_text) else "other"
+        """``yes/no`` if the gold answer is either, else ``other``; independent of the data set's annotation."""
+        return "yes/no" if normalise(self.gold_text) in ("yes", "no") else "other"
 
 
 REQUIRED = frozenset(
@@ -121,7 +121,7 @@ REQUIRED = frozenset(
 
 
 def record_line(record: EvalRecord) -> str:
-    """A record as one line of JSON in ASCII, so that no character of an output can break the line or the file."""
+    """Format a record as one line of ASCII JSON, so that no character of an output can break the file."""
     return json.dumps(asdict(record)) + "\n"
 
 
@@ -131,10 +131,10 @@ def write_records(records: Iterable[EvalRecord], path: Path) -> None:
 
 
 def parse_record(line: str, where: str) -> EvalRecord:
-    """Read one line. Fields that an older version did not write get their defaults.
+    """Parse one line. Fields that an older version did not write get their defaults.
 
     Raises:
-        ValueError: the line is no evaluation record; ``where`` names it in the message.
+        ValueError: the line is not an evaluation record; the message begins with ``where``.
     """
     try:
         row = json.loads(line)
@@ -154,7 +154,7 @@ def read_records(path: Path) -> list[EvalRecord]:
     """Read a ``samples.jsonl``.
 
     Raises:
-        ValueError: the file is missing or a line of it is no evaluation record.
+        ValueError: the file is missing, or a line is not an evaluation record.
     """
     if not path.is_file():
         raise ValueError(

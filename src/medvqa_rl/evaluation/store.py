@@ -1,12 +1,12 @@
-"""The folder of an evaluation while it runs: records are appended as they come, so that a killed evaluation goes on
-where it stopped, and several processes can share the questions. Imports no torch.
+"""The folder of an evaluation in progress. Records are appended batch by batch, so that an interrupted evaluation can
+be resumed and several processes can share the questions. Imports no torch.
 
 ```text
-evaluation.json                      what is evaluated how; a continued evaluation must agree
-samples.jsonl                        records, in the order of the questions once all are there
+evaluation.json                      what is evaluated, and how; must be unchanged to resume
+samples.jsonl                        records, in the order of the questions once all are present
 shards/samples-0-of-4.jsonl          records of the first of four processes
 controls/blank.jsonl                 records of a control; controls/shards/ as above
-results.json                         written last: with it the evaluation is complete
+results.json                         written last: its presence means that the evaluation is complete
 ```
 """
 
@@ -25,7 +25,7 @@ from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, 
 
 @dataclass(frozen=True)
 class Shard:
-    """Every ``count``-th question, beginning with number ``index``."""
+    """Every ``count``-th question, starting at ``index``."""
 
     index: int = 0
     count: int = 1
@@ -35,25 +35,25 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Read ``0/4``.
+        """Parse ``0/4``.
 
         Raises:
-            ValueError: it is no such text.
+            ValueError: the text has another format.
         """
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()) or int(index) >= int(count):
-            raise ValueError(f"The shard {text!r} is not of the form I/N with I from 0 to N - 1, such as 0/4.")
+            raise ValueError(f"The shard {text!r} is not of the format I/N with I from 0 to N - 1, such as 0/4.")
         return cls(int(index), int(count))
 
 
 class RecordFile:
-    """The records of one pass over the questions: of the evaluation itself, or of a control."""
+    """The records of one pass over the questions: the evaluation itself, or a control."""
 
     def __init__(self, path: Path, shard: Shard = Shard()) -> None:
         """
         Args:
-            path: where all records will be, such as ``samples.jsonl``.
-            shard: which part of the questions this process answers.
+            path: the final file with all records, such as ``samples.jsonl``.
+            shard: the part of the questions that this process answers.
         """
         self.path = path
         self._shards = path.parent / "shards"
@@ -61,45 +61,45 @@ class RecordFile:
         self.own = path if shard.count == 1 else self._shards / name
 
     def exists(self) -> bool:
-        """Whether a process with this shard has begun before; with all questions, whether any has."""
+        """Whether an evaluation with this shard, or with any if this is the only one, has been started."""
         return self.own.exists() or (self.own == self.path and any(self._parts()))
 
     def _parts(self) -> list[Path]:
         return sorted(self._shards.glob(f"{self.path.stem}-*-of-*.jsonl"))
 
     def read(self) -> dict[str, EvalRecord]:
-        """All records by sample id, those of other processes included. A last line that a killed process did not
-        finish is left out.
+        """Read all records by sample id, including those of other processes. An incomplete last line, left by a killed
+        process, is skipped.
 
         Raises:
-            ValueError: another line is no record.
+            ValueError: another line is not a record.
         """
         records: dict[str, EvalRecord] = {}
         for path in [self.path, *self._parts()]:
             if path.is_file():
                 text = path.read_text(encoding="utf-8")
-                whole = text[: text.rfind("\n") + 1]
-                for number, line in enumerate(whole.splitlines(), start=1):
+                complete = text[: text.rfind("\n") + 1]
+                for number, line in enumerate(complete.splitlines(), start=1):
                     record = parse_record(line, f"Line {number} of {path}")
                     records.setdefault(record.sample_id, record)
         return records
 
     def append(self, records: Sequence[EvalRecord]) -> None:
-        """Write records behind those that are there, and see that they reach the disk."""
+        """Append records and flush them to disk."""
         self.own.parent.mkdir(parents=True, exist_ok=True)
         with self.own.open("ab+") as file:
             size = file.seek(0, os.SEEK_END)
             if size:
                 file.seek(0)
-                whole = file.read().rfind(b"\n") + 1
-                if whole != size:
-                    file.truncate(whole)  # the half line of a killed process
+                complete = file.read().rfind(b"\n") + 1
+                if complete != size:
+                    file.truncate(complete)  # drop the incomplete line of a killed process
             file.writelines(record_line(record).encode() for record in records)
             file.flush()
             os.fsync(file.fileno())
 
     def settle(self, ids: Sequence[str]) -> list[EvalRecord] | None:
-        """Once there is a record for every id, write all of them to ``path`` in this order.
+        """Once every id has a record, write all records to ``path`` in the order of the ids.
 
         Returns:
             The records, or None while some are missing.
@@ -113,30 +113,32 @@ class RecordFile:
 
 
 def agree(folder: Path, identity: Mapping[str, Any], *, write: bool = True) -> None:
-    """Compare what is evaluated how with what was written before, and write it down.
+    """Check that an evaluation is the one that its folder was started with, and record what it is.
 
     Args:
-        write: False compares only; what was never begun must not claim the folder.
+        folder: of the evaluation.
+        identity: everything that the answers depend on, by name.
+        write: False only checks, so that an evaluation that fails to start does not claim the folder.
 
     Raises:
-        ValueError: an evaluation of something else has begun in the folder; the message names what differs.
+        ValueError: the folder holds a different evaluation; the message names the differences.
     """
     path = folder / "evaluation.json"
     given = json.loads(json.dumps(identity))
     before = read_identity(folder)
     different = sorted(key for key in before.keys() & given.keys() if before[key] != given[key])
     if different:
-        told = "; ".join(f"{key} was {before[key]!r} and is {given[key]!r}" for key in different)
+        changes = "; ".join(f"{key} was {before[key]!r} and is {given[key]!r}" for key in different)
         raise ValueError(
-            f"The folder {folder} holds an evaluation of something else ({told}): restore what differs, or choose "
-            "another folder with --output."
+            f"The folder {folder} holds a different evaluation ({changes}): restore these, or choose another folder "
+            "with --output."
         )
     if write and given.keys() - before.keys():
         write_json(path, before | given)
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """What :func:`agree` wrote; empty before that.
+    """Read what :func:`agree` wrote; empty if it wrote nothing yet.
 
     Raises:
         ValueError: the file is damaged.
@@ -149,5 +151,5 @@ def read_identity(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"The file {path} is damaged ({error}): choose another folder with --output.") from error
     if not isinstance(identity, dict):
-        raise ValueError(f"The file {path} is damaged (it holds no mapping): choose another folder with --output.")
+        raise ValueError(f"The file {path} is damaged (it is not a JSON object): choose another folder with --output.")
     return identity

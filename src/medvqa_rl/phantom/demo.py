@@ -30,7 +30,8 @@ from medvqa_rl.config import (
 from medvqa_rl.core.files import find_checkpoint
 from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, paired_gain, write_evaluation
+from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, write_evaluation
+from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.run.errors import Stopped

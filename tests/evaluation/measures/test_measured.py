@@ -32,7 +32,7 @@ from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.phantom.claims import claims, is_true
-from medvqa_rl.evaluation.answering import Asking, answer_all
+from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
 from medvqa_rl.evaluation.measures.instruments import Instruments, NamedJudge, load_instruments, measure, remaining
@@ -328,7 +328,7 @@ def test_claims_are_held_against_the_scene() -> None:
     def keep(some: Sequence[EvalRecord]) -> None:
         found.update({record.sample_id: record for record in some})
 
-    answer_all(lambda: Teller(reasoning), samples, Asking(EvalConfig(), 64), keep=keep)  # type: ignore
+    answer_all(lambda: Teller(reasoning), samples, AnswerSettings(EvalConfig(), 64), save=keep)  # type: ignore
     records = [found[sample.id] for sample in samples]
     assert (records[0].num_claims, records[0].faithfulness) == (2, 0.5)
     assert (records[1].num_claims, records[1].faithfulness) == (0, None)

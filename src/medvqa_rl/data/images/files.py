@@ -10,6 +10,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +177,11 @@ class FileImage:
 
     def header_pixels(self) -> int | None:
         """Width times height as the header has it, nothing decoded; None where no header tells (DICOM, NIfTI, files
-        that cannot be read)."""
+        that cannot be read). The file is opened at the first call only."""
+        return self._header_pixels
+
+    @cached_property
+    def _header_pixels(self) -> int | None:
         if medical_kind(self.path):
             return None
         try:
