@@ -198,7 +198,7 @@ def test_several_prompts_and_data_sets_have_folders_and_are_compared(
         row["image_hash"] for row in rows["seven-think_answer"]
     }
     out = capsys.readouterr().out
-    assert out.count("Differences of every two, in points") == 2
+    assert out.count("Differences between every two, in points") == 2
     results = json.loads((tmp_path / "out" / "other-data-direct" / "results.json").read_text())
     assert results["config"]["data"]["scanner"] == "unseen" and results["dataset"]["name"] == "other/data"
     datasets["unseen"] = questions

@@ -70,3 +70,9 @@ def format_points(value: float | None, sign: str = "") -> str:
         sign: ``"+"`` shows the sign of positive numbers too.
     """
     return "" if value is None or math.isnan(value) else f"{100 * value:{sign}.1f}"
+
+
+def format_range(low: float | None, high: float | None, sign: str = "") -> str:
+    """Both bounds of an interval, formatted by :func:`format_points`; empty if there is none."""
+    bounds = format_points(low, sign), format_points(high, sign)
+    return " to ".join(bounds) if all(bounds) else ""

@@ -30,7 +30,8 @@ from medvqa_rl.evaluation.evaluate import (
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge, rewarding_judges
 from medvqa_rl.evaluation.measures.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, pairs_csv, show_pairs, write_comparisons
+from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, write_comparisons
+from medvqa_rl.evaluation.statistics.comparison_tables import pairs_csv, show_pairs
 from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint

@@ -39,7 +39,8 @@ from medvqa_rl.evaluation.measures.instruments import Instruments, NamedJudge, l
 from medvqa_rl.evaluation.measures.measured import measured_summary, perplexity
 from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity, candidate_text, load_similarity, reference_text
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
-from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, reasoning_table
+from medvqa_rl.evaluation.statistics.compare import Evaluated, compare
+from medvqa_rl.evaluation.statistics.comparison_tables import reasoning_table
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
 from medvqa_rl.evaluation.statistics.tables import measured_table
 

@@ -9,29 +9,27 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.core.text import format_points
+from medvqa_rl.core.text import format_points, format_range
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
-    """A table of results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
+    """Format results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
     table = Table(title=title or None, title_justify="left", caption_justify="left")
     table.add_column("")
     for name in ("questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"):
         table.add_column(name, justify="right")
 
     def add(name: str, summary: Mapping[str, Any], style: str = "") -> None:
-        low, high = format_points(summary["accuracy_low"]), format_points(summary["accuracy_high"])
-        length = summary["mean_length"]
         table.add_row(
             name,
             f"{summary['num_scored']:,}",
             f"{summary['num_clusters']:,}",
             format_points(summary["accuracy"]),
-            f"{low} to {high}" if low else "",
+            format_range(summary["accuracy_low"], summary["accuracy_high"]),
             format_points(summary["majority_baseline"]),
             format_points(summary["no_answer_rate"]),
             format_points(summary["format_rate"]),
-            "" if length is None or math.isnan(length) else f"{length:.0f}",
+            _format(summary["mean_length"], ".0f"),
             style=style,
         )
 
@@ -43,52 +41,53 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     notes = _further(results)
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
         notes.append(
-            f"Worth {effective:,.0f} independent questions. If another model answers a quarter of them differently, a "
-            f"true difference of {format_points(results['detectable_difference'])} points is found with 80 % power."
+            f"Equivalent to {effective:,.0f} independent questions. If another model answers a quarter of them "
+            f"differently, a true difference of {format_points(results['detectable_difference'])} points is detected "
+            "with 80 % power."
         )
     if unscored := results["n"] - results["num_scored"]:
-        notes.append(f"{unscored} of {results['n']} questions could not be scored and are left out.")
+        notes.append(f"{unscored} of {results['n']} questions could not be scored and are excluded.")
     table.caption = "\n".join(notes) or None
     return table
 
 
-def _value(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:{form}}"
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
 def _moments(section: Mapping[str, Any] | None) -> str:
     """Mean and standard deviation of token counts."""
-    if section is None or not (mean := _value(section["mean"], ".0f")):
+    if section is None or not (mean := _format(section["mean"], ".0f")):
         return ""
     spread = section["variance"]
     return mean if spread is None or math.isnan(spread) else f"{mean} ± {math.sqrt(spread):.0f}"
 
 
 def measured_table(named: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """What was measured of the outputs of some evaluations, as text: the columns' names, and a row for each.
+    """Format the measures of evaluations' outputs: column names, and a row of cells per evaluation.
 
-    Numbers of different instruments never share a column: there is one for each language model, similarity and
-    judge. Columns without a number are left out.
+    Numbers of different instruments never share a column: each language model, similarity and judge has its own.
+    Columns without a number are left out.
 
     Args:
-        named: name and results, as computed or as read, also of older versions.
+        named: names and results, as computed or as read; older versions may lack some.
     """
     columns: dict[str, list[str]] = {}
-    for place, (_, results) in enumerate(named):
+    for index, (_, results) in enumerate(named):
         lengths = results.get("lengths", {})
         cells = {
             f"{title}, {outcome}": _moments(lengths.get(kind, {}).get(key))
             for kind, title in (("think", "reasoning"), ("total", "tokens"))
             for key, outcome in (("right", "right"), ("wrong", "wrong"))
         }
-        for section, key, title, form in _MEASURED:
+        for section, key, title, spec in _MEASURED:
             found = results.get(section, {})
             by = found.get("by")
-            cells[f"{title} ({by})" if by else title] = _value(found.get(key), form)
+            cells[f"{title} ({by})" if by else title] = _format(found.get(key), spec)
         for title, cell in cells.items():
-            columns.setdefault(title, [""] * len(named))[place] = cell
+            columns.setdefault(title, [""] * len(named))[index] = cell
     shown = {title: cells for title, cells in columns.items() if any(cells)}
-    rows = [[name, *(cells[place] for cells in shown.values())] for place, (name, _) in enumerate(named)]
+    rows = [[name, *(cells[index] for cells in shown.values())] for index, (name, _) in enumerate(named)]
     return list(shown), rows
 
 
@@ -101,36 +100,36 @@ _MEASURED = (
 
 
 def _further(results: Mapping[str, Any]) -> list[str]:
-    """Lines with the numbers that have no column, where there are any; older results have fewer."""
+    """Lines with the numbers that have no column; results of older versions have fewer."""
     lines = []
     macro = {
         name.removeprefix("macro_").replace("_", " "): format_points(value)
         for name, value in results.get("averages", {}).items()
         if name.startswith("macro_")
     }
-    if told := [f"{name} {value}" for name, value in macro.items() if value]:
-        lines.append("Macro averages of the accuracy, over " + ", ".join(told) + ".")
+    if cells := [f"{name} {value}" for name, value in macro.items() if value]:
+        lines.append("Macro-averaged accuracy, over " + ", ".join(cells) + ".")
     names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
-    if told := [f"{name} {value}" for key, name in names.items() if (value := format_points(results.get(key)))]:
-        lines.append("Open answers: " + ", ".join(told) + ".")
+    if cells := [f"{name} {value}" for key, name in names.items() if (value := format_points(results.get(key)))]:
+        lines.append("Open answers: " + ", ".join(cells) + ".")
     titles, rows = measured_table([("", results)])
     if titles:
-        told = [f"{title} {cell}" for title, cell in zip(titles, rows[0][1:])]
-        lines.append("Lengths in tokens, mean ± standard deviation, and the like: " + "; ".join(told) + ".")
+        cells = [f"{title} {cell}" for title, cell in zip(titles, rows[0][1:])]
+        lines.append("Mean ± standard deviation of token counts, and other measures: " + "; ".join(cells) + ".")
     if sampled := results.get("sampled"):
         values = {name: row["value"] for name, row in sampled.items() if isinstance(row, Mapping)}
-        told = [f"{name.replace('_', ' ')} {format_points(value)}" for name, value in values.items()]
-        lines.append(f"Of {sampled['num_samples']} sampled answers: " + ", ".join(told) + ".")
+        cells = [f"{name.replace('_', ' ')} {format_points(value)}" for name, value in values.items()]
+        lines.append(f"Of {sampled['num_samples']} sampled answers: " + ", ".join(cells) + ".")
     return lines
 
 
 def controls_table(results: Mapping[str, Any]) -> Table:
-    """What is answered without looking, and whether the order of the options matters, as computed or as read."""
+    """Format the bias controls, as computed or as read from ``results.json``."""
     table = Table(title="Bias controls, in percent", title_justify="left")
-    for name in ("", "questions", "value", "95 % interval", "the image adds", "95 % interval", "same answer"):
+    for name in ("", "questions", "value", "95 % interval", "gain from the image", "95 % interval", "same answer"):
         table.add_column(name, justify="right" if name else "left")
     controls = results["controls"]
-    for name, title in (("blank", "blank image"), ("shuffled", "another's image"), ("no_image", "no image")):
+    for name, title in (("blank", "blank image"), ("shuffled", "shuffled images"), ("no_image", "no image")):
         if row := controls.get(name):
             table.add_row(
                 f"accuracy, {title}",
@@ -146,7 +145,7 @@ def controls_table(results: Mapping[str, Any]) -> Table:
     )
     if (order := controls.get("option_order")) and order["n"]:
         table.add_section()
-        rows = {"consistency": "same option in every order", "accuracy_all_orders": "right in every order"}
+        rows = {"consistency": "same option in every order", "accuracy_all_orders": "correct in every order"}
         for key, title in rows.items():
             table.add_row(title, f"{order['n']:,}", format_points(order[key]), _range(order, key))
     letters = results["letters"]
@@ -157,8 +156,7 @@ def controls_table(results: Mapping[str, Any]) -> Table:
 
 
 def _range(row: Mapping[str, Any], key: str) -> str:
-    low, high = format_points(row[f"{key}_low"]), format_points(row[f"{key}_high"])
-    return f"{low} to {high}" if low else ""
+    return format_range(row[f"{key}_low"], row[f"{key}_high"])
 
 
 class TextTable(NamedTuple):
@@ -171,8 +169,8 @@ class TextTable(NamedTuple):
     def rich(self) -> Table:
         """For the terminal."""
         table = Table(title=Text(self.title), title_justify="left")
-        for place, name in enumerate(self.header):
-            table.add_column(name, justify="right" if place else "left", overflow="fold")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
@@ -185,12 +183,12 @@ class TextTable(NamedTuple):
 
 
 def number(value: float, digits: int) -> str:
-    """A number with so many decimals; a dash for NaN."""
+    """Format a number with some decimals; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def shown(interval: Mapping[str, float] | None, factor: float, digits: int, sign: str = "") -> str:
-    """``estimate [low, high]`` times a factor; a dash for what is not known."""
+    """Format ``estimate [low, high]`` times a factor; a dash if unknown."""
     if interval is None or math.isnan(interval["estimate"]):
         return "-"
     estimate, low, high = (f"{factor * interval[key]:{sign}.{digits}f}" for key in ("estimate", "low", "high"))

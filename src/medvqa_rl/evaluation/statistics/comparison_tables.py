@@ -1,0 +1,156 @@
+"""Comparisons of evaluations as tables for the terminal, and as CSV. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from medvqa_rl.core.text import format_p, format_points, format_range
+from medvqa_rl.evaluation.statistics.tables import measured_table
+
+_NOTE = (
+    "Intervals and the permutation test resample whole images; McNemar's test treats questions as independent. Holm: "
+    "{}. Detect.: the difference detectable with 80 % power."
+)
+
+
+def runs_table(comparison: Mapping[str, Any]) -> Table:
+    """Accuracy of each run in percent."""
+    table = Table(title=f"{comparison['dataset'] or 'evaluations'}: accuracy in percent", title_justify="left")
+    for name in ("run", "prompt", "questions", "images", "accuracy", "95 % interval", "no answer"):
+        is_text = name in ("run", "prompt")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for row in comparison["runs"]:
+        table.add_row(
+            Text(row["name"]),
+            row["template"],
+            f"{row['num_scored']:,}",
+            f"{row['num_clusters']:,}",
+            format_points(row["accuracy"]),
+            format_range(row["accuracy_low"], row["accuracy_high"]),
+            format_points(row["no_answer_rate"]),
+        )
+    return table
+
+
+def reasoning_table(comparison: Mapping[str, Any]) -> Table:
+    """Lengths and the other measures of the outputs of each run."""
+    titles, rows = measured_table([(row["name"], row) for row in comparison["runs"]])
+    table = Table(title="Lengths in tokens (mean ± standard deviation) and reasoning", title_justify="left")
+    for title in ("run", *titles):
+        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
+    for name, *cells in rows:
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _difference(row: Mapping[str, Any]) -> list[str]:
+    """Cells of a pair: questions, images, difference with its interval, improved, worsened, McNemar's p."""
+    return [
+        f"{row['n']:,}",
+        f"{row['num_clusters']:,}",
+        format_points(row["gain"], "+"),
+        format_range(row["gain_low"], row["gain_high"], "+"),
+        str(row["improved"]),
+        str(row["worsened"]),
+        format_p(row["mcnemar_p"]),
+    ]
+
+
+def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
+    """Differences between a run and the baseline in points, overall and by group."""
+    table = Table(title=Text(f"{gains['run']} minus {baseline}, in points"), title_justify="left")
+    names = ("", "n", "images", "difference", "95 % interval", "better", "worse", "McNemar p", "permut. p", "Holm p")
+    for name in (*names, "detect."):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+
+    def add(name: str, row: Mapping[str, Any], style: str = "") -> None:
+        table.add_row(
+            Text(name),
+            *_difference(row),
+            format_p(row["permutation_p"]),
+            format_p(row["holm_p"]),
+            format_points(row["detectable_gain"]),
+            style=style,
+        )
+
+    add("all", gains, "bold")
+    for key, values in gains["by"].items():
+        table.add_section()
+        for value, row in values.items():
+            add(f"{key.replace('_', ' ')}: {value}", row)
+    return table
+
+
+def pairs_table(comparison: Mapping[str, Any]) -> Table:
+    """Differences between every two runs in points, one row each."""
+    table = Table(title="Differences between every two, in points", title_justify="left")
+    names = ("", "n", "images", "difference", "95 % interval", "better", "worse")
+    for name in (*names, "McNemar p", "Holm", "permut. p", "Holm", "detect."):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
+    for row in comparison["pairs"]:
+        table.add_row(
+            Text(f"{row['run']} minus {row['baseline']}"),
+            *_difference(row),
+            format_p(row["mcnemar_holm_p"]),
+            format_p(row["permutation_p"]),
+            format_p(row["holm_p"]),
+            format_points(row["detectable_gain"]),
+        )
+    return table
+
+
+def pairs_csv(comparison: Mapping[str, Any]) -> str:
+    """The pairs as CSV, with shares between 0 and 1; NaN is empty."""
+    names = [name for name in comparison["pairs"][0] if name not in ("by", "flipped")]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["dataset", *names])
+    for row in comparison["pairs"]:
+        cells = [comparison["dataset"], *(row[name] for name in names)]
+        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in cells])
+    return file.getvalue()
+
+
+def flips_table(gains: Mapping[str, Any], most: int) -> Table:
+    """The first ``most`` questions that flipped in each direction."""
+    flipped = gains["flipped"]
+    rows = [
+        row
+        for direction in ("improved", "worsened")
+        for row in [row for row in flipped if row["direction"] == direction][:most]
+    ]
+    table = Table(title=f"{len(rows)} of {len(flipped)} questions that flipped", title_justify="left")
+    for name in ("", "question", "gold", "before", "after", "sample"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        sign = "+" if row["direction"] == "improved" else "-"
+        cells = (row["question"], row["gold"], row["before"] or "(none)", row["after"] or "(none)", row["sample_id"])
+        table.add_row(sign, *(Text(cell) for cell in cells))
+    return table
+
+
+def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> None:
+    """Print the tables of a comparison with the baseline."""
+    console.print(runs_table(comparison))
+    console.print(reasoning_table(comparison))
+    for row in comparison["pairs"]:
+        console.print(pair_table(row, comparison["baseline"]))
+        if flips and row["flipped"]:
+            console.print(flips_table(row, flips))
+    console.print(_NOTE.format("the permutation p adjusted for the number of runs, or values of a group"), style="dim")
+
+
+def show_pairs(comparison: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a comparison of every two runs."""
+    console.print(runs_table(comparison))
+    console.print(reasoning_table(comparison))
+    console.print(pairs_table(comparison))
+    console.print(_NOTE.format("the p-value to its left, adjusted for the number of pairs"), style="dim")
