@@ -136,7 +136,7 @@ def test_a_start_that_fails_stops_those_that_need_it_and_no_others(
     failures = run_study(recipe, tmp_path / "study", jobs=jobs, console=QUIET)
     told = {failure.cell.label: failure.last_line for failure in failures}
     assert told.keys() == {"warm_up", "as_is", "grpo, seed 0", "grpo, seed 1"}
-    assert told["grpo, seed 1"] == "not begun, for warm_up, which it starts from, is not trained"
+    assert told["grpo, seed 1"] == "not started, because training of warm_up, which it starts from, failed"
     assert {name.split("-")[0] for name in called} == {"warm_up", "alone"}
 
 
@@ -205,7 +205,7 @@ def test_images_that_a_start_was_trained_on_are_leaks_too(staged: dict[str, Any]
     [
         (
             {"grpo": {"verb": "train", "from": "warmup"}},
-            r"arm grpo, has from 'warmup', but .*: did you mean warm_up\?",
+            r"arm grpo, under from, has the unknown arm 'warmup': use one of .*: did you mean warm_up\?",
         ),
         ({"grpo": {"verb": "train", "from": ["warm_up"]}}, r"has from \['warm_up'\], but must name one arm"),
         ({"grpo": {"verb": "train", "from": "as_is"}}, r"has from 'as_is', but that arm is not trained \(verb none\)"),
@@ -216,10 +216,13 @@ def test_images_that_a_start_was_trained_on_are_leaks_too(staged: dict[str, Any]
         ),
         (
             {"grpo": {"verb": "train", "from": "warm_up", "settings": {"model": {"path": "phantom:base"}}}},
-            r"has both from 'warm_up' and model\.path, but starts from one model",
+            r"has both from 'warm_up' and model\.path, but can start from one model",
         ),
         ({"warm_up": {"verb": "sft", "once": 1}}, "has once 1, but must have true"),
-        ({"grpo": {"verb": "train", "form": "warm_up"}}, "arm grpo, has form, but may have .*: did you mean from"),
+        (
+            {"grpo": {"verb": "train", "form": "warm_up"}},
+            "arm grpo, has the unknown key 'form': use one of .*: did you mean from",
+        ),
     ],
 )
 def test_starts_that_cannot_be_are_one_sentence(

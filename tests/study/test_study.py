@@ -97,7 +97,7 @@ def test_a_killed_cell_continues(
         patch.setattr(running.subprocess, "call", killed)
         (failure,) = run_study(recipe, output, console=QUIET)
     assert failure.cell is cell and failure.code == -signal.SIGKILL and not is_finished(cell)
-    assert "begun" in list(plan_table(recipe).columns[4].cells)
+    assert "started" in list(plan_table(recipe).columns[4].cells)
     assert run_study(recipe, output, console=QUIET) == []
     assert called[0][0] == "train" and called[0][-1] == "--resume"
     rows = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
@@ -134,7 +134,7 @@ def test_a_study_that_is_running_is_left_alone(given: dict[str, Any], tmp_path: 
     [
         ({"baseline": "gpro"}, "has baseline 'gpro', but must name one of its arms: zero_shot, sft, grpo"),
         ({"baseline": ["grpo"]}, "must name one of its arms"),
-        ({"arm": {}}, "has arm, but may have baseline, .*: did you mean arms"),
+        ({"arm": {}}, "has the unknown key 'arm': use one of baseline, .*: did you mean arms"),
         ({"seeds": []}, r"has seeds \[\], but must have a list of whole numbers"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"seeds": [True]}, "must have a list of whole numbers"),
@@ -142,7 +142,10 @@ def test_a_study_that_is_running_is_left_alone(given: dict[str, Any], tmp_path: 
         ({"tests": {"home": {"data": {"scaner": "home"}}}}, r"test home: data\.scaner .* did you mean data\.scanner"),
         ({"arms": {}}, "has no arms"),
         ({"arms": {"grpo": {"verb": "dpo"}}}, "arm grpo, has verb 'dpo', but must have one of none, train, sft"),
-        ({"arms": {"grpo": {"verb": "train", "weights": {}}}}, "arm grpo, has weights, but may have verb"),
+        (
+            {"arms": {"grpo": {"verb": "train", "weights": {}}}},
+            "arm grpo, has the unknown key 'weights': use one of verb",
+        ),
         (
             {"arms": {"grpo": {"verb": "train", "settings": {"rewards": {"novelty": 1.0}}}}},
             r"arm grpo: rewards\.novelty .* is not a setting",
@@ -178,7 +181,9 @@ def test_what_is_wrong_is_said_before_anything_starts(
 
 def test_unknown_arms_and_recipes_are_sentences(given: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.yaml", given)
-    with pytest.raises(ValueError, match=r"has no arm grp: choose from zero_shot, sft, grpo: did you mean grpo\?"):
+    with pytest.raises(
+        ValueError, match=r"has the unknown arm 'grp': use one of zero_shot, sft, grpo: did you mean grpo\?"
+    ):
         read_recipe(path, tmp_path, only=["grp"])
     assert [arm.name for arm in read_recipe(path, tmp_path, only=["sft"]).arms] == ["sft", "grpo"]
     with pytest.raises(ValueError, match=r"There is no recipe four_factor: .* did you mean four_factors_"):
@@ -295,4 +300,6 @@ def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None
     wrong = subprocess.run(
         [*command, "run", str(path), "--arms", "drgrpo"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
-    assert wrong.returncode == 2 and "has no arm drgrpo" in wrong.stderr and wrong.stderr.count("error:") == 1
+    assert (
+        wrong.returncode == 2 and "has the unknown arm 'drgrpo'" in wrong.stderr and wrong.stderr.count("error:") == 1
+    )

@@ -28,7 +28,7 @@ from PIL import Image
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.study import figures
 from medvqa_rl.study.collect import Collected, collect
-from medvqa_rl.study.findings import WrongAnswer, correlations, wordiest_wrong
+from medvqa_rl.study.findings import WrongAnswer, correlations, longest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
@@ -157,20 +157,26 @@ def test_the_papers_table_is_that_of_the_recipe(collected: Collected, tmp_path: 
     [
         (
             {"arms": ["sft", "gpro"]},
-            "table 1, has the arm 'gpro', but may have zero_shot, sft, grpo: did you mean",
+            "table 1, has the unknown arm 'gpro': use one of zero_shot, sft, grpo: did you mean",
         ),
-        ({"metrics": ["acuracy"]}, "has the metric 'acuracy', but may have accuracy, .*: did you mean accuracy"),
-        ({"published": {"zero_shot": {"accuracy": {"value": 1}}}}, "has the arm 'zero_shot', but may have sft, grpo"),
-        ({"published": {"sft": {"perplexity": {"value": 1}}}}, "has the metric 'perplexity', but may have accuracy"),
+        ({"metrics": ["acuracy"]}, "has the unknown metric 'acuracy': use one of accuracy, .*: did you mean accuracy"),
+        (
+            {"published": {"zero_shot": {"accuracy": {"value": 1}}}},
+            "has the unknown arm 'zero_shot': use one of sft, grpo",
+        ),
+        (
+            {"published": {"sft": {"perplexity": {"value": 1}}}},
+            "has the unknown metric 'perplexity': use one of accuracy",
+        ),
         ({"published": {"sft": {"accuracy": 52}}}, r"published\.sft\.accuracy is 52, but must have a number as value"),
         ({"published": {"sft": {"accuracy": {"value": "high"}}}}, "but must have a number as value"),
         ({"published": {"sft": {"accuracy": {"value": 1, "certain": ["change"]}}}}, "but must have a number as value"),
         ({"published": {"sft": {"accuracy": {"value": 1, "source": "x"}}}}, "but must have a number as value"),
         ({"published": ["sft"]}, "it must have a section of metrics per arm"),
         ({"title": ""}, "table 1, has no title"),
-        ({"title": "---"}, "but files are named after it: give each table a title of its own"),
+        ({"title": "---"}, "but files are named after it: give each table a unique title"),
         ({"arms": "sft"}, "has 'sft' as arms, but must have a list of names"),
-        ({"metric": []}, "has the key 'metric', but may have title, arms, metrics.*: did you mean metrics"),
+        ({"metric": []}, "has the unknown key 'metric': use one of title, arms, metrics.*: did you mean metrics"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_sentence(
@@ -189,20 +195,20 @@ def test_what_is_wrong_with_a_table_is_one_sentence(
 # --- texts ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_wordiest_wrong_answers_come_first_and_once_per_question(collected: Collected) -> None:
+def test_the_longest_wrong_answers_come_first_and_once_per_question(collected: Collected) -> None:
     # sft is wrong at questions 0, 1, 5, 6, 10 with seed 0 and at 0, 3, 4, 5, 6 with seed 1, which is a token longer.
-    shown = [(answer.label, answer.question, answer.num_tokens) for answer in collected.wordiest["sft"]]
+    shown = [(answer.label, answer.question, answer.num_tokens) for answer in collected.longest_wrong["sft"]]
     assert shown == [
         ("sft, seed 0", "Is it 10 <b>?", 118),
         ("sft, seed 1", "Is it 6 <b>?", 79),
         ("sft, seed 1", "Is it 5 <b>?", 69),
     ]
-    assert [answer.question for answer in collected.wordiest["grpo"]] == [
+    assert [answer.question for answer in collected.longest_wrong["grpo"]] == [
         "Is it 10 <b>?",
         "Is it 6 <b>?",
         "Is it 4 <b>?",
     ]
-    assert wordiest_wrong({"grpo": []}) == ()
+    assert longest_wrong({"grpo": []}) == ()
 
 
 def test_texts_of_models_are_never_markup(collected: Collected, tmp_path: Path) -> None:
@@ -231,7 +237,11 @@ def test_no_text_ends_its_block(text: str) -> None:
 def test_long_texts_are_cut() -> None:
     answer = WrongAnswer("x", "q", "g", "a" * 5000, 3, True)
     shown = "\n".join(_answer_lines({"arm": [_shortened(answer)]}))
-    assert "a" * MAX_SHOWN + " ..." in shown and "a" * (MAX_SHOWN + 1) not in shown and "cut off by the limit" in shown
+    assert (
+        "a" * MAX_SHOWN + " ..." in shown
+        and "a" * (MAX_SHOWN + 1) not in shown
+        and "truncated at the token limit" in shown
+    )
 
 
 # --- signs ---------------------------------------------------------------------------------------------------------
@@ -386,7 +396,7 @@ def test_many_tests_are_drawn_in_several_rows(collected: Collected, drawn: list[
 def test_curves_are_those_of_the_log(collected: Collected, drawn: list[Figure], tmp_path: Path) -> None:
     figures.plot_curves(collected, tmp_path / "x.png")
     titles = [axes.get_title(loc="left") for axes in drawn[0].axes[:4]]
-    assert titles == ["Reward", "Correct", "Completion, tokens", "In form"]
+    assert titles == ["Reward", "Correct", "Completion, tokens", "Well-formed"]
     first, second, thick = points(drawn[0], 4)  # the second row is grpo's; windows of 2 of 40 steps
     inside = slice(1, 39)
     assert first[0] == list(range(1, 41))

@@ -1,5 +1,5 @@
-"""The figures of a study: accuracies, training curves, length against accuracy, and what reward parts go with. Imports
-no torch."""
+"""The figures of a study: accuracies, training curves, length against accuracy, and correlations of reward parts.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from medvqa_rl.report.runs import Row
 from medvqa_rl.study.collect import ArmResult, Collected
 
 ROW = 0.36
-"""Inches of height of an arm in a list of arms."""
+"""Height of an arm in a list of arms, in inches."""
 ACROSS = 4
-"""Tests side by side."""
+"""Maximal number of tests side by side."""
 _SEED: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 _DASHED: Any = (0, (3, 3))
 _MARKERS = "osD^v"
-"""One for each time that the colours are used up."""
+"""The next marker is used whenever all colours are."""
 
 
 def write_figures(collected: Collected, folder: Path, theme: Theme = "light", suffix: str = "") -> dict[str, Path]:
-    """Draw every figure that the study has something for, as ``NAME{suffix}.png``.
+    """Draw all figures that the study has data for, as ``NAME{suffix}.png``.
 
     Returns:
         Files by title, in reading order.
@@ -40,7 +40,7 @@ def write_figures(collected: Collected, folder: Path, theme: Theme = "light", su
         drawn["Training"] = plot_curves(collected, folder / f"curves{suffix}.png", theme)
     drawn["Length and accuracy"] = plot_lengths(collected, folder / f"length{suffix}.png", theme)
     if any(collected.correlations.values()):
-        drawn["Reward parts and right answers"] = plot_correlations(
+        drawn["Reward parts and correctness"] = plot_correlations(
             collected, folder / f"correlations{suffix}.png", theme
         )
     return drawn
@@ -50,7 +50,7 @@ def write_figures(collected: Collected, folder: Path, theme: Theme = "light", su
 
 
 def plot_accuracy(collected: Collected, path: Path, theme: Theme = "light") -> Path:
-    """Accuracy of every arm on every test: the mean with its 95 % interval, and each seed as a small circle."""
+    """Plot the accuracy of every arm on every test: the mean with its 95 % interval, and each seed as a circle."""
     recipe, tests = collected.recipe, collected.tests
     with styled(theme) as palette:
         rows = max(map(len, tests.values()))
@@ -58,14 +58,14 @@ def plot_accuracy(collected: Collected, path: Path, theme: Theme = "light") -> P
         columns = math.ceil(len(tests) / lines)
         size = (2.0 + 4.2 * columns, 0.6 + lines * (0.55 + ROW * rows))
         figure = Figure(figsize=size, layout="constrained")
-        places = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-        for axes in places[len(tests) :]:
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
+        for axes in panels[len(tests) :]:
             axes.remove()
-        for axes, (name, arms) in zip(places, tests.items()):
+        for axes, (name, arms) in zip(panels, tests.items()):
             _accuracy_panel(axes, f"{name}, {arms[0].num_questions} questions", arms, recipe.baseline, palette)
         handles = [
             Line2D([], [], color=palette.after, marker="o", linewidth=1.8, label="mean and 95 % interval"),
-            Line2D([], [], color=palette.muted, marker="o", linewidth=0, label="a seed", **_SEED),
+            Line2D([], [], color=palette.muted, marker="o", linewidth=0, label="seed", **_SEED),
             Line2D([], [], color=palette.muted, linewidth=1.0, linestyle=_DASHED, label=recipe.baseline),
         ]
         figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=8.5)
@@ -107,7 +107,7 @@ _PANELS = (
     _Panel("Reward", "reward"),
     _Panel("Correct", "rewards/correctness/mean", True),
     _Panel("Completion, tokens", "completions/mean_length"),
-    _Panel("In form", "rewards/format/mean", True),
+    _Panel("Well-formed", "rewards/format/mean", True),
 )
 
 
@@ -115,27 +115,27 @@ _SUPERVISED = (_Panel("", "loss"), *_PANELS[1:])
 
 
 def plot_curves(collected: Collected, path: Path, theme: Theme = "light") -> Path:
-    """The course of training: an arm a row, seeds as thin lines, their mean thick, the baseline's mean grey.
+    """Plot training curves, one row per arm: seeds as thin lines, their mean thick, the baseline's mean grey.
 
-    Every line is a moving average over a twentieth of the run. Supervised arms sample nothing while they train: their
-    loss takes the first panel.
+    Every line is a moving average over a twentieth of the run. Supervised arms sample nothing, so their first panel
+    shows the loss.
     """
     baseline = collected.curves.get(collected.recipe.baseline, ())
     with styled(theme) as palette:
         arms = collected.curves
         figure = Figure(figsize=(12.0, 0.7 + 1.15 * len(arms)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.05)  # type: ignore[union-attr, call-arg]
-        places = figure.subplots(len(arms), len(_PANELS), squeeze=False, sharex=True)
-        for line, (name, runs) in zip(places, arms.items()):
+        panels = figure.subplots(len(arms), len(_PANELS), squeeze=False, sharex=True)
+        for line, (name, runs) in zip(panels, arms.items()):
             for axes, panel in zip(line, _PANELS if _finite(runs, "reward") else _SUPERVISED):
                 others = () if name == collected.recipe.baseline or panel.key == "loss" else baseline
                 _curve_panel(axes, panel, runs, others, palette)
             line[0].set_ylabel(name, rotation=0, ha="right", va="center", color=palette.text, fontweight="bold")
-        for axes, panel in zip(places[0], _PANELS):
+        for axes, panel in zip(panels[0], _PANELS):
             axes.set_title(panel.title)
         for column in range(len(_PANELS)):
-            _share_limits([axes for axes, runs in zip(places[:, column], arms.values()) if _finite(runs, "reward")])
-        for axes in places[-1]:
+            _share_limits([axes for axes, runs in zip(panels[:, column], arms.values()) if _finite(runs, "reward")])
+        for axes in panels[-1]:
             axes.set_xlabel("step")
         return save_figure(figure, path)
 
@@ -145,7 +145,7 @@ def _finite(runs: Iterable[Sequence[Row]], key: str) -> bool:
 
 
 def _share_limits(panels: Sequence[Axes]) -> None:
-    """One scale for a column, so that arms can be compared."""
+    """Give the panels of a column one scale, so that arms can be compared."""
     if panels:
         low, high = (pick(axes.get_ylim()[side] for axes in panels) for pick, side in ((min, 0), (max, 1)))
         for axes in panels:
@@ -181,38 +181,36 @@ def _smooth(rows: Sequence[Row], key: str) -> tuple[Points, Points]:
 
 def _mean_curve(curves: Sequence[tuple[Points, Points]]) -> tuple[list[float], list[float]]:
     """Mean over the seeds that logged a step."""
-    at: dict[float, list[float]] = {}
+    by_step: dict[float, list[float]] = {}
     for steps, values in curves:
         for step, value in zip(steps.tolist(), values.tolist()):
-            at.setdefault(step, []).append(value)
-    return sorted(at), [fmean(at[step]) for step in sorted(at)]
+            by_step.setdefault(step, []).append(value)
+    return sorted(by_step), [fmean(by_step[step]) for step in sorted(by_step)]
 
 
 # --- length and accuracy -------------------------------------------------------------------------------------------
 
 
 def _lengths(arm: ArmResult) -> list[tuple[float, float]]:
-    """Mean tokens of the completion and accuracy in percent of each seed. Not tokens of the reasoning, of which there
-    are none where it is cut off."""
+    """Mean completion length in tokens and accuracy in percent per seed. (Truncated reasoning has length 0.)"""
     lengths = [number(result["lengths"]["total"]["all"]["mean"]) for result in arm.results]
     return [(length, 100 * accuracy) for length, accuracy in zip(lengths, arm.accuracies)]
 
 
 def plot_lengths(collected: Collected, path: Path, theme: Theme = "light") -> Path:
-    """Tokens of the completion against accuracy on the primary test: hollow for each seed of each arm, its mean filled
-    and named."""
+    """Plot completion length against accuracy on the primary test: a hollow marker per seed, a filled one per mean."""
     recipe = collected.recipe
     with styled(theme) as palette:
         figure = Figure(figsize=(7.4, 4.6), layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"Length and accuracy, {recipe.primary}")
         axes.grid(True, axis="x")
-        axes.set_xlabel("tokens of the completion, mean")
+        axes.set_xlabel("mean completion length, tokens")
         axes.yaxis.set_major_formatter(PercentFormatter(100, decimals=0))
         named: list[tuple[str, float, float, Any]] = []
-        for place, arm in enumerate(collected.tests[recipe.primary]):
+        for index, arm in enumerate(collected.tests[recipe.primary]):
             points = _lengths(arm)
-            color, marker = palette.series[place % len(palette.series)], _MARKERS[place // len(palette.series) % 5]
+            color, marker = palette.series[index % len(palette.series)], _MARKERS[index // len(palette.series) % 5]
             x, y = (fmean(values) for values in zip(*points))
             for length, accuracy in points:
                 axes.plot([x, length], [y, accuracy], color=color, linewidth=0.7, alpha=0.5)
@@ -242,13 +240,13 @@ def plot_lengths(collected: Collected, path: Path, theme: Theme = "light") -> Pa
 
 
 def plot_correlations(collected: Collected, path: Path, theme: Theme = "light") -> Path:
-    """How each reward part goes with right answers: Pearson's r within a step, mean over the first half of the steps
-    (grey) and over the second (blue), a circle for each seed and a bar for their mean."""
+    """Plot the correlation of each reward part with correctness: Pearson's r within a step, averaged over the first
+    half of the steps (grey) and the second (blue); a circle per seed and a bar for their mean."""
     rows = [(arm, part) for arm, parts in collected.correlations.items() for part in parts]
     with styled(theme) as palette:
         figure = Figure(figsize=(6.6, 1.2 + 0.3 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        axes.set_title("Correlation of reward parts with right answers")
+        axes.set_title("Correlation of reward parts with correctness")
         axes.grid(False, axis="y")
         axes.grid(True, axis="x")
         axes.axvline(0.0, color=palette.muted, linewidth=1.0)

@@ -1,4 +1,4 @@
-"""What ``study collect`` writes: Markdown, CSV, LaTeX, figures and one HTML page. Imports no torch."""
+"""Write the results of a study as Markdown, CSV, LaTeX, figures and one HTML page. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from medvqa_rl.core.files import write_text
+from medvqa_rl.evaluation.statistics.tables import as_csv, as_markdown
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.page import FigureFile, environment
 from medvqa_rl.study.collect import Collected
@@ -18,9 +19,7 @@ from medvqa_rl.study.tables import (
     NOTES,
     PUBLISHED,
     SECONDARY,
-    as_csv,
     as_latex,
-    as_markdown,
     contrast_table,
     factor_cells,
     factor_csv,
@@ -31,19 +30,18 @@ from medvqa_rl.study.tables import (
 CAPTIONS = {
     "Accuracy": "Mean over seeds with its 95 % interval over seeds and images; circles are seeds.",
     "Training": "Moving averages over a twentieth of the run: seeds thin, their mean thick, the baseline's mean grey. "
-    "Supervised arms sample nothing while they train; their loss takes the first panel.",
-    "Length and accuracy": "Tokens of the completion on the primary test; hollow marks are seeds, filled ones their "
-    "means.",
-    "Reward parts and right answers": "Pearson's r within a step, averaged over the steps in which neither is "
-    "constant; bars are means over seeds.",
+    "For supervised arms, which sample nothing, the first panel shows the loss.",
+    "Length and accuracy": "Completion length on the primary test; hollow markers are seeds, filled ones their means.",
+    "Reward parts and correctness": "Pearson's r within a step, averaged over the steps in which neither is constant; "
+    "bars are means over seeds.",
 }
 MAX_SHOWN = 1200
-"""Characters of a completion that are shown."""
+"""Longest completion to show, in characters."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table under a heading."""
+    """A table with a heading."""
 
     heading: str
     titles: Sequence[str]
@@ -53,32 +51,31 @@ class Section:
 
 @dataclass(frozen=True)
 class Content:
-    """Everything that the pages show."""
+    """The content of both pages."""
 
     title: str
     tests: Sequence[Section]
     contrasts: Sequence[Section]
-    """Tests of the same questions against each other."""
+    """Two tests of the same questions compared."""
     factors: Sequence[Section]
-    """The paper's tables."""
+    """The paper's tables beside ours."""
     figures: Sequence[FigureFile]
     """Accuracy first."""
     parts: Section | None
-    """Correlations of reward parts with right answers."""
+    """Correlations of reward parts with correctness."""
     notes: Sequence[str]
-    wordiest: Mapping[str, Sequence[Mapping[str, str]]]
-    """Arm -> its longest wrong answers, as :func:`_shortened` gives them."""
+    longest_wrong: Mapping[str, Sequence[Mapping[str, str]]]
+    """Arm -> its longest wrong answers, formatted by :func:`_shortened`."""
     signs: Section | None
     found: Sequence[tuple[str, str, int, str]]
-    """Arm, sign, seed and figure of every sign of failure that was seen."""
+    """Arm, sign, seed and figure of every sign of failure that was found."""
     rules: Mapping[str, str]
-    """Sign -> the rule by which it is looked for."""
+    """Sign -> its rule."""
 
 
 def write_study(collected: Collected, folder: Path) -> list[Path]:
-    """Write ``study.md`` and ``study.html``; ``TEST.csv`` and ``TEST.tex`` for each test set, ``contrast-NUMBER.csv``
-    and ``.tex`` for each two that are compared, ``factor-NAME.csv`` and ``.tex`` for each table of the paper; and
-    figures in ``figures/``, each also for dark pages.
+    """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv`` and
+    ``factor-NAME.csv`` (each also as ``.tex``), and the figures in ``figures/``, in a light and a dark version.
 
     Returns:
         The files.
@@ -128,7 +125,7 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         figures=[FigureFile(title, path, dark[title], CAPTIONS[title]) for title, path in light.items()],
         parts=_correlation_section(collected.correlations),
         notes=_notes(collected),
-        wordiest={arm: [_shortened(answer) for answer in answers] for arm, answers in collected.wordiest.items()},
+        longest_wrong={arm: list(map(_shortened, answers)) for arm, answers in collected.longest_wrong.items()},
         signs=_sign_section(collected.signs),
         found=[(arm, check.name, seed, check.figure) for arm, seed, check in checks if check.verdict == "look"],
         rules={check.name: check.rule for _, _, check in checks},
@@ -139,13 +136,13 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
 
 
 def _markdown(content: Content, folder: Path) -> str:
-    """The page as Markdown that stands in a folder."""
+    """Format the page as Markdown, with links relative to a folder."""
     accuracy, *others = content.figures
     lines = [f"# {content.title}\n", *_figure_lines(accuracy, folder)]
     for section in content.tests:
         lines += _section_lines(section, "##")
     if content.contrasts:
-        lines.append("## The same questions, asked in two ways\n")
+        lines.append("## Contrasts: the same questions in two conditions\n")
     for section in content.contrasts:
         lines += _section_lines(section, "###")
     lines += [f"{note}\n" for note in content.notes]
@@ -157,7 +154,7 @@ def _markdown(content: Content, folder: Path) -> str:
         lines += [f"## {figure.title}\n", *_figure_lines(figure, folder)]
     if content.parts is not None:
         lines.append(as_markdown(content.parts.titles, content.parts.body))
-    lines += ["## The wordiest wrong answers\n", *_answer_lines(content.wordiest), "## Signs of failure\n"]
+    lines += ["## Longest wrong answers\n", *_answer_lines(content.longest_wrong), "## Signs of failure\n"]
     if content.signs is not None:
         lines.append(as_markdown(content.signs.titles, content.signs.body))
     lines += [f"- **{arm}, seed {seed}**: {name}. {figure}" for arm, name, seed, figure in content.found]
@@ -170,7 +167,7 @@ def _notes(collected: Collected) -> list[str]:
     if any(arm.published is not None for arms in collected.tests.values() for arm in arms):
         notes.append(f"{PUBLISHED[0].upper()}{PUBLISHED[1:]}: {collected.recipe.note}")
     if collected.missing:
-        notes.append(f"Not finished and not in the tables: {'; '.join(collected.missing)}.")
+        notes.append(f"Unfinished, and not in the tables: {'; '.join(collected.missing)}.")
     return notes
 
 
@@ -189,15 +186,15 @@ def _correlation_section(found: Mapping[str, Sequence[PartCorrelation]]) -> Sect
         return f"{fmean(finite):+.2f}" if finite else ""
 
     body = [[arm, part.part, mean(part.first), mean(part.last)] for arm, parts in found.items() for part in parts]
-    titles = ["arm", "reward part", "r with right answers, first half", "second half"]
-    return Section("Reward parts and right answers", titles, body) if body else None
+    titles = ["arm", "reward part", "r with correctness, first half", "second half"]
+    return Section("Reward parts and correctness", titles, body) if body else None
 
 
 _VERDICTS = {"fine": "none", "not measured": "not measured"}
 
 
 def _sign_section(signs: Mapping[str, Mapping[int, Sequence[Check]]]) -> Section | None:
-    """A row for each arm, a column for each sign: the seeds that show it."""
+    """A row for each arm and a column for each sign, with the seeds that show it."""
     names = dict.fromkeys(check.name for cells in signs.values() for checks in cells.values() for check in checks)
     if not names:
         return None
@@ -214,9 +211,9 @@ def _sign_section(signs: Mapping[str, Mapping[int, Sequence[Check]]]) -> Section
 
 
 def _shortened(answer: WrongAnswer) -> dict[str, str]:
-    """Its texts as they are shown."""
+    """Format an answer, cutting a long output."""
     text = answer.output if len(answer.output) <= MAX_SHOWN else answer.output[:MAX_SHOWN] + " ..."
-    end = ", cut off by the limit" if answer.is_truncated else ""
+    end = ", truncated at the token limit" if answer.is_truncated else ""
     return {
         "head": f"{answer.label}, {answer.num_tokens} tokens{end}",
         "question": answer.question,
@@ -225,10 +222,10 @@ def _shortened(answer: WrongAnswer) -> dict[str, str]:
     }
 
 
-def _answer_lines(wordiest: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
-    """Headings and blocks of code. Their fences are longer than any in the texts, so nothing in them is markup."""
+def _answer_lines(longest_wrong: Mapping[str, Sequence[Mapping[str, str]]]) -> list[str]:
+    """Headings and code blocks, with fences longer than any in the texts, so that nothing in them is markup."""
     lines = []
-    for arm, answers in wordiest.items():
+    for arm, answers in longest_wrong.items():
         lines.append(f"### {arm}\n")
         if not answers:
             lines.append("No wrong answer.\n")

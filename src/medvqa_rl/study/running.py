@@ -1,4 +1,4 @@
-"""Running the cells of a study with the verbs of the command, and forecasting how long it takes. Imports no torch."""
+"""Run the cells of a study as subprocesses, and forecast the remaining time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that did not end well."""
+    """A cell that failed."""
 
     cell: Cell
     command: Sequence[str]
-    """Empty where nothing could be started."""
+    """Empty if nothing was started."""
     code: int
     last_line: str
 
 
 def steps_done(cell: Cell) -> int:
-    """Training steps that a cell's status tells of; 0 before the first."""
+    """Completed training steps according to the cell's status."""
     step = _status(cell).get("step")
     return step if isinstance(step, int) else 0
 
 
 def is_trained(cell: Cell) -> bool:
-    """Whether a cell's training has ended, or needs none."""
+    """Whether a cell's training is finished, or it needs none."""
     return cell.arm.verb == "none" or _status(cell).get("state") == "finished"
 
 
 def is_tested(test: Test) -> bool:
-    """Whether an evaluation is complete: its results are written last."""
+    """Whether an evaluation is complete; its results are written last."""
     return (test.folder / "results.json").is_file()
 
 
 def is_finished(cell: Cell) -> bool:
-    """Whether nothing is left to do."""
+    """Whether a cell is trained and tested."""
     return is_trained(cell) and all(map(is_tested, cell.tests))
 
 
@@ -68,7 +68,7 @@ def _status(cell: Cell) -> Mapping[str, object]:
 
 
 def step_seconds(recipe: Recipe) -> dict[str, float]:
-    """Seconds of a step of each arm: measured in its finished cells, else in those of its verb, else as stated."""
+    """Seconds per step of each arm: measured in its finished cells, else in those of its verb, else the recipe's."""
     by_arm: dict[str, list[float]] = {}
     by_verb: dict[str, list[float]] = {}
     for cell in recipe.cells:
@@ -84,9 +84,10 @@ def step_seconds(recipe: Recipe) -> dict[str, float]:
     return rates
 
 
-def forecast(recipe: Recipe) -> dict[str, float]:
-    """Seconds that are left of each cell, by the name of its folder's path."""
-    rates, left = step_seconds(recipe), {}
+def forecast(recipe: Recipe) -> dict[Cell, float]:
+    """Remaining seconds of each cell."""
+    rates = step_seconds(recipe)
+    left: dict[Cell, float] = {}
     sizes: dict[str, int] = {}
     for cell in recipe.cells:
         seconds = 0.0
@@ -101,12 +102,12 @@ def forecast(recipe: Recipe) -> dict[str, float]:
                     size = len(load_dataset(test.config.data, "test"))
                     sizes[test.name] = min(size, test.config.eval.max_samples or size)
                 seconds += sizes[test.name] * recipe.forecast.seconds_per_question
-        left[str(cell.folder)] = seconds
+        left[cell] = seconds
     return left
 
 
 def plan_table(recipe: Recipe) -> Table:
-    """Every cell with its state and what is left of it."""
+    """Table of all cells with their state and remaining time."""
     left = forecast(recipe)
     table = Table(title=f"{recipe.title}: {len(recipe.cells)} cells", title_justify="left")
     has_starts = any(cell.start for cell in recipe.cells)
@@ -116,7 +117,7 @@ def plan_table(recipe: Recipe) -> Table:
     for cell in recipe.cells:
         done = steps_done(cell) if cell.arm.verb != "none" else 0
         tested = sum(map(is_tested, cell.tests))
-        state = "finished" if is_finished(cell) else "begun" if done or tested else "not begun"
+        state = "finished" if is_finished(cell) else "started" if done or tested else "not started"
         table.add_row(
             cell.label,
             *([cell.start.label if cell.start else ""] if has_starts else []),
@@ -124,10 +125,10 @@ def plan_table(recipe: Recipe) -> Table:
             "" if cell.arm.verb == "none" else f"{done}/{cell.config.train.steps}",
             f"{tested}/{len(cell.tests)}",
             state,
-            f"{left[str(cell.folder)] / 60:.1f}",
+            f"{left[cell] / 60:.1f}",
             str(cell.folder),
         )
-    table.caption = f"{sum(left.values()) / 60:.0f} minutes are left, one cell after the other."
+    table.caption = f"{sum(left.values()) / 60:.0f} minutes left, one cell after the other."
     return table
 
 
@@ -135,9 +136,9 @@ def plan_table(recipe: Recipe) -> Table:
 
 
 def commands(cell: Cell, configs: Path) -> list[list[str]]:
-    """What is left to do for a cell, as commands; their settings are written to the folder ``configs``.
+    """Return the commands that complete a cell; their settings are written to the folder ``configs``.
 
-    All tests are one command: on small models a process takes longer to start than to answer a hundred questions.
+    All tests are one command: with small models a process takes longer to start than to answer a hundred questions.
     """
     todo = []
     name = f"{cell.arm.name}-{cell.folder.name}"
@@ -159,21 +160,26 @@ def _write(path: Path, settings: Mapping[str, object]) -> Path:
 
 
 def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1, console: Console) -> list[Failure]:
-    """Do what is left of every cell, ``jobs`` cells at a time. One that fails stops those that start from it, and no
-    others.
+    """Complete every cell, ``jobs`` at a time. A failed cell stops only the cells that start from it.
 
-    More than one of ``processes`` share the work of a command, a GPU each, started by ``accelerate launch``. What a
-    cell prints goes to a log beside its folder. Ctrl-C reaches the commands too, which save a checkpoint.
+    The output of a cell goes to a log beside its folder. Ctrl-C reaches the commands too, which save a checkpoint.
+
+    Args:
+        recipe: the study.
+        output: folder of the study.
+        jobs: number of cells to run in parallel.
+        processes: number of processes per command, each on a GPU of its own, started by ``accelerate launch``.
+        console: for progress messages.
 
     Returns:
         The cells that failed.
 
     Raises:
-        ValueError: the study is run by another process, or cells at a time would share GPUs.
+        ValueError: another process runs the study, or parallel cells would share GPUs.
     """
     if jobs > 1 and processes > 1:
         raise ValueError(
-            f"--jobs is {jobs} and --processes {processes}, but cells that run at a time would take the same "
+            f"--jobs is {jobs} and --processes {processes}, but parallel cells would use the same "
             f"{processes} GPUs: leave one of the two at 1."
         )
     launcher = ["accelerate.commands.launch", "--num_processes", str(processes), "-m"] if processes > 1 else []
@@ -181,11 +187,11 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
     output.mkdir(parents=True, exist_ok=True)
     stop, printing = Event(), Lock()
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         with printing:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    # Starts come first, so whoever waits for one waits for a cell that is worked on already.
+    # Starts come first, so a cell that waits for its start waits for one that is already running.
     unfinished = sorted((cell for cell in recipe.cells if not is_finished(cell)), key=lambda cell: len(cell.starts))
     has_trained = {cell: Event() for cell in unfinished if not is_trained(cell)}
 
@@ -197,32 +203,33 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
                 has_trained[cell].set()
 
     def wait(cell: Cell) -> Failure | None:
-        """Until the start is trained; its failure if it never will be."""
+        """Wait until the start is trained; returns a failure if its training failed."""
         if cell.start is None:
             return None
         if cell.start in has_trained:
             has_trained[cell.start].wait()
         if stop.is_set() or is_trained(cell.start):
             return None
-        say(f"{cell.label}: not begun, for {cell.start.label}, which it starts from, is not trained")
-        return Failure(cell, (), 1, f"not begun, for {cell.start.label}, which it starts from, is not trained")
+        reason = f"not started, because training of {cell.start.label}, which it starts from, failed"
+        report(f"{cell.label}: {reason}")
+        return Failure(cell, (), 1, reason)
 
     def do(cell: Cell) -> Failure | None:
         for words in commands(cell, output / "configs"):
             if stop.is_set():
                 return None
-            say(f"{cell.label}: medvqa-rl {' '.join(words)}")
+            report(f"{cell.label}: medvqa-rl {' '.join(words)}")
             cell.folder.parent.mkdir(parents=True, exist_ok=True)
             log = cell.folder.with_name(f"{cell.folder.name}.log")
             with log.open("ab") as file:
                 code = subprocess.call([*program, *words], stdout=file, stderr=file)
             if code:
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]
-                say(f"{cell.label}: failed with exit code {code}, see {log}")
+                report(f"{cell.label}: failed with exit code {code}, see {log}")
                 return Failure(cell, words, code, lines[-1])
             if cell in has_trained:
-                has_trained[cell].set()  # by its first command; what follows are its tests
-        say(f"{cell.label}: done")
+                has_trained[cell].set()  # its first command trains, the next one tests
+        report(f"{cell.label}: done")
         return None
 
     lock = FileLock(output / ".study.lock")

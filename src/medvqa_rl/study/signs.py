@@ -1,8 +1,8 @@
-"""Signs of failure of a trained cell, from its test and from its training. Imports no torch.
+"""Signs of failure of a trained cell, from its test and its training. Imports no torch.
 
-The four that the study (arXiv 2505.13973) names are all here: verbose, repetitive reasoning with a wrong answer; a low
-thinking reward with high accuracy; high perplexity; no rise of the curve. It gives no thresholds; those here are
-inferred, and are meant to make someone look.
+All four signs named by the study (arXiv 2505.13973) are checked: verbose, repetitive reasoning with a wrong answer; a
+low thinking reward with high accuracy; high perplexity; no rise of the reward curve. The study gives no thresholds;
+those used here are inferred, and flag a cell for a closer look.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from medvqa_rl.report.runs import Row
 from medvqa_rl.rewards.length import repetition_penalty
 
 LESS_FLUENT = 1.5
-"""Perplexity this many times that of the untrained model is high, whatever the language model's scale."""
+"""Perplexity of this many times the untrained model's is high, whatever the scale of the language model."""
 REPETITION = 4
-"""Words of the n-grams whose repetition is counted."""
+"""Size, in words, of the n-grams whose repetition is counted."""
 
 Results = Mapping[str, Any]
 """The content of a results.json."""
@@ -44,13 +44,13 @@ Results = Mapping[str, Any]
 def cell_signs(
     rows: Sequence[Row], results: Results, records: Sequence[EvalRecord], untrained: Results | None
 ) -> tuple[Check, ...]:
-    """All signs of a trained cell.
+    """Check a trained cell for all signs.
 
     Args:
         rows: lines of its metrics.jsonl.
         results: of the primary test.
-        records: the answers of that test.
-        untrained: results of the arm that was not trained, on the same test; None where the recipe has none.
+        records: of the same test.
+        untrained: results of the model before training on the same test, if the recipe has them.
     """
     return (
         verbose_on_test(results, records, untrained),
@@ -70,7 +70,7 @@ def _length(results: Results, outcome: str) -> float | None:
 
 
 def verbose_on_test(results: Results, records: Sequence[EvalRecord], untrained: Results | None) -> Check:
-    """Long completions with a wrong answer, cut off ones too: the sign that a length reward is exploited."""
+    """Long completions with a wrong answer, truncated ones included: a length reward is being exploited."""
     name = "Verbose, repetitive and wrong"
     rule = (
         f"Wrong completions are at least {WRONG_LONGER:g} times as long as right ones, or all are at least "
@@ -100,7 +100,7 @@ def verbose_on_test(results: Results, records: Sequence[EvalRecord], untrained: 
 
 
 def thinking_on_test(results: Results) -> Check:
-    """Right answers whose reasoning deserves no reward."""
+    """Correct answers with poor reasoning."""
     name = "Low thinking reward with high accuracy"
     rule = (
         f"Accuracy is at least {100 * HIGH_ACCURACY:.0f} % while the thinking reward (form and the judge's verdict, "
@@ -115,7 +115,7 @@ def thinking_on_test(results: Results) -> Check:
 
 
 def perplexity_on_test(results: Results, untrained: Results | None) -> Check:
-    """Text that a fixed language model finds unlikely: the model has lost its fluency."""
+    """Outputs that are unlikely under a fixed language model: the model has lost its fluency."""
     name = "High perplexity"
     rule = (
         f"Perplexity under a fixed language model is above {HIGH_PERPLEXITY:g}, or at least {LESS_FLUENT:g} times "

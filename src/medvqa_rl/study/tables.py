@@ -1,27 +1,26 @@
-"""The tables of a study as rows of text, and as Markdown, CSV and LaTeX. Imports no torch."""
+"""The tables of a study as rows of text, and in LaTeX. Imports no torch."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from medvqa_rl.core.text import format_p, format_points
+from medvqa_rl.core.text import format_p, format_points, format_range
+from medvqa_rl.evaluation.statistics.tables import MEASURES, as_csv, format_number
 from medvqa_rl.study.collect import ArmResult
 from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow
 from medvqa_rl.study.plan.factors import METRICS, FactorTable, Metric, Published
 
 PUBLISHED = "published, other data and model"
 NOTES = (
-    "Accuracy in percent, differences in points, both means over seeds. Intervals of 95 % resample images and seeds "
-    "together; three seeds are few, so each is listed. McNemar's test is exact, one for each seed, and takes "
-    "questions as independent; Holm adjusts it for the arms of a table. Detectable: the true difference that is found "
-    "with 80 % power. Lengths in tokens of the reasoning. Completions: what a seed was trained on, sampled ones, or "
-    "references where it was supervised."
+    "Accuracy in percent, differences in percentage points, both averaged over seeds. 95 % intervals resample images "
+    "and seeds together; three seeds are few, so each is listed. McNemar's exact test is computed per seed and treats "
+    "questions as independent; Holm adjusts it for the arms of a table. Detectable: the true difference detected with "
+    "80 % power. Length: tokens of the reasoning. Completions: the number that one seed was trained on (references "
+    "for supervised arms)."
 )
 SECONDARY = (
     "* reported by secondary sources and not checked against the paper's tables; figures without a star are of the "
@@ -30,7 +29,7 @@ SECONDARY = (
 
 
 def _mean(results: Sequence[Mapping[str, Any]], *path: str) -> float:
-    """Mean over seeds of a number of results.json; NaN where a seed lacks it."""
+    """Mean over seeds of a number in results.json; NaN if a seed lacks it."""
     found = []
     for value in results:
         number: Any = value
@@ -41,14 +40,13 @@ def _mean(results: Sequence[Mapping[str, Any]], *path: str) -> float:
 
 
 def _by(results: Sequence[Mapping[str, Any]], section: str) -> str | None:
-    """The instrument of a section; None where nothing was measured, or not by one instrument."""
+    """The instrument of a section; None if nothing was measured, or by several instruments."""
     names = {value.get(section, {}).get("by") for value in results}
     return names.pop() if len(names) == 1 else None
 
 
 def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list[str]]]:
-    """Column names and a row for each arm. Columns without any content are left out; numbers of different
-    instruments have columns of their own."""
+    """Column names and a row for each arm. Empty columns are left out; every instrument has its own column."""
     arms = list(arms)
     cells: list[dict[str, str]] = []
     for arm in arms:
@@ -57,38 +55,26 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
             "completions": f"{arm.budget.completions:,}" if arm.budget.steps else "",
             "optimizer steps": f"{arm.budget.steps:,}" if arm.budget.steps else "",
             "accuracy": format_points(arm.accuracy.estimate),
-            "95 % interval": f"{format_points(arm.accuracy.low)} to {format_points(arm.accuracy.high)}",
+            "95 % interval": format_range(arm.accuracy.low, arm.accuracy.high),
             "seeds": ", ".join(map(format_points, arm.accuracies)),
             f"minus {baseline}": "" if arm.gain is None else format_points(arm.gain.estimate, "+"),
-            "its interval": (
-                ""
-                if arm.gain is None
-                else f"{format_points(arm.gain.low, '+')} to {format_points(arm.gain.high, '+')}"
-            ),
+            "its interval": "" if arm.gain is None else format_range(arm.gain.low, arm.gain.high, "+"),
             "McNemar p": ", ".join(format_p(test.mcnemar.p_value) for test in arm.tests),
             "Holm p": ", ".join(format_p(test.holm_p) for test in arm.tests),
             "detectable": format_points(arm.detectable),
             "format": format_points(_mean(arm.results, "format_rate")),
-            "length, right": _number(_mean(arm.results, "lengths", "think", "right", "mean"), ".0f"),
-            "length, wrong": _number(_mean(arm.results, "lengths", "think", "wrong", "mean"), ".0f"),
+            "length, right": format_number(_mean(arm.results, "lengths", "think", "right", "mean"), ".0f"),
+            "length, wrong": format_number(_mean(arm.results, "lengths", "think", "wrong", "mean"), ".0f"),
             "true claims": format_points(_mean(arm.results, "faithfulness", "value")),
         }
-        for section, key, title, form in (
-            ("thinking", "reward", "thinking reward of 2", ".2f"),
-            ("perplexity", "value", "perplexity", ".1f"),
-            ("similarity", "value", "similarity", ".2f"),
-        ):
+        for section, key, title, spec in MEASURES:
             if by := _by(arm.results, section):
-                row[f"{title} ({by})"] = _number(_mean(arm.results, section, key), form)
+                row[f"{title} ({by})"] = format_number(_mean(arm.results, section, key), spec)
         row[PUBLISHED] = "" if arm.published is None else f"{arm.published:g}"
         cells.append(row)
     titles = [*dict.fromkeys(title for row in cells for title in row if title != PUBLISHED), PUBLISHED]
     shown = [title for title in titles if any(row.get(title) for row in cells)]
     return shown, [[row.get(title, "") for title in shown] for row in cells]
-
-
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else f"{value:{form}}"
 
 
 def contrast_table(contrast: Contrast, found: Iterable[ContrastRow]) -> tuple[list[str], list[list[str]]]:
@@ -100,7 +86,7 @@ def contrast_table(contrast: Contrast, found: Iterable[ContrastRow]) -> tuple[li
             format_points(row.of),
             format_points(row.minus),
             format_points(row.difference.estimate, "+"),
-            f"{format_points(row.difference.low, '+')} to {format_points(row.difference.high, '+')}",
+            format_range(row.difference.low, row.difference.high, "+"),
             ", ".join(format_points(value, "+") for value in row.differences),
         ]
         for row in found
@@ -118,18 +104,18 @@ class FactorCell:
     arm: str
     metric: str
     instrument: str | None
-    """What measured it; None where nothing had to."""
+    """What measured it; None if no instrument is needed."""
     ours: float
-    """In the unit of the metric; NaN is not measured."""
+    """In the unit of the metric; NaN if not measured."""
     change: float
     """From the baseline, measured by the same instrument; NaN for the baseline itself."""
     interval: tuple[float, float] | None
-    """95 % bounds of the change; of accuracy only."""
+    """95 % bounds of the change; accuracy only."""
     published: Published | None
 
 
 def factor_cells(table: FactorTable, arms: Sequence[ArmResult], baseline: str) -> list[FactorCell]:
-    """Every metric of every arm of a table that is finished, arm by arm."""
+    """All metrics of the finished arms of a table, arm by arm."""
     by_name = {arm.name: arm for arm in arms}
     cells = []
     for name in table.arms:
@@ -147,8 +133,8 @@ def factor_cells(table: FactorTable, arms: Sequence[ArmResult], baseline: str) -
 
 
 def _measured(arm: ArmResult, metric: Metric) -> tuple[float, str | None]:
-    """Mean over seeds, NaN where the seeds were measured by several instruments, and the instrument."""
-    if metric.path == ("accuracy",):  # of the questions that are scored in all cells
+    """Mean over seeds and the instrument; NaN if the seeds were measured by several."""
+    if metric.path == ("accuracy",):  # over the questions that are scored in all cells
         return metric.scale * arm.accuracy.estimate, None
     by = None if metric.instrument is None else _by(arm.results, metric.instrument)
     is_known = metric.instrument is None or by is not None
@@ -156,12 +142,12 @@ def _measured(arm: ArmResult, metric: Metric) -> tuple[float, str | None]:
 
 
 def factor_rows(cells: Sequence[FactorCell]) -> tuple[list[str], list[list[str]]]:
-    """A row for each arm, two columns for each metric: ours with its change, and the paper's."""
+    """Column names and a row for each arm, with two columns per metric: ours with its change, and the paper's."""
     rows: dict[str, dict[str, str]] = {}
     for cell in cells:
         metric = METRICS[cell.metric]
         form = f".{metric.decimals}f"
-        ours = _number(cell.ours, form)
+        ours = format_number(cell.ours, form)
         if ours and not math.isnan(cell.change):
             bounds = "" if cell.interval is None else ", {:+.1f} to {:+.1f}".format(*cell.interval)
             ours += f" ({round(cell.change, metric.decimals) + 0.0:+{form}}{bounds})"  # never -0
@@ -184,32 +170,19 @@ def _published(figure: Published | None) -> str:
 
 
 def factor_csv(cells: Sequence[FactorCell]) -> str:
-    """A line for each metric of each arm."""
+    """Format as CSV, one line for each metric of each arm."""
     titles = ["arm", "metric", "by", "ours", "change", "low", "high", "published", "published_change", "certain"]
     body = []
     for cell in cells:
         low, high = cell.interval or (math.nan, math.nan)
         paper = cell.published or Published(None, None, ())
-        numbers = [_number(value, ".6g") for value in (cell.ours, cell.change, low, high)]
+        numbers = [format_number(value, ".6g") for value in (cell.ours, cell.change, low, high)]
         theirs = ["" if value is None else f"{value:g}" for value in (paper.value, paper.change)]
         body.append([cell.arm, cell.metric, cell.instrument or "", *numbers, *theirs, " ".join(paper.certain)])
     return as_csv(titles, body)
 
 
 # --- formats -------------------------------------------------------------------------------------------------------
-
-
-def as_csv(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([titles, *body])
-    return text.getvalue()
-
-
-def as_markdown(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown."""
-    lines = [titles, ["---"] * len(titles), *body]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
@@ -221,7 +194,7 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def as_latex(titles: Sequence[str], body: Sequence[Sequence[str]], caption: str) -> str:
-    """A table as LaTeX, with the rules of booktabs."""
+    """Format a table as LaTeX with booktabs rules."""
 
     def line(cells: Sequence[str]) -> str:
         return (

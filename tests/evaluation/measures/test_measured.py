@@ -37,7 +37,7 @@ from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
 from medvqa_rl.evaluation.measures.instruments import Instruments, NamedJudge, load_instruments, measure, remaining
 from medvqa_rl.evaluation.measures.measured import measured_summary, perplexity
-from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity, candidate_text, load_similarity, reference_text
+from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity, candidate_text, load_similarity
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare
 from medvqa_rl.evaluation.statistics.comparison_tables import reasoning_table
@@ -228,11 +228,11 @@ def test_tfidf_agrees_with_scikit_learn() -> None:
 
 
 def test_what_is_compared_with_what() -> None:
-    assert (candidate_text(record(1)), reference_text(record(1))) == ("a cyst cyst", "cyst")  # B is the cyst
+    assert (candidate_text(record(1)), record(1).gold_text) == ("a cyst cyst", "cyst")  # B is the cyst
     unread = record(2, output="<think>it is</think> B", think="it is", answer=None)
     assert candidate_text(unread) == "it is  B"
     opened = record(3, answer_type="open", options=(), gold="left lobe", answer="lobe", think=None)
-    assert (candidate_text(opened), reference_text(opened)) == ("lobe", "left lobe")
+    assert (candidate_text(opened), opened.gold_text) == ("lobe", "left lobe")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is None, reason="needs sentence-transformers")

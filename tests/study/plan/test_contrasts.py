@@ -72,7 +72,7 @@ def test_a_study_shows_them(given: dict[str, Any], tmp_path: Path) -> None:
     [
         ({"of": "home"}, r"as contrasts, but it must be a list of sections with title, of and minus"),
         ([{"of": "home", "minus": "far"}], r"contrast 1, has of, minus, but must have a text as title, of and minus"),
-        ([GIVEN[0] | {"of": "hme"}], r"contrast 1, names the test 'hme', but may name .*: did you mean home\?"),
+        ([GIVEN[0] | {"of": "hme"}], r"contrast 1, has the unknown test 'hme': use one of .*: did you mean home\?"),
         ([*GIVEN, GIVEN[0] | {"of": "far"}], r"contrast 2, compares far with home_direct, but must compare two tests"),
         ([GIVEN[0] | {"of": "home_direct"}], "compares home_direct with home_direct, but must compare two tests"),
     ],

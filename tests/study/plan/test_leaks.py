@@ -96,7 +96,7 @@ def test_the_comparison_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch
     both(monkeypatch, [Shade(f"a{n}", n) for n in range(50)], [Shade(f"b{n}", 100 + n) for n in range(40)])
     (line,) = compare_pixels([PAIR], seconds=0.0)
     assert "1 of its 40 images and 1 of the 50 training images" in line
-    assert "The time of 0 s was up: `medvqa-rl data check --data` compares all." in line
+    assert "Stopped after 0 s: `medvqa-rl data check --data` compares all." in line
 
 
 # --- tests on other data sets --------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_settings_of_one_test_come_from_the_command_line(given: dict[str, Any], 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tests.fra.data.num_test=9"], "has no test fra: choose from home, far: did you mean far"),
+        (["tests.fra.data.num_test=9"], "has the unknown test 'fra': use one of home, far: did you mean far"),
         (["tests.far=9"], r"The override 'tests\.far=9' is neither a setting .* nor tests\.far=null"),
         (["tests.far.data.num_tests=9"], r"test far: data\.num_tests .* did you mean data\.num_test"),
         (["tests.far=null", "tests.home=null"], "has no test left"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.answers import without_tags
-from medvqa_rl.evaluation.measures.similarity import Similarity, candidate_text, load_similarity, reference_text
+from medvqa_rl.evaluation.measures.similarity import Similarity, candidate_text, load_similarity
 from medvqa_rl.evaluation.records import EvalRecord
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def measure(records: Sequence[EvalRecord], instruments: Instruments) -> list[Eva
             for record, found in zip(some, likelihoods)
         ]
     if similarity := instruments.similarity:
-        cosines = similarity.compare(list(map(candidate_text, some)), list(map(reference_text, some)))
+        cosines = similarity.compare(list(map(candidate_text, some)), [record.gold_text for record in some])
         some = [
             replace(record, similarity=cosine, similarity_by=similarity.name) for record, cosine in zip(some, cosines)
         ]

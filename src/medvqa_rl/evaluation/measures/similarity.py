@@ -31,12 +31,6 @@ class Similarity(Protocol):
     def compare(self, texts: Sequence[str], references: Sequence[str]) -> list[float]: ...
 
 
-def reference_text(record: EvalRecord) -> str:
-    """The gold answer as text: the option's text for choice questions."""
-    is_choice = record.answer_type == "choice" and bool(record.options)
-    return record.options[LETTERS.index(record.gold)] if is_choice else record.gold
-
-
 def candidate_text(record: EvalRecord) -> str:
     """Reasoning and answer as text. A letter that names an option is replaced by the option's text, for the letter
     says nothing; an output that is not in the requested form is taken as it is, without its tags."""

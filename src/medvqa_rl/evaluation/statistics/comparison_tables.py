@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.text import format_p, format_points, format_range
-from medvqa_rl.evaluation.statistics.tables import measured_table
+from medvqa_rl.evaluation.statistics.tables import as_csv, measured_table
 
 _NOTE = (
     "Intervals and the permutation test resample whole images; McNemar's test treats questions as independent. Holm: "
@@ -110,13 +108,8 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
 def pairs_csv(comparison: Mapping[str, Any]) -> str:
     """The pairs as CSV, with shares between 0 and 1; NaN is empty."""
     names = [name for name in comparison["pairs"][0] if name not in ("by", "flipped")]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["dataset", *names])
-    for row in comparison["pairs"]:
-        cells = [comparison["dataset"], *(row[name] for name in names)]
-        writer.writerow(["" if isinstance(cell, float) and math.isnan(cell) else cell for cell in cells])
-    return file.getvalue()
+    rows = [[comparison["dataset"], *(row[name] for name in names)] for row in comparison["pairs"]]
+    return as_csv(["dataset", *names], without_nan(rows))
 
 
 def flips_table(gains: Mapping[str, Any], most: int) -> Table:

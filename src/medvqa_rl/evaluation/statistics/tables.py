@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.core.text import format_points, format_range
+
+MEASURES = (
+    ("thinking", "reward", "thinking reward of 2", ".2f"),
+    ("perplexity", "value", "perplexity", ".1f"),
+    ("similarity", "value", "similarity", ".2f"),
+    ("faithfulness", "value", "true claims", ".1%"),
+)
+"""Section and key in results.json, column title and format of what is measured besides accuracy and length."""
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> Table:
@@ -29,7 +39,7 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
             format_points(summary["majority_baseline"]),
             format_points(summary["no_answer_rate"]),
             format_points(summary["format_rate"]),
-            _format(summary["mean_length"], ".0f"),
+            format_number(summary["mean_length"], ".0f"),
             style=style,
         )
 
@@ -51,13 +61,14 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
     return table
 
 
-def _format(value: float | None, spec: str) -> str:
+def format_number(value: float | None, spec: str) -> str:
+    """Format a number; empty for None and NaN."""
     return "" if value is None or math.isnan(value) else f"{value:{spec}}"
 
 
 def _moments(section: Mapping[str, Any] | None) -> str:
     """Mean and standard deviation of token counts."""
-    if section is None or not (mean := _format(section["mean"], ".0f")):
+    if section is None or not (mean := format_number(section["mean"], ".0f")):
         return ""
     spread = section["variance"]
     return mean if spread is None or math.isnan(spread) else f"{mean} ± {math.sqrt(spread):.0f}"
@@ -80,23 +91,15 @@ def measured_table(named: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[list
             for kind, title in (("think", "reasoning"), ("total", "tokens"))
             for key, outcome in (("right", "right"), ("wrong", "wrong"))
         }
-        for section, key, title, spec in _MEASURED:
+        for section, key, title, spec in MEASURES:
             found = results.get(section, {})
             by = found.get("by")
-            cells[f"{title} ({by})" if by else title] = _format(found.get(key), spec)
+            cells[f"{title} ({by})" if by else title] = format_number(found.get(key), spec)
         for title, cell in cells.items():
             columns.setdefault(title, [""] * len(named))[index] = cell
     shown = {title: cells for title, cells in columns.items() if any(cells)}
     rows = [[name, *(cells[index] for cells in shown.values())] for index, (name, _) in enumerate(named)]
     return list(shown), rows
-
-
-_MEASURED = (
-    ("thinking", "reward", "thinking reward of 2", ".2f"),
-    ("perplexity", "value", "perplexity", ".1f"),
-    ("similarity", "value", "similarity", ".2f"),
-    ("faithfulness", "value", "true claims", ".1%"),
-)
 
 
 def _further(results: Mapping[str, Any]) -> list[str]:
@@ -177,9 +180,21 @@ class TextTable(NamedTuple):
 
     def markdown(self) -> str:
         """Heading and table."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
-        return f"## {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return f"## {self.title}\n\n" + as_markdown(self.header, self.rows).removesuffix("\n")
+
+
+def as_markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table as Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def as_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format a table as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
+    return text.getvalue()
 
 
 def number(value: float, digits: int) -> str:

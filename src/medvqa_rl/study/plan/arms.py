@@ -1,4 +1,4 @@
-"""The arms of a recipe, the order in which they start from each other, and sections of a recipe. Imports no torch."""
+"""The arms of a recipe, and which arms they start from. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,57 +7,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from medvqa_rl.config.schema import did_you_mean
+from medvqa_rl.study.plan.checks import check_keys, check_name, section
 
 Verb = Literal["none", "train", "sft"]
-"""none evaluates the model as it is."""
+"""``none`` evaluates the model without training it."""
 VERBS: tuple[Verb, ...] = ("none", "train", "sft")
 _KEYS = ("verb", "from", "once", "settings", "published")
 _OWN_WEIGHTS = ("path", "adapter", "revision")
-"""Settings of a model that say where its weights come from."""
+"""Model settings that select the weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One way to come by a model."""
+    """One way to obtain a model."""
 
     name: str
     verb: Verb
     settings: Mapping[str, Any]
     published: float | None
-    """Accuracy in percent that the paper reports for its own model and data; None where it reports none."""
+    """Accuracy in percent that the paper reports for its own model and data, if any."""
     start: str | None
-    """The arm whose last checkpoint it starts from; None takes the model of the settings."""
+    """The arm whose last checkpoint it starts from; None starts from the configured model."""
     once: bool
-    """One cell, with the first seed, that stands beside every seed of the others: what is not trained, and what
-    they share as their start."""
-
-
-def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse names that a section cannot have."""
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{where} has {key}, but may have {', '.join(known)}" + (did_you_mean(key, known) or "."))
-
-
-def section(where: str, key: str, value: Any) -> dict[str, Any]:
-    """A value that must be a section; null is an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} has {value!r} as {key}, but it must be a section (name: value).")
-    return value
+    """Whether it has a single cell, with the first seed, that is compared with every seed of the others: an untrained
+    model, or a start that the other arms share."""
 
 
 def read_arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
-    """The arms by name, in the order of the recipe.
+    """Read the arms by name, in the order of the recipe.
 
     Args:
         where: the recipe, for messages.
-        given: what stands under ``arms``.
+        given: the section ``arms``.
 
     Raises:
-        ValueError: there are none, one of them is wrong, or they start from each other in a way that has no beginning.
+        ValueError: there are none, one is invalid, or they start from each other in a circle.
     """
     if not given:
         raise ValueError(f"{where} has no arms: name at least one, such as arms: {{grpo: {{verb: train}}}}.")
@@ -71,7 +55,7 @@ def read_arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
             if start in path[:-1]:
                 raise ValueError(
                     f"{where} has arms that start from each other ({' from '.join(path)}), so none can be trained "
-                    "first: take from out of one of them."
+                    "first: remove from in one of them."
                 )
     return arms
 
@@ -96,26 +80,22 @@ def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
 def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
     if arm.start is None:
         return
-    if arm.start not in arms:
-        raise ValueError(
-            f"{where}, arm {arm.name}, has from {arm.start!r}, but must name one of the arms {', '.join(arms)}"
-            + (did_you_mean(arm.start, arms) or ".")
-        )
+    check_name(f"{where}, arm {arm.name}, under from,", "arm", arm.start, arms)
     if arms[arm.start].verb == "none":
         raise ValueError(
-            f"{where}, arm {arm.name}, has from {arm.start!r}, but that arm is not trained (verb none), so it leaves "
-            "no checkpoint: set model.path instead, or name an arm with verb train or sft."
+            f"{where}, arm {arm.name}, has from {arm.start!r}, but that arm is not trained (verb none) and has no "
+            "checkpoint: set model.path instead, or name an arm with verb train or sft."
         )
     own = section(where, f"arms.{arm.name}.settings.model", arm.settings.get("model"))
     if given := [f"model.{key}" for key in _OWN_WEIGHTS if own.get(key) is not None]:
         raise ValueError(
-            f"{where}, arm {arm.name}, has both from {arm.start!r} and {given[0]}, but starts from one model: leave "
-            "one of them out."
+            f"{where}, arm {arm.name}, has both from {arm.start!r} and {given[0]}, but can start from one "
+            "model only: remove one of them."
         )
 
 
 def with_starts(names: Sequence[str], arms: Mapping[str, Arm]) -> set[str]:
-    """The named arms with all that they start from."""
+    """Return the named arms and all arms that they start from."""
     found: set[str] = set()
     for name in names:
         following: str | None = name

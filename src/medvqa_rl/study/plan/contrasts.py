@@ -1,43 +1,44 @@
-"""Two tests of the same questions against each other within every arm, such as two prompts. Imports no torch.
+"""Contrasts: two tests of the same questions, such as two prompts, compared within every arm. Imports no torch.
 
 ```yaml
 contrasts:
-  - {title: "Reasoning asked for, minus not", of: unseen, minus: unseen_direct}
+  - {title: "With minus without reasoning", of: unseen, minus: unseen_direct}
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
-from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.stats import SeededInterval, seeds_and_clusters_bootstrap
+from medvqa_rl.study.plan.checks import check_name, sections
 
 _KEYS = ("title", "of", "minus")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """What a recipe asks for."""
+    """Two tests to compare."""
 
     title: str
     of: str
     minus: str
-    """Names of two tests of the same questions."""
+    """Names of the tests; their questions are the same."""
 
 
 @dataclass(frozen=True)
 class ContrastRow:
-    """One arm."""
+    """The contrast of one arm."""
 
     arm: str
     of: float
     minus: float
-    """Accuracies, means over seeds."""
+    """Mean accuracies over seeds."""
     difference: SeededInterval
     """Paired by seed and question."""
     differences: tuple[float, ...]
@@ -45,42 +46,33 @@ class ContrastRow:
 
 
 def read_contrasts(where: str, given: Any, tests: Mapping[str, Mapping[str, Any]]) -> tuple[Contrast, ...]:
-    """The contrasts of a recipe.
+    """Read the contrasts of a recipe.
 
     Args:
         where: the recipe, for messages.
-        given: what stands under ``contrasts``; None is none.
+        given: the value of ``contrasts``; may be None.
         tests: settings of each test.
 
     Raises:
-        ValueError: one names no title, a test that there is not, or two that ask of different data.
+        ValueError: a contrast has no title, an unknown test, or two tests with different data.
     """
-    if given is None:
-        return ()
-    if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
-        raise ValueError(f"{where} has {given!r} as contrasts, but it must be a list of sections with {_said(_KEYS)}.")
-    found = []
-    for number, entry in enumerate(given, start=1):
+    contrasts = []
+    for number, entry in enumerate(sections(where, "contrasts", given, "title, of and minus"), start=1):
         here = f"{where}, contrast {number},"
         if entry.keys() != set(_KEYS) or not all(isinstance(value, str) and value.strip() for value in entry.values()):
-            raise ValueError(f"{here} has {', '.join(entry) or 'nothing'}, but must have a text as {_said(_KEYS)}.")
-        for name in (entry["of"], entry["minus"]):
-            if name not in tests:
-                raise ValueError(
-                    f"{here} names the test {name!r}, but may name {', '.join(tests)}"
-                    + (did_you_mean(name, tests) or ".")
-                )
-        if tests[entry["of"]].get("data") != tests[entry["minus"]].get("data") or entry["of"] == entry["minus"]:
             raise ValueError(
-                f"{here} compares {entry['of']} with {entry['minus']}, but must compare two tests that ask the same "
-                "questions in two ways: give both the same data section and different settings beside it."
+                f"{here} has {', '.join(entry) or 'nothing'}, but must have a text as title, of and minus."
             )
-        found.append(Contrast(**entry))
-    return tuple(found)
-
-
-def _said(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+        one, other = entry["of"], entry["minus"]
+        for name in (one, other):
+            check_name(here, "test", name, tests)
+        if tests[one].get("data") != tests[other].get("data") or one == other:
+            raise ValueError(
+                f"{here} compares {one} with {other}, but must compare two tests of the same questions: give both the "
+                "same data section, and different settings beside it."
+            )
+        contrasts.append(Contrast(entry["title"], one, other))
+    return tuple(contrasts)
 
 
 def contrast_rows(
@@ -89,34 +81,29 @@ def contrast_rows(
     *,
     resamples: int,
 ) -> tuple[ContrastRow, ...]:
-    """Accuracy on one test minus that on another, for each arm. Questions that any answer left unscored are left out
-    for all.
+    """Subtract the accuracies on two tests, for each arm, over the questions that are scored in every cell.
 
     Args:
-        of: arm -> the records of each of its seeds, on the one test.
+        of: arm -> the records of each of its seeds on the one test.
         minus: the same arms and seeds on the other.
+        resamples: of the bootstrap.
 
     Raises:
-        ValueError: the tests asked different questions, or none is scored everywhere.
+        ValueError: the tests have different questions, or none is scored everywhere.
     """
-    everything = [
-        {record.sample_id: record for record in cell} for side in (of, minus) for arm in side.values() for cell in arm
-    ]
-    if any(cell.keys() != everything[0].keys() for cell in everything):
-        raise ValueError("Two tests of a contrast asked different questions: run both again on the same data.")
-    scored = [id for id in everything[0] if all(cell[id].is_correct is not None for cell in everything)]
-    if not scored:
-        raise ValueError("No question of a contrast is scored in all cells, so nothing can be compared.")
-    clusters = [everything[0][id].image_key for id in scored]
-
-    def right(cell: Sequence[EvalRecord]) -> list[float]:
-        by_id = {record.sample_id: float(bool(record.is_correct)) for record in cell}
-        return [by_id[id] for id in scored]
-
+    cells = {
+        (side, arm, index): records
+        for side, arms in enumerate((of, minus))
+        for arm, seeds in arms.items()
+        for index, records in enumerate(seeds)
+    }
+    if len({frozenset(record.sample_id for record in records) for records in cells.values()}) > 1:
+        raise ValueError("Two tests of a contrast have different questions: run both again on the same data.")
+    outcomes, clusters = shared_outcomes(cells, "a contrast")
     rows = []
     for arm in of:
-        pairs = [(right(one), right(other)) for one, other in zip(of[arm], minus[arm], strict=True)]
-        values = [[a - b for a, b in zip(one, other)] for one, other in pairs]
+        pairs = [(outcomes[0, arm, index], outcomes[1, arm, index]) for index in range(len(of[arm]))]
+        values = [[a - b for a, b in zip(one, other, strict=True)] for one, other in pairs]
         rows.append(
             ContrastRow(
                 arm=arm,
@@ -127,3 +114,25 @@ def contrast_rows(
             )
         )
     return tuple(rows)
+
+
+def shared_outcomes(answers: Mapping[K, Sequence[EvalRecord]], what: str) -> tuple[dict[K, list[bool]], list[str]]:
+    """Restrict cells to the questions that are scored in all of them.
+
+    Args:
+        answers: records of the same questions in every cell.
+        what: the test, for the message.
+
+    Returns:
+        Each cell's outcomes in the order of the first cell, and the cluster of each question.
+
+    Raises:
+        ValueError: no question is scored in every cell.
+    """
+    first, *_ = answers.values()
+    by_id = {cell: {record.sample_id: record.is_correct for record in records} for cell, records in answers.items()}
+    scored = [record for record in first if all(cell[record.sample_id] is not None for cell in by_id.values())]
+    if not scored:
+        raise ValueError(f"No question of {what} is scored in all cells, so nothing can be compared.")
+    outcomes = {name: [bool(cell[record.sample_id]) for record in scored] for name, cell in by_id.items()}
+    return outcomes, [record.image_key for record in scored]

@@ -1,5 +1,5 @@
-"""The tables of a paper as a recipe describes them: which arms, which metrics, and what the paper reports for its own
-model and data. Imports no torch.
+"""A paper's tables as described in a recipe: arms, metrics, and the figures that the paper reports for its own model
+and data. Imports no torch.
 
 ```yaml
 tables:
@@ -13,8 +13,8 @@ tables:
     note: What to know about these figures.
 ```
 
-``value`` is the figure itself, ``change`` its difference from the paper's arm that is the recipe's baseline.
-``certain`` names those of the two that the paper's own summary states; others report the rest, unchecked.
+``value`` is the figure itself, ``change`` its difference from the paper's baseline. ``certain`` names those of the
+two that the paper's own summary states; the others come from secondary sources and are unchecked.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from medvqa_rl.config.schema import did_you_mean
+from medvqa_rl.study.plan.checks import check_keys, check_name, sections
 
 
 class Metric(NamedTuple):
-    """A number of results.json that a table can show."""
+    """A number in results.json that a table can show."""
 
     title: str
     path: tuple[str, ...]
-    """Where it is in results.json."""
+    """Its keys in results.json."""
     scale: float = 1.0
-    """Ours times this has the unit of the published figures."""
+    """Factor that converts our number to the unit of the published ones."""
     decimals: int = 2
     instrument: str | None = None
-    """Section of results.json that names what measured it; numbers of different instruments share no column."""
+    """Section of results.json that names the instrument; numbers of different instruments share no column."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -51,34 +51,34 @@ METRICS: Mapping[str, Metric] = {
     "format": Metric("in form, %", ("format_rate",), 100.0, 1),
     "faithfulness": Metric("true claims, %", ("faithfulness", "value"), 100.0, 1),
 }
-"""What a table can show, by the names that recipes use."""
+"""The metrics by their names in recipes."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of the paper."""
+    """A figure that the paper reports."""
 
     value: float | None
     change: float | None
-    """From the paper's own arm that corresponds to the baseline."""
+    """Difference from the paper's baseline."""
     certain: tuple[str, ...]
-    """Which of ``value`` and ``change`` the paper's own summary states; the others are from secondary sources."""
+    """Which of ``value`` and ``change`` the paper's own summary states; the others come from secondary sources."""
 
 
 @dataclass(frozen=True)
 class FactorTable:
-    """One table of the paper."""
+    """One of the paper's tables."""
 
     title: str
     arms: tuple[str, ...]
     metrics: tuple[str, ...]
     published: Mapping[tuple[str, str], Published]
-    """By arm and metric."""
+    """By (arm, metric)."""
     note: str
 
     @property
     def slug(self) -> str:
-        """The title as part of a file's name."""
+        """The title in the form used in file names."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
@@ -86,50 +86,46 @@ _KEYS = ("title", "arms", "metrics", "published", "note")
 
 
 def read_tables(where: str, given: Any, arms: Sequence[str]) -> tuple[FactorTable, ...]:
-    """The tables of a recipe.
+    """Read the tables of a recipe.
 
     Args:
         where: the recipe, for messages.
-        given: what stands under ``tables``; None is none.
+        given: the value of ``tables``; may be None.
         arms: names of the recipe's arms.
 
     Raises:
-        ValueError: a table lacks something, or names an arm or a metric that there is not.
+        ValueError: a table is incomplete, or names an unknown arm or metric.
     """
-    if given is None:
-        return ()
-    if not isinstance(given, list) or not all(isinstance(entry, dict) for entry in given):
-        raise ValueError(f"{where} has {given!r} as tables, but it must be a list of sections with a title and arms.")
-    tables = tuple(_table(f"{where}, table {number},", entry, arms) for number, entry in enumerate(given, start=1))
+    entries = sections(where, "tables", given, "a title and arms")
+    tables = tuple(_table(f"{where}, table {number},", entry, arms) for number, entry in enumerate(entries, start=1))
     for number, table in enumerate(tables, start=1):
         if not table.slug or table.slug in [other.slug for other in tables[: number - 1]]:
             raise ValueError(
                 f"{where}, table {number}, has the title {table.title!r}, but files are named after it: give each "
-                "table a title of its own with some letters or digits."
+                "table a unique title with letters or digits."
             )
     return tables
 
 
 def _table(where: str, given: Mapping[str, Any], arms: Sequence[str]) -> FactorTable:
-    for key in given:
-        _check(where, "key", key, _KEYS)
+    check_keys(where, given, _KEYS)
     title = given.get("title")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"{where} has no title: give it one, such as title: Length rewards.")
     shown = _names(where, "arms", given.get("arms"))
     metrics = _names(where, "metrics", given.get("metrics", ["accuracy"]))
     for name in shown:
-        _check(where, "arm", name, arms)
+        check_name(where, "arm", name, arms)
     for name in metrics:
-        _check(where, "metric", name, list(METRICS))
+        check_name(where, "metric", name, list(METRICS))
     published = given.get("published") or {}
     if not isinstance(published, dict) or not all(isinstance(figures, dict) for figures in published.values()):
         raise ValueError(f"{where} has {published!r} as published, but it must have a section of metrics per arm.")
     found = {}
     for arm, figures in published.items():
-        _check(where, "arm", arm, shown)
+        check_name(where, "arm", arm, shown)
         for metric, figure in figures.items():
-            _check(where, "metric", metric, metrics)
+            check_name(where, "metric", metric, metrics)
             found[arm, metric] = _figure(f"{where} published.{arm}.{metric}", figure)
     return FactorTable(title, tuple(shown), tuple(metrics), found, str(given.get("note", "")))
 
@@ -140,22 +136,15 @@ def _names(where: str, what: str, given: Any) -> list[str]:
     return given
 
 
-def _check(where: str, what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(
-            f"{where} has the {what} {name!r}, but may have {', '.join(known)}" + (did_you_mean(name, known) or ".")
-        )
-
-
 def _figure(where: str, given: Any) -> Published:
-    section = given if isinstance(given, dict) else {}
-    numbers = {key: section[key] for key in ("value", "change") if key in section}
-    certain = section.get("certain", [])
-    is_sound = numbers and all(type(number) in (int, float) for number in numbers.values())
-    is_sound = is_sound and isinstance(certain, list) and all(name in numbers for name in certain)
-    if not is_sound or not section.keys() <= {"value", "change", "certain"}:
+    figure = given if isinstance(given, dict) else {}
+    numbers = {key: figure[key] for key in ("value", "change") if key in figure}
+    certain = figure.get("certain", [])
+    is_valid = numbers and all(type(number) in (int, float) for number in numbers.values())
+    is_valid = is_valid and isinstance(certain, list) and all(name in numbers for name in certain)
+    if not is_valid or not figure.keys() <= {"value", "change", "certain"}:
         raise ValueError(
-            f"{where} is {given!r}, but must have a number as value, change or both, and may name those that the "
-            "paper's own summary states, such as {value: 59.86, change: 1.82, certain: [change]}."
+            f"{where} is {given!r}, but must have a number as value, change or both, and may list under certain those "
+            "that the paper's own summary states, such as {value: 59.86, change: 1.82, certain: [change]}."
         )
     return Published(numbers.get("value"), numbers.get("change"), tuple(certain))

@@ -1,28 +1,27 @@
-"""What a study is: a YAML recipe of arms, seeds and test sets, and the cells that follow from it. Imports no torch.
+"""Recipes: YAML files that define a study by arms, seeds and tests, and the cells they expand to. Imports no torch.
 
 ```yaml
-baseline: grpo                     # the arm that all others are compared with
-seeds: [0, 1, 2]                   # each is train.seed of one run of every arm
-settings: {...}                    # of every run, as in configs/
+baseline: grpo                     # the arm that all others are compared to
+seeds: [0, 1, 2]                   # train.seed; every arm is run once per seed
+settings: {...}                    # for every run, as in configs/
 arms:
-  zero_shot: {verb: none}          # the model as it is
+  zero_shot: {verb: none}          # evaluate the model without training
   grpo: {verb: train, settings: {...}, published: 58.04}
-  warm_up: {verb: sft, once: true} # trained with the first seed only, for others to start from
+  warm_up: {verb: sft, once: true} # trained with the first seed only; a start for other arms
   staged: {verb: train, from: warm_up}
 tests:
-  home: {data: {scanner: home}}    # settings put on top when the test split is evaluated
-primary: home                      # the test whose table shows the published figures; without it, the first
-contrasts: [...]                   # two tests of the same questions against each other, see contrasts.py
-tables: [...]                      # the paper's own tables, see factors.py
+  home: {data: {scanner: home}}    # settings applied when the test split is evaluated
+primary: home                      # the test whose table shows the published figures; defaults to the first
+contrasts: [...]                   # two tests of the same questions compared, see contrasts.py
+tables: [...]                      # the paper's tables, see factors.py
 quick: {seeds: [0], settings: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
 ```
 
-A cell is one arm with one seed: an ordinary folder of a run. Its name ends in a hash of its settings (names.py), so
-that a changed recipe leads to other folders for what changed and to the same ones for the rest. Where nothing is
-evaluated while training, the settings of evaluation are not among them. The name of a cell that starts from another
-depends on the other's name, and so on all settings that led to it. What an arm is trained on is its own affair; tests
-ask what the recipe and the test say.
+A cell is one arm with one seed: an ordinary run directory. Its name ends in a hash of its settings (names.py), so a
+changed recipe gets new folders for the cells that changed and keeps those of the rest. The hash excludes evaluation
+settings if nothing is evaluated during training, and includes the name of the cell that this one starts from, hence
+all settings behind it. An arm's own ``data`` settings apply to its training only; tests use the recipe's.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpo
 from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
 from medvqa_rl.core.files import checkpoint_folder
-from medvqa_rl.study.plan.arms import Arm, Verb, check_keys, read_arms, section, with_starts
+from medvqa_rl.study.plan.arms import Arm, Verb, read_arms, with_starts
+from medvqa_rl.study.plan.checks import check_keys, check_name, section
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts
 from medvqa_rl.study.plan.factors import FactorTable, read_tables
 from medvqa_rl.study.plan.leaks import Pair, check_names
@@ -72,7 +72,7 @@ class Cell:
     folder: Path
     tests: tuple[Test, ...]
     start: Cell | None
-    """Whose last checkpoint it starts from, and evaluates where it trains nothing; None takes the settings' model."""
+    """The cell whose last checkpoint it starts from, or evaluates if untrained; None uses the configured model."""
 
     @property
     def label(self) -> str:
@@ -80,13 +80,13 @@ class Cell:
 
     @property
     def starts(self) -> list[Cell]:
-        """All cells that have to be trained before, the nearest first."""
+        """All cells that have to be trained before this one, nearest first."""
         return [] if self.start is None else [self.start, *self.start.starts]
 
     @property
     def checkpoint(self) -> Path | None:
-        """The weights after the last step of its training, which no evaluation chose; where it trains nothing those
-        that it starts from, None being the settings' model."""
+        """The last checkpoint of its training, whose choice no evaluation influenced. An untrained cell has that of
+        its start; None is the configured model."""
         if self.arm.verb == "none":
             return None if self.start is None else self.start.checkpoint
         return checkpoint_folder(self.folder, self.config.train.steps)
@@ -94,27 +94,27 @@ class Cell:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Rates that hold until finished cells tell better ones."""
+    """Durations to assume until finished cells provide measured ones."""
 
     seconds_per_step: Mapping[str, float]
-    """Of each verb."""
+    """By verb."""
     seconds_per_question: float
     seconds_per_start: float
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A study with everything checked."""
+    """A validated recipe."""
 
     name: str
     title: str
     note: str
-    """What to know about the published figures."""
+    """Remark on the published figures."""
     baseline: str
     seeds: tuple[int, ...]
     tests: tuple[str, ...]
     primary: str
-    """The test set that the paper's tables are about."""
+    """The test that the paper's tables show."""
     contrasts: tuple[Contrast, ...]
     tables: tuple[FactorTable, ...]
     forecast: Forecast
@@ -127,8 +127,8 @@ class Recipe:
 
     @property
     def pairs(self) -> list[Pair]:
-        """What each trained cell is trained and tested on. All tests ask the same, so what a cell starts from, a cell
-        too, is compared with all that the cell is tested on."""
+        """The training and test data of every trained cell. All cells have the same tests, so the training data of a
+        start, itself a cell, is compared with the tests of every cell that starts from it."""
         return [
             Pair(cell.arm.name, cell.config.data, test.name, test.config.data)
             for cell in self.cells
@@ -138,10 +138,10 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that a path or the name of a shipped recipe stands for.
+    """Return the file of a recipe, given its path or the name of a shipped one.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is no such recipe.
     """
     if Path(name).is_file():
         return Path(name)
@@ -158,54 +158,50 @@ def find_recipe(name: str) -> Path:
 def read_recipe(
     path: Path, output: Path, *, quick: bool = False, overrides: Sequence[str] = (), only: Sequence[str] = ()
 ) -> Recipe:
-    """Read a recipe and check every cell of it, so that nothing starts that cannot end.
+    """Read a recipe and check every cell of it before anything starts.
 
     Args:
         path: the YAML file.
-        output: folder of the study, below which the cells lie.
-        quick: take the seeds, settings and tests under ``quick`` on top.
+        output: folder of the study, which holds the cells.
+        quick: apply the seeds, settings and tests under ``quick``.
         overrides: ``key=value`` settings of every run; ``tests.NAME.key=value`` of one test, ``tests.NAME=null``
             leaves it out.
-        only: names of arms, which bring the baseline and what they start from along; empty takes all.
+        only: names of arms, to which the baseline and the arms that they start from are added; defaults to all.
 
     Raises:
-        ValueError: with a sentence for what is wrong.
+        ValueError: the recipe is invalid; the message is one sentence.
     """
     given = read_file(path)
     where = f"The recipe {path}"
     check_keys(where, given, _KEYS)
-    hurry = section(where, "quick", given.get("quick", {})) if quick else {}
-    check_keys(f"{where} under quick", hurry, ("seeds", "settings", "tests"))
-    hurry_settings = section(where, "quick.settings", hurry.get("settings"))
-    hurry_tests = section(where, "quick.tests", hurry.get("tests"))
-    base = _deep(section(where, "settings", given.get("settings", {})), hurry_settings)
-    of_tests = [text for text in overrides if _key(text).startswith("tests.")]
-    base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
-    arms = read_arms(where, section(where, "arms", given.get("arms", {})))
+    small = section(where, "quick", given.get("quick")) if quick else {}
+    check_keys(f"{where} under quick", small, ("seeds", "settings", "tests"))
+    arms = read_arms(where, section(where, "arms", given.get("arms")))
     for name in only:
-        if name not in arms:
-            raise ValueError(
-                f"{where} has no arm {name}: choose from {', '.join(arms)}" + (did_you_mean(name, arms) or ".")
-            )
+        check_name("--arms", "arm", name, arms)
     baseline = given.get("baseline")
     if not isinstance(baseline, str) or baseline not in arms:
         raise ValueError(f"{where} has baseline {baseline!r}, but must name one of its arms: {', '.join(arms)}.")
-    seeds = hurry.get("seeds", given.get("seeds"))
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"{where} has seeds {seeds!r}, but must have a list of whole numbers, such as [0, 1, 2].")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"{where} names a seed twice in {seeds}, but each seed is one run: name it once.")
-    tests = section(where, "tests", given.get("tests", {}))
+    seeds = _seeds(where, small.get("seeds", given.get("seeds")))
+
+    of_tests = [text for text in overrides if _key(text).startswith("tests.")]
+    base = _merge(
+        section(where, "settings", given.get("settings")), section(where, "quick.settings", small.get("settings"))
+    )
+    base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
+    tests = section(where, "tests", given.get("tests"))
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
-    tests = {name: _deep(section(where, f"tests.{name}", settings), hurry_tests) for name, settings in tests.items()}
+    small_tests = section(where, "quick.tests", small.get("tests"))
+    tests = {name: _merge(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()}
     contrasts = read_contrasts(where, given.get("contrasts"), tests)
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
-        _check_place(where, name, base, test)
+        _check_path(where, name, base, test)
     primary = given.get("primary", next(iter(tests)))
     if primary not in tests:
         raise ValueError(f"{where} has primary {primary!r}, but must name one of its tests: {', '.join(tests)}.")
+
     made: dict[tuple[str, int], Cell] = {}
 
     def cell(arm: Arm, seed: int) -> Cell:
@@ -215,39 +211,49 @@ def read_recipe(
             made[arm.name, seed] = _cell(where, output, arm, seed, base, tests, start)
         return made[arm.name, seed]
 
-    wanted = with_starts([*only, baseline], arms) if only else set(arms)
-    cells = [
-        cell(arm, seed) for arm in arms.values() if arm.name in wanted for seed in (seeds[:1] if arm.once else seeds)
-    ]
+    chosen = with_starts([*only, baseline], arms) if only else set(arms)
     recipe = Recipe(
-        path.stem,
-        str(given.get("title", path.stem)),
-        str(given.get("note", "")),
-        baseline,
-        tuple(seeds),
-        tuple(tests),
-        primary,
-        tuple(one for one in contrasts if one.of in tests and one.minus in tests),
-        read_tables(where, given.get("tables"), list(arms)),
-        _forecast(where, given.get("forecast", {})),
-        tuple(cells),
+        name=path.stem,
+        title=str(given.get("title", path.stem)),
+        note=str(given.get("note", "")),
+        baseline=baseline,
+        seeds=seeds,
+        tests=tuple(tests),
+        primary=primary,
+        contrasts=tuple(one for one in contrasts if one.of in tests and one.minus in tests),
+        tables=read_tables(where, given.get("tables"), list(arms)),
+        forecast=_forecast(where, given.get("forecast")),
+        cells=tuple(
+            cell(arm, seed)
+            for arm in arms.values()
+            if arm.name in chosen
+            for seed in (seeds[:1] if arm.once else seeds)
+        ),
     )
-    for one in cells:
-        _check_made(one)
+    for one in recipe.cells:
+        _check_results(one)
     check_names(recipe.pairs)
     return recipe
 
 
-def _check_made(cell: Cell) -> None:
-    """Refuse results under the names of this cell that were made with other settings."""
-    untold = () if cell.config.train.eval_steps else ("eval", "eval_judge")
-    # The folder of a start is part of the name; spelled otherwise (another working directory), it is the same one.
+def _seeds(where: str, given: Any) -> tuple[int, ...]:
+    if not isinstance(given, list) or not given or not all(type(seed) is int for seed in given):
+        raise ValueError(f"{where} has seeds {given!r}, but must have a list of whole numbers, such as [0, 1, 2].")
+    if len(set(given)) < len(given):
+        raise ValueError(f"{where} names a seed twice in {given}, but each seed is one run: name it once.")
+    return tuple(given)
+
+
+def _check_results(cell: Cell) -> None:
+    """Raise ValueError if the cell's folders hold results of other settings."""
+    unused = () if cell.config.train.eval_steps else ("eval", "eval_judge")
+    # The start is part of the name already; its path may be spelled differently from another working directory.
     origin = ("model.path", "model.adapter") if cell.start else ()
     run = cell.folder / "config.resolved.json"
-    check_made(cell.label, cell.folder, run, (), cell.config, but=(*untold, *origin))
+    check_made(cell.label, cell.folder, run, (), cell.config, ignore=(*unused, *origin))
     for test in cell.tests:
         what = f"{cell.label}, test {test.name}"
-        check_made(what, test.folder, test.folder / "results.json", ("config",), test.config, but=origin)
+        check_made(what, test.folder, test.folder / "results.json", ("config",), test.config, ignore=origin)
 
 
 def _key(override: str) -> str:
@@ -257,14 +263,11 @@ def _key(override: str) -> str:
 def _override_tests(
     where: str, tests: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]
 ) -> dict[str, Mapping[str, Any]]:
-    """The tests with ``tests.NAME.key=value`` put in, and without those given as ``tests.NAME=null``."""
+    """Apply ``tests.NAME.key=value``, and remove the tests given as ``tests.NAME=null``."""
     result = dict(tests)
     for text in overrides:
         name, _, key = _key(text).removeprefix("tests.").partition(".")
-        if name not in tests:
-            raise ValueError(
-                f"{where} has no test {name}: choose from {', '.join(tests)}" + (did_you_mean(name, tests) or ".")
-            )
+        check_name(f"The override '{text}'", "test", name, tests)
         value = text.partition("=")[2]
         if key:
             result[name] = merge(result.get(name, tests[name]), [parse_override(f"{key}={value}")])
@@ -280,12 +283,12 @@ def _override_tests(
     return result
 
 
-def _check_place(where: str, name: str, base: Mapping[str, Any], test: Mapping[str, Any]) -> None:
-    """Refuse a test of a data set of its own that lies nowhere, in words that name the override."""
+def _check_path(where: str, name: str, base: Mapping[str, Any], test: Mapping[str, Any]) -> None:
+    """Raise ValueError if a test's own data set has no path; the message names the override that sets it."""
     own = test.get("data")
     if not isinstance(own, dict) or own.get("name", "phantom") == "phantom":
         return
-    data = _deep(base, test)["data"]
+    data = _merge(base, test)["data"]
     if data.get("path") is None and data.get("hub") is None:
         raise ValueError(
             f"{where} tests on {name} (data.name {own['name']}), whose folder is not given: add "
@@ -293,12 +296,12 @@ def _check_place(where: str, name: str, base: Mapping[str, Any], test: Mapping[s
         )
 
 
-def _deep(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings put on top of others; a list replaces a list."""
-    result = dict(under)
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested settings into others; lists are replaced."""
+    result = dict(base)
     for key, value in over.items():
-        below = result.get(key)
-        result[key] = _deep(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        old = result.get(key)
+        result[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
@@ -329,32 +332,30 @@ def _cell(
     tests: Mapping[str, Mapping[str, Any]],
     start: Cell | None,
 ) -> Cell:
-    settings = _deep(base, arm.settings)
-    settings = _deep(settings, {"train": {"seed": seed}})
+    settings = _merge(_merge(base, arm.settings), {"train": {"seed": seed}})
     config = _build(f"{where}, arm {arm.name}", settings, _PURPOSES[arm.verb])
     if not config.train.eval_steps:
-        # How it is tested has no part in its training: another instrument must not ask for the training again.
+        # Tests do not affect training, so changing their settings must not rename the cell and train it again.
         config = config.model_copy(update={"eval": EvalConfig(), "eval_judge": None})
     after = "" if start is None else f"{start.arm.name}/{start.folder.name}"
     folder = output / arm.name / f"seed{seed}-{settings_hash(config, after)}"
 
-    def placed(config: Config) -> Config:
+    def with_folder(config: Config) -> Config:
         model = config.model if start is None else _starting(config.model, start)
         return config.model_copy(update={"output_dir": str(folder), "model": model})
 
     made = []
-    asked = settings | {"data": base.get("data") or {}}
+    test_settings = settings | {"data": base.get("data") or {}}
     for name, change in tests.items():
-        test = _build(f"{where}, arm {arm.name}, test {name}", _deep(asked, change), "eval")
-        made.append(Test(name, placed(test), folder / "eval" / f"{name}-{settings_hash(test, after)}"))
-    return Cell(arm, seed, placed(config), folder, tuple(made), start)
+        test = _build(f"{where}, arm {arm.name}, test {name}", _merge(test_settings, change), "eval")
+        made.append(Test(name, with_folder(test), folder / "eval" / f"{name}-{settings_hash(test, after)}"))
+    return Cell(arm, seed, with_folder(config), folder, tuple(made), start)
 
 
 def _starting(model: ModelConfig, start: Cell) -> ModelConfig:
-    """The settings of a model whose weights are a cell's last checkpoint: a model, or an adapter on what that cell
-    was trained from."""
-    below = start.config.model
-    if below.lora is None and below.adapter is None:
+    """Model settings that load a cell's last checkpoint: a whole model, or an adapter on that cell's base model."""
+    before = start.config.model
+    if before.lora is None and before.adapter is None:
         return model.model_copy(update={"path": str(start.checkpoint), "revision": None, "adapter": None})
-    origin = {"path": below.path, "revision": below.revision}
+    origin = {"path": before.path, "revision": before.revision}
     return model.model_copy(update={**origin, "adapter": str(start.checkpoint)})
