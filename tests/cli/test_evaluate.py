@@ -363,6 +363,6 @@ def test_similarity_is_measured_once_by_one_instrument(
         run_eval(by_words, output=folder, resume=True)
     assert content(folder) == whole
     other = config.model_copy(update={"eval": config.eval.model_copy(update={"similarity": "embeddings"})})
-    with pytest.raises(ValueError, match=r"eval\.similarity is embeddings, which is no folder and no Hub id"):
+    with pytest.raises(ValueError, match=r"eval\.similarity is embeddings, which is neither a folder nor a Hub id"):
         run_eval(other, output=tmp_path / "other")
     assert not (tmp_path / "other").exists()  # said before anything was asked

@@ -193,7 +193,7 @@ def test_outputs_are_scored_without_their_tags(lm_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("no-such-model", "is no folder and no Hub id"), ("EMPTY", "cannot be loaded")],
+    [("no-such-model", "is neither a folder nor a Hub id"), ("EMPTY", "cannot be loaded")],
 )
 def test_a_language_model_that_is_not_there_is_a_sentence(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):

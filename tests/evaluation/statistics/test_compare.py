@@ -130,7 +130,7 @@ def test_different_questions_end_with_a_sentence_and_code_2(tmp_path: Path) -> N
     folders = [str(save(tmp_path / "a", A)), str(save(tmp_path / "short", run("short", count=20)))]
     result = CliRunner().invoke(app, ["compare", *folders])
     assert result.exit_code == 2
-    assert "The two evaluations are of different questions (24 and 20, 20 in common)" in result.output
+    assert "The two evaluations have different questions (24 and 20, 20 in common)" in result.output
 
 
 @pytest.mark.parametrize(

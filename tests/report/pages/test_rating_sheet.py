@@ -130,7 +130,7 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:
     out = tmp_path / "sheet.html"
     with pytest.raises(ValueError, match=r"let its name end in \.html"):
         run_sheet([one], output=tmp_path / "sheet.pdf", questions=3)
-    with pytest.raises(ValueError, match="are of different questions"):
+    with pytest.raises(ValueError, match="have different questions"):
         run_sheet([one, two], output=out, questions=3)
     with pytest.raises(ValueError, match="is given twice"):
         run_sheet([one, one], output=out, questions=3)

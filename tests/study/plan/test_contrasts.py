@@ -48,7 +48,7 @@ def test_differences_are_paired_by_seed_and_question() -> None:
 
 
 def test_other_questions_are_refused() -> None:
-    with pytest.raises(ValueError, match="asked different questions"):
+    with pytest.raises(ValueError, match="have different questions"):
         contrast_rows({"a": [records_of("11")]}, {"a": [records_of("111")]}, resamples=10)
     with pytest.raises(ValueError, match="No question of a contrast is scored"):
         contrast_rows({"a": [records_of("--")]}, {"a": [records_of("11")]}, resamples=10)

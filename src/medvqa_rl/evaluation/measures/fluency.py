@@ -1,4 +1,4 @@
-"""How likely a text is under a fixed language model, which is neither trained here nor judges."""
+"""Likelihood of texts under a fixed language model that is neither trained nor used as a judge."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from medvqa_rl.models.dtype import uses_bfloat16
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
-"""Tokens of a window at most, also for models that could read more."""
+"""Maximal tokens per window, even for models with a longer context."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one text."""
+    """Likelihood of one text."""
 
     nll: float
-    """Sum of -log p(token | tokens before) in nats."""
+    """Sum of -log p(token | previous tokens) in nats."""
     num_tokens: int
-    """Tokens that were summed over."""
+    """Number of summed tokens."""
 
 
 class LanguageModel:
     """Scores texts with a frozen causal language model.
 
-    Every token of a text is scored, the first one given the model's begin token (its end token where it has none).
-    Texts longer than the model's positions are scored in windows, each beginning anew.
+    Every token is scored, the first one given the model's BOS token (EOS if it has none). Texts longer than the context
+    are split into windows that are scored independently.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, *, batch_size: int = 16) -> None:
         """
         Args:
-            name: what results call it.
-            model: a causal language model of transformers.
+            name: as reported in results.
+            model: a causal language model from transformers.
             tokenizer: its tokenizer.
-            batch_size: windows read together.
+            batch_size: windows per forward pass.
 
         Raises:
-            ValueError: the tokenizer has neither a begin nor an end token.
+            ValueError: the tokenizer has neither a BOS nor an EOS token.
         """
         self.name = name
         self._model = model.eval().requires_grad_(False)
@@ -58,33 +58,33 @@ class LanguageModel:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise ValueError(
-                f"The tokenizer of {name} (eval.perplexity_model) has neither a begin nor an end token, so the first "
-                "token of a text could not be scored: choose another model."
+                f"The tokenizer of {name} (eval.perplexity_model) has neither a BOS nor an EOS token, so the first "
+                "token of a text cannot be scored: choose another model."
             )
         self._start = int(start)
-        # Some models have no limit of their own.
+        # Some models have no maximal length.
         positions = getattr(model.config, "max_position_embeddings", WINDOW)
-        self._window = min(int(positions), WINDOW) - 1  # one place is the begin token's
+        self._window = min(int(positions), WINDOW) - 1  # one position is for the BOS token
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[Likelihood]:
-        """Likelihood of each text by itself; an empty text has no tokens."""
+        """Score each text on its own; an empty text has no tokens."""
         ids = [self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in texts]
         windows = [
-            (place, tokens[start : start + self._window])
-            for place, tokens in enumerate(ids)
+            (index, tokens[start : start + self._window])
+            for index, tokens in enumerate(ids)
             for start in range(0, len(tokens), self._window)
         ]
-        windows.sort(key=lambda item: len(item[1]))  # little padding
+        windows.sort(key=lambda item: len(item[1]))  # to minimise padding
         sums = [0.0] * len(texts)
         for start in range(0, len(windows), self._batch_size):
-            some = windows[start : start + self._batch_size]
-            for (place, _), nll in zip(some, self._nll([tokens for _, tokens in some])):
-                sums[place] += nll
+            batch = windows[start : start + self._batch_size]
+            for (index, _), nll in zip(batch, self._nll([tokens for _, tokens in batch])):
+                sums[index] += nll
         return [Likelihood(nll, len(tokens)) for nll, tokens in zip(sums, ids)]
 
     def _nll(self, windows: Sequence[Sequence[int]]) -> list[float]:
-        """Sums of -log p over the tokens of each window. Padding is on the right, where no token looks."""
+        """Sum of -log p over the tokens of each window. Right padding is invisible to a causal model."""
         width = max(map(len, windows))
         device = next(self._model.parameters()).device
         ids = torch.full((len(windows), width + 1), self._start, dtype=torch.long)
@@ -99,16 +99,16 @@ class LanguageModel:
 
 
 def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
-    """A causal language model by folder, Hub id or as ``phantom:lm``, in float32 on a CPU and bfloat16 on a GPU.
+    """Load a causal language model by folder, Hub id or as ``phantom:lm``, in float32 on CPU and bfloat16 on GPU.
 
     Raises:
-        ValueError: there is no such model, or it is no causal language model.
+        ValueError: there is no such model, or it is not a causal language model.
     """
     folder = ASSETS / "lm" if name == EMBEDDED_LM else Path(name)
     if not folder.is_dir() and not is_hub_id(name):
         raise ValueError(
-            f"eval.perplexity_model is {name}, which is no folder and no Hub id: give the folder of a causal language "
-            f"model, its id, such as openai-community/gpt2, or {EMBEDDED_LM} for texts of the phantom world."
+            f"eval.perplexity_model is {name}, which is neither a folder nor a Hub id: give the folder of a causal "
+            f"language model, its id, such as openai-community/gpt2, or {EMBEDDED_LM} for PhantomVQA."
         )
     dtype = torch.bfloat16 if uses_bfloat16("auto", torch.device(device).type) else torch.float32
     try:

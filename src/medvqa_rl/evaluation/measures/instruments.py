@@ -1,5 +1,5 @@
-"""What measures the texts of an evaluation after the answers are in: fluency, similarity, a judge. Imports no torch
-until a model is loaded."""
+"""Instruments that measure the outputs of a finished evaluation: perplexity, similarity, a judge. Imports no torch until
+a model is loaded."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class NamedJudge:
     """A judge of reasoning."""
 
     name: str
-    """What results call it."""
+    """As reported in results."""
     verdicts: Callable[[Sequence[EvalRecord]], Sequence[float]]
-    """1 for coherent reasoning, 0 for other, NaN where the judge failed; one per record."""
+    """Returns one value per record: 1 for coherent reasoning, else 0; NaN if the judge failed."""
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What is there to measure with; None is not measured."""
+    """The available instruments; None is not measured."""
 
     language_model: LanguageModel | None = None
     similarity: Similarity | None = None
@@ -40,12 +40,12 @@ NOTHING = Instruments()
 
 
 def load_instruments(config: EvalConfig, device: str, judge: NamedJudge | None = None) -> Instruments:
-    """What the settings ask for.
+    """Load the configured instruments.
 
     Args:
         config: ``perplexity_model`` and ``similarity``.
-        device: where models are put.
-        judge: gives the judged part of the thinking reward.
+        device: of the models.
+        judge: provides the judged part of the thinking reward.
 
     Raises:
         ValueError: a model cannot be loaded.
@@ -60,7 +60,7 @@ def load_instruments(config: EvalConfig, device: str, judge: NamedJudge | None =
 
 
 def remaining(records: Sequence[EvalRecord], instruments: Instruments) -> Instruments:
-    """Those of the instruments that have not measured every record already; a judge is always asked, for it caches."""
+    """Return the instruments that have not measured every record yet; a judge is always included, because it caches."""
     scored = [record for record in records if record.is_scored]
     model, similarity = instruments.language_model, instruments.similarity
     if model is not None and all(record.perplexity_by == model.name for record in scored):
@@ -71,9 +71,9 @@ def remaining(records: Sequence[EvalRecord], instruments: Instruments) -> Instru
 
 
 def measure(records: Sequence[EvalRecord], instruments: Instruments) -> list[EvalRecord]:
-    """The records with what the instruments say of their outputs; unscored ones stay as they are."""
-    places = [place for place, record in enumerate(records) if record.is_scored]
-    some = [records[place] for place in places]
+    """Measure the outputs of the scored records; unscored ones are returned unchanged."""
+    indices = [index for index, record in enumerate(records) if record.is_scored]
+    some = [records[index] for index in indices]
     if model := instruments.language_model:
         likelihoods = model.score([without_tags(record.output) for record in some])
         some = [
@@ -93,6 +93,6 @@ def measure(records: Sequence[EvalRecord], instruments: Instruments) -> list[Eva
             for record, verdict in zip(some, verdicts)
         ]
     measured = list(records)
-    for place, record in zip(places, some):
-        measured[place] = record
+    for index, record in zip(indices, some):
+        measured[index] = record
     return measured

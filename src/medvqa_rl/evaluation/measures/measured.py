@@ -1,5 +1,5 @@
-"""Numbers about the reasoning, from the records of an evaluation: lengths, thinking reward, perplexity, similarity and
-faithfulness. Imports no torch."""
+"""Summaries of what was measured of the outputs: lengths, thinking reward, perplexity, similarity and faithfulness.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from medvqa_rl.evaluation.records import EvalRecord
 
 
 def perplexity(nlls: Iterable[float], counts: Iterable[int]) -> float:
-    """exp(total negative log-likelihood in nats / total tokens); NaN of no token.
+    """exp(total negative log-likelihood in nats / total tokens); NaN without tokens.
 
-    Long texts weigh more than short ones: it is the perplexity of all texts in a row, not a mean of perplexities.
+    This is the perplexity of all texts concatenated, not a mean of perplexities, so long texts weigh more.
     """
     total, tokens = math.fsum(nlls), sum(counts)
     return math.exp(total / tokens) if tokens else math.nan
 
 
 def spread(lengths: Sequence[int]) -> dict[str, Any]:
-    """``n``, ``mean`` and ``variance`` (n - 1) of token counts; NaN of too few."""
+    """``n``, ``mean`` and ``variance`` (n - 1) of token counts; NaN if there are too few."""
     return {
         "n": len(lengths),
         "mean": fmean(lengths) if lengths else math.nan,
@@ -31,36 +31,37 @@ def spread(lengths: Sequence[int]) -> dict[str, Any]:
 
 
 def the_only(names: Iterable[str | None], what: str) -> str | None:
-    """The one name among them; None of none.
+    """Return the only distinct name, or None if all are None.
 
     Raises:
-        ValueError: there are several, whose numbers would not be comparable.
+        ValueError: there are several names, so the numbers are not comparable.
     """
     found = sorted({name for name in names if name is not None})
     if len(found) > 1:
         raise ValueError(
-            f"The {what} of these answers was measured by {' and '.join(found)}, which cannot be mixed in one number: "
-            "evaluate all of them with one of these."
+            f"The {what} of these answers was measured by {' and '.join(found)}, which cannot be averaged: evaluate all "
+            "answers with one of these."
         )
     return found[0] if found else None
 
 
 def measured_summary(records: Sequence[EvalRecord]) -> dict[str, Any]:
-    """What was measured besides right and wrong, over the scored questions.
+    """Summarise the measures besides accuracy, over the scored questions.
 
     Returns:
-        ``lengths``: under ``total`` (tokens of the completion) and ``think`` (of the reasoning), for ``all``,
-        ``right`` and ``wrong`` answers, :func:`spread`.
-        ``thinking``: the thinking reward of arXiv 2505.13973, whose scale is not known; here from 0 to 2. ``format``
-        is the share in the requested form, ``judged`` the share that the judge finds coherent, ``reward`` the mean of
-        their sum over what was judged, ``num_judged`` and ``by`` (the judge); without one all but format are NaN.
-        ``perplexity``: ``value``, over how many ``tokens``, and ``by``, the model that was asked.
-        ``similarity``: mean cosine, of ``right`` and ``wrong`` answers too, ``n``, and ``by`` what.
-        ``faithfulness``: mean over the reasonings that claim something of the share of their claims that are true of
-        the scene, ``n`` of them, ``claims`` in all; phantom world only.
+        ``lengths``: :func:`spread` of ``total`` (tokens of the completion) and ``think`` (of the reasoning), each for
+        ``all``, ``right`` and ``wrong`` answers.
+        ``thinking``: the thinking reward of arXiv 2505.13973, whose scale is unknown; here from 0 to 2. ``format`` is
+        the share of well-formed outputs, ``judged`` the share that the judge finds coherent, ``reward`` the mean of
+        their sum over the judged answers, with ``num_judged`` and ``by`` (the judge); without a judge all but
+        ``format`` are NaN.
+        ``perplexity``: ``value``, the number of ``tokens``, and ``by``, the language model.
+        ``similarity``: mean cosine ``value``, also of ``right`` and ``wrong`` answers, ``n`` and ``by``.
+        ``faithfulness``: share of true claims, averaged over the reasonings that make claims, their number ``n`` and
+        the total number of ``claims``; PhantomVQA only.
 
     Raises:
-        ValueError: perplexity, similarity or verdicts are by more than one instrument.
+        ValueError: perplexity, similarity or verdicts come from more than one instrument.
     """
     scored = [record for record in records if record.is_scored]
     right, wrong = [r for r in scored if r.is_correct], [r for r in scored if not r.is_correct]

@@ -1,7 +1,6 @@
-"""Metrics of answers as pure functions of texts and numbers. Imports no torch.
+"""Metrics of answers as pure functions. Imports no torch.
 
-All comparisons go through :func:`medvqa_rl.core.text.normalise`, so that a metric and a reward cannot disagree on
-what equal means.
+All comparisons use :func:`medvqa_rl.core.text.normalise`, as rewards do.
 """
 
 from __future__ import annotations
@@ -16,52 +15,52 @@ from medvqa_rl.core.text import normalise
 
 
 def rouge_l(prediction: str | None, gold: str) -> float:
-    """Longest common subsequence of the words of two answers, as F1 = 2 * L / (words of both).
+    """ROUGE-L (Lin 2004) with beta = 1: F1 = 2 * L / (words of both) for a longest common subsequence of L words.
 
-    ROUGE-L of Lin (2004) with beta = 1 and this package's normalisation; in contrast to token F1 the order of the
-    words counts. Two texts without words are equal (1); one without words, or no answer at all, gets 0.
+    Uses this package's normalisation. Unlike in token F1, word order matters. Two texts without words are equal (1);
+    only one without words, or no answer, gives 0.
     """
     if prediction is None:
         return 0.0
     words, gold_words = normalise(prediction).split(), normalise(gold).split()
     if not words or not gold_words:
         return float(words == gold_words)
-    longest = [0] * (len(gold_words) + 1)  # of the words so far against the first 0, 1, ... gold words
+    longest = [0] * (len(gold_words) + 1)  # common subsequence with the first 0, 1, ... gold words
     for word in words:
         diagonal = 0
-        for place, gold_word in enumerate(gold_words, start=1):
-            above = longest[place]
-            longest[place] = diagonal + 1 if word == gold_word else max(above, longest[place - 1])
+        for column, gold_word in enumerate(gold_words, start=1):
+            above = longest[column]
+            longest[column] = diagonal + 1 if word == gold_word else max(above, longest[column - 1])
             diagonal = above
     return 2 * longest[-1] / (len(words) + len(gold_words))
 
 
 def exact_match(prediction: str | None, gold: str) -> float:
-    """1 if both answers are equal after normalisation, else 0; no answer gets 0."""
+    """1 if both answers are equal after normalisation, else 0; 0 for no answer."""
     return float(prediction is not None and normalise(prediction) == normalise(gold))
 
 
 def average(values: Iterable[float | None]) -> float:
-    """Mean of what is not None; NaN of nothing."""
+    """Mean of the values that are not None; NaN if there are none."""
     given = [value for value in values if value is not None]
     return mean(given) if given else math.nan
 
 
 def rate(flags: Sequence[bool]) -> float:
-    """Share of the flags that are true; NaN of none."""
+    """Share of true flags; NaN if there are none."""
     return sum(flags) / len(flags) if flags else float("nan")
 
 
 def majority_share(answers: Sequence[Hashable]) -> float:
-    """Accuracy of always giving the most frequent gold answer, chosen with hindsight; NaN of none."""
+    """Accuracy of always giving the most frequent gold answer (an oracle baseline); NaN without answers."""
     return max(Counter(answers).values()) / len(answers) if answers else float("nan")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that at least one of k answers is right, estimated without bias from n sampled answers.
+    """Unbiased estimate, from n sampled answers, of the probability that at least one of k answers is correct.
 
-    1 - C(n - c, k) / C(n, k) for c right ones (Chen et al. 2021, arXiv 2107.03374, equation 1): the share of the
-    subsets of size k that hold a right answer.
+    1 - C(n - c, k) / C(n, k) for c correct ones (Chen et al. 2021, arXiv 2107.03374, equation 1): the share of subsets
+    of size k that contain a correct answer.
 
     Args:
         num_samples: n.
@@ -73,16 +72,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def majority_at_k(votes: Mapping[str, int], correct: str | None, abstained: int, k: int) -> float:
-    """Probability that the commonest of k answers is right, estimated without bias from n sampled answers.
+    """Unbiased estimate, from n sampled answers, of the probability that a majority vote of k answers is correct.
 
-    The mean over all subsets of size k of the n answers (counted, not drawn) of: 1 where the right answer alone is
-    the commonest, 1 / m where m answers tie for it, else 0. For k = n that is the plain majority vote.
-    Self-consistency (Wang et al. 2022, arXiv 2203.11171) with ties broken by a fair lot.
+    Averages over all subsets of size k (computed exactly): 1 if the correct answer alone has the most votes, 1 / m if
+    m answers tie, else 0. For k = n this is the plain majority vote. Self-consistency (Wang et al. 2022,
+    arXiv 2203.11171) with ties broken at random.
 
     Args:
-        votes: answer -> how many of the n gave it.
-        correct: the answer among them that is right; None where none is.
-        abstained: how many of the n gave no answer that could be read; they have no vote but are among the n.
+        votes: answer -> its count among the n.
+        correct: the correct one among these answers, if any.
+        abstained: number of unparsable answers; they do not vote, but count towards n.
         k: at most n.
     """
     total = abstained + sum(votes.values())
@@ -92,14 +91,14 @@ def majority_at_k(votes: Mapping[str, int], correct: str | None, abstained: int,
     others = [count for answer, count in votes.items() if answer != correct]
     favourable = 0.0
     for right in range(1, min(votes[correct], k) + 1):
-        # ways[(others drawn, of which tied)]: the others stay at or below the right answer's votes
+        # ways[(other answers drawn, answers tied)], with no other answer above the correct one's votes
         ways = {(0, 0): 1}
         for count in others:
             step: dict[tuple[int, int], int] = {}
             for (drawn, tied), number in ways.items():
                 for more in range(min(count, right, k - right - drawn) + 1):
-                    place = (drawn + more, tied + (more == right))
-                    step[place] = step.get(place, 0) + number * comb(count, more)
+                    key = (drawn + more, tied + (more == right))
+                    step[key] = step.get(key, 0) + number * comb(count, more)
             ways = step
         for (drawn, tied), number in ways.items():
             favourable += comb(votes[correct], right) * number * comb(abstained, k - right - drawn) / (1 + tied)

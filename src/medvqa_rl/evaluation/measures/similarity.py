@@ -1,5 +1,5 @@
-"""Similarity of what a model wrote to the reference answer: TF-IDF offline, or sentence embeddings. Imports no torch
-until an embedding model is loaded."""
+"""Similarity between outputs and reference answers: TF-IDF (offline) or sentence embeddings. Imports no torch until an
+embedding model is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORD = re.compile(r"\w+")
 
 
 class Similarity(Protocol):
-    """Compares texts with reference texts, pair by pair."""
+    """Compares texts with references, pair by pair."""
 
     @property
     def name(self) -> str: ...
@@ -32,8 +32,8 @@ class Similarity(Protocol):
 
 
 def candidate_text(record: EvalRecord) -> str:
-    """Reasoning and answer as text. A letter that names an option is replaced by the option's text, for the letter
-    says nothing; an output that is not in the requested form is taken as it is, without its tags."""
+    """Return reasoning and answer as text, with an option's letter replaced by its text. An output without a parsable
+    answer is returned whole, without its tags."""
     if record.answer is None:
         return without_tags(record.output)
     answer = record.answer
@@ -44,7 +44,7 @@ def candidate_text(record: EvalRecord) -> str:
 
 
 def words(text: str) -> Counter[str]:
-    """Words in lower case with their counts."""
+    """Count the words in lower case."""
     return Counter(_WORD.findall(text.lower()))
 
 
@@ -57,7 +57,7 @@ def inverse_frequencies(references: Sequence[str]) -> dict[str, float]:
 
 
 def tfidf_cosine(text: str, reference: str, weights: Mapping[str, float], unseen: float) -> float:
-    """Cosine of the word counts of two texts, each times its weight, in [0, 1]; 0 where either has no word."""
+    """Cosine of the weighted word counts of two texts, in [0, 1]; 0 if either has no words."""
     one, other = words(text), words(reference)
 
     def length(counts: Mapping[str, int]) -> float:
@@ -69,8 +69,8 @@ def tfidf_cosine(text: str, reference: str, weights: Mapping[str, float], unseen
 
 
 class TfidfSimilarity:
-    """Cosine of TF-IDF vectors. The weights come from the distinct references alone, so that they depend on the
-    questions and never on what a model wrote; a word that no reference has weighs as much as the rarest."""
+    """Cosine of TF-IDF vectors. The weights come from the distinct references only, so they do not depend on a model's
+    outputs; a word in no reference gets the weight of one that occurs in none of them."""
 
     name = TFIDF
 
@@ -87,7 +87,7 @@ class EmbeddingSimilarity:
     def __init__(self, name: str, model: Any) -> None:
         """
         Args:
-            name: what results call it.
+            name: as reported in results.
             model: a ``SentenceTransformer``.
         """
         self.name = name
@@ -102,18 +102,18 @@ class EmbeddingSimilarity:
             self._model.encode(distinct, convert_to_numpy=True, show_progress_bar=False), dtype=np.float64
         )
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        place = {text: index for index, text in enumerate(distinct)}
+        row = {text: index for index, text in enumerate(distinct)}
         unit = vectors / np.where(norms == 0, 1.0, norms)
-        return [float(unit[place[text]] @ unit[place[reference]]) for text, reference in zip(texts, references)]
+        return [float(unit[row[text]] @ unit[row[reference]]) for text, reference in zip(texts, references)]
 
 
 def load_similarity(name: str, device: str, setting: str = "eval.similarity") -> Similarity:
-    """The similarity that a name stands for: ``tfidf``, or a sentence-transformers model by folder or Hub id.
+    """Load a similarity measure: ``tfidf``, or a sentence-transformers model by folder or Hub id.
 
     Args:
-        name: as in the settings.
-        device: where a model is put.
-        setting: what error messages call it.
+        name: value of the setting.
+        device: of the model.
+        setting: its name in error messages.
 
     Raises:
         ValueError: sentence-transformers is not installed, or the model cannot be loaded.
@@ -122,7 +122,7 @@ def load_similarity(name: str, device: str, setting: str = "eval.similarity") ->
         return TfidfSimilarity()
     if not Path(name).is_dir() and not is_hub_id(name):
         raise ValueError(
-            f"{setting} is {name}, which is no folder and no Hub id: give tfidf, the folder of a "
+            f"{setting} is {name}, which is neither a folder nor a Hub id: give tfidf, the folder of a "
             "sentence-transformers model, or its id, such as sentence-transformers/all-MiniLM-L6-v2."
         )
     try:

@@ -1,6 +1,6 @@
-"""How far raters agree beyond chance: Cohen's kappa of two, Krippendorff's alpha of any number. Imports no torch.
+"""Agreement of raters beyond chance: Cohen's kappa for two, Krippendorff's alpha for any number. Imports no torch.
 
-Ratings are whole numbers from 0 to levels - 1. Intervals resample clusters (all ratings about one image or question).
+Ratings are integers from 0 to levels - 1. Intervals resample clusters (all ratings for one image or question).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from medvqa_rl.evaluation.statistics.stats import Interval
 
 Scale = Literal["nominal", "interval"]
-"""How far two ratings are apart: all different ones equally (nominal), or by their squared difference (interval)."""
+"""Distance of two ratings: 1 if they differ (nominal), or their squared difference (interval)."""
 Floats = NDArray[np.float64]
 
 
 def _distances(levels: int, scale: Scale) -> Floats:
-    """(levels, levels) how far each two ratings are apart, 0 for equal ones."""
+    """(levels, levels) distance of every two ratings."""
     ratings = np.arange(levels, dtype=np.float64)
     apart = ratings[:, None] - ratings
     return (apart != 0).astype(np.float64) if scale == "nominal" else apart**2
@@ -28,12 +28,12 @@ def _distances(levels: int, scale: Scale) -> Floats:
 
 def cohens_kappa(first: Sequence[int], second: Sequence[int], *, levels: int = 2, scale: Scale = "nominal") -> float:
     """Cohen's kappa: 1 - D_o / D_e with the observed mean distance D_o of the two ratings and that of independent
-    raters with the same shares (Cohen 1960; 1968 with quadratic weights, which is ``scale="interval"``). NaN where D_e
-    is 0: both always say the same.
+    raters with the same shares (Cohen 1960; 1968 with quadratic weights, which is ``scale="interval"``). NaN if D_e is
+    0, that is if both always give the same rating.
 
     Args:
-        first: (N,) ratings of one rater.
-        second: (N,) ratings of the other, of the same things.
+        first: (N,) ratings by one rater.
+        second: (N,) ratings of the same items by the other.
     """
     table = np.zeros((levels, levels))
     np.add.at(table, (np.asarray(first, dtype=int), np.asarray(second, dtype=int)), 1)
@@ -41,7 +41,7 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int], *, levels: int = 2
 
 
 def _kappas(tables: Floats, distances: Floats) -> Floats:
-    """Cohen's kappa of (N, K, K) tables of first by second ratings."""
+    """Cohen's kappa of (N, K, K) contingency tables."""
     total = tables.sum(axis=(1, 2))
     observed = (tables * distances).sum(axis=(1, 2))
     expected = np.einsum("ni,ij,nj->n", tables.sum(axis=2), distances, tables.sum(axis=1)) / total
@@ -73,14 +73,16 @@ def kappa_interval(
 
 
 def krippendorff_alpha(units: Sequence[Sequence[int]], *, levels: int, scale: Scale) -> float:
-    """Krippendorff's alpha: 1 - D_o / D_e over all pairs of ratings of the same thing and of any things (Krippendorff
-    2011, "Computing Krippendorff's Alpha-Reliability"). Any number of raters, and not all need rate everything.
+    """Krippendorff's alpha: 1 - D_o / D_e over all pairs of ratings of the same item and of any items (Krippendorff
+    2011, "Computing Krippendorff's Alpha-Reliability"). Any number of raters, of whom not all need rate every item.
 
     Args:
-        units: the ratings that each thing got, whoever gave them; a thing with fewer than two tells nothing.
+        units: the ratings of each item; items with fewer than two are ignored.
+        levels: number of possible ratings.
+        scale: distance of two ratings.
 
     Returns:
-        NaN where nothing was rated twice, or all ratings are the same.
+        Alpha; NaN if no item was rated twice, or all ratings are equal.
     """
     return alpha_interval(units, range(len(units)), levels=levels, scale=scale, resamples=0).estimate
 
@@ -94,22 +96,22 @@ def alpha_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """:func:`krippendorff_alpha` with the 2.5 and 97.5 % quantiles of resampled clusters of things."""
+    """:func:`krippendorff_alpha` with the 2.5 and 97.5 % quantiles of resampled clusters of items."""
     paired = [(unit, cluster) for unit, cluster in zip(units, clusters, strict=True) if len(unit) > 1]
     if not paired:
         return Interval(math.nan, math.nan, math.nan)
     index, count = _positions([cluster for _, cluster in paired])
     distances = _distances(levels, scale)
     values = np.stack([np.bincount(unit, minlength=levels) for unit, _ in paired]).astype(np.float64)  # (U, levels)
-    # Of a thing with m ratings each of its pairs counts 1 / (m - 1).
+    # Each pair of ratings of an item with m ratings counts 1 / (m - 1).
     apart = np.einsum("ui,ij,uj->u", values, distances, values) / (values.sum(axis=1) - 1)
     observed, ratings = np.zeros(count), np.zeros((count, levels))
     np.add.at(observed, index, apart)
     np.add.at(ratings, index, values)
 
     def statistic(drawn: Floats) -> Floats:
-        of_each = drawn @ ratings  # (R, levels) how often each rating was given
-        expected = np.einsum("ri,ij,rj->r", of_each, distances, of_each) / (of_each.sum(axis=1) - 1)
+        counts = drawn @ ratings  # (R, levels) of each rating
+        expected = np.einsum("ri,ij,rj->r", counts, distances, counts) / (counts.sum(axis=1) - 1)
         with np.errstate(invalid="ignore", divide="ignore"):
             alphas: Floats = np.where(expected > 0, 1 - (drawn @ observed) / expected, np.nan)
         return alphas
@@ -118,14 +120,14 @@ def alpha_interval(
 
 
 def _positions(clusters: Sequence[Hashable]) -> tuple[NDArray[np.int64], int]:
-    """(N,) number of each one's cluster, in order of appearance, and how many clusters there are."""
+    """(N,) index of each cluster, in order of appearance, and the number of clusters."""
     positions: dict[Hashable, int] = {}
     index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters], dtype=np.int64)
     return index, len(positions)
 
 
 def _resampled(statistic: Callable[[Floats], Floats], count: int, resamples: int, seed: int) -> Interval:
-    """A statistic of how often each cluster is drawn, (R, clusters) -> (R,), with its percentile interval."""
+    """Percentile interval of a statistic of cluster counts, (R, clusters) -> (R,)."""
     estimate = float(statistic(np.ones((1, count)))[0])
     if count < 2 or not resamples or math.isnan(estimate):
         return Interval(estimate, math.nan, math.nan)

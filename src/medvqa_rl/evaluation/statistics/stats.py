@@ -1,7 +1,7 @@
-"""Intervals and tests that respect clusters: many questions share one image. Imports no torch.
+"""Intervals and tests for clustered data: many questions share one image. Imports no torch.
 
-Questions about one image are not independent, so intervals resample images and permutations flip images, not
-questions. Everything random is seeded; everything that can be computed exactly is.
+Questions about the same image are not independent, so intervals resample whole images and permutations flip whole
+images. Random procedures are seeded, and results are exact wherever that is feasible.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binomtest, norm
 
 Method = Literal["bca", "percentile"]
-"""How bounds are read off the resampled estimates."""
+"""How the bounds are derived from the resampled estimates."""
 Floats = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
 
-_DRAWS_AT_ONCE = 4_000_000  # cluster draws held in memory together (32 MB as int64)
-_MOST_STATES = 10_000_000  # of the exact permutation distribution: the number of clusters times the sum of all
+_DRAWS_AT_ONCE = 4_000_000  # cluster draws in memory at a time (32 MB as int64)
+_MOST_STATES = 10_000_000  # limit of the exact permutation distribution: number of clusters times the sum of all
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval; the bounds are NaN where there are fewer than two clusters."""
+    """An estimate with its confidence interval; the bounds are NaN for fewer than two clusters."""
 
     estimate: float
     low: float
     high: float
 
     def to_json(self) -> dict[str, float]:
-        """Plain values."""
+        """The three numbers by name."""
         return {"estimate": self.estimate, "low": self.low, "high": self.high}
 
 
 def _per_cluster(values: ArrayLike, clusters: Sequence[Hashable]) -> tuple[Floats, Floats]:
-    """(K,) sums of the values and (K,) numbers of values of each cluster, in order of appearance."""
+    """(K,) sums and (K,) counts of the values in each cluster, in order of appearance."""
     numbers = np.asarray(values, dtype=np.float64)
     assert numbers.ndim == 1 and len(numbers) == len(clusters) > 0, "one cluster per value, and at least one value"
-    assert np.isfinite(numbers).all(), "leave unscored values out before"
+    assert np.isfinite(numbers).all(), "unscored values must be excluded"
     positions: dict[Hashable, int] = {}
     index = np.array([positions.setdefault(cluster, len(positions)) for cluster in clusters])
     sums: Floats = np.bincount(index, weights=numbers).astype(np.float64)
@@ -59,17 +59,16 @@ def cluster_bootstrap(
 ) -> Interval:
     """Mean of values with an interval from resampling whole clusters.
 
-    K clusters are drawn with replacement from the K there are; a resample's mean is (sum of all values of the drawn
-    clusters) / (their number). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of
-    the resampled means (linear interpolation); ``bca`` moves both quantiles by the bias and the skewness of the
-    estimate (Efron 1987; Davison and Hinkley 1997, section 5.3.2), where the jackknife leaves out whole clusters and
-    ties count half. Intervals have zero width where all clusters have the same mean (:func:`proportion_interval`
-    knows better for proportions) and are somewhat too narrow below about 20 clusters: show the number of clusters
-    beside them.
+    All K clusters are drawn with replacement; a resample's mean is (sum of all values in the drawn clusters) / (number
+    of these values). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the resampled
+    means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987; Davison and Hinkley
+    1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have zero width if all
+    clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat too narrow below
+    about 20 clusters, so report the number of clusters beside them.
 
     Args:
-        values: (N,) finite numbers, such as 0 and 1 for wrong and right.
-        clusters: (N,) name of each value's cluster, such as its image.
+        values: (N,) finite numbers, such as 0 for wrong and 1 for correct.
+        clusters: (N,) cluster of each value, such as its image.
         resamples: number of bootstrap resamples.
         seed: of NumPy's PCG64 generator; equal inputs give equal intervals.
         confidence: coverage of the interval.
@@ -94,12 +93,12 @@ def cluster_bootstrap(
 
 
 def _bca_levels(means: Floats, estimate: float, sums: Floats, sizes: Floats, levels: Floats) -> Floats:
-    """The quantiles of the resampled means that BCa takes in place of the nominal ones."""
-    tolerance = 1e-12 * max(1.0, abs(estimate))  # equal estimates may differ in the last bit
+    """The quantile levels that BCa uses in place of the nominal ones."""
+    tolerance = 1e-12 * max(1.0, abs(estimate))  # equal estimates may differ by rounding
     below = np.mean(means < estimate - tolerance)
     share = below + np.mean(np.abs(means - estimate) <= tolerance) / 2
     if not 0 < share < 1:
-        return levels  # no resample on one side: only where resamples are very few
+        return levels  # no resample on one side: only with very few resamples
     bias = norm.ppf(share)
     remaining = sizes.sum() - sizes
     jackknife = (sums.sum() - sums) / remaining
@@ -119,11 +118,11 @@ def proportion_interval(
     confidence: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
-    """Share of the flags that are true, with the interval of :func:`cluster_bootstrap`.
+    """Share of true flags, with the interval of :func:`cluster_bootstrap`.
 
-    Where all flags are equal every resample is equal too, and the bootstrap would claim certainty. Then the bound is
-    that of Clopper and Pearson (1934) with the clusters as independent trials: ((1 - confidence) / 2) ** (1 / K) from
-    1, or from 0, which treats the questions of an image as one.
+    If all flags are equal, so are all resamples, and the bootstrap interval would have zero width. The bound is then
+    that of Clopper and Pearson (1934) with clusters as independent trials: ((1 - confidence) / 2) ** (1 / K), or 1
+    minus that. It counts the questions of an image as one.
     """
     values = np.asarray(flags, dtype=np.float64)
     interval = cluster_bootstrap(
@@ -148,12 +147,12 @@ def paired_cluster_bootstrap(
 ) -> Interval:
     """Mean of after - before on the same questions, with an interval from resampling whole clusters.
 
-    The two values of a question stay together, so what both share (its difficulty) cancels.
+    The two values of a question stay together, so what they share, such as its difficulty, cancels.
 
     Args:
         before: (N,) finite values.
         after: (N,) finite values of the same questions in the same order.
-        clusters: (N,) name of each question's cluster.
+        clusters: (N,) cluster of each question.
         resamples: see :func:`cluster_bootstrap`, as are seed, confidence and method.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
@@ -183,14 +182,14 @@ def seeds_and_clusters_bootstrap(
 ) -> SeededInterval:
     """Mean over training seeds and questions, with an interval from resampling both seeds and whole clusters.
 
-    The S seeds and, independently of them, the K clusters are drawn with replacement (the pigeonhole bootstrap of
-    Owen 2007, arXiv 0712.1111); a resample's mean is that of the drawn clusters' values in the drawn seeds. Bounds
-    are percentiles. With one seed only the clusters vary. With few seeds the spread between them is underestimated,
-    by a factor of (S - 1) / S in its variance: three seeds are few, so show them as points too.
+    The S seeds and, independently, the K clusters are drawn with replacement (pigeonhole bootstrap, Owen 2007,
+    arXiv 0712.1111); a resample's mean is that of the drawn clusters' values in the drawn seeds. Bounds are
+    percentiles. With one seed, only the clusters vary. With few seeds, the variance between them is underestimated by
+    a factor of (S - 1) / S, so report each seed as well.
 
     Args:
-        values: (S, N) finite numbers of the same N questions in every seed.
-        clusters: (N,) name of each question's cluster, such as its image.
+        values: (S, N) finite numbers, for the same N questions in every seed.
+        clusters: (N,) cluster of each question, such as its image.
         resamples: see :func:`cluster_bootstrap`, as are seed and confidence.
     """
     numbers = np.asarray(values, dtype=np.float64)
@@ -214,7 +213,7 @@ def seeds_and_clusters_bootstrap(
 
 
 def cluster_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
-    """Standard error of a mean whose values come in clusters.
+    """Standard error of the mean of clustered values.
 
     sqrt(K / (K - 1) * sum over clusters of (S_k - m_k * mean)^2) / N for sums S_k and sizes m_k: the linearised ratio
     estimator (Cochran 1977, section 11.8), which is also the cluster-robust error (CR1) of a regression on a constant.
@@ -229,10 +228,10 @@ def cluster_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) -> f
 
 
 def effective_n(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
-    """How many independent questions would tell as much: N / design effect (Kish 1965).
+    """Number of independent questions with the same information: N / design effect (Kish 1965).
 
-    The variance of the values over the squared :func:`cluster_standard_error`. NaN for fewer than two clusters and
-    where all values are equal; may exceed N where questions of an image compensate each other.
+    Computed as the variance of the values over the squared :func:`cluster_standard_error`. NaN for fewer than two
+    clusters and if all values are equal; may exceed N if the questions of an image are negatively correlated.
     """
     numbers = np.asarray(values, dtype=np.float64)
     error = cluster_standard_error(numbers, clusters)
@@ -242,7 +241,7 @@ def effective_n(values: ArrayLike, clusters: Sequence[Hashable]) -> float:
 
 
 def minimum_detectable_effect(standard_error: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest true difference that a two-sided test at level alpha finds with the given power.
+    """The smallest true difference that a two-sided test at level alpha detects with the given power.
 
     (z(1 - alpha / 2) + z(power)) * standard error (normal approximation). With the cluster standard error of the
     paired differences it holds for clustered questions.
@@ -255,9 +254,9 @@ class McNemar:
     """Result of :func:`exact_mcnemar`."""
 
     improved: int
-    """Questions wrong before and right after."""
+    """Questions answered wrong before and correctly after."""
     worsened: int
-    """Questions right before and wrong after."""
+    """Questions answered correctly before and wrong after."""
     p_value: float
     """Two-sided."""
 
@@ -265,12 +264,12 @@ class McNemar:
 def exact_mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
     """Exact McNemar test: are changes in both directions equally likely?
 
-    p = P(at least as uneven a split | changes ~ Binomial(improved + worsened, 1/2)), two-sided; 1 without changes.
-    It takes questions as independent; :func:`cluster_permutation` does not.
+    p = P(at least as uneven a split | improved ~ Binomial(improved + worsened, 1/2)), two-sided; 1 without changes.
+    It treats questions as independent; :func:`cluster_permutation` does not.
 
     Args:
-        before: (N,) whether each answer was right.
-        after: (N,) the same of the same questions in the same order.
+        before: (N,) whether each answer was correct.
+        after: (N,) for the same questions in the same order.
     """
     assert len(before) == len(after), "the same questions before and after"
     improved = sum(now and not then for then, now in zip(before, after))
@@ -282,20 +281,20 @@ def exact_mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
 def cluster_permutation(
     before: ArrayLike, after: ArrayLike, clusters: Sequence[Hashable], *, resamples: int = 20_000, seed: int = 0
 ) -> float:
-    """Two-sided p-value of a paired difference by flipping the signs of whole clusters.
+    """Two-sided p-value of a paired difference from flipping the signs of whole clusters.
 
-    If before and after were exchangeable, the sum D_k of a cluster's differences would as often be -D_k. The p-value
-    is the share of the sign patterns whose absolute total is at least the observed one. For whole-numbered sums, as
-    those of right and wrong answers are, that share is computed exactly over all 2^K patterns (convolution); with one
-    question per cluster it is the exact McNemar test. Otherwise it is (1 + hits) / (1 + resamples) of random patterns
-    (Phipson and Smyth 2010).
+    If before and after are exchangeable, the sum D_k of a cluster's differences is as likely as -D_k. The p-value is
+    the share of sign patterns whose absolute total is at least the observed one. For integer sums, such as those of
+    correct and wrong answers, it is computed exactly over all 2^K patterns (by convolution); with one question per
+    cluster this is the exact McNemar test. Otherwise it is (1 + hits) / (1 + resamples) over random patterns (Phipson
+    and Smyth 2010).
 
     Args:
         before: (N,) finite values.
         after: (N,) finite values of the same questions in the same order.
-        clusters: (N,) name of each question's cluster.
-        resamples: random patterns, where it is not exact.
-        seed: of NumPy's PCG64 generator, where it is not exact.
+        clusters: (N,) cluster of each question.
+        resamples: number of random patterns, if not exact.
+        seed: of NumPy's PCG64 generator, if not exact.
     """
     sums, _ = _per_cluster(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), clusters)
     observed = abs(float(sums.sum()))
@@ -322,13 +321,13 @@ def cluster_permutation(
 
 
 def holm(p_values: Mapping[K, float]) -> dict[K, float]:
-    """P-values adjusted for having looked at several comparisons (Holm 1979): the largest of (number of p-values that
-    are not smaller) * p over all p up to one's own, at most 1. Rejecting those below alpha keeps the chance of any
-    false rejection below alpha, whatever the dependence. NaN (no test) stays NaN and does not count."""
+    """Adjust p-values for multiple comparisons (Holm 1979): the largest of (number of p-values that are not smaller) * p
+    over all p up to one's own, at most 1. This bounds the family-wise error rate under any dependence. NaN (no test)
+    stays NaN and does not count."""
     tested = sorted((p, order, name) for order, (name, p) in enumerate(p_values.items()) if not math.isnan(p))
     adjusted = dict.fromkeys(p_values, math.nan)
     highest = 0.0
-    for place, (p, _, name) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - place) * p))
+    for rank, (p, _, name) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))
         adjusted[name] = highest
     return adjusted

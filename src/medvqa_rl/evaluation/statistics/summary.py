@@ -1,5 +1,5 @@
-"""Everything that is computed from the records of an evaluation: all numbers of ``results.json`` follow from
-``samples.jsonl`` and can be computed again. Imports no torch."""
+"""Compute results from the records of an evaluation: every number in ``results.json`` can be recomputed from
+``samples.jsonl``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from medvqa_rl.evaluation.statistics.stats import (
 Numbers = dict[str, Any]
 
 CHANGED = 0.25
-"""Share of answers that are assumed to differ between two models for ``detectable_difference``."""
+"""Share of answers assumed to differ between two models, for ``detectable_difference``."""
 
 
 def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
-    """Numbers of a set of questions; rates are shares of the scored ones, NaN where there are none."""
+    """Summarise a set of questions; rates are shares of the scored ones, NaN if there are none."""
     scored = [record for record in records if record.is_scored]
     clusters = [record.image_key for record in scored]
     right = [bool(record.is_correct) for record in scored]
@@ -70,12 +70,12 @@ def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
 
 
 def _gold_key(record: EvalRecord) -> str:
-    """What a constant answer would be: a letter for choice questions, the normalised gold for others."""
+    """The constant answer that would be correct: a letter for choice questions, else the normalised gold answer."""
     return record.gold if record.answer_type == "choice" else normalise(record.gold)
 
 
 def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
-    """Records by key and value: the data set's answer type, yes/no or other, and the samples' own groups."""
+    """Group records by key and value: annotated answer type, yes/no or other, and the samples' own groups."""
     by: dict[str, dict[str, list[EvalRecord]]] = {}
     for record in records:
         keys = {"answer_type": record.answer_type, "answer_kind": record.answer_kind, **record.groups}
@@ -85,26 +85,24 @@ def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalReco
 
 
 def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, Any]:
-    """All numbers of an evaluation from its records alone.
+    """Compute all results of an evaluation from its records.
 
     Returns:
-        ``n``, ``num_scored``, ``num_clusters`` (images), ``effective_n`` (independent questions that would tell as
-        much), ``accuracy`` with the bounds of its 95 % interval (images resampled, ``eval.interval``)
-        ``accuracy_low`` and ``accuracy_high``, ``format_rate``, ``no_answer_rate``, ``truncated_rate``,
-        ``unscored_rate``, ``mean_length`` and ``median_length`` in tokens, ``exact_match``, ``token_f1`` and
-        ``rouge_l`` of the open questions, ``majority_baseline`` (always the most frequent gold answer; the majority
-        letter for choice questions), and under ``by`` the same for each value of ``answer_type`` (as annotated),
-        ``answer_kind`` (yes/no or other) and every key of the samples' groups, such as modality and family.
+        ``n``, ``num_scored``, ``num_clusters`` (images), ``effective_n`` (number of independent questions with the
+        same information), ``accuracy`` with its 95 % interval ``accuracy_low`` to ``accuracy_high`` (images resampled,
+        ``eval.interval``), ``format_rate``, ``no_answer_rate``, ``truncated_rate``, ``unscored_rate``, ``mean_length``
+        and ``median_length`` in tokens, ``exact_match``, ``token_f1`` and ``rouge_l`` of open questions, and
+        ``majority_baseline`` (accuracy of always giving the most frequent gold answer, or letter). Under ``by`` the
+        same for each value of ``answer_type`` (as annotated), ``answer_kind`` (yes/no or other) and every key of the
+        samples' groups, such as modality and family.
 
-        ``averages``: ``micro_questions`` is the accuracy, in which every question weighs the same;
-        ``macro_images`` and ``macro_<key>`` are means of the accuracies of images, or of a key's values, in which
-        each of them weighs the same. ``detectable_difference``: what another model must differ by on these questions
-        to be told apart with 80 % power, if a quarter of the answers differ. ``letters``: how often each letter is
-        the gold and the given answer of choice questions. ``majority_per_type``: always the most frequent gold answer
-        of the question's answer type. ``sampled``: of the k sampled answers, where there are any. ``lengths``,
-        ``thinking``, ``perplexity``, ``similarity`` and ``faithfulness``: see
-        :func:`medvqa_rl.evaluation.measures.measured.measured_summary`.
-        What does not apply is NaN.
+        ``averages``: ``micro_questions`` is the accuracy; ``macro_images`` and ``macro_<key>`` average the accuracies
+        of images, or of a key's values, with equal weights. ``detectable_difference``: the difference from another
+        model that is detected with 80 % power on these questions, if a quarter of the answers differ. ``letters``:
+        frequencies of gold and given letters in choice questions. ``majority_per_type``: accuracy of always giving the
+        most frequent gold answer of the question's answer type. ``sampled``: results of the k sampled answers, if any.
+        ``lengths``, ``thinking``, ``perplexity``, ``similarity`` and ``faithfulness``: see
+        :func:`medvqa_rl.evaluation.measures.measured.measured_summary`. What does not apply is NaN.
 
     Raises:
         ValueError: there are no records.
@@ -140,7 +138,7 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
 
 
 def _majority_per_type(records: Sequence[EvalRecord]) -> float:
-    """Accuracy of always giving the most frequent gold answer of a question's answer type, chosen with hindsight."""
+    """Accuracy of always giving the most frequent gold answer of the question's answer type (an oracle baseline)."""
     by_type: dict[str, list[str]] = {}
     for record in records:
         if record.is_scored:
@@ -150,9 +148,8 @@ def _majority_per_type(records: Sequence[EvalRecord]) -> float:
 
 
 def _letters(records: Sequence[EvalRecord]) -> Numbers:
-    """Gold and given letters of the scored choice questions, and the distance between the two distributions: half the
-    sum of the absolute differences of shares (total variation), answers that name no option being a letter of their
-    own."""
+    """Count gold and given letters of the scored choice questions, with the total variation distance between the two
+    distributions. Answers that name no option count as a letter of their own."""
     chosen = [record for record in records if record.answer_type == "choice" and record.is_scored]
     gold, given = Counter(record.gold for record in chosen), Counter(record.choice or "none" for record in chosen)
     letters = sorted(gold.keys() | given.keys() - {"none"}) + (["none"] if given["none"] else [])
@@ -164,12 +161,12 @@ def _letters(records: Sequence[EvalRecord]) -> Numbers:
 
 
 def _half_distance(one: Counter[str], other: Counter[str]) -> float:
-    """Total variation of two distributions given as counts of the same total."""
+    """Total variation distance of two distributions, given as counts with the same total."""
     return sum(abs(one[key] - other[key]) for key in one.keys() | other.keys()) / (2 * one.total())
 
 
 def _sampled(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
-    """Numbers of the sampled answers; empty where there are none."""
+    """Summarise the sampled answers; empty if there are none."""
     scored = [record for record in records if record.is_scored and record.sampled]
     if not scored:
         return {}
@@ -215,8 +212,8 @@ _MEASURED = {
 
 
 def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Results under the names of ``metrics.jsonl``: ``eval/accuracy``, ``eval/accuracy/choice``,
-    ``eval/format_rate`` ...; what is NaN is left out."""
+    """Return results under the names used in ``metrics.jsonl`` (``eval/accuracy``, ``eval/accuracy/choice``,
+    ``eval/format_rate`` ...), without NaN."""
     metrics = {f"eval/{name}": float(results[name]) for name in _LOGGED}
     metrics |= {f"eval/{name}": float(results[section][key]) for name, (section, key) in _MEASURED.items()}
     for answer_type, summary in results["by"]["answer_type"].items():
@@ -227,19 +224,16 @@ def flat_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 def paired_gain(
     before: Sequence[EvalRecord], after: Sequence[EvalRecord], config: EvalConfig
 ) -> dict[str, float | int]:
-    """What changed between two evaluations of the same questions.
-
-    Questions that are unscored in either are left out.
+    """Compare two evaluations of the same questions, over those that are scored in both.
 
     Returns:
-        ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with the bounds of
-        its 95 % paired interval ``gain_low`` and ``gain_high`` (images resampled), ``improved`` and ``worsened``
-        (questions), ``mcnemar_p`` (exact, questions as independent), ``permutation_p`` (signs of whole images
-        flipped) and ``detectable_gain`` (found with 80 % power at this number of questions and changes; NaN where
-        nothing changed).
+        ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with its 95 % paired
+        interval ``gain_low`` to ``gain_high`` (images resampled), ``improved`` and ``worsened`` (numbers of questions),
+        ``mcnemar_p`` (exact, treats questions as independent), ``permutation_p`` (flips the signs of whole images) and
+        ``detectable_gain`` (detected with 80 % power at this number of questions and changes; NaN without changes).
 
     Raises:
-        ValueError: the evaluations are of different questions, or no question is scored in both.
+        ValueError: the evaluations have different questions, or no question is scored in both.
     """
     pairs = pair(before, after)
     then, now = [bool(one.is_correct) for one, _ in pairs], [bool(other.is_correct) for _, other in pairs]
@@ -267,30 +261,30 @@ def paired_gain(
 
 
 def _is_same_question(one: EvalRecord, other: EvalRecord) -> bool:
-    """Whether two records are of the same question; a prompt may have hidden its options."""
+    """Whether two records have the same question; a prompt may hide its options."""
     if bool(one.options) != bool(other.options):
         return (one.question, one.gold_text) == (other.question, other.gold_text)
     return (one.question, one.options, one.gold) == (other.question, other.options, other.gold)
 
 
 def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tuple[EvalRecord, EvalRecord]]:
-    """The questions that are scored in both evaluations, in the order of the first.
+    """Pair the questions that are scored in both evaluations, in the order of the first.
 
     Raises:
-        ValueError: the evaluations are of different questions, or no question is scored in both.
+        ValueError: the evaluations have different questions, or no question is scored in both.
     """
     later = {record.sample_id: record for record in after}
     if len(before) != len(after) or {record.sample_id for record in before} != later.keys():
         shared = len({record.sample_id for record in before} & later.keys())
         raise ValueError(
-            f"The two evaluations are of different questions ({len(before)} and {len(after)}, {shared} in common): "
+            f"The two evaluations have different questions ({len(before)} and {len(after)}, {shared} in common): "
             "evaluate both on the same split with the same data settings."
         )
     pairs = [(record, later[record.sample_id]) for record in before]
     for one, other in pairs:
         if not _is_same_question(one, other):
             raise ValueError(
-                f"The two evaluations are of different questions: {one.sample_id!r} asks {one.question!r} with the "
+                f"The two evaluations have different questions: {one.sample_id!r} asks {one.question!r} with the "
                 f"gold answer {one.gold!r} in one and {other.question!r} with {other.gold!r} in the other; evaluate "
                 "both on the same version of the data."
             )
