@@ -36,8 +36,8 @@ class Likelihood:
 class LanguageModel:
     """Scores texts with a frozen causal language model.
 
-    Every token is scored, the first one given the model's BOS token (EOS if it has none). Texts longer than the context
-    are split into windows that are scored independently.
+    Every token is scored, the first one given the model's BOS token (EOS if it has none). Texts longer than the
+    context are split into windows that are scored independently.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, *, batch_size: int = 16) -> None:

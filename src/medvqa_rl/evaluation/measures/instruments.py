@@ -1,5 +1,7 @@
-"""Instruments that measure the outputs of a finished evaluation: perplexity, similarity, a judge. Imports no torch until
-a model is loaded."""
+"""Instruments that measure the outputs of a finished evaluation: perplexity, similarity, a judge.
+
+Imports no torch until a model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,7 @@ def load_instruments(config: EvalConfig, device: str, judge: NamedJudge | None =
 
 
 def remaining(records: Sequence[EvalRecord], instruments: Instruments) -> Instruments:
-    """Return the instruments that have not measured every record yet; a judge is always included, because it caches."""
+    """Return the instruments that have not measured every record yet; a judge always, because it caches."""
     scored = [record for record in records if record.is_scored]
     model, similarity = instruments.language_model, instruments.similarity
     if model is not None and all(record.perplexity_by == model.name for record in scored):

@@ -39,8 +39,8 @@ def the_only(names: Iterable[str | None], what: str) -> str | None:
     found = sorted({name for name in names if name is not None})
     if len(found) > 1:
         raise ValueError(
-            f"The {what} of these answers was measured by {' and '.join(found)}, which cannot be averaged: evaluate all "
-            "answers with one of these."
+            f"The {what} of these answers was measured by {' and '.join(found)}, which cannot be averaged: evaluate "
+            "all answers with one of these."
         )
     return found[0] if found else None
 

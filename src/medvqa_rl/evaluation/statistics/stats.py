@@ -59,12 +59,12 @@ def cluster_bootstrap(
 ) -> Interval:
     """Mean of values with an interval from resampling whole clusters.
 
-    All K clusters are drawn with replacement; a resample's mean is (sum of all values in the drawn clusters) / (number
-    of these values). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the resampled
-    means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987; Davison and Hinkley
-    1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have zero width if all
-    clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat too narrow below
-    about 20 clusters, so report the number of clusters beside them.
+    All K clusters are drawn with replacement; a resample's mean is (sum of all values in the drawn clusters) /
+    (number of these values). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the
+    resampled means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987; Davison
+    and Hinkley 1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have zero
+    width if all clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat too
+    narrow below about 20 clusters, so report the number of clusters beside them.
 
     Args:
         values: (N,) finite numbers, such as 0 for wrong and 1 for correct.
@@ -321,9 +321,11 @@ def cluster_permutation(
 
 
 def holm(p_values: Mapping[K, float]) -> dict[K, float]:
-    """Adjust p-values for multiple comparisons (Holm 1979): the largest of (number of p-values that are not smaller) * p
-    over all p up to one's own, at most 1. This bounds the family-wise error rate under any dependence. NaN (no test)
-    stays NaN and does not count."""
+    """Adjust p-values for multiple comparisons (Holm 1979).
+
+    An adjusted p-value is the largest (number of p-values that are not smaller) * p over all p up to its own, at most
+    1. This bounds the family-wise error rate under any dependence. NaN (no test) stays NaN and does not count.
+    """
     tested = sorted((p, order, name) for order, (name, p) in enumerate(p_values.items()) if not math.isnan(p))
     adjusted = dict.fromkeys(p_values, math.nan)
     highest = 0.0

@@ -227,10 +227,11 @@ def paired_gain(
     """Compare two evaluations of the same questions, over those that are scored in both.
 
     Returns:
-        ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with its 95 % paired
-        interval ``gain_low`` to ``gain_high`` (images resampled), ``improved`` and ``worsened`` (numbers of questions),
-        ``mcnemar_p`` (exact, treats questions as independent), ``permutation_p`` (flips the signs of whole images) and
-        ``detectable_gain`` (detected with 80 % power at this number of questions and changes; NaN without changes).
+        ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with its 95 %
+        paired interval ``gain_low`` to ``gain_high`` (images resampled), ``improved`` and ``worsened`` (numbers of
+        questions), ``mcnemar_p`` (exact, treats questions as independent), ``permutation_p`` (flips the signs of whole
+        images) and ``detectable_gain`` (detected with 80 % power at this number of questions and changes; NaN without
+        changes).
 
     Raises:
         ValueError: the evaluations have different questions, or no question is scored in both.
