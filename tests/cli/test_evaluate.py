@@ -115,7 +115,7 @@ def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
     longer = config.model_copy(update={"rollout": RolloutConfig(max_completion_length=7)})
     with pytest.raises(ValueError, match="max_completion_length was 6 and is 7"):
         run_eval(longer, output=folder, resume=True)
-    save_model(tiny_policy(seed=1), tmp_path / "other")
+    write_model(tiny_policy(seed=1), tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds a different evaluation \(model.path was"):
         run_eval(config, checkpoint=tmp_path / "other", output=folder, resume=True)
     # Other weights at the same place are noticed too.

@@ -135,7 +135,7 @@ def answer_all(
         workers=settings.prefetch.workers,
         max_bytes=settings.prefetch.max_mib * 2**20,
         ahead=size,
-        cost=lambda sample: engine.encoding_bytes(sample if view is None else view(sample)),
+        cost=lambda sample: engine.processor.encoding_bytes(sample if view is None else view(sample)),
         size=lambda question: 0 if question.prompt is None else question.prompt.nbytes,
     )
     with closing(questions):
@@ -190,7 +190,7 @@ def answer(engine: RolloutEngine, batch: Sequence[Question], settings: AnswerSet
     for question in batch:
         id = question.sample.id
         more = sampled[id].completions if id in sampled else ()
-        records.append(make_record(question, greedy.get(id), more, settings, engine.count_tokens))
+        records.append(make_record(question, greedy.get(id), more, settings, engine.processor.count_tokens))
     return records
 
 

@@ -113,7 +113,7 @@ def run_eval(
     if output is not None and len(cells) == 1:
         cells = [replace(cells[0], folder=output)]
     policy = cache(lambda: load_policy(model))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = open_console()
     if dry_run:
         _dry_run(cells, policy, console)
         return

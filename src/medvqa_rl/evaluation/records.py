@@ -112,7 +112,7 @@ class EvalRecord:
     @property
     def answer_kind(self) -> str:
         """``yes/no`` if the gold answer is either, else ``other``; independent of the data set's annotation."""
-        return "yes/no" if normalise(self.gold_text) in ("yes", "no") else "other"
+        return "yes/no" if is_yes_no(self.gold_text) else "other"
 
 
 REQUIRED = frozenset(

@@ -3,17 +3,15 @@ the questions that flipped. Imports no torch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.comparison_tables import show
 from medvqa_rl.evaluation.statistics.stats import holm
