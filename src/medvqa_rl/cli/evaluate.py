@@ -13,7 +13,7 @@ RunOrConfig = Annotated[
     Path,
     typer.Argument(
         metavar="RUN_OR_CONFIG",
-        help="Folder of a run, whose best checkpoint is evaluated (else its last), or a YAML file with settings.",
+        help="Run directory, whose best (else last) checkpoint is evaluated, or YAML config.",
     ),
 ]
 
@@ -24,35 +24,42 @@ def evaluate(
     overrides: Overrides = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Folder of a trained model or adapter; without it, the run's, or that of the settings."),
+        typer.Option(
+            help="Folder of a trained model or adapter. Defaults to the run's checkpoint, or the configured model."
+        ),
     ] = None,
-    split: Annotated[Split, typer.Option(help="Which questions.")] = "test",
+    split: Annotated[Split, typer.Option(help="Split to evaluate.")] = "test",
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for samples.jsonl and results.json; without it, a new one under output_dir."),
+        typer.Option(help="Folder for samples.jsonl and results.json. Defaults to a new one under output_dir."),
     ] = None,
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="A YAML file whose data section names a further data set; give it once for each."),
+        typer.Option(help="YAML config whose data section names another data set to evaluate. May be repeated."),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompts to ask with, such as think_answer,direct; compared at the end.")
+        str | None, typer.Option(help="Prompt templates, such as think_answer,direct; compared at the end.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=0, help="Sample so many answers to each question too; sets eval.num_samples.")
+        int | None, typer.Option(min=0, help="Also sample this many answers per question; sets eval.num_samples.")
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Also ask without the images and with the options in other orders.")
+        bool,
+        typer.Option("--controls", help="Also run the bias controls: without images, and with reordered options."),
     ] = False,
     shard: Annotated[
-        str | None, typer.Option(help="Answer only this part of the questions, such as 0/4; the last part merges.")
+        str | None,
+        typer.Option(help="Answer only this part of the questions, such as 0/4; the last one to finish merges."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an evaluation that was stopped, in the same folder.")
+        bool, typer.Option("--resume", help="Resume an interrupted evaluation in the same folder.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Answer a split and report accuracy with intervals: greedily, and with sampled answers and controls if asked."""
+    """Evaluate a model on a split and report accuracy with confidence intervals.
+
+    Answers are greedy; sampled answers and bias controls are optional.
+    """
     from medvqa_rl.core.files import find_checkpoint
     from medvqa_rl.core.prompts import read_templates
     from medvqa_rl.evaluation.store import Shard
@@ -61,13 +68,13 @@ def evaluate(
     run = config if config.is_dir() else None
     if run is not None and not (run / "config.yaml").is_file():
         raise ValueError(
-            f"The folder {run} is not a run, for it holds no config.yaml: give the output_dir of a training run, "
-            "or a YAML file with settings."
+            f"The folder {run} is not a run directory, because it has no config.yaml: give the output_dir of a "
+            "training run, or a YAML config."
         )
     if run is not None and checkpoint is None:
         checkpoint = find_checkpoint(run)
     settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
-    if run is not None:  # it may have moved, or been named from elsewhere
+    if run is not None:  # it may have been moved since
         settings = settings.model_copy(update={"output_dir": str(run)})
     further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
     part = None if shard is None else Shard.parse(shard)
@@ -95,13 +102,11 @@ def compare(
         typer.Argument(metavar="RUN_A RUN_B ...", help="Folders of evaluations; the first is the baseline."),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for everything, with every question that flipped.")
+        Path | None, typer.Option(help="JSON file for the whole comparison, with every flipped question.")
     ] = None,
-    flips: Annotated[
-        int, typer.Option(min=0, help="Show so many questions that got better, and so many that got worse.")
-    ] = 5,
+    flips: Annotated[int, typer.Option(min=0, help="Number of improved and of worsened questions to show.")] = 5,
 ) -> None:
-    """Compare evaluations of the same questions: differences with intervals and tests, by group, and what flipped."""
+    """Compare evaluations of the same questions: differences with intervals and tests, and the answers that flipped."""
     from medvqa_rl.evaluation.statistics.compare import run_compare
 
     run_compare(runs, output=output, flips=flips)

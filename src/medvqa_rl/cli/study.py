@@ -1,4 +1,4 @@
-"""The verbs ``medvqa-rl study``: experiments of many runs. They never import torch; the runs are other processes."""
+"""The verbs ``medvqa-rl study``: experiments of many runs, each in a process of its own. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ if TYPE_CHECKING:
     from medvqa_rl.study.plan.recipe import Recipe
 
 study_app = typer.Typer(
-    help="Plan, run and collect an experiment: arms x seeds x test sets from a recipe.", no_args_is_help=True
+    help="Plan, run and collect an experiment: arms x seeds x test sets, defined by a recipe.", no_args_is_help=True
 )
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="YAML file, or a shipped recipe such as four_factors_phantom.")
+    str,
+    typer.Argument(metavar="RECIPE", help="YAML file, or the name of a shipped recipe such as four_factors_phantom."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="The small version that the recipe describes under quick.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run the small version defined under quick in the recipe.")]
 Output = Annotated[
-    Path | None, typer.Option(help="Folder of the study; without it, runs/RECIPE or runs/RECIPE-quick.")
+    Path | None, typer.Option(help="Folder of the study. Defaults to runs/RECIPE, or runs/RECIPE-quick.")
 ]
-Arms = Annotated[str | None, typer.Option(help="Only these arms and the baseline, with commas.")]
+Arms = Annotated[
+    str | None, typer.Option(help="Only these arms (comma-separated), the baseline and the arms that they start from.")
+]
 
 
 def _read(
@@ -48,15 +51,15 @@ def plan(
     quick: Quick = False,
     arms: Arms = None,
 ) -> None:
-    """Check a recipe, and print its cells with what is done and how long the rest takes."""
+    """Check a recipe and print its cells with their state and the remaining time."""
     from medvqa_rl.core.progress import open_console
     from medvqa_rl.study.plan.leaks import compare_pixels
     from medvqa_rl.study.running import plan_table
 
-    read, _ = _read(recipe, overrides, output, quick, arms)
-    for line in compare_pixels(read.pairs):
+    study, _ = _read(recipe, overrides, output, quick, arms)
+    for line in compare_pixels(study.pairs):
         print(line)
-    open_console(160).print(plan_table(read))
+    open_console(160).print(plan_table(study))
 
 
 @study_app.command()
@@ -67,10 +70,10 @@ def run(
     output: Output = None,
     quick: Quick = False,
     arms: Arms = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time.")] = 1,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs that share the work of a cell.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of cells to run in parallel.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of GPUs per cell.")] = 1,
 ) -> None:
-    """Do what is left of every cell, and write the tables. Stopped or killed, the same command continues."""
+    """Run all unfinished cells and write the tables. The same command resumes an interrupted study."""
     from rich.console import Console
 
     from medvqa_rl.study.collect import collect as read_results
@@ -78,32 +81,30 @@ def run(
     from medvqa_rl.study.plan.leaks import compare_pixels
     from medvqa_rl.study.running import run_study
 
-    read, folder = _read(recipe, overrides, output, quick, arms)
-    for line in compare_pixels(read.pairs):
+    study, folder = _read(recipe, overrides, output, quick, arms)
+    for line in compare_pixels(study.pairs):
         print(line)
-    failures = run_study(read, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
+    failures = run_study(study, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
     if failures:
-        told = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
-        print(f"error: {len(failures)} cells failed: {told}", file=sys.stderr)
+        reasons = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
+        print(f"error: {len(failures)} cells failed: {reasons}", file=sys.stderr)
         raise typer.Exit(1)
-    for path in write_study(read_results(read), folder / "tables"):
+    for path in write_study(read_results(study), folder / "tables"):
         print(path)
 
 
 @study_app.command(hidden=True)
 @verb
 def answer(
-    tests: Annotated[
-        Path, typer.Argument(help="What `study run` wrote for a cell: checkpoint, and settings by folder.")
-    ],
+    tests: Annotated[Path, typer.Argument(help="File written by `study run`: checkpoint, and settings by folder.")],
 ) -> None:
-    """Put one model to several tests, each in its folder, and go on with those that were begun."""
+    """Evaluate one model on several tests, each in its own folder; resumes those already started."""
     from medvqa_rl.config.yaml import build_config, read_file
 
     given = read_file(tests)
     if given.keys() != {"checkpoint", "tests"} or not isinstance(given["tests"], dict):
         raise ValueError(f"The file {tests} must have checkpoint and tests, as `medvqa-rl study run` writes them.")
-    configs = {Path(folder): build_config(of, purpose="eval") for folder, of in given["tests"].items()}
+    configs = {Path(folder): build_config(settings, purpose="eval") for folder, settings in given["tests"].items()}
     if any(config.network == "off" for config in configs.values()):
         forbid_network()
     from medvqa_rl.evaluation.cells import run_eval
@@ -122,10 +123,10 @@ def collect(
     quick: Quick = False,
     arms: Arms = None,
 ) -> None:
-    """Write what the finished cells show: tables as Markdown, CSV and LaTeX, figures, and a page of all."""
+    """Write the results of the finished cells: tables (Markdown, CSV, LaTeX), figures and an HTML page."""
     from medvqa_rl.study.collect import collect as read_results
     from medvqa_rl.study.output import write_study
 
-    read, folder = _read(recipe, overrides, output, quick, arms)
-    for path in write_study(read_results(read), folder / "tables"):
+    study, folder = _read(recipe, overrides, output, quick, arms)
+    for path in write_study(read_results(study), folder / "tables"):
         print(path)
