@@ -106,7 +106,7 @@ def compare(
     ] = None,
     flips: Annotated[int, typer.Option(min=0, help="Number of improved and of worsened questions to show.")] = 5,
 ) -> None:
-    """Compare evaluations of the same questions: differences with intervals and tests, and the answers that flipped."""
+    """Compare evaluations of the same questions: differences with intervals and tests, and the flipped answers."""
     from medvqa_rl.evaluation.statistics.compare import run_compare
 
     run_compare(runs, output=output, flips=flips)
