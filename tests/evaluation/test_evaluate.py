@@ -157,7 +157,7 @@ def test_results_by_hand() -> None:
     assert set(results["versions"]) >= {"python", "torch", "transformers", "numpy"}
 
 
-def test_averages_are_named_and_by_hand() -> None:
+def test_averages_by_hand() -> None:
     results = run().results
     assert results["averages"] == {
         "micro_questions": 3 / 5,
@@ -237,7 +237,7 @@ def test_sampled_answers_by_hand() -> None:
     assert run().results["sampled"] == {}
 
 
-def test_records_say_why(tmp_path: Path) -> None:
+def test_records_explain_their_score(tmp_path: Path) -> None:
     records = run(_5=in_form("mass or cyst"), _1=in_form("A")).records
     assert [record.why for record in records] == [
         "the answer names A, not B",
@@ -259,7 +259,7 @@ def test_records_say_why(tmp_path: Path) -> None:
     ]
 
 
-def test_an_image_that_the_model_refuses_spoils_nothing_else() -> None:
+def test_an_image_that_the_model_refuses_affects_only_its_question() -> None:
     class Picky(Reciter):
         def encode(self, sample: Sample) -> EncodedPrompt:
             if sample.id == "4":
@@ -298,7 +298,7 @@ def test_metrics_have_the_names_of_the_training_log() -> None:
     assert not any(math.isnan(value) for value in metrics.values())
 
 
-def test_records_keep_what_was_said() -> None:
+def test_records_keep_the_output() -> None:
     records = run().records
     assert [record.sample_id for record in records] == ["1", "2", "3", "4", "5"]
     assert (records[2].answer, records[2].think, records[2].is_well_formed) == ("Yes.", None, False)
@@ -322,7 +322,7 @@ def test_results_are_recomputed_from_the_files(tmp_path: Path) -> None:
     assert stored["by"]["modality"]["MRI"]["accuracy"] == again["by"]["modality"]["MRI"]["accuracy"]
 
 
-def test_records_have_what_is_said_of_the_image(tmp_path: Path) -> None:
+def test_records_have_the_image_description(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     described = [replace(sample, description=f"Film {sample.id}.") for sample in SAMPLES]
     described[4] = replace(described[4], images=(FileImage("bad.png", tmp_path),))
@@ -333,7 +333,7 @@ def test_records_have_what_is_said_of_the_image(tmp_path: Path) -> None:
     assert read_records(tmp_path / "samples.jsonl") == list(records)
 
 
-def test_an_image_of_ours_that_fails_is_unscored_and_spoils_nothing_else(tmp_path: Path) -> None:
+def test_a_broken_image_is_unscored_and_affects_only_its_question(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     broken = tuple(
         replace(sample, images=(FileImage("bad.png", tmp_path),)) if sample.id == "4" else sample for sample in SAMPLES
@@ -363,7 +363,7 @@ def test_batches_of_similar_length_and_progress() -> None:
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_batches_go_by_the_size_of_the_images_too(tmp_path: Path) -> None:
+def test_batches_consider_image_size(tmp_path: Path) -> None:
     sizes = {"a": 300, "b": 30, "c": 290, "d": 40}
     for name, size in sizes.items():
         Image.new("L", (size, size)).save(tmp_path / f"{name}.png")
@@ -402,7 +402,7 @@ def test_the_paired_gain_by_hand() -> None:
     assert gain["detectable_gain"] == pytest.approx(minimum_detectable_effect(error))
 
 
-def test_gains_of_different_questions_are_refused() -> None:
+def test_evaluations_of_different_questions_are_refused() -> None:
     records = run().records
     with pytest.raises(ValueError, match="5 and 4, 4 in common"):
         paired_gain(records, records[:4], CONFIG)
@@ -413,7 +413,7 @@ def test_gains_of_different_questions_are_refused() -> None:
         paired_gain(records, unscored, CONFIG)
 
 
-def test_files_that_are_no_records_are_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     with pytest.raises(ValueError, match="no evaluation records"):
         read_records(path)

@@ -54,7 +54,7 @@ def test_other_questions_are_refused() -> None:
         contrast_rows({"a": [records_of("--")]}, {"a": [records_of("11")]}, resamples=10)
 
 
-def test_a_study_shows_them(given: dict[str, Any], tmp_path: Path) -> None:
+def test_contrasts_appear_on_the_pages(given: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.yaml", both(given))
     recipe = read_recipe(path, tmp_path / "study")
     store(recipe, OUTCOMES)
@@ -77,9 +77,7 @@ def test_a_study_shows_them(given: dict[str, Any], tmp_path: Path) -> None:
         ([GIVEN[0] | {"of": "home_direct"}], "compares home_direct with home_direct, but must compare two tests"),
     ],
 )
-def test_contrasts_that_cannot_be_are_one_sentence(
-    given: dict[str, Any], tmp_path: Path, contrasts: Any, message: str
-) -> None:
+def test_invalid_contrasts_are_refused(given: dict[str, Any], tmp_path: Path, contrasts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         read_recipe(write(tmp_path / "tiny.yaml", both(given) | {"contrasts": contrasts}), tmp_path)
     assert "\n" not in str(error.value)

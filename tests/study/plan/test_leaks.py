@@ -86,13 +86,13 @@ def test_equal_names_count_within_one_data_set_only(monkeypatch: pytest.MonkeyPa
     assert list(compare_pixels([PAIR._replace(tested=OWN)])) == []  # one data set: names tell
 
 
-def test_drawn_images_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_phantom_images_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     both(monkeypatch, [Shade("a", 1)], [Shade("a", 1)], is_endless=True)
     check_names([PAIR._replace(tested=OWN)])
     assert list(compare_pixels([PAIR._replace(trained=DataConfig())])) == []
 
 
-def test_the_comparison_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_comparison_ends_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     both(monkeypatch, [Shade(f"a{n}", n) for n in range(50)], [Shade(f"b{n}", 100 + n) for n in range(40)])
     (line,) = compare_pixels([PAIR], seconds=0.0)
     assert "1 of its 40 images and 1 of the 50 training images" in line
@@ -102,7 +102,7 @@ def test_the_comparison_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch
 # --- tests on other data sets --------------------------------------------------------------------------------------
 
 
-def test_settings_of_one_test_come_from_the_command_line(given: dict[str, Any], tmp_path: Path) -> None:
+def test_overrides_of_one_test(given: dict[str, Any], tmp_path: Path) -> None:
     given["tests"] = {"home": {"data": {"num_test": 6}}, "far": {"data": {"scanner": "unseen", "num_test": 6}}}
     path = write(tmp_path / "tiny.yaml", given)
     recipe = read_recipe(path, tmp_path, overrides=["tests.far.data.num_test=9", "train.steps=3"])
@@ -126,7 +126,7 @@ def test_settings_of_one_test_come_from_the_command_line(given: dict[str, Any], 
         ),
     ],
 )
-def test_wrong_settings_of_one_test_are_one_sentence(
+def test_invalid_overrides_of_a_test_are_refused(
     given: dict[str, Any], tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     given["tests"] = {"home": {}, "far": {"data": {"scanner": "home"}}}
@@ -135,7 +135,7 @@ def test_wrong_settings_of_one_test_are_one_sentence(
     assert "\n" not in str(error.value)
 
 
-def test_the_recipe_for_real_images_says_which_folder_it_lacks(tmp_path: Path) -> None:
+def test_the_recipe_for_real_images_names_the_missing_path(tmp_path: Path) -> None:
     path = find_recipe("four_factors_pmc_vqa")
     given = [f"data.path={tmp_path}"]
     for name, data in (("vqa_rad", "vqa_rad"), ("slake", "slake_en")):

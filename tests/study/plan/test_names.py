@@ -58,12 +58,12 @@ class Later(Config):
         {"eval_judge": {"model": "phantom:judge_eval"}},
     ],
 )
-def test_new_settings_at_their_defaults_leave_names_as_they_are(given: dict[str, Any]) -> None:
+def test_new_settings_at_their_defaults_keep_names(given: dict[str, Any]) -> None:
     assert settings_hash(Later.model_validate(given)) == settings_hash(Config.model_validate(given))
     assert settings_hash(Later.model_validate(given | {"comment": "x"})) != settings_hash(Config.model_validate(given))
 
 
-def test_a_section_that_is_given_is_told_from_none() -> None:
+def test_a_given_section_differs_from_none() -> None:
     names = [
         settings_hash(Config.model_validate(given)) for given in ({}, {"model": {"lora": {}}}, {"eval_judge": {}})
     ]
@@ -103,7 +103,7 @@ def test_every_setting_is_part_of_the_name() -> None:
     assert settings_hash(config.model_copy(update={"output_dir": "elsewhere"})) == settings_hash(config)
 
 
-def test_results_of_another_default_are_not_taken(given: dict[str, Any], tmp_path: Path) -> None:
+def test_results_of_another_default_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
     path, output = write(tmp_path / "tiny.yaml", given), tmp_path / "study"
     recipe = read_recipe(path, output)
     store(recipe, OUTCOMES)

@@ -1,4 +1,7 @@
-"""Prompts prepared ahead of an evaluation: the same records, images decoded once, bad ones named, no thread left."""
+"""Answering with the real engine: records do not depend on prefetching or batches, and bad images are named.
+
+Run: pytest tests/evaluation/test_answering.py
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from medvqa_rl.config import EvalConfig, PrefetchConfig
+from medvqa_rl.config import DataConfig, EvalConfig, PrefetchConfig
 from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -33,7 +37,7 @@ def run(policy, data, workers: int, max_mib: int = 64) -> Evaluation:
     return evaluate(RolloutEngine(policy), data, CONFIG, max_completion_length=6, prefetch=prefetch)
 
 
-def test_records_are_the_same_and_images_are_decoded_once(tiny_policy, data):
+def test_records_do_not_depend_on_workers_and_images_are_decoded_once(tiny_policy, data):
     policy = tiny_policy()
     found = [run(policy, data, workers) for workers in (0, 1, 3)]
     images = [image for sample in data.samples for image in sample.images]
@@ -46,7 +50,7 @@ def test_records_are_the_same_and_images_are_decoded_once(tiny_policy, data):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_unscored_and_named_and_the_others_are_answered(tiny_policy, data, tmp_path, workers):
+def test_a_damaged_file_is_unscored_and_the_others_are_answered(tiny_policy, data, tmp_path, workers):
     policy = tiny_policy()
     sound = run(policy, data, workers)
     Image.effect_noise((64, 64), 50).save(tmp_path / "damaged.png")
@@ -70,3 +74,17 @@ def test_threads_end_when_the_engine_fails(tiny_policy, data, monkeypatch):
     monkeypatch.setattr(RolloutEngine, "greedy", fail)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_policy(), data, workers=2)
+
+
+def test_answers_do_not_depend_on_the_batch(tiny_policy, shared_data):
+    dataset = load_vqa_rad(DataConfig(name="vqa_rad", path=str(shared_data / "vqa_rad"), num_test=5), "test")
+    engine = RolloutEngine(tiny_policy())
+    whole, single = (
+        evaluate(engine, dataset, EvalConfig(batch_size=size, bootstrap=50), max_completion_length=6)
+        for size in (5, 1)
+    )
+    assert [record.sample_id for record in whole.records] == [sample.id for sample in dataset.samples]
+    assert [record.output for record in whole.records] == [record.output for record in single.records]
+    assert whole.results["dataset"]["fingerprint"] == dataset.fingerprint
+    assert set(whole.results["by"]) == {"answer_type", "organ", "family", "answer_kind"}
+    assert max(record.num_tokens for record in whole.records) <= 6

@@ -1,5 +1,7 @@
-"""The verb eval on a tiny random model: killed and continued, shared by processes, several prompts and data sets,
-controls."""
+"""The verb eval on a tiny random model: resumed, sharded, with several prompts and data sets, and with controls.
+
+Run: pytest tests/evaluation/test_cells.py
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data.splits import StoredDataset
-from medvqa_rl.evaluation import cells as eval_command
+from medvqa_rl.evaluation import cells
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
 from medvqa_rl.evaluation.store import Shard
@@ -58,7 +60,7 @@ def questions(
     options = ("left lung", "right lung", "liver")
     samples += [make_sample(f"q{index}", images=(make_image(seed=index % 5),), options=options) for index in (5, 6)]
     data = StoredDataset("seven", tuple(samples))
-    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)
+    monkeypatch.setattr(cells, "load_dataset", lambda config, split: data)
     return data
 
 
@@ -68,7 +70,7 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-def test_a_killed_evaluation_continues_with_the_same_results(
+def test_a_killed_evaluation_is_resumed_with_the_same_results(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_eval(config, output=tmp_path / "whole", controls=True)
@@ -100,7 +102,7 @@ def test_a_killed_evaluation_continues_with_the_same_results(
     assert asked.count("q0") + asked.count("q3") <= 4  # what was answered is not asked again
 
 
-def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
+def test_an_evaluation_is_resumed_only_on_request_and_unchanged(
     config: Config, questions: StoredDataset, tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
@@ -119,12 +121,12 @@ def test_an_unfinished_evaluation_is_continued_only_on_request_and_as_it_was(
     with pytest.raises(ValueError, match=r"holds a different evaluation \(model.path was"):
         run_eval(config, checkpoint=tmp_path / "other", output=folder, resume=True)
     # Other weights at the same place are noticed too.
-    load = eval_command.load_policy
+    load = cells.load_policy
     with monkeypatch.context() as patch:
-        patch.setattr(eval_command, "load_policy", lambda model: tiny_policy(seed=1))
+        patch.setattr(cells, "load_policy", lambda model: tiny_policy(seed=1))
         with pytest.raises(ValueError, match="weights was"):
             run_eval(config, output=folder, resume=True)
-    assert load is eval_command.load_policy
+    assert load is cells.load_policy
     (tmp_path / "trained").mkdir()
     (tmp_path / "trained" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by this command, so it cannot be continued"):
@@ -144,7 +146,7 @@ def test_a_refused_model_does_not_claim_the_folder(config: Config, questions: St
     assert (folder / "results.json").exists()
 
 
-def test_two_shards_give_what_one_process_gives(
+def test_two_shards_equal_one_process(
     config: Config, questions: StoredDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_eval(config, output=tmp_path / "whole", controls=True)
@@ -165,12 +167,12 @@ def test_a_complete_evaluation_is_shown_again_without_a_model(
 ) -> None:
     run_eval(config, output=tmp_path / "out")
     before = content(tmp_path / "out")
-    monkeypatch.setattr(eval_command, "load_policy", None)
+    monkeypatch.setattr(cells, "load_policy", None)
     run_eval(config, output=tmp_path / "out", resume=True)
     assert content(tmp_path / "out") == before
 
 
-def test_several_prompts_and_data_sets_have_folders_and_are_compared(
+def test_prompts_and_data_sets_get_folders_and_are_compared(
     config: Config,
     questions: StoredDataset,
     tmp_path: Path,
@@ -178,7 +180,7 @@ def test_several_prompts_and_data_sets_have_folders_and_are_compared(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     datasets = {"home": questions, "unseen": StoredDataset("other/data", questions.samples[:3])}
-    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: datasets[config.scanner])
+    monkeypatch.setattr(cells, "load_dataset", lambda config, split: datasets[config.scanner])
     run_eval(
         config,
         output=tmp_path / "out",
@@ -206,7 +208,7 @@ def test_several_prompts_and_data_sets_have_folders_and_are_compared(
         run_eval(config, output=tmp_path / "twice", data=[DataConfig(scanner="unseen")])
 
 
-def test_prompts_are_compared_pairwise_on_the_same_questions_and_go_on_where_they_were_killed(
+def test_prompts_are_compared_in_pairs_and_resumed(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By an independent computation, of answers that are right or wrong by a hash; one prompt hides the options."""
@@ -267,7 +269,7 @@ def test_prompts_are_compared_pairwise_on_the_same_questions_and_go_on_where_the
     assert (tmp_path / "killed" / "prompts-seven.csv").read_text() == (whole / "prompts-seven.csv").read_text()
 
 
-def test_results_say_what_they_are_of(
+def test_results_identify_model_data_and_seeds(
     config: Config, questions: StoredDataset, tiny_policy: MakePolicy, tmp_path: Path
 ) -> None:
     run_eval(config, output=tmp_path / "out")
@@ -295,7 +297,7 @@ def test_too_many_unscored_questions_fail_after_writing(
 
     samples = (*questions.samples[:6], replace(questions.samples[6], images=(Broken(),)))
     data = StoredDataset("seven", samples)
-    monkeypatch.setattr(eval_command, "load_dataset", lambda config, split: data)
+    monkeypatch.setattr(cells, "load_dataset", lambda config, split: data)
     with pytest.raises(EvaluationFailed, match=r"1 of 7 questions of seven could not be scored, more than"):
         run_eval(config, output=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["unscored_rate"] == pytest.approx(1 / 7)
@@ -303,7 +305,7 @@ def test_too_many_unscored_questions_fail_after_writing(
     run_eval(lenient, output=tmp_path / "lenient", controls=True)
 
 
-def test_controls_are_in_the_results_and_on_the_screen(
+def test_controls_are_written_and_printed(
     config: Config, questions: StoredDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_eval(config, output=tmp_path / "out", controls=True)

@@ -1,6 +1,6 @@
 """What `study collect` shows, against numbers computed by hand, and texts that try to be markup.
 
-Run: pytest tests/study/test_study_output.py
+Run: pytest tests/study/test_output.py
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def lines(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_published_figures_stand_in_the_primary_table_alone(collected: Collected, tmp_path: Path) -> None:
+def test_published_figures_appear_in_the_primary_table_only(collected: Collected, tmp_path: Path) -> None:
     assert [arm.published for arm in collected.tests["home"]] == [None, 52.0, 58.04]
     assert {arm.published for arm in collected.tests["far"]} == {None}
     write_study(collected, tmp_path / "tables")
@@ -101,7 +101,7 @@ def test_published_figures_stand_in_the_primary_table_alone(collected: Collected
     assert collected.recipe.primary == "home"
 
 
-def test_the_first_test_is_primary_unless_told_otherwise(given: dict[str, Any], tmp_path: Path) -> None:
+def test_the_first_test_is_primary_by_default(given: dict[str, Any], tmp_path: Path) -> None:
     given["tests"] = {"far": {"data": {"scanner": "unseen"}}, **given["tests"]}
     assert read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path).primary == "far"
     with pytest.raises(ValueError, match="has primary 'near', but must name one of its tests: far, home"):
@@ -119,7 +119,7 @@ def test_budgets_are_completions_and_optimizer_steps(given: dict[str, Any], tmp_
     assert shown == {"zero_shot": ("", ""), "sft": ("8", "4"), "grpo": ("16", "12")}
 
 
-def test_the_papers_table_is_that_of_the_recipe(collected: Collected, tmp_path: Path) -> None:
+def test_a_papers_table_follows_the_recipe(collected: Collected, tmp_path: Path) -> None:
     (table,) = collected.recipe.tables
     arms = collected.tests["home"]
     found = {(cell.arm, cell.metric): cell for cell in factor_cells(table, arms, "grpo")}
@@ -179,7 +179,7 @@ def test_the_papers_table_is_that_of_the_recipe(collected: Collected, tmp_path: 
         ({"metric": []}, "has the unknown key 'metric': use one of title, arms, metrics.*: did you mean metrics"),
     ],
 )
-def test_what_is_wrong_with_a_table_is_one_sentence(
+def test_invalid_tables_are_refused(
     given: dict[str, Any], tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     given["tables"] = [TABLES[0] | change]
@@ -211,7 +211,7 @@ def test_the_longest_wrong_answers_come_first_and_once_per_question(collected: C
     assert longest_wrong({"grpo": []}) == ()
 
 
-def test_texts_of_models_are_never_markup(collected: Collected, tmp_path: Path) -> None:
+def test_model_outputs_are_never_markup(collected: Collected, tmp_path: Path) -> None:
     write_study(collected, tmp_path / "tables")
     page = (tmp_path / "tables" / "study.html").read_text()
     assert "<script" not in page and html.escape("</pre><script>", quote=False) in page
@@ -224,7 +224,7 @@ def test_texts_of_models_are_never_markup(collected: Collected, tmp_path: Path) 
 
 @settings(deadline=None)
 @hypothesis_given(st.text(alphabet="`\n# a", max_size=60))
-def test_no_text_ends_its_block(text: str) -> None:
+def test_no_text_closes_its_code_block(text: str) -> None:
     answer = WrongAnswer("x", text, text, text, 3, False)
     block = "\n".join(_answer_lines({"arm": [_shortened(answer)]})[2:])
     fence = re.match(r"`+", block)
@@ -278,7 +278,7 @@ def test_verbose_answers(changes: dict[str, Any], verdict: str) -> None:
     assert verbose_on_test(results(**changes), [], untrained).verdict == verdict
 
 
-def test_repeats_are_counted_in_wrong_answers_alone() -> None:
+def test_repetition_is_counted_in_wrong_answers_only() -> None:
     wrong = EvalRecord(
         sample_id="1",
         image_key="1",
@@ -332,7 +332,7 @@ def test_perplexity(value: float | None, by: str | None, verdict: str) -> None:
         assert perplexity_on_test(found, None).verdict == "fine"
 
 
-def test_every_trained_cell_is_looked_at(collected: Collected, tmp_path: Path) -> None:
+def test_every_trained_cell_is_checked_for_signs(collected: Collected, tmp_path: Path) -> None:
     assert {arm: list(cells) for arm, cells in collected.signs.items()} == {"sft": [0, 1], "grpo": [0, 1]}
     named = {check.name: check.verdict for check in collected.signs["grpo"][0]}
     assert named["No rise of the curve"] == "fine" and named["High perplexity"] == "not measured"

@@ -1,6 +1,6 @@
 """Arms that start from other arms: their order, their weights, their names, and what is wrong with a recipe of them.
 
-Run: pytest tests/study/test_starts.py
+Run: pytest tests/study/plan/test_arms.py
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_what_others_start_from_is_trained_first_and_once(
+def test_starts_are_trained_first_and_once(
     staged: dict[str, Any], in_process: list[list[str]], tmp_path: Path
 ) -> None:
     output = tmp_path / "study"
@@ -99,7 +99,7 @@ def test_what_others_start_from_is_trained_first_and_once(
     assert changed.cells[0].tests[0].folder.name != as_is.tests[0].folder.name
 
 
-def test_the_same_seed_where_a_start_has_it(staged: dict[str, Any], tmp_path: Path) -> None:
+def test_cells_start_from_the_same_seed(staged: dict[str, Any], tmp_path: Path) -> None:
     staged["arms"]["warm_up"].pop("once")
     staged["arms"]["later"] = {"verb": "train", "from": "grpo"}
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path)
@@ -113,7 +113,7 @@ def test_the_same_seed_where_a_start_has_it(staged: dict[str, Any], tmp_path: Pa
     ]
 
 
-def test_a_start_with_adapters_is_gone_on_with(staged: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lora_start_is_loaded_as_an_adapter(staged: dict[str, Any], tmp_path: Path) -> None:
     staged["arms"]["warm_up"]["settings"]["model"] = {"lora": {"rank": 4}}
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path)
     _, grpo, _, warm_up, *_ = recipe.cells
@@ -122,7 +122,7 @@ def test_a_start_with_adapters_is_gone_on_with(staged: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_start_that_fails_stops_those_that_need_it_and_no_others(
+def test_a_failed_start_stops_only_its_dependents(
     staged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path / "study")
@@ -140,7 +140,7 @@ def test_a_start_that_fails_stops_those_that_need_it_and_no_others(
     assert {name.split("-")[0] for name in called} == {"warm_up", "alone"}
 
 
-def test_jobs_wait_for_the_start_and_not_for_its_tests(
+def test_jobs_wait_for_a_start_but_not_for_its_tests(
     staged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start's test ends only when a cell that starts from it has begun."""
@@ -167,14 +167,14 @@ def test_jobs_wait_for_the_start_and_not_for_its_tests(
     assert order[0] == "sft warm_up" and set(order[1:3]) == {"study warm_up", "study as_is"}
 
 
-def test_only_what_a_study_wrote_is_answered(tmp_path: Path) -> None:
+def test_answer_refuses_other_files(tmp_path: Path) -> None:
     path = write(tmp_path / "tests.yaml", {"tests": {"a": {}}})
     command = [sys.executable, "-m", "medvqa_rl", "study", "answer", str(path)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2 and "must have checkpoint and tests, as" in " ".join(found.stderr.split())
 
 
-def test_what_was_trained_once_stands_beside_every_seed(staged: dict[str, Any], tmp_path: Path) -> None:
+def test_an_arm_trained_once_is_compared_with_every_seed(staged: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path / "study")
     store(recipe, {("warm_up", 0): "100000", ("grpo", 0): "111000", ("grpo", 1): "111110"})
     arms = {arm.name: arm for arm in collect(recipe).tests["home"]}
@@ -183,7 +183,7 @@ def test_what_was_trained_once_stands_beside_every_seed(staged: dict[str, Any], 
     assert gain is not None and gain.estimate == pytest.approx(1 / 6 - (3 / 6 + 5 / 6) / 2)
 
 
-def test_images_that_a_start_was_trained_on_are_leaks_too(staged: dict[str, Any], tmp_path: Path) -> None:
+def test_training_images_of_a_start_are_leaks_too(staged: dict[str, Any], tmp_path: Path) -> None:
     for name in "abc":
         Image.new("RGB", (28, 28)).save(tmp_path / f"{name}.png")
     rows = [("1", "a", "train"), ("2", "b", "val"), ("3", "a", "test")]
@@ -225,7 +225,7 @@ def test_images_that_a_start_was_trained_on_are_leaks_too(staged: dict[str, Any]
         ),
     ],
 )
-def test_starts_that_cannot_be_are_one_sentence(
+def test_invalid_starts_are_refused(
     staged: dict[str, Any], tmp_path: Path, arms: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as error:

@@ -1,0 +1,142 @@
+"""Studies of tiny runs: planned, run, interrupted, resumed and changed.
+
+Run: pytest tests/study/test_running.py
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cells import write
+from rich.console import Console
+
+from medvqa_rl.study import running
+from medvqa_rl.study.collect import collect
+from medvqa_rl.study.output import write_study
+from medvqa_rl.study.plan.recipe import read_recipe
+from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
+
+QUIET = Console(quiet=True)
+
+
+def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
+    given: dict[str, Any], in_process: list[list[str]], tmp_path: Path
+) -> None:
+    path, output = write(tmp_path / "tiny.yaml", given), tmp_path / "study"
+    recipe = read_recipe(path, output, quick=True)
+    assert [cell.label for cell in recipe.cells] == ["zero_shot", "sft, seed 0", "grpo, seed 0"]
+    # Four questions each at 15 s, and two steps at 30 s and at 60 s.
+    assert list(forecast(recipe).values()) == [60.0, 120.0, 180.0]
+    assert run_study(recipe, output, console=QUIET) == []
+    assert [words[0] for words in in_process] == ["study", "sft", "study", "train", "study"]
+    assert all(map(is_finished, recipe.cells)) and sum(forecast(recipe).values()) == 0
+    for cell in recipe.cells[1:]:
+        assert json.loads((cell.folder / "status.json").read_text())["state"] == "finished"
+        results = json.loads((cell.tests[0].folder / "results.json").read_text())
+        assert results["model"]["path"].endswith("step_000002") and results["n"] == 4
+    in_process.clear()
+    assert run_study(read_recipe(path, output, quick=True), output, console=QUIET) == [] and in_process == []
+
+    given["arms"]["grpo"]["settings"]["rewards"]["ecr"] = 1.0
+    changed = read_recipe(write(path, given), output, quick=True)
+    assert [is_finished(cell) for cell in changed.cells] == [True, True, False]
+    assert run_study(changed, output, console=QUIET) == []
+    assert [words[0] for words in in_process] == ["train", "study"]
+    assert len(list((output / "grpo").glob("seed0-*"))) == 2 + 2  # two folders, and the log of each
+
+    in_process.clear()
+    given["settings"]["eval"]["similarity"] = "tfidf"  # another instrument: nothing is trained again
+    measured = read_recipe(write(path, given), output, quick=True)
+    assert [cell.folder for cell in measured.cells] == [cell.folder for cell in changed.cells]
+    assert run_study(measured, output, console=QUIET) == []
+    assert [words[0] for words in in_process] == ["study"] * 3
+
+    written = write_study(collect(changed), output / "tables")
+    files = {file.name: file.read_text() for file in written if file.suffix != ".png"}
+    assert set(files) == {"home.csv", "home.tex", "study.md", "study.html"}
+    table = list(csv.DictReader(files["home.csv"].splitlines()))
+    assert [row["arm"] for row in table] == ["zero_shot", "sft", "grpo"]
+    assert [row["published, other data and model"] for row in table] == ["", "52", "58.04"]
+    assert (
+        "| zero_shot |" in files["study.md"]
+        and "\\toprule" in files["home.tex"]
+        and "<td>sft</td>" in files["study.html"]
+    )
+
+
+def test_a_killed_cell_is_resumed(
+    given: dict[str, Any], in_process: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given["arms"] = {"grpo": given["arms"]["grpo"]}
+    given["seeds"] = [0]
+    output = tmp_path / "study"
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), output)
+    (cell,) = recipe.cells
+    called = in_process
+
+    def killed(command: Sequence[str], **rest: Any) -> int:
+        process = subprocess.Popen(command, **rest)
+        while not list(cell.folder.glob("checkpoints/step_*")) and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        return process.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.subprocess, "call", killed)
+        (failure,) = run_study(recipe, output, console=QUIET)
+    assert failure.cell is cell and failure.code == -signal.SIGKILL and not is_finished(cell)
+    assert "started" in list(plan_table(recipe).columns[4].cells)
+    assert run_study(recipe, output, console=QUIET) == []
+    assert called[0][0] == "train" and called[0][-1] == "--resume"
+    rows = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert is_finished(cell)
+
+
+def test_several_processes_share_a_cell(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study", only=["zero_shot"])
+    called: list[list[str]] = []
+    monkeypatch.setattr(running.subprocess, "call", lambda command, **rest: called.append(list(command)) or 0)
+    run_study(recipe, tmp_path / "study", processes=4, console=QUIET)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "4", "-m", "medvqa_rl"]
+    assert [command[:7] for command in called] == [launch] * len(called)
+    assert [command[7] for command in called[:2]] == ["study", "train"]
+    with pytest.raises(ValueError, match="would take the same 4 GPUs: leave one of the two at 1"):
+        run_study(recipe, tmp_path / "study", jobs=2, processes=4, console=QUIET)
+
+
+def test_a_running_study_is_locked(given: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study")
+    (tmp_path / "study").mkdir()
+    with running.FileLock(tmp_path / "study" / ".study.lock"), pytest.raises(ValueError, match="by another process"):
+        run_study(recipe, tmp_path / "study", console=QUIET)
+
+
+def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.yaml", given)
+    command = [sys.executable, "-m", "medvqa_rl", "study"]
+    shown = subprocess.run(
+        [*command, "plan", str(path), "train.steps=3", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "0/3" in shown.stdout and "minutes are left" in shown.stdout and not (tmp_path / "out").exists()
+    wrong = subprocess.run(
+        [*command, "run", str(path), "--arms", "drgrpo"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert (
+        wrong.returncode == 2 and "has the unknown arm 'drgrpo'" in wrong.stderr and wrong.stderr.count("error:") == 1
+    )
