@@ -64,14 +64,14 @@ def test_paired_single_value_clusters_agree_with_scipy() -> None:
 def test_clusters_equal_a_plain_loop_over_the_same_draws() -> None:
     values = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5]
     clusters = ["b", "a", "b", "c", "c", "b"]
-    ours = cluster_bootstrap(values, clusters, resamples=500, seed=9, confidence=0.9, method="percentile")
+    ours = cluster_bootstrap(values, clusters, resamples=500, seed=9, method="percentile")
     members = [[1.0, 1.0, 0.5], [0.0], [1.0, 0.0]]  # b, a, c in order of appearance
     means = []
     for drawn in np.random.Generator(np.random.PCG64(9)).integers(0, 3, size=(500, 3)):
         resample = [value for cluster in drawn for value in members[cluster]]
         means.append(sum(resample) / len(resample))
     assert ours.estimate == pytest.approx(3.5 / 6)
-    assert (ours.low, ours.high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])), abs=1e-12)
+    assert (ours.low, ours.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
 
 
 def test_copies_of_a_question_add_no_certainty() -> None:

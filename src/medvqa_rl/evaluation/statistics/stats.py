@@ -20,6 +20,9 @@ Method = Literal["bca", "percentile"]
 Floats = NDArray[np.float64]
 K = TypeVar("K", bound=Hashable)
 
+LEVELS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
+"""Quantile levels of a 95 % interval."""
+
 _DRAWS_AT_ONCE = 4_000_000  # cluster draws in memory at a time (32 MB as int64)
 _MOST_STATES = 10_000_000  # limit of the exact permutation distribution: number of clusters times the sum of all
 
@@ -54,24 +57,22 @@ def cluster_bootstrap(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
     """Mean of values with an interval from resampling whole clusters.
 
     All K clusters are drawn with replacement; a resample's mean is (sum of all values in the drawn clusters) /
-    (number of these values). ``percentile`` takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of the
-    resampled means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987; Davison
-    and Hinkley 1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have zero
-    width if all clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat too
-    narrow below about 20 clusters, so report the number of clusters beside them.
+    (number of these values). The 95 % interval is, with ``percentile``, bounded by the 2.5 % and 97.5 % quantiles of
+    the resampled means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987;
+    Davison and Hinkley 1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have
+    zero width if all clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat
+    too narrow below about 20 clusters, so report the number of clusters beside them.
 
     Args:
         values: (N,) finite numbers, such as 0 for wrong and 1 for correct.
         clusters: (N,) cluster of each value, such as its image.
         resamples: number of bootstrap resamples.
         seed: of NumPy's PCG64 generator; equal inputs give equal intervals.
-        confidence: coverage of the interval.
         method: ``bca`` or ``percentile``.
     """
     sums, sizes = _per_cluster(values, clusters)
@@ -85,7 +86,7 @@ def cluster_bootstrap(
     for start in range(0, resamples, rows):
         drawn = generator.integers(0, count, size=(min(rows, resamples - start), count))
         means[start : start + rows] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    levels = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    levels = np.array(LEVELS)
     if method == "bca":
         levels = _bca_levels(means, estimate, sums, sizes, levels)
     low, high = np.quantile(means, levels)
@@ -115,23 +116,20 @@ def proportion_interval(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
     """Share of true flags, with the interval of :func:`cluster_bootstrap`.
 
     If all flags are equal, so are all resamples, and the bootstrap interval would have zero width. The bound is then
-    that of Clopper and Pearson (1934) with clusters as independent trials: ((1 - confidence) / 2) ** (1 / K), or 1
+    that of Clopper and Pearson (1934) with clusters as independent trials: 0.025 ** (1 / K), or 1
     minus that. It counts the questions of an image as one.
     """
     values = np.asarray(flags, dtype=np.float64)
-    interval = cluster_bootstrap(
-        values, clusters, resamples=resamples, seed=seed, confidence=confidence, method=method
-    )
+    interval = cluster_bootstrap(values, clusters, resamples=resamples, seed=seed, method=method)
     count = len(set(clusters))
     if count < 2 or 0 < values.sum() < len(values):
         return interval
-    bound = float(beta.ppf((1 - confidence) / 2, count, 1))
+    bound = float(beta.ppf(LEVELS[0], count, 1))
     return Interval(interval.estimate, bound, 1.0) if values[0] else Interval(interval.estimate, 0.0, 1 - bound)
 
 
@@ -142,7 +140,6 @@ def paired_cluster_bootstrap(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
     method: Method = "bca",
 ) -> Interval:
     """Mean of after - before on the same questions, with an interval from resampling whole clusters.
@@ -153,12 +150,10 @@ def paired_cluster_bootstrap(
         before: (N,) finite values.
         after: (N,) finite values of the same questions in the same order.
         clusters: (N,) cluster of each question.
-        resamples: see :func:`cluster_bootstrap`, as are seed, confidence and method.
+        resamples: see :func:`cluster_bootstrap`, as are seed and method.
     """
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return cluster_bootstrap(
-        difference, clusters, resamples=resamples, seed=seed, confidence=confidence, method=method
-    )
+    return cluster_bootstrap(difference, clusters, resamples=resamples, seed=seed, method=method)
 
 
 @dataclass(frozen=True)
@@ -178,7 +173,6 @@ def seeds_and_clusters_bootstrap(
     *,
     resamples: int = 2000,
     seed: int = 0,
-    confidence: float = 0.95,
 ) -> SeededInterval:
     """Mean over training seeds and questions, with an interval from resampling both seeds and whole clusters.
 
@@ -190,7 +184,7 @@ def seeds_and_clusters_bootstrap(
     Args:
         values: (S, N) finite numbers, for the same N questions in every seed.
         clusters: (N,) cluster of each question, such as its image.
-        resamples: see :func:`cluster_bootstrap`, as are seed and confidence.
+        resamples: see :func:`cluster_bootstrap`, as is seed.
     """
     numbers = np.asarray(values, dtype=np.float64)
     assert numbers.ndim == 2 and len(numbers), "one row per seed"
@@ -208,7 +202,7 @@ def seeds_and_clusters_bootstrap(
         drawn = generator.multinomial(count, [1 / count] * count, size=min(rows, resamples - start))  # (r, K)
         totals = np.einsum("rs,sk,rk->r", seed_weights[start : start + rows], sums, drawn, optimize=True)
         means[start : start + rows] = totals / (num_seeds * (drawn @ sizes))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, LEVELS)
     return SeededInterval(estimate, float(low), float(high), float(means.std(ddof=1)))
 
 

@@ -15,6 +15,7 @@ from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.stats import (
+    cluster_bootstrap,
     cluster_permutation,
     cluster_standard_error,
     effective_n,
@@ -176,8 +177,8 @@ def _sampled(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
     summary: Numbers = {"num_samples": count, "num_scored": len(scored)}
 
     def add(name: str, values: Sequence[float]) -> None:
-        interval = paired_cluster_bootstrap(
-            [0.0] * len(values), values, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
+        interval = cluster_bootstrap(
+            values, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
         )
         summary[name] = {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
