@@ -64,9 +64,9 @@ def cluster_bootstrap(
     All K clusters are drawn with replacement; a resample's mean is (sum of all values in the drawn clusters) /
     (number of these values). The 95 % interval is, with ``percentile``, bounded by the 2.5 % and 97.5 % quantiles of
     the resampled means (linear interpolation); ``bca`` corrects both quantiles for bias and skewness (Efron 1987;
-    Davison and Hinkley 1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals have
-    zero width if all clusters have the same mean (see :func:`proportion_interval` for proportions) and are somewhat
-    too narrow below about 20 clusters, so report the number of clusters beside them.
+    Davison and Hinkley 1997, section 5.3.2), with a jackknife over whole clusters and ties counted half. Intervals
+    have zero width if all clusters have the same mean (see :func:`proportion_interval` for proportions) and are
+    somewhat too narrow below about 20 clusters, so report the number of clusters beside them.
 
     Args:
         values: (N,) finite numbers, such as 0 for wrong and 1 for correct.
