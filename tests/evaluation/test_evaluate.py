@@ -229,7 +229,7 @@ def test_sampled_answers_by_hand() -> None:
     assert sampled["pass@4"]["value"] == pytest.approx(4 / 5)
     assert sampled["majority@4"]["value"] == pytest.approx((1 / 2 + 1 + 1 / 2 + 0 + 1) / 5)
     assert sampled["no_answer_rate"] == pytest.approx(1 / 20)
-    shown = " ".join(str(evaluation.table().caption).split())
+    shown = " ".join(str(results_table(evaluation.results).caption).split())
     assert "Of 4 sampled answers: mean accuracy 50.0, pass@1 50.0, majority@1 50.0, pass@2 70.0," in shown
     assert sampled["pass@2"]["low"] < sampled["pass@2"]["value"] < sampled["pass@2"]["high"]
     record = evaluation.records[1]
@@ -348,7 +348,7 @@ def test_a_broken_image_is_unscored_and_affects_only_its_question(tmp_path: Path
     assert evaluation.results["no_answer_rate"] == 1 / 4
     assert math.isnan(evaluation.results["by"]["answer_type"]["open"]["accuracy"])
     table = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    table.print(evaluation.table())
+    table.print(results_table(evaluation.results))
     assert "1 of 5 questions could not be scored" in table.export_text()
 
 

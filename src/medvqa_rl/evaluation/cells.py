@@ -37,6 +37,7 @@ from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.rewards.judges import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, overlap
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -66,8 +67,8 @@ class _Run:
     """Loads the model at the first call only: a complete evaluation is shown without it."""
     shard: Shard
     instruments: Instruments
-    judges: Mapping[str, Any]
-    """Identities of the judges that rewarded the model and of the one that evaluates it, for ``results.json``."""
+    judges: Mapping[str, JudgeIdentity]
+    """The judges that rewarded the model, and the one that evaluates it."""
     controls: bool
     console: Console
 
@@ -126,14 +127,9 @@ def run_eval(
     judge = load_eval_judge(config.eval_judge)
     instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
     rewarding = rewarding_judges(checkpoint)
-    judges = {role: identity.to_json() for role, identity in rewarding.items()}
-    lines = notices(config, rewards=False)
-    if judge is not None:
-        judges["evaluation"] = judge.identity.to_json()
-        if not any(line.startswith("Warning") for line in lines):
-            lines += filter(None, {overlap(identity, judge.identity) for identity in rewarding.values()})
+    judges = rewarding | ({} if judge is None else {"evaluation": judge.identity})
     run = _Run(config, model, policy, shard, instruments, judges, controls, console)
-    for line in lines:
+    for line in _notices(config, judge, rewarding):
         run.print(line)
     complete = {}
     for cell in cells:
@@ -147,6 +143,14 @@ def run_eval(
         _compare_prompts(complete, run, base, model_name)
     for evaluation in complete.values():
         check_unscored(evaluation.results, config.eval)
+
+
+def _notices(config: Config, judge: Judge | None, rewarding: Mapping[str, JudgeIdentity]) -> list[str]:
+    """What the user should know about the judges: where texts are sent, and whether one judge does both jobs."""
+    lines = notices(config, rewards=False)
+    if judge is not None and not any(line.startswith("Warning") for line in lines):
+        lines += filter(None, {overlap(identity, judge.identity) for identity in rewarding.values()})
+    return lines
 
 
 def plan_cells(
@@ -267,7 +271,7 @@ def _make_results(
     results["model"] = {**run.model.model_dump(mode="json"), "weights": read_identity(cell.folder).get("weights")}
     results["config"] = run.config.model_copy(update={"data": cell.data}).model_dump(mode="json")
     if run.judges:
-        results["judges"] = dict(run.judges)
+        results["judges"] = {role: identity.to_json() for role, identity in run.judges.items()}
     if controls:
         results["controls"] = summarise_controls(records, controls, run.config.eval)
     evaluation = Evaluation(evaluation.records, results)

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from medvqa_rl.config import EvalConfig, PrefetchConfig
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import as_asked
@@ -20,7 +18,6 @@ from medvqa_rl.evaluation.answering import AnswerSettings, Progress, answer_all,
 from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
 from medvqa_rl.evaluation.records import EvalRecord, write_records
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
-from medvqa_rl.evaluation.statistics.tables import results_table
 
 if TYPE_CHECKING:
     from medvqa_rl.rollout.decode import RolloutEngine
@@ -46,10 +43,6 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The main numbers under the names of ``metrics.jsonl``."""
         return flat_metrics(self.results)
-
-    def table(self, title: str = "") -> Table:
-        """Accuracy with intervals, overall and by group, for the terminal."""
-        return results_table(self.results, title)
 
 
 def evaluate(
