@@ -153,8 +153,8 @@ def test_eval_hands_over_data_prompts_samples_and_shard(
     [
         (["--shard", "4/4"], "The shard '4/4' is not of the format I/N"),
         (["--shard", "half"], "is not of the format I/N"),
-        (["--prompts", "chain"], "There is no prompt 'chain': choose from think_answer, direct"),
-        (["--prompts", "direct,direct"], "must name each prompt once"),
+        (["--prompts", "chain"], "There is no prompt template 'chain': choose from think_answer, direct"),
+        (["--prompts", "direct,direct"], "must name each template once"),
         (["--data", "none.yaml"], "none.yaml does not exist"),
     ],
 )
