@@ -75,4 +75,4 @@ def test_unfinished_cells_are_reported_and_excluded(given: dict[str, Any], tmp_p
     assert sft.accuracies == (6 / 11,)
     assert [test.seed for test in sft.tests] == [0]
     # A measured step takes 2 s: four steps of sft and four questions at 15 s.
-    assert forecast(recipe)[str(recipe.cells[2].folder)] == 4 * 2.0 + 4 * 15
+    assert forecast(recipe)[recipe.cells[2]] == 4 * 2.0 + 4 * 15

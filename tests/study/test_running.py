@@ -112,7 +112,7 @@ def test_several_processes_share_a_cell(
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "4", "-m", "medvqa_rl"]
     assert [command[:7] for command in called] == [launch] * len(called)
     assert [command[7] for command in called[:2]] == ["study", "train"]
-    with pytest.raises(ValueError, match="would take the same 4 GPUs: leave one of the two at 1"):
+    with pytest.raises(ValueError, match="would use the same 4 GPUs: leave one of the two at 1"):
         run_study(recipe, tmp_path / "study", jobs=2, processes=4, console=QUIET)
 
 
@@ -133,7 +133,7 @@ def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None
         check=False,
     )
     assert shown.returncode == 0, shown.stderr
-    assert "0/3" in shown.stdout and "minutes are left" in shown.stdout and not (tmp_path / "out").exists()
+    assert "0/3" in shown.stdout and "minutes left" in shown.stdout and not (tmp_path / "out").exists()
     wrong = subprocess.run(
         [*command, "run", str(path), "--arms", "drgrpo"], capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -103,12 +103,12 @@ def thinking_on_test(results: Results) -> Check:
     """Correct answers with poor reasoning."""
     name = "Low thinking reward with high accuracy"
     rule = (
-        f"Accuracy is at least {100 * HIGH_ACCURACY:.0f} % while the thinking reward (form and the judge's verdict, "
+        f"Accuracy is at least {100 * HIGH_ACCURACY:.0f} % while the thinking reward (format and the judge's verdict, "
         f"of 2) is below {2 * LOW_THINKING:g}."
     )
     thinking = results["thinking"]["reward"]
     if thinking is None:
-        return Check(name, "not measured", rule, "No judge was asked (eval_judge).")
+        return Check(name, "not measured", rule, "No evaluation judge (eval_judge) was set.")
     is_low = results["accuracy"] >= HIGH_ACCURACY and thinking < 2 * LOW_THINKING
     figure = f"Accuracy {100 * results['accuracy']:.1f} %, thinking reward {thinking:.2f}."
     return Check(name, "look" if is_low else "fine", rule, figure)

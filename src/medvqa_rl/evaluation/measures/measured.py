@@ -67,7 +67,7 @@ def measured_summary(records: Sequence[EvalRecord]) -> dict[str, Any]:
     right, wrong = [r for r in scored if r.is_correct], [r for r in scored if not r.is_correct]
     outcomes = {"all": scored, "right": right, "wrong": wrong}
     judged = [record for record in scored if record.verdict is not None]
-    asked = [record for record in scored if record.nll is not None and record.nll_tokens is not None]
+    measured = [record for record in scored if record.nll is not None and record.nll_tokens is not None]
     compared = [record for record in scored if record.similarity is not None]
     claiming = [record for record in scored if record.faithfulness is not None]
     return {
@@ -86,8 +86,8 @@ def measured_summary(records: Sequence[EvalRecord]) -> dict[str, Any]:
             "by": the_only((record.verdict_by for record in records), "thinking reward"),
         },
         "perplexity": {
-            "value": perplexity((r.nll or 0.0 for r in asked), (r.nll_tokens or 0 for r in asked)),
-            "tokens": sum(record.nll_tokens or 0 for record in asked),
+            "value": perplexity((r.nll or 0.0 for r in measured), (r.nll_tokens or 0 for r in measured)),
+            "tokens": sum(record.nll_tokens or 0 for record in measured),
             "by": the_only((record.perplexity_by for record in records), "perplexity"),
         },
         "similarity": {
