@@ -129,7 +129,7 @@ def answer_all(
     if not unfinished:
         return
     engine = load_engine()
-    questions = work_ahead(
+    questions = prefetch_map(
         lambda sample: prepare(engine, sample, view),
         chain.from_iterable(unfinished),
         workers=settings.prefetch.workers,
