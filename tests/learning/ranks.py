@@ -1,6 +1,6 @@
-"""Runs toy training on one and on several processes: ``python ranks.py JOBS_JSON``.
+"""Runs toy training on one or several processes: ``python ranks.py JOBS_JSON``.
 
-What takes long is importing, so that is done once, and the ranks of every job are forked from here.
+Importing takes longest, so it is done once and the ranks of all jobs are forked from here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ENVIRONMENT = {
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
-"""What ``accelerate launch`` tells the processes of each engine."""
+"""The environment variables that ``accelerate launch`` sets for each engine."""
 
 
 @dataclass(frozen=True)
 class MixedData(ToyData):
-    """Every other question is about no image."""
+    """Every other question has no image."""
 
     def __getitem__(self, index: int) -> Sample:
         sample = super().__getitem__(index)
@@ -47,13 +47,13 @@ class MixedData(ToyData):
 
 
 def rare(prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, **kwargs: Any) -> list[float]:
-    """A reward of questions about organs alone, so that ranks have different numbers of groups to learn from."""
+    """A reward that is zero except for questions about organs, so that ranks have unequal numbers of groups."""
     rewards = toy.vowels(prompts, completions, completion_ids, trainer_state)
     return [reward if "organ" in str(prompt) else 0.0 for reward, prompt in zip(rewards, prompts)]
 
 
 def gradient(trained: TrainedPolicy, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """The whole gradient of a parameter."""
+    """The full gradient of a parameter."""
     if parameter.grad is not None:
         grad = parameter.grad
         return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
@@ -65,7 +65,7 @@ def gradient(trained: TrainedPolicy, parameter: torch.nn.Parameter) -> torch.Ten
 
 
 def keep_first_gradient(path: Path) -> None:
-    """Have the gradient of the first step written to a file, before it is clipped."""
+    """Write the gradient of the first step to a file, before it is clipped."""
     accumulate = Learner.accumulate
 
     def watched(learner: Learner, *args: Any) -> Any:
@@ -89,11 +89,11 @@ def keep_first_gradient(path: Path) -> None:
 
 
 def share_completions(path: Path, *, write: bool) -> None:
-    """Have the completions of a run written to a file, or those of that file trained on instead of one's own.
+    """Write a run's completions to a file, or train on those in the file instead of the sampled ones.
 
-    Sums over other batch shapes round differently, so in a run of several steps now and then another token is picked.
-    What was picked otherwise is told on standard error; the first step has the same weights and must pick the same.
-    In bfloat16 half of the completions soon differ, and nothing is told.
+    Sums over other batch shapes round differently, so later steps now and then sample another token. Differences are
+    printed to standard error, except in bfloat16, where half of the completions soon differ. The first step has the
+    same weights and must sample the same tokens.
     """
     exact = grpo.roll_out
     kept: dict[str, Any] = {} if write else json.loads(path.read_text())
@@ -110,7 +110,7 @@ def share_completions(path: Path, *, write: bool) -> None:
             flipped = sum(one["token_ids"] != two["token_ids"] for one, two in zip(own, other, strict=True))
             if is_exact:
                 print(f"flipped {flipped} of {len(own)} in step {step}", file=sys.stderr)
-                assert step > 0 or not flipped, "the first step picked other tokens"
+                assert step > 0 or not flipped, "the first step sampled other tokens"
             group.completions = tuple(Completion(**row) for row in other)
         if write:
             path.write_text(json.dumps(kept))
@@ -120,7 +120,7 @@ def share_completions(path: Path, *, write: bool) -> None:
 
 
 def work(job: dict[str, Any]) -> None:
-    """One rank's part of a job."""
+    """Run one rank of a job."""
     config = Config.model_validate(job["config"])
     if "gradient" in job:
         keep_first_gradient(Path(job["gradient"]))
@@ -136,7 +136,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def lose(step: int, phase: str, how: int | str) -> None:
-    """Send this process a signal when it gets to a phase of a step, or let its main thread go no further."""
+    """Send this process a signal at a phase of a step, or block its main thread there."""
     set_phase = Run.set_phase
 
     def struck(run: Run, current: str) -> None:
@@ -145,14 +145,14 @@ def lose(step: int, phase: str, how: int | str) -> None:
             return
         if isinstance(how, int):
             os.kill(os.getpid(), how)
-        while True:  # the thread of its pulse goes on
+        while True:  # its heartbeat continues
             time.sleep(0.01)
 
     Run.set_phase = struck
 
 
 def launch(job: dict[str, Any]) -> list[int]:
-    """Exit codes of the ranks of a job. Like a launcher, it kills the others some time after the first has failed."""
+    """Run a job and return the exit codes of its ranks. Like a launcher, kill the others once one has failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -175,7 +175,7 @@ def launch(job: dict[str, Any]) -> list[int]:
 
 
 def _fork(job: dict[str, Any], rank: int, port: int) -> int:
-    """Start one rank; its process id."""
+    """Start one rank and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -191,7 +191,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
             lose(lost["step"], lost["phase"], lost["how"])
         work(job)
         code = 0
-    except BaseException:  # noqa: BLE001  # whatever it is belongs to the parent
+    except BaseException:  # noqa: BLE001  # the parent reports it
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Prompts prepared ahead: the same runs bit for bit, bad images named at their step, no thread left behind."""
+"""Prefetched prompts: bitwise identical runs, errors that name the bad image, no leftover threads."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights(run: Path, step: int) -> list[bytes]:
 
 @pytest.mark.parametrize("loop", [train, train_sft])
 def test_runs_are_the_same_bit_for_bit(folder, tmp_path, loop):
-    """Without threads, with one, with three in little memory, and with another number after every step."""
+    """No threads, one, three with little memory, and another number after every step."""
     runs = []
     for workers, max_mib in ((0, 512), (1, 512), (3, 1)):
         config = toy_config(
@@ -53,7 +53,7 @@ def test_runs_are_the_same_bit_for_bit(folder, tmp_path, loop):
         runs.append(loop(config, train_set=ToyData()))
     parts = tmp_path / "parts"
     for steps, workers in ((1, 3), (2, 0), (3, 2)):
-        # The schedule must not hang on where a part ends.
+        # A schedule that does not depend on the number of steps.
         config = toy_config(
             folder,
             parts,
@@ -78,7 +78,7 @@ def test_runs_are_the_same_bit_for_bit(folder, tmp_path, loop):
 
 @dataclass(frozen=True)
 class CountedImage:
-    """Counts where and how often it is decoded."""
+    """Counts how often it is decoded, and in which threads."""
 
     key: str
     loads: Counter[str]
@@ -104,14 +104,14 @@ class CountedData(ToyData):
 
 
 @pytest.mark.parametrize("loop", [train, train_sft])
-def test_images_are_decoded_once_a_step_by_the_thread_and_none_beyond_the_end(folder, tmp_path, loop):
+def test_images_are_decoded_once_per_step_in_the_threads_and_not_beyond_the_last_step(folder, tmp_path, loop):
     data = CountedData()
     loop(toy_config(folder, tmp_path / "run", train=SHORT | {"steps": 2}), train_set=data)
     assert data.loads == dict.fromkeys("01234567", 1)  # two steps of four prompts: one epoch
     assert all(name.startswith("prefetch") for name in data.threads)
 
 
-def test_a_feed_gives_what_the_sampler_names(tiny_policy):
+def test_a_feed_follows_the_sampler(tiny_policy):
     policy, data = tiny_policy(), ToyData()
     engine = RolloutEngine(policy)
     common: dict[str, Any] = {"num_prompts": 4, "seed": 3, "rank": 1, "num_ranks": 2}
@@ -151,7 +151,7 @@ def files(tmp_path) -> FileData:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loop", [train, train_sft])
-def test_a_damaged_image_stops_at_its_step_and_what_is_done_is_kept(folder, tmp_path, files, loop, workers, capsys):
+def test_a_damaged_image_stops_the_run_and_completed_steps_are_saved(folder, tmp_path, files, loop, workers, capsys):
     config = toy_config(folder, tmp_path / "run", train=SHORT | {"save_steps": 0}, prefetch={"workers": workers})
     (second, *_) = step_samples(files, 1, num_prompts=4, seed=0)
     path = files.root / second.sample.images[0].key
@@ -171,7 +171,7 @@ def test_a_damaged_image_stops_at_its_step_and_what_is_done_is_kept(folder, tmp_
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_threads_end_when_the_loop_fails(folder, tmp_path, monkeypatch, error):
+def test_threads_stop_when_the_loop_fails(folder, tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):
         assert [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
         raise error

@@ -1,4 +1,4 @@
-"""Diversity prompting: which template asks is a function of its address, the same for a group, and logged apart."""
+"""Diversity prompting: templates are drawn deterministically, shared by a group, and logged separately."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def drawn(sample: Sample, config: PromptConfig = MIX, *, count: int = 4000) -> C
     return Counter(template_for(sample, config, seed=0, step=step, occurrence=0) for step in range(count))
 
 
-def test_templates_come_as_often_as_they_weigh() -> None:
+def test_templates_are_drawn_by_weight() -> None:
     found = drawn(CHOICE)
     for template, weight in MIX.mix.weights.items():
         share = weight / 8
         assert abs(found[template] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000)
-    # Without options there is no choice to make: the others share its place.
+    # Without options the multiple-choice template does not fit, and the others share its weight.
     found = drawn(OPEN)
     assert found.keys() == {"explain", "short", "open_ended"}
     assert abs(found["short"] / 4000 - 0.5) < 4 * math.sqrt(0.25 / 4000)
 
 
-def test_where_none_fits_or_none_has_a_weight_the_template_of_the_settings_asks() -> None:
+def test_the_default_template_is_used_if_none_fits_or_has_a_weight() -> None:
     only = PromptConfig.model_validate({"template": "direct", "mix": {"choice": 1}})
     assert drawn(OPEN, only, count=50) == {"direct": 50}
     assert drawn(CHOICE, only, count=50) == {"choice": 50}
     assert drawn(CHOICE, PromptConfig(), count=50) == {"think_answer": 50}
 
 
-def test_a_template_is_a_function_of_its_address_and_not_of_the_gold_answer() -> None:
+def test_a_template_depends_on_its_address_and_not_on_the_gold_answer() -> None:
     def draw(sample: Sample, seed: int = 0, step: int = 0, occurrence: int = 0) -> str:
         return template_for(sample, MIX, seed=seed, step=step, occurrence=occurrence)
 
@@ -65,7 +65,7 @@ def group(template: Any, *texts: str) -> Group:
     return Group(CHOICE, prompt, [Completion((1,) * (index + 1), text, False) for index, text in enumerate(texts)])
 
 
-def test_metrics_of_each_template_by_hand() -> None:
+def test_metrics_per_template() -> None:
     groups = [
         group("short", "<answer>B</answer>", "<think>x</think><answer>B</answer>"),
         group("think_answer", "<answer>B</answer>", "<think>x</think><answer>A</answer>"),
@@ -104,7 +104,7 @@ def weights(run: Path, step: int) -> list[bytes]:
 SHORT: dict[str, Any] = {"steps": 3, "save_steps": 1, "log_completions_steps": 1}
 
 
-def test_a_run_asks_each_group_by_one_template_and_a_resumed_run_asks_the_same(tiny_folder, tmp_path) -> None:
+def test_a_group_shares_one_template_and_a_resumed_run_draws_the_same(tiny_folder, tmp_path) -> None:
     folder, prompt = tiny_folder("qwen2_vl"), {"mix": {"explain": 1, "short": 1, "describe_think": 1}}
     constant = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
     common = {"prompt": prompt, "optimizer": constant, "rollout": {"max_resample_times": 1}}
@@ -126,13 +126,13 @@ def test_a_run_asks_each_group_by_one_template_and_a_resumed_run_asks_the_same(t
     assert [row["template"] for row in stored(parts)] == [row["template"] for row in rows]
 
 
-def test_without_a_mix_nothing_is_logged_by_template(tiny_folder, tmp_path) -> None:
+def test_without_a_mix_there_are_no_template_metrics(tiny_folder, tmp_path) -> None:
     run = train(toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train=SHORT | {"steps": 1}), train_set=ToyData())
     assert not any(name.startswith("prompts/") for line in read_metrics(run) for name in line)
     assert {row["template"] for row in stored(run)} == {"think_answer"}
 
 
-def test_supervised_targets_have_the_form_that_their_prompt_asks_for(tiny_folder, tmp_path, monkeypatch) -> None:
+def test_supervised_targets_follow_the_format_of_their_template(tiny_folder, tmp_path, monkeypatch) -> None:
     seen: list[tuple[str, str]] = []
     from medvqa_rl.learning import sft
 

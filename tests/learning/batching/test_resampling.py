@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are replaced, by what, and that a run with it can be repeated."""
+"""Dynamic sampling: which groups are replaced, and that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
     return Scores(total, {"half": total / 2}, {"metric": 1.0}, columns)
 
 
-def test_equal_rewards_have_no_signal_and_unscored_ones_are_left_alone():
+def test_groups_with_equal_rewards_have_no_signal_unless_unscored():
     assert groups_without_signal(np.array([[1.0, 1.0], [1.0, 0.0], [NAN, 1.0], [NAN, NAN], [0.0, 0.0]])) == [0, 4]
 
 
-def test_groups_without_signal_give_their_place_to_groups_with_some():
+def test_groups_without_signal_are_replaced():
     calls: list[tuple[int, list[int]]] = []
     found = {1: scores((2.0, 2.0), (1.0, 0.0), note="x"), 2: scores((0.0, 3.0))}
 
@@ -47,7 +47,7 @@ def test_groups_without_signal_give_their_place_to_groups_with_some():
         roll_out=roll_out,
         score=lambda fresh: found[int(fresh[0].sample.id[0])],
     )
-    assert calls == [(1, [0, 1]), (2, [0])]  # as many as are left to replace, and no attempt more than needed
+    assert calls == [(1, [0, 1]), (2, [0])]  # only as many prompts and attempts as needed
     assert [g.sample.id for g in groups] == ["2/0", "b", "1/1"]
     assert merged.total.tolist() == [[0.0, 3.0], [0.0, 1.0], [1.0, 0.0]]
     assert merged.parts["half"].tolist() == [[0.0, 1.5], [0.0, 0.5], [0.5, 0.0]]
@@ -55,7 +55,7 @@ def test_groups_without_signal_give_their_place_to_groups_with_some():
     assert merged.extras == {"metric": 1.0, "frac_groups_resampled": pytest.approx(2 / 3)}
 
 
-def test_attempts_end_and_what_has_no_signal_then_stays():
+def test_groups_without_signal_stay_after_the_last_attempt():
     own, equal = scores((1.0, 1.0), (0.0, 0.0)), scores((0.0, 0.0), (2.0, 2.0))
     attempts: list[int] = []
 
@@ -75,7 +75,7 @@ def test_attempts_end_and_what_has_no_signal_then_stays():
 
 
 @pytest.mark.parametrize("length", [None, 7])
-def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
+def test_attempts_draw_different_prompts_deterministically(length):
     def drawn(step: int, attempt: int) -> list[tuple[int, int]]:
         return step_indices(step, num_prompts=4, length=length, seed=1, attempt=attempt)
 
@@ -89,7 +89,7 @@ def test_every_attempt_draws_other_prompts_and_the_same_ones_again(length):
     assert len({resampled_occurrence(attempt, epoch) for attempt in range(4) for epoch in range(9)}) == 36
 
 
-def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_others():
+def test_a_rank_without_groups_to_replace_still_takes_part():
     asked: list[list[int]] = []
 
     def number(places: list[int]) -> list[int] | None:
@@ -111,8 +111,8 @@ def test_a_rank_whose_groups_have_signal_still_takes_part_in_the_attempts_of_oth
     assert asked == [[0], [], []] and [g.sample.id for g in groups] == ["other", "b"]
 
 
-def test_a_run_replaces_groups_and_is_repeated_by_a_resume(tiny_folder, tmp_path, monkeypatch):
-    """Stopped after two of four steps and resumed, it meets the same attempts: the same metrics to the last bit."""
+def test_a_resumed_run_repeats_the_resampling(tiny_folder, tmp_path, monkeypatch):
+    """Stopped after two of four steps and resumed: the same attempts and identical metrics."""
     rewards = {"format": 0.0, "correctness": 0.0, "functions": {"toy.odd_vowels": 1.0}}
 
     def config(name: str, steps: int = 4, times: int = 20):

@@ -1,4 +1,4 @@
-"""What launchers ask for: read from the environment, and refused where it does not fit."""
+"""Reading what a launcher requests, and refusing settings that do not fit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
 def environment(arguments: list[str]) -> dict[str, str]:
-    """What Accelerate's launcher tells the processes that it starts; torchrun adds the number of ranks."""
+    """The environment that Accelerate's launcher sets; torchrun adds the number of ranks."""
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
     world = {"WORLD_SIZE": str(args.num_processes)}
     if not args.use_deepspeed:
@@ -29,18 +29,18 @@ def environment(arguments: list[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_launch_files_ask_for_what_they_are_called(path):
+def test_launch_files_request_the_engine_in_their_name(path):
     found = read_launch(environment(["--config_file", str(path), "-m", "medvqa_rl", "train", "grpo.yaml"]))
     engine, *nodes = path.stem.split("_", 1)
     assert found == Launch(engine, 8 if nodes else 4)
 
 
-def test_there_is_a_file_for_every_engine_on_one_and_two_machines():
+def test_every_engine_has_a_file_for_one_and_two_machines():
     assert {path.stem for path in FILES} == {f"{engine}{nodes}" for engine in ENGINES for nodes in ("", "_2_nodes")}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_shorthand_asks_for_the_same(engine):
+def test_the_gpus_option_requests_the_same(engine):
     config = Config.model_validate({"model": {"device": "cpu"}, "train": {"engine": engine}})
     command = launch_command(config, 4, ["train", "grpo.yaml", "train.steps=3", "--resume"])
     assert command[-6:] == ["-m", "medvqa_rl", "train", "grpo.yaml", "train.steps=3", "--resume"]
@@ -70,14 +70,14 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "asks for DeepSpeed ZeRO stage 1, but training runs"),
-        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "asks for a deepspeed_config_file"),
-        (FSDP, "asks for FSDP version 1"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "requests DeepSpeed ZeRO stage 1, but training supports"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "requests a deepspeed_config_file"),
+        (FSDP, "requests FSDP version 1"),
         (FSDP | {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "asks for Megatron-LM"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "requests Megatron-LM"),
     ],
 )
-def test_what_is_not_supported_is_said(environ, message):
+def test_unsupported_requests_are_refused(environ, message):
     with pytest.raises(ValueError, match=message) as error:
         read_launch(environ)
     assert str(error.value).endswith(".")
@@ -86,14 +86,18 @@ def test_what_is_not_supported_is_said(environ, message):
 @pytest.mark.parametrize(
     ("changes", "launch", "message"),
     [
-        ({"train": {"engine": "zero2"}}, Launch(None, 1), "train.engine is zero2, but this process was started alone"),
-        ({"train": {"engine": "zero2"}}, Launch("fsdp2", 2), "train.engine is zero2, but the launcher asks for fsdp2"),
-        ({}, Launch("ddp", 16), "There are 16 ranks but only 8 prompts in a step"),
-        ({}, Launch("ddp", 3), "A step has 8 prompts, which 3 processes cannot share out evenly"),
-        ({"rollout": {"engine": "graph"}}, Launch("zero3", 2), "with zero3 the weights are gathered anew"),
+        (
+            {"train": {"engine": "zero2"}},
+            Launch(None, 1),
+            "zero2, but only this one process was started",
+        ),
+        ({"train": {"engine": "zero2"}}, Launch("fsdp2", 2), "train.engine is zero2, but the launcher requests fsdp2"),
+        ({}, Launch("ddp", 16), "There are 16 ranks but only 8 prompts per step"),
+        ({}, Launch("ddp", 3), "A step has 8 prompts, which 3 ranks cannot share evenly"),
+        ({"rollout": {"engine": "graph"}}, Launch("zero3", 2), "zero3 gathers the weights into new memory"),
     ],
 )
-def test_settings_that_do_not_fit_the_launcher(changes, launch, message):
+def test_settings_that_conflict_with_the_launcher(changes, launch, message):
     with pytest.raises(ValueError, match=message) as error:
         check_launch(Config.model_validate(changes), launch, 8)
     assert str(error.value).endswith(".")

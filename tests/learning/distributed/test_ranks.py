@@ -1,6 +1,6 @@
-"""Several ranks: the same run under every engine, resumed under others, and ended where a rank is lost.
+"""Training on two ranks equals training on one, under every engine; and a lost rank ends the run.
 
-Two processes on the CPU, gloo, float32. Everything runs in one process that forks the ranks (ranks.py), once.
+Two CPU processes with gloo, float32. One process forks the ranks of all runs (ranks.py), because importing is slow.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.slow
 
 LORA = {"lora": {"rank": 2}, "train_projector": False}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # All weights, the projector too, with a reference, clipped gradients, and a weight decay.
+    # All weights and the projector, with a reference, gradient clipping and weight decay.
     "full": {},
     "lora": {"model": LORA},
-    # The tower too; every other prompt has no image and no gradient, so ranks have unequal work.
+    # The vision tower too. Every other prompt has no image and no gradient, so ranks have unequal work.
     "mixed": {
         "model": {"train_vision": True},
         "loss": {"beta": 0.0},
@@ -46,7 +46,7 @@ BFLOAT16: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
 
 
 def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = "full", **more: Any) -> dict[str, Any]:
-    """Two ranks under an engine; one process alone where that is None."""
+    """Two ranks under an engine, or a single process if ``engine`` is None."""
     changes = (SCENARIOS | {"bfloat16": BFLOAT16})[scenario] | {
         key: value for key, value in more.items() if key in ("train",)
     }
@@ -58,7 +58,7 @@ def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = 
             "learning_rate": 1e-4,
             "warmup_steps": 0,
             "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.05,  # below the norms that occur
+            "max_grad_norm": 0.05,  # below the actual norms, so that gradients are clipped
             "weight_decay": 0.01,
         },
         "train": {"steps": STEPS, "prompts_per_micro_batch": 1, "log_completions_steps": 0} | changes.get("train", {}),
@@ -76,7 +76,7 @@ def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = 
 
 
 def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], str]:
-    """Exit codes of every job's ranks, and what was written to standard error."""
+    """Exit codes of the ranks of each job, and standard error."""
     path = tmp / "jobs.json"
     path.write_text(json.dumps(jobs))
     process = subprocess.run(
@@ -98,7 +98,7 @@ def needs(engine: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with all runs of this module: one for each scenario and engine, resumed ones and a perturbed one."""
+    """Folder of all runs: one per scenario and engine, resumed runs, and runs with perturbed advantages."""
     tmp, folder = tmp_path_factory.mktemp("ranks"), tiny_folder("qwen2_vl")
     engines = [engine for engine in ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]
     jobs = [
@@ -126,7 +126,7 @@ def weights(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """Largest difference of any weight."""
+    """Largest absolute difference of any weight."""
     assert first and first.keys() == second.keys()
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
@@ -154,19 +154,19 @@ def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, eng
             assert line[name] == value or line[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
-def test_wrong_advantages_would_be_seen(runs: Path) -> None:
+def test_wrong_advantages_are_detected(runs: Path) -> None:
     assert distance(weights(runs / "perturbed"), weights(runs / "full-None")) > 2e-5
 
 
 def masters(run: Path) -> torch.Tensor:
-    """The float32 copies of all trained weights that the optimizer of a bfloat16 model keeps, one after the other."""
+    """The float32 master weights of a bfloat16 run, concatenated."""
     state = load_file(run / "checkpoints" / f"step_{STEPS:06d}" / "trainer" / "optimizer.safetensors")
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if name.startswith("master/")])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_train_as_one_in_bfloat16(runs: Path, tiny_folder: Any, engine: str) -> None:
-    """As near as rounding to 8 bits allows: gradients within 1 %, five steps within 6 % of the way."""
+    """Within bfloat16 rounding: gradients within 1 %, weights after five steps within 6 % of the distance moved."""
     needs(engine)
     alone, ranks = runs / "bfloat16-None", runs / f"bfloat16-{engine}"
     found, expected = (torch.load(f"{path}.pt", weights_only=True) for path in (ranks, alone))
@@ -179,7 +179,7 @@ def test_two_ranks_train_as_one_in_bfloat16(runs: Path, tiny_folder: Any, engine
 
 
 def moved(runs: Path, tiny_folder: Any) -> torch.Tensor:
-    """How far five steps of one rank in bfloat16 go."""
+    """Distance that five steps on one rank move the master weights."""
     start = load_file(tiny_folder("qwen2_vl") / "model.safetensors")
     state = load_file(
         runs / "bfloat16-None" / "checkpoints" / f"step_{STEPS:06d}" / "trainer" / "optimizer.safetensors"
@@ -207,8 +207,8 @@ def test_two_ranks_train_an_adapter_above_4_bits_as_one(wide_folder: Any, tmp_pa
 
 
 @pytest.mark.parametrize("first", ENGINES)
-def test_a_run_goes_on_under_another_engine(runs: Path, first: str) -> None:
-    """Two steps under one engine and three under the next, with the same samples in the same order."""
+def test_a_run_resumes_under_another_engine(runs: Path, first: str) -> None:
+    """Two steps under one engine and three under another, on the same samples in the same order."""
     needs(first)
     for path in runs.glob(f"resumed-{first}-*"):
         assert distance(weights(path), weights(runs / "full-None")) <= 1e-5, path.name
@@ -217,7 +217,7 @@ def test_a_run_goes_on_under_another_engine(runs: Path, first: str) -> None:
 
 
 SEED = int(os.environ.get("LOST_RANKS_SEED") or random.SystemRandom().randrange(10**6))
-"""Where ranks are lost is drawn anew each time; a failing test says the seed."""
+"""Each test run draws where ranks are lost; a failing test prints the seed."""
 
 LOSSES: dict[str, dict[str, Any]] = {
     "killed-0": {"rank": 0, "how": int(signal.SIGKILL)},
@@ -228,7 +228,7 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def place(name: str) -> tuple[int, str]:
+def position(name: str) -> tuple[int, str]:
     """The step, counted from 1, and the phase in which a rank is lost."""
     chosen = random.Random(f"{SEED} {name}")
     return chosen.randint(1, STEPS), chosen.choice(PHASES[1:])
@@ -236,11 +236,11 @@ def place(name: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def losses(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, str]]:
-    """Folder of the runs that lost a rank, exit codes of their ranks and what these wrote to standard error."""
+    """Folder, exit codes and standard error of runs that lose a rank."""
     tmp, folder = tmp_path_factory.mktemp("losses"), tiny_folder("qwen2_vl")
     jobs = []
     for name, loss in LOSSES.items():
-        step, phase = place(name)
+        step, phase = position(name)
         train = {"save_steps": 2, "rank_timeout": 10.0}
         jobs.append(job(folder, tmp, name, "ddp", train=train, lost=loss | {"step": step, "phase": phase}))
     codes, errors = run(jobs, tmp)
@@ -250,21 +250,21 @@ def losses(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_lost_rank_ends_the_run(losses: Any, name: str) -> None:
-    """Killed, frozen or stuck: it is said which, when, and where to go on, and nothing is left half-written."""
+    """Killed, frozen or stuck: the message names the rank, the position and the last checkpoint, which is complete."""
     tmp, codes, errors = losses
-    rank, how, (step, phase) = LOSSES[name]["rank"], LOSSES[name]["how"], place(name)
+    rank, how, (step, phase) = LOSSES[name]["rank"], LOSSES[name]["how"], position(name)
     print(f"LOST_RANKS_SEED={SEED}: rank {rank} lost in the {phase} of step {step}\n{errors[name]}")
     folder = tmp / name
     if how == "stuck":
         assert codes[name] == [1, 1]
-        sentence = f"rank {rank} is stuck in the {phase} of step {step}"
-        assert f"(train.rank_timeout): {sentence}, and the others wait." in errors[name]
+        sentence = f"rank {rank} got stuck in the {phase} of step {step}"
+        assert f"(train.rank_timeout): {sentence} while the others wait." in errors[name]
     else:
         assert codes[name][1 - rank] == 1 and codes[name][rank] == -signal.SIGKILL
-        sentence = f"Rank {rank} gives no sign of life"
+        sentence = f"Rank {rank} stopped responding"
         assert f"{sentence} in the" in errors[name] or f"{sentence} at the start" in errors[name]
         assert f"of step {step}:" in errors[name] or f"of step {step - 1}:" in errors[name] or step == 1
-    # In the logging of a step the first rank may or may not have saved it.
+    # A rank lost while logging may or may not have saved the step.
     written = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
     assert len(written) in {(step - 1) // 2, step // 2 if phase == "logging" else (step - 1) // 2}
     if written:

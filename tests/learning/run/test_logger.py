@@ -18,7 +18,7 @@ from medvqa_rl.learning.run.run_dir import RunDir, source_digest
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
 
-def test_tensorboard_holds_the_metrics(tiny_folder, tmp_path):
+def test_tensorboard_receives_the_metrics(tiny_folder, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     changes = {"steps": 3, "logging_steps": 2, "trackers": ["tensorboard"], "eval_steps": 3}
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train=changes)
@@ -42,8 +42,8 @@ def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_time_left_is_that_of_the_steps_however_slow(tmp_path, monkeypatch, capsys, is_terminal):
-    """The evaluation before the first step is no step, and a step may take longer than rich remembers."""
+def test_the_time_left_follows_the_step_time(tmp_path, monkeypatch, capsys, is_terminal):
+    """It excludes the evaluation before the first step, and works for steps longer than rich's speed window."""
     now = [0.0]
     monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -86,7 +86,7 @@ def record(index: int, text: str, reward: float, advantage: float) -> Completion
     )
 
 
-def test_a_group_that_teaches_is_shown():
+def test_a_group_with_signal_is_shown():
     dull = [record(index, "dull", 1.0, 0.0) for index in range(2)]
     telling = [record(0, "wrong", 0.0, -0.5), record(1, "right", 1.0, 0.5)]
     assert group_to_show([*dull, *telling, *dull], 2) == telling  # all of one sample: epochs can meet in a step
@@ -102,7 +102,7 @@ def test_table_of_completions():
     assert better < worse and "+0.70" in lines[better] and "7…" in lines[worse]
 
 
-def test_the_digest_of_the_sources_sees_every_change_of_a_python_file(tmp_path):
+def test_the_source_digest_covers_names_and_contents_of_python_files(tmp_path):
     (tmp_path / "inner").mkdir()
     file, other = tmp_path / "a.py", tmp_path / "inner" / "b.py"
     found = []
@@ -117,7 +117,7 @@ def test_the_digest_of_the_sources_sees_every_change_of_a_python_file(tmp_path):
     assert source_digest(tmp_path) == found[-1]
 
 
-def test_another_environment_is_named_when_resuming(tiny_folder, tmp_path):
+def test_environment_changes_are_reported_on_resume(tiny_folder, tmp_path):
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 1})
     run = train(config, train_set=ToyData())
     environment = json.loads((run / "env.json").read_text())

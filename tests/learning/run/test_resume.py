@@ -1,4 +1,4 @@
-"""Stopping and going on: the resumed run ends with the bits of the one that was never interrupted."""
+"""A resumed run ends bitwise identical to one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def folder(tiny_folder):
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """The memory of a tensor; NumPy has no bfloat16."""
+    """The bytes of a tensor; NumPy has no bfloat16."""
     return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -55,14 +55,14 @@ def go(config, *, resume=False, loop=train):
 
 def same_runs(first: Path, second: Path, step: int = 6) -> None:
     assert weights(first, step) == weights(second, step)
-    # Text, because NaN is null there; times are left out.
+    # Compared as text, because NaN != NaN.
     assert json.dumps(read_metrics(first)) == json.dumps(read_metrics(second))
     names = [sorted(p.relative_to(run).as_posix() for p in run.glob("*/step_*")) for run in (first, second)]
     assert names[0] == names[1]
 
 
 class Crash(Exception):
-    """Ends a run at a step without any clean-up of its own."""
+    """Ends a run in the middle of a step."""
 
 
 LORA = {"lora": {"rank": 2, "dropout": 0.2}, "train_projector": False}
@@ -96,7 +96,7 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch, crash_at, changes):
         go(broken)
     assert json.loads((tmp_path / "broken" / "status.json").read_text())["state"] == "failed"
     monkeypatch.setattr(toy, "vowels", original)
-    torch.manual_seed(99)  # nothing may hang on the state of torch's generator
+    torch.manual_seed(99)  # results must not depend on torch's global generator
     same_runs(whole, go(broken, resume=True))
 
 
@@ -131,14 +131,14 @@ def run_toy(mode: str, config, tmp_path: Path, **environment: str) -> subprocess
 @pytest.mark.slow
 @pytest.mark.parametrize("death", ["reward:1", "reward:3", "save:4"])
 def test_kill_9_and_resume(folder, tmp_path, death):
-    """Killed in a step before any checkpoint, in one after, and while a checkpoint is half written."""
+    """Killed before the first checkpoint, after one, and while writing one."""
     config = toy_config(folder, tmp_path / "killed", train=STOP)
     process = run_toy("train", config, tmp_path, TOY_DEATH=death)
     assert process.returncode == -9, process.stderr
     run = tmp_path / "killed"
     assert json.loads((run / "status.json").read_text())["state"] == "running"
     if death == "save:4":
-        assert list((run / "checkpoints").glob(".step_000004.*.tmp"))  # the half-written one, not under its name
+        assert list((run / "checkpoints").glob(".step_000004.*.tmp"))  # partial, under a temporary name
         assert not (run / "checkpoints" / "step_000004").exists()
     process = run_toy("resume", config, tmp_path)
     assert process.returncode == 0, process.stderr
@@ -158,7 +158,7 @@ def test_sigterm_finishes_the_step_and_saves(folder, tmp_path):
     same_runs(go(toy_config(folder, tmp_path / "whole", train=STOP | {"save_steps": 3})), run)
 
 
-def test_stopping_twice_and_going_on_in_the_same_process(folder, tmp_path, monkeypatch):
+def test_stopping_and_resuming_twice_in_one_process(folder, tmp_path, monkeypatch):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"save_steps": 0, "eval_steps": 0})
     for step in (1, 3):
         monkeypatch.setenv("TOY_STOP", str(step))
@@ -229,8 +229,8 @@ def test_a_failed_start_leaves_the_folder_free(folder, tmp_path):
     go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
 
 
-def test_a_run_that_never_began_leaves_nothing(folder, tmp_path):
-    """Neither does it take away what somebody else had in the folder."""
+def test_a_run_that_fails_before_it_starts_leaves_nothing(folder, tmp_path):
+    """And removes nothing from a folder that existed before."""
     bad = {"model": {"path": str(tmp_path / "missing")}}
     with pytest.raises(ValueError, match="no such folder"):
         go(toy_config(folder, tmp_path / "run", **bad))
@@ -242,14 +242,14 @@ def test_a_run_that_never_began_leaves_nothing(folder, tmp_path):
     assert (tmp_path / "notes" / "config.yaml").exists()
 
 
-def test_the_settings_as_given_are_those_of_the_last_start(folder, tmp_path):
-    """What is said when a run stops continues it with config.yaml, so that must know a changed number of steps."""
+def test_config_yaml_has_the_settings_of_the_last_start(folder, tmp_path):
+    """The printed resume command uses config.yaml, which must include a changed number of steps."""
     go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
     go(toy_config(folder, tmp_path / "run", train={"steps": 2}), resume=True)
     assert load_config(tmp_path / "run" / "config.yaml").config.train.steps == 2
 
 
-def test_no_space_left_is_said_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"eval_steps": 0})
     write = checkpoint.save_file
     written = []
@@ -269,7 +269,7 @@ def test_no_space_left_is_said_and_earlier_checkpoints_stay(folder, tmp_path, mo
     same_runs(same, go(config, resume=True))
 
 
-def test_no_space_for_the_log_is_said_too(folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_when_logging(folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -278,12 +278,12 @@ def test_no_space_for_the_log_is_said_too(folder, tmp_path, monkeypatch):
         go(toy_config(folder, tmp_path / "run"))
 
 
-def test_leftovers_are_cleaned_and_a_moved_folder_comes_back(tmp_path):
+def test_leftovers_are_removed_and_a_replaced_folder_is_restored(tmp_path):
     (tmp_path / "checkpoints" / ".step_000002.123.tmp").mkdir(parents=True)
     (tmp_path / ".best.123.old").mkdir()
     (tmp_path / ".best.123.old" / "best.json").write_text("{}")
     (tmp_path / ".status.json.7-0a.partial").touch()
-    for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # somebody else's
+    for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # not ours
         (tmp_path / name).mkdir()
     clean_up(tmp_path)
     assert (tmp_path / "best" / "best.json").exists()
@@ -291,8 +291,8 @@ def test_leftovers_are_cleaned_and_a_moved_folder_comes_back(tmp_path):
     assert left == [".bashrc.old", ".notes.7.old", ".notes.tmp", "best", "checkpoints"]
 
 
-def test_checkpoints_are_standard_and_reference_stays_the_start(folder, tmp_path):
-    """A resumed run measures its divergence from where the run began, not from the checkpoint."""
+def test_checkpoints_are_standard_and_the_reference_keeps_the_initial_weights(folder, tmp_path):
+    """A resumed run measures the KL from the initial weights, not from the checkpoint."""
     config = toy_config(folder, tmp_path / "run", train=STOP, loss={"beta": 0.04})
     run = go(config)
     policy = load_policy(config.model.model_copy(update={"path": str(run / "checkpoints" / "step_000006")}))

@@ -1,4 +1,4 @@
-"""Numbers about a step, by hand."""
+"""Metrics of a step, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_records():
     assert (line["gold"], line["advantage"], line["prompt_length"]) == ("B", 0.0, 7)
 
 
-def test_metrics_by_hand():
+def test_rollout_metrics():
     metrics = rollout_metrics(records(), 2)
-    assert metrics["reward"] == pytest.approx((1.5 + 0.5 + 0.5) / 3)  # the unscored one is left out
+    assert metrics["reward"] == pytest.approx((1.5 + 0.5 + 0.5) / 3)  # without the unscored one
     assert metrics["reward_std"] == pytest.approx(np.std([1.5, 0.5, 0.5], ddof=1))
-    assert metrics["frac_reward_zero_std"] == 0.5  # one scored completion has no spread
+    assert metrics["frac_reward_zero_std"] == 0.5  # a single scored completion has none
     assert metrics["unscored_rate"] == 0.25
     assert metrics["rewards/correctness/mean"] == pytest.approx(1 / 3)
     assert metrics["rewards/other/std"] == 0.0
@@ -60,7 +60,7 @@ def test_metrics_by_hand():
     assert metrics["no_answer_rate"] == 0.25
 
 
-def test_what_is_not_a_number_is_null():
+def test_non_finite_metrics_are_null():
     assert to_json({"a": NAN, "b": math.inf, "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
 
 
@@ -81,6 +81,6 @@ def test_the_correlation_of_a_part_with_right_answers():
     metrics = rollout_metrics(found, 4)
     expected = np.corrcoef([1.0, 0.5, 0.5, 0.25], [1, 0, 1, 0])[0, 1]
     assert metrics["rewards/length/corr_correctness"] == pytest.approx(expected) and 0.6 < expected < 0.8
-    assert metrics["rewards/against/corr_correctness"] == pytest.approx(-1.0)  # the unscored one is left out
+    assert metrics["rewards/against/corr_correctness"] == pytest.approx(-1.0)  # without the unscored one
     assert math.isnan(metrics["rewards/constant/corr_correctness"])
     assert "rewards/correctness/corr_correctness" not in metrics

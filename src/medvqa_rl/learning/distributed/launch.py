@@ -1,7 +1,7 @@
-"""How this process was launched: alone, or as one of several ranks, and with which engine. Imports no torch.
+"""How this process was launched: on its own or as one of several ranks, and with which engine. Imports no torch.
 
-``accelerate launch`` tells the processes that it starts by environment variables; what they say is checked here,
-before anything is set up.
+``accelerate launch`` configures its processes through environment variables, which are checked here before anything
+is set up.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from medvqa_rl.config.problems.quantized import refuse_sharded
 
 
 class Launch(NamedTuple):
-    """What a launcher asked for."""
+    """What the launcher requests."""
 
     engine: TrainEngine | None
-    """None where this process is alone."""
+    """None for a single process."""
     num_ranks: int
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """What the environment says.
+    """Read the launcher's environment variables.
 
     Raises:
-        ValueError: the launcher asks for something that is not supported.
+        ValueError: the launcher requests something that is not supported.
     """
 
     def is_on(name: str) -> bool:
@@ -50,7 +50,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
 
 
 def _zero_engine(environ: Mapping[str, str]) -> TrainEngine:
-    """The stage of ZeRO."""
+    """The engine of the requested ZeRO stage."""
     if environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise _unsupported("a deepspeed_config_file", "its settings in the launch file itself, as configs/launch does")
     stages: dict[str, TrainEngine] = {"2": "zero2", "3": "zero3"}
@@ -62,48 +62,49 @@ def _zero_engine(environ: Mapping[str, str]) -> TrainEngine:
 
 def _unsupported(what: str, remedy: str) -> ValueError:
     return ValueError(
-        f"The launcher asks for {what}, but training runs alone or with ddp, zero2, zero3 or fsdp2: use {remedy}."
+        f"The launcher requests {what}, but training supports a single process, ddp, zero2, zero3 and fsdp2: use "
+        f"{remedy}."
     )
 
 
 def check_launch(config: Config, launch: Launch, prompts_per_step: int) -> None:
-    """Refuse settings that do not fit how the process was launched.
+    """Check that the settings are compatible with how the process was launched.
 
     Raises:
-        ValueError: a sentence for the first thing that does not fit.
+        ValueError: they are not; the message names the first conflict.
     """
-    for sentence in _problems(config, launch, prompts_per_step):
-        raise ValueError(sentence)
+    if problem := next(_problems(config, launch, prompts_per_step), None):
+        raise ValueError(problem)
 
 
 def _problems(config: Config, launch: Launch, prompts_per_step: int) -> Iterator[str]:
     wanted, given, ranks = config.train.engine, launch.engine, launch.num_ranks
     if given is None and wanted not in ("auto", "ddp"):
         yield (
-            f"train.engine is {wanted}, but this process was started alone: start it with `accelerate launch "
+            f"train.engine is {wanted}, but only this one process was started: start it with `accelerate launch "
             f"--config_file configs/launch/{wanted}.yaml -m medvqa_rl train ...` or `medvqa-rl train ... --gpus N`, "
             "or set train.engine=auto."
         )
     if given is not None and wanted not in ("auto", given):
         yield (
-            f"train.engine is {wanted}, but the launcher asks for {given}: launch with configs/launch/{wanted}.yaml, "
+            f"train.engine is {wanted}, but the launcher requests {given}: launch with configs/launch/{wanted}.yaml, "
             f"or set train.engine={given} or auto."
         )
     if ranks > prompts_per_step:
         yield (
-            f"There are {ranks} ranks but only {prompts_per_step} prompts in a step, and the completions of a prompt "
-            f"stay on one rank: set train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}, or "
+            f"There are {ranks} ranks but only {prompts_per_step} prompts per step, and all completions of a prompt "
+            f"are on one rank: set train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}, or "
             "launch fewer processes."
         )
     if prompts_per_step % ranks:
         yield (
-            f"A step has {prompts_per_step} prompts, which {ranks} processes cannot share out evenly: set "
-            "train.prompts_per_step (sft.batch_size for sft) to a multiple of the number of processes."
+            f"A step has {prompts_per_step} prompts, which {ranks} ranks cannot share evenly: set "
+            f"train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}."
         )
     if given in ("zero2", "zero3", "fsdp2") and config.model.load_in_4bit:
         yield refuse_sharded(given)
     if given in ("zero3", "fsdp2") and config.rollout.engine == "graph":
         yield (
-            f"rollout.engine is graph, but with {given} the weights are gathered anew for every rollout, so nothing "
-            "recorded can be replayed: set rollout.engine=eager, or launch with ddp or zero2."
+            f"rollout.engine is graph, but {given} gathers the weights into new memory for every rollout, so a CUDA "
+            "graph cannot be replayed: set rollout.engine=eager, or launch with ddp or zero2."
         )

@@ -1,4 +1,4 @@
-"""The policy as DeepSpeed's ZeRO trains it: optimizer state and gradients sharded (stage 2), weights too (stage 3)."""
+"""The policy wrapped by DeepSpeed ZeRO: stage 2 shards gradients and optimizer state, stage 3 the weights too."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroPolicy(TrainedPolicy):
-    """Trained by DeepSpeed through Accelerate."""
+    """A policy trained by DeepSpeed through Accelerate."""
 
     is_collective = True
 
@@ -48,8 +48,8 @@ class ZeroPolicy(TrainedPolicy):
             self.policy.model = hollow_copy(model)
         plugin.deepspeed_config.update(
             {
-                "train_micro_batch_size_per_gpu": 1,  # a word of DeepSpeed's data loaders, which are not used
-                "gradient_accumulation_steps": 1,  # micro-batches are counted by the caller
+                "train_micro_batch_size_per_gpu": 1,  # required, but only DeepSpeed's data loaders use it
+                "gradient_accumulation_steps": 1,  # see micro_batch
                 "gradient_clipping": config.max_grad_norm or 0.0,
                 "bf16": {"enabled": self._is_bfloat16},
             }
@@ -66,7 +66,7 @@ class ZeroPolicy(TrainedPolicy):
             if weights is not None and name in weights:
                 return weights.gather(name)
             if not self._is_stage_3:
-                return None  # it is there
+                return None  # already in place
             with GatheredParameters([self._all[name]]):
                 return self._all[name].data.clone()
 
@@ -81,10 +81,10 @@ class ZeroPolicy(TrainedPolicy):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, *, fill_missing: bool) -> float:
-        """The norm of the step's gradient; it is clipped in :meth:`step`. Unused parameters have the gradient zero."""
+        """Return the gradient norm. DeepSpeed clips in :meth:`step` and gives unused parameters zero gradients."""
         if not self._is_stage_3:
             norm = float(self._zero.scaled_global_norm())
-            return norm if norm >= 0 else float("nan")  # DeepSpeed's -1 stands for one that is not finite
+            return norm if norm >= 0 else float("nan")  # DeepSpeed returns -1 if it is not finite
         squares = torch.zeros((), dtype=torch.float64, device=self.policy.device)
         for parameter in self.parameters.values():
             squares += safe_get_local_grad(parameter).double().square().sum()
@@ -99,14 +99,15 @@ class ZeroPolicy(TrainedPolicy):
         self._zero.zero_grad()
 
     def _moments(self) -> dict[Any, dict[str, Tensor]]:
-        """AdamW's state of the flat parts that this rank holds; empty before the first step."""
+        """AdamW's state of this rank's flat partitions; empty before the first step."""
         state: dict[Any, dict[str, Tensor]] = self._zero.optimizer.state
         return state
 
     def _link_moments(self) -> None:
-        """Let DeepSpeed find the state of single parameters in stage 2, where it looks for it once, too early."""
-        parts = () if self._is_stage_3 else zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups)
-        for parameters, part in parts:
+        """Map the flat state to parameters in stage 2, which DeepSpeed does only once, before the state exists."""
+        if self._is_stage_3:
+            return
+        for parameters, part in zip(self._zero.bit16_groups, self._zero.single_partition_of_fp32_groups):
             lazy_init_hp_params_optimizer_state(parameters, part, self._moments())
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -124,20 +125,21 @@ class ZeroPolicy(TrainedPolicy):
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         steps = [name for name in tensors if name.startswith("step/")]
         if steps:
-            # DeepSpeed makes the state in the first step; it is made here, to be filled.
+            # DeepSpeed creates the state in the first step; create it here to fill it below.
             zero = self._zero
             parts = zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups
             for part in parts:
                 zeros = {key: torch.zeros_like(part) for key in _MOMENTS}
                 self._moments()[part] = {"step": tensors[steps[0]].clone(), **zeros}
             self._link_moments()
-        # The whole is refused in stage 3 where ranks do not divide it evenly.
-        cut: Callable[[Tensor], Tensor] = own_part if self._is_stage_3 else lambda whole: whole
+        # Stage 3 cannot set full tensors whose size is not a multiple of the number of ranks.
+        cut: Callable[[Tensor], Tensor] = own_part if self._is_stage_3 else lambda full: full
         set_master = safe_set_local_fp32_param if self._is_stage_3 else safe_set_full_fp32_param
         set_moment = safe_set_local_optimizer_state if self._is_stage_3 else safe_set_full_optimizer_state
         for name, parameter in self.parameters.items():
             device = self.policy.device
             if self._is_bfloat16:
                 set_master(parameter, cut(tensors[f"master/{name}"].to(device)))
-            for key in _MOMENTS if f"step/{name}" in tensors else ():
-                set_moment(parameter, cut(tensors[f"{key}/{name}"].to(device)), key)
+            if f"step/{name}" in tensors:
+                for key in _MOMENTS:
+                    set_moment(parameter, cut(tensors[f"{key}/{name}"].to(device)), key)
