@@ -131,8 +131,8 @@ class RunDir:
         """Remove the folder of a run that failed before it started, if this process created it."""
         if not self._is_new:
             return
-        names = ("config.yaml", "config.resolved.json", "env.json", "data.json", "status.json", ".lock")
-        for path in (*(self.path / name for name in names), self.log, self.metrics):
+        files = ("config.yaml", "config.resolved.json", "env.json", "data.json", "judge.json", "status.json", ".lock")
+        for path in (*(self.path / file for file in files), self.log, self.metrics):
             path.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
