@@ -60,7 +60,7 @@ def draw_demo(run: Path, out: Path, palette: Palette) -> None:
     gains = {"unseen": numbers, "home": numbers["home"]}
     figure = Figure(figsize=(8.4, 2.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[1, 3.6])
-    for place, (scanner, name) in enumerate(reversed(SCANNERS.items())):
+    for place, (scanner, name) in enumerate(SCANNERS.items()):
         image = figure.add_subplot(grid[place, 0])
         sample = load_dataset(DataConfig(scanner=scanner, answer_types=("choice",), seed=1), "test")[4]
         image.imshow(sample.images[0].load())
@@ -83,7 +83,11 @@ def draw_demo(run: Path, out: Path, palette: Palette) -> None:
     axes.set_ylim(-1.5, 0.5)
     percent_axis(axes, 40, 100)
     figure.suptitle(
-        "Accuracy before and after 400 steps of Dr. GRPO on the new scanner", x=0.01, ha="left", fontsize=10, fontweight="bold"
+        "Accuracy before and after 400 steps of Dr. GRPO on the new scanner",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+        fontweight="bold",
     )
     save_figure(figure, out)
 
