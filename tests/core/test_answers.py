@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.core.answers import is_correct, score_correctness, score_format
+from medvqa_rl.core.answers import is_correct, parse_completion, score_correctness
 from medvqa_rl.core.prompts import TAGS, render_answer
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
@@ -70,7 +70,7 @@ def test_any_gold_text_in_the_requested_form_scores_1(gold: str, answer_type: An
     template = "direct" if form == "direct" else "think_answer"
     text = render_answer("why", gold, template)
     assert score_correctness(Sample("q", "?", gold, answer_type), text, template) == 1.0
-    assert score_format(text, template) == 1.0
+    assert parse_completion(text, template).is_well_formed
 
 
 @given(st.lists(TEXT, min_size=1, max_size=26).map(tuple), st.data())
@@ -92,6 +92,6 @@ def test_a_letter_beyond_the_options_can_be_the_text_of_one() -> None:
 def test_an_answer_counts_even_if_the_form_is_broken() -> None:
     sample = Sample("q", "?", "yes", "closed")
     text = "Surely <answer>yes</answer>"
-    assert (score_correctness(sample, text), score_format(text)) == (1.0, 0.0)
+    assert score_correctness(sample, text) == 1.0 and not parse_completion(text).is_well_formed
     assert score_correctness(sample, "<think>so</think>yes") == 0.0
     assert score_correctness(sample, "<answer>yes</answer><answer>yes</answer>") == 0.0

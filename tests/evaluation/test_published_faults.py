@@ -38,7 +38,7 @@ from medvqa_rl.evaluation.evaluate import (
 from medvqa_rl.evaluation.records import read_records
 from medvqa_rl.evaluation.statistics.summary import summarise
 from medvqa_rl.evaluation.statistics.tables import results_table
-from medvqa_rl.rewards.functions import FunctionLog, call_function
+from medvqa_rl.rewards.functions import RewardLog, call_function
 
 CONFIG = EvalConfig(batch_size=4, bootstrap=100)
 SOURCE = Path(__file__).parents[2] / "src" / "medvqa_rl"
@@ -184,7 +184,7 @@ def test_9_a_verdict_means_what_it_says_or_nothing() -> None:
     group = Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, ""), [Completion((), "yes", False)])
 
     def verdict(value: Any) -> float:
-        log = FunctionLog({}, {})
+        log = RewardLog()
         values = call_function("f", lambda *_, **__: [value], [group], step=0, log=log)
         return float(values[0])
 

@@ -6,7 +6,6 @@ Run: pytest tests/learning/test_judged_run.py
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.rewards.judges import GradeRequest, JudgeRequest
+from medvqa_rl.rewards.judges import Grade, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge, load_judges
 from medvqa_rl.rewards.judges.rubric import REASONING
 
@@ -55,16 +54,16 @@ def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.Captur
         JudgeRequest(row["question"], tuple(row["options"]), parse_completion(row["completion"]).think or "")
         for row in rows
     ]
-    verdicts = judge.judge(requests)
-    assert [row["rewards"]["semantic"] for row in rows] == [verdict.value for verdict in verdicts]
+    grades = judge.grade(requests)
+    assert [row["rewards"]["semantic"] for row in rows] == [grade.score for grade in grades]
     for row in rows:
         parts = row["rewards"]
         assert row["reward"] == pytest.approx(parts["format"] + parts["correctness"] + 0.5 * parts["semantic"])
         assert row["extra"]["judge"] == str(judge.identity)
     metrics = [row for row in lines(run / "metrics.jsonl") if "judge/asked" in row]
     assert [row["judge/asked"] for row in metrics] == [8, 16]
-    assert metrics[-1]["rewards/semantic/mean"] == pytest.approx(sum(verdict.value for verdict in verdicts) / 8)
-    assert judge.counters["cached"] == len(requests), "the run has kept its verdicts"
+    assert metrics[-1]["rewards/semantic/mean"] == pytest.approx(sum(grade.score for grade in grades) / 8)
+    assert judge.counters["cached"] == len(requests), "the run has kept its grades"
 
     capsys.readouterr()
     run_eval(config, checkpoint=run / "best", output=tmp_path / "eval")
@@ -73,8 +72,8 @@ def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.Captur
     assert results["judges"] == known
     records = lines(tmp_path / "eval" / "samples.jsonl")
     other = load_judge(config.eval_judge) if config.eval_judge else judge
-    said = other.judge([JudgeRequest(r["question"], tuple(r["options"]), r["think"] or "") for r in records])
-    assert [record["verdict"] for record in records] == [verdict.value for verdict in said]
+    said = other.grade([JudgeRequest(r["question"], tuple(r["options"]), r["think"] or "") for r in records])
+    assert [record["verdict"] for record in records] == [grade.score for grade in said]
     expected = sum(record["is_well_formed"] + record["verdict"] for record in records) / len(records)
     assert results["thinking"]["reward"] == pytest.approx(expected)
 
@@ -85,13 +84,13 @@ def test_a_graded_run_says_what_each_score_was_and_who_gave_it(tmp_path: Path) -
     given["train"] |= {"steps": 1, "eval_steps": 0}
     config = build_config(given, purpose="train")
     run = train(config)
-    grader = load_judges(config.judge, coherence=False, rubrics=[REASONING]).graders["reasoning"]
+    grader = load_judges(config.judge, [REASONING])["reasoning"]
     known = json.loads((run / "judge.json").read_text())
     assert known["reasoning"] == grader.identity.to_json() and "reward" not in known
     rows = lines(run / "samples" / "step_000001.jsonl")
     read = [parse_completion(row["completion"]) for row in rows]
     requests = [
-        GradeRequest(row["question"], tuple(row["options"]), "unseen", said.answer or "", said.think or "")
+        JudgeRequest(row["question"], tuple(row["options"]), said.think or "", answer=said.answer or "", gold="unseen")
         for row, said in zip(rows, read)
     ]
     grades = grader.grade(requests)
@@ -141,14 +140,12 @@ def test_a_judge_that_cannot_be_used_stops_before_anything_is_written(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_failed_verdicts_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_grades_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from medvqa_rl.learning.run.errors import UnscoredError
     from medvqa_rl.rewards.judges.cache import CachedJudge
-    from medvqa_rl.rewards.judges.protocol import Verdict
 
-    monkeypatch.setattr(CachedJudge, "judge", lambda self, requests: [Verdict.failed("down") for _ in requests])
+    monkeypatch.setattr(CachedJudge, "grade", lambda self, requests: [Grade.failed("down") for _ in requests])
     given = settings(tmp_path)
     given["train"]["eval_steps"] = 0
     with pytest.raises(UnscoredError, match=r"100% of the completions could not be scored by semantic"):
         train(build_config(given, purpose="train"))
-    assert math.isnan(Verdict.failed("down").value)

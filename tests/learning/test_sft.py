@@ -17,7 +17,7 @@ from medvqa_rl.data.phantom.claims import faithfulness
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.sft import sft_loss, target_groups, target_text, train_sft
-from medvqa_rl.rewards.judges.embedded_grader import conclusion
+from medvqa_rl.rewards.judges.embedded import conclusion
 
 SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"), reasoning="It is right. </think>")
 

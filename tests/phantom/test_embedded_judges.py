@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BioGptForCausalLM
 from medvqa_rl.cli.judge.calibrate import phantom_pairs, run_calibrate
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.embedded import ASSETS
-from medvqa_rl.evaluation.judging.agreement import agreement
+from medvqa_rl.evaluation.judging.agreement import by_group
 from medvqa_rl.phantom.judge import RECIPES, build_judges, build_model, build_tokenizer, sample_texts
 from medvqa_rl.phantom.judge_lessons import Lessons, Probes, lesson_loss
 from medvqa_rl.rewards.judges import JudgeRequest
@@ -58,8 +58,8 @@ def test_the_two_differ_in_size_seed_and_data() -> None:
 @pytest.mark.parametrize("name", JUDGES)
 def test_plain_cases(name: str) -> None:
     judge = load_local_judge(JudgeConfig(model=f"phantom:{name}", device="cpu"))
-    verdicts = judge.judge([JudgeRequest("", (), text) for text, _ in CASES])
-    right = [verdict.value == float(label) for verdict, (_, label) in zip(verdicts, CASES)]
+    grades = judge.grade([JudgeRequest("", (), text) for text, _ in CASES])
+    right = [grade.score == float(label) for grade, (_, label) in zip(grades, CASES)]
     assert sum(right) >= len(CASES) - 1, [text for (text, _), is_right in zip(CASES, right) if not is_right]
 
 
@@ -68,10 +68,10 @@ def test_plain_cases(name: str) -> None:
 def test_at_least_9_of_10_right_on_written_and_on_sampled_reasoning(name: str) -> None:
     judge = load_local_judge(JudgeConfig(model=f"phantom:{name}", device="cpu"))
     pairs = phantom_pairs(240, seed=11)
-    verdicts = judge.judge([pair.request for pair in pairs])
+    grades = judge.grade([pair.request for pair in pairs])
     for is_sampled in (False, True):
         chosen = [i for i, pair in enumerate(pairs) if pair.group.startswith("sampled") == is_sampled]
-        found = agreement([pairs[i] for i in chosen], [verdicts[i] for i in chosen])
+        found = by_group([pairs[i] for i in chosen], [grades[i] for i in chosen])["all"]
         assert found["accuracy"]["estimate"] >= 0.9, found
         assert 0.3 < found["label_yes_rate"] < 0.8 and found["kappa"]["estimate"] > 0.75
 

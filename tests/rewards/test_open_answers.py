@@ -24,7 +24,7 @@ from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.splits import StoredDataset
 from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.rewards.judges import Grade, GradeRequest, JudgeIdentity
+from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import notices, rubrics_of
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
 from medvqa_rl.rewards.open_answers import unrewardable
@@ -48,9 +48,9 @@ class Letters:
     counters: Mapping[str, float] = {"asked": 2.0}
 
     def __init__(self) -> None:
-        self.asked: list[GradeRequest] = []
+        self.asked: list[JudgeRequest] = []
 
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         self.asked += requests
         scores = ["abcd".find(request.answer[0]) for request in requests]
         return [Grade(float(score), "So.") if score >= 0 else Grade.failed("what?") for score in scores]
@@ -79,7 +79,7 @@ ANSWERS = ("Pleural effusion.", "effusion", "no pleural effusion", "large pleura
     ],
 )
 def test_credit_by_hand(mode: str | None, expected: list[float]) -> None:
-    scores = scored([group("pleural effusion", *ANSWERS)], {"similarity": Words()}, open_correctness=mode)
+    scores = scored([group("pleural effusion", *ANSWERS)], {"similarity": Words().compare}, open_correctness=mode)
     np.testing.assert_allclose(scores.parts["correctness"], [expected])
 
 
@@ -87,7 +87,7 @@ def test_what_is_right_or_contradicts_is_not_compared() -> None:
     words = Words()
     given = {"open_correctness": "similarity", "similarity_threshold": 0.8}
     answers = ("left lung", "right lung", "left kidney", "a kidney", "no left lung")
-    scores = scored([group("left lung", *answers)], {"similarity": words}, **given)
+    scores = scored([group("left lung", *answers)], {"similarity": words.compare}, **given)
     assert words.asked == [("left kidney", "left lung"), ("a kidney", "left lung")]
     np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 1, 1, 0]])
     assert scores.columns["correctness_guard"] == ["", "side: left against right", "", "", "negation: left"]
@@ -95,7 +95,7 @@ def test_what_is_right_or_contradicts_is_not_compared() -> None:
     assert scores.extras["rewards/correctness/exact"] == 0.2
     assert scores.extras["rewards/correctness/guarded"] == 0.4
     stricter = scored(
-        [group("left lung", *answers)], {"similarity": Words()}, **{**given, "similarity_threshold": 0.81}
+        [group("left lung", *answers)], {"similarity": Words().compare}, **{**given, "similarity_threshold": 0.81}
     )
     np.testing.assert_array_equal(stricter.parts["correctness"], [[1, 0, 0, 0, 0]])
 
@@ -104,8 +104,8 @@ def test_offline_similarity_does_not_depend_on_the_rest_of_the_step() -> None:
     given = {"open_correctness": "similarity", "similarity_threshold": 0.7}
     one = group("pleural effusion", "effusion", "mass")  # cosine 1/sqrt(2), and 0
     more = [one, group("large mass", "mass of the lung", "effusion")]
-    alone = scored([one], {"similarity": TfidfSimilarity()}, **given)
-    together = scored(more, {"similarity": TfidfSimilarity()}, **given)
+    alone = scored([one], {"similarity": TfidfSimilarity().compare}, **given)
+    together = scored(more, {"similarity": TfidfSimilarity().compare}, **given)
     assert alone.columns["correctness_similarity"] == [pytest.approx(math.sqrt(0.5), abs=1e-6), 0]
     assert together.columns["correctness_similarity"][:2] == alone.columns["correctness_similarity"]
     np.testing.assert_array_equal(together.parts["correctness"][0], [1, 0])
@@ -115,10 +115,10 @@ def test_a_judge_grades_what_is_in_between_and_its_failure_is_unscored() -> None
     grader = Letters()
     answers = ("pleural effusion", "no effusion", "d", "b", "?", "a")
     config = {"open_correctness": "judge", "reasoning": 0.0}
-    scores = scored([group("pleural effusion", *answers)], {"graders": {"correctness": grader}}, **config)
+    scores = scored([group("pleural effusion", *answers)], {"judges": {"correctness": grader}}, **config)
     np.testing.assert_allclose(scores.parts["correctness"], [[1, 0, 1, 1 / 3, math.nan, 0]])
     assert [request.answer for request in grader.asked] == ["d", "b", "?", "a"]
-    assert grader.asked[0] == GradeRequest("What is seen?", (), "pleural effusion", "d")
+    assert grader.asked[0] == JudgeRequest("What is seen?", (), "x", "d", "pleural effusion")
     assert scores.columns["correctness_score"] == [None, None, 3, 1, None, 0]
     assert scores.columns["correctness_reason"] == [None, None, "So.", "So.", "what?", "So."]
     assert scores.extras["judge/correctness/asked"] == 2
@@ -131,7 +131,7 @@ def test_other_questions_stay_right_or_wrong() -> None:
     ]
     words = Words()
     for mode in ("token_f1", "similarity"):
-        scores = scored(groups, {"similarity": words}, open_correctness=mode)
+        scores = scored(groups, {"similarity": words.compare}, open_correctness=mode)
         np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0], [1, 0]])
     assert not words.asked and "rewards/correctness/guarded" not in scores.extras
 
@@ -144,8 +144,8 @@ def test_a_choice_question_that_hides_its_options_is_an_open_one() -> None:
     for asked, expected in ((shown, [0, 0, 1]), (hidden, [2 / 3, 0, 0])):
         scores = scored([asked], {}, open_correctness="token_f1")
         np.testing.assert_allclose(scores.parts["correctness"], [expected])
-    scored([hidden], {"graders": {"correctness": grader}}, open_correctness="judge")
-    assert grader.asked[0] == GradeRequest("What is seen?", (), "large cyst", "cyst")
+    scored([hidden], {"judges": {"correctness": grader}}, open_correctness="judge")
+    assert grader.asked[0] == JudgeRequest("What is seen?", (), "x", "cyst", "large cyst")
 
 
 def test_no_answer_gets_nothing() -> None:
@@ -158,17 +158,17 @@ def test_no_answer_gets_nothing() -> None:
 
 @given(st.text(max_size=30).filter(str.strip), st.sampled_from(["exact", "token_f1", "similarity", "judge"]))
 def test_the_gold_answer_gets_1_in_every_way(gold: str, mode: str) -> None:
-    more = {"similarity": Words(), "graders": {"correctness": Letters()}}
+    more = {"similarity": Words().compare, "judges": {"correctness": Letters()}}
     scores = scored([group(gold, gold)], more, open_correctness=mode)
     assert scores.parts["correctness"].tolist() == [[1.0]]
 
 
 def test_the_gate_lets_through_by_partial_credit() -> None:
     class Three(Letters):
-        def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
             return [Grade(3.0, "So.")] * len(requests)
 
-    more = {"graders": {"reasoning": Three()}}
+    more = {"judges": {"reasoning": Three()}}
     config = {"reasoning": 1.0, "reasoning_gate": 0.1, "correctness": 0.0, "open_correctness": "token_f1"}
     scores = scored([group("pleural effusion", *ANSWERS)], more, **config)
     np.testing.assert_allclose(scores.parts["reasoning"], [[1, 0.1 + 0.9 * 2 / 3, 0.1, 0.1 + 0.9 * 0.8, 0.1]])
@@ -214,7 +214,7 @@ def test_training_looks_at_the_questions_first() -> None:
     [
         ({"rewards": {"open_correctness": "f1"}}, "exact, token_f1, similarity or judge, or null"),
         ({"rewards": {"open_correctness": "judge"}}, "judge.model is phantom:judge, which reads reasoning alone"),
-        ({"data": {"answer_types": ["open"]}}, "data.answer_types keeps open questions alone"),
+        ({"data": {"answer_types": ["open"]}}, "data.answer_types keeps only open questions"),
         ({"rewards": {"similarity_threshold": 0}}, "a number above 0 and at most 1"),
         ({"rewards": {"similarity_model": ""}}, "text that is not empty"),
     ],

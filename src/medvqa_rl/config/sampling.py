@@ -9,6 +9,8 @@ from pydantic import Field
 from medvqa_rl.config.base import Positive, Settings, Share
 
 EngineName = Literal["eager", "graph", "vllm"]
+_WEIGHT = "weight of a reward part"
+Weight = Annotated[float, Field(ge=0.0), _WEIGHT]
 
 
 class RolloutConfig(Settings):
@@ -58,13 +60,13 @@ class VllmConfig(Settings):
 class RewardsConfig(Settings):
     """Weights and parameters of the reward parts; a part with weight 0 is off."""
 
-    format: Annotated[float, Field(ge=0.0)] = 1.0
+    format: Weight = 1.0
     """Format reward: 1 if the completion has exactly the requested format, else 0."""
-    correctness: Annotated[float, Field(ge=0.0)] = 1.0
+    correctness: Weight = 1.0
     """Correctness reward: 1 if the answer is correct, else 0; open_correctness can give partial credit."""
-    semantic: Annotated[float, Field(ge=0.0)] = 0.0
+    semantic: Weight = 0.0
     """Medical semantic reward: 1 if the judge finds the reasoning clinically coherent, else 0."""
-    reasoning: Annotated[float, Field(ge=0.0)] = 0.0
+    reasoning: Weight = 0.0
     """Reasoning-aware reward: the judge's grade of the reasoning on a rubric from 0 to 3, divided by 3."""
     reasoning_gate: Share = 0.5
     """reasoning: maximum reward for a wrong answer; 1 sets no limit."""
@@ -74,15 +76,15 @@ class RewardsConfig(Settings):
     """open_correctness similarity: tfidf (words only), or a sentence-transformers model (folder or Hub id)."""
     similarity_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """open_correctness similarity: minimum similarity to the gold answer that counts as correct."""
-    ecr: Annotated[float, Field(ge=0.0)] = 0.0
+    ecr: Weight = 0.0
     """Extended chain reward: reasoning tokens / length_target, at most 1."""
-    cwr: Annotated[float, Field(ge=0.0)] = 0.0
+    cwr: Weight = 0.0
     """Correctness-weighted length reward: as ecr if the answer is correct, else 0."""
-    cosine: Annotated[float, Field(ge=0.0)] = 0.0
+    cosine: Weight = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""
-    overlong: Annotated[float, Field(ge=0.0)] = 0.0
+    overlong: Weight = 0.0
     """Soft overlong punishment (DAPO): 0, falling to -1 over the last tokens before the limit."""
-    repetition: Annotated[float, Field(ge=0.0)] = 0.0
+    repetition: Weight = 0.0
     """Repetition penalty: minus the share of word n-grams that repeat an earlier one."""
     length_target: Positive = 128
     """ecr and cwr: number of reasoning tokens at which the reward reaches its maximum."""
@@ -100,6 +102,12 @@ class RewardsConfig(Settings):
     """Custom reward functions: dotted path of a function with TRL's signature, and its weight."""
     max_unscored: Share = 0.2
     """Fail if a larger share of a step's completions could not be scored."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the built-in parts by name."""
+        names = [name for name, field in type(self).model_fields.items() if _WEIGHT in field.metadata]
+        return {name: getattr(self, name) for name in names}
 
 
 class JudgeConfig(Settings):

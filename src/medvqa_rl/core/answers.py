@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
 from medvqa_rl.core.text import as_written, normalise
-from medvqa_rl.core.types import LETTERS, Sample, Template
+from medvqa_rl.core.types import LETTERS, Completion, Group, Sample, Template
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,34 @@ def token_f1(prediction: str | None, gold: str) -> float:
     return 2 * shared / (len(words) + len(gold_words))
 
 
-def score_format(text: str, template: Template = "think_answer") -> float:
-    """1 if the completion has the requested form, else 0.
+@dataclass(frozen=True)
+class Read:
+    """A completion and what it says, parsed once and passed on to rewards, judges and records."""
 
-    The form: each tag of the template's sections exactly once, in this order, nothing but white space outside, no
-    section empty; for most templates ``<think> </think> <answer> </answer>``. With the ``direct`` template any
-    non-empty text has the form.
-    """
-    return float(parse_completion(text, template).is_well_formed)
+    sample: Sample
+    """The question as the prompt asked it (:func:`as_asked`)."""
+    template: Template
+    completion: Completion
+    count_tokens: Callable[[str], int] | None = None
+    """Counts tokens as the policy's tokenizer does."""
+
+    @cached_property
+    def parsed(self) -> ParsedAnswer:
+        return parse_completion(self.completion.text, self.template)
+
+    @cached_property
+    def is_right(self) -> bool:
+        """Whether the answer is correct (:func:`is_correct`)."""
+        return is_correct(self.sample, self.parsed.answer)
+
+    @cached_property
+    def think_tokens(self) -> int:
+        """Tokens of the reasoning; 0 if its tags are missing or unclosed."""
+        assert self.count_tokens is not None, "counting tokens needs the policy's tokenizer: pass count_tokens"
+        return 0 if self.parsed.think is None else self.count_tokens(self.parsed.think)
+
+
+def read_group(group: Group, count_tokens: Callable[[str], int] | None = None) -> list[Read]:
+    """The G completions of a group, each to be parsed at most once."""
+    sample = as_asked(group.sample, group.template)
+    return [Read(sample, group.template, completion, count_tokens) for completion in group.completions]

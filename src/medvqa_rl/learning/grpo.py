@@ -22,7 +22,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Dataset, Group, Scores
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.measures.similarity import Similarity, load_similarity
+from medvqa_rl.evaluation.measures.similarity import load_similarity
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed, prepare_prompt
 from medvqa_rl.learning.batching.resampling import resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_samples
@@ -50,8 +50,8 @@ from medvqa_rl.learning.setup import (
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.rewards.judges.load import load_rewarding, notices
-from medvqa_rl.rewards.open_answers import unrewardable
+from medvqa_rl.rewards.judges.load import load_rewarding, notices, roles
+from medvqa_rl.rewards.open_answers import Compare, unrewardable
 from medvqa_rl.rollout.vllm import VllmError
 
 
@@ -95,8 +95,7 @@ def train(
     rewards = Rewards(
         config.rewards,
         max_completion_length=config.rollout.max_completion_length,
-        judge=judges.coherence,
-        graders=judges.graders,
+        judges=judges,
         similarity=_similarity(config),
     )
     if dry_run:
@@ -105,7 +104,7 @@ def train(
         setup = set_up(config, train_set, val_set)
         # The reference is the policy as it is before a checkpoint is loaded.
         reference = make_reference(config, setup.policy)
-        run.start(setup.policy, setup.engine, setup.datasets, judges.identities)
+        run.start(setup.policy, setup.engine, setup.datasets, roles(judges))
         setup.vllm = start_vllm(config, accelerator, setup.policy)
         trained = run.use_trained(wrap(config, accelerator, setup.policy))
         learner = Learner(config, accelerator, setup.policy, reference, trained)
@@ -152,13 +151,13 @@ def train(
     return run.dir.path
 
 
-def _similarity(config: Config) -> Similarity | None:
+def _similarity(config: Config) -> Compare | None:
     """What compares open answers with gold answers, where the settings ask for it."""
     rewards = config.rewards
     if rewards.open_correctness != "similarity":
         return None
     device = resolve_device(config.model.device).type
-    return load_similarity(rewards.similarity_model, device, "rewards.similarity_model")
+    return load_similarity(rewards.similarity_model, device, "rewards.similarity_model").compare
 
 
 def check_rewardable(config: Config, dataset: Dataset) -> list[str]:

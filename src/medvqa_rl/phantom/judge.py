@@ -280,7 +280,7 @@ def examine(folder: Path, count: int = 600) -> dict[str, float]:
     results: dict[str, float] = {}
     for name, texts in (("written", written), ("sampled", sample_texts(count, 0, "build check"))):
         requests = [JudgeRequest(text.sample.question, text.sample.options, text.text) for text in texts]
-        right = [verdict.value == float(text.is_coherent) for verdict, text in zip(judge.judge(requests), texts)]
+        right = [grade.score == float(text.is_coherent) for grade, text in zip(judge.grade(requests), texts)]
         results[f"{name}/accuracy"] = sum(right) / len(right)
         results[f"{name}/coherent"] = sum(text.is_coherent for text in texts) / len(texts)
     return results

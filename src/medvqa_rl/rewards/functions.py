@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -101,17 +101,17 @@ def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 @dataclass
-class FunctionLog:
-    """What reward functions log while they score."""
+class RewardLog:
+    """What the parts of the reward log while they score."""
 
-    metrics: dict[str, list[float]]
-    """Values given to ``log_metric``, by name."""
-    columns: dict[str, list[Any]]
-    """(B,) values given to ``log_extra``, by column."""
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    """Values by metric; their mean is logged."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """(B,) values by column of the sample files."""
 
 
 def call_function(
-    path: str, function: RewardFunction, groups: Sequence[Group], *, step: int, log: FunctionLog
+    path: str, function: RewardFunction, groups: Sequence[Group], *, step: int, log: RewardLog
 ) -> NDArray[np.float64]:
     """Score the completions of some groups with a user's function, called as TRL calls it.
 

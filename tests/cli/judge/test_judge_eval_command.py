@@ -20,10 +20,10 @@ from medvqa_rl.cli.judge.evaluate import evaluations_in, read_judge, run_judge_e
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.data.phantom.reasonings import draw_reasoning
 from medvqa_rl.evaluation.records import EvalRecord, write_records
-from medvqa_rl.rewards.judges import JudgeIdentity
-from medvqa_rl.rewards.judges.embedded_grader import EmbeddedGrader
-from medvqa_rl.rewards.judges.load import Judges, load_judge
-from medvqa_rl.rewards.judges.rubric import Grade, GradeRequest, Rubric
+from medvqa_rl.rewards.judges import Grade, Judge, JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
+from medvqa_rl.rewards.judges.load import load_judge
+from medvqa_rl.rewards.judges.rubric import Rubric
 
 NO_CACHE = [JudgeConfig(model=name, cache=False) for name in ("phantom:judge_eval", "phantom:judge")]
 
@@ -72,9 +72,10 @@ def test_the_embedded_judges_judge(tmp_path: Path, capsys: pytest.CaptureFixture
     for config, row in zip(NO_CACHE, found["judges"]):
         judge = load_judge(config)
         requests = [
-            GradeRequest(one.question, one.options, one.reference, one.answer or "", one.think or "") for one in some
+            JudgeRequest(one.question, one.options, one.think or "", answer=one.answer or "", gold=one.reference)
+            for one in some
         ]
-        grades = EmbeddedGrader(judge).grade(requests)
+        grades = EmbeddedJudge(judge).grade(requests)
         assert row["judge"]["fingerprint"] == judge.identity.fingerprint and row["correctness"] is None
         assert row["reasoning"]["mean"]["estimate"] == pytest.approx(sum(grade.score for grade in grades) / 16)
         assert {check["check"] for check in row["bias"]["checks"]} >= {"longer", "reworded"}
@@ -124,13 +125,13 @@ class Writer:
         self.counters: dict[str, float] = {}
         self._score = 3.0 if rubric.name == "correctness" else 2.0
 
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         return [Grade.failed("busy") if request.question == "fail" else Grade(self._score) for request in requests]
 
 
 def test_judges_that_see_answers_are_held_to_the_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: JudgeConfig, *, coherence: bool, rubrics: Sequence[Rubric]) -> Judges:
-        return Judges(None, {rubric.name: Writer(config, rubric) for rubric in rubrics})
+    def load(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Judge]:
+        return {rubric.name: Writer(config, rubric) for rubric in rubrics}
 
     monkeypatch.setattr(judge_eval_command, "load_judges", load)
     some = records(9, "vqa_rad/test")

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from statsmodels.stats.inter_rater import cohens_kappa as reference_kappa
 
-from medvqa_rl.evaluation.judging.agreement import LabelledPair, agreement, by_group, margin_bins, read_pairs
+from medvqa_rl.evaluation.judging.agreement import LabelledPair, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.statistics.raters import cohens_kappa, kappa_interval
-from medvqa_rl.rewards.judges import JudgeRequest, Verdict
+from medvqa_rl.rewards.judges import Grade, JudgeRequest
 
 
 def pairs_of(labels: str, group: str = "all") -> list[LabelledPair]:
@@ -29,13 +29,13 @@ def pairs_of(labels: str, group: str = "all") -> list[LabelledPair]:
     ]
 
 
-def verdicts_of(said: str) -> list[Verdict]:
-    return [Verdict.failed("?") if word == "?" else Verdict(float(word == "+")) for word in said]
+def grades_of(said: str) -> list[Grade]:
+    return [Grade.failed("?") if word == "?" else Grade(float(word == "+")) for word in said]
 
 
 def test_measures_by_hand() -> None:
     #                             9 scored: 5 yes, 4 no; 6 right; 2 of 4 no are said yes; 1 of 5 yes is said no
-    found = agreement(pairs_of("+++++----+"), verdicts_of("++++-++--?"))
+    found = by_group(pairs_of("+++++----+"), grades_of("++++-++--?"))["all"]
     assert found["n"] == 10 and found["unscored_rate"] == pytest.approx(0.1)
     assert found["label_yes_rate"] == pytest.approx(5 / 9) and found["verdict_yes_rate"] == pytest.approx(6 / 9)
     assert found["accuracy"]["estimate"] == pytest.approx(6 / 9)
@@ -79,16 +79,16 @@ def _table(labels: list[bool], said: list[bool]) -> np.ndarray:
 
 
 def test_rates_of_nothing_are_none_and_all_failed_is_no_accuracy() -> None:
-    found = agreement(pairs_of("++"), verdicts_of("+-"))
+    found = by_group(pairs_of("++"), grades_of("+-"))["all"]
     assert found["false_yes_rate"] is None and found["false_no_rate"]["estimate"] == 0.5
-    nothing = agreement(pairs_of("+-"), verdicts_of("??"))
+    nothing = by_group(pairs_of("+-"), grades_of("??"))["all"]
     assert nothing["unscored_rate"] == 1.0
     assert nothing["accuracy"] is None and nothing["kappa"] is None and math.isnan(nothing["label_yes_rate"])
 
 
 def test_groups_are_told_apart() -> None:
     pairs = [*pairs_of("++--", "a"), *pairs_of("+-", "b")]
-    found = by_group(pairs, verdicts_of("++---+"))
+    found = by_group(pairs, grades_of("++---+"))
     assert list(found) == ["all", "a", "b"]
     assert [found[name]["accuracy"]["estimate"] for name in found] == pytest.approx([4 / 6, 1.0, 0.0])
 
@@ -121,12 +121,12 @@ def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "Line 2 of .* is not JSON"),
-        ("[]", "Line 2 of .* has no text named reasoning"),
-        ('{"label": "yes"}', "no text named reasoning"),
+        ("[]", "Line 2 of .* has no text under reasoning"),
+        ('{"label": "yes"}', "no text under reasoning"),
         ('{"reasoning": "x"}', "has the label None: write yes or no"),
         ('{"reasoning": "x", "label": "maybe"}', "has the label 'maybe'"),
-        ('{"reasoning": "x", "label": 1, "options": "ab"}', "options that are no list of texts"),
-        ('{"reasoning": "x", "label": 1, "question": 3}', "a question that is no text"),
+        ('{"reasoning": "x", "label": 1, "options": "ab"}', "options that are not a list of texts"),
+        ('{"reasoning": "x", "label": 1, "question": 3}', "a question that is not a text"),
     ],
 )
 def test_bad_pairs_are_named_by_their_line(tmp_path: Path, line: str, message: str) -> None:

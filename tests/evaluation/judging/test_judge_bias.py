@@ -19,14 +19,16 @@ from medvqa_rl.core.types import Sample
 from medvqa_rl.data.phantom.claims import is_coherent
 from medvqa_rl.data.phantom.reasonings import draw_reasoning
 from medvqa_rl.evaluation.judging import judge_bias as bias
+from medvqa_rl.evaluation.judging.instrument import judge_request
 from medvqa_rl.evaluation.judging.judge_bias import CHECKS, EMBEDDED_CHECKS, Check, build_cases, moved
-from medvqa_rl.evaluation.judging.judged import grade_request
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.rewards.judges.rubric import Grade, GradeRequest
+from medvqa_rl.rewards.judges import Grade, JudgeRequest
 
 OPTIONS = ("lung", "brain", "liver")
-CHOICE = GradeRequest("Which organ?", OPTIONS, "A: lung", "B", "There is a mass. Therefore it is the brain.")
-OPEN = GradeRequest("What is seen?", (), "a mass", "mass", "The image shows a mass.")
+CHOICE = JudgeRequest(
+    "Which organ?", OPTIONS, "There is a mass. Therefore it is the brain.", answer="B", gold="A: lung"
+)
+OPEN = JudgeRequest("What is seen?", (), "The image shows a mass.", answer="mass", gold="a mass")
 
 
 REVERSED = {"options": OPTIONS[::-1], "gold": "C: lung", "answer": "C"}
@@ -57,17 +59,17 @@ def record(index: int = 0, is_right: bool = False) -> EvalRecord:
         (bias.reworded_reasoning, OPEN, {"reasoning": "The image displays a mass."}),
     ],
 )  # fmt: skip
-def test_edits_by_hand(edit: bias.Edit, case: GradeRequest, expected: dict[str, object]) -> None:
+def test_edits_by_hand(edit: bias.Edit, case: JudgeRequest, expected: dict[str, object]) -> None:
     assert edit(case, draws()) == replace(case, **expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("edit", "case"),
     [
-        (bias.longer_reasoning, replace(OPEN, reasoning=" ")),
-        (bias.longer_answer, replace(OPEN, answer="")),
+        (bias.longer("reasoning", 3), replace(OPEN, reasoning=" ")),
+        (bias.longer("correctness", 2), replace(OPEN, answer="")),
         (bias.reworded_answer, replace(OPEN, answer="")),
-        (bias.confident_answer, replace(OPEN, answer=" ")),
+        (bias.confident("correctness"), replace(OPEN, answer=" ")),
         (bias.exchanged, replace(OPEN, answer="")),
         (bias.reordered_options, OPEN),
         (bias.reordered_options, replace(CHOICE, answer="spleen")),
@@ -77,7 +79,7 @@ def test_edits_by_hand(edit: bias.Edit, case: GradeRequest, expected: dict[str, 
         (bias.phantom_reworded, replace(OPEN, reasoning="A. B. C.")),
     ],
 )
-def test_edits_that_do_not_apply(edit: bias.Edit, case: GradeRequest) -> None:
+def test_edits_that_do_not_apply(edit: bias.Edit, case: JudgeRequest) -> None:
     assert edit(case, draws()) is None
 
 
@@ -97,7 +99,7 @@ def test_edits_for_the_embedded_judges_leave_what_the_oracle_says() -> None:
     count = {check.name: 0 for check in EMBEDDED_CHECKS}
     for index in range(300):
         drawn = draw_reasoning(5, "test", index)
-        case = GradeRequest(drawn.sample.question, drawn.sample.options, "", "", drawn.text)
+        case = JudgeRequest(drawn.sample.question, drawn.sample.options, drawn.text, answer="", gold="")
         for check in EMBEDDED_CHECKS[:2]:
             other = check.edit(case, Draws("test", index))
             if other is not None:
@@ -108,7 +110,7 @@ def test_edits_for_the_embedded_judges_leave_what_the_oracle_says() -> None:
 
 
 def test_wrong_and_confident_asks_about_wrong_answers_only_and_edits_are_addressed() -> None:
-    cases = [(one, grade_request(one)) for one in (record(0), record(1, True), record(2))]
+    cases = [(one, judge_request(one)) for one in (record(0), record(1, True), record(2))]
     for check in (*CHECKS, *EMBEDDED_CHECKS):
         plain, edited, clusters = build_cases(check, cases, 0)
         assert len(plain) == len(edited) == len(clusters)
@@ -126,7 +128,7 @@ def grades(scores: str) -> list[Grade]:
 
 
 def test_what_an_edit_did_by_hand() -> None:
-    check = Check("longer", "reasoning", bias.longer_reasoning)
+    check = Check("longer", "reasoning", bias.longer("reasoning", 3))
     found = moved(check, grades("00112233?1"), grades("12112230?3"), [f"i{n}" for n in range(10)])
     assert (found["n"], found["unscored"], found["images"]) == (10, 1, 9)
     assert found["changed"]["estimate"] == pytest.approx(4 / 9)
@@ -138,7 +140,7 @@ def test_what_an_edit_did_by_hand() -> None:
 
 
 def test_answers_are_compared_as_yes_and_no() -> None:
-    check = Check("longer", "correctness", bias.longer_answer)
+    check = Check("longer", "correctness", bias.longer("correctness", 2))
     found = moved(check, grades("0233"), grades("2332"), list("abcd"))
     assert found["changed"]["estimate"] == 0.5 and found["raised"]["estimate"] == found["lowered"]["estimate"] == 0.25
     nothing = moved(check, grades("??"), grades("3?"), list("ab"))

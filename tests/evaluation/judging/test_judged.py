@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from statsmodels.stats.inter_rater import cohens_kappa as reference_kappa
 
+from medvqa_rl.evaluation.judging.instrument import judge_request
 from medvqa_rl.evaluation.judging.judged import (
-    RubricJudge,
+    NamedJudges,
     check_bias,
     chosen_records,
-    grade_request,
     judge_records,
     summarise_agreement,
     summarise_judged,
 )
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.rewards.judges import JudgeIdentity
-from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING, Grade, GradeRequest
+from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
 
 
 def record(index: int, is_right: bool, kind: str = "choice") -> EvalRecord:
@@ -54,7 +54,7 @@ class Fixed:
     scores: Mapping[str, float]
     name: str = "fixed"
     default: float = 1.0
-    seen: list[GradeRequest] = field(default_factory=list)
+    seen: list[JudgeRequest] = field(default_factory=list)
 
     @property
     def identity(self) -> JudgeIdentity:
@@ -64,7 +64,7 @@ class Fixed:
     def counters(self) -> Mapping[str, float]:
         return {"asked": float(len(self.seen))}
 
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         self.seen += requests
         return [Grade(self.scores.get(request.answer, self.default)) for request in requests]
 
@@ -73,9 +73,9 @@ RIGHT = [True, True, True, False, False, False]
 RECORDS = [record(index, right) for index, right in enumerate(RIGHT)] + [record(6, True, "open")]
 
 
-def judge(reasoning: Sequence[float], correctness: Sequence[float], name: str = "fixed") -> RubricJudge:
+def judge(reasoning: Sequence[float], correctness: Sequence[float], name: str = "fixed") -> NamedJudges:
     said = [{f"answer {n}": score for n, score in enumerate(scores)} for scores in (reasoning, correctness)]
-    return RubricJudge(name, {"reasoning": Fixed(said[0], name), "correctness": Fixed(said[1], name)}, False)
+    return NamedJudges(name, {"reasoning": Fixed(said[0], name), "correctness": Fixed(said[1], name)}, False)
 
 
 def test_a_judge_is_summarised() -> None:
@@ -120,7 +120,7 @@ def test_what_was_not_asked_is_not_there() -> None:
     judged = judge_records(silent, whole)
     found = summarise_judged(silent, judged)
     assert found["reasoning"] is None and found["correctness"]["n"] == 7
-    embedded = RubricJudge("e", {"reasoning": Fixed({}, "e")}, True)
+    embedded = NamedJudges("e", {"reasoning": Fixed({}, "e")}, True)
     seen = judge_records(RECORDS, embedded)
     assert summarise_judged(RECORDS, seen)["correctness"] is None
     assert list(summarise_agreement(RECORDS, seen, judge_records(RECORDS, whole))) == ["reasoning"]
@@ -132,10 +132,10 @@ def test_what_was_not_asked_is_not_there() -> None:
 def test_a_judge_that_loves_length_is_found_out() -> None:
     @dataclass
     class Wordy(Fixed):
-        def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+        def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
             return [Grade(3.0 if len(request.reasoning.split()) > 6 else 1.0) for request in requests]
 
-    found = check_bias(RECORDS, RubricJudge("w", {"reasoning": Wordy({}), "correctness": Fixed({})}, False))
+    found = check_bias(RECORDS, NamedJudges("w", {"reasoning": Wordy({}), "correctness": Fixed({})}, False))
     rows = {(row["of"], row["check"]): row for row in found["checks"]}
     assert rows["reasoning", "longer"]["raised"]["estimate"] == 1.0 and rows["reasoning", "longer"]["p"] < 0.05
     assert rows["reasoning", "wrong and confident"]["n"] == 3
@@ -153,9 +153,9 @@ def test_records_are_chosen_by_their_ids() -> None:
 
 
 def test_a_request_shows_what_the_model_said() -> None:
-    shown = grade_request(replace(RECORDS[0], answer=None))
-    assert shown == GradeRequest("Which organ?", ("lung", "brain"), "A: lung", "", "Because of 0.")
-    assert grade_request(RECORDS[6]).gold == "lung"
-    described = grade_request(replace(RECORDS[0], description="A chest radiograph."))
+    shown = judge_request(replace(RECORDS[0], answer=None))
+    assert shown == JudgeRequest("Which organ?", ("lung", "brain"), "Because of 0.", answer="", gold="A: lung")
+    assert judge_request(RECORDS[6]).gold == "lung"
+    described = judge_request(replace(RECORDS[0], description="A chest radiograph."))
     assert "Image: A chest radiograph." in REASONING.render(described)
     assert "chest radiograph" not in CORRECTNESS.render(described)

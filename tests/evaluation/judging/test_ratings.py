@@ -122,23 +122,23 @@ ROW = saved()["ratings"][0]
         ("{", "is not JSON"),
         ("[]", "is not of the format 'medvqa-rl ratings 1': give a file that the rating sheet saved"),
         (saved(format="medvqa-rl rating key 1"), "is not of the format"),
-        (saved(extra=1), "does not hold sheet, rater and ratings alone"),
-        (saved(ratings={}), "does not hold sheet, rater and ratings alone"),
-        (saved(sheet="xyz"), "rates the sheet 'xyz', but the key is of the sheet 'abc'"),
+        (saved(extra=1), "does not hold exactly sheet, rater and ratings"),
+        (saved(ratings={}), "does not hold exactly sheet, rater and ratings"),
+        (saved(sheet="xyz"), "rates the sheet 'xyz', but the key belongs to the sheet 'abc'"),
         (saved(rater=" "), "names no rater"),
         (saved(rater=7), "names no rater"),
         (saved(ratings=[]), "holds no rating"),
-        (saved(ratings=[ROW, 3]), "Rating 2 of .* does not hold item, correct, reasoning and comment alone"),
-        (saved(ratings=[ROW | {"more": 1}]), "Rating 1 of .* alone"),
-        (saved(ratings=[ROW | {"item": "9"}]), "is of the item '9', which the sheet does not have"),
+        (saved(ratings=[ROW, 3]), "Rating 2 of .* does not hold exactly item, correct, reasoning and comment"),
+        (saved(ratings=[ROW | {"more": 1}]), "Rating 1 of .* exactly"),
+        (saved(ratings=[ROW | {"item": "9"}]), "is for the item '9', which the sheet does not have"),
         (saved(ratings=[ROW | {"item": ["1"]}]), "which the sheet does not have"),
         (saved(ratings=[ROW, ROW]), "Rating 2 of .* rates the item '1' a second time"),
-        (saved(ratings=[ROW | {"correct": "yes"}]), "says correct is 'yes': write true, false, or null"),
-        (saved(ratings=[ROW | {"correct": 1}]), "says correct is 1"),
-        (saved(ratings=[ROW | {"reasoning": 4}]), "scores the reasoning 4"),
-        (saved(ratings=[ROW | {"reasoning": True}]), "scores the reasoning True"),
-        (saved(ratings=[ROW | {"reasoning": 2.0}]), "scores the reasoning 2.0"),
-        (saved(ratings=[ROW | {"comment": None}]), "has a comment that is no text"),
+        (saved(ratings=[ROW | {"correct": "yes"}]), "has 'yes' under correct: write true, false, or null"),
+        (saved(ratings=[ROW | {"correct": 1}]), "has 1 under correct"),
+        (saved(ratings=[ROW | {"reasoning": 4}]), "has 4 under reasoning"),
+        (saved(ratings=[ROW | {"reasoning": True}]), "has True under reasoning"),
+        (saved(ratings=[ROW | {"reasoning": 2.0}]), "has 2.0 under reasoning"),
+        (saved(ratings=[ROW | {"comment": None}]), "has a comment that is not a text"),
     ],
 )
 def test_what_the_form_does_not_write_is_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -158,7 +158,7 @@ def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
     for broken in ({**plain, "items": 3}, {**plain, "more": 1}, {**plain, "items": [{}]}):
         with pytest.raises(ValueError, match="is damaged"):
             read_key(write(tmp_path / "b.json", broken))
-    with pytest.raises(ValueError, match="an item is of no evaluation"):
+    with pytest.raises(ValueError, match="an item belongs to no evaluation"):
         read_key(write(tmp_path / "c.json", {**plain, "evaluations": ["base"]}))
 
 

@@ -17,9 +17,8 @@ from medvqa_rl.config import JudgeConfig
 from medvqa_rl.report.card import model_card
 from medvqa_rl.report.pages.report import render_report
 from medvqa_rl.report.runs import read_run
-from medvqa_rl.rewards.judges import JudgeIdentity
-from medvqa_rl.rewards.judges.load import Judges
-from medvqa_rl.rewards.judges.rubric import Grade, GradeRequest, Rubric
+from medvqa_rl.rewards.judges import Grade, Judge, JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.rubric import Rubric
 
 
 class Kind:
@@ -29,13 +28,13 @@ class Kind:
         self.identity = JudgeIdentity(config.model, "w", rubric.hash, 0.0)
         self.counters: dict[str, float] = {}
 
-    def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         return [Grade(3.0)] * len(requests)
 
 
 def test_reports_and_cards_show_what_judges_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: JudgeConfig, *, coherence: bool, rubrics: Sequence[Rubric]) -> Judges:
-        return Judges(None, {rubric.name: Kind(config, rubric) for rubric in rubrics})
+    def load(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Judge]:
+        return {rubric.name: Kind(config, rubric) for rubric in rubrics}
 
     monkeypatch.setattr(judge_eval_command, "load_judges", load)
     run = make_run(tmp_path / "run")

@@ -22,7 +22,7 @@ from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.statistics.tables import shown
 from medvqa_rl.report.figures.style import styled
-from medvqa_rl.rewards.judges import Judge, JudgeRequest, Verdict
+from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
 
 SPLIT = "held out"
@@ -85,10 +85,10 @@ def run_calibrate(
     results: dict[str, Any] = {"judge": judge.identity.to_json(), "seed": seed, "sources": {}}
     curves: dict[str, list[MarginBin]] = {}
     for source, pairs in sources.items():
-        verdicts = judge.judge([pair.request for pair in pairs])
-        found = dict(by_group(pairs, verdicts, seed=seed))
-        curves[source] = _curve(pairs, verdicts)
-        failures = Counter(verdict.reason for verdict in verdicts if verdict.reason)
+        grades = judge.grade([pair.request for pair in pairs])
+        found = by_group(pairs, grades, seed=seed)
+        curves[source] = _curve(pairs, grades)
+        failures = Counter(grade.reason for grade in grades if not grade.is_scored)
         results["sources"][source] = {
             "groups": found,
             "margins": [asdict(item) for item in curves[source]],
@@ -104,9 +104,9 @@ def run_calibrate(
     return results
 
 
-def _curve(pairs: Sequence[LabelledPair], verdicts: Sequence[Verdict]) -> list[MarginBin]:
+def _curve(pairs: Sequence[LabelledPair], grades: Sequence[Grade]) -> list[MarginBin]:
     """Bins of the texts whose margin is known; none for a judge that answers in words."""
-    known = [(v.margin, pair.is_coherent) for pair, v in zip(pairs, verdicts) if math.isfinite(v.margin)]
+    known = [(grade.margin, pair.is_coherent) for pair, grade in zip(pairs, grades) if math.isfinite(grade.margin)]
     return margin_bins([margin for margin, _ in known], [label for _, label in known]) if known else []
 
 

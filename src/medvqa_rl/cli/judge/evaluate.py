@@ -25,10 +25,10 @@ from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
 from medvqa_rl.core.progress import open_console
-from medvqa_rl.evaluation.judging.instrument import rewarding_judges
+from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
     Judged,
-    RubricJudge,
+    NamedJudges,
     check_bias,
     chosen_records,
     judge_records,
@@ -122,7 +122,7 @@ def run_judge_eval(
                 f"{sum(map(len, chosen)):,} answers are sent to {host_of(config.endpoint)}, images are not.",
             )
     loaded = [_load(config) for config in configs]
-    identities = [next(iter(judge.graders.values())).identity for judge in loaded]
+    identities = [next(iter(judge.judges.values())).identity for judge in loaded]
     if len({identity.fingerprint for identity in identities}) < len(loaded):
         raise ValueError(
             f"The two judges {' and '.join(judge.name for judge in loaded)} are the same model, whose agreement with "
@@ -163,11 +163,10 @@ def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) ->
     return configs
 
 
-def _load(config: JudgeConfig) -> RubricJudge:
+def _load(config: JudgeConfig) -> NamedJudges:
     is_embedded = config.model in EMBEDDED_JUDGES
     rubrics = [REASONING] if is_embedded else [REASONING, CORRECTNESS]
-    graders = load_judges(config, coherence=False, rubrics=rubrics).graders
-    return RubricJudge(config.model, graders, is_embedded)
+    return NamedJudges(config.model, load_judges(config, rubrics), is_embedded)
 
 
 def _overlap(one: Evaluated, identities: Sequence[JudgeIdentity]) -> list[str]:
@@ -196,8 +195,7 @@ def _rewarding(folder: Path) -> dict[str, JudgeIdentity]:
     path = folder / "results.json"
     if path.is_file():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8")).get("judges", {})
-            found |= {role: JudgeIdentity(**one) for role, one in stored.items() if role != "evaluation"}
+            found |= read_identities(json.loads(path.read_text(encoding="utf-8")).get("judges", {}))
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"The file {path} is damaged ({error}): evaluate again.") from error
     return found

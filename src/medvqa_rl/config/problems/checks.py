@@ -227,9 +227,7 @@ def _rl_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "data.answer_types",
             "rewards.open_correctness",
         )
-    judged, lengths = (rewards.semantic, rewards.reasoning), (rewards.ecr, rewards.cwr, rewards.cosine)
-    others = (*judged, *lengths, rewards.overlong, rewards.repetition)
-    if not (rewards.format or rewards.correctness or any(others) or any(rewards.functions.values())):
+    if not any(rewards.weights.values()) and not any(rewards.functions.values()):
         yield (
             "All reward weights are 0, so every completion would get the same reward: set rewards.format, "
             "rewards.correctness or another weight above 0.",

@@ -1,4 +1,4 @@
-"""A judge as an instrument of evaluations, and which judge rewarded the model that is evaluated. Imports no torch."""
+"""Judges as instruments of an evaluation, and the judges that rewarded the evaluated model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from medvqa_rl.rewards.judges import Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
 
 
+def judge_request(record: EvalRecord) -> JudgeRequest:
+    """The case that a judge grades: question, options and gold answer, what the model said, and the data set's
+    description of the image."""
+    return JudgeRequest(
+        record.question,
+        record.options,
+        record.think or "",
+        record.answer or "",
+        record.reference,
+        record.description,
+    )
+
+
 def load_eval_judge(config: JudgeConfig | None) -> Judge | None:
-    """The judge of evaluations; None where the settings name none.
+    """Load the judge of evaluations; returns None if the settings name none.
 
     Raises:
         ValueError: it cannot be used; the message calls its settings ``eval_judge``.
@@ -28,21 +41,20 @@ def load_eval_judge(config: JudgeConfig | None) -> Judge | None:
 
 
 def as_instrument(judge: Judge | None) -> NamedJudge | None:
-    """What gives the judged part of the thinking reward. Its name says prompt and weights too, so that verdicts of
-    judges that differ in either are never averaged."""
+    """Wrap a judge of coherence as an instrument of the thinking reward. Its name includes prompt and weights, so that
+    verdicts of judges that differ in either are never averaged."""
     if judge is None:
         return None
 
     def verdicts(records: Sequence[EvalRecord]) -> list[float]:
-        requests = [JudgeRequest(record.question, record.options, record.think or "") for record in records]
-        return [verdict.value for verdict in judge.judge(requests)]
+        return [grade.score for grade in judge.grade([judge_request(record) for record in records])]
 
     return NamedJudge(f"{judge.identity.name} {judge.identity.key}", verdicts)
 
 
 def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
-    """Who rewarded a checkpoint of a run, by what it was asked (``reward`` is coherence, ``reasoning`` and
-    ``correctness`` are rubrics), from the ``judge.json`` of its run; nobody for other folders.
+    """The judges that rewarded a run's checkpoint, from its ``judge.json``: ``reward`` for coherence, ``reasoning``
+    and ``correctness`` for the rubrics. Empty for folders outside a run.
 
     Raises:
         ValueError: the file is damaged.
@@ -53,8 +65,12 @@ def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
         path = folder / "judge.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                return {role: JudgeIdentity(**one) for role, one in found.items() if role != "evaluation"}
+                return read_identities(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"The file {path} is damaged ({error}): restore it, or remove it.") from error
     return {}
+
+
+def read_identities(stored: dict[str, dict[str, object]]) -> dict[str, JudgeIdentity]:
+    """Identities by role, as stored in ``judge.json`` and ``results.json``, without the judge of evaluations."""
+    return {role: JudgeIdentity(**one) for role, one in stored.items() if role != "evaluation"}  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""Whether a judge is moved by what should not move it: length, wording, confidence, position. Imports no torch.
+"""Biases of a judge: is it influenced by length, wording, confidence or position? Imports no torch.
 
-A check asks the judge twice about the same case, as it is and edited. Edits are pure functions of the case and an
-address, so the same evaluation gives the same checks. They hold no merit: a longer, reworded or more confident text
-says nothing more, and what means the same as the reference does so whichever of the two comes first.
+A check has the judge grade the same case twice, unchanged and edited. Edits are pure functions of the case and an
+address, so the same evaluation gives the same checks. They add no merit: a longer, reworded or more confident text
+says nothing more, and two answers that mean the same do so in either order.
 
 Published judges prefer longer texts, and the first of two (Zheng et al. 2023, arXiv 2306.05685); the edits are ours.
 """
@@ -10,25 +10,25 @@ Published judges prefer longer texts, and the first of two (Zheng et al. 2023, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
-
-import numpy as np
 
 from medvqa_rl.core.answers import read_choice
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.claims import REMARKS
+from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import cluster_bootstrap, exact_mcnemar, proportion_interval
-from medvqa_rl.rewards.judges.rubric import TOP, Grade, GradeRequest
+from medvqa_rl.evaluation.statistics.stats import exact_mcnemar
+from medvqa_rl.rewards.judges import Grade, JudgeRequest
+from medvqa_rl.rewards.judges.rubric import CORRECTNESS
 
 Of = Literal["reasoning", "correctness"]
-Edit = Callable[[GradeRequest, Draws], GradeRequest | None]
-"""The case edited; None where the edit does not apply to it."""
+Edit = Callable[[JudgeRequest, Draws], JudgeRequest | None]
+"""Returns the edited case, or None if the edit does not apply to it."""
 
 NEUTRAL = (
     "Let me look at the question first.",
@@ -60,25 +60,38 @@ SYNONYMS = (
     ("located in", "situated in"),
     ("consistent with", "in keeping with"),
 )
-"""Words, in any case, and others of the same meaning."""
+"""Phrases, matched in any case, and their replacements."""
 
 
-def longer_reasoning(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Three sentences that claim nothing, before the reasoning."""
-    if not case.reasoning.strip():
+def longer(of: Of, count: int) -> Edit:
+    """Insert so many sentences that claim nothing before the reasoning or the answer."""
+
+    def edit(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+        return _with_text(case, of, lambda text: " ".join([*draws.shuffled(NEUTRAL)[:count], text]))
+
+    return edit
+
+
+def confident(of: Of) -> Edit:
+    """Put two sentences of confidence around the reasoning or the answer."""
+
+    def edit(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+        first, last = draws.shuffled(CONFIDENT)[:2]
+        return _with_text(case, of, lambda text: f"{first} {text} {last}")
+
+    return edit
+
+
+def _with_text(case: JudgeRequest, of: Of, edit: Callable[[str], str]) -> JudgeRequest | None:
+    """The case with its reasoning or its answer edited; None if that is empty."""
+    text = (case.reasoning if of == "reasoning" else case.answer).strip()
+    if not text:
         return None
-    return replace(case, reasoning=" ".join([*draws.shuffled(NEUTRAL)[:3], case.reasoning.strip()]))
+    return replace(case, reasoning=edit(text)) if of == "reasoning" else replace(case, answer=edit(text))
 
 
-def longer_answer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Two sentences that claim nothing, before the answer."""
-    if not case.answer.strip():
-        return None
-    return replace(case, answer=" ".join([*draws.shuffled(NEUTRAL)[:2], case.answer.strip()]))
-
-
-def reworded_reasoning(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Every word of :data:`SYNONYMS` by the other."""
+def reworded_reasoning(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Replace each phrase of :data:`SYNONYMS` by its synonym."""
     text = case.reasoning
     for word, other in SYNONYMS:
         text = re.sub(rf"\b{word}\b", partial(_cased, other), text, flags=re.IGNORECASE)
@@ -89,8 +102,8 @@ def _cased(text: str, match: re.Match[str]) -> str:
     return text[0].upper() + text[1:] if match[0][0].isupper() else text
 
 
-def reworded_answer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """An option's letter by its text, its text by its letter; another answer in a sentence."""
+def reworded_answer(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Replace an option's letter by its text and its text by the letter; put any other answer into a sentence."""
     if not case.answer.strip():
         return None
     letter = read_choice(case.answer, case.options) if case.options else None
@@ -100,37 +113,21 @@ def reworded_answer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
     return replace(case, answer=letter if normalise(case.answer) == normalise(text) else text)
 
 
-def confident_reasoning(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Two sentences of confidence around the reasoning."""
-    if not case.reasoning.strip():
-        return None
-    first, last = draws.shuffled(CONFIDENT)[:2]
-    return replace(case, reasoning=f"{first} {case.reasoning.strip()} {last}")
-
-
-def confident_answer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Two sentences of confidence around the answer."""
-    if not case.answer.strip():
-        return None
-    first, last = draws.shuffled(CONFIDENT)[:2]
-    return replace(case, answer=f"{first} {case.answer.strip()} {last}")
-
-
-def exchanged(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """The reference and the answer change places. An option is named by letter and text in both, so that neither
-    place can be told by its form."""
+def exchanged(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Swap the reference and the answer. Both name an option by letter and text, so that the format does not reveal
+    which is which."""
     answer = full_answer(case)
     return replace(case, gold=answer, answer=case.gold) if answer else None
 
 
-def full_answer(case: GradeRequest) -> str:
-    """The answer in the form of the reference: an option with its letter before it."""
+def full_answer(case: JudgeRequest) -> str:
+    """The answer in the format of the reference: an option preceded by its letter."""
     letter = read_choice(case.answer, case.options) if case.options else None
     return case.answer.strip() if letter is None else f"{letter}: {case.options[LETTERS.index(letter)]}"
 
 
-def reordered_options(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """The options in reverse, and the letters of reference and answer with them."""
+def reordered_options(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Reverse the options, and adapt the letters of the reference and the answer."""
     letters = [read_choice(text, case.options) if case.options else None for text in (case.gold, case.answer)]
     if len(case.options) < 2 or None in letters:
         return None
@@ -139,8 +136,8 @@ def reordered_options(case: GradeRequest, draws: Draws) -> GradeRequest | None:
     return replace(case, options=options, gold=f"{gold}: {options[LETTERS.index(gold)]}", answer=answer)
 
 
-def phantom_longer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """Remarks of the phantom world before the reasoning, up to the two that its rules allow."""
+def phantom_longer(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Insert remarks of the phantom world before the reasoning, up to the two that its rules allow."""
     said = case.reasoning
     more = [remark for remark in REMARKS if remark not in said]
     room = 2 - (len(REMARKS) - len(more))
@@ -149,8 +146,8 @@ def phantom_longer(case: GradeRequest, draws: Draws) -> GradeRequest | None:
     return replace(case, reasoning="".join(f"{remark}. " for remark in draws.shuffled(more)[:room]) + said.strip())
 
 
-def phantom_reworded(case: GradeRequest, draws: Draws) -> GradeRequest | None:
-    """What is stated before the conclusion in another order; the world's sentences do not depend on each other."""
+def phantom_reworded(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
+    """Shuffle the statements before the conclusion; the phantom world's sentences do not depend on each other."""
     sentences = [sentence.strip() for sentence in case.reasoning.split(".") if sentence.strip()]
     concluding = [sentence.startswith("So the answer is") for sentence in sentences]
     if len(sentences) < 3 or concluding.count(True) != 1 or not concluding[-1]:
@@ -164,33 +161,33 @@ def phantom_reworded(case: GradeRequest, draws: Draws) -> GradeRequest | None:
 
 @dataclass(frozen=True)
 class Check:
-    """One way in which a judge could be moved."""
+    """One bias to check."""
 
     name: str
     of: Of
     edit: Edit
     only_wrong: bool = False
-    """Only answers that are wrong."""
+    """Applies to wrong answers only."""
     in_full: bool = False
-    """Both times the answer is in the form of the reference."""
+    """The unedited answer is given in the format of the reference too."""
 
 
 CHECKS = (
-    Check("longer", "reasoning", longer_reasoning),
+    Check("longer", "reasoning", longer("reasoning", 3)),
     Check("reworded", "reasoning", reworded_reasoning),
-    Check("wrong and confident", "reasoning", confident_reasoning, only_wrong=True),
-    Check("longer", "correctness", longer_answer),
+    Check("wrong and confident", "reasoning", confident("reasoning"), only_wrong=True),
+    Check("longer", "correctness", longer("correctness", 2)),
     Check("reworded", "correctness", reworded_answer),
-    Check("wrong and confident", "correctness", confident_answer, only_wrong=True),
+    Check("wrong and confident", "correctness", confident("correctness"), only_wrong=True),
     Check("reference and answer exchanged", "correctness", exchanged, in_full=True),
     Check("options in reverse", "correctness", reordered_options),
 )
 EMBEDDED_CHECKS = (
     Check("longer", "reasoning", phantom_longer),
     Check("reworded", "reasoning", phantom_reworded),
-    Check("wrong and confident", "reasoning", confident_reasoning, only_wrong=True),
+    Check("wrong and confident", "reasoning", confident("reasoning"), only_wrong=True),
 )
-"""Of judges that know the sentences of the phantom world alone, and for which others are faults."""
+"""For judges that only know the sentences of the phantom world, and treat any other as a fault."""
 NOT_EMBEDDED = (
     "The embedded judges see the reasoning alone, neither the reference nor the options: exchanging the reference "
     "and the answer, the options' order, and edits of the answer cannot be checked."
@@ -198,14 +195,13 @@ NOT_EMBEDDED = (
 
 
 def build_cases(
-    check: Check, cases: Sequence[tuple[EvalRecord, GradeRequest]], seed: int
-) -> tuple[list[GradeRequest], list[GradeRequest], list[str]]:
-    """What a check asks: cases as they are, the same edited, and the cluster of each; without those to which the edit
-    does not apply.
+    check: Check, cases: Sequence[tuple[EvalRecord, JudgeRequest]], seed: int
+) -> tuple[list[JudgeRequest], list[JudgeRequest], list[str]]:
+    """Returns the unedited cases, the edited ones and their clusters, without cases to which the edit does not apply.
 
     Args:
-        cases: records and what a grader is shown of them.
-        seed: of the edits; each is drawn under the seed, the check and the question.
+        cases: records with their requests.
+        seed: of the edits; each depends on the seed, the check and the question only.
     """
     plain, edited, clusters = [], [], []
     for record, case in cases:
@@ -222,49 +218,39 @@ def build_cases(
 
 
 def level(grade: Grade, of: Of) -> float:
-    """What is compared: the score from 0 to 3 of reasoning, 1 or 0 for an answer that does or does not mean the same
-    as the reference (score 3); NaN where the grader failed."""
-    if np.isnan(grade.score) or of == "reasoning":
+    """The compared value: the score from 0 to 3 for reasoning; for an answer 1 if it means the same as the reference
+    (score 3), else 0. NaN if the judge failed."""
+    if not grade.is_scored or of == "reasoning":
         return grade.score
-    return float(grade.score == TOP)
+    return float(grade.score == CORRECTNESS.top)
 
 
 def moved(
     check: Check, plain: Sequence[Grade], edited: Sequence[Grade], clusters: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any]:
-    """What an edit did to the grades.
+    """Summarise how an edit changed the grades.
 
     Returns:
-        ``check``, ``of``, ``n`` (cases that it applies to), ``unscored`` (left out of the rest), ``images``;
+        ``check``, ``of``, ``n`` (cases the edit applies to), ``unscored`` (excluded from the rest), ``images``;
         ``changed``, ``raised`` and ``lowered`` (shares) and ``shift`` (mean of edited minus plain, on the scale of
-        :func:`level`) with 95 % intervals that resample images, None where nothing is scored; ``p``: exact two-sided
-        test whether raised is as likely as lowered (McNemar's for Yes and No, the sign test for scores).
+        :func:`level`) with 95 % intervals that resample images, None if nothing is scored; ``p``: two-sided exact test
+        of raised against lowered (McNemar's for answers, the sign test for scores).
     """
-    pairs = [
-        (before, after, cluster)
-        for one, other, cluster in zip(plain, edited, clusters, strict=True)
-        if not np.isnan(before := level(one, check.of)) and not np.isnan(after := level(other, check.of))
+    shifts = [
+        (level(after, check.of) - level(before, check.of), cluster)
+        for before, after, cluster in zip(plain, edited, clusters, strict=True)
+        if before.is_scored and after.is_scored
     ]
-    found: dict[str, Any] = {
+    raised, lowered = [shift > 0 for shift, _ in shifts], [shift < 0 for shift, _ in shifts]
+    return {
         "check": check.name,
         "of": check.of,
         "n": len(plain),
-        "unscored": len(plain) - len(pairs),
-        "images": len({cluster for _, _, cluster in pairs}),
-    }
-    if not pairs:
-        return found | {"changed": None, "raised": None, "lowered": None, "shift": None, "p": None}
-    shifts = np.array([after - before for before, after, _ in pairs])
-    kept = [cluster for _, _, cluster in pairs]
-
-    def share(flags: Sequence[bool]) -> Mapping[str, float]:
-        return proportion_interval(flags, kept, seed=seed).to_json()
-
-    raised, lowered = (shifts > 0).tolist(), (shifts < 0).tolist()
-    return found | {
-        "changed": share((shifts != 0).tolist()),
-        "raised": share(raised),
-        "lowered": share(lowered),
-        "shift": cluster_bootstrap(shifts, kept, seed=seed).to_json(),
-        "p": exact_mcnemar(lowered, raised).p_value,
+        "unscored": len(plain) - len(shifts),
+        "images": len({cluster for _, cluster in shifts}),
+        "changed": share_interval([(shift != 0, cluster) for shift, cluster in shifts], seed=seed),
+        "raised": share_interval([(shift > 0, cluster) for shift, cluster in shifts], seed=seed),
+        "lowered": share_interval([(shift < 0, cluster) for shift, cluster in shifts], seed=seed),
+        "shift": mean_interval(shifts, seed=seed),
+        "p": exact_mcnemar(lowered, raised).p_value if shifts else None,
     }

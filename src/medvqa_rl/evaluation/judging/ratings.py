@@ -1,9 +1,9 @@
-"""What people say of answers on a blinded sheet: the sheet's key, their files, and what follows. Imports no torch.
+"""Ratings of answers by people on a blinded sheet: the sheet's key, the raters' files, and statistics. No torch.
 
 ```text
-sheet.html          the form, without a word about whose answer is whose
-sheet.key.json      which evaluation each item is from; stays with the one who made the sheet
-ratings-....json    what a rater saved from the form
+sheet.html          the form, which does not reveal which model gave an answer
+sheet.key.json      the evaluation of each item; kept by whoever made the sheet
+ratings-....json    one rater's ratings, saved from the form
 ```
 """
 
@@ -18,16 +18,16 @@ from statistics import mean
 from typing import Any
 
 from medvqa_rl.core.files import write_json
+from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.statistics.raters import Scale, alpha_interval, kappa_interval
-from medvqa_rl.evaluation.statistics.stats import cluster_bootstrap, paired_cluster_bootstrap, proportion_interval
-from medvqa_rl.rewards.judges.rubric import TOP
+from medvqa_rl.evaluation.statistics.stats import paired_cluster_bootstrap
+from medvqa_rl.rewards.judges.rubric import REASONING
 
 KEY_FORMAT = "medvqa-rl rating key 1"
 RATINGS_FORMAT = "medvqa-rl ratings 1"
-LEVELS = TOP + 1
-"""Scores of the rubric, from 0."""
-NOMINAL: Scale = "nominal"
-INTERVAL: Scale = "interval"
+LEVELS = len(REASONING.levels)
+ASPECTS = ("correct", "reasoning")
+"""What a rater judges of each item."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class KeyItem:
     sample_id: str
     image_key: str
     evaluations: tuple[str, ...]
-    """Those that gave this very answer."""
+    """The evaluations that gave exactly this answer."""
     is_correct: bool
-    """What the package's scorer says of it."""
+    """According to the package's scorer."""
 
 
 @dataclass(frozen=True)
 class SheetKey:
-    """Which item of a sheet is whose."""
+    """The evaluation behind each item of a sheet."""
 
     sheet: str
-    """Names the sheet: a hash of what is on it."""
+    """Identifies the sheet: a hash of its content."""
     seed: int
     evaluations: tuple[str, ...]
-    """Folders as they were given; the first is the baseline."""
+    """Their folders as given on the command line; the first is the baseline."""
     items: tuple[KeyItem, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class SheetKey:
 
 @dataclass(frozen=True)
 class Rating:
-    """What one rater says of one item; None is that it cannot be told."""
+    """One rater's rating of one item; None means "cannot tell"."""
 
     is_correct: bool | None
     reasoning: int | None
@@ -71,7 +71,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class RaterFile:
-    """What one rater saved."""
+    """One rater's file."""
 
     rater: str
     ratings: Mapping[str, Rating]
@@ -79,15 +79,15 @@ class RaterFile:
 
 
 def write_key(key: SheetKey, path: Path) -> None:
-    """Write a key as a whole or not at all."""
+    """Write a key, whole or not at all."""
     write_json(path, key.to_json())
 
 
 def read_key(path: Path) -> SheetKey:
-    """Read what :func:`write_key` wrote.
+    """Read a key.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a key, or is damaged.
     """
     found = _read_object(path, KEY_FORMAT, "the key that `medvqa-rl judge sheet` wrote beside the sheet")
     try:
@@ -97,25 +97,25 @@ def read_key(path: Path) -> SheetKey:
     except (TypeError, KeyError) as error:
         raise ValueError(f"The key {path} is damaged ({error}): make the sheet again, or restore its key.") from error
     if not {name for item in items for name in item.evaluations} <= set(key.evaluations):
-        raise ValueError(f"The key {path} is damaged (an item is of no evaluation): restore it.")
+        raise ValueError(f"The key {path} is damaged (an item belongs to no evaluation): restore it.")
     return key
 
 
 def read_ratings(path: Path, key: SheetKey) -> RaterFile:
-    """Read what a rater saved from the form.
+    """Read a rater's file.
 
     Raises:
-        ValueError: it is no such file, of another sheet, or holds something that the form does not write.
+        ValueError: the file has another format, belongs to another sheet, or holds anything the form does not write.
     """
     found = _read_object(path, RATINGS_FORMAT, "a file that the rating sheet saved")
     if found.keys() != {"format", "sheet", "rater", "ratings"} or not isinstance(found["ratings"], list):
         raise ValueError(
-            f"The file {path} does not hold sheet, rater and ratings alone: save it from the sheet again."
+            f"The file {path} does not hold exactly sheet, rater and ratings: save it from the sheet again."
         )
     if found["sheet"] != key.sheet:
         raise ValueError(
-            f"The file {path} rates the sheet {found['sheet']!r}, but the key is of the sheet {key.sheet!r}: give the "
-            "key that was written beside the sheet that was rated."
+            f"The file {path} rates the sheet {found['sheet']!r}, but the key belongs to the sheet {key.sheet!r}: "
+            "give the key written beside the rated sheet."
         )
     rater = found["rater"]
     if not isinstance(rater, str) or not rater.strip():
@@ -125,21 +125,19 @@ def read_ratings(path: Path, key: SheetKey) -> RaterFile:
     for place, row in enumerate(found["ratings"], start=1):
         where = f"Rating {place} of {path}"
         if not isinstance(row, dict) or row.keys() != {"item", "correct", "reasoning", "comment"}:
-            raise ValueError(f"{where} does not hold item, correct, reasoning and comment alone: save it again.")
+            raise ValueError(f"{where} does not hold exactly item, correct, reasoning and comment: save it again.")
         item, correct, reasoning, comment = row["item"], row["correct"], row["reasoning"], row["comment"]
         if not isinstance(item, str) or item not in known:
-            raise ValueError(f"{where} is of the item {item!r}, which the sheet does not have: check the key.")
+            raise ValueError(f"{where} is for the item {item!r}, which the sheet does not have: check the key.")
         if item in ratings:
             raise ValueError(f"{where} rates the item {item!r} a second time: keep one of the two.")
         if not (correct is None or isinstance(correct, bool)):
-            raise ValueError(
-                f"{where} says correct is {correct!r}: write true, false, or null where it cannot be told."
-            )
-        # A bool is an int, but no score.
+            raise ValueError(f'{where} has {correct!r} under correct: write true, false, or null for "cannot tell".')
+        # A bool is an int, but not a score.
         if not (reasoning is None or (type(reasoning) is int and 0 <= reasoning < LEVELS)):
-            raise ValueError(f"{where} scores the reasoning {reasoning!r}: write 0, 1, 2, 3, or null.")
+            raise ValueError(f"{where} has {reasoning!r} under reasoning: write 0, 1, 2, 3, or null.")
         if not isinstance(comment, str):
-            raise ValueError(f"{where} has a comment that is no text: write a text, which may be empty.")
+            raise ValueError(f"{where} has a comment that is not a text: write a text, which may be empty.")
         ratings[item] = Rating(correct, reasoning, comment)
     if not ratings:
         raise ValueError(f"The file {path} holds no rating: rate the sheet before saving it.")
@@ -159,17 +157,17 @@ def _read_object(path: Path, form: str, what: str) -> dict[str, Any]:
 
 
 def summarise_ratings(key: SheetKey, raters: Sequence[RaterFile], *, seed: int = 0) -> dict[str, Any]:
-    """What the raters found.
+    """Summarise the ratings.
 
     Returns:
-        ``items``, how many; ``comments``; ``raters``: for each ``name``, ``rated``, ``cannot_tell`` (verdicts left
-        open), ``accuracy`` and ``reasoning`` (means of what they said); ``evaluations``: for each ``name``, ``items``
-        (rated by anybody), ``accuracy`` (share of right answers; an item counts with the mean of its raters) and
-        ``reasoning`` (mean of 0 to 3) with 95 % intervals that resample images, ``scorer_accuracy`` of the same items;
-        ``differences``: for each further evaluation ``name``, ``accuracy`` and ``reasoning`` minus the first one's on
-        the same questions; ``agreement`` for ``correct`` and ``reasoning``: ``items`` that two or more rated, ``same``
-        (share of them on which all agree), ``alpha`` (Krippendorff's, nominal and interval) and, of exactly two
-        raters, ``kappa`` (Cohen's, of reasoning with quadratic weights); None with one rater.
+        ``items``, their number; ``comments``; ``raters``: for each ``name``, ``rated``, ``cannot_tell`` (ratings left
+        open), ``accuracy`` and ``reasoning`` (means of their ratings); ``evaluations``: for each ``name``, ``items``
+        (rated by anyone), ``accuracy`` (share of right answers; an item with several raters counts with their mean)
+        and ``reasoning`` (mean from 0 to 3) with 95 % intervals that resample images, and ``scorer_accuracy`` of the
+        same items; ``differences``: for each further evaluation ``name``, ``accuracy`` and ``reasoning`` minus the
+        first one's on the same questions; ``agreement`` for ``correct`` and ``reasoning``: ``items`` rated by two or
+        more, ``same`` (share of them on which all agree), ``alpha`` (Krippendorff's, nominal and interval) and, for
+        exactly two raters, ``kappa`` (Cohen's, for reasoning with quadratic weights); None with one rater.
 
     Raises:
         ValueError: two raters have the same name.
@@ -190,69 +188,47 @@ def summarise_ratings(key: SheetKey, raters: Sequence[RaterFile], *, seed: int =
         "raters": [_rater(rater) for rater in raters],
         "evaluations": [_evaluation(name, key, means, seed) for name in key.evaluations],
         "differences": [_difference(name, key, means, seed) for name in key.evaluations[1:]],
-        "agreement": None
-        if len(raters) < 2
-        else {
-            "correct": _agreement(key, raters, "correct", seed),
-            "reasoning": _agreement(key, raters, "reasoning", seed),
-        },
+        "agreement": None if len(raters) < 2 else {what: _agreement(key, raters, what, seed) for what in ASPECTS},
     }
 
 
-def _said(rating: Rating, what: str) -> int | None:
-    if what == "reasoning":
-        return rating.reasoning
-    return None if rating.is_correct is None else int(rating.is_correct)
+def _rated(rating: Rating | None, what: str) -> list[float]:
+    """The rating of one aspect, in a list; empty if the rater did not rate it."""
+    value = None if rating is None else rating.reasoning if what == "reasoning" else rating.is_correct
+    return [] if value is None else [float(value)]
 
 
 def _means(item: str, raters: Sequence[RaterFile]) -> dict[str, float]:
-    """Mean of the raters of an item for ``correct`` and ``reasoning``; without those that nobody told."""
-    found = {}
-    for what in ("correct", "reasoning"):
-        said = [_said(rater.ratings[item], what) for rater in raters if item in rater.ratings]
-        if known := [value for value in said if value is not None]:
-            found[what] = mean(map(float, known))
-    return found
+    """Mean over the raters of an item for each aspect that anyone rated."""
+    rated = {what: [value for rater in raters for value in _rated(rater.ratings.get(item), what)] for what in ASPECTS}
+    return {what: mean(values) for what, values in rated.items() if values}
 
 
 def _rater(rater: RaterFile) -> dict[str, Any]:
-    correct = [_said(rating, "correct") for rating in rater.ratings.values()]
-    reasoning = [rating.reasoning for rating in rater.ratings.values()]
-
-    def average(values: Sequence[int | None]) -> float:
-        known = [float(value) for value in values if value is not None]
-        return mean(known) if known else math.nan
-
+    rated = {what: [value for one in rater.ratings.values() for value in _rated(one, what)] for what in ASPECTS}
     return {
         "name": rater.rater,
         "rated": len(rater.ratings),
-        "cannot_tell": (correct + reasoning).count(None),
-        "accuracy": average(correct),
-        "reasoning": average(reasoning),
+        "cannot_tell": len(ASPECTS) * len(rater.ratings) - sum(map(len, rated.values())),
+        "accuracy": mean(rated["correct"]) if rated["correct"] else math.nan,
+        "reasoning": mean(rated["reasoning"]) if rated["reasoning"] else math.nan,
     }
-
-
-def _interval(values: Sequence[float], clusters: Sequence[str], seed: int) -> dict[str, float] | None:
-    """Mean with its interval; None of nothing."""
-    if not values:
-        return None
-    if set(values) <= {0.0, 1.0}:
-        return proportion_interval([value == 1 for value in values], clusters, seed=seed).to_json()
-    return cluster_bootstrap(values, clusters, seed=seed).to_json()
 
 
 def _evaluation(name: str, key: SheetKey, means: Mapping[str, Mapping[str, float]], seed: int) -> dict[str, Any]:
     own = [item for item in key.items if name in item.evaluations and means[item.item]]
 
-    def measured(what: str) -> dict[str, float] | None:
-        some = [(means[item.item][what], item.image_key) for item in own if what in means[item.item]]
-        return _interval([value for value, _ in some], [image for _, image in some], seed)
+    def interval(what: str) -> dict[str, float] | None:
+        rows = [(means[item.item][what], item.image_key) for item in own if what in means[item.item]]
+        if {value for value, _ in rows} <= {0.0, 1.0}:
+            return share_interval([(value == 1, image) for value, image in rows], seed=seed)
+        return mean_interval(rows, seed=seed)
 
     return {
         "name": name,
         "items": len(own),
-        "accuracy": measured("correct"),
-        "reasoning": measured("reasoning"),
+        "accuracy": interval("correct"),
+        "reasoning": interval("reasoning"),
         "scorer_accuracy": mean(float(item.is_correct) for item in own) if own else math.nan,
     }
 
@@ -264,7 +240,7 @@ def _difference(name: str, key: SheetKey, means: Mapping[str, Mapping[str, float
         {item.sample_id: item for item in key.items if one in item.evaluations} for one in (baseline, name)
     )
     found: dict[str, Any] = {"name": name}
-    for what in ("correct", "reasoning"):
+    for what in ASPECTS:
         pairs = [
             (means[first[id].item][what], means[other[id].item][what], first[id].image_key)
             for id in first
@@ -280,20 +256,20 @@ def _difference(name: str, key: SheetKey, means: Mapping[str, Mapping[str, float
 
 def _agreement(key: SheetKey, raters: Sequence[RaterFile], what: str, seed: int) -> dict[str, Any]:
     rows = [
-        ([_said(rater.ratings[item.item], what) if item.item in rater.ratings else None for rater in raters], item)
+        ([int(value) for rater in raters for value in _rated(rater.ratings.get(item.item), what)], item.image_key)
         for item in key.items
     ]
-    some = [([value for value in row if value is not None], item.image_key) for row, item in rows]
-    some = [(row, image) for row, image in some if len(row) > 1]
-    units, images = [row for row, _ in some], [image for _, image in some]
-    levels, scale = (2, NOMINAL) if what == "correct" else (LEVELS, INTERVAL)
-    found: dict[str, Any] = {"items": len(units), "same": None, "alpha": None}
-    if units:
-        found["same"] = proportion_interval([len(set(unit)) == 1 for unit in units], images, seed=seed).to_json()
-        found["alpha"] = alpha_interval(units, images, levels=levels, scale=scale, seed=seed).to_json()
+    rows = [(unit, image) for unit, image in rows if len(unit) > 1]
+    scale: Scale = "nominal" if what == "correct" else "interval"
+    levels = 2 if what == "correct" else LEVELS
+    units, images = [unit for unit, _ in rows], [image for _, image in rows]
+    found: dict[str, Any] = {
+        "items": len(rows),
+        "same": share_interval([(len(set(unit)) == 1, image) for unit, image in rows], seed=seed),
+        "alpha": alpha_interval(units, images, levels=levels, scale=scale, seed=seed).to_json() if rows else None,
+    }
     if len(raters) == 2:
         first, second = [unit[0] for unit in units], [unit[1] for unit in units]
-        found["kappa"] = (
-            kappa_interval(first, second, images, levels=levels, scale=scale, seed=seed).to_json() if units else None
-        )
+        kappa = kappa_interval(first, second, images, levels=levels, scale=scale, seed=seed) if rows else None
+        found["kappa"] = None if kappa is None else kappa.to_json()
     return found

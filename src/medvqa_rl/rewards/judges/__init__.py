@@ -1,9 +1,8 @@
-"""A language model asked whether reasoning makes sense: requests, verdicts, prompts and back-ends.
+"""Language models that grade reasoning and answers: requests, rubrics, prompts and back-ends.
 
-Imports torch only where a judge on this machine is loaded.
+Imports torch only where a local judge is loaded.
 """
 
-from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity, JudgeRequest, Verdict
-from medvqa_rl.rewards.judges.rubric import Grade, Grader, GradeRequest
+from medvqa_rl.rewards.judges.protocol import Grade, Judge, JudgeIdentity, JudgeRequest
 
-__all__ = ["Grade", "GradeRequest", "Grader", "Judge", "JudgeIdentity", "JudgeRequest", "Verdict"]
+__all__ = ["Grade", "Judge", "JudgeIdentity", "JudgeRequest"]

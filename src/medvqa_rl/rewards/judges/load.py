@@ -1,144 +1,118 @@
-"""From settings to a judge that is ready, or a sentence that says why there is none. Imports torch only then."""
+"""Load the judges named in the settings, or raise a message that says why they cannot be used. Imports torch only for
+local judges."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
 from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.keys import read_key
-from medvqa_rl.rewards.judges.cache import CachedGrader, CachedJudge
-from medvqa_rl.rewards.judges.embedded_grader import EmbeddedGrader
-from medvqa_rl.rewards.judges.endpoint import Endpoint, EndpointGrader, EndpointJudge, host_of
+from medvqa_rl.rewards.judges.cache import CachedJudge
+from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
+from medvqa_rl.rewards.judges.endpoint import EndpointJudge, host_of
 from medvqa_rl.rewards.judges.prompts import PHANTOM
 from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity
-from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING, Grader, Rubric
+from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric
 
 
-class Judges(NamedTuple):
-    """One model in all the parts that it is asked to play."""
+def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Judge]:
+    """Load a judge for each rubric, with its cache; they share one local model.
 
-    coherence: Judge | None
-    """Says Yes or No to reasoning; None where that was not asked for."""
-    graders: Mapping[str, Grader]
-    """By the rubric's name."""
+    To fail early, an endpoint grades one request per rubric, a local model's vocabulary is checked for Yes and No, and
+    on graded rubrics it grades one request.
 
-    @property
-    def identities(self) -> dict[str, JudgeIdentity]:
-        """As ``judge.json`` names those that reward."""
-        own = {} if self.coherence is None else {"reward": self.coherence.identity}
-        return own | {name: grader.identity for name, grader in self.graders.items()}
-
-
-def load_judges(config: JudgeConfig, *, coherence: bool, rubrics: Sequence[Rubric] = ()) -> Judges:
-    """The judge that the settings name, with its cache; a model on this machine is loaded once.
-
-    An endpoint is asked once for each part, a local judge's vocabulary is checked and a grader grades once, so that
-    what cannot work fails here.
-
-    Args:
-        config: the judge.
-        coherence: whether it says Yes or No to reasoning.
-        rubrics: on which it grades.
+    Returns:
+        Judges by the rubric's name.
 
     Raises:
-        ValueError: its key is missing, or it cannot be loaded or reached, or cannot answer in the form it must.
+        ValueError: the key is missing, the judge cannot be loaded or reached, or it cannot reply in the required
+            format.
         OSError: the cache folder cannot be written.
     """
-    if not coherence and not rubrics:
-        return Judges(None, {})
     folder = cache_folder(config.cache_dir) / "judges"
-    judge: Judge | None = None
-    graders: dict[str, Grader] = {}
+
+    def cached(judge: Judge, rubric: Rubric) -> Judge:
+        return CachedJudge(judge, rubric, folder) if config.cache else judge
+
+    if not rubrics:
+        return {}
+    judges: dict[str, Judge] = {}
     if config.endpoint is not None:
         key = read_key(config.api_key_env)
-        if coherence:
-            judge = asked = EndpointJudge(Endpoint(config, key))
-            asked.check()
         for rubric in rubrics:
-            graders[rubric.name] = grader = EndpointGrader(Endpoint(config, key), rubric)
-            grader.check()
-    else:
-        from medvqa_rl.rewards.judges.local import load_local_judge
+            remote = EndpointJudge(config, key, rubric)
+            remote.check()
+            judges[rubric.name] = cached(remote, rubric)
+        return judges
+    from medvqa_rl.rewards.judges.local import WritingJudge, YesNoJudge
+    from medvqa_rl.rewards.judges.local_model import load_judge_model
 
-        judge = local = load_local_judge(config)
-        if local.prompt is PHANTOM:
-            # What it grades by are its verdicts, and those are kept.
-            judge = CachedJudge(local, folder) if config.cache else local
-            embedded = EmbeddedGrader(judge)
-            for rubric in rubrics:
-                if rubric is not REASONING:
-                    raise ValueError(
-                        f"The judge {config.model!r} reads reasoning alone, so it cannot grade {rubric.name}: set "
-                        "judge.model to a chat or instruct model, or to an endpoint's."
-                    )
-            return Judges(judge if coherence else None, {rubric.name: embedded for rubric in rubrics})
-        from medvqa_rl.rewards.judges.local_grader import LocalGrader
-
-        for rubric in rubrics:
-            graders[rubric.name] = writer = LocalGrader(local, rubric)
-            writer.check()
-    if config.cache:
-        judge = CachedJudge(judge, folder) if judge is not None and coherence else None
-        graders = {name: CachedGrader(grader, folder) for name, grader in graders.items()}
-    return Judges(judge if coherence else None, graders)
+    loaded = load_judge_model(config)
+    is_embedded = loaded.prompt is PHANTOM
+    coherence: Judge = YesNoJudge(loaded, strictness=config.strictness)
+    if is_embedded or COHERENCE in rubrics:
+        coherence = cached(coherence, COHERENCE)
+    for rubric in rubrics:
+        if rubric is COHERENCE:
+            judges[rubric.name] = coherence
+        elif not is_embedded:
+            writing = WritingJudge(loaded, rubric)
+            writing.check()
+            judges[rubric.name] = cached(writing, rubric)
+        elif rubric is REASONING:
+            judges[rubric.name] = EmbeddedJudge(coherence)
+        else:
+            raise ValueError(
+                f"The judge {config.model!r} reads reasoning alone, so it cannot grade {rubric.name}: set judge.model "
+                "to a chat or instruct model, or to an endpoint's."
+            )
+    return judges
 
 
 def load_judge(config: JudgeConfig) -> Judge:
-    """The judge that the settings name, asked whether reasoning is coherent (:func:`load_judges`).
-
-    Raises:
-        ValueError: its key is missing, or it cannot be loaded or reached, or cannot answer Yes and No.
-        OSError: the cache folder cannot be written.
-    """
-    judge = load_judges(config, coherence=True).coherence
-    assert judge is not None
-    return judge
+    """Load the judge of coherence (:func:`load_judges`)."""
+    return load_judges(config, [COHERENCE])[COHERENCE.name]
 
 
-def load_rewarding(config: Config) -> Judges:
-    """The judge of the rewards in all the parts that their weights ask for.
-
-    Raises:
-        ValueError: its key is missing, or it cannot be loaded or reached, or cannot answer in the form it must.
-        OSError: the cache folder cannot be written.
-    """
-    return load_judges(config.judge, coherence=config.rewards.semantic > 0, rubrics=rubrics_of(config.rewards))
+def load_rewarding(config: Config) -> dict[str, Judge]:
+    """Load the judges that the reward weights need (:func:`load_judges`)."""
+    return load_judges(config.judge, rubrics_of(config.rewards))
 
 
 def rubrics_of(rewards: RewardsConfig) -> list[Rubric]:
-    """On which the judge of the rewards grades."""
-    found = [REASONING] if rewards.reasoning else []
-    is_used = rewards.correctness > 0 or rewards.reasoning > 0
-    return [*found, CORRECTNESS] if rewards.open_correctness == "judge" and is_used else found
+    """The rubrics on which the rewards are judged."""
+    grades_answers = rewards.open_correctness == "judge" and (rewards.correctness > 0 or rewards.reasoning > 0)
+    needed = {COHERENCE: rewards.semantic > 0, REASONING: rewards.reasoning > 0, CORRECTNESS: grades_answers}
+    return [rubric for rubric, is_needed in needed.items() if is_needed]
+
+
+def roles(judges: Mapping[str, Judge]) -> dict[str, JudgeIdentity]:
+    """Who rewards, under the names used in ``judge.json``: ``reward`` for coherence, else the rubric's name."""
+    return {"reward" if name == COHERENCE.name else name: judge.identity for name, judge in judges.items()}
 
 
 def notices(config: Config, *, rewards: bool = True) -> list[str]:
-    """What a user should know about the judges of a configuration before anything starts: where texts are sent, and
-    whether the judge that rewards is also the one that evaluates.
+    """What a user should know about the configured judges beforehand: where texts are sent, and whether the judge that
+    rewards also evaluates.
 
     Args:
-        rewards: whether the verb rewards at all; supervision and evaluation do not.
+        rewards: whether the command uses rewards; SFT and evaluation do not.
     """
     rubrics = rubrics_of(config.rewards)
-    rewarding = config.judge if config.rewards.semantic or rubrics else None
-    used = {"judge": rewarding if rewards else None, "eval_judge": config.eval_judge}
-    shown = (
-        {"judge": "questions, options, answers, reference answers, reasoning and descriptions of images"}
-        if rubrics
-        else {}
-    )
+    used = {"judge": config.judge if rubrics and rewards else None, "eval_judge": config.eval_judge}
+    shown = {"judge": "questions, options and reasoning", "eval_judge": "questions, options and reasoning"}
+    if any(rubric is not COHERENCE for rubric in rubrics):
+        shown["judge"] = "questions, options, answers, reference answers, reasoning and descriptions of images"
     lines = [
-        f"Notice: {shown.get(name, 'questions, options and reasoning')} are sent to {host_of(judge.endpoint)} "
-        f"({name}.endpoint), images are not."
+        f"Notice: {shown[name]} are sent to {host_of(judge.endpoint)} ({name}.endpoint), images are not."
         for name, judge in used.items()
         if judge is not None and judge.endpoint is not None
     ]
-    if rewarding is not None and config.eval_judge is not None and _who(rewarding) == _who(config.eval_judge):
+    if rubrics and config.eval_judge is not None and _who(config.judge) == _who(config.eval_judge):
         lines.append(
-            f"Warning: the judge {rewarding.model} both rewards and evaluates, so its evaluation shows how well it "
-            "was pleased, not how good the reasoning is: set eval_judge.model to another."
+            f"Warning: the judge {config.judge.model} both rewards and evaluates, so the evaluation measures how well "
+            "it was pleased, not how good the reasoning is: set eval_judge.model to another model."
         )
     return lines
 
@@ -148,10 +122,10 @@ def _who(config: JudgeConfig) -> tuple[str, str | None, str | None]:
 
 
 def overlap(rewarding: JudgeIdentity, evaluating: JudgeIdentity) -> str | None:
-    """A warning where a judge evaluates a model that it rewarded, recognised by its weights whatever its name."""
+    """A warning if a judge evaluates a model that it rewarded, recognised by its weights whatever its name."""
     if rewarding.fingerprint != evaluating.fingerprint:
         return None
     return (
         f"Warning: {evaluating.name} evaluates a model that it rewarded in training (as {rewarding.name}), so the "
-        "evaluation shows how well it was pleased, not how good the reasoning is: evaluate with another judge."
+        "evaluation measures how well it was pleased, not how good the reasoning is: evaluate with another judge."
     )

@@ -1,7 +1,8 @@
-"""A causal language model on this machine as judge: Yes if log P("Yes") > log P("No"), else No.
+"""A causal language model on this machine as judge.
 
-Both answers are scored as whole token sequences behind the same prompt. Prompts are batched by length, the tokens
-that all of them begin with are computed once and kept.
+Coherence compares log P("Yes") with log P("No"), each scored as a whole token sequence after the same prompt; graded
+rubrics generate a JSON reply greedily. Prompts are batched by length. For Yes or No, the tokens shared by the
+beginning of all prompts are computed once and cached.
 """
 
 from __future__ import annotations
@@ -10,30 +11,25 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from medvqa_rl.config import JudgeConfig, is_hub_id
-from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
-from medvqa_rl.core.embedded import ASSETS
-from medvqa_rl.models.dtype import uses_bfloat16
-from medvqa_rl.models.fingerprint import weights_fingerprint
-from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, PROBES, JudgePrompt, chat_prompt, defused
-from medvqa_rl.rewards.judges.protocol import NO_REASONING, JudgeIdentity, JudgeRequest, Verdict
+from medvqa_rl.config import JudgeConfig
+from medvqa_rl.rewards.judges.local_model import JudgeModel, load_judge_model
+from medvqa_rl.rewards.judges.prompts import defused
+from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.rubric import COHERENCE, Rubric
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "pytorch_model*.bin"]
+BEGINNING = '{"score":'
+"""The model's reply on a graded rubric is started with this, so that small models write no preface."""
 
 
 class _Case(NamedTuple):
-    """A prompt with its two answers as tokens: the answers begin where the sequences differ."""
+    """A prompt with its two answers as tokens; the answers begin where the sequences differ."""
 
     yes: tuple[int, ...]
     no: tuple[int, ...]
@@ -41,144 +37,125 @@ class _Case(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What the model must read to score an answer; the answer's last token needs no reading."""
+    """The tokens the model must read to score an answer; the answer's last token need not be read."""
 
     tokens: tuple[int, ...]
     start: int
-    """Where the answer begins. Answers of one token share the piece."""
+    """Where the answer begins. Answers of one token share a piece."""
 
 
 class LocalJudge:
-    """A Hugging Face causal language model with a prompt.
+    """What the two kinds of local judges share."""
 
-    Attributes:
-        model, tokenizer, prompt, batch_size: as given.
-        special: strings that must not stand in a text, the longest first.
-        limit: tokens that the model reads.
-    """
+    def __init__(self, loaded: JudgeModel, rubric: Rubric, prompt_hash: str, strictness: float = 0.0) -> None:
+        self.loaded, self.rubric = loaded, rubric
+        self.identity = JudgeIdentity(loaded.name, loaded.fingerprint, prompt_hash, strictness)
+        self._counts: Counter[str] = Counter()
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        prompt: JudgePrompt,
-        *,
-        name: str,
-        strictness: float = 0.0,
-        batch_size: int = 32,
-    ) -> None:
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """``asked`` and ``failed``."""
+        return dict(self._counts)
+
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+        """Grade requests; one with nothing to grade gets 0, and one that exceeds the context length fails."""
+        grades = self.rubric.grade(requests, self._ask)
+        self._counts.update(asked=len(requests), failed=sum(not grade.is_scored for grade in grades))
+        return grades
+
+    def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+        raise NotImplementedError
+
+
+class YesNoJudge(LocalJudge):
+    """Judges coherence: Yes if log P("Yes") > log P("No") + strictness, else No."""
+
+    def __init__(self, loaded: JudgeModel, *, strictness: float = 0.0) -> None:
         """
         Args:
-            model: a ``PreTrainedModel`` with a language-model head, on its device.
-            tokenizer: the model's.
-            name: as in the settings.
             strictness: nats by which log P("Yes") must exceed log P("No").
-            batch_size: prompts read together.
 
         Raises:
             ValueError: the vocabulary cannot write Yes and No.
         """
-        self.model, self.tokenizer, self.prompt = model.eval(), tokenizer, prompt
-        self.batch_size, self._strictness = batch_size, strictness
-        self.special = sorted({*tokenizer.all_special_tokens, *_instruction_marks(prompt)}, key=len, reverse=True)
-        self.limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+        super().__init__(loaded, COHERENCE, loaded.prompt.hash, strictness)
         self._prefix_cache: Any = None
-        self._counts: Counter[str] = Counter()
-        self._check_answers(name)
-        cases = [self._encode(request) for request in PROBES]
+        self._check_answers()
+        cases = [self._encode(request) for request in COHERENCE.probes]
         self._prefix = _common_prefix([case.yes[: case.start] for case in cases])
-        self.identity = JudgeIdentity(name, weights_fingerprint(model), prompt.hash, strictness)
 
-    @property
-    def counters(self) -> Mapping[str, float]:
-        return dict(self._counts)
+    def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+        cases = [self._encode(request) for request in requests]
+        lengths = [max(len(case.yes), len(case.no)) - 1 for case in cases]
+        limit = self.loaded.limit
+        margins = iter(self._margins([case for case, length in zip(cases, lengths) if length <= limit]))
+        return [
+            self._verdict(next(margins))
+            if length <= limit
+            else Grade.failed(f"the prompt has {length} tokens, the judge reads {limit}")
+            for length in lengths
+        ]
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]:
-        """One verdict per request; reasoning without text is No, a prompt beyond the model's length failed."""
-        verdicts: list[Verdict | None] = [None] * len(requests)
-        cases: dict[int, _Case] = {}
-        for index, request in enumerate(requests):
-            if not request.reasoning.strip():
-                verdicts[index] = NO_REASONING
-                continue
-            case = self._encode(request)
-            longest = max(len(case.yes), len(case.no)) - 1
-            if longest > self.limit:
-                verdicts[index] = Verdict.failed(f"the prompt has {longest} tokens, the judge reads {self.limit}")
-            else:
-                cases[index] = case
-        margins = self._margins(list(cases.values()))
-        for index, margin in zip(cases, margins):
-            if math.isfinite(margin):
-                verdicts[index] = Verdict(float(margin > self._strictness), margin)
-            else:
-                verdicts[index] = Verdict.failed("the judge gives probabilities that are no finite numbers")
-        done = [verdict for verdict in verdicts if verdict is not None]
-        assert len(done) == len(requests), "every request has its verdict"
-        self._counts["asked"] += len(requests)
-        self._counts["failed"] += sum(math.isnan(verdict.value) for verdict in done)
-        return done
+    def _verdict(self, margin: float) -> Grade:
+        if not math.isfinite(margin):
+            return Grade.failed("the judge gives probabilities that are no finite numbers")
+        return Grade(float(margin > self.identity.strictness), margin=margin)
 
     def _encode(self, request: JudgeRequest) -> _Case:
-        text = self.prompt.render(defused(request, self.special))
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id}
-        sequences = []
-        for answer in (self.prompt.yes, self.prompt.no):
-            ids = self.tokenizer(text + answer, add_special_tokens=self.prompt.adds_special_tokens)["input_ids"]
-            while ids and ids[-1] in ends:  # what some tokenizers put behind every text
-                ids = ids[:-1]
-            sequences.append(tuple(ids))
-        yes, no = sequences
+        prompt = self.loaded.prompt
+        text = prompt.render(defused(request, self.loaded.special))
+        yes, no = (tuple(self.loaded.encode(text + answer)) for answer in (prompt.yes, prompt.no))
         return _Case(yes, no, len(_common_prefix([yes, no])))
 
-    def _check_answers(self, name: str) -> None:
-        size = self.model.get_output_embeddings().weight.shape[0]
-        for request in PROBES:
+    def _check_answers(self) -> None:
+        size = self.loaded.model.get_output_embeddings().weight.shape[0]
+        for request in COHERENCE.probes:
             case = self._encode(request)
             tails = (case.yes[case.start :], case.no[case.start :])
             for answer, tail in zip(("Yes", "No"), tails):
-                is_known = all(token < size and token != self.tokenizer.unk_token_id for token in tail)
+                is_known = all(token < size and token != self.loaded.tokenizer.unk_token_id for token in tail)
                 if not (tail and case.start and is_known):
                     raise ValueError(
-                        f"The judge {name!r} cannot answer {answer!r}: its vocabulary does not write Yes and No "
-                        f"behind the prompt {self.prompt.name!r}, so choose another judge.model or judge.template."
+                        f"The judge {self.loaded.name!r} cannot answer {answer!r}: its vocabulary does not write Yes "
+                        f"and No behind the prompt {self.loaded.prompt.name!r}, so choose another judge.model or "
+                        "judge.template."
                     )
 
     @torch.no_grad()
     def _margins(self, cases: Sequence[_Case]) -> list[float]:
         """log P("Yes") - log P("No") of each case.
 
-        Prompts that begin with the kept tokens are read from there on; shared pieces are read once.
+        Prompts that begin with the cached prefix continue from it; equal pieces are read once.
         """
         pieces = dict.fromkeys(_Piece(answer[:-1], case.start) for case in cases for answer in (case.yes, case.no))
         scores: dict[_Piece, Tensor] = {}
         size = len(self._prefix)
-        kept: list[_Piece] = []
+        prefixed: list[_Piece] = []
         others: list[_Piece] = []
         for piece in sorted(pieces, key=lambda piece: len(piece.tokens)):
-            is_kept = 0 < size < piece.start and piece.tokens[:size] == self._prefix
-            (kept if is_kept else others).append(piece)
-        for some, skipped in ((kept, size), (others, 0)):
-            for first in range(0, len(some), self.batch_size):
-                batch = some[first : first + self.batch_size]
+            is_prefixed = 0 < size < piece.start and piece.tokens[:size] == self._prefix
+            (prefixed if is_prefixed else others).append(piece)
+        for some, skipped in ((prefixed, size), (others, 0)):
+            for first in range(0, len(some), self.loaded.batch_size):
+                batch = some[first : first + self.loaded.batch_size]
                 scores.update(zip(batch, self._read(batch, skipped)))
 
         def log_prob(answer: tuple[int, ...], start: int) -> float:
-            """The sum over the answer's tokens."""
+            """Sum over the answer's tokens."""
             tail = torch.tensor(answer[start:])
             return float(scores[_Piece(answer[:-1], start)].gather(1, tail[:, None]).sum())
 
         return [log_prob(case.yes, case.start) - log_prob(case.no, case.start) for case in cases]
 
     def _read(self, pieces: Sequence[_Piece], skipped: int) -> list[Tensor]:
-        """(answer tokens, V) log-probabilities in float64 of what follows each piece from its start on.
+        """(answer tokens, V) float64 log-probabilities of the next token after each position of the answer.
 
-        Padded on the right: causal attention never looks ahead, so what is real does not see it.
+        Pieces are padded on the right: causal attention does not look ahead, so real tokens do not see the padding.
 
         Args:
-            skipped: tokens at the beginning that are in the kept cache.
+            skipped: tokens at the beginning that are in the prefix cache.
         """
-        device = self.model.device
+        device = self.loaded.model.device
         width, first = max(len(piece.tokens) for piece in pieces), min(piece.start for piece in pieces) - 1
         ids = torch.zeros(len(pieces), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -186,7 +163,7 @@ class LocalJudge:
             ids[row, : len(piece.tokens)] = torch.tensor(piece.tokens)
             mask[row, : len(piece.tokens)] = 1
         cache = self._forked_prefix(len(pieces)) if skipped else None
-        logits = self.model(
+        logits = self.loaded.model(
             input_ids=ids[:, skipped:].to(device),
             attention_mask=mask.to(device),
             position_ids=torch.arange(skipped, width, device=device)[None],
@@ -200,135 +177,106 @@ class LocalJudge:
         ]
 
     def _forked_prefix(self, count: int) -> Any:
-        """The cache of the kept tokens, once for each of ``count`` rows."""
+        """The KV cache of the prefix, repeated for ``count`` rows."""
         if self._prefix_cache is None:
-            ids = torch.tensor([self._prefix], device=self.model.device)
-            cache = DynamicCache(config=self.model.config)
-            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([self._prefix], device=self.loaded.model.device)
+            cache = DynamicCache(config=self.loaded.model.config)
+            self.loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             self._prefix_cache = cache
         forked = copy.deepcopy(self._prefix_cache)
         forked.batch_repeat_interleave(count)
         return forked
 
 
-def _instruction_marks(prompt: JudgePrompt) -> tuple[str, ...]:
-    """Strings that end the prompt's turn without being special tokens."""
-    return ("[INST]", "[/INST]") if prompt is BIOMISTRAL else ()
+class WritingJudge(LocalJudge):
+    """Grades on a rubric: the model writes its grade as JSON, greedily (:meth:`Rubric.parse`)."""
+
+    def __init__(self, loaded: JudgeModel, rubric: Rubric) -> None:
+        """
+        Raises:
+            ValueError: the model follows no instructions.
+        """
+        super().__init__(loaded, rubric, rubric.hash)
+        if loaded.prompt.wrap is None:
+            raise ValueError(
+                f"The judge {loaded.name!r} continues text (prompt {loaded.prompt.name!r}) and follows no "
+                "instructions, so it cannot grade on a rubric: set judge.model to a chat or instruct model, or to an "
+                "endpoint's."
+            )
+        self._wrap = loaded.prompt.wrap
+        tokenizer, ends = loaded.tokenizer, loaded.model.generation_config.eos_token_id
+        self._generation = GenerationConfig(  # type: ignore[no-untyped-call]
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # some models' own settings penalise the braces and quotes of JSON
+            no_repeat_ngram_size=0,
+            max_new_tokens=rubric.max_tokens,
+            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+
+    def check(self) -> None:
+        """Grade one request, to find out before training whether the model writes grades.
+
+        Raises:
+            ValueError: it does not; the message says what it wrote.
+        """
+        (grade,) = self.grade(self.rubric.probes[:1])
+        if not grade.is_scored:
+            raise ValueError(
+                f"The judge {self.loaded.name!r} does not grade on the rubric {self.rubric.name!r} ({grade.reason}): "
+                "set judge.model to a model that follows instructions."
+            )
+
+    def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+        shown = [self.rubric.render(defused(request, self.loaded.special)) for request in requests]
+        prompts = [self.loaded.encode(self._wrap(text) + BEGINNING) for text in shown]
+        limit, room = self.loaded.limit, self.rubric.max_tokens
+        fitting = [index for index, prompt in enumerate(prompts) if len(prompt) + room <= limit]
+        fitting.sort(key=lambda index: len(prompts[index]))
+        replies: dict[int, str] = {}
+        for first in range(0, len(fitting), self.loaded.batch_size):
+            some = fitting[first : first + self.loaded.batch_size]
+            replies.update(zip(some, self._write([prompts[index] for index in some])))
+        return [
+            self.rubric.parse(BEGINNING + replies[index])
+            if index in replies
+            else Grade.failed(
+                f"the prompt has {len(prompt)} tokens and the verdict up to {room}, the judge reads {limit}"
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    @torch.no_grad()
+    def _write(self, prompts: Sequence[list[int]]) -> list[str]:
+        """Generate a reply to each prompt, padded on the left."""
+        model, width = self.loaded.model, max(map(len, prompts))
+        ids = torch.full((len(prompts), width), int(self._generation.pad_token_id or 0))
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(prompts):
+            ids[row, width - len(tokens) :] = torch.tensor(tokens)
+            mask[row, width - len(tokens) :] = 1
+        written = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=self._generation
+        )
+        texts: list[str] = self.loaded.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        return texts
+
+
+def load_local_judge(config: JudgeConfig) -> YesNoJudge:
+    """Load a local judge of coherence.
+
+    Raises:
+        ValueError: it cannot be loaded (:func:`load_judge_model`), or cannot write Yes and No.
+    """
+    return YesNoJudge(load_judge_model(config), strictness=config.strictness)
 
 
 def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The tokens that all sequences begin with."""
+    """The tokens at the beginning of all sequences."""
     length = 0
     for tokens in zip(*sequences):
         if len(set(tokens)) > 1:
             break
         length += 1
     return sequences[0][:length]
-
-
-def load_local_judge(config: JudgeConfig) -> LocalJudge:
-    """Load a judge from a folder, the Hub, or the package.
-
-    Raises:
-        ValueError: it is not there, is no causal language model, has no fitting prompt, or cannot write Yes and No.
-    """
-    device = _device(config.device)
-    folder = _folder(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-        )
-    except ImportError as error:
-        raise ValueError(
-            f"The judge {config.model!r} needs a package that is missing ({str(error).strip().splitlines()[0]}): "
-            "install the extra with `pip install 'medvqa-rl[judge]'`."
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"The judge {config.model!r} cannot be loaded as a causal language model: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-    prompt = _prompt(config, model, tokenizer)
-    return LocalJudge(
-        model.to(device),
-        tokenizer,
-        prompt,
-        name=config.model,
-        strictness=config.strictness,
-        batch_size=config.batch_size,
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"judge.device is {name}, but this torch sees {torch.cuda.device_count()} CUDA devices: set judge.device "
-            "to cpu or auto, or to one of them."
-        )
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
-
-
-def _folder(config: JudgeConfig) -> Path:
-    """Where the judge's files lie."""
-    if config.model.startswith("phantom:"):
-        folder = ASSETS / config.model.removeprefix("phantom:")
-        if config.model not in EMBEDDED_JUDGES or not (folder / "model.safetensors").is_file():
-            raise ValueError(
-                f"There is no embedded judge {config.model!r}: use {' or '.join(EMBEDDED_JUDGES)}, which "
-                "`medvqa-rl phantom build-judges` makes."
-            )
-        return folder
-    folder = Path(config.model).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(config.model):
-        raise ValueError(
-            f"judge.model is {config.model!r}, but there is no such folder: give the folder of a causal language "
-            f"model, a Hugging Face Hub id such as microsoft/biogpt, or {' or '.join(EMBEDDED_JUDGES)}."
-        )
-    try:
-        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"judge.model is {config.model!r}, which is no folder here, and the Hugging Face Hub did not deliver it "
-            f"({type(error).__name__}): check the spelling and the connection, or download it elsewhere and give its "
-            "folder."
-        ) from error
-
-
-def _prompt(config: JudgeConfig, model: Any, tokenizer: Any) -> JudgePrompt:
-    """The prompt that the settings name, or that fits the model."""
-    name = config.template
-    if name == "auto" and config.model.startswith("phantom:"):
-        name = "phantom"
-    elif name == "auto" and model.config.model_type == "biogpt":
-        name = "biogpt"
-    elif name == "auto" and tokenizer.chat_template:
-        name = "chat"
-    elif name == "auto" and model.config.model_type == "mistral":
-        name = "biomistral"
-    if name == "auto" or (name == "chat" and not tokenizer.chat_template):
-        raise ValueError(
-            f"The judge {config.model!r} ({model.config.model_type}) has no chat template: set judge.template to "
-            "biogpt (the model continues a text) or biomistral (Mistral's instruction format)."
-        )
-    if name == "chat":
-        # Templates that write today's date or open a thinking section would ask another question each day, or none.
-        return chat_prompt(
-            lambda text: tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string="1 January 2026",
-                enable_thinking=False,
-            )
-        )
-    return {"biogpt": BIOGPT, "biomistral": BIOMISTRAL, "phantom": PHANTOM}[name]

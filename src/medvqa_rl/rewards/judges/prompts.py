@@ -1,94 +1,84 @@
-"""What judges are asked: one fixed prompt per family of models. Imports no torch.
+"""How each family of models is prompted. Imports no torch.
 
-A change of a character here changes ``prompt_hash``, and with it every cache and every result's identity.
+Changing a character here changes ``prompt_hash``, which invalidates cached grades and changes the identity of every
+result.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medvqa_rl.core.text import neutralise
-from medvqa_rl.core.types import LETTERS
 from medvqa_rl.rewards.judges.protocol import JudgeRequest
+from medvqa_rl.rewards.judges.rubric import COHERENCE, describe_case
 
-ROLE = (
-    "You review the reasoning behind an answer to a question about a medical image. You cannot see the image. "
-    "Reasoning is clinically coherent when its findings fit the kind of image and the organ, when nothing in it "
-    "contradicts anything else, when the conclusion follows from what is stated, and when nothing is said twice to "
-    "fill space."
-)
-ASK = "Is this reasoning clinically coherent? Answer with Yes or No only."
-ASK_PLAIN = "Is this reasoning clinically coherent, Yes or No?"
-
-PROBES = (
-    JudgeRequest("Which organ is shown?", ("lung", "brain"), "The image shows a lung."),
-    JudgeRequest("Is there a mass?", (), "No mass is seen. The answer is no."),
-)
-"""Requests that show what a prompt is: their rendering is what ``prompt_hash`` is the hash of."""
+_ASK_PLAIN = "Is this reasoning clinically coherent, Yes or No?"
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A prompt and how its two answers are written behind it."""
+    """The prompt of a family of models for Yes or No, and how it is given any other instruction."""
 
     name: str
     render: Callable[[JudgeRequest], str]
-    """The text before the answer."""
+    """The text before Yes or No."""
     yes: str = " Yes"
     no: str = " No"
     adds_special_tokens: bool = True
-    """Whether the tokenizer puts its own tokens before the text; a chat template has them already."""
+    """Whether the tokenizer adds its own tokens before the text; a chat template already contains them."""
     wrap: Callable[[str], str] | None = None
-    """How any message is put to the model; None for models that continue text and follow no instruction."""
+    """Puts a message into the model's instruction format; None for models that only continue text."""
+    marks: tuple[str, ...] = ()
+    """Strings that end a turn without being special tokens."""
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits of what is asked."""
-        shown = [self.name, self.yes, self.no, *map(self.render, PROBES)]
+        """16 hexadecimal digits of the prompt and its two answers."""
+        shown = [self.name, self.yes, self.no, *map(self.render, COHERENCE.probes)]
         return hashlib.sha256("\0".join(shown).encode()).hexdigest()[:16]
 
 
-def describe_case(request: JudgeRequest) -> str:
-    """Question, options and reasoning, with tags and special-token strings made harmless."""
-    lines = [f"Question: {neutralise(request.question.strip())[0]}"]
-    if request.options:
-        options = [f"{letter}: {neutralise(text.strip())[0]}" for letter, text in zip(LETTERS, request.options)]
-        lines.append(f"Options: {'; '.join(options)}")
-    lines.append(f"Reasoning: {neutralise(request.reasoning.strip())[0]}")
-    return "\n".join(lines)
+def instruction_prompt(
+    name: str,
+    wrap: Callable[[str], str],
+    *,
+    yes: str = " Yes",
+    no: str = " No",
+    adds_special_tokens: bool = True,
+    marks: tuple[str, ...] = (),
+) -> JudgePrompt:
+    """The prompt of a model that follows instructions.
+
+    Args:
+        wrap: puts the user's message into the model's format, up to where the assistant speaks.
+    """
+    return JudgePrompt(
+        name, lambda request: wrap(COHERENCE.render(request)), yes, no, adds_special_tokens, wrap, marks
+    )
 
 
-def chat_text(request: JudgeRequest) -> str:
-    """The one message that chat models and endpoints get."""
-    return f"{ROLE}\n\n{describe_case(request)}\n\n{ASK}"
+ENDPOINT = instruction_prompt("endpoint", lambda text: text, yes="Yes", no="No", adds_special_tokens=False)
 
+BIOGPT = JudgePrompt("biogpt", lambda request: f"{COHERENCE.task}\n{describe_case(request)}\n{_ASK_PLAIN}\nAnswer:")
+"""For models that only continue text, as BioGPT does: the answer follows "Answer:"."""
 
-BIOGPT = JudgePrompt("biogpt", lambda request: f"{ROLE}\n{describe_case(request)}\n{ASK_PLAIN}\nAnswer:")
-"""For models that continue text, as BioGPT does: the answer stands behind "Answer:"."""
-
-BIOMISTRAL = JudgePrompt(
-    "biomistral", lambda request: f"[INST] {chat_text(request)} [/INST]", wrap=lambda text: f"[INST] {text} [/INST]"
-)
-"""Mistral's instruction format, which BioMistral took over."""
+BIOMISTRAL = instruction_prompt("biomistral", lambda text: f"[INST] {text} [/INST]", marks=("[INST]", "[/INST]"))
+"""Mistral's instruction format, which BioMistral uses too."""
 
 PHANTOM = JudgePrompt("phantom", lambda request: neutralise(request.reasoning.strip())[0])
-"""The embedded judges read the reasoning alone, and their next token is the verdict."""
+"""The embedded judges read the reasoning alone; their next token is the verdict."""
 
 
 def chat_prompt(apply_template: Callable[[str], str]) -> JudgePrompt:
-    """The prompt of a chat model.
-
-    Args:
-        apply_template: turns the user's message into the text up to where the assistant speaks.
-    """
-    return JudgePrompt("chat", lambda request: apply_template(chat_text(request)), "Yes", "No", False, apply_template)
+    """The prompt of a model with a chat template."""
+    return instruction_prompt("chat", apply_template, yes="Yes", no="No", adds_special_tokens=False)
 
 
 def defuse(text: str, special: Iterable[str]) -> str:
-    """The text with a space put into every string that a tokenizer would read as one of its special tokens, so that
-    reasoning cannot end its own prompt."""
+    """Insert a space into every string that a tokenizer would read as a special token, so that no text can end its own
+    prompt."""
     for token in special:
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -96,10 +86,7 @@ def defuse(text: str, special: Iterable[str]) -> str:
 
 
 def defused(request: JudgeRequest, special: Iterable[str]) -> JudgeRequest:
-    """A request none of whose texts holds a special token (:func:`defuse`)."""
+    """The request with :func:`defuse` applied to each of its texts."""
     names = tuple(special)
-    return JudgeRequest(
-        defuse(request.question, names),
-        tuple(defuse(option, names) for option in request.options),
-        defuse(request.reasoning, names),
-    )
+    texts = {name: defuse(text, names) for name, text in vars(request).items() if isinstance(text, str)}
+    return replace(request, options=tuple(defuse(option, names) for option in request.options), **texts)

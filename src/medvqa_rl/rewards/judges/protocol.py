@@ -1,4 +1,4 @@
-"""What a judge is: an object that answers requests with verdicts. Imports no torch."""
+"""The interface of a judge: it grades requests on one rubric. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,56 +12,62 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """What a judge is shown: text only, never the image nor the gold answer."""
+    """One case to grade: text only, never the image. The rubric decides which of it the judge is shown."""
 
     question: str
     options: tuple[str, ...]
-    """Texts of the options in the order A, B, C ...; empty for questions without."""
-    reasoning: str
+    """Texts of the options in the order A, B, C ...; empty for questions without options."""
+    reasoning: str = ""
     """The text inside the think tags."""
+    answer: str = ""
+    """The model's answer as written; empty if none could be parsed."""
+    gold: str = ""
+    """The reference answer: text, for choice questions preceded by its letter."""
+    description: str = ""
+    """What the data set says about the image, such as a caption; empty if it says nothing."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A judge's answer to one request."""
+class Grade:
+    """A judge's result for one request."""
 
-    value: float
-    """1 for Yes, 0 for No, NaN where the judge failed (unscored, not wrong)."""
-    margin: float = math.nan
-    """log P("Yes") - log P("No") in nats; NaN where the judge does not tell, or was not asked."""
+    score: float
+    """A level of the rubric, 0 to ``rubric.top``; NaN if the judge failed (unscored, not wrong)."""
     reason: str = ""
-    """Why a verdict failed."""
+    """The judge's sentence, or why it failed. Empty for a plain Yes or No."""
+    margin: float = math.nan
+    """log P("Yes") - log P("No") in nats; NaN unless a local judge compared the two."""
 
     @classmethod
-    def failed(cls, reason: str) -> Verdict:
-        """No verdict, and why."""
-        return cls(math.nan, reason=reason)
+    def failed(cls, reason: str) -> Grade:
+        """An unscored grade with the reason of the failure."""
+        return cls(math.nan, reason)
 
-
-NO_REASONING = Verdict(0.0)
-"""Of reasoning without text: No, without asking."""
+    @property
+    def is_scored(self) -> bool:
+        return not math.isnan(self.score)
 
 
 @dataclass(frozen=True)
 class JudgeIdentity:
-    """Everything that a verdict depends on besides the request."""
+    """Everything a grade depends on besides the request."""
 
     name: str
-    """As in the settings: an embedded judge, a folder, a Hub id, or the model of an endpoint."""
+    """As in the settings: an embedded judge, a folder, a Hub id, or an endpoint's model."""
     fingerprint: str
-    """Of the weights; of an endpoint its host and the model's name."""
+    """Of the weights; for an endpoint its host and model name."""
     prompt_hash: str
-    """16 hexadecimal digits of the SHA-256 of the prompt's text."""
+    """16 hexadecimal digits of the SHA-256 of the prompt or rubric."""
     strictness: float
     """Nats by which log P("Yes") must exceed log P("No")."""
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that differ where anything of it differs."""
+        """16 hexadecimal digits that change with any field."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, str | float]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -69,14 +75,14 @@ class JudgeIdentity:
 
 
 class Judge(Protocol):
-    """Says whether reasoning is clinically coherent. One verdict per request, in order, independent of the others."""
+    """Grades on one rubric. Returns one grade per request, in order, each independent of the others."""
 
     @property
     def identity(self) -> JudgeIdentity: ...
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """Totals since the judge was loaded, such as ``asked``, ``failed`` and ``prompt_tokens``."""
+        """Totals since loading, such as ``asked``, ``failed`` and ``prompt_tokens``."""
         ...
 
-    def judge(self, requests: Sequence[JudgeRequest]) -> list[Verdict]: ...
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]: ...

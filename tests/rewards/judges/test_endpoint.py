@@ -1,6 +1,6 @@
 """A judge behind an endpoint: a real local server that misbehaves on purpose.
 
-Run: pytest tests/rewards/judges/test_endpoint_judge.py
+Run: pytest tests/rewards/judges/test_endpoint.py
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.keys import read_key
 from medvqa_rl.rewards.judges.endpoint import (
     MAX_WAIT,
-    Endpoint,
-    EndpointGrader,
     EndpointJudge,
     host_of,
-    parse_verdict,
     wait_before,
 )
 from medvqa_rl.rewards.judges.load import load_judge, load_judges
 from medvqa_rl.rewards.judges.protocol import JudgeIdentity, JudgeRequest
-from medvqa_rl.rewards.judges.rubric import REASONING, GradeRequest
+from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING, parse_yes_no
 
 REQUEST = JudgeRequest("Is there a mass?", ("yes", "no"), "No mass is seen.")
 Reply = tuple[int, dict[str, str], bytes, float]
@@ -116,8 +113,8 @@ def server() -> Iterator[Server]:
 
 def judge_at(url: str, waits: list[float] | None = None, **settings: Any) -> EndpointJudge:
     config = JudgeConfig(endpoint=url, model="m", **({"max_retries": 2, "timeout": 5.0} | settings))
-    endpoint = Endpoint(config, read_key(config.api_key_env), sleep=(waits if waits is not None else []).append)
-    return EndpointJudge(endpoint)
+    key, sleep = read_key(config.api_key_env), (waits if waits is not None else []).append
+    return EndpointJudge(config, key, COHERENCE, sleep=sleep)
 
 
 def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +122,7 @@ def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatc
         monkeypatch.setenv(name, "not-to-be-sent")
     server.replies = [reply("Yes"), reply(" no.\n")]
     judge = judge_at(server.url, concurrency=1)
-    assert [verdict.value for verdict in judge.judge([REQUEST, REQUEST])] == [1.0, 0.0]
+    assert [verdict.score for verdict in judge.grade([REQUEST, REQUEST])] == [1.0, 0.0]
     asked = server.seen[0]
     assert asked["path"] == "/v1/chat/completions" and asked["model"] == "m" and asked["temperature"] == 0
     content = asked["messages"][0]["content"]
@@ -156,20 +153,20 @@ def test_passing_trouble_is_tried_again(server: Server, trouble: Reply) -> None:
     waits: list[float] = []
     server.replies = [trouble, trouble, reply("Yes")]
     judge = judge_at(server.url, waits)
-    assert judge.judge([REQUEST])[0].value == 1.0
+    assert judge.grade([REQUEST])[0].score == 1.0
     assert len(server.seen) == 3 and judge.counters["retries"] == 2
     assert waits == [7.0, 7.0] if trouble[0] == 429 else 0.5 <= waits[0] < 0.625 < 1.0 <= waits[1] < 1.25
     server.replies = [trouble]
-    lasting = judge.judge([REQUEST])[0]
-    assert math.isnan(lasting.value) and "(tried 3 times)" in lasting.reason
+    lasting = judge.grade([REQUEST])[0]
+    assert math.isnan(lasting.score) and "(tried 3 times)" in lasting.reason
     assert len(server.seen) == 6 and judge.counters["failed"] == 1
 
 
 def test_a_redirect_is_not_followed(server: Server) -> None:
     other = Server()
     server.replies = [status(307, Location=f"{other.url}/chat/completions")]
-    verdict = judge_at(server.url).judge([REQUEST])[0]
-    assert math.isnan(verdict.value) and verdict.reason
+    verdict = judge_at(server.url).grade([REQUEST])[0]
+    assert math.isnan(verdict.score) and verdict.reason
     assert len(server.seen) == 1 and not other.seen
     other.http.shutdown()
     other.http.server_close()
@@ -178,8 +175,8 @@ def test_a_redirect_is_not_followed(server: Server) -> None:
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
 def test_a_refusal_is_not_tried_again(server: Server, code: int) -> None:
     server.replies = [status(code)]
-    verdict = judge_at(server.url).judge([REQUEST])[0]
-    assert math.isnan(verdict.value) and verdict.reason.startswith(f"HTTP {code}")
+    verdict = judge_at(server.url).grade([REQUEST])[0]
+    assert math.isnan(verdict.score) and verdict.reason.startswith(f"HTTP {code}")
     assert len(server.seen) == 1
 
 
@@ -191,18 +188,18 @@ def test_a_refusal_is_not_tried_again(server: Server, code: int) -> None:
 def test_what_is_neither_yes_nor_no_fails_and_is_not_asked_again(server: Server, answer: Reply) -> None:
     server.replies = [answer]
     judge = judge_at(server.url)
-    verdict = judge.judge([REQUEST])[0]
-    assert math.isnan(verdict.value) and "neither Yes nor No" in verdict.reason
+    verdict = judge.grade([REQUEST])[0]
+    assert math.isnan(verdict.score) and "neither Yes nor No" in verdict.reason
     assert len(server.seen) == 1 and judge.counters["prompt_tokens"] == 7
 
 
 def test_a_slow_server_times_out(server: Server) -> None:
     server.replies = [slow(3.0), reply("Yes")]
     began = time.perf_counter()
-    assert judge_at(server.url, timeout=0.3).judge([REQUEST])[0].value == 1.0
+    assert judge_at(server.url, timeout=0.3).grade([REQUEST])[0].score == 1.0
     assert time.perf_counter() - began < 2.5
     server.replies = [slow(3.0)]
-    verdict = judge_at(server.url, timeout=0.2, max_retries=0).judge([REQUEST])[0]
+    verdict = judge_at(server.url, timeout=0.2, max_retries=0).grade([REQUEST])[0]
     assert verdict.reason == "no answer within 0.2 seconds"
 
 
@@ -215,15 +212,15 @@ def test_order_is_kept_and_concurrency_bounded(server: Server) -> None:
         return code, headers, content, 0.02
 
     server.answer = answer
-    values = [verdict.value for verdict in judge_at(server.url, concurrency=3).judge(requests)]
+    values = [verdict.score for verdict in judge_at(server.url, concurrency=3).grade(requests)]
     assert values == [float(bool(n % 3)) for n in range(24)]
     assert 2 <= server.most <= 3
 
 
 def test_one_bad_answer_spoils_only_its_own_verdict(server: Server) -> None:
     server.answer = lambda body: status(400) if "bad" in str(body) else reply("Yes")
-    verdicts = judge_at(server.url).judge([REQUEST, JudgeRequest("Q?", (), "bad"), REQUEST, JudgeRequest("", (), " ")])
-    assert [verdict.value for verdict in verdicts] == pytest.approx([1, math.nan, 1, 0], nan_ok=True)
+    verdicts = judge_at(server.url).grade([REQUEST, JudgeRequest("Q?", (), "bad"), REQUEST, JudgeRequest("", (), " ")])
+    assert [verdict.score for verdict in verdicts] == pytest.approx([1, math.nan, 1, 0], nan_ok=True)
     assert len(server.seen) == 3, "empty reasoning is not sent"
 
 
@@ -233,9 +230,9 @@ def test_the_key_comes_from_the_environment_alone(server: Server, monkeypatch: p
         judge_at(server.url, api_key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", "secret-7")
     judge = judge_at(server.url, api_key_env="MY_KEY")
-    judge.judge([REQUEST])
+    judge.grade([REQUEST])
     assert server.headers[0]["authorization"] == "Bearer secret-7"
-    assert "secret-7" not in repr(judge.identity) + repr(judge._endpoint._config)
+    assert "secret-7" not in repr(judge.identity) + repr(judge._config)
 
 
 def test_the_extra_is_named_where_the_client_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,18 +258,18 @@ def test_an_endpoint_that_cannot_be_used_is_refused_when_loading(server: Server)
 
 @pytest.mark.parametrize("text", ["Yes", "yes", " YES.\n", "yes. ", "\tYes"])
 def test_yes_in_any_case_with_space_and_a_full_stop(text: str) -> None:
-    assert parse_verdict(text) == 1.0
-    assert parse_verdict(text.lower().replace("yes", "nO")) == 0.0
+    assert parse_yes_no(text).score == 1.0
+    assert parse_yes_no(text.lower().replace("yes", "nO")).score == 0.0
 
 
 @pytest.mark.parametrize("text", ["", None, "Yes!", "Yes..", "**Yes**", "Yes No", "No way", "y", "Not", "Y e s", "是"])
 def test_everything_else_fails(text: str | None) -> None:
-    assert math.isnan(parse_verdict(text))
+    assert not parse_yes_no(text).is_scored
 
 
 @given(st.text(max_size=12))
 def test_a_verdict_needs_exactly_the_word(text: str) -> None:
-    value = parse_verdict(text)
+    value = parse_yes_no(text).score
     letters = "".join(character for character in text if not character.isspace()).removesuffix(".")
     assert math.isnan(value) or value == {"yes": 1.0, "no": 0.0}[letters.lower()]
 
@@ -284,7 +281,7 @@ def test_waiting() -> None:
         assert 2.0 <= wait_before(3, header) < 2.5
 
 
-CASE = GradeRequest("Which organ?", ("lung", "brain"), "A: lung", "B", "Dark fields.")
+CASE = JudgeRequest("Which organ?", ("lung", "brain"), "Dark fields.", answer="B", gold="A: lung")
 
 
 def test_an_endpoint_grades(server: Server) -> None:
@@ -296,20 +293,20 @@ def test_an_endpoint_grades(server: Server) -> None:
         status(400),
     ]
     config = JudgeConfig(endpoint=server.url, model="m", max_retries=1, concurrency=1, timeout=5.0)
-    grader = EndpointGrader(Endpoint(config, "none", sleep=lambda seconds: None), REASONING)
-    grades = grader.grade([CASE, CASE, replace(CASE, reasoning=" "), CASE, CASE])
+    judge = EndpointJudge(config, "none", REASONING, sleep=lambda seconds: None)
+    grades = judge.grade([CASE, CASE, replace(CASE, reasoning=" "), CASE, CASE])
     assert [grade.score for grade in grades] == pytest.approx([2, math.nan, 0, 3, math.nan], nan_ok=True)
     assert grades[0].reason == "A gap." and "not JSON" in grades[1].reason and grades[4].reason.startswith("HTTP 400")
     assert len(server.seen) == 5, "empty reasoning is not sent, and what cannot be read is not asked again"
     assert server.seen[0]["messages"] == [{"role": "user", "content": REASONING.render(CASE)}]
     assert server.seen[0]["temperature"] == 0
-    assert grader.counters["asked"] == 5 and grader.counters["failed"] == 2 and grader.counters["retries"] == 1
-    assert grader.identity == JudgeIdentity("m", f"{server.url[7:-3]}/m", REASONING.hash, 0.0)
+    assert judge.counters["asked"] == 5 and judge.counters["failed"] == 2 and judge.counters["retries"] == 1
+    assert judge.identity == JudgeIdentity("m", f"{server.url[7:-3]}/m", REASONING.hash, 0.0)
 
 
 def test_an_endpoint_that_does_not_grade_is_refused_when_loading(server: Server) -> None:
     server.replies = [reply("Yes"), reply("Yes")]
     config = JudgeConfig(endpoint=server.url, model="m", max_retries=0, cache=False)
     with pytest.raises(ValueError, match=r"does not answer as it should \(the answer is not JSON: 'Yes'\): check"):
-        load_judges(config, coherence=True, rubrics=[REASONING])
-    assert len(server.seen) == 2, "asked as a judge, then as a grader"
+        load_judges(config, [COHERENCE, REASONING])
+    assert len(server.seen) == 2, "once for each rubric"
