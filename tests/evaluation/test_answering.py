@@ -44,7 +44,7 @@ def test_records_do_not_depend_on_workers_and_images_are_decoded_once(tiny_polic
     assert [image.loads for image in images] == [3] * len(images)  # one for each evaluation, sampled answers included
     assert found[0].records == found[1].records == found[2].records
     assert len({record.output for record in found[0].records}) > 1
-    # And as without any of it: greedy answers of prompts that the engine encodes itself.
+    # Equal to greedy answers to prompts that the engine encodes itself.
     direct = list(RolloutEngine(policy).greedy(data.samples, max_completion_length=6, batch_size=1))
     assert [record.output for record in found[1].records] == [group.completions[0].text for group in direct]
 

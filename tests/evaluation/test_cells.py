@@ -50,7 +50,7 @@ def config(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Config:
 def questions(
     monkeypatch: pytest.MonkeyPatch, make_sample: Callable[..., Sample], make_image: Callable[..., Any]
 ) -> StoredDataset:
-    """Seven questions about five images, in the place of the data set that settings name; prompts of all lengths."""
+    """Seven questions about five images that replace the configured data set; their prompts vary in length."""
     samples = [
         make_sample(
             f"q{index}", images=(make_image(seed=index % 5),), question="Is there an effusion " * (1 + index % 3)
@@ -76,7 +76,7 @@ def test_a_killed_evaluation_is_resumed_with_the_same_results(
     run_eval(config, output=tmp_path / "whole", controls=True)
     whole = content(tmp_path / "whole")
     greedy = RolloutEngine.greedy
-    asked: list[str] = []
+    answered: list[str] = []
 
     def dying(limit: int) -> Callable[..., Iterator[Group]]:
         calls = iter(range(limit))
@@ -84,7 +84,7 @@ def test_a_killed_evaluation_is_resumed_with_the_same_results(
         def answer(self: RolloutEngine, samples: Sequence[Sample], **rest: Any) -> Iterator[Group]:
             if next(calls, None) is None:
                 raise KeyboardInterrupt
-            asked.extend(sample.id for sample in samples)
+            answered.extend(sample.id for sample in samples)
             return greedy(self, samples, **rest)
 
         return answer
@@ -96,10 +96,10 @@ def test_a_killed_evaluation_is_resumed_with_the_same_results(
             run_eval(config, output=folder, controls=True, resume=limit != 1)
         assert not (folder / "results.json").exists()
         with (folder / "samples.jsonl").open("a") as file:
-            file.write('{"sample_id": "q')  # the power went off in the middle of a line
+            file.write('{"sample_id": "q')  # as after a power failure in the middle of a line
     run_eval(config, output=folder, controls=True, resume=True)
     assert content(folder) == whole
-    assert asked.count("q0") + asked.count("q3") <= 4  # what was answered is not asked again
+    assert answered.count("q0") + answered.count("q3") <= 4  # answered questions are not generated again
 
 
 def test_an_evaluation_is_resumed_only_on_request_and_unchanged(
@@ -120,7 +120,7 @@ def test_an_evaluation_is_resumed_only_on_request_and_unchanged(
     write_model(tiny_policy(seed=1), tmp_path / "other")
     with pytest.raises(ValueError, match=r"holds a different evaluation \(model.path was"):
         run_eval(config, checkpoint=tmp_path / "other", output=folder, resume=True)
-    # Other weights at the same place are noticed too.
+    # Other weights at the same path are detected too.
     load = cells.load_policy
     with monkeypatch.context() as patch:
         patch.setattr(cells, "load_policy", lambda model: tiny_policy(seed=1))
@@ -211,7 +211,7 @@ def test_prompts_and_data_sets_get_folders_and_are_compared(
 def test_prompts_are_compared_in_pairs_and_resumed(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By an independent computation, of answers that are right or wrong by a hash; one prompt hides the options."""
+    """Against an independent computation, with answers made correct or wrong by a hash; one prompt hides options."""
     limit = iter(range(10**9))
 
     def scripted(
@@ -361,10 +361,12 @@ def test_similarity_is_measured_once_by_one_instrument(
     rows = [json.loads(line) for line in whole["samples.jsonl"].splitlines()]
     assert section["value"] == pytest.approx(sum(row["similarity"] for row in rows) / 7)
     with monkeypatch.context() as patch:
-        patch.setattr("medvqa_rl.evaluation.measures.similarity.TfidfSimilarity.compare", None)  # is not called again
+        patch.setattr(
+            "medvqa_rl.evaluation.measures.similarity.TfidfSimilarity.compare", None
+        )  # must not be called again
         run_eval(by_words, output=folder, resume=True)
     assert content(folder) == whole
     other = config.model_copy(update={"eval": config.eval.model_copy(update={"similarity": "embeddings"})})
     with pytest.raises(ValueError, match=r"eval\.similarity is embeddings, which is neither a folder nor a Hub id"):
         run_eval(other, output=tmp_path / "other")
-    assert not (tmp_path / "other").exists()  # said before anything was asked
+    assert not (tmp_path / "other").exists()  # reported before anything was generated

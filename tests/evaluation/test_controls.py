@@ -1,4 +1,4 @@
-"""Bias controls: what is shown, and the numbers by hand.
+"""Bias controls: what the model is shown, and results computed by hand.
 
 Run: pytest tests/evaluation/test_controls.py
 """
@@ -117,9 +117,9 @@ def test_what_the_image_adds_by_hand() -> None:
 
 
 def test_the_order_of_options_by_hand() -> None:
-    """Three options, gold q. Shift 1 asks q r p (gold A), shift 2 asks r p q (gold C)."""
+    """Three options, gold q. Shift 1 shows q r p (gold A), shift 2 shows r p q (gold C)."""
     base = [record(id, answer == "B", answer=answer, options=3) for id, answer in zip("stuv", ("B", "B", "A", "B"))]
-    # s: always q. t: always the letter B. u: always p, wrong but steady. v: q, then none.
+    # s: always q. t: always the letter B. u: always p, wrong but consistent. v: q, then none.
     first = [record(id, a == "A", answer=a, options=3, gold="A") for id, a in zip("stuv", ("A", "B", "C", ""))]
     second = [record(id, a == "C", answer=a, options=3, gold="C") for id, a in zip("stuv", ("C", "B", "B", "C"))]
     order = summarise_controls(base, {"order_1": first, "order_2": second}, CONFIG)["option_order"]

@@ -1,4 +1,4 @@
-"""Evaluation end to end with an engine that recites given texts: every number against hand computation.
+"""Evaluation end to end with an engine that returns given texts: every number is computed by hand.
 
 Run: pytest tests/evaluation/test_evaluate.py
 """
@@ -47,8 +47,8 @@ PIXEL = Image.new("RGB", (2, 2))
 PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
 
 
-class Reciter:
-    """Answers with the text given for each sample; notes what it was asked."""
+class ScriptedEngine:
+    """Answers with the text given for each sample, and records its inputs."""
 
     def __init__(self, texts: dict[str, str], truncated: frozenset[str] = frozenset()) -> None:
         self.processor = self
@@ -109,7 +109,7 @@ DATASET = StoredDataset("tiny", SAMPLES, {"dropped": 1})
 
 
 def run(config: EvalConfig = CONFIG, dataset: StoredDataset = DATASET, **texts: str):
-    engine = Reciter({**TEXTS, **{name[1:]: text for name, text in texts.items()}}, frozenset({"2"}))
+    engine = ScriptedEngine({**TEXTS, **{name[1:]: text for name, text in texts.items()}}, frozenset({"2"}))
     return evaluate(engine, dataset, config, max_completion_length=64)
 
 
@@ -167,7 +167,7 @@ def test_averages_by_hand() -> None:
         "macro_modality": pytest.approx((1 / 2 + 2 / 3) / 2),
         "macro_family": pytest.approx((2 / 3 + 1) / 2),
     }
-    # A quarter of the answers differ, 80 % power at 5 %.
+    # 80 % power at the 5 % level, if a quarter of the answers differ.
     assert results["detectable_difference"] == pytest.approx(
         2.8016 * math.sqrt(0.25 / results["effective_n"]), rel=1e-4
     )
@@ -190,8 +190,8 @@ def test_letters_by_hand() -> None:
     assert letters["distance"] == pytest.approx(1 / 3)
 
 
-class Sampler(Reciter):
-    """Also samples: the words of a text, in turn, are the answers."""
+class Sampler(ScriptedEngine):
+    """Also samples: the answers are the words of a text in turn."""
 
     def rollout(
         self,
@@ -221,7 +221,7 @@ def test_sampled_answers_by_hand() -> None:
     evaluation = evaluate(Sampler(TEXTS), DATASET, config, max_completion_length=64)
     assert evaluation.results["accuracy"] == 3 / 5  # greedy, as without samples
     sampled = evaluation.results["sampled"]
-    # Right among four: 2, 2, 2, 0, 4.
+    # Correct among four: 2, 2, 2, 0, 4.
     assert sampled["num_samples"] == 4
     assert sampled["mean_accuracy"]["value"] == sampled["pass@1"]["value"] == pytest.approx(10 / 20)
     assert sampled["majority@1"]["value"] == pytest.approx(10 / 20)
@@ -260,7 +260,7 @@ def test_records_explain_their_score(tmp_path: Path) -> None:
 
 
 def test_an_image_that_the_model_refuses_affects_only_its_question() -> None:
-    class Picky(Reciter):
+    class Picky(ScriptedEngine):
         def encode(self, sample: Sample) -> EncodedPrompt:
             if sample.id == "4":
                 raise ValueError("An image of sample '4' cannot be used: absolute aspect ratio.")
@@ -353,7 +353,7 @@ def test_a_broken_image_is_unscored_and_affects_only_its_question(tmp_path: Path
 
 
 def test_batches_of_similar_length_and_progress() -> None:
-    engine = Reciter(TEXTS)
+    engine = ScriptedEngine(TEXTS)
     seen: list[tuple[int, int]] = []
     evaluation = evaluate(
         engine, DATASET, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total))

@@ -1,4 +1,4 @@
-"""A small recipe, and finished cells of it made of chosen outcomes, without training."""
+"""A small recipe, and finished cells with given outcomes that need no training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medvqa_rl.study.plan.recipe import Cell, Recipe
 
 
 def tiny(model: str) -> dict[str, Any]:
-    """Three arms of a random model that learn nothing in two steps."""
+    """Three arms with a random model."""
     return {
         "baseline": "grpo",
         "seeds": [0, 1],
@@ -46,7 +46,7 @@ def write(path: Path, recipe: dict[str, Any]) -> Path:
 
 
 def records_of(flags: str) -> list[EvalRecord]:
-    """Answers that are right (1), wrong (0) or unscored (-); two questions an image."""
+    """Records that are correct (1), wrong (0) or unscored (-), with two questions per image."""
     return [
         EvalRecord(
             sample_id=str(number),
@@ -77,13 +77,13 @@ def store(
     change: Callable[[Cell, EvalRecord], EvalRecord] = lambda cell, record: record,
     rows: Callable[[Cell], list[dict[str, Any]]] = lambda cell: [{"step": 1, "step_time": 2.0}],
 ) -> None:
-    """Finished cells with answers as :func:`records_of` makes them, the same on every test.
+    """Write finished cells with the records of :func:`records_of`, the same for every test.
 
     Args:
-        recipe: its cells get their folders.
-        outcomes: arm and seed -> a character for each question; others stay unfinished.
-        change: what is different in a record of a cell.
-        rows: metrics.jsonl of a cell.
+        recipe: the cells to write.
+        outcomes: (arm, seed) -> a character for each question; other cells stay unfinished.
+        change: edits a record of a cell.
+        rows: returns metrics.jsonl of a cell.
     """
     for cell in recipe.cells:
         flags = outcomes.get((cell.arm.name, cell.seed))

@@ -1,4 +1,4 @@
-"""Makes cells.py importable here, gives the small recipe, and runs cells in this process."""
+"""Make cells.py importable, provide the small recipe, and run cells in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def given(tiny_folder: Callable[[str], Path]) -> dict[str, Any]:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs the commands of cells in this process, and notes them."""
+    """Run the commands of cells in this process, and record them."""
     called: list[list[str]] = []
 
     def call(command: Sequence[str], **rest: Any) -> int:

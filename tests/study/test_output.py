@@ -1,4 +1,4 @@
-"""What `study collect` shows, against numbers computed by hand, and texts that try to be markup.
+"""The output of `study collect`: numbers computed by hand, and texts that try to be markup.
 
 Run: pytest tests/study/test_output.py
 """
@@ -50,7 +50,7 @@ TABLES = [
 
 
 def varied(cell: Cell, record: EvalRecord) -> EvalRecord:
-    """Answers whose length tells cell and question apart, with markup in them."""
+    """Answers with markup, whose length identifies cell and question."""
     number = int(record.sample_id)
     tokens = 10 * (number + 1) + cell.seed + (5 if cell.arm.name == "sft" else 0)
     text = f"{EVIL} {cell.label} {number}"
@@ -58,7 +58,7 @@ def varied(cell: Cell, record: EvalRecord) -> EvalRecord:
 
 
 def curve(cell: Cell) -> list[dict[str, Any]]:
-    """Forty steps; of supervised arms a loss."""
+    """Forty steps; supervised arms have a loss only."""
     if cell.arm.verb == "sft":
         return [{"step": step, "step_time": 2.0, "loss": 1 / step} for step in range(1, 41)]
     return [
@@ -129,11 +129,11 @@ def test_a_papers_table_follows_the_recipe(collected: Collected, tmp_path: Path)
     accuracy = found["sft", "accuracy"]
     assert (accuracy.ours, accuracy.change) == (pytest.approx(55.0), pytest.approx(-35.0))
     assert accuracy.interval == (100 * gain.low, 100 * gain.high)
-    # Ten scored questions and one that the zero-shot arm could not answer: lengths are over all that a cell scored.
+    # Ten shared questions and one unscored in the zero-shot arm: lengths cover all scored questions of a cell.
     tokens = [10 * (number + 1) + 5 + seed + 3 for number in range(11) for seed in (0, 1)]
     assert found["sft", "length"].ours == pytest.approx(mean(tokens))
     assert found["sft", "length"].change == pytest.approx(5.0) and math.isnan(found["grpo", "length"].change)
-    # The two similarities are of different instruments: no difference, and a column for each.
+    # The two similarities come from different instruments: no difference, and a column for each.
     assert math.isnan(found["sft", "similarity"].change)
     titles, (sft, grpo) = factor_rows(list(found.values()))
     row = dict(zip(titles, sft))
@@ -339,7 +339,7 @@ def test_every_trained_cell_is_checked_for_signs(collected: Collected, tmp_path:
     write_study(collected, tmp_path / "tables")
     text = (tmp_path / "tables" / "study.md").read_text()
     (row,) = [line for line in text.splitlines() if line.startswith("| grpo | ") and "not measured" in line]
-    # 4 of the 8 are not there: no judge, no language model, and two curves that were not logged (format, entropy).
+    # 4 of the 8 are not measured: no judge, no language model, and two curves that were not logged (format, entropy).
     assert row.count("not measured") == 3
 
 
@@ -356,7 +356,7 @@ def test_correlations_are_means_over_halves_of_the_run(collected: Collected) -> 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """Figures instead of files."""
+    """Collect figures instead of writing files."""
     kept: list[Figure] = []
 
     def keep(figure: Figure, path: Path) -> Path:

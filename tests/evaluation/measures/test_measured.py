@@ -121,7 +121,7 @@ def test_a_judge_gives_the_judged_part() -> None:
 
 @pytest.fixture(scope="module")
 def lm_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Callable[[str], Path]) -> Path:
-    """A random GPT-2 of 24 positions."""
+    """A random GPT-2 with 24 positions."""
     folder = tmp_path_factory.mktemp("lm")
     torch.manual_seed(3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder("qwen2_vl"))
@@ -149,7 +149,7 @@ TEXTS = [
 
 
 def stock_nll(folder: Path, text: str) -> tuple[float, int]:
-    """One window after the other, one token after the other, by the plain model."""
+    """Window by window and token by token, with the plain model."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -291,10 +291,10 @@ def test_instruments_are_never_mixed() -> None:
     assert (cells[1]["similarity (tfidf)"], cells[1]["similarity (minilm)"]) == ("", "0.70")
 
 
-# --- faithfulness, and all of it together --------------------------------------------------------------------------
+# --- faithfulness, and everything together -------------------------------------------------------------------------
 
 
-class Teller:
+class ScriptedEngine:
     """Answers with a given reasoning and the gold answer."""
 
     def __init__(self, reasoning: dict[str, str]) -> None:
@@ -329,7 +329,7 @@ def test_claims_are_held_against_the_scene() -> None:
     def keep(some: Sequence[EvalRecord]) -> None:
         found.update({record.sample_id: record for record in some})
 
-    answer_all(lambda: Teller(reasoning), samples, AnswerSettings(EvalConfig(), 64), save=keep)  # type: ignore
+    answer_all(lambda: ScriptedEngine(reasoning), samples, AnswerSettings(EvalConfig(), 64), save=keep)  # type: ignore
     records = [found[sample.id] for sample in samples]
     assert (records[0].num_claims, records[0].faithfulness) == (2, 0.5)
     assert (records[1].num_claims, records[1].faithfulness) == (0, None)
@@ -347,7 +347,7 @@ def test_claims_are_held_against_the_scene() -> None:
 def test_an_evaluation_measures_and_logs(lm_folder: Path) -> None:
     config = EvalConfig(perplexity_model=str(lm_folder), similarity="tfidf", bootstrap=50)
     dataset = load_dataset(DataConfig(num_test=6), "test")
-    teller = Teller({dataset[index].id: dataset[index].reasoning for index in range(6)})
+    teller = ScriptedEngine({dataset[index].id: dataset[index].reasoning for index in range(6)})
     evaluation = evaluate(
         teller,  # type: ignore[arg-type]
         dataset,

@@ -1,4 +1,4 @@
-"""Comparing runs: numbers by hand, what is matched with what, and bad input.
+"""Comparison of runs: numbers computed by hand, how evaluations are matched, and invalid input.
 
 Run: pytest tests/evaluation/statistics/test_compare.py
 """
@@ -73,7 +73,7 @@ def test_a_comparison_by_hand() -> None:
     assert {name: first[name] for name in gain} == gain
     assert (first["improved"], first["worsened"], first["gain"]) == (10, 1, pytest.approx(9 / 24))
     assert (second["improved"], second["worsened"], second["gain"]) == (1, 1, 0.0)
-    # Of eight images four change, by +1, +3, +3, +3 and -1 once: the exact share of 2^5 sign patterns.
+    # Five of eight images change, by +1, +3, +3, +3 and -1: the exact share of 2^5 sign patterns.
     sums = [1, 3, 3, 3, -1]
     totals = [sum(s * (1 if bits >> i & 1 else -1) for i, s in enumerate(sums)) for bits in range(32)]
     p = sum(abs(total) >= 9 for total in totals) / 32

@@ -106,7 +106,7 @@ def test_bca_of_unequal_clusters_agrees_with_scipy() -> None:
 
 
 def study(seed: int, num_images: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two models on images of unequal size with an effect of their own; the truths are 0.6 and 0.65."""
+    """Two models on images with different numbers of questions and an image effect; true accuracies 0.6 and 0.65."""
     generator = np.random.default_rng(seed)
     sizes = generator.integers(1, 8, size=num_images)
     chances = np.repeat(generator.beta(3, 2, size=num_images), sizes)
@@ -186,7 +186,7 @@ def test_mcnemar_agrees_with_statsmodels(both: int, improved: int, worsened: int
 
 
 def test_mcnemar_by_hand() -> None:
-    # 5 changes, all for the better: 2 * (1/2)**5.
+    # 5 changes, all improvements: 2 * (1/2)**5.
     assert exact_mcnemar([False] * 5 + [True], [True] * 6).p_value == pytest.approx(0.0625)
     assert exact_mcnemar([True, False], [True, False]).p_value == 1.0
 
@@ -281,7 +281,7 @@ def test_minimum_detectable_effect_agrees_with_statsmodels_and_holds_its_power()
     power = pytest.importorskip("statsmodels.stats.power")
     theirs = power.NormalIndPower(ddof=0).solve_power(nobs1=451, alpha=0.05, power=0.8, ratio=0)
     assert minimum_detectable_effect(1 / math.sqrt(451)) == pytest.approx(theirs, rel=1e-4)
-    # A quarter of 451 answers differ: 6.6 points are found with 80 % power.
+    # A quarter of 451 answers differ: 6.6 points are detected with 80 % power.
     assert minimum_detectable_effect(math.sqrt(0.25 / 451)) == pytest.approx(0.066, abs=0.0005)
     effect, found = minimum_detectable_effect(0.02), 0
     for observed in GENERATOR.normal(effect, 0.02, 20_000):

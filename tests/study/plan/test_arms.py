@@ -1,4 +1,4 @@
-"""Arms that start from other arms: their order, their weights, their names, and what is wrong with a recipe of them.
+"""Arms that start from other arms: their order, weights and names, and invalid recipes.
 
 Run: pytest tests/study/plan/test_arms.py
 """
@@ -30,7 +30,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def staged(given: dict[str, Any]) -> dict[str, Any]:
-    """The small recipe in two stages; what starts from another arm stands before it."""
+    """The small recipe in two stages; dependents are listed before their start."""
     given["arms"] = {
         "as_is": {"verb": "none", "from": "warm_up"},
         "grpo": {"verb": "train", "from": "warm_up"},
@@ -51,12 +51,12 @@ def labels(recipe: Recipe) -> list[str]:
 
 
 def file_of(command: Sequence[str]) -> str:
-    """Name of the file with its settings."""
+    """Name of the settings file in a command."""
     return next(Path(word).name for word in command if word.endswith(".yaml"))
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of two weights."""
+    """The largest absolute difference between two sets of weights."""
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
@@ -70,11 +70,11 @@ def test_starts_are_trained_first_and_once(
     assert [cell.start for cell in recipe.cells] == [warm_up, warm_up, warm_up, None, None, None]
     table = plan_table(recipe)
     assert table.columns[1].header == "from" and list(table.columns[1].cells) == ["warm_up"] * 3 + [""] * 3
-    # What it is trained on is its own affair; everybody is asked the same.
+    # Training data differ between arms; tests do not.
     assert [cell.config.data.scanner for cell in recipe.cells] == ["home", "home", "home", "unseen", "home", "home"]
     assert {cell.tests[0].config.data for cell in recipe.cells} == {grpo.tests[0].config.data}
 
-    # One start for training, one for the tests; four steps at 60 s and 30 s, four questions each at 15 s.
+    # One process start for training, one for the tests; four steps at 60 s and 30 s, four questions each at 15 s.
     assert [left - 8 * 15 for left in list(forecast(recipe).values())[:4]] == [7, 14 + 240, 14 + 240, 14 + 120]
 
     assert run_study(recipe, output, console=QUIET) == []
@@ -143,7 +143,7 @@ def test_a_failed_start_stops_only_its_dependents(
 def test_jobs_wait_for_a_start_but_not_for_its_tests(
     staged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start's test ends only when a cell that starts from it has begun."""
+    """The start's test ends only after a cell that starts from it has begun."""
     staged["arms"].pop("alone")
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path / "study")
     began, order, lock = threading.Event(), list[str](), threading.Lock()

@@ -1,4 +1,4 @@
-"""Two tests of the same questions against each other, by hand.
+"""Contrasts of two tests of the same questions, computed by hand.
 
 Run: pytest tests/study/plan/test_contrasts.py
 """
@@ -21,7 +21,7 @@ GIVEN = [{"title": "Reasons, minus not", "of": "home", "minus": "home_direct"}]
 
 
 def both(given: dict[str, Any]) -> dict[str, Any]:
-    """The small recipe with a second test of the same questions, and one of others."""
+    """The small recipe with a second test of the same questions, and one of other questions."""
     given["tests"]["home_direct"] = given["tests"]["home"] | {"prompt": {"template": "direct"}}
     given["tests"]["far"] = {"data": {"scanner": "unseen", "num_test": 6}}
     return given | {"contrasts": GIVEN}
@@ -31,8 +31,8 @@ def test_differences_are_paired_by_seed_and_question() -> None:
     of = {"grpo": [records_of("111010"), records_of("11001-")], "sft": [records_of("101010"), records_of("111111")]}
     minus = {"grpo": [records_of("010010"), records_of("100011")], "sft": [records_of("001011"), records_of("000000")]}
     grpo, sft = contrast_rows(of, minus, resamples=200)
-    # The last question is unscored once, and left out everywhere: 4 and 3 of 5 against 2 and 2, 3 and 5 against 2 and
-    # 0.
+    # The last question is unscored once, so it is excluded everywhere: 4 and 3 of 5 against 2 and 2, 3 and 5 against
+    # 2 and 0.
     assert (grpo.of, grpo.minus) == (pytest.approx(7 / 10), pytest.approx(4 / 10))
     assert grpo.differences == (
         pytest.approx(2 / 5),
@@ -40,7 +40,7 @@ def test_differences_are_paired_by_seed_and_question() -> None:
     ) and grpo.difference.estimate == pytest.approx(0.3)
     assert sft.differences == (pytest.approx(1 / 5), pytest.approx(1.0))
     assert grpo.difference.low <= 0.3 <= grpo.difference.high
-    # Where every question of every seed gains the same, no resample says otherwise: an unpaired one would.
+    # If every question of every seed gains the same, so does every paired resample; unpaired ones would vary.
     (same,) = contrast_rows({"a": [records_of("1111")]}, {"a": [records_of("0000")]}, resamples=200)
     assert (same.difference.low, same.difference.high) == (1.0, 1.0)
     (none,) = contrast_rows({"a": [records_of("1100")]}, {"a": [records_of("1100")]}, resamples=200)

@@ -1,4 +1,4 @@
-"""Images that are trained on and tested on are found under other names too, in bounded time; tests of other data.
+"""Shared training and test images are found under other names and in bounded time; tests on other data sets.
 
 Run: pytest tests/study/plan/test_leaks.py
 """
@@ -25,7 +25,7 @@ PAIR = Pair("grpo", OWN, "rad", OTHER)
 
 @dataclass(frozen=True)
 class Shade:
-    """A small image of one grey level; None cannot be decoded."""
+    """A small image with one grey level; None cannot be decoded."""
 
     key: str
     level: int | None
@@ -41,7 +41,7 @@ class Shade:
 
 @dataclass
 class Shades:
-    """A data set of one question about each image."""
+    """A data set with one question per image."""
 
     name: str
     images: list[Shade]

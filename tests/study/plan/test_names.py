@@ -1,4 +1,4 @@
-"""Names of cells: the same when the program gains settings, others when a setting is changed; changed defaults.
+"""Names of cells: unchanged by new settings, changed by changed settings, and checked for changed defaults.
 
 Run: pytest tests/study/plan/test_names.py
 """
@@ -37,7 +37,7 @@ class LaterRewards(RewardsConfig):
 
 
 class Later(Config):
-    """The settings of a later version: new ones in sections that may be null, in others, and a new section."""
+    """Settings of a later version: new ones in optional and other sections, and a new section."""
 
     model: LaterModel = LaterModel()
     rewards: LaterRewards = LaterRewards()
@@ -72,7 +72,7 @@ def test_a_given_section_differs_from_none() -> None:
 
 
 def changed(section: BaseModel, path: list[str]) -> Any:
-    """The section with another value in one place."""
+    """The section with one other value."""
     name, rest = path[0], path[1:]
     value = getattr(section, name)
     if rest:
