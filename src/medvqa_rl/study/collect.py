@@ -98,8 +98,7 @@ def collect(recipe: Recipe) -> Collected:
         name: {cell: read_records(cell.tests[index].folder / "samples.jsonl") for cell in finished}
         for index, name in enumerate(recipe.tests)
     }
-    tests = {name: _test(recipe, answers[name], index) for index, name in enumerate(recipe.tests)}
-    primary = recipe.tests.index(recipe.primary)
+    primary, primary_answers = recipe.tests.index(recipe.primary), answers[recipe.primary]
     by_arm = _by_arm(finished)
     trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.verb != "none"}
     curves = {name: tuple(read_run(cell.folder).metrics for cell in cells) for name, cells in trained.items()}
@@ -112,23 +111,21 @@ def collect(recipe: Recipe) -> Collected:
 
     signs = {
         name: {
-            cell.seed: cell_signs(
-                rows, _results(cell.tests[primary].folder), answers[recipe.primary][cell], before(cell)
-            )
+            cell.seed: cell_signs(rows, _results(cell.tests[primary].folder), primary_answers[cell], before(cell))
             for cell, rows in zip(cells, curves[name])
         }
         for name, cells in trained.items()
     }
     return Collected(
-        recipe,
-        tests,
-        [(one, _contrast(one, answers, by_arm)) for one in recipe.contrasts],
-        tuple(cell.label for cell in recipe.cells if cell not in finished),
-        signs,
-        curves,
-        {name: correlations(runs) for name, runs in curves.items()},
-        {
-            name: longest_wrong({cell.label: answers[recipe.primary][cell] for cell in cells})
+        recipe=recipe,
+        tests={name: _test(recipe, answers[name], index) for index, name in enumerate(recipe.tests)},
+        contrasts=[(contrast, _contrast(contrast, answers, by_arm)) for contrast in recipe.contrasts],
+        missing=tuple(cell.label for cell in recipe.cells if cell not in finished),
+        signs=signs,
+        curves=curves,
+        correlations={name: correlations(runs) for name, runs in curves.items()},
+        longest_wrong={
+            name: longest_wrong({cell.label: primary_answers[cell] for cell in cells})
             for name, cells in by_arm.items()
         },
     )

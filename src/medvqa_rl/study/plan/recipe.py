@@ -185,7 +185,7 @@ def read_recipe(
     seeds = _seeds(where, small.get("seeds", given.get("seeds")))
 
     of_tests = [text for text in overrides if _key(text).startswith("tests.")]
-    base = _merge(
+    base = _overlay(
         section(where, "settings", given.get("settings")), section(where, "quick.settings", small.get("settings"))
     )
     base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
@@ -193,7 +193,9 @@ def read_recipe(
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
     small_tests = section(where, "quick.tests", small.get("tests"))
-    tests = {name: _merge(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()}
+    tests = {
+        name: _overlay(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()
+    }
     contrasts = read_contrasts(where, given.get("contrasts"), tests)
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
@@ -288,7 +290,7 @@ def _check_path(where: str, name: str, base: Mapping[str, Any], test: Mapping[st
     own = test.get("data")
     if not isinstance(own, dict) or own.get("name", "phantom") == "phantom":
         return
-    data = _merge(base, test)["data"]
+    data = _overlay(base, test)["data"]
     if data.get("path") is None and data.get("hub") is None:
         raise ValueError(
             f"{where} tests on {name} (data.name {own['name']}), whose folder is not given: add "
@@ -296,12 +298,12 @@ def _check_path(where: str, name: str, base: Mapping[str, Any], test: Mapping[st
         )
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested settings into others; lists are replaced."""
+def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Put nested settings over others; lists are replaced."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        result[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
@@ -332,7 +334,7 @@ def _cell(
     tests: Mapping[str, Mapping[str, Any]],
     start: Cell | None,
 ) -> Cell:
-    settings = _merge(_merge(base, arm.settings), {"train": {"seed": seed}})
+    settings = _overlay(_overlay(base, arm.settings), {"train": {"seed": seed}})
     config = _build(f"{where}, arm {arm.name}", settings, _PURPOSES[arm.verb])
     if not config.train.eval_steps:
         # Tests do not affect training, so changing their settings must not rename the cell and train it again.
@@ -347,7 +349,7 @@ def _cell(
     made = []
     test_settings = settings | {"data": base.get("data") or {}}
     for name, change in tests.items():
-        test = _build(f"{where}, arm {arm.name}, test {name}", _merge(test_settings, change), "eval")
+        test = _build(f"{where}, arm {arm.name}, test {name}", _overlay(test_settings, change), "eval")
         made.append(Test(name, with_folder(test), folder / "eval" / f"{name}-{settings_hash(test, after)}"))
     return Cell(arm, seed, with_folder(config), folder, tuple(made), start)
 
