@@ -11,7 +11,7 @@ from rich.text import Text
 
 from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.text import format_p, format_points, format_range
-from medvqa_rl.evaluation.statistics.tables import as_csv, measured_table
+from medvqa_rl.evaluation.statistics.tables import TextTable, as_csv, measured_table
 
 _NOTE = (
     "Intervals and the permutation test resample whole images; McNemar's test treats questions as independent. Holm: "
@@ -21,13 +21,10 @@ _NOTE = (
 
 def runs_table(comparison: Mapping[str, Any]) -> Table:
     """Accuracy of each run in percent."""
-    table = Table(title=f"{comparison['dataset'] or 'evaluations'}: accuracy in percent", title_justify="left")
-    for name in ("run", "prompt", "questions", "images", "accuracy", "95 % interval", "no answer"):
-        is_text = name in ("run", "prompt")
-        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    for row in comparison["runs"]:
-        table.add_row(
-            Text(row["name"]),
+    header = ("run", "prompt", "questions", "images", "accuracy", "95 % interval", "no answer")
+    rows = [
+        (
+            row["name"],
             row["template"],
             f"{row['num_scored']:,}",
             f"{row['num_clusters']:,}",
@@ -35,18 +32,15 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
             format_range(row["accuracy_low"], row["accuracy_high"]),
             format_points(row["no_answer_rate"]),
         )
-    return table
+        for row in comparison["runs"]
+    ]
+    return TextTable(f"{comparison['dataset'] or 'evaluations'}: accuracy in percent", header, rows).rich()
 
 
 def reasoning_table(comparison: Mapping[str, Any]) -> Table:
     """Lengths and the other measures of the outputs of each run."""
     titles, rows = measured_table([(row["name"], row) for row in comparison["runs"]])
-    table = Table(title="Lengths in tokens (mean ± standard deviation) and reasoning", title_justify="left")
-    for title in ("run", *titles):
-        table.add_column(title, justify="left" if title == "run" else "right", overflow="fold")
-    for name, *cells in rows:
-        table.add_row(Text(name), *cells)
-    return table
+    return TextTable("Lengths in tokens (mean ± standard deviation) and reasoning", ("run", *titles), rows).rich()
 
 
 def _difference(row: Mapping[str, Any]) -> list[str]:
@@ -89,20 +83,19 @@ def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
 
 def pairs_table(comparison: Mapping[str, Any]) -> Table:
     """Differences between every two runs in points, one row each."""
-    table = Table(title="Differences between every two, in points", title_justify="left")
-    names = ("", "n", "images", "difference", "95 % interval", "better", "worse")
-    for name in (*names, "McNemar p", "Holm", "permut. p", "Holm", "detect."):
-        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
-    for row in comparison["pairs"]:
-        table.add_row(
-            Text(f"{row['run']} minus {row['baseline']}"),
+    header = ("", "n", "images", "difference", "95 % interval", "better", "worse", "McNemar p", "Holm", "permut. p")
+    rows = [
+        (
+            f"{row['run']} minus {row['baseline']}",
             *_difference(row),
             format_p(row["mcnemar_holm_p"]),
             format_p(row["permutation_p"]),
             format_p(row["holm_p"]),
             format_points(row["detectable_gain"]),
         )
-    return table
+        for row in comparison["pairs"]
+    ]
+    return TextTable("Differences between every two, in points", (*header, "Holm", "detect."), rows).rich()
 
 
 def pairs_csv(comparison: Mapping[str, Any]) -> str:
