@@ -86,7 +86,7 @@ def write_images(root: Path, count: int) -> None:
 
 def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
     """Prepare the prompts of all images through the training feed, then through evaluation."""
-    from medvqa_rl.evaluation.answering import Asking, answer_all
+    from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
     from medvqa_rl.learning.batching.feed import Feed
     from medvqa_rl.models.loading import load_policy
     from medvqa_rl.rollout.decode import RolloutEngine
@@ -118,8 +118,8 @@ def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
     training = len(steps) * PROMPTS / (time.perf_counter() - began)
 
     began = time.perf_counter()
-    asking = Asking(EvalConfig(batch_size=PROMPTS), max_completion_length=1, prefetch=prefetch)
-    answer_all(lambda: engine, samples, asking, keep=lambda records: None)
+    settings = AnswerSettings(EvalConfig(batch_size=PROMPTS), max_completion_length=1, prefetch=prefetch)
+    answer_all(lambda: engine, samples, settings, save=lambda records: None)
     evaluation = count / (time.perf_counter() - began)
     return {
         "training": training,
