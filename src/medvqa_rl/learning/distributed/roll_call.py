@@ -104,16 +104,18 @@ class RollCall:
         Returns:
             A sentence that names them, or None if all ranks respond.
         """
-        time.sleep(2 * self._interval)  # so that the last heartbeat of a dead rank is not taken for a new one
-        before = {other: known.heartbeat for other, known in self._others.items()}
-        began = time.monotonic()
-        time.sleep(4 * self._interval)
-        lost = [
-            other for other, known in self._others.items() if known.heartbeat == before[other] and known.ended != _DONE
-        ]
-        if self._last_read < began:
-            lost = [0]  # it hosts the store, unless a launcher does
+        time.sleep(6 * self._interval)  # longer than below, because the last heartbeat may be read late
+        lost = self._silent(4 * self._interval)
         return self._lost_sentence(lost) if lost else None
+
+    def _silent(self, timeout: float) -> list[int]:
+        """The running ranks whose heartbeat has not changed for so many seconds."""
+        now = time.monotonic()
+        if now - self._last_read > timeout and self._rank != 0:
+            return [0]  # the store cannot be read, and rank 0 hosts it unless a launcher does
+        return [
+            other for other, known in self._others.items() if known.ended != _DONE and now - known.last_seen > timeout
+        ]
 
     def _publish(self) -> None:
         own = self._own
@@ -151,7 +153,7 @@ class RollCall:
         before: list[int] = []
         times = 0
         while not self._has_left.wait(self._interval):
-            lost, sentence = self._find_lost(time.monotonic())
+            lost, sentence = self._find_lost()
             times = times + 1 if lost == before else 1
             before = lost
             if not lost or times < 3:
@@ -162,18 +164,11 @@ class RollCall:
                 time.sleep(3 * self._interval)  # launchers kill the others as soon as one exits
             os._exit(1)
 
-    def _find_lost(self, now: float) -> tuple[list[int], str]:
+    def _find_lost(self) -> tuple[list[int], str]:
         """The lost ranks and a sentence that names them."""
-        if now - self._last_read > self._heartbeat_timeout and self._rank != 0:
-            return [0], self._lost_sentence([0])
-        silent = [
-            other
-            for other, known in self._others.items()
-            if known.ended != _DONE and now - known.last_seen > self._heartbeat_timeout
-        ]
-        if silent:
+        if silent := self._silent(self._heartbeat_timeout):
             return silent, self._lost_sentence(silent)
-        if now - self._last_progress <= self._timeout:
+        if time.monotonic() - self._last_progress <= self._timeout:
             return [], ""
         running = {rank: known for rank, known in {self._rank: self._own, **self._others}.items() if not known.ended}
         position = min((known.step, known.phase) for known in running.values())
