@@ -212,7 +212,7 @@ def test_without_a_weight_nobody_grades() -> None:
         ({"judge": {"model": "phantom:jury"}}, "the embedded judges are phantom:judge and phantom:judge_eval"),
         ({"judge": {"model": " "}}, "judge.model is empty"),
         ({"judge": {"device": "gpu"}}, "judge.device is 'gpu', but must be auto, cpu, cuda or such as cuda:1"),
-        ({"judge": {"template": "chat"}}, "the embedded judges read the reasoning alone"),
+        ({"judge": {"template": "chat"}}, "the embedded judges only read the reasoning"),
         (
             {"rewards": {"semantic": 1.0}, "eval": {"perplexity_model": "phantom:judge"}},
             "eval.perplexity_model is phantom:judge, but that is the judge that rewards (rewards.semantic is 1)",

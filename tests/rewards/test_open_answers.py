@@ -213,7 +213,7 @@ def test_training_looks_at_the_questions_first() -> None:
     ("given", "message"),
     [
         ({"rewards": {"open_correctness": "f1"}}, "exact, token_f1, similarity or judge, or null"),
-        ({"rewards": {"open_correctness": "judge"}}, "judge.model is phantom:judge, which reads reasoning alone"),
+        ({"rewards": {"open_correctness": "judge"}}, "judge.model is phantom:judge, which only reads reasoning"),
         ({"data": {"answer_types": ["open"]}}, "data.answer_types keeps only open questions"),
         ({"rewards": {"similarity_threshold": 0}}, "a number above 0 and at most 1"),
         ({"rewards": {"similarity_model": ""}}, "text that is not empty"),

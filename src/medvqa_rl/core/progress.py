@@ -26,6 +26,12 @@ def open_console(width: int = 120) -> Console:
     return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is: without markup or highlighting, wrapped by the terminal only, so that it can be
+    searched."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def duration(seconds: float) -> str:
     """Format seconds as seconds, minutes or hours."""
     if seconds < 90:

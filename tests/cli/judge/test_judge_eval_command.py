@@ -90,7 +90,7 @@ def test_the_embedded_judges_judge(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Agreement of the two judges" in text and "see the reasoning alone" in text
     assert found["judges"][0]["judge"]["rubrics"]["reasoning"] in text
     assert "What moves the judges" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"is judged already: write over that with --replace"):
+    with pytest.raises(ValueError, match=r"is judged already: overwrite that with --replace"):
         run_judge_eval([folder], NO_CACHE)
     run_judge_eval([folder], NO_CACHE, samples=4, bias_samples=0, replace=True)
     again = json.loads((folder / "judged.json").read_text())
@@ -150,8 +150,10 @@ def test_judges_that_see_answers_are_held_to_the_scorer(tmp_path: Path, monkeypa
     assert 0 < sum(right) < len(right) and closed["false_yes_rate"]["estimate"] == 1.0
     assert found["agreement"]["correctness"]["same"]["estimate"] == 1.0
     result = runner.invoke(app, ["judge", "eval", str(folder), "--replace"])
-    assert result.exit_code == 2 and "the embedded judges (phantom:judge_eval, phantom:judge) know the phantom" in (
-        " ".join(result.output.split())
+    assert (
+        result.exit_code == 2
+        and "the embedded judges (phantom:judge_eval, phantom:judge) only know the phantom"
+        in (" ".join(result.output.split()))
     )
     for judges, message in (
         (["big", "big"], "The two judges big and big are the same model"),
@@ -190,7 +192,7 @@ def test_of_a_run_the_first_and_the_last_evaluation_are_judged(tmp_path: Path) -
 
 def test_what_cannot_be_judged_is_refused_before_a_judge_is_loaded(tmp_path: Path) -> None:
     silent = write_evaluation(tmp_path / "silent", [replace(one, think=None) for one in records(3)])
-    with pytest.raises(ValueError, match="comes with reasoning, and the embedded judges read nothing else"):
+    with pytest.raises(ValueError, match="contains reasoning, and the embedded judges read nothing else"):
         run_judge_eval([silent], NO_CACHE)
     lost = write_evaluation(tmp_path / "lost", [replace(one, is_correct=None) for one in records(3)])
     with pytest.raises(ValueError, match="is scored: see unscored_reason"):

@@ -99,7 +99,7 @@ def test_ratings_go_back_to_the_evaluations(sheet: Path, tmp_path: Path, capsys:
         stored["sheet"] == key.sheet and stored["evaluations"][0]["accuracy"] == results["evaluations"][0]["accuracy"]
     )
     text = (tmp_path / "out" / "people.md").read_text()
-    assert "Krippendorff" in text and "| correct | " in text and "Agreement of the raters" in capsys.readouterr().out
+    assert "Krippendorff" in text and "| correct | " in text and "Agreement between raters" in capsys.readouterr().out
 
 
 def test_without_images_and_without_data(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No question is scored in all"):
         run_sheet([lost], output=out, questions=3)
     run_sheet([one], output=out, questions=3)
-    with pytest.raises(ValueError, match=r"is already there.*--replace"):
+    with pytest.raises(ValueError, match=r"file .* exists.*--replace"):
         run_sheet([one], output=out, questions=3)
     run_sheet([one], output=out, questions=2, replace=True)
     assert len(data_of(out)["items"]) == 2

@@ -1,4 +1,4 @@
-"""What the verb ``judge calibrate`` does: measure a judge against labels, print, and write what was found."""
+"""``judge calibrate``: measure a judge against labels, print the results and write them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from rich.table import Table
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.files import write_json
-from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
-from medvqa_rl.evaluation.statistics.tables import shown
+from medvqa_rl.evaluation.statistics.tables import TextTable, shown
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
 
 SPLIT = "held out"
-"""Of questions and texts; no recipe trains on it."""
+"""Seeds questions and texts that no recipe trains on."""
 
 
 def phantom_pairs(count: int, seed: int, *, with_policies: bool = True) -> list[LabelledPair]:
     """Held-out reasoning of the phantom world, labelled by its oracle.
 
     Args:
-        count: of texts that were written (references, changed and damaged ones), and again as many that the embedded
-            policies sampled.
-        with_policies: whether the policies sample, which takes a minute or two on a CPU.
+        count: number of written texts (references, changed and damaged ones), and number of texts sampled by the
+            embedded policies.
+        with_policies: whether the policies sample too, which takes a minute or two on a CPU.
     """
     texts = [draw_reasoning(seed, SPLIT, index) for index in range(count)]
     groups = ["reference" if text.kind == "reference" else "changed" for text in texts]
@@ -62,13 +61,13 @@ def run_calibrate(
     seed: int = 0,
     with_policies: bool = True,
 ) -> dict[str, Any]:
-    """Measure a judge against the phantom oracle, and against a file of labelled pairs where one is given.
+    """Measure a judge against the phantom oracle and, if given, a file of labelled pairs.
 
     Args:
         config: the judge.
         pairs_file: JSON Lines (:func:`medvqa_rl.evaluation.judging.agreement.read_pairs`).
         output: folder for ``calibration.json`` and ``calibration.png``; None writes nothing.
-        count: see :func:`phantom_pairs`, as are seed and with_policies.
+        count, seed, with_policies: see :func:`phantom_pairs`.
 
     Returns:
         The content of ``calibration.json``.
@@ -94,43 +93,44 @@ def run_calibrate(
             "margins": [asdict(item) for item in curves[source]],
             "failures": dict(failures.most_common(10)),
         }
-        console.print(_table(found, f"{judge.identity.name} against {source}"))
+        console.print(_table(found, f"{judge.identity.name} against {source}").rich())
         for reason, number in failures.most_common(3):
-            console.print(f"{number} without a verdict: {reason}", highlight=False, markup=False, soft_wrap=True)
+            print_line(console, f"{number} without a verdict: {reason}")
     results["counters"] = dict(judge.counters)
     if output is not None:
         _write(results, curves, judge, output)
-        console.print(f"Written: {output / 'calibration.json'}", highlight=False, soft_wrap=True)
+        print_line(console, f"Written: {output / 'calibration.json'}")
     return results
 
 
 def _curve(pairs: Sequence[LabelledPair], grades: Sequence[Grade]) -> list[MarginBin]:
-    """Bins of the texts whose margin is known; none for a judge that answers in words."""
+    """Margins against labels, in bins; empty for a judge without margins."""
     known = [(grade.margin, pair.is_coherent) for pair, grade in zip(pairs, grades) if math.isfinite(grade.margin)]
     return margin_bins([margin for margin, _ in known], [label for _, label in known]) if known else []
 
 
-def _table(results: Mapping[str, Any], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("texts", "number", "labelled yes", "accuracy %", "kappa", "false yes %", "false no %", "unscored %"):
-        table.add_column(name, justify="left" if name == "texts" else "right")
-
-    for group, row in results.items():
-        table.add_row(
-            group,
-            f"{row['n']:,}",
-            f"{100 * row['label_yes_rate']:.0f} %",
-            shown(row["accuracy"], 100, 1),
-            shown(row["kappa"], 1, 2),
-            shown(row["false_yes_rate"], 100, 1),
-            shown(row["false_no_rate"], 100, 1),
-            f"{100 * row['unscored_rate']:.1f}",
-        )
-    return table
+def _table(results: Mapping[str, Any], title: str) -> TextTable:
+    return TextTable(
+        title,
+        ("texts", "number", "labelled yes", "accuracy %", "kappa", "false yes %", "false no %", "unscored %"),
+        [
+            (
+                group,
+                f"{row['n']:,}",
+                f"{100 * row['label_yes_rate']:.0f} %",
+                shown(row["accuracy"], 100, 1),
+                shown(row["kappa"], 1, 2),
+                shown(row["false_yes_rate"], 100, 1),
+                shown(row["false_no_rate"], 100, 1),
+                f"{100 * row['unscored_rate']:.1f}",
+            )
+            for group, row in results.items()
+        ],
+    )
 
 
 def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]], judge: Judge, output: Path) -> None:
-    """The plot, where the judge tells margins, and then the numbers."""
+    """Write the plot, if the judge gives margins, then the numbers."""
     output.mkdir(parents=True, exist_ok=True)
     if any(curves.values()):
         plot_calibration(curves, output / "calibration.png", title=judge.identity.name)
@@ -138,8 +138,8 @@ def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]]
 
 
 def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, title: str) -> Path:
-    """Draw the margin against the observed share of coherent texts, with the share that the margin claims,
-    1 / (1 + exp(-margin)), beside it."""
+    """Plot the observed share of coherent texts over the margin, and the share that the margin implies,
+    1 / (1 + exp(-margin))."""
     with styled("light") as palette:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
@@ -148,7 +148,7 @@ def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, t
         edge = max(1.0, *map(abs, margins))
         grid = np.linspace(-edge, edge, 200)
         claimed = 1 / (1 + np.exp(-grid))
-        axes.plot(grid, claimed, color=palette.before, linestyle="--", linewidth=1.2, label="claimed by the margin")
+        axes.plot(grid, claimed, color=palette.before, linestyle="--", linewidth=1.2, label="implied by the margin")
         axes.axvline(0.0, color=palette.faint, linewidth=1.0)
         for (name, bins), color in zip(curves.items(), palette.series):
             if bins:

@@ -1,30 +1,27 @@
-"""What the verb ``judge eval`` does: have the answers of finished evaluations judged, and check the judges.
+"""``judge eval``: judge the answers of finished evaluations, and check the judges for agreement and bias.
 
 ```text
-judged.json      what each judge found, how far they agree, what moves them; judges, rubrics and seed
-judged.md        its tables
-judged.jsonl     what each judge, in the same order, said of each answer
+judged.json      results of each judge, their agreement and biases; judges, rubrics and seed
+judged.md        the same as tables
+judged.jsonl     each judge's grades of each answer, in the order of judged.json
 ```
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
-from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
     Judged,
@@ -44,12 +41,12 @@ from medvqa_rl.rewards.judges.load import load_judges
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
 
 DEFAULT_JUDGES = ("phantom:judge_eval", "phantom:judge")
-"""Of the phantom world; the first is not the one that rewards by default."""
+"""For the phantom world; the second one is the default judge of rewards."""
 FILES = ("judged.json", "judged.md", "judged.jsonl")
 
 
 def read_judge(text: str) -> JudgeConfig:
-    """A judge as it is named on the command line: a model, or settings of the judge separated by commas, such as
+    """Parse a judge given on the command line: a model, or judge settings separated by commas, such as
     ``model=my-judge,endpoint=http://localhost:8000/v1``.
 
     Raises:
@@ -61,13 +58,13 @@ def read_judge(text: str) -> JudgeConfig:
 
 
 def evaluations_in(path: Path) -> list[Evaluated]:
-    """The evaluations of a folder that are judged: its own, or those below it; of those that a training made after
-    its steps the first and the last.
+    """The evaluations to judge in a folder: its own, or those below it. Of the evaluations during a training, only the
+    first and the last.
 
     Raises:
         ValueError: there are none, or one is not finished.
     """
-    found = read_evaluations(path)  # sorted, so the steps of a run come in their order
+    found = read_evaluations(path)  # sorted, so a run's steps are in order
     steps: dict[Path, list[Evaluated]] = {}
     for one in found:
         if re.fullmatch(r"step_\d+", one.folder.name):
@@ -85,38 +82,37 @@ def run_judge_eval(
     seed: int = 0,
     replace: bool = False,
 ) -> None:
-    """Judge evaluations, print what was found and write it into their folders.
+    """Judge evaluations, print the results and write them into the evaluations' folders.
 
     Args:
         paths: folders of runs or evaluations.
-        judges: one or two; none takes the embedded ones where all questions are of the phantom world.
-        samples: answers of each evaluation at most; None takes all.
-        bias_samples: answers that are asked about again, edited; 0 checks no bias.
-        seed: of the choice of answers, of the edits and of the bootstrap.
-        replace: write over what was judged before.
+        judges: one or two. Defaults to both embedded judges, which need phantom data.
+        samples: maximum number of answers per evaluation; None judges all.
+        bias_samples: number of answers judged again after an edit; 0 skips the bias checks.
+        seed: for the choice of answers, the edits and the bootstrap.
+        replace: overwrite earlier results.
 
     Raises:
-        ValueError: an evaluation or a judge cannot be used; among others where the only judge is the one that
-            rewarded.
+        ValueError: an evaluation or a judge cannot be used; also if the only judge is the one that rewarded the model.
     """
     evaluations = list({one.folder: one for path in paths for one in evaluations_in(path)}.values())
     configs = _configs(evaluations, judges)
     for one in evaluations:
         if not replace and (one.folder / FILES[0]).exists():
-            raise ValueError(f"The evaluation in {one.folder} is judged already: write over that with --replace.")
+            raise ValueError(f"The evaluation in {one.folder} is judged already: overwrite that with --replace.")
     chosen = [chosen_records(one.records, samples, seed) for one in evaluations]
     for one, records in zip(evaluations, chosen):
         if not records:
             raise ValueError(f"No question of {one.folder} is scored: see unscored_reason in its samples.jsonl.")
         if all(config.model in EMBEDDED_JUDGES for config in configs) and not any(r.think for r in records):
             raise ValueError(
-                f"No answer of {one.folder} comes with reasoning, and the embedded judges read nothing else: name a "
+                f"No answer of {one.folder} contains reasoning, and the embedded judges read nothing else: name a "
                 "chat or instruct model with --judge."
             )
     console = open_console()
     for config in configs:
         if config.endpoint is not None:
-            _say(
+            print_line(
                 console,
                 "Notice: questions, options, reference answers, answers, reasoning and descriptions of images of "
                 f"{sum(map(len, chosen)):,} answers are sent to {host_of(config.endpoint)}, images are not.",
@@ -125,25 +121,21 @@ def run_judge_eval(
     identities = [next(iter(judge.judges.values())).identity for judge in loaded]
     if len({identity.fingerprint for identity in identities}) < len(loaded):
         raise ValueError(
-            f"The two judges {' and '.join(judge.name for judge in loaded)} are the same model, whose agreement with "
-            "itself says nothing: name two different ones with --judge."
+            f"The two judges {' and '.join(judge.name for judge in loaded)} are the same model, which always agrees "
+            "with itself: name two different ones with --judge."
         )
     warnings = [_overlap(one, identities) for one in evaluations]
-    for one, records, told in zip(evaluations, chosen, warnings):
-        for line in told:
-            _say(console, line)
+    for one, records, own_warnings in zip(evaluations, chosen, warnings):
+        for line in own_warnings:
+            print_line(console, line)
         judged = [judge_records(records, judge) for judge in loaded]
-        results = _results(one, records, judged, told, samples=samples, bias_samples=bias_samples, seed=seed)
+        results = _results(one, records, judged, own_warnings, samples=samples, bias_samples=bias_samples, seed=seed)
         _write(one.folder, results, records, judged)
         for table in judged_tables(results):
             console.print(table.rich())
         for line in notes(results):
-            _say(console, line)
-        _say(console, f"Written: {one.folder / FILES[0]}, {FILES[1]} and {FILES[2]}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, line)
+        print_line(console, f"Written: {one.folder / FILES[0]}, {FILES[1]} and {FILES[2]}")
 
 
 def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) -> list[JudgeConfig]:
@@ -156,8 +148,8 @@ def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) ->
     embedded = [config.model for config in configs if config.model in EMBEDDED_JUDGES]
     if foreign and embedded:
         raise ValueError(
-            f"The evaluation in {foreign[0].folder} is of {foreign[0].records[0].dataset or 'unnamed data'}, but the "
-            f"embedded judges ({', '.join(embedded)}) know the phantom world alone: name a chat or instruct model, or "
+            f"The evaluation in {foreign[0].folder} is on {foreign[0].records[0].dataset or 'unnamed data'}, but the "
+            f"embedded judges ({', '.join(embedded)}) only know the phantom world: name a chat or instruct model, or "
             "an endpoint's, with --judge."
         )
     return configs
@@ -170,7 +162,7 @@ def _load(config: JudgeConfig) -> NamedJudges:
 
 
 def _overlap(one: Evaluated, identities: Sequence[JudgeIdentity]) -> list[str]:
-    """Warnings about judges that rewarded what they judge.
+    """Warn about judges that rewarded the evaluated model.
 
     Raises:
         ValueError: there is no other judge.
@@ -179,18 +171,19 @@ def _overlap(one: Evaluated, identities: Sequence[JudgeIdentity]) -> list[str]:
     same = [identity for identity in identities if identity.fingerprint in rewarding]
     if same and len(same) == len(identities):
         raise ValueError(
-            f"The only judge, {same[0].name}, rewarded the model whose answers are in {one.folder}, so it would show "
-            "how well it was pleased, not how good the answers are: name another one, or a second, with --judge."
+            f"The only judge, {same[0].name}, rewarded the model whose answers are in {one.folder}, so it would "
+            "measure how well it was pleased, not how good the answers are: name another judge, or a second one, with "
+            "--judge."
         )
     return [
         f"Warning: {identity.name} rewarded the model whose answers are in {one.folder} (as "
-        f"{rewarding[identity.fingerprint]}): what it says shows how well it was pleased, so trust the other judge."
+        f"{rewarding[identity.fingerprint]}), so its grades measure how well it was pleased: trust the other judge."
         for identity in same
     ]
 
 
 def _rewarding(folder: Path) -> dict[str, JudgeIdentity]:
-    """Who rewarded the evaluated weights: by the evaluation's results, or by the run whose folder this is in."""
+    """The judges that rewarded the evaluated weights, according to the evaluation's results or its run."""
     found = rewarding_judges(folder)
     path = folder / "results.json"
     if path.is_file():
@@ -234,19 +227,19 @@ def _results(
 
 
 def _write(folder: Path, results: Mapping[str, Any], records: Sequence[EvalRecord], judged: Sequence[Judged]) -> None:
-    def said(item: Judged, place: int) -> dict[str, Any]:
-        grades = {of: grades[place] for of, grades in item.grades.items()}
+    def graded(item: Judged, index: int) -> dict[str, Any]:
+        grades = {of: grades[index] for of, grades in item.grades.items()}
         return {
-            of: {"score": None if math.isnan(grade.score) else int(grade.score), "reason": grade.reason}
+            of: {"score": int(grade.score) if grade.is_scored else None, "reason": grade.reason}
             for of, grade in grades.items()
         }
 
     lines = [
-        json.dumps({"sample_id": record.sample_id, "judges": [said(item, place) for item in judged]})
-        for place, record in enumerate(records)
+        json.dumps({"sample_id": record.sample_id, "judges": [graded(item, index) for item in judged]})
+        for index, record in enumerate(records)
     ]
     write_text(folder / FILES[2], "".join(line + "\n" for line in lines))
     tables = [table.markdown() for table in judged_tables(results)]
     text = "\n\n".join(["# Judged answers", *tables, *notes(results)])
     write_text(folder / FILES[1], text + "\n")
-    write_json(folder / FILES[0], results)  # last: with it everything is there
+    write_json(folder / FILES[0], results)  # last: it marks the results as complete

@@ -1,4 +1,4 @@
-"""What the verbs ``judge sheet`` and ``judge ratings`` do: make a blinded sheet for people, and read what they said.
+"""``judge sheet`` and ``judge ratings``: make a blinded rating sheet, and summarise the ratings.
 
 Imports no torch.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.files import write_json, write_text
-from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.evaluation.statistics.tables import TextTable, number, shown
@@ -20,15 +20,15 @@ from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make
 def run_sheet(
     folders: Sequence[Path], *, output: Path, questions: int, seed: int = 0, images: bool = True, replace: bool = False
 ) -> None:
-    """Write a sheet and, beside it, its key.
+    """Write a rating sheet and its key.
 
     Args:
-        folders: of evaluations of the same questions; the first is the baseline of differences.
+        folders: evaluations of the same questions; the first is the baseline of differences.
         output: the sheet, an HTML file.
-        questions: how many questions at most; each gives as many items as there are different answers to it.
-        seed: of the choice of questions and of the order of items.
-        images: whether the images are put into the sheet.
-        replace: write over a sheet that is there.
+        questions: maximum number of questions; each gives one item per distinct answer.
+        seed: for the choice of questions and the order of items.
+        images: whether to embed the images in the sheet.
+        replace: overwrite an existing sheet.
 
     Raises:
         ValueError: the evaluations, their images or the files cannot be used.
@@ -39,8 +39,8 @@ def run_sheet(
     for path in (output, key_path):
         if path.exists() and not replace:
             raise ValueError(
-                f"The file {path} is already there, and ratings of its sheet need its key: choose another --output, "
-                "or write over both with --replace."
+                f"The file {path} exists, and ratings of its sheet need its key: choose another --output, or "
+                "overwrite both with --replace."
             )
     evaluations = [_single(folder) for folder in folders]
     names = [one.name for one in evaluations]
@@ -53,7 +53,7 @@ def run_sheet(
     write_key(key, key_path)
     count = len({item.record.sample_id for item in items})
     print(f"Written: {output} ({len(items)} answers to {count} questions, {output.stat().st_size / 1e6:.1f} MB).")
-    print(f"Written: {key_path}. It says which answer is whose: keep it from the raters.")
+    print(f"Written: {key_path}. It reveals which model gave which answer: keep it from the raters.")
 
 
 def _single(folder: Path) -> Evaluated:
@@ -67,13 +67,13 @@ def _single(folder: Path) -> Evaluated:
 
 
 def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = None, seed: int = 0) -> dict[str, Any]:
-    """Read what raters saved, print what follows, and write it where asked.
+    """Read the raters' files, print the summary, and optionally write it.
 
     Args:
         key_path: the key of the sheet.
         paths: one file per rater.
-        output: a JSON file; the tables as Markdown are written beside it.
-        seed: of the bootstrap.
+        output: a JSON file; its tables are written beside it as Markdown.
+        seed: for the bootstrap.
 
     Raises:
         ValueError: a file cannot be used.
@@ -86,28 +86,28 @@ def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = 
         console.print(table.rich())
     left = [f"{row['name']} rated {row['rated']}" for row in results["raters"] if row["rated"] < results["items"]]
     for line in [*([f"Of {results['items']} items {', '.join(left)}."] if left else []), _NOTE]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     if output is not None:
         found = {"sheet": key.sheet, "seed": seed, **results}
         write_json(output, found)
         write_text(
             output.with_suffix(".md"), "\n\n".join(["# Ratings", *(one.markdown() for one in tables), _NOTE]) + "\n"
         )
-        console.print(f"Written: {output} and {output.with_suffix('.md').name}", highlight=False, soft_wrap=True)
+        print_line(console, f"Written: {output} and {output.with_suffix('.md').name}")
     return results
 
 
 _NOTE = (
-    "Intervals are of 95 % and resample images. Several raters of an item count with their mean. Kappa and alpha: "
-    "nominal for right and wrong, by squared differences for the reasoning; 0 is chance, 1 full agreement."
+    "95 % intervals resample images. An item rated by several raters counts with their mean. Kappa and alpha are "
+    "nominal for right and wrong, and use squared differences for reasoning; 0 is chance, 1 is full agreement."
 )
 
 
 def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """What :func:`medvqa_rl.evaluation.judging.ratings.summarise_ratings` returns, as text."""
+    """Tables of what :func:`medvqa_rl.evaluation.judging.ratings.summarise_ratings` returns."""
     tables = [
         TextTable(
-            "What people say",
+            "Ratings",
             ("evaluation", "items", "right, %", "right by the scorer, %", "reasoning, 0 to 3"),
             [
                 (
@@ -151,7 +151,7 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
     if results["agreement"] is not None:
         tables.append(
             TextTable(
-                "Agreement of the raters",
+                "Agreement between raters",
                 ("of", "items rated by two or more", "all agree, %", "Cohen's kappa", "Krippendorff's alpha"),
                 [
                     (

@@ -11,7 +11,7 @@ from medvqa_rl.cli.common import verb
 from medvqa_rl.core.network import is_off
 
 judge_app = typer.Typer(
-    help="Judges of answers and reasoning, models and people, and how far they can be trusted.", no_args_is_help=True
+    help="Judge answers and reasoning by models or people, and measure the judges.", no_args_is_help=True
 )
 
 
@@ -27,23 +27,22 @@ def calibrate(
         str, typer.Option(help="phantom:judge, phantom:judge_eval, folder, Hub id, or an endpoint's model.")
     ] = "phantom:judge",
     pairs: Annotated[
-        Path | None, typer.Option(help="JSON Lines with reasoning and label: measure against these too.")
+        Path | None, typer.Option(help="JSON Lines with reasoning and label to measure the judge against, too.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for calibration.json and calibration.png; without it, print only.")
+        Path | None,
+        typer.Option(help="Folder for calibration.json and calibration.png; by default results are only printed."),
     ] = None,
     endpoint: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server.")] = None,
     api_key_env: Annotated[
         str | None, typer.Option(help="Name of the environment variable with the endpoint's key.")
     ] = None,
     template: Annotated[str, typer.Option(help="auto, biogpt, biomistral, chat or phantom.")] = "auto",
-    strictness: Annotated[float, typer.Option(help="Nats by which Yes must exceed No.")] = 0.0,
+    strictness: Annotated[float, typer.Option(help="Nats by which log P(Yes) must exceed log P(No).")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or such as cuda:1.")] = "auto",
-    count: Annotated[
-        int, typer.Option(min=2, help="Phantom texts that were written; as many again are sampled.")
-    ] = 600,
+    count: Annotated[int, typer.Option(min=2, help="Number of written phantom texts, and of sampled ones.")] = 600,
     seed: Annotated[int, typer.Option(help="Seed of the phantom texts.")] = 0,
-    policies: Annotated[bool, typer.Option(help="Also judge what the embedded models sample.")] = True,
+    policies: Annotated[bool, typer.Option(help="Also judge texts sampled from the embedded models.")] = True,
 ) -> None:
     """Measure a judge against the phantom oracle, and against your own labelled reasoning."""
     from medvqa_rl.config import Config
@@ -73,21 +72,25 @@ def judge_eval(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_OR_EVALUATION ...", help="Of a run, the first and the last evaluation are judged."
+            metavar="RUN_OR_EVALUATION ...",
+            help="Finished evaluations, or runs, whose first and last evaluation are judged.",
         ),
     ],
     judge: Annotated[
         list[str] | None,
         typer.Option(help="A model, or settings such as model=NAME,endpoint=URL; give it twice for two judges."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Answers of each evaluation at most.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Maximum number of answers per evaluation.")] = None,
     bias_samples: Annotated[
-        int, typer.Option(min=0, help="Answers that are judged again, edited, to check the judge; 0 checks none.")
+        int,
+        typer.Option(
+            min=0, help="Answers judged again after an edit, to check the judge for bias; 0 skips the check."
+        ),
     ] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of choices, edits and the bootstrap.")] = 0,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over what was judged before.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of answers, the edits and the bootstrap.")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite earlier results.")] = False,
 ) -> None:
-    """Have answers judged by one or two models: correctness, reasoning from 0 to 3, agreement, the judges' biases."""
+    """Have one or two models judge answers: correctness, reasoning from 0 to 3, agreement and bias of the judges."""
     from medvqa_rl.cli.judge.evaluate import read_judge, run_judge_eval
 
     configs = [read_judge(text) for text in judge or ()]
@@ -99,19 +102,17 @@ def judge_eval(
 def sheet(
     evaluations: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="EVALUATION ...", help="Folders of evaluations of the same questions; first: baseline."
-        ),
+        typer.Argument(metavar="EVALUATION ...", help="Evaluations of the same questions; the first is the baseline."),
     ],
-    output: Annotated[Path, typer.Option(help="The sheet, an HTML file; its key is written beside it.")],
+    output: Annotated[Path, typer.Option(help="HTML file for the sheet; its key is written beside it.")],
     samples: Annotated[
-        int, typer.Option(min=1, help="Questions at most; each gives an item for every different answer.")
+        int, typer.Option(min=1, help="Maximum number of questions; each gives one item per distinct answer.")
     ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the choice and of the order.")] = 0,
-    images: Annotated[bool, typer.Option(help="Put the images into the sheet.")] = True,
-    replace: Annotated[bool, typer.Option("--replace", help="Write over a sheet that is there.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of questions and the order of items.")] = 0,
+    images: Annotated[bool, typer.Option(help="Embed the images in the sheet.")] = True,
+    replace: Annotated[bool, typer.Option("--replace", help="Overwrite an existing sheet.")] = False,
 ) -> None:
-    """Write a blinded sheet on which people rate the answers of one or several evaluations."""
+    """Write a blinded sheet on which people rate the answers of one or more evaluations."""
     from medvqa_rl.cli.judge.rate import run_sheet
 
     run_sheet(evaluations, output=output, questions=samples, seed=seed, images=images, replace=replace)
@@ -120,14 +121,14 @@ def sheet(
 @judge_app.command("ratings")
 @verb
 def ratings(
-    key: Annotated[Path, typer.Argument(metavar="KEY", help="The key that was written beside the sheet.")],
-    files: Annotated[list[Path], typer.Argument(metavar="RATINGS ...", help="What the raters saved, one file each.")],
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="The key written beside the sheet.")],
+    files: Annotated[list[Path], typer.Argument(metavar="RATINGS ...", help="The files saved by the raters.")],
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the results; the tables are written beside it as Markdown.")
+        Path | None, typer.Option(help="JSON file for the results; tables are written beside it as Markdown.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Read what people rated: accuracy and reasoning of each evaluation, and how far the raters agree."""
+    """Summarise ratings: accuracy and reasoning of each evaluation, and agreement of the raters."""
     from medvqa_rl.cli.judge.rate import run_ratings
 
     run_ratings(key, files, output=output, seed=seed)

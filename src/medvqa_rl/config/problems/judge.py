@@ -1,4 +1,4 @@
-"""What can be wrong with the settings of judges, said in complete sentences. Imports no torch."""
+"""Checks of the judge settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medvqa_rl.core.prompts import asks_reasoning
 
 EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
 EMBEDDED_LM = "phantom:lm"
-"""The language model of the phantom world that measures perplexity and judges nothing."""
+"""The phantom world's language model: it measures perplexity and does not judge."""
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
-    """Everything that does not fit together: a sentence, then the dotted paths of the settings it is about."""
+    """Yield each problem as a sentence, followed by the dotted paths of the settings involved."""
     yield from _problems("judge", config.judge)
     if config.eval_judge is not None:
         yield from _problems("eval_judge", config.eval_judge)
@@ -26,7 +26,7 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
     rewards = config.rewards
     if rewards.open_correctness == "judge" and config.judge.endpoint is None and config.judge.model in EMBEDDED_JUDGES:
         yield (
-            f"rewards.open_correctness is judge, but judge.model is {config.judge.model}, which reads reasoning alone "
+            f"rewards.open_correctness is judge, but judge.model is {config.judge.model}, which only reads reasoning "
             "and cannot compare answers: set judge.model to a chat or instruct model, or to an endpoint's, or "
             "rewards.open_correctness to token_f1 or similarity.",
             "rewards.open_correctness",
@@ -35,7 +35,7 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
     for name, weight in (("semantic", rewards.semantic), ("reasoning", rewards.reasoning)):
         if weight and not any(map(asks_reasoning, config.prompt.templates)):
             yield (
-                f"rewards.{name} is {weight:g}, but {asked_by(config)} for no reasoning that could be judged: set "
+                f"rewards.{name} is {weight:g}, but {asked_by(config)} for no reasoning to judge: set "
                 f"rewards.{name}=0 or prompt.template=think_answer.",
                 f"rewards.{name}",
                 "prompt.template",
@@ -44,7 +44,7 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
 
 
 def network_problems(config: Config) -> Iterator[tuple[str, ...]]:
-    """What would leave this machine although ``network`` is off."""
+    """Yield settings that would send data off this machine although ``network`` is off."""
     if config.network == "on":
         return
     judges = {"judge": config.judge} | ({} if config.eval_judge is None else {"eval_judge": config.eval_judge})
@@ -84,8 +84,8 @@ def _perplexity_problems(config: Config) -> Iterator[tuple[str, ...]]:
     if part is not None and judge.endpoint is None and is_judge:
         yield (
             f"eval.perplexity_model is {name}, but that is the judge that rewards (rewards.{part} is "
-            f"{weights[part]:g}), so its perplexity would show how well it was pleased: name a fixed language model "
-            "that does not reward.",
+            f"{weights[part]:g}), so its perplexity would measure how well it was pleased: name a fixed language "
+            "model that does not reward.",
             "eval.perplexity_model",
             "judge.model",
             f"rewards.{part}",
@@ -109,7 +109,7 @@ def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
         yield f"{name}.model is {judge.model}, but the embedded judges are {embedded}.", f"{name}.model"
     elif is_embedded and judge.template not in ("auto", "phantom"):
         yield (
-            f"{name}.template is {judge.template}, but the embedded judges read the reasoning alone: remove it.",
+            f"{name}.template is {judge.template}, but the embedded judges only read the reasoning: remove it.",
             f"{name}.template",
         )
     if judge.endpoint is None:

@@ -1,4 +1,4 @@
-"""The content of ``judged.json``, what judges said of an evaluation, as tables and sentences. Imports no torch."""
+"""Tables and sentences from ``judged.json``, the judges' results on an evaluation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medvqa_rl.evaluation.statistics.tables import TextTable, shown
 
 
 def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """The content of ``judged.json`` as tables."""
+    """Tables of the results; empty ones are left out."""
     judges = results["judges"]
     about = results["evaluation"]
     title = f"{about['dataset']} ({about['template']}): {about['judged']:,} answers about {about['images']:,} images"
@@ -82,7 +82,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
-    """What is to be known about the tables."""
+    """Notes on the tables: warnings, judges, and what was not checked."""
     lines = [
         f"{row['judge']['name']}: weights {row['judge']['fingerprint']}, strictness {row['judge']['strictness']:g}, "
         + ", ".join(f"rubric {of} {digits}" for of, digits in row["judge"]["rubrics"].items())
@@ -93,13 +93,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     return [
         *results["warnings"],
         *lines,
-        "Intervals are of 95 % and resample images; p is of the exact test whether raised is as likely as lowered. An "
-        "unbiased judge is not raised by a longer or more confident text, nor changed by the rest.",
+        "95 % intervals resample images; p is the exact test of raised against lowered. An unbiased judge does not "
+        "raise its grade for a longer or more confident text, nor change it for the other edits.",
     ]
 
 
 def in_short(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for each judge."""
+    """A sentence per judge, then the warnings."""
     found = []
     for row in results["judges"]:
         parts = []

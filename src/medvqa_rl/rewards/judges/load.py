@@ -64,7 +64,7 @@ def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Jud
             judges[rubric.name] = EmbeddedJudge(coherence)
         else:
             raise ValueError(
-                f"The judge {config.model!r} reads reasoning alone, so it cannot grade {rubric.name}: set judge.model "
+                f"The judge {config.model!r} only reads reasoning, so it cannot grade {rubric.name}: set judge.model "
                 "to a chat or instruct model, or to an endpoint's."
             )
     return judges

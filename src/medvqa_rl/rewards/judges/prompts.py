@@ -68,7 +68,7 @@ BIOMISTRAL = instruction_prompt("biomistral", lambda text: f"[INST] {text} [/INS
 """Mistral's instruction format, which BioMistral uses too."""
 
 PHANTOM = JudgePrompt("phantom", lambda request: neutralise(request.reasoning.strip())[0])
-"""The embedded judges read the reasoning alone; their next token is the verdict."""
+"""The embedded judges only read the reasoning; their next token is the verdict."""
 
 
 def chat_prompt(apply_template: Callable[[str], str]) -> JudgePrompt:
