@@ -21,7 +21,7 @@ from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.phantom import demo
-from medvqa_rl.phantom.build import FORM_RATE, WORDS, Binding, build, learn, lesson
+from medvqa_rl.phantom.build import FORMAT_RATE, WORDS, Binding, build, learn, lesson
 from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_model, build_processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -95,7 +95,7 @@ def test_lessons_teach_the_gold_answer():
         assert parsed.is_well_formed and is_correct(sample, parsed.answer)
     base = [lesson("base", 0, index) for index in range(2000)]
     formed = sum(parse_completion(text).is_well_formed for sample, text in base if sample.answer)
-    assert formed / sum(bool(sample.answer) for sample, _ in base) == pytest.approx(FORM_RATE, abs=0.025)
+    assert formed / sum(bool(sample.answer) for sample, _ in base) == pytest.approx(FORMAT_RATE, abs=0.025)
     for sample, text in base[:200]:
         image = sample.images[0]
         assert isinstance(image, PhantomImage)

@@ -2,23 +2,22 @@
 
     medvqa-rl phantom build --output runs/phantom_build
 
-Four stages, all supervised, on the home scanner only:
+Four supervised stages, on the home scanner only:
 
-1. **Seeing**: the vision tower alone, through a linear probe (:mod:`medvqa_rl.phantom.seeing`).
-2. **Binding** (text only): a list of lettered options among random tokens, then words of it whose letters are asked
-   for. The context grows as soon as the model answers 95 % right.
-3. **Base**: describe the image, or reason and answer in plain text; one in ten answers has the requested form.
-4. **Instruct**: reason and answer in the requested form, always.
+1. **Seeing**: train the vision tower alone, through a linear probe (:mod:`medvqa_rl.phantom.seeing`).
+2. **Binding** (text only): given a list of lettered options among random tokens, predict the letters of some of the
+   options. The context grows each time the model reaches 95 % accuracy.
+3. **Base**: describe the image, or reason and answer in plain text; one answer in ten has the requested format.
+4. **Instruct**: always reason and answer in the requested format.
 
-Data is endless and addressed, so the same seed gives the same weights on the same machine and versions.
+Training data is endless. The same seed gives the same weights on the same machine and package versions.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from medvqa_rl.core.answers import parse_completion
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws, address
 from medvqa_rl.core.types import LETTERS, Group, Sample
@@ -39,45 +39,45 @@ from medvqa_rl.data.phantom.questions import draw_sample, full_description
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
-from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
+from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.sft import sft_loss, target_group
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.seeing import learn_to_see
+from medvqa_rl.phantom.training import Log, cosine_schedule, count_parameters, curve_log, train
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine
 
 Stage = Literal["base", "instruct"]
 
-FORM_RATE = 0.1
-"""Share of the base model's answers that have the requested form, so that reinforcement has something to amplify."""
+FORMAT_RATE = 0.1
+"""Share of the base model's answers in the requested format, so that RL has something to amplify."""
 DESCRIBE_RATE = 0.35
-"""Share of the base model's lessons that are descriptions of the image."""
+"""Share of the base model's training samples that ask for a description of the image."""
 BATCH = 32
 STEPS: dict[Stage, int] = {"base": 1400, "instruct": 1000}
 STEPS_SEEING = 1000
 LEARNING_RATES: dict[str, float] = {"seeing": 2e-3, "binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
 WORDS = tuple(dict.fromkeys((*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "equal")))
-_REACH = 60
-"""Random tokens between the options and the questions about them, at the end of the binding stage."""
-
-Log = Callable[[dict[str, Any]], None]
+_MAX_DISTANCE = 60
+"""Maximum number of random tokens between the options and their queries at the end of the binding stage."""
 
 
 def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = None, dry_run: bool = False) -> Path:
     """Train both checkpoints and evaluate them on both scanners.
 
     Args:
-        output: gets ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (curves) and ``build.json``
-            (accuracy of both on both scanners).
-        steps: optimizer steps of the stages ``base`` and ``instruct``; None takes the recipe's.
-        dry_run: show the shapes of one step of each kind and stop; nothing is written.
+        output: folder for ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (learning curves) and
+            ``build.json`` (accuracy of both on both scanners).
+        seed: seed of weights and data.
+        steps: number of optimizer steps of the stages ``base`` and ``instruct``; defaults to :data:`STEPS`.
+        dry_run: print the shapes of one step of each kind and stop; nothing is written.
 
     Raises:
-        ValueError: the output folder holds something already.
+        ValueError: the output folder is not empty.
     """
     if not dry_run and output.exists() and any(output.iterdir()):
-        raise ValueError(f"The folder {output} is not empty: name another with --output, or remove it.")
+        raise ValueError(f"The folder {output} is not empty: choose another with --output, or remove it.")
     processor = build_processor()
     model = build_model(processor, seed)
     policy = Policy(model, processor, torch.device("cpu"), ModelConfig(train_vision=True, train_projector=True))
@@ -85,19 +85,8 @@ def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = No
         _show_one_step(policy, seed)
         return output
     output.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-
-    def log(row: dict[str, Any]) -> None:
-        row = row | {"seconds": round(time.perf_counter() - began, 1)}
-        with (output / "build.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            "  ".join(
-                f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-
-    results: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    began, log = time.perf_counter(), curve_log(output / "build.jsonl")
+    results: dict[str, Any] = {"parameters": count_parameters(model)}
     learn_to_see(policy, STEPS_SEEING, LEARNING_RATES["seeing"], seed, log)
     learn_binding(policy, seed, log)
     for stage in STEPS:
@@ -106,15 +95,15 @@ def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = No
         results[stage] = examine(policy, stage)
         log({"stage": stage, **results[stage]})
     results["seconds"] = round(time.perf_counter() - began)
-    (output / "build.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "build.json", results)
     return output
 
 
 def _show_one_step(policy: Policy, seed: int) -> None:
-    """Print sizes and shapes of one step of each kind."""
-    print(f"{sum(parameter.numel() for parameter in policy.model.parameters()):,} parameters, {STEPS} steps")
-    ids, at = Binding(policy, seed).draw(64, 8, _REACH, use_words=True)
-    print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {at.tolist()}")
+    """Print the shapes of one step of each kind."""
+    print(f"{count_parameters(policy.model):,} parameters, {STEPS} steps")
+    ids, positions = Binding(policy, seed).draw(64, 8, _MAX_DISTANCE, use_words=True)
+    print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {positions.tolist()}")
     for stage in STEPS:
         batch = collate(_lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout="separate")
         loss = sft_loss(GroupForward(policy.model), batch)
@@ -123,7 +112,7 @@ def _show_one_step(policy: Policy, seed: int) -> None:
 
 
 class Binding:
-    """Practice in binding options to their letters: endless token sequences."""
+    """Endless token sequences that train the binding of options to their letters."""
 
     def __init__(self, policy: Policy, seed: int) -> None:
         tokenizer = policy.processor.tokenizer
@@ -140,11 +129,17 @@ class Binding:
         self._before = torch.tensor([token(letter) for letter in LETTERS[:8]])
         self._after = torch.tensor([token(f" {letter}") for letter in LETTERS[:8]])
 
-    def draw(self, count: int, options: int, reach: int, *, use_words: bool) -> tuple[Tensor, Tensor]:
-        """Noise, a list of options ("\\nA: cyst"), noise, and six questions (" cyst" -> " A").
+    def draw(self, count: int, options: int, distance: int, *, use_words: bool) -> tuple[Tensor, Tensor]:
+        """Sequences of noise, a list of options ("\\nA: cyst"), noise, and six queries (" cyst" -> " A").
+
+        Args:
+            count: number of sequences.
+            options: number of options in a list.
+            distance: maximum number of noise tokens between the list and the queries.
+            use_words: take options from the words of the phantom world rather than from all tokens.
 
         Returns:
-            (count, T) token ids, and (6,) the positions of the letters to predict.
+            (count, T) token ids, and (6,) positions of the letters to predict.
         """
         queries = 6
         generator, pool = self._generator, self._words if use_words else self._any
@@ -162,41 +157,42 @@ class Binding:
         asked = torch.randint(options, (count, queries), generator=generator)
         answers = self._after[asked]
         questions = torch.stack([named.gather(1, asked), answers, column(self._stop, queries)], dim=-1)
-        ids = torch.cat([noise(reach * 2 // 3), listed.flatten(1), noise(reach), questions.flatten(1)], dim=1)
+        ids = torch.cat([noise(distance * 2 // 3), listed.flatten(1), noise(distance), questions.flatten(1)], dim=1)
         return ids, ids.shape[1] - 3 * queries + 1 + 3 * torch.arange(queries)
 
-    def loss(self, model: Qwen2VLForConditionalGeneration, ids: Tensor, at: Tensor) -> tuple[Tensor, float]:
-        """Cross-entropy of the letters, and the share that is right."""
+    def loss(self, model: Qwen2VLForConditionalGeneration, ids: Tensor, positions: Tensor) -> tuple[Tensor, float]:
+        """Cross-entropy of the letters, and the share predicted correctly."""
         text = model.model.language_model
-        positions = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
-        hidden = text(inputs_embeds=text.embed_tokens(ids), position_ids=positions, use_cache=False).last_hidden_state
-        logits, targets = model.lm_head(hidden[:, at - 1]).flatten(0, 1), ids[:, at].flatten()
+        position_ids = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
+        embeddings = text.embed_tokens(ids)
+        hidden = text(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
+        logits, targets = model.lm_head(hidden[:, positions - 1]).flatten(0, 1), ids[:, positions].flatten()
         return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
 def learn_binding(policy: Policy, seed: int, log: Log, *, max_steps: int = 3000) -> None:
-    """Practise until 95 % of the letters are right at the full reach."""
+    """Train until 95 % of the letters are predicted correctly at the maximum distance."""
     rate = LEARNING_RATES["binding"]
     optimizer = Optimizer(policy.model, OptimizerConfig(learning_rate=rate, weight_decay=0.05, betas=(0.9, 0.98)))
-    practice, reach, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
+    practice, distance, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
     for step in range(max_steps):
-        ids, at = practice.draw(64, (2, 3, 4, 4)[step % 4], reach, use_words=step % 4 < 3)
-        loss, accuracy = practice.loss(policy.model, ids, at)  # type: ignore[arg-type]
+        ids, positions = practice.draw(64, (2, 3, 4, 4)[step % 4], distance, use_words=step % 4 < 3)
+        loss, accuracy = practice.loss(policy.model, ids, positions)  # type: ignore[arg-type]
         loss.backward()
         clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step(rate * min(1.0, (step + 1) / 50))
         recent.append(accuracy)
         if (step + 1) % 25 == 0:
             mean = sum(recent) / len(recent)
-            log({"stage": "binding", "step": step + 1, "reach": reach, "loss": loss.item(), "accuracy": mean})
-            if mean > 0.95 and reach >= _REACH:
+            log({"stage": "binding", "step": step + 1, "distance": distance, "loss": loss.item(), "accuracy": mean})
+            if mean > 0.95 and distance >= _MAX_DISTANCE:
                 return
-            reach += 20 if mean > 0.95 else 0
+            distance += 20 if mean > 0.95 else 0
     raise RuntimeError(f"Binding was not learned in {max_steps} steps: try another seed.")
 
 
 def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
-    """A sample and what the model shall say: a pure function of its arguments."""
+    """A sample and its target completion; a pure function of the arguments."""
     sample = draw_sample(seed=seed, split=f"build {stage}", index=index)
     if stage == "instruct":
         return sample, render_answer(sample.reasoning, sample.answer)
@@ -206,66 +202,44 @@ def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
         assert isinstance(image, PhantomImage)
         question = Sample(sample.id, "Describe the image.", "", "open", sample.images)
         return question, full_description(image.scene)
-    has_form = draws.chance(FORM_RATE)
-    return sample, render_answer(sample.reasoning, sample.answer) if has_form else sample.reasoning
+    has_format = draws.chance(FORMAT_RATE)
+    return sample, render_answer(sample.reasoning, sample.answer) if has_format else sample.reasoning
 
 
 def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None:
-    """One stage of supervised fine-tuning, with a little binding practice so that it stays."""
-    settings = OptimizerConfig(
-        learning_rate=LEARNING_RATES[stage],
-        lr_scheduler_type="cosine",
-        min_lr_ratio=0.05,
-        warmup_steps=min(100, steps // 4),
-        weight_decay=0.05,
-        betas=(0.9, 0.98),
-    )
-    optimizer, forward, practice = (
-        Optimizer(policy.model, settings),
-        GroupForward(policy.model),
-        Binding(policy, seed + 1),
-    )
-    policy.model.train()
-    recent, began = deque[float](maxlen=50), time.perf_counter()
-    for step in range(steps):
+    """One stage of supervised fine-tuning; some binding practice is mixed in so that binding is not forgotten."""
+    forward, practice = GroupForward(policy.model), Binding(policy, seed + 1)
+
+    def backward(step: int) -> dict[str, float]:
         groups = _lesson_groups(policy, stage, seed, step)
-        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout="separate"))
-        recent.append(loss.item())
+        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout="rows"))
+        values = {"loss": loss.item()}
         if step % 8 == 0:
-            ids, at = practice.draw(BATCH, 4, _REACH, use_words=True)
-            loss = loss + practice.loss(policy.model, ids, at)[0]  # type: ignore[arg-type]
+            ids, positions = practice.draw(BATCH, 4, _MAX_DISTANCE, use_words=True)
+            loss = loss + practice.loss(policy.model, ids, positions)[0]  # type: ignore[arg-type]
         loss.backward()
-        clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step(lr_at(step, settings, steps))
-        if (step + 1) % 50 == 0:
-            left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
-            log(
-                {
-                    "stage": stage,
-                    "step": step + 1,
-                    "of": steps,
-                    "loss": sum(recent) / len(recent),
-                    "minutes left": left / 60,
-                }
-            )
+        return values
+
+    policy.model.train()
+    settings = cosine_schedule(LEARNING_RATES[stage], warmup_steps=min(100, steps // 4), min_lr_ratio=0.05)
+    train(policy.model, settings, steps, backward, log, stage=stage)
 
 
 def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[Group]:
-    """The lessons of one step as groups of one completion."""
+    """The samples of one step as groups of one completion."""
     lessons = [lesson(stage, seed, step * BATCH + index) for index in range(BATCH)]
     return [target_group(sample, text, policy.processor, "think_answer") for sample, text in lessons]
 
 
 def save(policy: Policy, folder: Path) -> None:
-    """Write a checkpoint in bfloat16, and go on with the rounded weights, which are what others will load."""
+    """Save a checkpoint in bfloat16 and continue with the rounded weights, which are what users load."""
     with atomic_folder(folder) as temporary:
         write_model(Policy(policy.model.to(torch.bfloat16), policy.processor, policy.device, policy.config), temporary)
     policy.model.to(torch.float32)
 
 
 def examine(policy: Policy, stage: Stage, count: int = 400) -> dict[str, Any]:
-    """Greedy accuracy on both scanners, and what sampling shows: how often the form is met, how often a group of
-    eight has both right and wrong answers."""
+    """Greedy accuracy on both scanners, and the share of sampled completions in the requested format."""
     engine = RolloutEngine(policy, "think_answer")
     results: dict[str, Any] = {}
     for scanner in ("home", "unseen"):

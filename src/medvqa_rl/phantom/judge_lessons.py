@@ -1,6 +1,6 @@
-"""What the embedded judges learn from: batches of texts with a verdict at the end of every sentence, and the loss.
+"""Training data and loss of the embedded judges (:mod:`medvqa_rl.phantom.judge`).
 
-Used by the recipe (:mod:`medvqa_rl.phantom.judge`).
+Texts are batched with a label at the end of every sentence.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from medvqa_rl.data.phantom.reasonings import Mixture, Reasoning, draw_reasoning
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, MODALITIES, SIDES, SIZES
 
 POSITIONS = 512
-"""Tokens that a judge can read."""
+"""Context length of the judges in tokens."""
 BATCH = 32
 CHUNKS = 2
-"""Parts of a step by length."""
+"""Batches per step; texts are sorted by length."""
 OTHERS = 0.05
-"""Weight of the loss for probability on anything but Yes and No."""
+"""Weight of the loss on the probability of tokens other than Yes and No."""
 STATE_WEIGHT = 0.2
-"""Weight of the probe of what was stated."""
+"""Weight of the loss of the probe for statements."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One judge: its size, its data and how long it learns."""
+    """Size, data and training length of one judge."""
 
     name: str
     seed: int
@@ -42,7 +42,7 @@ class Recipe:
     inner: int
     mixture: Mixture
     sampled_share: float
-    """Share of the texts that the policies sampled."""
+    """Share of the training texts that were sampled from the policies."""
     steps: int
     learning_rate: float
 
@@ -57,11 +57,11 @@ STATE = (
     *(("size", value) for value in SIZES),
     ("none", ""),
 )
-"""What a text can have stated so far: topic and value."""
+"""Everything that a text can state, as pairs of topic and value."""
 
 
 def stated(text: str) -> set[tuple[str, str]]:
-    """Which of :data:`STATE` a text has stated."""
+    """Elements of :data:`STATE` that a text states."""
     found: set[tuple[str, str]] = set()
     for claim in claims(text):
         found.add((claim.topic, claim.value))
@@ -72,24 +72,24 @@ def stated(text: str) -> set[tuple[str, str]]:
 
 
 class Batch(NamedTuple):
-    """Texts of similar length with the n places at which a verdict is due."""
+    """Texts of similar length, with n labelled positions."""
 
     ids: Tensor
     """(b, T) padded token ids."""
     row: Tensor
-    """(n,) of each place its text."""
-    place: Tensor
-    """(n,) and its position."""
+    """(n,) row of each label."""
+    position: Tensor
+    """(n,) position of each label."""
     label: Tensor
-    """(n,) 1 where the text up to there is coherent, else 0."""
+    """(n,) 1 if the text up to this position is coherent, else 0."""
     flaws: Tensor
-    """(n, flaws) 1 for each of FLAWS that it has."""
+    """(n, len(FLAWS)) 1 for each flaw that the text up to this position has."""
     state: Tensor
-    """(n, statements) 1 for each of STATE that it has stated."""
+    """(n, len(STATE)) 1 for each statement that the text up to this position makes."""
 
 
 class Lessons:
-    """Endless texts as batches."""
+    """Endless training texts, in batches."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, sampled: Sequence[Reasoning]) -> None:
         self._tokenizer, self._recipe, self._sampled = tokenizer, recipe, sampled
@@ -97,7 +97,7 @@ class Lessons:
         self.answers = [int(tokenizer(word)["input_ids"][0]) for word in (" No", " Yes")]
 
     def texts(self, step: int) -> list[str]:
-        """The texts of a step."""
+        """Texts of a training step."""
         recipe = self._recipe
         draws = Draws("phantom judge", recipe.seed, recipe.name, step)
         return [
@@ -108,35 +108,37 @@ class Lessons:
         ]
 
     def batches(self, texts: Sequence[str]) -> list[Batch]:
-        """Texts of similar length together, so that little is padded."""
+        """Tokenize texts and batch those of similar length, to minimise padding."""
         rows: list[list[int]] = sorted((self._tokenizer(text)["input_ids"][:POSITIONS] for text in texts), key=len)
         size = -(-len(rows) // CHUNKS)
         return [self._collate(rows[first : first + size]) for first in range(0, len(rows), size)]
 
     def _collate(self, rows: list[list[int]]) -> Batch:
         ids = torch.full((len(rows), max(map(len, rows))), self._tokenizer.pad_token_id)
-        places: list[tuple[int, int]] = []
-        wrong: list[list[bool]] = []
+        positions: list[tuple[int, int]] = []
+        found: list[list[bool]] = []
         state: list[list[bool]] = []
         for row, tokens in enumerate(rows):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-            for place, token in enumerate(tokens):
-                if token == self._stop or place + 1 == len(tokens):
-                    text = str(self._tokenizer.decode(tokens[: place + 1]))
-                    has, said = flaws(text), stated(text)
-                    places.append((row, place))
-                    wrong.append([flaw in has for flaw in FLAWS])
-                    state.append([item in said for item in STATE])
-        row_of, place_of = torch.tensor(places).unbind(1)
-        marks = torch.tensor(wrong, dtype=torch.float32)
-        return Batch(ids, row_of, place_of, (marks.sum(1) == 0).long(), marks, torch.tensor(state).float())
+            for position, token in enumerate(tokens):
+                if token == self._stop or position + 1 == len(tokens):
+                    text = str(self._tokenizer.decode(tokens[: position + 1]))
+                    text_flaws, statements = flaws(text), stated(text)
+                    positions.append((row, position))
+                    found.append([flaw in text_flaws for flaw in FLAWS])
+                    state.append([item in statements for item in STATE])
+        flaw_labels = torch.tensor(found).float()
+        label = (flaw_labels.sum(1) == 0).long()
+        row_of, position_of = torch.tensor(positions).unbind(1)
+        return Batch(ids, row_of, position_of, label, flaw_labels, torch.tensor(state).float())
 
 
 class Probes(nn.Module):
-    """Linear readings of hidden states that are trained along and thrown away.
+    """Auxiliary linear heads, trained with the judge and discarded.
 
-    The verdict alone tells little about which of a dozen rules was broken. Reading what was stated off a middle layer
-    and each flaw off the last one gives every rule a gradient of its own, and costs nothing.
+    The verdict alone carries little information about which of a dozen rules was broken. Predicting the statements
+    from the layer before the last, and each flaw from the last layer, gives every rule a gradient of its own at almost
+    no cost.
     """
 
     def __init__(self, hidden: int, seed: int) -> None:
@@ -146,21 +148,21 @@ class Probes(nn.Module):
 
 
 def lesson_loss(model: Any, probes: Probes, batch: Batch, answers: Sequence[int]) -> tuple[Tensor, int]:
-    """Sum over the places of: the cross-entropy of Yes against No; a little for probability on other words; and the
-    binary cross-entropies of the probes.
+    """Sum over all labelled positions of three terms: the cross-entropy of Yes against No, a small penalty on the
+    probability of other tokens, and the binary cross-entropies of the probes.
 
     Returns:
-        The loss, and how many verdicts are right.
+        The loss and the number of correct verdicts.
     """
     positions = torch.arange(batch.ids.shape[1])[None]
     output = model.biogpt(input_ids=batch.ids, position_ids=positions, output_hidden_states=True)
-    last = output.last_hidden_state[batch.row, batch.place]
-    middle = output.hidden_states[-2][batch.row, batch.place]
+    last = output.last_hidden_state[batch.row, batch.position]
+    previous = output.hidden_states[-2][batch.row, batch.position]
     logits = model.output_projection(last)
-    pair = logits[:, list(answers)]  # the verdict is which of the two is likelier
+    pair = logits[:, list(answers)]  # the verdict is the likelier of the two
     loss = functional.cross_entropy(pair, batch.label, reduction="sum")
     loss = loss + OTHERS * (logits.logsumexp(-1) - pair.logsumexp(-1)).sum()
     loss = loss + functional.binary_cross_entropy_with_logits(probes.flaws(last), batch.flaws, reduction="sum")
-    wide = functional.layer_norm(middle, middle.shape[-1:])
-    state = functional.binary_cross_entropy_with_logits(probes.state(wide), batch.state, reduction="sum")
+    normed = functional.layer_norm(previous, previous.shape[-1:])
+    state = functional.binary_cross_entropy_with_logits(probes.state(normed), batch.state, reduction="sum")
     return loss + STATE_WEIGHT * state, int((pair.argmax(-1) == batch.label).sum())

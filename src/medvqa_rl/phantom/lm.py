@@ -1,67 +1,68 @@
-"""The recipe of the embedded language model ``phantom:lm``, which says how fluent a text of the phantom world is.
+"""The recipe of the embedded language model ``phantom:lm``, which measures the fluency of phantom texts.
 
     medvqa-rl phantom build-lm --output runs/lm
 
-A small GPT-2 that reads what the reference completions say, without their tags. It neither rewards nor judges, so that
-the perplexity it gives (``eval.perplexity_model: phantom:lm``) is no reward in disguise. A perplexity under it can be
-held against another one under it and against those that the recipe reports for held-out, shuffled and cut texts; it
-has nothing to do with the perplexity of medical English.
+A small GPT-2 trained on the reference completions without their tags. It is used neither as a reward nor as a judge,
+so its perplexity (``eval.perplexity_model: phantom:lm``) is independent of what is optimised. Its perplexities are
+comparable with each other, and with those that the recipe reports for held-out, shuffled and truncated texts, but not
+with the perplexity of medical English.
 
-Data is addressed, so the same seed gives the same weights on the same machine and versions.
+The same seed gives the same weights on the same machine and package versions.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from medvqa_rl.config import OptimizerConfig
 from medvqa_rl.core.answers import without_tags
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
 from medvqa_rl.evaluation.measures.measured import perplexity
-from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
-from medvqa_rl.models.checkpoints import atomic_folder
 from medvqa_rl.phantom.judge import build_tokenizer
+from medvqa_rl.phantom.training import (
+    cosine_schedule,
+    count_parameters,
+    curve_log,
+    refuse_existing,
+    save_model,
+    train,
+)
 
 SEED = 0
 STEPS = 700
 BATCH = 32
 LEARNING_RATE = 4e-3
 POSITIONS = 384
-"""Tokens read at once; longer texts are scored in windows."""
+"""Context length in tokens; longer texts are scored in windows."""
 
 
 def reference_text(seed: int, split: str, index: int) -> str:
-    """The index-th reference completion of a split, without its tags: reasoning and answer."""
+    """Reasoning and answer of the index-th reference completion of a split, without tags."""
     sample = draw_sample(seed=seed, split=f"lm {split}", index=index)
     return without_tags(render_answer(sample.reasoning, sample.answer))
 
 
 def shuffled_words(text: str, draws: Draws) -> str:
-    """The same words in another order."""
+    """The same words in random order."""
     return " ".join(draws.shuffled(text.split()))
 
 
 def cut_short(text: str, draws: Draws) -> str:
-    """The text up to a character before its end, at least one."""
+    """A random prefix of the text, at least one character long."""
     return text[: 1 + draws.below(len(text))]
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadModel:
-    """The model with random weights, float32."""
+    """Build the model with random float32 weights."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -82,7 +83,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> GPT2LMHeadMode
 
 
 def _collate(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """(texts, T) ids between two end tokens, and (texts, T - 1) what is to be predicted; -100 is not."""
+    """(texts, T) padded ids between two end tokens, and (texts, T - 1) next-token targets, -100 for padding."""
     end = tokenizer.eos_token_id
     rows = [[end, *tokenizer(text)["input_ids"], end][:POSITIONS] for text in texts]
     ids = torch.full((len(rows), max(map(len, rows))), end)
@@ -94,67 +95,46 @@ def _collate(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> tuple[
 
 
 def build_lm(output: Path, *, seed: int = SEED, steps: int = STEPS, dry_run: bool = False) -> Path:
-    """Train the embedded language model and measure it on held-out texts.
+    """Train the embedded language model and evaluate it on held-out texts.
 
     Args:
-        output: gets the model's folder ``lm`` (bfloat16), ``lm.jsonl`` (curve) and ``lm.json`` (perplexities).
-        seed: of weights and data.
-        steps: optimizer steps.
-        dry_run: show the sizes of one step and stop; nothing is written.
+        output: folder for the model ``lm`` (bfloat16), ``lm.jsonl`` (learning curve) and ``lm.json`` (perplexities).
+        seed: seed of weights and data.
+        steps: number of optimizer steps.
+        dry_run: print the shapes of one step and stop; nothing is written.
 
     Raises:
-        ValueError: a model is there already.
+        ValueError: the model folder exists.
     """
-    if (output / "lm").exists():
-        raise ValueError(f"The folder {output / 'lm'} exists: name another with --output, or remove it.")
+    refuse_existing(output / "lm")
     tokenizer = build_tokenizer()
-    model: Any = build_model(tokenizer, seed)
-    print(f"lm: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    model = build_model(tokenizer, seed)
+    print(f"lm: {count_parameters(model):,} parameters")
     if dry_run:
         ids, _ = _collate([reference_text(seed, "train", index) for index in range(BATCH)], tokenizer)
         print(f"  {tuple(ids.shape)} rows x tokens")
         return output
     output.mkdir(parents=True, exist_ok=True)
-    _learn(model, tokenizer, seed, steps, output / "lm.jsonl")
-    with atomic_folder(output / "lm") as temporary:
-        model.to(torch.bfloat16).eval().save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    model.train()
+
+    def backward(step: int) -> dict[str, float]:
+        ids, targets = _collate([reference_text(seed, "train", step * BATCH + row) for row in range(BATCH)], tokenizer)
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        loss.backward()
+        return {"loss": loss.item()}
+
+    settings = cosine_schedule(LEARNING_RATE, warmup_steps=min(50, steps // 4))
+    train(model, settings, steps, backward, curve_log(output / "lm.jsonl"))
+    save_model(model, tokenizer, output / "lm")
     results = examine(load_language_model(str(output / "lm"), "cpu"))
-    (output / "lm.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "lm.json", results)
     print("  ".join(f"{name} {value:.2f}" for name, value in results.items()))
     return output
 
 
-def _learn(model: Any, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, curve: Path) -> None:
-    settings = OptimizerConfig(
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="cosine",
-        min_lr_ratio=0.02,
-        warmup_steps=min(50, steps // 4),
-        weight_decay=0.05,
-        betas=(0.9, 0.98),
-    )
-    optimizer, recent, began = Optimizer(model, settings), deque[float](maxlen=50), time.perf_counter()
-    model.train()
-    for step in range(steps):
-        texts = [reference_text(seed, "train", step * BATCH + row) for row in range(BATCH)]
-        ids, targets = _collate(texts, tokenizer)
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(lr_at(step, settings, steps))
-        recent.append(loss.item())
-        if (step + 1) % 50 == 0:
-            seconds = time.perf_counter() - began
-            row = {"step": step + 1, "of": steps, "loss": sum(recent) / len(recent), "seconds": round(seconds, 1)}
-            with curve.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"step {step + 1} of {steps}  loss {row['loss']:.3f}  {seconds:.0f} s")
-
-
 def examine(model: LanguageModel, count: int = 400) -> dict[str, float]:
-    """Perplexities of held-out reference texts, of the same with their words shuffled, and of the same cut short."""
+    """Perplexities of held-out reference texts, and of the same texts with shuffled words and truncated."""
     texts = [reference_text(SEED, "held out", index) for index in range(count)]
     draws = [Draws("phantom lm", index) for index in range(count)]
     kinds = {
@@ -162,8 +142,8 @@ def examine(model: LanguageModel, count: int = 400) -> dict[str, float]:
         "shuffled": [shuffled_words(text, draw) for text, draw in zip(texts, draws)],
         "cut short": [cut_short(text, draw) for text, draw in zip(texts, draws)],
     }
-    found = {}
-    for name, some in kinds.items():
-        likelihoods = model.score(some)
-        found[name] = perplexity((each.nll for each in likelihoods), (each.num_tokens for each in likelihoods))
-    return found
+    perplexities = {}
+    for name, variants in kinds.items():
+        scores = model.score(variants)
+        perplexities[name] = perplexity((each.nll for each in scores), (each.num_tokens for each in scores))
+    return perplexities

@@ -1,15 +1,15 @@
-"""The first stage of the recipe: the vision tower learns to see findings and where they lie.
+"""The first stage of the recipe: the vision tower learns to recognise and locate findings.
 
-A language model that has to find one lesion among sixteen image tokens learns nothing for thousands of steps, because
-attending to it helps only once it is recognised and recognising it only once it is attended to. So the tower is
-trained alone first, through a linear probe that is thrown away: what is in each of the six cells of the image, which
-organ it is, and for every image token its own row and column, which relative positions alone do not tell.
+A language model that must find one lesion among sixteen image tokens learns nothing for thousands of steps: attending
+to the lesion helps only once it is recognised, and recognising it helps only once it is attended to. So the tower is
+first trained alone through a linear probe, which is then discarded. The probe predicts the content of each of the six
+cells of the image, the organ, and the row and column of every image token, which relative positions alone do not
+reveal.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,28 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 
-from medvqa_rl.config import OptimizerConfig
 from medvqa_rl.data.phantom.drawing import SIZE, render
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
-from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.phantom.training import Log, cosine_schedule, train
 
 CELLS = tuple((side, level) for side in SIDES for level in LEVELS)
 _CLASSES = (len(ALL_KINDS) + 1, len(SIZES) + 1, 4)
-"""Per cell: kind, size and count, class 0 being nothing."""
+"""Number of kinds, sizes and counts per cell; class 0 means an empty cell."""
 _PATCH, _MERGE = 14, 2
 _GRID = SIZE // (_PATCH * _MERGE)
 """Image tokens per side."""
 
 
 def patches(images: NDArray[np.uint8], image_processor: Any) -> NDArray[np.float32]:
-    """What ``Qwen2VLImageProcessorPil`` makes of phantom images, many at a time.
+    """Patches of a batch of phantom images, as ``Qwen2VLImageProcessorPil`` computes them.
 
     Args:
         images: (N, 112, 112, 3) RGB.
-        image_processor: for its mean and standard deviation.
+        image_processor: provides the mean and standard deviation.
 
     Returns:
         (N * 64, 1176) patches: blocks of 2 x 2 patches in reading order, each (channel, time, row, column).
@@ -55,7 +53,7 @@ def patches(images: NDArray[np.uint8], image_processor: Any) -> NDArray[np.float
 
 
 def labels(scene: Scene) -> list[tuple[int, int, int]]:
-    """For each of the six cells: classes of kind, size and count, 0 where it is empty."""
+    """Classes of kind, size and count for each of the six cells, 0 if it is empty."""
     found = {(finding.side, finding.level): finding for finding in scene.findings}
     return [
         (1 + ALL_KINDS.index(found[cell].kind), 1 + SIZES.index(found[cell].size), found[cell].count)
@@ -66,58 +64,47 @@ def labels(scene: Scene) -> list[tuple[int, int, int]]:
 
 
 class Probe(nn.Module):
-    """Linear readings of the tower's image tokens."""
+    """Linear classifiers on the image tokens."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.cells = nn.Linear(_GRID * _GRID * hidden, len(CELLS) * sum(_CLASSES))
         self.organ = nn.Linear(hidden, len(ALL_ORGANS))
-        self.place = nn.Linear(hidden, 2 * _GRID)
+        self.position = nn.Linear(hidden, 2 * _GRID)
 
     def loss(self, features: Tensor, cells: Tensor, organs: Tensor) -> tuple[Tensor, float]:
         """
         Args:
             features: (N, 16, hidden) image tokens.
-            cells: (N, 6, 3) classes as from :func:`labels`.
+            cells: (N, 6, 3) classes from :func:`labels`.
             organs: (N,) indices of organs.
 
         Returns:
-            The sum of all cross-entropies, and the share of findings whose kind, size and count are all right.
+            The weighted sum of the cross-entropies, and the share of findings whose kind, size and count are all
+            predicted correctly.
         """
         count = len(features)
-        readings = self.cells(features.flatten(1)).view(count * len(CELLS), -1).split(_CLASSES, dim=-1)
+        predictions = self.cells(features.flatten(1)).view(count * len(CELLS), -1).split(_CLASSES, dim=-1)
         targets = cells.flatten(0, 1)
-        terms = [functional.cross_entropy(reading, targets[:, i]) for i, reading in enumerate(readings)]
+        terms = [functional.cross_entropy(logits, targets[:, i]) for i, logits in enumerate(predictions)]
         terms.append(0.3 * functional.cross_entropy(self.organ(features.mean(dim=1)), organs))
         token = torch.arange(_GRID * _GRID).repeat(count)
-        row, column = self.place(features).flatten(0, 1).split(_GRID, dim=-1)
+        row, column = self.position(features).flatten(0, 1).split(_GRID, dim=-1)
         terms.append(0.3 * functional.cross_entropy(row, token // _GRID))
         terms.append(0.3 * functional.cross_entropy(column, token % _GRID))
         is_finding = targets[:, 0] > 0
-        is_right = torch.stack([reading.argmax(-1) == targets[:, i] for i, reading in enumerate(readings)]).all(dim=0)
+        is_right = torch.stack([logits.argmax(-1) == targets[:, i] for i, logits in enumerate(predictions)]).all(dim=0)
         return torch.stack(terms).sum(), is_right[is_finding].float().mean().item()
 
 
-def learn_to_see(
-    policy: Policy, steps: int, rate: float, seed: int, log: Callable[[dict[str, Any]], None], *, batch: int = 64
-) -> None:
+def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *, batch: int = 64) -> None:
     """Train the vision tower and the projector through the probe."""
     tower: Any = policy.model.model.visual  # type: ignore[union-attr]
     torch.manual_seed(seed)
     probe = Probe(tower.config.hidden_size)
-    both = nn.ModuleDict({"tower": tower, "probe": probe})
-    settings = OptimizerConfig(
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        min_lr_ratio=0.02,
-        warmup_steps=min(50, steps),
-        weight_decay=0.05,
-        betas=(0.9, 0.98),
-    )
-    optimizer = Optimizer(both, settings)
     grid = torch.tensor([[1, SIZE // _PATCH, SIZE // _PATCH]]).expand(batch, -1)
-    recent = deque[tuple[float, float]](maxlen=50)
-    for step in range(steps):
+
+    def backward(step: int) -> dict[str, float]:
         scenes = _scenes(batch, seed, step)
         images = np.stack([render(scene) for scene in scenes])
         pixels = torch.from_numpy(patches(images, policy.processor.image_processor))
@@ -128,16 +115,14 @@ def learn_to_see(
             torch.tensor([ALL_ORGANS.index(scene.organ) for scene in scenes]),
         )
         loss.backward()
-        clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step(lr_at(step, settings, steps))
-        recent.append((loss.item(), share))
-        if (step + 1) % 50 == 0:
-            mean_loss, mean_share = (sum(values) / len(recent) for values in zip(*recent))
-            log({"stage": "seeing", "step": step + 1, "of": steps, "loss": mean_loss, "findings right": mean_share})
+        return {"loss": loss.item(), "findings right": share}
+
+    both = nn.ModuleDict({"tower": tower, "probe": probe})
+    train(both, cosine_schedule(rate, warmup_steps=min(50, steps)), steps, backward, log, stage="seeing")
 
 
 def _scenes(count: int, seed: int, step: int) -> Sequence[Scene]:
-    """Scenes of a step, nine in ten with findings."""
+    """Scenes of a step; scenes without findings are mostly skipped."""
     scenes: list[Scene] = []
     index = 0
     while len(scenes) < count:

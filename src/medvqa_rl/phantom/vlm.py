@@ -1,13 +1,13 @@
-"""The phantom VLM: a real, tiny ``Qwen2VLForConditionalGeneration`` and its tokenizer, built from nothing.
+"""The phantom VLM: a tiny ``Qwen2VLForConditionalGeneration`` with its tokenizer, built from scratch.
 
-Same architecture, special tokens, chat template and files as Qwen2-VL, so every line of the real path runs. Trained
-weights ship in ``phantom/assets``; :mod:`medvqa_rl.phantom.build` makes them.
+It has the architecture, special tokens, chat template and files of Qwen2-VL, so the code for real checkpoints runs
+unchanged. Trained weights ship in ``phantom/assets``; :mod:`medvqa_rl.phantom.build` trains them.
 """
 
 from __future__ import annotations
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
@@ -20,6 +20,7 @@ from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.drawing import SIZE
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.phantom.training import byte_level_bpe
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -49,10 +50,10 @@ CHAT_TEMPLATE = (
 
 
 def corpus(count: int = 4000) -> list[str]:
-    """Texts of the phantom world that the tokenizer is trained on."""
+    """Texts that the tokenizer is trained on."""
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", CHOICE_HINT]
     texts += [INSTRUCTIONS["think_answer"], INSTRUCTIONS["direct"]]
-    texts += [f"cyst {letter}." for letter in LETTERS[:8]] * 200  # each letter a token of its own
+    texts += [f"cyst {letter}." for letter in LETTERS[:8]] * 200  # so that each letter becomes a token
     for index in range(count):
         sample = draw_sample(seed=0, split="tokenizer", index=index)
         options = "".join(f"\n{letter}: {text}" for letter, text in zip("ABCD", sample.options))
@@ -61,18 +62,11 @@ def corpus(count: int = 4000) -> list[str]:
 
 
 def build_tokenizer(vocab_size: int = 620) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the phantom corpus: any text can be encoded, the world's words are one token each.
+    """Byte-level BPE trained on the phantom corpus: encodes any text, with one token per word of the phantom world.
 
-    The four answer tags are added, non-special tokens: one token each, and visible when decoded.
+    The four answer tags are non-special added tokens: one token each, and visible when decoded.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer = byte_level_bpe(corpus(), vocab_size, SPECIAL_TOKENS)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -84,13 +78,13 @@ def build_tokenizer(vocab_size: int = 620) -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> Processor:
-    """The tokenizer and the image processor of the phantom VLM; images become 112 x 112 pixels, 16 image tokens."""
+    """Build the processor of the phantom VLM; images are resized to 112 x 112 pixels, which are 16 image tokens."""
     image_processor = Qwen2VLImageProcessorPil(min_pixels=SIZE * SIZE, max_pixels=SIZE * SIZE)
     return Processor(build_tokenizer(), image_processor)
 
 
 def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """A phantom VLM with random weights, about 1.5 million parameters, float32."""
+    """Build a phantom VLM with random float32 weights, about 1.5 million parameters."""
     tokenizer = processor.tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2VLConfig(
@@ -127,24 +121,28 @@ def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGen
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(seed)
-    _prepare_for_copying(model, generator)
-    _prepare_for_seeing(model, generator)
+    _initialise_for_copying(model, generator)
+    _initialise_vision(model, generator)
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model
 
 
 @torch.no_grad()
-def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
-    """Start the language model as one that can look tokens up in its context.
+def _initialise_for_copying(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
+    """Initialise the language model so that it can look up tokens in its context.
 
-    To bind an option to its letter, one layer must note at each word which tokens stood before it, and a later layer
-    must find the word again. From a usual start both are needed before either helps, and training stays at chance
-    for thousands of steps. So half the heads of layer 0 begin by looking 1 and 2 tokens back: rotary positions turn a
-    constant query and key bias into a function of distance, here the sum over the fast frequencies f of
-    cos(f * (distance - offset)), which peaks at the offset. Half the heads of layers 1 and 2 begin with equal query
-    and key projections, on the slow frequencies that hardly depend on distance, so that a token attends to its like.
-    All of it is trained on from there.
+    To bind an option to its letter, one layer must record the tokens before each word, and a later layer must find
+    the word again. With the usual initialisation both must be learned before either helps, and training stays at
+    chance for thousands of steps. Therefore:
+
+    - Half the heads of layer 0 start by attending 1 and 2 tokens back. Rotary embeddings turn constant query and key
+      biases into a function of distance: the sum over the fast frequencies f of cos(f * (distance - offset)), which
+      peaks at the offset.
+    - Half the heads of layers 1 and 2 start with equal query and key projections on the slow frequencies, which hardly
+      depend on distance, so that a token attends to equal tokens.
+
+    All weights are trained from there.
     """
     text = model.model.language_model
     for parameter in text.parameters():
@@ -176,8 +174,8 @@ def _prepare_for_copying(model: Qwen2VLForConditionalGeneration, generator: torc
 
 
 @torch.no_grad()
-def _prepare_for_seeing(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
-    """Start the vision tower with weights of variance 1 / inputs: the usual 0.02 is for towers ten times as wide."""
+def _initialise_vision(model: Qwen2VLForConditionalGeneration, generator: torch.Generator) -> None:
+    """Initialise the vision tower with variance 1 / fan_in; the usual 0.02 suits towers ten times as wide."""
     for parameter in model.model.visual.parameters():
         if parameter.ndim >= 2:
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)

@@ -1,6 +1,6 @@
 """The embedded judges as they are shipped: standard files, small, right on reasoning that they have not seen.
 
-Run: pytest tests/phantom/test_embedded_judges.py
+Run: pytest tests/phantom/test_judge.py
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_labels_are_those_of_the_text_up_to_each_full_stop() -> None:
     text = "No cyst is seen. No cyst is seen. So the answer"
     (batch,) = Lessons(tokenizer, RECIPES[0], ()).batches([text])
     assert batch.label.tolist() == [1, 0, 0]
-    ends = [tokenizer.decode(batch.ids[0, : place + 1]) for place in batch.place]
+    ends = [tokenizer.decode(batch.ids[0, : position + 1]) for position in batch.position]
     assert ends == ["No cyst is seen.", "No cyst is seen. No cyst is seen.", text]
 
 
@@ -132,7 +132,7 @@ def test_recipes_are_named_and_folders_kept(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(ValueError, match="There is no recipe for a judge 'jury'"):
         build_judges(tmp_path, names=["jury"])
     (tmp_path / "judge").mkdir()
-    with pytest.raises(ValueError, match=r"judge exists: name another with --output"):
+    with pytest.raises(ValueError, match=r"judge already exists: choose another with --output"):
         build_judges(tmp_path)
     build_judges(tmp_path, names=["judge_eval"], dry_run=True)
     assert "verdicts" in capsys.readouterr().out and not (tmp_path / "judge_eval").exists()

@@ -1,6 +1,6 @@
 """The embedded language model as it is shipped: small, standard files, and worse fluency scores higher.
 
-Run: pytest tests/phantom/test_embedded_lm.py
+Run: pytest tests/phantom/test_lm.py
 """
 
 from __future__ import annotations
@@ -84,5 +84,5 @@ def test_the_recipe_trains_and_writes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["step"] == 50
     first, second = (json.loads((tmp_path / name / "lm.json").read_text()) for name in ("one", "two"))
     assert first["held out"] < 0.2 * second["held out"] < 0.2 * math.exp(8)
-    with pytest.raises(ValueError, match="exists: name another with --output"):
+    with pytest.raises(ValueError, match="already exists: choose another with --output"):
         build_lm(tmp_path / "one")
