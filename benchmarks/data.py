@@ -32,7 +32,7 @@ from medvqa_rl.core.memory import keep_freed_memory
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.images.files import FileImage
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 MAX_SECONDS_FIRST = 20.0
 MAX_SECONDS_SECOND = 2.0

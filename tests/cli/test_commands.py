@@ -15,7 +15,7 @@ from medvqa_rl.cli.app import app, installed_extras
 from medvqa_rl.cli.ask import make_question, read_vote
 from medvqa_rl.config import Config, EvalConfig, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Completion, Sample
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation import cells as eval_command
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.models.checkpoints import model_for, with_checkpoint, write_model

@@ -12,7 +12,7 @@ from PIL import Image
 
 from medvqa_rl.core.answers import is_correct, parse_completion
 from medvqa_rl.core.prompts import render_answer
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 
 @pytest.fixture

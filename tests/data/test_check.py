@@ -20,7 +20,7 @@ from medvqa_rl.data.findings import DataReport, Finding
 from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.reading.issues import RowIssue
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 
 def picture(seed: int, name: str = "") -> MemoryImage:
@@ -59,7 +59,7 @@ def test_a_clean_set_has_no_findings() -> None:
     assert list(train.question_words) == [2, 2] and list(train.answer_words) == [1, 1]
 
 
-def test_gold_answers_that_no_model_can_give_are_found() -> None:
+def test_gold_answers_that_the_scorer_rejects_are_found() -> None:
     report = check(stored(sample(1), sample(2, answer="")))
     assert found(report)["gold answer scores below 1"].examples == ("train: s2 ('')",)
     outside = sample(2, answer_type="choice", options=("cyst", "tumour"), answer="C")
@@ -71,7 +71,7 @@ def test_gold_answers_that_no_model_can_give_are_found() -> None:
     assert found(report)["gold option not unique"].count == 1 and report.is_wrong()
 
 
-def test_shared_images_are_named_by_how_they_are_shared() -> None:
+def test_shared_images_are_reported_by_kind() -> None:
     copy = picture(2, "renamed.png")
     smaller = MemoryImage("smaller.png", picture(3).image.resize((32, 24), Image.Resampling.BOX))
     train = stored(*(sample(number) for number in range(1, 4)))
@@ -79,8 +79,8 @@ def test_shared_images_are_named_by_how_they_are_shared() -> None:
     report = check(train, test)
     wrong = found(report)["images in train and test"]
     assert wrong.level == "wrong" and wrong.count == 2 and set(wrong.examples) == {"1.png", "renamed.png = 2.png"}
-    assert "2 of the 4 images of test are in train too, 1 of them under another name" in wrong.text
-    near = found(report)["look-alikes in train and test"]
+    assert "2 of the 4 images of test are also in train, 1 of them under another name" in wrong.text
+    near = found(report)["near duplicates in train and test"]
     assert near.level == "look" and near.count == 1 and near.examples[0].startswith("smaller.png ~ 3.png")
     assert report.leaked == (2, 4)
     by_name = check(train, test, decode=False)
@@ -88,7 +88,7 @@ def test_shared_images_are_named_by_how_they_are_shared() -> None:
     assert by_name.splits[0].widths == []
 
 
-def test_images_shared_with_another_data_set_are_found_by_pixels_and_not_by_name() -> None:
+def test_images_shared_with_another_data_set_are_found_by_pixels_but_not_by_name() -> None:
     train = stored(*(sample(number) for number in range(1, 5)))
     datasets = {
         "train": train,
@@ -138,7 +138,7 @@ def test_images_that_show_nothing_are_found(tmp_path: Path) -> None:
     assert len(report.splits[0].image_tokens) == 4
 
 
-def test_questions_asked_twice_are_found() -> None:
+def test_repeated_questions_are_found() -> None:
     image = picture(1)
     report = check(
         stored(
@@ -169,7 +169,7 @@ def test_skewed_letters_are_found_by_a_chi_squared_test() -> None:
     counts = {"A": 20, "B": 45, "C": 60, "D": 15}
     report = check(choices(counts))
     finding = found(report)["answer letters of train"]
-    assert finding.level == "look" and "42.9 % have the answer C, where chance is 25.0 %" in finding.text
+    assert finding.level == "look" and "C is correct in 42.9 % of 140 questions with 4 options" in finding.text
     assert "A 20, B 45, C 60, D 15" in finding.text and finding.count == 140
     assert report.splits[0].majority_letter == ("C", 60 / 140)
     statistic = sum((count - 35) ** 2 / 35 for count in counts.values())
@@ -177,7 +177,7 @@ def test_skewed_letters_are_found_by_a_chi_squared_test() -> None:
     assert check(choices({"A": 30, "B": 36, "C": 40, "D": 34})).findings == ()
 
 
-def test_what_loading_did_is_told_once() -> None:
+def test_loading_issues_are_reported_once() -> None:
     issues = (
         RowIssue(3, "all.csv", "missing image", "dropped", "x.png"),
         RowIssue(5, "all.csv", "stray quotes", "repaired"),
@@ -191,11 +191,11 @@ def test_what_loading_did_is_told_once() -> None:
     assert not report.is_wrong() and report.is_wrong(strict=True)
 
 
-def test_limits_hold_and_progress_is_told() -> None:
-    told: list[tuple[str, int, int]] = []
-    report = check(stored(*map(sample, range(9))), limit=4, progress=lambda *step: told.append(step))
+def test_limits_and_progress() -> None:
+    calls: list[tuple[str, int, int]] = []
+    report = check(stored(*map(sample, range(9))), limit=4, progress=lambda *step: calls.append(step))
     assert report.splits[0].seen == 4 and report.splits[0].num_rows == 9
-    assert told[0] == ("train questions", 4, 4) and told[-1] == ("images", 4, 4)
+    assert calls[0] == ("train questions", 4, 4) and calls[-1] == ("images", 4, 4)
 
 
 def test_the_phantom_world_is_clean() -> None:

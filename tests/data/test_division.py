@@ -29,7 +29,7 @@ def table(number: int = 200, *, per_image: int = 3, per_patient: int = 6) -> lis
 
 def splits_of(division: Division, key: str) -> dict[str, set[str]]:
     found: defaultdict[str, set[str]] = defaultdict(set)
-    for row, place in zip(division.rows, division.places):
+    for row, place in zip(division.rows, division.splits):
         found[row[key]].add(place)
     return found
 
@@ -55,14 +55,14 @@ def test_rows_with_several_images_link_them() -> None:
     rows = [{"image": f"{n}.png|{n + 1}.png", "question": "q"} for n in range(0, 9)]
     assert divide([*rows, *table(60)], TABLE).groups == 11  # of 20 images, 0 to 9 are one chain
     chain = divide([*rows, *({"image": f"x{n}.png"} for n in range(30))], TABLE)
-    assert chain.groups == 31 and len(set(chain.places[:9])) == 1
+    assert chain.groups == 31 and len(set(chain.splits[:9])) == 1
 
 
 def test_slices_of_one_volume_stay_together() -> None:
     rows = [{"image": f"{n // 10}.nii.gz#slice={n % 10}", "question": "q"} for n in range(300)]
     division = divide(rows, TABLE)
     assert division.groups == 30
-    assert all(len(set(division.places[start : start + 10])) == 1 for start in range(0, 300, 10))
+    assert all(len(set(division.splits[start : start + 10])) == 1 for start in range(0, 300, 10))
 
 
 def test_equal_images_stay_together(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_equal_images_stay_together(tmp_path: Path) -> None:
     equal = equal_images(rows, TABLE, tmp_path, workers=2, progress=lambda done, total: None)
     assert sorted(equal) == sorted((f"{n}.png", f"{n + 20}.png") for n in range(20))
     division = divide(rows, TABLE, equal=equal, val=0.2, test=0.2)
-    assert division.groups == 20 and division.places[:20] == division.places[20:]
+    assert division.groups == 20 and division.splits[:20] == division.splits[20:]
     (tmp_path / "3.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"3\.png cannot be decoded"):
         equal_images(rows, TABLE, tmp_path, workers=2, progress=lambda done, total: None)
@@ -89,14 +89,14 @@ def test_the_order_of_the_rows_does_not_matter(
     order = list(range(number))
     shuffler.shuffle(order)
     after = divide([rows[index] for index in order], TABLE, seed=seed, by="patient")
-    assert [before.places[index] for index in order] == list(after.places)
+    assert [before.splits[index] for index in order] == list(after.splits)
     assert set(before.counts().values()) != {0}
 
 
 def test_seeds_change_the_split() -> None:
     rows = table(300)
-    assert divide(rows, TABLE).places == divide(rows, TABLE).places
-    assert divide(rows, TABLE).places != divide(rows, TABLE, seed=1).places
+    assert divide(rows, TABLE).splits == divide(rows, TABLE).splits
+    assert divide(rows, TABLE).splits != divide(rows, TABLE, seed=1).splits
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_tables_survive_reading_and_writing(tmp_path: Path, suffix: str) -> None
     division = divide(read_whole(source), source)
     write_divided(division, first)
     again = read_whole(first)
-    assert [{**row, "split": place} for row, place in zip(rows, division.places)] == [dict(row) for row in again]
+    assert [{**row, "split": place} for row, place in zip(rows, division.splits)] == [dict(row) for row in again]
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="exists already"):
         write_divided(division, first)

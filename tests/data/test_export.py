@@ -17,9 +17,22 @@ from medvqa_rl.core.answers import is_correct
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.export import COLUMNS, export
+from medvqa_rl.data.export import export
 from medvqa_rl.data.images.files import FileImage, MemoryImage
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
+
+COLUMNS = [
+    "prompt",
+    "images",
+    "solution",
+    "id",
+    "answer_type",
+    "question",
+    "options",
+    "reasoning",
+    "description",
+    "groups",
+]
 
 
 def pixels(seed: int) -> np.ndarray:
@@ -59,7 +72,7 @@ def dataset(tmp_path: Path) -> StoredDataset:
 def check(rows: list[dict[str, Any]], dataset: StoredDataset, open_image: Any) -> None:
     assert len(rows) == len(dataset)
     for row, sample in zip(rows, dataset.samples):
-        assert list(row) == list(COLUMNS)
+        assert list(row) == COLUMNS
         text = render_prompt(sample).messages[0]["content"][-1]["text"]
         assert row["prompt"] == [{"role": "user", "content": text}]
         assert is_correct(sample, row["solution"])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from medvqa_rl.core.randomness import address, addresses
 from medvqa_rl.core.types import Sample
-from medvqa_rl.data.splits import StoredDataset, choose, connected, ids_hash, split_of, splits_of
+from medvqa_rl.data.splits import choose, connected, ids_hash, split_of, splits_of
+from medvqa_rl.data.stored import StoredDataset
 
 NAMES = [f"scan{index}.jpg" for index in range(4000)]
 

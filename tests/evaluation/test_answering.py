@@ -14,7 +14,7 @@ from PIL import Image
 from medvqa_rl.config import DataConfig, EvalConfig, PrefetchConfig
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.rollout.decode import RolloutEngine
 

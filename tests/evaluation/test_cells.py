@@ -23,7 +23,7 @@ from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, Rollou
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation import cells
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed

@@ -22,7 +22,7 @@ from medvqa_rl.config import EvalConfig, RolloutConfig
 from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.answering import batches
 from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,

@@ -27,7 +27,7 @@ from medvqa_rl.data import load_dataset
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.images.fingerprints import measure
 from medvqa_rl.data.overlap import find_overlap
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.evaluate import (
     Evaluation,
     EvaluationFailed,

@@ -21,7 +21,7 @@ from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.data.images.files import MemoryImage
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest

@@ -1,19 +1,19 @@
-"""Data sets: where questions, images and gold answers come from. Imports no torch."""
+"""Data sets: questions, images and gold answers. Imports no torch."""
 
 from __future__ import annotations
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.types import Dataset
-from medvqa_rl.data.splits import Split
+from medvqa_rl.data.splits import SPLITS, Split
 
-__all__ = ["Split", "load_dataset"]
+__all__ = ["Split", "load_dataset", "load_splits"]
 
 
 def load_dataset(config: DataConfig, split: Split) -> Dataset:
-    """Load one split of the data set that the settings name.
+    """Load one split of the data set ``data.name``.
 
     Raises:
-        ValueError: the data cannot be found or read, too many rows are unusable, or no question is left.
+        ValueError: the data is missing or unreadable, too many rows are unusable, or no question is left.
     """
     match config.name:
         case "phantom":
@@ -48,3 +48,23 @@ def load_dataset(config: DataConfig, split: Split) -> Dataset:
             from medvqa_rl.data.sets.own import load_own
 
             return load_own(config, split)
+
+
+def load_splits(config: DataConfig) -> dict[str, Dataset]:
+    """Load all splits that a data set has, in the order train, val, test.
+
+    Raises:
+        ValueError: the data is missing or unreadable, or has no split.
+    """
+    from medvqa_rl.data.stored import NoSuchSplit
+
+    found: dict[str, Dataset] = {}
+    missing: list[NoSuchSplit] = []
+    for split in SPLITS:
+        try:
+            found[split] = load_dataset(config, split)
+        except NoSuchSplit as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found

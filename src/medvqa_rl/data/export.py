@@ -1,44 +1,30 @@
-"""Data sets in the columns that TRL reads: prompt, images, solution. Imports no torch.
+"""Export a data set with the columns that TRL reads, or as a table for ``data.name: own``. Imports no torch.
 
-``prompt`` is a list with one user message whose content is the text alone (TRL puts the image placeholders before it),
-``images`` are paths below the folder or, in parquet, the files themselves, ``solution`` is the gold answer as the
-scorer wants it: the letter of choice questions, else the text. More columns say what the question was. As CSV it has
-the columns that this package reads as one's own data instead.
+For TRL, ``prompt`` is one user message with the text only (TRL inserts the image placeholders), ``images`` are paths
+relative to the folder or, in parquet, the image files themselves, and ``solution`` is the gold answer that the scorer
+expects: the letter of choice questions, else the text.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial as partial_function
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from medvqa_rl.core.files import write_whole
 from medvqa_rl.core.prompts import as_asked, render_prompt
 from medvqa_rl.core.types import Dataset, ImageSource, Sample, Template
 from medvqa_rl.data.images.files import FileImage, shrink
+from medvqa_rl.data.reading.tables import import_pyarrow, write_table
 
 Format = Literal["jsonl", "parquet", "csv"]
-COLUMNS = (
-    "prompt",
-    "images",
-    "solution",
-    "id",
-    "answer_type",
-    "question",
-    "options",
-    "reasoning",
-    "description",
-    "groups",
-)
 OWN_COLUMNS = (
     "id",
     "image",
@@ -52,9 +38,7 @@ OWN_COLUMNS = (
     "organ",
     "family",
 )
-"""Of a table that :mod:`medvqa_rl.data.sets.own` reads."""
-BATCH = 64
-"""Rows of parquet in memory at a time."""
+"""Columns of a table that :mod:`medvqa_rl.data.sets.own` reads."""
 
 Progress = Callable[[int, int], None]
 
@@ -66,9 +50,9 @@ class Exported:
     file: Path
     rows: int
     images: int
-    """Image files; in parquet each row holds its own."""
+    """Number of images written. Parquet stores an image once per row that uses it."""
     copied: int
-    """Image files that were copied as they are; the others were written anew."""
+    """Number of images whose bytes were copied; the others were re-encoded."""
 
 
 def export(
@@ -82,64 +66,50 @@ def export(
     limit: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
-    """Write samples to ``name.jsonl`` or ``name.csv`` with image files beside it, or ``name.parquet`` with all inside.
+    """Write samples to ``name.jsonl`` or ``name.csv`` with image files, or to ``name.parquet`` with embedded images.
 
-    PNG and JPEG files that any reader shows alike (8 bits, grey or RGB, upright, one frame) keep their bytes; every
-    other image is written as PNG, as it is decoded here.
+    The bytes of PNG and JPEG files that every reader decodes alike (8 bits, grey or RGB, upright, one frame) are
+    copied. Other images are written as PNG, as decoded by this package.
 
     Args:
-        dataset: the samples, read one after the other.
-        folder: where to write; made if it is not there.
-        name: of the file, such as train.
-        form: jsonl, parquet, or csv for one's own data.
-        template: form of the prompt.
-        max_pixels: larger images are shrunk to this area.
-        limit: samples to write at most.
-        progress: is told how many samples are written.
+        dataset: the samples.
+        folder: output folder, created if needed.
+        name: stem of the file name, such as train.
+        form: jsonl or parquet for TRL, csv for ``data.name: own``.
+        template: prompt template.
+        max_pixels: shrink larger images to this area.
+        limit: most samples to write.
+        progress: called with the number of samples written and their total.
 
     Raises:
-        ValueError: the file is there already, the data set never ends and there is no limit, an image cannot be
-            decoded, or pyarrow is not installed.
+        ValueError: the file exists, the data set is endless and there is no limit, an image cannot be decoded, or
+            pyarrow is not installed.
     """
-    file = folder / f"{name}.{form}"
-    if file.exists():
-        raise ValueError(f"The file {file} exists already: choose another folder with --output, or move it away.")
     if dataset.is_endless and limit is None:
-        raise ValueError(f"The data set {dataset.name} never ends: say how many samples to write with --limit.")
+        raise ValueError(f"The data set {dataset.name} never ends: set the number of samples to write with --limit.")
+    file = folder / f"{name}.{form}"
     total = min(len(dataset), limit or len(dataset))
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    images = _Images(folder, max_pixels)
+    images = _ImageWriter(folder, max_pixels)
+    write_image = images.embed if form == "parquet" else images.write
+    row_of = own_row if form == "csv" else partial(trl_row, template=template)
 
-    def rows(with_bytes: bool, row_of: Callable[[Sample, list[Any]], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def rows() -> Iterator[dict[str, Any]]:
         for index in range(total):
             sample = dataset[index]
             try:
-                put = images.inside if with_bytes else images.beside
-                pictures = [put(source) for source in sample.images]
+                written = [write_image(source) for source in sample.images]
             except ValueError as error:
                 raise ValueError(f"Sample {sample.id} cannot be written: {error}") from error
-            yield row_of(sample, pictures)
+            yield row_of(sample, written)
             progress(index + 1, total)
 
-    for_trl = partial_function(trl_row, template=template)
-    if form == "jsonl":
-        with partial.open("w", encoding="utf-8") as out:
-            for row in rows(False, for_trl):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    elif form == "csv":
-        with partial.open("w", encoding="utf-8", newline="") as out:
-            writer = csv.DictWriter(out, OWN_COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows(False, own_row))
-    else:
-        _write_parquet(partial, rows(True, for_trl))
-    os.replace(partial, file)
+    write_table(file, rows(), OWN_COLUMNS, _trl_schema(file) if form == "parquet" else None)
     return Exported(file, total, images.written, images.copied)
 
 
 def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, Any]:
-    """A sample in TRL's columns and ours; special-token strings are neutralised as in training."""
+    """A sample in TRL's columns, with special-token strings neutralised as in training; further columns describe the
+    question."""
     sample = as_asked(sample, template)
     (message,) = render_prompt(sample, template).messages
     text = next(part["text"] for part in message["content"] if part["type"] == "text")
@@ -158,14 +128,14 @@ def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, 
 
 
 def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
-    """A sample in the columns of one's own data; image names are those in the folder ``images``."""
+    """A sample in ``OWN_COLUMNS``; image names are relative to the folder ``images``."""
     names = [str(image).removeprefix("images/") for image in images]
     return {
         "id": sample.id,
-        "image": names[0] if len(names) == 1 else json.dumps(names),
+        "image": names[0] if len(names) == 1 else names,
         "question": sample.question,
         "answer": sample.answer,
-        "options": json.dumps(sample.options, ensure_ascii=False) if sample.options else "",
+        "options": list(sample.options) if sample.options else "",
         "answer_type": sample.answer_type,
         "reasoning": sample.reasoning,
         "description": sample.description,
@@ -173,8 +143,8 @@ def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
     }
 
 
-class _Images:
-    """Writes each distinct image once, or hands out its bytes."""
+class _ImageWriter:
+    """Writes each distinct image once, or returns its encoded bytes."""
 
     def __init__(self, folder: Path, max_pixels: int | None) -> None:
         self.folder = folder
@@ -183,19 +153,18 @@ class _Images:
         self.written = 0
         self.copied = 0
 
-    def beside(self, source: ImageSource) -> Any:
-        """The path of an image file below the folder, written if it is not there yet."""
+    def write(self, source: ImageSource) -> Any:
+        """Write an image file unless it is written already, and return its path relative to the folder."""
         if source.key not in self.names:
             content, suffix = self._encode(source)
             name = f"images/{hashlib.sha256(source.key.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}{suffix}"
-            path = self.folder / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content)
+            with write_whole(self.folder / name, durable=False) as file:
+                file.write_bytes(content)
             self.names[source.key] = name
         return self.names[source.key]
 
-    def inside(self, source: ImageSource) -> Any:
-        """An image as the ``datasets`` library stores it."""
+    def embed(self, source: ImageSource) -> Any:
+        """Return an image in the format of the ``datasets`` library."""
         return {"bytes": self._encode(source)[0], "path": None}
 
     def _encode(self, source: ImageSource) -> tuple[bytes, str]:
@@ -212,13 +181,13 @@ class _Images:
 
 
 def _plain_suffix(path: Path) -> str:
-    """The suffix of a file that every reader shows as this package does, else nothing."""
+    """The suffix of a PNG or JPEG file that every reader decodes alike, or ""."""
     try:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             is_upright = image.getexif().get(0x0112, 1) == 1
             is_plain = image.mode in ("L", "RGB") and not image.has_transparency_data and is_upright
             suffix = {"PNG": ".png", "JPEG": ".jpg"}.get(image.format or "", "") if is_plain else ""
-            image.seek(1)  # a second frame: an animation
+            image.seek(1)  # raises EOFError unless the image is animated
     except EOFError:
         return suffix
     except UnidentifiedImageError:
@@ -226,34 +195,27 @@ def _plain_suffix(path: Path) -> str:
     return ""
 
 
-def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write rows in batches, with the note by which ``datasets`` decodes the images."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("Parquet needs pyarrow: pip install 'medvqa-rl[hub]', or export as jsonl.") from error
+def _trl_schema(path: Path) -> Any:
+    """The pyarrow schema of :func:`trl_row`, with the metadata that makes ``datasets`` decode the images."""
+    pyarrow = import_pyarrow(path)
     text = pyarrow.string()
-    schema = pyarrow.schema(
-        [
-            ("prompt", pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))),
-            ("images", pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)]))),
-            ("solution", text),
-            ("id", text),
-            ("answer_type", text),
-            ("question", text),
-            ("options", pyarrow.list_(text)),
-            ("reasoning", text),
-            ("description", text),
-            ("groups", text),
-        ]
-    )
+    types = {
+        "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),
+        "images": pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)])),
+        "solution": text,
+        "id": text,
+        "answer_type": text,
+        "question": text,
+        "options": pyarrow.list_(text),
+        "reasoning": text,
+        "description": text,
+        "groups": text,
+    }
     value = {"dtype": "string", "_type": "Value"}
-    features: dict[str, Any] = dict.fromkeys(COLUMNS, value)
-    features["prompt"] = {"feature": {"role": value, "content": value}, "_type": "List"}
-    features["images"] = {"feature": {"_type": "Image"}, "_type": "List"}
-    features["options"] = {"feature": value, "_type": "List"}
-    note = json.dumps({"info": {"features": features}})
-    with pyarrow.parquet.ParquetWriter(path, schema.with_metadata({"huggingface": note})) as writer:
-        while batch := list(islice(rows, BATCH)):
-            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+    features: dict[str, Any] = dict.fromkeys(types, value) | {
+        "prompt": {"feature": {"role": value, "content": value}, "_type": "List"},
+        "images": {"feature": {"_type": "Image"}, "_type": "List"},
+        "options": {"feature": value, "_type": "List"},
+    }
+    metadata = json.dumps({"info": {"features": features}})
+    return pyarrow.schema(list(types.items())).with_metadata({"huggingface": metadata})

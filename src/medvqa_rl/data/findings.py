@@ -1,116 +1,223 @@
-"""What a check of data sets found: facts of each split, and findings with their level. Imports no torch."""
+"""The report of a data check: facts of each split, and findings with their severity. Imports no torch."""
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from medvqa_rl.core.types import ImageSource
+import numpy as np
+from scipy.stats import chisquare
+
+from medvqa_rl.core.types import LETTERS, ImageSource
 from medvqa_rl.data.images.budget import ImageBudget
+from medvqa_rl.data.images.fingerprints import FLAT
 from medvqa_rl.data.overlap import Overlap
 from medvqa_rl.data.reading.issues import RowIssue
 
 Level = Literal["wrong", "look"]
-"""wrong: results would not mean what they seem to mean; look: may be all right, look at it."""
+"""wrong: results would not mean what they seem to; look: possibly fine, worth a look."""
 
-OTHER = ": "
-"""Between the name of a further data set and its split: ``slake_en: test``."""
+EXAMPLES = 8
+"""Most examples of a finding."""
+
+SKEW_P = 0.001
+"""Answer letters count as skewed if the p-value of a chi-squared test against equal frequencies is below this."""
+
+FAULTS: dict[str, tuple[Level, str]] = {
+    "gold answer scores below 1": (
+        "wrong",
+        "The scorer rejects the gold answer in the requested format, so no model can be correct: fix the rows.",
+    ),
+    "gold option not unique": (
+        "wrong",
+        "Another option has the same text as the gold one, so a correct answer can be scored as wrong: fix the rows.",
+    ),
+    "repeated id": ("wrong", "Two samples of a split have the same id, so their results get mixed up: rename one."),
+    "unreadable image": ("wrong", "The image cannot be decoded: replace the file, or remove its rows."),
+    "constant image": ("wrong", "The image has a single colour and shows nothing: replace it."),
+    "image too narrow": ("wrong", "One side is more than 200 times the other, which Qwen2-VL refuses: crop it."),
+    "flat image": (
+        "look",
+        f"The grey levels have a standard deviation below {FLAT:g} of 255, so the image shows next to nothing.",
+    ),
+    "contradiction": ("look", "A question about the same image has several gold answers within a split."),
+    "repeated question": ("look", "A question about the same image occurs again with the same gold answer."),
+    "one image, several names": ("look", "Images of one split have equal pixels under several names."),
+}
+"""Faults of single samples and images -> severity and explanation."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault with the places where it was found."""
+    """One kind of fault and where it occurs."""
 
     level: Level
     what: str
-    """A few words."""
+    """Its name in a few words."""
     count: int
     text: str
-    """What it means and what to do."""
+    """What it means and how to fix it."""
     examples: tuple[str, ...] = ()
+
+
+class FaultCounter:
+    """Counts faults by kind and keeps the first examples."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, example: str, count: int = 1) -> None:
+        """Record a fault, one of ``FAULTS``."""
+        self._counts[kind] += count
+        examples = self._examples.setdefault(kind, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def findings(self) -> Iterator[Finding]:
+        """One finding for each kind that occurred."""
+        for kind, (level, text) in FAULTS.items():
+            if count := self._counts[kind]:
+                yield Finding(level, kind, count, text, tuple(self._examples[kind]))
 
 
 @dataclass
 class SplitFacts:
-    """What is in a split."""
+    """Statistics of one split."""
 
     split: str
+    """Name of the split; ``slake_en: test`` for a further data set."""
     name: str
     fingerprint: str
     num_rows: int
-    """Samples of the split; those of an endless one are not counted but 0."""
+    """Number of samples; 0 if the split is endless."""
     seen: int = 0
-    """Samples looked at."""
+    """Number of samples checked."""
     types: Counter[str] = field(default_factory=Counter)
+    """Answer type -> questions."""
     letters: Counter[tuple[int, str]] = field(default_factory=Counter)
     """(number of options, gold letter) -> choice questions."""
     answers: Counter[str] = field(default_factory=Counter)
-    """Normalised gold answers of closed questions."""
+    """Normalised gold answer -> closed questions."""
     question_words: array[int] = field(default_factory=lambda: array("I"))
     answer_words: array[int] = field(default_factory=lambda: array("I"))
     images: dict[str, ImageSource] = field(default_factory=dict)
     """Distinct images by key."""
     image_uses: list[tuple[str, ...]] = field(default_factory=list)
-    """Keys of the images of every sample."""
+    """Image keys of every sample."""
     widths: list[int] = field(default_factory=list)
-    """Of distinct images in pixels."""
+    """Widths of the distinct images in pixels."""
     heights: list[int] = field(default_factory=list)
     image_tokens: list[int] = field(default_factory=list)
-    """Per question, over all its images; questions with an image that cannot be read are left out."""
+    """Image tokens of every question, except questions with an unreadable image."""
 
     @property
     def majority_letter(self) -> tuple[str, float]:
-        """The commonest gold letter of the choice questions, and the accuracy of always giving it."""
+        """The most frequent gold letter of choice questions, and the accuracy of always giving it."""
         counts: Counter[str] = Counter()
         for (_, letter), count in self.letters.items():
             counts[letter] += count
-        return commonest(counts)
+        return _majority(counts)
 
     @property
     def majority_answer(self) -> tuple[str, float]:
-        """The commonest gold answer of the closed questions, and the accuracy of always giving it."""
-        return commonest(self.answers)
+        """The most frequent gold answer of closed questions, and the accuracy of always giving it."""
+        return _majority(self.answers)
 
 
-@dataclass(frozen=True)
-class DataReport:
-    """Everything that a check found."""
-
-    splits: tuple[SplitFacts, ...]
-    overlaps: tuple[Overlap, ...]
-    leaked: tuple[int, int] | None
-    """(test images that are in train or val by name or pixels, test images); None without a test split."""
-    findings: tuple[Finding, ...]
-    notes: Mapping[str, int]
-    """What loading said about the splits, other than dropped and repaired rows."""
-    issues: tuple[RowIssue, ...]
-    budget: ImageBudget
-    seconds: float
-
-    def is_wrong(self, *, strict: bool = False) -> bool:
-        """Whether anything is wrong; strict counts what is only to be looked at too."""
-        return any(strict or finding.level == "wrong" for finding in self.findings)
-
-
-def commonest(counts: Counter[str]) -> tuple[str, float]:
+def _majority(counts: Counter[str]) -> tuple[str, float]:
     if not counts:
         return "", float("nan")
     value, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
     return value, count / counts.total()
 
 
-class Faults:
-    """Faults by kind: how many, and the first few places."""
+@dataclass(frozen=True)
+class DataReport:
+    """The result of a check."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[str]] = {}
+    splits: tuple[SplitFacts, ...]
+    overlaps: tuple[Overlap, ...]
+    leaked: tuple[int, int] | None
+    """(test images that are in train or val by name or pixels, all test images); None without a test split."""
+    findings: tuple[Finding, ...]
+    notes: Mapping[str, int]
+    """Notes from loading, except counts of dropped and repaired rows."""
+    issues: tuple[RowIssue, ...]
+    budget: ImageBudget
+    seconds: float
 
-    def add(self, kind: str, place: str, count: int = 1) -> None:
-        self.counts[kind] += count
-        places = self.places.setdefault(kind, [])
-        if len(places) < 8:
-            places.append(place)
+    def is_wrong(self, *, strict: bool = False) -> bool:
+        """Whether any finding is wrong; with ``strict``, whether there is any finding."""
+        return any(strict or finding.level == "wrong" for finding in self.findings)
+
+
+def overlap_findings(overlaps: Sequence[Overlap]) -> Iterator[Finding]:
+    """Findings about splits that share images."""
+    for overlap in overlaps:
+        first, second = overlap.first, overlap.second
+        if count := overlap.count("name", "pixels"):
+            renamed = overlap.count("pixels")
+            shared = [pair for pair in overlap.pairs if pair.how != "hash"]
+            yield Finding(
+                "wrong",
+                f"images in {first} and {second}",
+                count,
+                f"{count:,} of the {overlap.num_second:,} images of {second} are also in {first}"
+                f"{f', {renamed:,} of them under another name' if renamed else ''}, so results on {second} partly "
+                "measure memorisation: split by image.",
+                tuple(
+                    pair.second if pair.first == pair.second else f"{pair.second} = {pair.first}"
+                    for pair in shared[:EXAMPLES]
+                ),
+            )
+        if count := overlap.count("hash"):
+            near = sorted((pair for pair in overlap.pairs if pair.how == "hash"), key=lambda pair: pair.bits)
+            yield Finding(
+                "look",
+                f"near duplicates in {first} and {second}",
+                count,
+                f"{count:,} of the {overlap.num_second:,} images of {second} have almost the same perceptual hash as "
+                f"an image of {first}: they are copies, neighbouring slices, or only similar.",
+                tuple(f"{pair.second} ~ {pair.first} ({pair.bits} bits)" for pair in near[:EXAMPLES]),
+            )
+
+
+def skew_findings(splits: Sequence[SplitFacts]) -> Iterator[Finding]:
+    """Findings about gold letters that are not evenly distributed."""
+    for split in splits:
+        for options in sorted({number for number, _ in split.letters}):
+            letters = LETTERS[:options]
+            counts = [split.letters[options, letter] for letter in letters]
+            total = sum(counts)
+            if options > 1 and total >= 5 * options and float(chisquare(counts).pvalue) < SKEW_P:
+                best = int(np.argmax(counts))
+                yield Finding(
+                    "look",
+                    f"answer letters of {split.split}",
+                    total,
+                    f"{letters[best]} is correct in {100 * counts[best] / total:.1f} % of {total:,} questions with "
+                    f"{options} options, where chance is {100 / options:.1f} %. Report the accuracy of always "
+                    "answering it beside the model's. Questions per letter: "
+                    + ", ".join(f"{letter} {count:,}" for letter, count in zip(letters, counts))
+                    + ".",
+                )
+
+
+def dropped_findings(issues: Sequence[RowIssue]) -> Iterator[Finding]:
+    """A finding about the rows that loading dropped."""
+    dropped = [issue for issue in issues if issue.action == "dropped"]
+    reasons = Counter(issue.reason for issue in dropped)
+    if dropped:
+        yield Finding(
+            "look",
+            "rows dropped",
+            len(dropped),
+            f"Loading dropped {len(dropped):,} rows: "
+            + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+            + ".",
+            tuple(f"{issue.file} row {issue.row}: {issue.reason}" for issue in dropped[:EXAMPLES]),
+        )

@@ -1,4 +1,4 @@
-"""Images that two splits share, by name, by pixels or by looks. Imports no torch."""
+"""Images that two splits share: by name, by equal pixels or by perceptual hash. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal
 from medvqa_rl.data.images.fingerprints import NEAR, ImageFacts, as_words, near_pairs
 from medvqa_rl.data.images.windowing import split_fragment
 
-How = Literal["name", "pixels", "looks"]
-"""name: the same key, or another frame or slice of the same file; pixels: other names but equal pixels; looks: other
-pixels but nearly equal perceptual hashes."""
+How = Literal["name", "pixels", "hash"]
+"""name: the same key, or a frame or slice of the same file; pixels: equal pixels under another name; hash: a nearly
+equal perceptual hash."""
 
 
 @dataclass(frozen=True)
 class SharedImage:
-    """An image of one split that is in another split too."""
+    """An image of one split that another split has too."""
 
     first: str
     """Its key in the first split."""
     second: str
-    """Its key in the second split; the same for ``name``."""
+    """Its key in the second split."""
     how: How
     bits: int = 0
     """Differing bits of the perceptual hashes, of 255."""
@@ -29,10 +29,10 @@ class SharedImage:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two splits share."""
+    """The images that two splits share."""
 
     first: str
-    """Name of a split."""
+    """Name of the first split."""
     second: str
     num_first: int
     """Images in the first split."""
@@ -40,7 +40,7 @@ class Overlap:
     pairs: tuple[SharedImage, ...]
 
     def count(self, *how: How) -> int:
-        """Images of the second split that are in the first one in any of these ways."""
+        """Number of images of the second split that the first split shares in any of these ways."""
         return len({pair.second for pair in self.pairs if pair.how in how})
 
 
@@ -51,49 +51,47 @@ def find_overlap(
     *,
     most: int = NEAR,
 ) -> Overlap:
-    """Images of the second split that are in the first one: by name, else by equal pixels, else by looks.
+    """Find the images of the second split that are in the first one: by name, else by pixels, else by perceptual hash.
 
     Args:
         first: name of a split and the keys of its images.
-        second: the same of another split.
-        facts: measures of the images by key; those without are compared by name only.
-        most: bits in which the perceptual hashes of near duplicates may differ.
+        second: the same for the other split.
+        facts: measurements of the images by key; images without are compared by name only.
+        most: largest number of differing bits in the perceptual hashes of near duplicates.
     """
     (first_name, first_keys), (second_name, second_keys) = first, second
     known = set(first_keys)
-    files = {split_fragment(key)[0]: key for key in reversed(list(first_keys))}
+    backwards = list(reversed(list(first_keys)))  # so that the first of several equal images wins
+    by_file = {split_fragment(key)[0]: key for key in backwards}
+    by_pixels = {facts[key].pixels: key for key in backwards if key in facts}
+    by_hash: dict[bytes, str] = {}
+    for key in first_keys:
+        if key in facts and facts[key].look:
+            by_hash.setdefault(facts[key].look, key)
     pairs: list[SharedImage] = []
-    rest: list[str] = []
+    unmatched: list[str] = []
     for key in second_keys:
         if key in known:
             pairs.append(SharedImage(key, key, "name"))
-        elif slice_of := files.get(split_fragment(key)[0]):
-            pairs.append(SharedImage(slice_of, key, "name"))
-        elif key in facts:
-            rest.append(key)
-    by_pixels = {facts[key].pixels: key for key in reversed(list(first_keys)) if key in facts}
-    unmatched: list[str] = []
-    for key in rest:
-        if twin := by_pixels.get(facts[key].pixels):
-            pairs.append(SharedImage(twin, key, "pixels"))
+        elif other := by_file.get(split_fragment(key)[0]):
+            pairs.append(SharedImage(other, key, "name"))
+        elif key not in facts:
+            continue
+        elif other := by_pixels.get(facts[key].pixels):
+            pairs.append(SharedImage(other, key, "pixels"))
         elif facts[key].look:
             unmatched.append(key)
-    looks: dict[bytes, str] = {}
-    for key in first_keys:
-        if key in facts and facts[key].look:
-            looks.setdefault(facts[key].look, key)
+    hashes = list(by_hash)
     nearest: dict[int, tuple[int, int]] = {}
-    columns = list(looks)
-    rows = as_words(facts[key].look for key in unmatched)
-    for row, column, bits in near_pairs(rows, as_words(columns), most):
+    for row, column, bits in near_pairs(as_words(facts[key].look for key in unmatched), as_words(hashes), most):
         nearest[row] = min(nearest.get(row, (bits, column)), (bits, column))
     for row, (bits, column) in nearest.items():
-        pairs.append(SharedImage(looks[columns[column]], unmatched[row], "looks", bits))
+        pairs.append(SharedImage(by_hash[hashes[column]], unmatched[row], "hash", bits))
     return Overlap(first_name, second_name, len(known), len(set(second_keys)), tuple(pairs))
 
 
 def twins(keys: Iterable[str], facts: Mapping[str, ImageFacts]) -> list[tuple[str, ...]]:
-    """Groups of keys whose images have equal pixels; only groups of two or more."""
+    """Groups of two or more keys whose images have equal pixels."""
     groups: dict[bytes, list[str]] = {}
     for key in keys:
         if key in facts:

@@ -1,54 +1,47 @@
-"""Which split an image belongs to, and which samples a limit keeps: both by hash, so that neither depends on the order
-or the number of rows. Imports no torch."""
+"""Assign images to splits and choose subsets of samples, both by hash, so that neither depends on the order or number
+of rows. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal, TypeVar
 
 from medvqa_rl.core.randomness import addresses
-from medvqa_rl.core.types import Sample
-from medvqa_rl.data.reading.issues import RowIssue
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 K = TypeVar("K", bound=Hashable)
 
 
-class NoSuchSplit(ValueError):
-    """A data set has no split of this name; the message says which it has."""
-
-
-def split_of(image_key: str, seed: int, *, val: float = 0.1, test: float = 0.1) -> Split:
-    """The split of an image and of every question about it.
+def split_of(key: str, seed: int, *, val: float = 0.1, test: float = 0.1) -> Split:
+    """Assign an image, or another cluster such as a patient, to a split.
 
     Args:
-        image_key: names the image, or what must stay together, such as a patient.
-        seed: another seed, another split.
-        val: share of the images for validation.
-        test: share of the images for testing; the rest is for training.
+        key: name of the image or cluster.
+        seed: seed of the assignment.
+        val: share of the keys for validation.
+        test: share of the keys for testing; the rest is for training.
     """
-    return splits_of([image_key], seed, val=val, test=test)[image_key]
+    return splits_of([key], seed, val=val, test=test)[key]
 
 
-def splits_of(image_keys: Iterable[str], seed: int, *, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
-    """:func:`split_of` of many images, each hashed once."""
-    keys = list(dict.fromkeys(image_keys))
-    places = addresses("split by image", seed, last=keys)
+def splits_of(keys: Iterable[str], seed: int, *, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
+    """Apply :func:`split_of` to many keys, hashing each once."""
+    distinct = list(dict.fromkeys(keys))
     found: dict[str, Split] = {}
-    for key, number in zip(keys, places):
-        place = (number >> 11) * 2.0**-53  # in [0, 1), a function of seed and key alone
-        found[key] = "test" if place < test else "val" if place < test + val else "train"
+    for key, number in zip(distinct, addresses("split by image", seed, last=distinct)):
+        position = (number >> 11) * 2.0**-53  # uniform in [0, 1)
+        found[key] = "test" if position < test else "val" if position < test + val else "train"
     return found
 
 
 def choose(ids: Sequence[str], num: int | None, seed: int) -> list[int]:
-    """Indices of at most num of the ids, in their order; None keeps all.
+    """Indices of the ``num`` ids with the smallest hashes, in order; None keeps all.
 
-    The ids with the smallest hashes are kept, so a smaller choice is part of every larger one with the same seed.
+    A smaller choice is a subset of every larger one with the same seed.
     """
     if num is None or num >= len(ids):
         return list(range(len(ids)))
@@ -57,18 +50,18 @@ def choose(ids: Sequence[str], num: int | None, seed: int) -> list[int]:
 
 
 def ids_hash(ids: Iterable[str]) -> str:
-    """SHA-256 of the ids, sorted and one per line; 16 hexadecimal digits. Names a subset in print."""
+    """Identify a subset in print: SHA-256 of the sorted ids, one per line, cut to 16 hexadecimal digits."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
 def connected(pairs: Iterable[tuple[K, Hashable]]) -> dict[K, K]:
-    """Put together what shares something: images of one case, or of one patient.
+    """Connected components of images that share something, such as a case or a patient.
 
     Args:
-        pairs: (image, something it belongs to); an image may come several times.
+        pairs: (image, what it belongs to); an image may occur in several pairs.
 
     Returns:
-        For every image a representative, the same for all that are linked, directly or through others.
+        Image -> the first image of its component.
     """
     parent: dict[Hashable, Hashable] = {}
 
@@ -83,33 +76,3 @@ def connected(pairs: Iterable[tuple[K, Hashable]]) -> dict[K, K]:
         parent[root(("link", link))] = root(("image", image))
     first: dict[Hashable, K] = {}
     return {image: first.setdefault(root(("image", image)), image) for image in images}
-
-
-@dataclass(frozen=True)
-class StoredDataset:
-    """The samples of one split: what they say is in memory, their images stay on disk."""
-
-    name: str
-    samples: Sequence[Sample]
-    notes: Mapping[str, int] = field(default_factory=dict)
-    """Counts by reason: what ``issues`` lists, and what is worth knowing about the whole split."""
-    issues: tuple[RowIssue, ...] = ()
-    """Every row that was dropped or repaired, in all files that were read."""
-    is_endless: bool = False
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of ids, questions, options, gold answers, image names and descriptions in order; 16 hexadecimal
-        digits."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            parts = (sample.id, sample.answer_type, sample.question, sample.answer, sample.image_key, *sample.options)
-            digest.update(repr(parts).encode())
-            digest.update(sample.description.encode())
-        return digest.hexdigest()[:16]

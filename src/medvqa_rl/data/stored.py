@@ -1,60 +1,92 @@
-"""What all data sets on disk share: finding the folder, the rows of a split, the limit on their number. No torch."""
+"""Load one split of a data set on disk: what all such data sets have in common. Imports no torch."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.text import neutralise
+from medvqa_rl.core.text import first_few, neutralise
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.hub import download
-from medvqa_rl.data.reading.issues import count_issues, log_issues, refuse_if_too_many_dropped
+from medvqa_rl.data.reading.issues import RowIssue, count_issues, log_issues, refuse_if_too_many_dropped
 from medvqa_rl.data.reading.rows import Reading, Row
-from medvqa_rl.data.splits import NoSuchSplit, Split, StoredDataset, choose, connected, ids_hash, splits_of
+from medvqa_rl.data.splits import SPLITS, Split, choose, connected, ids_hash, splits_of
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+class NoSuchSplit(ValueError):
+    """Raised if a data set lacks a split; the message names the splits it has."""
+
+
+@dataclass(frozen=True)
+class StoredDataset:
+    """The samples of one split. Texts are in memory, images stay on disk."""
+
+    name: str
+    samples: Sequence[Sample]
+    notes: Mapping[str, int] = field(default_factory=dict)
+    """Counts of dropped and repaired rows by reason, and other counts of the split."""
+    issues: tuple[RowIssue, ...] = ()
+    """Every dropped or repaired row of all files that were read."""
+    is_endless: bool = False
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, questions, options, gold answers, image names and descriptions in order, cut to 16
+        hexadecimal digits."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            parts = (sample.id, sample.answer_type, sample.question, sample.answer, sample.image_key, *sample.options)
+            digest.update(repr(parts).encode())
+            digest.update(sample.description.encode())
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Source:
-    """How one data set is read."""
+    """Where a data set is and how it is read."""
 
     title: str
-    """Its name in messages."""
+    """Name of the data set in messages."""
     files: Mapping[Split, Sequence[Path]]
-    """The files that hold the rows of each official split."""
+    """The files of each official split."""
     read: Callable[[Path], Reading]
     images: Path
     """The folder that the rows' image paths are relative to."""
-    names: Mapping[Split, str]
-    """Names of the official splits, such as ``pmc_vqa/test_clean``."""
+    names: Mapping[Split, str] = field(default_factory=dict)
+    """Names of the official splits; ``<data.name>/official/<split>`` by default."""
     val_from_train: bool = False
-    """Whether the owners made no validation split, so that a tenth of the training images becomes one."""
+    """Whether a tenth of the training images becomes the validation split, because there is no official one."""
 
 
 def data_folder(config: DataConfig, title: str, patterns: Sequence[str]) -> Path:
-    """The folder of a data set: ``data.path``, or the copy of a Hub repository at a pinned revision.
+    """The folder of a data set: ``data.path``, or the download of ``data.hub`` at ``data.revision``.
 
     Args:
-        config: names either.
-        title: the data set, for messages.
-        patterns: the files that are wanted from the Hub.
+        title: name of the data set, for messages.
+        patterns: the files to download from the Hub.
 
     Raises:
-        ValueError: neither is set, or the folder is not there.
+        ValueError: neither is set, or the folder does not exist.
     """
     if config.hub is not None and config.revision is not None:
         return download(config.hub, config.revision, patterns, cache_folder(config.cache_dir))
     if config.path is None:
-        raise ValueError(f"data.path is not set, but {title} is read from a folder: set it to the one that holds it.")
+        raise ValueError(f"data.path is not set, but {title} is read from a folder: set it to the folder's path.")
     root = Path(config.path).expanduser()
     if not root.is_dir():
         raise ValueError(f"The data folder {root} does not exist: set data.path to the folder of {title}.")
@@ -62,77 +94,85 @@ def data_folder(config: DataConfig, title: str, patterns: Sequence[str]) -> Path
 
 
 def image_folder(root: Path, config: DataConfig, names: Sequence[str]) -> Path:
-    """The folder of the images: ``data.image_folder`` below the data set's folder, or the first of the usual names.
+    """The folder of the images below ``root``: ``data.image_folder``, or the first of the usual names that exists.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder does not exist.
     """
     wanted = (config.image_folder,) if config.image_folder is not None else tuple(names)
     for name in wanted:
         if (root / name).is_dir():
             return root / name
     raise ValueError(
-        f"There is no folder {' or '.join(map(repr, wanted))} in {root}: put the images there, or name their folder "
-        "in data.image_folder."
+        f"There is no folder {' or '.join(map(repr, wanted))} in {root}: put the images there, or set "
+        "data.image_folder to the name of their folder."
     )
 
 
 def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> StoredDataset:
-    """The samples of one split.
+    """Load the samples of one split.
 
-    ``data.split: official`` takes the files of the split. ``data.split: image`` reads all files and puts eight tenths
-    of the images into training and one tenth each into validation and testing. Then ``data.answer_types`` and
-    ``data.families`` filter, and ``data.num_*`` choose by the hash of (``data.seed``, id). A choice is named in the
-    notes by its seed and a hash of the chosen ids.
+    ``data.split: official`` reads the files of the split. ``data.split: image`` reads all files and assigns 80 % of
+    the images to training and 10 % each to validation and test. Rows are then filtered by ``data.answer_types`` and
+    ``data.families`` and limited by ``data.num_*``, which keeps the smallest hashes of (``data.seed``, id). A limited
+    split is identified in the notes by its seed and a hash of its ids.
+
+    Args:
+        root: folder of the data set, for messages.
 
     Raises:
-        ValueError: a file is missing or cannot be read, too many rows are unusable, or no question is left.
+        ValueError: a file is missing or unreadable, too many rows are unusable, or no question is left.
     """
     is_official = config.split == "official"
-    files = _files(source, split, is_official, root)
+    files = _files_to_read(source, split, is_official, root)
     reading = Reading()
-    with collector_paused():
+    with garbage_collection_paused():
         for file in files:
             reading.extend(source.read(file))
     log_issues(reading.issues)
     refuse_if_too_many_dropped(
         reading.issues, total=reading.total, max_dropped=config.max_dropped, name=source.title, folder=root
     )
-    rows = [row for row, place in zip(reading.rows, _places(source, reading.rows, config)) if place == split]
-    kept = [row for row in rows if _is_wanted(row, config)]
-    if not kept:
+    splits = _assign_splits(source, reading.rows, config)
+    rows = [row for row, assigned in zip(reading.rows, splits) if assigned == split]
+    wanted = [row for row in rows if _is_wanted(row, config)]
+    if not wanted:
         raise ValueError(_nothing_left(source, rows, config, split, root))
     limit = {"train": config.num_train, "val": config.num_val, "test": config.num_test}[split]
-    chosen = [kept[index] for index in choose([row.id for row in kept], limit, config.seed)]
+    chosen = [wanted[index] for index in choose([row.id for row in wanted], limit, config.seed)]
     notes = count_issues(reading.issues) | {f"left out: {why}": count for why, count in reading.left_out.items()}
-    if len(chosen) < len(kept):
+    if is_official and split == "test" and (leaked := _images(rows) & _images(reading.rows, "train")):
+        notes["test images that also occur in train"] = len(leaked)
+    if len(chosen) < len(wanted):
         ids = ids_hash(row.id for row in chosen)
-        notes[f"chosen of {len(kept)} by seed {config.seed}, ids {ids}"] = len(chosen)
+        notes[f"chosen of {len(wanted)} by seed {config.seed}, ids {ids}"] = len(chosen)
     if count := sum("<" in row.question and neutralise(row.question)[1] > 0 for row in chosen):
         notes["neutralised: questions with special-token strings"] = count
-    name = source.names[split] if is_official else f"{config.name}/image/{split}"
+    name = f"{config.name}/{config.split}/{split}"
+    if is_official:
+        name = source.names.get(split, name)
     return StoredDataset(name, Samples(chosen, source.images), notes, tuple(reading.issues))
 
 
-def _files(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
-    """The files to read: those of the split, or all, each once."""
+def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
+    """The files of an official split, or all files.
+
+    Raises:
+        NoSuchSplit: there is no such official split.
+        ValueError: there are no files, or one is missing.
+    """
+    available = [name for name in SPLITS if source.files.get(name)]
+    if not available:
+        raise ValueError(f"There are no files of {source.title} in {root}: set data.path to the folder that has them.")
+    wanted = available
     if is_official:
-        wanted = "train" if split == "val" and source.val_from_train else split
-        files = list(source.files.get(wanted, ()))
-        if not files:
-            has = [name for name in SPLITS if source.files.get(name)]
-            if not has:
-                raise ValueError(
-                    f"There are no files of {source.title} in {root}: set data.path to the folder that has them."
-                )
+        wanted = ["train" if split == "val" and source.val_from_train else split]
+        if wanted[0] not in available:
             raise NoSuchSplit(
-                f"{source.title} at {root} has no {split} split ({', '.join(has)} only): set "
+                f"{source.title} at {root} has no {split} split ({', '.join(available)} only): set "
                 "data.split=image to make splits that share no image."
             )
-    else:
-        files = list(dict.fromkeys(file for name in SPLITS for file in source.files.get(name, ())))
-    if not files:
-        raise ValueError(f"There are no files of {source.title} in {root}: set data.path to the folder that has them.")
+    files = list(dict.fromkeys(file for name in wanted for file in source.files[name]))
     if missing := [file for file in files if not file.is_file()]:
         raise ValueError(
             f"There is no file {missing[0].name!r} in {missing[0].parent}: set data.path to the folder of "
@@ -141,52 +181,54 @@ def _files(source: Source, split: Split, is_official: bool, root: Path) -> list[
     return files
 
 
-def _places(source: Source, rows: Sequence[Row], config: DataConfig) -> list[str]:
+def _assign_splits(source: Source, rows: Sequence[Row], config: DataConfig) -> list[str]:
     """The split of every row."""
     is_official = config.split == "official"
     if is_official and not source.val_from_train:
-        return [row.place for row in rows]
-    together = keep_together(rows)
+        return [row.split for row in rows]
+    clusters = merge_clusters(rows)
     if is_official:
-        places = splits_of(together, config.seed, test=0.0)
-        return [places[name] if row.place == "train" else row.place for row, name in zip(rows, together)]
-    places = splits_of(together, config.seed)
-    return [places[name] for name in together]
+        splits = splits_of(clusters, config.seed, test=0.0)
+        return [splits[cluster] if row.split == "train" else row.split for row, cluster in zip(rows, clusters)]
+    splits = splits_of(clusters, config.seed)
+    return [splits[cluster] for cluster in clusters]
 
 
-def keep_together(rows: Sequence[Row]) -> list[str]:
-    """For every row the name of what it must share a split with: rows that have an image or their article, case or
-    patient in common, directly or through others, get the same name, and it does not depend on the rows' order. Slices
-    of one volume are one image."""
+def merge_clusters(rows: Sequence[Row]) -> list[str]:
+    """The cluster of every row, after merging clusters that share an image, directly or through others.
+
+    A merged cluster has the smallest of its names, so the result does not depend on the order of rows. Slices of one
+    volume are one image.
+    """
     of_image: dict[str, str] = {}
-    if all(len(row.images) == 1 and of_image.setdefault(row.images[0], row.together) == row.together for row in rows):
-        return [row.together for row in rows]
-    links = connected(
+    if all(len(row.images) == 1 and of_image.setdefault(row.images[0], row.cluster) == row.cluster for row in rows):
+        return [row.cluster for row in rows]
+    components = connected(
         (index, link)
         for index, row in enumerate(rows)
-        for link in (("", row.together), *(split_fragment(image)[0] for image in row.images))
+        for link in (("", row.cluster), *(split_fragment(image)[0] for image in row.images))
     )
     names: dict[int, str] = {}
     for index, row in enumerate(rows):
-        names[links[index]] = min(row.together, names.get(links[index], row.together))
-    return [names[links[index]] for index in range(len(rows))]
+        names[components[index]] = min(row.cluster, names.get(components[index], row.cluster))
+    return [names[components[index]] for index in range(len(rows))]
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pause Python's search for reference cycles: rows have none, and walking all of them again and again takes longer
-    than reading them."""
-    was_on = gc.isenabled()
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector: rows have no cycles, and traversing them again and again takes longer than
+    reading them."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
 class Samples(Sequence[Sample]):
-    """Rows as samples, made when asked for: hundreds of thousands of them take a second that most uses can save."""
+    """Converts rows to samples on access: converting hundreds of thousands up front takes a second."""
 
     def __init__(self, rows: Sequence[Row], images: Path) -> None:
         self._rows = rows
@@ -219,19 +261,29 @@ class Samples(Sequence[Sample]):
 
 
 def _is_wanted(row: Row, config: DataConfig) -> bool:
+    """Whether a row passes ``data.answer_types`` and ``data.families``."""
     if row.answer_type not in config.answer_types:
         return False
-    if not config.families:
-        return True
-    family = row.groups.get("family", "").lower()
-    return any(wanted.lower() == family for wanted in config.families)
+    wanted = {family.lower() for family in config.families}
+    return not wanted or not wanted.isdisjoint(family.lower() for family in _families(row))
+
+
+def _families(row: Row) -> set[str]:
+    """The family of a row; if it joins several by "+", also each of them."""
+    family = row.groups.get("family", "")
+    return {family, *family.split("+")} - {""}
+
+
+def _images(rows: Sequence[Row], split: str | None = None) -> set[str]:
+    """The images of all rows, or of the rows of an official split."""
+    return {image for row in rows if split in (None, row.split) for image in row.images}
 
 
 def _nothing_left(source: Source, rows: Sequence[Row], config: DataConfig, split: Split, root: Path) -> str:
     types = sorted({row.answer_type for row in rows})
-    families = sorted({row.groups["family"] for row in rows if row.groups.get("family")})
+    families = sorted({tag for row in rows for tag in row.groups.get("family", "").split("+") if tag})
     return (
         f"No question is left in the {split} split of {source.title} at {root} (of {len(rows)}): data.answer_types is "
         f"{list(config.answer_types)}, and it has {' and '.join(types) or 'none'}; data.families is "
-        f"{list(config.families)}, and it has {', '.join(families[:20]) or 'none'}."
+        f"{list(config.families)}, and it has {first_few(families, 20) or 'none'}."
     )

@@ -84,7 +84,7 @@ def test_the_owners_split_is_told_where_it_is_not_used(folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(rows))
     code, output = run("check", CONFIG, f"data.path={folder}", "data.seed=6")
     assert code == 0, output
-    assert "owners' split, not used here: of its 10 test images are also in train or val: 6" in output
+    assert "official split, not used here: of its 10 test images, also in train or val: 6" in output
 
 
 def test_strict_counts_what_is_only_to_be_looked_at(folder: Path) -> None:

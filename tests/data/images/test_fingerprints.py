@@ -115,10 +115,10 @@ def test_overlap_is_by_name_then_pixels_then_looks() -> None:
     assert [(pair.first, pair.second, pair.how, pair.bits) for pair in found.pairs] == [
         ("b", "b", "name", 0),
         ("a", "A", "pixels", 0),
-        ("a", "near", "looks", 2),
+        ("a", "near", "hash", 2),
     ]
     assert (found.num_first, found.num_second) == (3, 6)
-    assert (found.count("name"), found.count("name", "pixels"), found.count("looks")) == (1, 2, 1)
+    assert (found.count("name"), found.count("name", "pixels"), found.count("hash")) == (1, 2, 1)
     assert twins(["a", "A", "b", "unread"], measured) == [("a", "A")]
 
 

@@ -4,17 +4,14 @@ Run: pytest tests/data/images/test_sheet.py
 """
 
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medvqa_rl.config import DataConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.images.sheet import CELL, GAP, caption, draw_sheet, save_sheet
-from medvqa_rl.data.sets.catalogue import ENTRIES, readable
 
 RED = MemoryImage("red", Image.new("RGB", (40, 20), (200, 0, 0)))
 GREEN = MemoryImage("green", Image.new("RGB", (10, 10), (0, 200, 0)))
@@ -47,11 +44,3 @@ def test_captions_are_short_and_keep_the_gold_answer() -> None:
     lines = caption(long).splitlines()
     assert len(lines) == 12 and lines[-3] == "..." and lines[-2].startswith("Answer: long answer")
     assert max(map(len, lines)) <= 46
-
-
-def test_every_data_set_has_an_entry() -> None:
-    names = [entry.name for entry in readable()]
-    assert names == list(get_args(DataConfig.model_fields["name"].annotation))
-    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
-    for entry in ENTRIES:
-        assert all((entry.what, entry.splits, entry.columns, entry.terms, entry.source))

@@ -96,8 +96,8 @@ def test_only_a_commit_pins(fake: FakeHub, tmp_path: Path) -> None:
     assert not fake.calls
 
 
-def test_a_wrong_name_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"which is no name of a repository: write owner/name"):
+def test_an_invalid_repository_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"which is not a repository name: write owner/name"):
         hub.download("a/b/c", REVISION, ["*"], tmp_path)
 
 

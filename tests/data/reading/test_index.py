@@ -4,8 +4,10 @@ Run: pytest tests/data/reading/test_index.py
 """
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,9 +15,10 @@ import pytest
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading import index
+from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.rows import Reading
-from medvqa_rl.data.sets import pmc_vqa
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.sets import own, pmc_vqa
+from medvqa_rl.data.stored import StoredDataset
 
 COLUMNS = ["Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"]
 
@@ -29,7 +32,7 @@ def row(number: int, **changes: str) -> dict[str, str]:
 def folder(
     tmp_path: Path, write_csv: Callable[..., Path], write_images: Callable[..., None], monkeypatch: Any
 ) -> Path:
-    monkeypatch.setattr(index, "SMALLEST", 0)
+    monkeypatch.setattr(index, "MIN_BYTES", 0)
     rows = [row(number) for number in range(30)]
     rows[3] |= {"Answer_label": "?"}
     rows[7] |= {"Answer": "nothing"}
@@ -101,8 +104,32 @@ def test_other_code_makes_another_index(folder: Path, reads: list[str], monkeypa
     assert len(reads) == 2
 
 
+def test_the_code_hash_covers_all_code_that_runs_while_reading(folder: Path) -> None:
+    images = ImageFolder(folder / "images")
+    package = Path(index.__file__).parents[2]
+    called: set[Path] = set()
+
+    def record(frame: FrameType, event: str, argument: Any) -> None:
+        called.add(Path(frame.f_code.co_filename))
+
+    write_own(folder / "data.csv")
+    sys.setprofile(record)
+    try:
+        pmc_vqa.read_pmc_vqa(folder / "train.csv", images)
+        own.read_own(folder / "data.csv", images, split="train", needs_split=False)
+    finally:
+        sys.setprofile(None)
+    modules = {path for path in called if path.is_relative_to(package)}
+    assert {path.name for path in modules} >= {"text.py", "options.py", "windowing.py", "folder.py", "own.py"}
+    assert modules <= set(index.code_files())
+
+
+def write_own(path: Path) -> None:
+    path.write_text("image,question,answer,options\nPMC1_F1.jpg,Q?,yes,\nPMC2_F1.jpg#frame=1,Q?,A,a|b\n")
+
+
 def test_small_tables_have_no_index(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "SMALLEST", 10**6)
+    monkeypatch.setattr(index, "MIN_BYTES", 10**6)
     load(folder)
     load(folder)
     assert len(reads) == 2 and not (folder / "cache").exists()

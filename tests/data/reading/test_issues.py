@@ -5,7 +5,7 @@ Run: pytest tests/data/reading/test_issues.py
 
 import pytest
 
-from medvqa_rl.data.reading.issues import RowIssue, count_issues, few, numbers_by_reason, refuse_if_too_many_dropped
+from medvqa_rl.data.reading.issues import RowIssue, count_issues, refuse_if_too_many_dropped, rows_by_reason
 
 ISSUES = [
     RowIssue(4, "a.csv", "stray quotes", "repaired", "'x"),
@@ -17,11 +17,10 @@ ISSUES = [
 
 def test_issues_are_counted_by_action_and_reason_and_listed_by_file() -> None:
     assert list(count_issues(ISSUES).items()) == [("dropped: missing image", 3), ("repaired: stray quotes", 1)]
-    assert numbers_by_reason(ISSUES, "dropped") == {
+    assert rows_by_reason(ISSUES, "dropped") == {
         ("a.csv", "missing image"): [7, 9],
         ("b.csv", "missing image"): [1],
     }
-    assert few(range(3), 2) == "0, 1 and 1 more" and few([5]) == "5"
 
 
 def test_a_share_of_dropped_rows_above_the_limit_stops() -> None:

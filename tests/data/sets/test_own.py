@@ -14,8 +14,8 @@ import pytest
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.sets.own import COLUMNS
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.export import OWN_COLUMNS
+from medvqa_rl.data.stored import StoredDataset
 
 ROWS: list[dict[str, Any]] = [
     {"image": "a.png", "question": "Is there a mass?", "answer": "No", "patient": 1, "organ": "lung"},
@@ -236,5 +236,5 @@ def test_images_may_lie_beside_the_table(tmp_path: Path, write_images: Callable[
 
 def test_every_column_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    for name, meaning in COLUMNS.items():
-        assert f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" in page
+    for name in (*OWN_COLUMNS, "images", "split", "patient"):
+        assert f"| `{name}` |" in page

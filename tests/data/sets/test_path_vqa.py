@@ -14,7 +14,7 @@ from PIL import Image
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading import index
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -86,7 +86,7 @@ def test_a_split_by_image_keeps_equal_pictures_together(tmp_path: Path) -> None:
 
 
 def test_the_second_load_reads_no_parquet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "SMALLEST", 0)
+    monkeypatch.setattr(index, "MIN_BYTES", 0)
     first = load(folder)
     load(folder, "val")  # adds images to the same folder
     with monkeypatch.context() as patch:

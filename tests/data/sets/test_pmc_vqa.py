@@ -13,7 +13,7 @@ import pytest
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 PREFIXES = 'option prefixes "A:" removed'
 

@@ -12,7 +12,7 @@ import pytest
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 
 def load(root: Path, place: Any = "train", name: Any = "slake_en", **settings: Any) -> StoredDataset:

@@ -12,7 +12,7 @@ import pytest
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 
 
 def load(name: Any, root: Path, place: Any = "test", **settings: Any) -> StoredDataset:

@@ -5,6 +5,7 @@ Run: pytest tests/data/sets/test_vqa_rad.py
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,10 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.answers import score_correctness
-from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.sets.vqa_rad import FILE, load_vqa_rad, read_rows
-from medvqa_rl.data.splits import Split, StoredDataset
-
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from medvqa_rl.data.sets.vqa_rad import FILE, load_vqa_rad
+from medvqa_rl.data.splits import SPLITS, Split
+from medvqa_rl.data.stored import StoredDataset
 
 
 def load(root: Path, part: Split, **settings: Any) -> StoredDataset:
@@ -81,8 +79,7 @@ def test_the_file_s_oddities_are_repaired_and_counted(real: Path) -> None:
         "repaired: blanks in answer_type": 2,
         "repaired: misspelt question_type": 2,
     }
-    rows = read_rows(real).rows
-    samples = [row.sample for row in rows]
+    samples = [sample for split in SPLITS for sample in load(real, split).samples]
     assert len({sample.id for sample in samples}) == len(samples) == 2248
     assert {sample.id: sample.answer for sample in samples if sample.id in ("vqa_rad/0", "vqa_rad/1511")} == {
         "vqa_rad/0": "Yes",
@@ -99,9 +96,20 @@ def test_the_file_s_oddities_are_repaired_and_counted(real: Path) -> None:
     assert closed == {"no": 606, "yes": 587, "other": 106}
 
 
-def test_every_gold_answer_scores_1(real: Path) -> None:
-    for row in read_rows(real).rows:
-        assert score_correctness(row.sample, render_answer("seen", row.sample.answer)) == 1.0
+def test_every_gold_answer_scores_1(real: Path, gold_scores_1: Callable[[StoredDataset], None]) -> None:
+    for split in SPLITS:
+        gold_scores_1(load(real, split))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fingerprints"),
+    [
+        ("official", ["3f7020a9af6568db", "cd2a236766a001dc", "047a3b30661526e5"]),
+        ("image", ["89e2b30868379f83", "f742ca36ecb1ef73", "9aa2c12485b2d4ca"]),
+    ],
+)
+def test_fingerprints_are_stable(real: Path, kind: str, fingerprints: list[str]) -> None:
+    assert [load(real, split, split=kind).fingerprint for split in SPLITS] == fingerprints
 
 
 def test_the_image_split_keeps_images_and_cases_together(real: Path) -> None:
@@ -194,7 +202,7 @@ def test_unusable_rows_are_counted_by_reason_with_their_numbers(
         f"dropped: {reason}": 1 for reason in BAD
     }
     for number, reason in enumerate(BAD, start=1):
-        assert f"{reason}: numbers {number}" in caplog.text
+        assert f"{reason}: rows {number}" in caplog.text
         assert (number, FILE, reason, "dropped") in {issue[:4] for issue in dataset.issues}
     assert len(dataset.issues) == len(BAD)
 
@@ -243,7 +251,7 @@ def test_the_owners_folder_name_is_known_and_changes_nothing(tmp_path: Path) -> 
         (lambda root: (root / FILE).write_text("[" * 100_000), "nested too deeply"),
         (lambda root: (root / FILE).write_text("{}"), "is not a list of questions"),
         (lambda root: (root / FILE).write_text("[]"), "is not a list of questions"),
-        (lambda root: [path.unlink() for path in (root / "images").iterdir()], "Every image of VQA-RAD is missing"),
+        (lambda root: [path.unlink() for path in (root / "images").iterdir()], "No question is left"),
     ],
 )
 def test_broken_folders_are_refused_with_a_sentence(tmp_path: Path, spoil: Any, message: str) -> None:

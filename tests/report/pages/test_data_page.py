@@ -16,7 +16,7 @@ from medvqa_rl.data.check import check_data
 from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.reading.issues import RowIssue
-from medvqa_rl.data.splits import StoredDataset
+from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.report.pages.data_page import MAX_ISSUES, histograms, write_data_page
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"

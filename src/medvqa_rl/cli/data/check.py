@@ -14,7 +14,7 @@ from rich.text import Text
 
 from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.progress import open_console, progress_bars
-from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, owners_split, with_further
+from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, load_with_further, official_overlap
 from medvqa_rl.data.findings import DataReport, SplitFacts
 from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
@@ -50,7 +50,7 @@ def run_check(
     budget, where = image_budget(config.model)
     with progress_bars() as progress:
         report = check_data(
-            with_further(config, further),
+            load_with_further(config.data, further),
             budget=budget,
             template=config.prompt.template,
             limit=limit,
@@ -59,7 +59,7 @@ def run_check(
             progress=progress,
         )
     if config.data.split == "image" and config.data.name != "own":
-        report = replace(report, notes={**report.notes, **owners_split(config)})
+        report = replace(report, notes={**report.notes, **official_overlap(config.data)})
     out = open_console(140)
     print_report(report, out, where)
     if html is not None:
@@ -133,9 +133,9 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     if report.findings:
         out.print()
         out.print(_findings(report))
-        if any(finding.what.startswith("look-alikes") for finding in report.findings):
+        if any(finding.what.startswith("near duplicates") for finding in report.findings):
             out.print(
-                f"Look-alikes: images whose perceptual hashes differ in at most {NEAR} of {BITS} bits.",
+                f"Near duplicates: images whose perceptual hashes differ in at most {NEAR} of {BITS} bits.",
                 style="dim",
                 soft_wrap=True,
             )

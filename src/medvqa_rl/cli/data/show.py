@@ -12,14 +12,14 @@ from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.data.images.sheet import draw_sheet, save_sheet
-from medvqa_rl.data.sets.catalogue import readable
+from medvqa_rl.data.sets.catalogue import ENTRIES
 from medvqa_rl.data.splits import choose
 
 
 def run_list() -> None:
     """Print the supported data sets."""
     out = open_console(140)
-    for entry in readable():
+    for entry in ENTRIES:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim", min_width=8)
         table.add_column(overflow="fold")

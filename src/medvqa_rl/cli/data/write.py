@@ -9,8 +9,7 @@ from rich.table import Table
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console, progress_bar
-from medvqa_rl.data import Split, load_dataset
-from medvqa_rl.data.check import load_splits
+from medvqa_rl.data import Split, load_dataset, load_splits
 from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
 
@@ -46,7 +45,7 @@ def run_split(
     for split, count in division.counts().items():
         names = {
             name
-            for number, (row, place) in enumerate(zip(rows, division.places))
+            for number, (row, place) in enumerate(zip(rows, division.splits))
             if place == split
             for name in images_in(row, number, table)
         }
@@ -77,7 +76,7 @@ def run_export(
         ValueError: the data cannot be read, or a file already exists.
     """
     printer = open_console(140)
-    datasets = load_splits(config) if split is None else {str(split): load_dataset(config.data, split)}
+    datasets = load_splits(config.data) if split is None else {str(split): load_dataset(config.data, split)}
     for name, dataset in datasets.items():
         with progress_bar(name) as progress:
             done = export(

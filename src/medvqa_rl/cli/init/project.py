@@ -26,7 +26,8 @@ from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Dataset, Sample
-from medvqa_rl.data.check import check_data, load_splits
+from medvqa_rl.data import load_splits
+from medvqa_rl.data.check import check_data
 from medvqa_rl.data.division import COLUMN, Division, divide, equal_images, read_whole, write_divided
 from medvqa_rl.data.findings import DataReport
 from medvqa_rl.data.images.budget import image_budget
@@ -119,7 +120,7 @@ def run_init(
         data = DataConfig(
             name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=temporary
         )
-        datasets = load_splits(Config(data=data))
+        datasets = load_splits(data)
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
         if problems := unfit(samples, table, open_correctness):
             raise ConfigError(problems)

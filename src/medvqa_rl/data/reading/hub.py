@@ -1,7 +1,7 @@
-"""A data set from the Hugging Face Hub, at one commit. Imports no torch.
+"""Data sets on the Hugging Face Hub, pinned to one commit. Imports no torch.
 
-The first load downloads. A note in the cache folder says that the download was complete; from then on the files in
-the Hub's cache are used without asking the network.
+The first load downloads the files and writes a marker to the cache folder. Once the marker exists, the files come from
+the Hub's cache without network access.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from medvqa_rl.core.files import write_text
+
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def download(repository: str, revision: str, patterns: Sequence[str], cache_dir: Path) -> Path:
-    """The folder of a data set repository's files at one commit.
+    """Download the files of a data set at one commit, unless they are cached.
 
     Args:
         repository: ``owner/name``.
-        revision: a commit, 40 hexadecimal digits: a branch or tag could mean other data tomorrow.
-        patterns: the files that are wanted, such as ``data/*.parquet``.
-        cache_dir: where it is noted that a download was complete.
+        revision: commit of 40 hexadecimal digits; branches and tags are refused because they can move.
+        patterns: the files to download, such as ``data/*.parquet``.
+        cache_dir: folder of the markers for complete downloads.
+
+    Returns:
+        The folder that holds the files.
 
     Raises:
-        ValueError: the revision is no commit, or the files are not in the cache and cannot be downloaded.
+        ValueError: the revision is not a commit, or the files are neither cached nor downloadable.
     """
     if not COMMIT.fullmatch(revision):
         raise ValueError(
             f"data.revision is {revision}, but must be a commit of {repository}, 40 hexadecimal digits: copy it from "
-            "the page 'Files and versions' of the data set."
+            "the data set's page 'Files and versions'."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -48,21 +53,20 @@ def download(repository: str, revision: str, patterns: Sequence[str], cache_dir:
         )
 
     address = hashlib.sha256(repr((repository, revision, sorted(wanted))).encode()).hexdigest()[:32]
-    note = cache_dir / "hub" / address
+    marker = cache_dir / "hub" / address
     try:
-        if note.is_file():
+        if marker.is_file():
             try:
                 return fetch(is_offline=True)
             except LocalEntryNotFoundError:
-                note.unlink(missing_ok=True)  # the Hub's cache was emptied
+                marker.unlink(missing_ok=True)  # the Hub's cache was emptied
         folder = fetch(is_offline=False)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{repository} {revision} {' '.join(wanted)}\n", encoding="utf-8")
+        write_text(marker, f"{repository} {revision} {' '.join(wanted)}\n")
         return folder
     except HFValidationError as error:
-        raise ValueError(f"data.hub is {repository}, which is no name of a repository: write owner/name.") from error
+        raise ValueError(f"data.hub is {repository}, which is not a repository name: write owner/name.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"The data set {repository} at {revision} is not in the cache and cannot be downloaded ({error}): check "
+            f"The data set {repository} at {revision} is not cached and cannot be downloaded ({error}): check "
             "data.hub, data.revision and the network, or download it elsewhere and set data.path to its folder."
         ) from error

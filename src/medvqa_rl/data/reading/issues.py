@@ -1,4 +1,4 @@
-"""What loading did to the rows of a data set: which it dropped or repaired, and why. Imports no torch."""
+"""Rows that were dropped or repaired while loading, and why. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from medvqa_rl.core.text import first_few
+
 Action = Literal["dropped", "repaired"]
 
 log = logging.getLogger(__name__)
 
 
 class RowIssue(NamedTuple):
-    """One thing that was wrong with one row."""
+    """One problem with one row."""
 
     row: int
-    """Position of the row in its file; the first row of data is 0, a header is not counted."""
+    """Position in the file, counted from 0; the header does not count."""
     file: str
     """The file, relative to the data set's folder."""
     reason: str
-    """What was wrong, in the same few words for all rows that share it."""
+    """What was wrong, worded the same for all rows with this problem."""
     action: Action
     detail: str = ""
-    """What exactly was wrong in this row; empty where the reason says it all."""
+    """The offending value, or empty if the reason says everything."""
 
 
 def count_issues(issues: Iterable[RowIssue]) -> dict[str, int]:
-    """Rows per action and reason, as in ``{"dropped: missing image": 3}``; dropped ones first."""
+    """Count rows by action and reason, dropped rows first, as in ``{"dropped: missing image": 3}``."""
     counts = Counter((issue.action, issue.reason) for issue in issues)
     return {f"{action}: {reason}": count for (action, reason), count in sorted(counts.items())}
 
 
-def numbers_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[str, str], list[int]]:
-    """(file, reason) -> positions of the rows that were dropped, or repaired, for it."""
+def rows_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[str, str], list[int]]:
+    """Map (file, reason) to the positions of the rows that were dropped or repaired."""
     found: dict[tuple[str, str], list[int]] = {}
     for issue in issues:
         if issue.action == action:
@@ -41,41 +43,38 @@ def numbers_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[
     return found
 
 
-def few(numbers: Sequence[int], most: int = 20) -> str:
-    """The first numbers and how many more there are."""
-    return ", ".join(map(str, numbers[:most])) + (f" and {len(numbers) - most:,} more" if len(numbers) > most else "")
-
-
 def log_issues(issues: Sequence[RowIssue]) -> None:
-    """Log dropped rows as warnings and repaired ones as information, a line for every file and reason."""
+    """Log dropped rows as warnings and repaired rows as information, one line for each file and reason."""
     levels: dict[Action, int] = {"dropped": logging.WARNING, "repaired": logging.INFO}
     for action, level in levels.items():
         if not log.isEnabledFor(level):
             continue
-        for (file, reason), numbers in numbers_by_reason(issues, action).items():
-            log.log(level, "%d rows of %s are %s, %s: numbers %s", len(numbers), file, action, reason, few(numbers))
+        for (file, reason), rows in rows_by_reason(issues, action).items():
+            log.log(level, "%d rows of %s %s, %s: rows %s", len(rows), file, action, reason, first_few(rows, 20))
 
 
 def refuse_if_too_many_dropped(
     issues: Sequence[RowIssue], *, total: int, max_dropped: float, name: str, folder: object
 ) -> None:
-    """Stop where more than a share of the rows is unusable.
+    """Refuse a data set if too large a share of its rows was dropped.
 
     Args:
-        issues: of all rows that were read.
-        total: rows that were read, dropped ones included.
-        max_dropped: the largest share of dropped rows, ``data.max_dropped``.
-        name: the data set, for the message.
-        folder: where it is, for the message.
+        issues: issues of all rows.
+        total: number of rows read, including dropped ones.
+        max_dropped: largest allowed share of dropped rows, ``data.max_dropped``.
+        name: name of the data set, for the message.
+        folder: its folder, for the message.
 
     Raises:
-        ValueError: the share is larger; the message names reasons, files and rows.
+        ValueError: too many rows were dropped; the message lists reasons, files and rows.
     """
-    found = numbers_by_reason(issues, "dropped")
-    count = sum(map(len, found.values()))
+    dropped = rows_by_reason(issues, "dropped")
+    count = sum(map(len, dropped.values()))
     if count > max_dropped * total:
-        reasons = "; ".join(f"{reason}: rows {few(rows, 5)} of {file}" for (file, reason), rows in found.items())
+        reasons = "; ".join(
+            f"{reason}: rows {first_few(rows, 5)} of {file}" for (file, reason), rows in dropped.items()
+        )
         raise ValueError(
             f"{count:,} of {total:,} rows of {name} at {folder} are unusable ({reasons}), more than "
-            f"data.max_dropped = {max_dropped:g} allows: repair the folder, or raise data.max_dropped."
+            f"data.max_dropped = {max_dropped:g} allows: fix the rows, or raise data.max_dropped."
         )

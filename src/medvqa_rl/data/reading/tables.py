@@ -1,70 +1,77 @@
-"""Reading tables, whatever is in them: CSV, JSON, JSON Lines and parquet become rows, or a report that names file and
-row. Imports no torch.
+"""Read and write tables in CSV, JSON, JSON Lines and parquet. Imports no torch.
 
-Damage to a row drops that row; damage to the whole file (no header, no JSON, no parquet) is a ValueError.
+A damaged row is dropped and reported. A damaged file (no header, not JSON, not parquet) raises ValueError.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from medvqa_rl.core.files import write_whole
 from medvqa_rl.data.reading.issues import RowIssue
 
 Fields = Mapping[str, Any]
 
-SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+READABLE = (".csv", ".jsonl", ".json", ".parquet")
+WRITABLE = (".jsonl", ".csv", ".parquet")
+
+LATIN_1 = "not UTF-8, read as Latin-1"
 
 
 @dataclass
-class Report:
-    """What happened to the rows of one file."""
+class TableReport:
+    """Collects the issues of one file."""
 
     file: str
     """The file, relative to the data set's folder."""
     issues: list[RowIssue] = field(default_factory=list)
     total: int = 0
-    """Rows of the file, unusable ones included."""
+    """Number of rows, including unusable ones."""
 
     def drop(self, row: int, reason: str, detail: str = "") -> None:
-        """Record that a row cannot be used."""
-        self.issues.append(RowIssue(row, self.file, reason, "dropped", _short(detail)))
+        """Record that a row was dropped."""
+        self.issues.append(RowIssue(row, self.file, reason, "dropped", _printable(detail)))
 
     def repair(self, row: int, reason: str, detail: str = "") -> None:
         """Record that a row was repaired."""
-        self.issues.append(RowIssue(row, self.file, reason, "repaired", _short(detail)))
+        self.issues.append(RowIssue(row, self.file, reason, "repaired", _printable(detail)))
 
 
-def _short(text: str, most: int = 200) -> str:
-    """What can be printed of a value: without control characters and lone surrogates, not endless."""
-    if len(text) <= most and text.isprintable():
+def _printable(text: str, limit: int = 200) -> str:
+    """Escape control characters and lone surrogates, and shorten the text."""
+    if len(text) <= limit and text.isprintable():
         return text
-    text = text[: most + 1].encode("utf-8", "backslashreplace").decode()
+    text = text[: limit + 1].encode("utf-8", "backslashreplace").decode()
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-    return text if len(text) <= most else text[:most] + "..."
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
 
 
 def read_table(
-    path: Path, report: Report, *, required: tuple[str, ...] = (), columns: tuple[str, ...] = ()
+    path: Path, report: TableReport, *, required: tuple[str, ...] = (), columns: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, Fields]]:
-    """The rows of a file by its suffix, with their positions from 0; unreadable rows go to the report.
+    """Yield the rows of a file with their positions, counted from 0. Unreadable rows go to the report.
 
     Text that is not UTF-8 is read as Latin-1, row by row, and reported.
 
     Args:
-        path: a file that ends in one of ``SUFFIXES``.
-        report: gets what is dropped and repaired, and the number of rows.
-        required: columns that must be there (CSV and parquet, whose columns are the same for all rows).
-        columns: columns of a ``.txt`` file, which has no header and separates them by "|".
+        path: a file whose suffix is one of ``READABLE``, or ``.txt`` if ``columns`` are given.
+        report: collects dropped and repaired rows and the number of rows.
+        required: columns that a CSV or parquet file must have.
+        columns: columns of a ``.txt`` file, which has no header and separates cells by "|".
 
     Raises:
-        ValueError: the file as a whole cannot be read; the message names it.
+        ValueError: the file cannot be read; the message names it.
     """
-    readers: dict[str, Callable[[Path, Report, tuple[str, ...]], Iterator[tuple[int, Fields]]]] = {
+    readers: dict[str, Callable[[Path, TableReport, tuple[str, ...]], Iterator[tuple[int, Fields]]]] = {
         ".csv": _read_csv,
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -73,7 +80,7 @@ def read_table(
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"The table {path} ends in {path.suffix!r}: convert it to one of {', '.join(SUFFIXES)}.")
+        raise ValueError(f"The table {path} ends in {path.suffix!r}: convert it to one of {', '.join(READABLE)}.")
     try:
         for number, fields in reader(path, report, required):
             report.total = max(report.total, number + 1)
@@ -84,14 +91,16 @@ def read_table(
 
 
 def _check_columns(path: Path, columns: list[str], required: tuple[str, ...]) -> None:
-    """Refuse a table that lacks columns or has one twice."""
+    """Refuse a table with missing or duplicate columns."""
     if missing := [name for name in required if name not in columns]:
         raise ValueError(
-            f"The table {path} has no column {', '.join(missing)}; it has {_short(', '.join(columns)) or 'none'}: "
-            "rename its columns, or set data.path and data.name to what belongs together."
+            f"The table {path} has no column {', '.join(missing)}; it has {_printable(', '.join(columns)) or 'none'}: "
+            "rename its columns, or check that data.path and data.name belong together."
         )
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise ValueError(f"The table {path} has the column {_short(', '.join(twice))} twice: rename one of them.")
+    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(
+            f"The table {path} has the column {_printable(', '.join(repeated))} twice: rename one of them."
+        )
 
 
 def _refuse_utf16(path: Path) -> None:
@@ -101,8 +110,8 @@ def _refuse_utf16(path: Path) -> None:
         raise ValueError(f"The table {path} is UTF-16 or UTF-32: save it as UTF-8.")
 
 
-def _utf8(text: str) -> tuple[str, bool]:
-    """Text that was decoded with surrogate escapes, and whether it had to be read as Latin-1."""
+def _decode(text: str) -> tuple[str, bool]:
+    """Decode text that was read with surrogate escapes: the text, and whether it is Latin-1 rather than UTF-8."""
     if text.isascii():
         return text, False
     raw = text.encode("utf-8", "surrogateescape")
@@ -112,19 +121,16 @@ def _utf8(text: str) -> tuple[str, bool]:
         return raw.decode("latin-1"), True
 
 
-LATIN_1 = "not UTF-8, read as Latin-1"
-
-
-def _read_csv(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """Rows below a header. Quotation is checked, so a stray mark cannot swallow the rows that follow unseen."""
+def _read_csv(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read the rows below a header. Quoting is strict, so that a stray quotation mark cannot swallow later rows."""
     _refuse_utf16(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise ValueError(f"The header of {path} is not CSV ({error}): repair its first line.") from error
-        header = [_utf8(name)[0].strip() for name in header]
+            raise ValueError(f"The header of {path} is not CSV ({error}): fix its first line.") from error
+        header = [_decode(name)[0].strip() for name in header]
         if not any(header) or any("\0" in name for name in header):
             raise ValueError(f"The table {path} has no header: its first line must name the columns.")
         _check_columns(path, header, required)
@@ -140,7 +146,7 @@ def _read_csv(path: Path, report: Report, required: tuple[str, ...]) -> Iterator
                 report.drop(number, "broken quotation or endless cell", f"line {line}: {error}")
                 continue
             if not cells:
-                number -= 1  # an empty line is no row
+                number -= 1  # empty lines are not rows
                 continue
             if len(cells) != len(header):
                 report.drop(
@@ -148,39 +154,39 @@ def _read_csv(path: Path, report: Report, required: tuple[str, ...]) -> Iterator
                 )
                 continue
             row = "".join(cells)
-            if not row.isascii() and _utf8(row)[1]:
-                cells = [_utf8(cell)[0] for cell in cells]
+            if not row.isascii() and _decode(row)[1]:
+                cells = [_decode(cell)[0] for cell in cells]
                 report.repair(number, LATIN_1, f"line {line}")
             yield number, dict(zip(header, cells))
 
 
-def _read_txt(path: Path, report: Report, columns: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """Lines of cells between bars; empty lines are no rows."""
-    for number, (count, line, is_latin) in enumerate(_filled_lines(path)):
+def _read_txt(path: Path, report: TableReport, columns: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read lines of cells separated by "|"."""
+    for number, (line_number, line, is_latin) in enumerate(_filled_lines(path)):
         cells = line.rstrip("\r\n").split("|")
         if len(cells) != len(columns):
-            report.drop(number, "wrong number of cells", f"line {count}: {len(cells)}, not {len(columns)}")
+            report.drop(number, "wrong number of cells", f"line {line_number}: {len(cells)}, not {len(columns)}")
             continue
         if is_latin:
-            report.repair(number, LATIN_1, f"line {count}")
+            report.repair(number, LATIN_1, f"line {line_number}")
         yield number, dict(zip(columns, cells))
 
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Lines that hold something: their number from 1, their text, and whether they were read as Latin-1."""
+    """Yield the lines that are not blank: number from 1, text, and whether they are Latin-1."""
     _refuse_utf16(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for count, raw in enumerate(file, start=1):
-            line, is_latin = _utf8(raw)
+        for line_number, raw in enumerate(file, start=1):
+            line, is_latin = _decode(raw)
             if line.strip():
-                yield count, line, is_latin
+                yield line_number, line, is_latin
 
 
 def _parse_json(text: str) -> Any:
-    """Read JSON.
+    """Parse JSON.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: the text is not JSON, or nested too deeply.
     """
     try:
         return json.loads(text)
@@ -188,30 +194,30 @@ def _parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def _read_jsonl(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """One JSON object per line; empty lines are no rows."""
-    for number, (count, line, is_latin) in enumerate(_filled_lines(path)):
+def _read_jsonl(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read one JSON object per line."""
+    for number, (line_number, line, is_latin) in enumerate(_filled_lines(path)):
         try:
             fields = _parse_json(line)
         except ValueError as error:
-            report.drop(number, "not JSON", f"line {count}: {error}")
+            report.drop(number, "not JSON", f"line {line_number}: {error}")
             continue
         if not isinstance(fields, dict):
-            report.drop(number, "not a JSON object", f"line {count}")
+            report.drop(number, "not a JSON object", f"line {line_number}")
             continue
         if is_latin:
-            report.repair(number, LATIN_1, f"line {count}")
+            report.repair(number, LATIN_1, f"line {line_number}")
         yield number, fields
 
 
-def _read_json(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """A list of JSON objects."""
+def _read_json(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read a list of JSON objects."""
     _refuse_utf16(path)
-    text, is_latin = _utf8(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    text, is_latin = _decode(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     try:
         content = _parse_json(text)
     except ValueError as error:
-        raise ValueError(f"The file {path} is not JSON ({_short(str(error))}): download it again.") from error
+        raise ValueError(f"The file {path} is not JSON ({_printable(str(error))}): download it again.") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"The file {path} is not a list of questions: check that it is the right file.")
     for number, fields in enumerate(content):
@@ -223,23 +229,75 @@ def _read_json(path: Path, report: Report, required: tuple[str, ...]) -> Iterato
         yield number, fields
 
 
-def _read_parquet(path: Path, report: Report, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """The rows of a parquet file, a few hundred in memory at a time."""
+def _read_parquet(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read a parquet file in batches of 256 rows."""
+    pyarrow = import_pyarrow(path)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, list(file.schema_arrow.names), required)
+            batches = file.iter_batches(batch_size=256)
+            yield from enumerate(fields for batch in batches for fields in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not parquet, or damaged ({_printable(str(error))}): download it again."
+        ) from error
+
+
+def import_pyarrow(path: Path) -> Any:
+    """Import pyarrow to read or write a file.
+
+    Raises:
+        ValueError: pyarrow is not installed; the message names the file.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            f"{path} is parquet, which needs pyarrow: install it with pip install 'medvqa-rl[hub]', or convert the "
-            "file to JSON Lines or CSV."
+            f"{path} is parquet, which needs pyarrow: install it with pip install 'medvqa-rl[hub]', or use JSON Lines "
+            "or CSV."
         ) from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, list(file.schema_arrow.names), required)
-            number = 0
-            for batch in file.iter_batches(batch_size=256):
-                for fields in batch.to_pylist():
-                    yield number, fields
-                    number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not parquet, or damaged ({_short(str(error))}): download it again.") from error
+    return pyarrow
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, rows: Iterable[Fields], columns: Sequence[str] = (), schema: Any = None) -> None:
+    """Write a table whole or not at all, in the format of its suffix. Values of CSV cells that are lists become JSON.
+
+    Args:
+        path: a new file whose suffix is one of ``WRITABLE``.
+        rows: the rows; a generator is consumed while writing.
+        columns: columns of a CSV file.
+        schema: pyarrow schema of a parquet file, which is then written in batches; inferred from all rows by default.
+
+    Raises:
+        ValueError: the file exists, its suffix is not supported, or pyarrow is not installed.
+    """
+    if path.exists():
+        raise ValueError(f"The file {path} exists already: choose another with --output, or move it away.")
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE:
+        raise ValueError(f"The file {path} ends in {path.suffix!r}: end its name in one of {', '.join(WRITABLE)}.")
+    pyarrow: Any = import_pyarrow(path) if suffix == ".parquet" else None
+    with write_whole(path) as partial:
+        if suffix == ".jsonl":
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        elif suffix == ".csv":
+            with partial.open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        elif schema is None:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), partial)
+        else:
+            with pyarrow.parquet.ParquetWriter(partial, schema) as batches:
+                remaining = iter(rows)
+                while batch := list(islice(remaining, 64)):
+                    batches.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value

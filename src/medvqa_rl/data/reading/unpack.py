@@ -1,4 +1,4 @@
-"""Images that come inside archives or tables, put into the cache folder as files. Imports no torch."""
+"""Unpack images from archives and tables into the cache folder. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from medvqa_rl.core.files import write_whole
+
 MAX_BYTES = 200 * 2**30
-"""What archives may unpack to, together: more is damage or malice."""
+"""Largest unpacked size of an archive; a larger one is damaged or malicious."""
 
 
 def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
-    """Unpack archives into one folder of the cache, once; paths that lead out of it are refused.
+    """Unpack archives into one folder of the cache, unless they are unpacked there already.
 
     Args:
-        archives: zip files; named by path, size and time, so changed ones are unpacked anew.
+        archives: zip files; they are unpacked again if a path, size or time changes.
         cache_dir: the cache folder.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an archive is missing, damaged, too large, or holds a path that leaves the folder.
+        ValueError: an archive is missing, damaged or too large, or contains a path that leaves the folder.
     """
     stamps = []
     for archive in archives:
@@ -52,12 +54,14 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
 def _unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as opened:
-            names = opened.infolist()
-            if sum(name.file_size for name in names) > MAX_BYTES:
+            members = opened.infolist()
+            if sum(member.file_size for member in members) > MAX_BYTES:
                 raise ValueError(f"{archive} would unpack to more than {MAX_BYTES / 2**30:.0f} GiB: check the file.")
-            for name in names:
-                if name.filename.startswith("/") or ".." in name.filename.split("/"):
-                    raise ValueError(f"{archive} holds the path {name.filename!r}, which leaves its folder: check it.")
+            for member in members:
+                if member.filename.startswith("/") or ".." in member.filename.split("/"):
+                    raise ValueError(
+                        f"{archive} contains the path {member.filename!r}, which leaves its folder: check the file."
+                    )
             opened.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{archive} cannot be unpacked ({error}): download it again.") from error
@@ -67,15 +71,14 @@ _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM"
 
 
 def store_image(data: bytes, folder: Path) -> str:
-    """Write an image's bytes to a file named by their hash, unless it is there.
+    """Write the bytes of an image to a file named by their hash, unless it exists.
 
     Returns:
-        The file's name. Equal images get equal names, whatever row or file they come from.
+        The file's name, which is the same for equal images.
     """
     suffix = next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".bin")
     name = hashlib.sha256(data).hexdigest()[:32] + suffix
     if not (folder / name).is_file():
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as temporary:
-            temporary.write(data)
-        os.replace(temporary.name, folder / name)
+        with write_whole(folder / name, durable=False) as partial:
+            partial.write_bytes(data)
     return name

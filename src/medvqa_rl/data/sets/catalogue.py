@@ -1,41 +1,38 @@
-"""The data sets that this package reads: what they hold, their terms, and where to get them. Imports no torch."""
+"""The supported data sets: contents, licences and sources. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
-
-from medvqa_rl.config import DataConfig
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set as ``medvqa-rl data list`` shows it. Numbers are its owners'."""
+    """A data set as listed by ``medvqa-rl data list``. Numbers are those of its authors."""
 
     name: str
-    """What ``data.name`` is set to."""
+    """The value of ``data.name``."""
     what: str
     splits: str
     columns: str
     """Columns or fields that are read."""
     terms: str
-    """Licence as its owners state it."""
+    """Licence as stated by the authors."""
     source: str
-    """Where to get it."""
+    """Where to download it."""
 
 
 ENTRIES = (
     Entry(
         "phantom",
-        "PhantomVQA: drawn images, questions with exactly known answers",
+        "PhantomVQA: generated images, questions with known answers",
         "train (endless), val, test; scanners home, unseen and worn",
-        "none: drawn on demand",
+        "none: generated on demand",
         "Apache-2.0, part of this package",
         "nothing to download",
     ),
     Entry(
         "vqa_rad",
-        "VQA-RAD: clinicians' questions about radiology images, as its owners publish it",
+        "VQA-RAD: clinicians' questions about radiology images, in the authors' format",
         "train 1,797 (val is a tenth of its images), test 451; 202 of 203 test images are in train",
         "image_name, question, answer, answer_type, question_type, image_organ, phrase_type, qid",
         "CC0 1.0",
@@ -43,7 +40,7 @@ ENTRIES = (
     ),
     Entry(
         "vqa_rad_hub",
-        "VQA-RAD as copied to the Hugging Face Hub, without organs and question types",
+        "VQA-RAD, copy on the Hugging Face Hub without organs and question types",
         "train 1,793, test 451",
         "image, question, answer",
         "CC0 1.0",
@@ -51,7 +48,7 @@ ENTRIES = (
     ),
     Entry(
         "pmc_vqa",
-        "PMC-VQA: four options about figures of papers; v1, v1_clean or v2",
+        "PMC-VQA: four options about figures of articles; v1, v1_clean or v2",
         "v1: train, test or test_clean; v2: train 152,603, test 33,430",
         "Figure_path, Question, Choice A to D, Answer, Answer_label",
         "CC BY-SA",
@@ -59,7 +56,7 @@ ENTRIES = (
     ),
     Entry(
         "slake_en",
-        "SLAKE, the English questions",
+        "SLAKE, English questions",
         "train 4,919, val 1,053, test 1,061 over 450, 96 and 96 images",
         "img_name, question, answer, q_lang, answer_type, modality, location, content_type, qid",
         "CC BY 4.0",
@@ -67,7 +64,7 @@ ENTRIES = (
     ),
     Entry(
         "slake_zh",
-        "SLAKE, the Chinese questions; never together with the English ones, whose test images are in train here",
+        "SLAKE, Chinese questions; not to be mixed with the English ones, whose test images are in train here",
         "train, val, test",
         "as slake_en",
         "CC BY 4.0",
@@ -78,7 +75,7 @@ ENTRIES = (
         "Path-VQA: questions about pathology images from textbooks",
         "train 19,654, val 6,259, test 6,719",
         "image, question, answer",
-        "MIT by the copy on the Hub; the images' copyright stays with books and library",
+        "MIT according to the Hub copy; images are copyright of the books and the library",
         "https://huggingface.co/datasets/flaviagiammarino/path-vqa",
     ),
     Entry(
@@ -91,8 +88,8 @@ ENTRIES = (
     ),
     Entry(
         "omnimed",
-        "OmniMedVQA: multiple choice over 73 medical image data sets",
-        "test only; 127,995 questions, some of them without their images",
+        "OmniMedVQA: multiple-choice questions from 73 medical image data sets",
+        "test only; 127,995 questions, some without images",
         "image_path, question, option_A to option_D, gt_answer",
         "those of the 73 data sets",
         "https://huggingface.co/datasets/foreverbeliever/OmniMedVQA",
@@ -100,15 +97,10 @@ ENTRIES = (
     Entry(
         "own",
         "your own questions: JSONL, CSV or parquet with a folder of images",
-        "yours, or made by `medvqa-rl data split`",
+        "yours, or created by `medvqa-rl data split`",
         "see docs/data.md",
         "yours",
         "your own disk",
     ),
 )
-
-
-def readable() -> tuple[Entry, ...]:
-    """The entries of the data sets that ``data.name`` may be set to, in its order."""
-    known = {entry.name: entry for entry in ENTRIES}
-    return tuple(known[name] for name in get_args(DataConfig.model_fields["name"].annotation))
+"""In the order of ``data.name``."""

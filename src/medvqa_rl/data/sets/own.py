@@ -1,7 +1,7 @@
-"""Your own questions: a table in JSON Lines, CSV or parquet, and a folder of images. Imports no torch.
+"""The user's own questions: a table in JSON Lines, CSV or parquet, and a folder of images. Imports no torch.
 
-The folder holds train, val and test (``train.jsonl``, ``test.csv`` ...), or one file ``data`` with a column ``split``,
-or one file ``data`` alone for ``data.split: image``. The columns are in ``COLUMNS``; others are left alone.
+The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one file ``data``, which needs a column
+``split`` for ``data.split: official``. docs/data.md lists the columns that are read; others are ignored.
 """
 
 from __future__ import annotations
@@ -12,90 +12,65 @@ from pathlib import Path
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.text import normalise
-from medvqa_rl.core.types import LETTERS, AnswerType
+from medvqa_rl.core.text import is_yes_no
+from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
+from medvqa_rl.data.reading.options import as_letter, find_gold, read_options
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,
     Row,
     Unusable,
-    clean,
-    find_gold,
-    images_of,
+    clean_text,
+    find_images,
     is_missing,
     optional_text,
-    read_options,
+    read_groups,
     read_rows,
-    text_of,
+    required_text,
 )
-from medvqa_rl.data.reading.tables import Fields
-from medvqa_rl.data.splits import Split, StoredDataset
-from medvqa_rl.data.stored import SPLITS, Source, data_folder, load_split
+from medvqa_rl.data.reading.tables import WRITABLE, Fields
+from medvqa_rl.data.splits import SPLITS, Split
+from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split
 
-COLUMNS = {
-    "image": "path of the image below the image folder; several as a list, or separated by | in CSV",
-    "images": "the same as image; use one of the two",
-    "question": "the question",
-    "answer": "the gold answer; for choice questions the option's letter, or its text",
-    "options": "choice questions: the options as a list, or separated by | in CSV",
-    "answer_type": "choice, closed or open; without it: choice with options, closed for yes and no, otherwise open",
-    "id": "names the row, unique within the file; without it the row's position",
-    "split": "train, val or test, in a file named data",
-    "patient": "all rows of a patient stay in one split",
-    "reasoning": "reference reasoning for supervised fine-tuning",
-    "description": "what is known of the image in words, for judges that grade reasoning and for supervised learning",
-    "modality": "results are broken down by it",
-    "organ": "results are broken down by it",
-    "family": "results are broken down by it; data.families selects by it",
-}
-"""What a column means. image (or images), question and answer must be there."""
-
-TABLES = (".jsonl", ".csv", ".parquet")
-REQUIRED = ("question", "answer")
 ANSWER_TYPES: tuple[AnswerType, ...] = ("choice", "closed", "open")
-GROUPS = ("modality", "organ", "family")
+GROUPS = {"modality": "modality", "organ": "organ", "family": "family"}
 
 
 def load_own(config: DataConfig, split: Split) -> StoredDataset:
     """Load one split.
 
-    Images lie in ``data.image_folder`` below ``data.path``, in ``images/``, or in ``data.path`` itself. Paths that
-    leave that folder are refused, links that do included.
+    Images are in ``data.image_folder`` below ``data.path``, by default in ``images/`` or in ``data.path`` itself. No
+    path or symbolic link may leave that folder.
 
     Raises:
         ValueError: see :func:`medvqa_rl.data.stored.load_split`.
     """
     root = data_folder(config, "your own data", ["**"])
-    named = "images" if config.image_folder is None else config.image_folder
-    images = root / named
-    if not images.is_dir():
-        if config.image_folder is not None:
-            raise ValueError(f"There is no folder {named!r} in {root}: set data.image_folder to that of the images.")
-        images = root
-    files: dict[Split, list[Path]] = {name: tables_named(root, name) for name in SPLITS}
-    combined = tables_named(root, "data")
+    images = image_folder(root, config, ("images", ""))
+    files: dict[Split, list[Path]] = {name: find_table(root, name) for name in SPLITS}
+    combined = find_table(root, "data")
     if combined and any(files.values()):
         raise ValueError(
-            f"{root} holds {combined[0].name} as well as files for the splits: keep one or the other, lest a row "
+            f"{root} holds {combined[0].name} as well as files for the splits: keep one or the other, so that no row "
             "counts twice."
         )
+    split_of_file = {paths[0]: name for name, paths in files.items() if paths}
     if combined:
         files = dict.fromkeys(SPLITS, combined)
     if not any(files.values()):
         raise ValueError(
-            f"There is no table of questions in {root}: name it train, val, test or data, with one of the endings "
-            f"{', '.join(TABLES)}."
+            f"There is no table of questions in {root}: name it train, val, test or data, with one of the suffixes "
+            f"{', '.join(WRITABLE)}."
         )
     folder = ImageFolder(images)
-    places = {} if combined else {paths[0]: name for name, paths in files.items() if paths}
 
     def read(path: Path) -> Reading:
-        place = places.get(path, "")
-        recipe = f"own {place} {config.split}"
-        reader = partial(read_own, path, folder, place=place, needs_split=config.split == "official")
+        file_split = split_of_file.get(path, "")
+        recipe = f"own {file_split} {config.split}"
+        reader = partial(read_own, path, folder, split=file_split, needs_split=config.split == "official")
         return read_indexed(path, folder, recipe, reader, cache_folder(config.cache_dir))
 
     source = Source(
@@ -109,123 +84,108 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
     return load_split(source, config, split, root)
 
 
-def tables_named(root: Path, stem: str) -> list[Path]:
-    """The table with a name, at most one.
+def find_table(root: Path, stem: str) -> list[Path]:
+    """Find the table with a name, whatever its suffix: a list of one path, or an empty one.
 
     Raises:
-        ValueError: there are several, with different endings.
+        ValueError: there are several, with different suffixes.
     """
-    found = [root / f"{stem}{suffix}" for suffix in TABLES if (root / f"{stem}{suffix}").is_file()]
+    found = [root / f"{stem}{suffix}" for suffix in WRITABLE if (root / f"{stem}{suffix}").is_file()]
     if len(found) > 1:
         raise ValueError(
-            f"{root} holds {' and '.join(path.name for path in found)}: keep one of them, lest a row counts twice."
+            f"{root} holds {' and '.join(path.name for path in found)}: keep one of them, so that no row counts twice."
         )
     return found
 
 
-def read_own(path: Path, folder: ImageFolder, *, place: str, needs_split: bool) -> Reading:
+def read_own(path: Path, folder: ImageFolder, *, split: str, needs_split: bool) -> Reading:
     """Read one table.
 
     Args:
         path: the table.
-        folder: the folder of the images.
-        place: the split of all rows; "" where the column ``split`` says it.
-        needs_split: whether a row without a split is unusable.
+        folder: the image folder.
+        split: the split of all rows, or "" to read the column ``split``.
+        needs_split: whether to drop rows without a split.
 
     Raises:
-        ValueError: the table cannot be read, or a column is missing.
+        ValueError: the table cannot be read, or a required column is missing.
     """
-    ids: set[str] = set()
-    parse = partial(_parse, folder=folder, stem=path.stem, place=place, needs_split=needs_split, ids=ids)
-    return read_rows(path, parse, required=REQUIRED)
+    parse = partial(_parse, folder=folder, stem=path.stem, split=split, needs_split=needs_split)
+    return read_rows(path, parse, required=("question", "answer"))
 
 
 def _parse(
-    number: int,
-    fields: Fields,
-    repairs: Repairs,
-    *,
-    folder: ImageFolder,
-    stem: str,
-    place: str,
-    needs_split: bool,
-    ids: set[str],
+    number: int, fields: Fields, repairs: Repairs, *, folder: ImageFolder, stem: str, split: str, needs_split: bool
 ) -> Row:
-    question = text_of(fields, "question", repairs)
-    if not place and needs_split:
-        place = text_of(fields, "split", repairs)
-        if place not in SPLITS:
-            raise Unusable("unknown split", place)
-    column = "images" if is_missing(fields.get("image")) else "image"
-    names = _list(fields.get(column), column, repairs)
-    if not names:
-        raise Unusable("no image")
-    images = images_of(names, folder, repairs)
-    answer = text_of(fields, "answer", repairs)
+    question = required_text(fields, "question", repairs)
+    if not split and needs_split:
+        split = required_text(fields, "split", repairs)
+        if split not in SPLITS:
+            raise Unusable("unknown split", split)
+    images = find_images(image_names(fields, repairs), folder, repairs)
+    answer = required_text(fields, "answer", repairs)
     cells = _list(fields.get("options"), "options", repairs)
     kind = optional_text(fields, "answer_type", repairs).lower()
     if kind and kind not in ANSWER_TYPES:
         raise Unusable("unknown answer_type", kind)
-    is_choice = kind == "choice" or (not kind and bool(cells))
     texts: tuple[str, ...] = ()
-    if is_choice:
+    answer_type: AnswerType
+    if kind == "choice" or (not kind and cells):
+        answer_type = "choice"
         options = read_options(cells, repairs)
         texts = options.texts
-        answer = find_gold(options, *_letter_or_text(answer), repairs)
-    is_closed = kind == "closed" or (not kind and normalise(answer) in ("yes", "no"))
-    answer_type: AnswerType = "choice" if is_choice else "closed" if is_closed else "open"
-    ignored: Repairs = {}  # ids and patients may be numbers
-    name = optional_text(fields, "id", ignored) or str(number)
-    if name in ids:
-        raise Unusable("repeated id", name)
-    ids.add(name)
-    patient = optional_text(fields, "patient", ignored)
-    together = f"patient {patient}" if patient else split_fragment(images[0])[0]
-    groups = {group: text for group in GROUPS if (text := optional_text(fields, group, repairs))}
+        letter = as_letter(answer)
+        answer = find_gold(options, letter or None, "" if letter else answer, repairs)
+    else:
+        answer_type = "closed" if kind == "closed" or (not kind and is_yes_no(answer)) else "open"
+    numbers: Repairs = {}  # ids and patients may be numbers
+    row_id = optional_text(fields, "id", numbers) or str(number)
+    patient = optional_text(fields, "patient", numbers)
     return Row(
-        id=f"own/{stem}/{name}",
+        id=f"own/{stem}/{row_id}",
         question=question,
         answer=answer,
         answer_type=answer_type,
         options=texts,
         images=images,
-        together=together,
-        place=place,
-        groups=groups,
+        cluster=f"patient {patient}" if patient else split_fragment(images[0])[0],
+        split=split,
+        groups=read_groups(fields, GROUPS, repairs),
         reasoning=optional_text(fields, "reasoning", repairs),
         description=optional_text(fields, "description", repairs),
     )
 
 
-def _letter_or_text(answer: str) -> tuple[str | None, str]:
-    """(letter, text) of an answer: a lone letter is the option's letter, anything else is its text."""
-    letter = answer.strip(" .:()").upper()
-    return (letter, "") if len(letter) == 1 and letter in LETTERS else (None, answer)
+def image_names(fields: Fields, repairs: Repairs) -> list[str]:
+    """The image names of a row, from the column image or images.
+
+    Raises:
+        Unusable: there is none, or the value is not a list or text.
+    """
+    for column in ("image", "images"):
+        if names := _list(fields.get(column), column, repairs):
+            return names
+    raise Unusable("no image")
 
 
 def _list(value: object, name: str, repairs: Repairs) -> list[str]:
-    """A list of texts: a list, a text that is a JSON list, or a text with bars between its parts.
+    """A list of texts, given as a list, as a JSON list, or separated by "|".
 
     Raises:
-        Unusable: it is none of these.
+        Unusable: the value is none of these, or one of the texts is empty.
     """
     if is_missing(value):
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            parsed = json.loads(value)
+            value = json.loads(value)
         except (ValueError, RecursionError):
-            raise Unusable(f"{name} is not a JSON list", value) from None
-        value = parsed
+            raise Unusable(f"{name} is not a JSON list", str(value)) from None
     if isinstance(value, str):
         value = [part for part in value.split("|") if part.strip()]
     if not isinstance(value, list | tuple):
         raise Unusable(f"{name} is not a list or text", f"a {type(value).__name__}")
-    return [_item(part, name, repairs) for part in value]
-
-
-def _item(part: object, name: str, repairs: Repairs) -> str:
-    text = clean(part, name, repairs)
-    if not text:
+    texts = [clean_text(part, name, repairs) for part in value]
+    if not all(texts):
         raise Unusable(f"empty {name}")
-    return text
+    return texts

@@ -1,10 +1,9 @@
 """VQA-Med 2019 (Ben Abacha et al., ImageCLEF): questions on modality, plane, organ system and abnormality.
 
-The owners publish text files whose lines are ``image|question|answer`` (training and validation) or
-``image|category|question|answer`` (test, with alternatives joined by ``#``), each beside a folder of JPEGs. The
-questions of training and validation come a second time in ``QAPairsByCategory``, one file for each category
-(``C1_Modality_train.txt``), which is where their categories are taken from. All are found below ``data.path`` wherever
-the archives were unpacked. Imports no torch.
+The archives hold text files with a folder of JPEGs beside each. Lines are ``image|question|answer`` (training and
+validation) or ``image|category|question|answer`` (test, with alternative answers joined by ``#``). The categories of
+training and validation questions come from ``QAPairsByCategory``, which repeats them in one file per category
+(``C1_Modality_train.txt``). Files are found anywhere below ``data.path``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, images_of, read_rows, text_of
-from medvqa_rl.data.reading.tables import Fields, Report, read_table
-from medvqa_rl.data.splits import Split, StoredDataset
-from medvqa_rl.data.stored import Source, data_folder, load_split
+from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, find_images, read_rows, required_text
+from medvqa_rl.data.reading.tables import Fields, TableReport, read_table
+from medvqa_rl.data.splits import Split
+from medvqa_rl.data.stored import Source, StoredDataset, data_folder, load_split
 
 FILES: dict[Split, str] = {
     "train": "All_QA_Pairs_train.txt",
@@ -32,13 +31,13 @@ COLUMNS: dict[Split, tuple[str, ...]] = {
     "test": ("image", "category", "question", "answer"),
 }
 IMAGE_FOLDERS: dict[Split, str] = {"train": "Train_images", "val": "Val_images", "test": "VQAMed2019_Test_Images"}
-CATEGORIES: dict[str, str] = {
+CATEGORIES = {
     "C1_Modality": "modality",
     "C2_Plane": "plane",
     "C3_Organ": "organ",
     "C4_Abnormality": "abnormality",
 }
-"""Begin of the name of a file by category -> the name of the category, as the test file writes it."""
+"""Start of a file name in ``QAPairsByCategory`` -> the category, as in the test file."""
 SUFFIX = ".jpg"
 
 QuestionKey = tuple[str, ...]
@@ -46,54 +45,52 @@ QuestionKey = tuple[str, ...]
 
 
 def load_vqa_med(config: DataConfig, split: Split) -> StoredDataset:
-    """Load one split. The answer type is ``closed`` where the gold answer is yes or no, otherwise ``open``. The group
-    family is the category: modality, plane, organ or abnormality; without the files by category, training and
-    validation questions have none.
+    """Load one split.
+
+    The answer type is ``closed`` if the gold answer is yes or no, else ``open``. The group family is the category:
+    modality, plane, organ or abnormality. Training and validation questions have none without ``QAPairsByCategory``.
 
     Raises:
         ValueError: see :func:`medvqa_rl.data.stored.load_split`.
     """
     root = data_folder(config, "VQA-Med 2019", ["**"])
-    files = {place: sorted(root.rglob(name))[:1] for place, name in FILES.items()}
+    files = {name: sorted(root.rglob(file))[:1] for name, file in FILES.items()}
     if not any(files.values()):
         raise ValueError(
             f"There is none of the files {', '.join(FILES.values())} in {root} or below: set data.path to the folder "
             "of VQA-Med 2019, with its archives unpacked."
         )
-    places: dict[str, Split] = {name: place for place, name in FILES.items()}
+    split_of_file: dict[str, Split] = {file: name for name, file in FILES.items()}
     folder = ImageFolder(root)
 
     def read(path: Path) -> Reading:
-        place = places[path.name]
-        below = next((found for found in sorted(root.rglob(IMAGE_FOLDERS[place])) if found.is_dir()), None)
-        if below is None:
+        file_split = split_of_file[path.name]
+        images = next((found for found in sorted(root.rglob(IMAGE_FOLDERS[file_split])) if found.is_dir()), None)
+        if images is None:
             raise ValueError(
-                f"There is no folder {IMAGE_FOLDERS[place]!r} in {root} or below: unpack the images of VQA-Med 2019."
+                f"There is no folder {IMAGE_FOLDERS[file_split]!r} in {root} or below: unpack the images of "
+                "VQA-Med 2019."
             )
-        return read_vqa_med(path, folder, below.relative_to(root).as_posix(), place, read_categories(root, place))
+        below = images.relative_to(root).as_posix()
+        return read_vqa_med(path, folder, below, file_split, read_categories(root, file_split))
 
-    source = Source(
-        title="VQA-Med 2019",
-        files=files,
-        read=read,
-        images=root,
-        names={place: f"vqa_med/official/{place}" for place in FILES},
-    )
-    return load_split(source, config, split, root)
+    return load_split(Source("VQA-Med 2019", files, read, root), config, split, root)
 
 
-def read_categories(root: Path, place: Split) -> dict[QuestionKey, str]:
-    """The category of every question in the files by category; a question that is in several has none.
+def read_categories(root: Path, split: Split) -> dict[QuestionKey, str]:
+    """Read the category of every question from the files of ``QAPairsByCategory``, except questions in several files.
 
     Raises:
         ValueError: a file cannot be read.
     """
+    if split == "test":
+        return {}
     found: dict[QuestionKey, str] = {}
     ambiguous: set[QuestionKey] = set()
-    for begin, category in CATEGORIES.items() if place != "test" else ():
-        for path in sorted(root.rglob(f"{begin}_{place}.txt"))[:1]:
-            # What is wrong with a line is told where the question itself is read.
-            for _, fields in read_table(path, Report(path.name), columns=COLUMNS[place]):
+    for start, category in CATEGORIES.items():
+        for path in sorted(root.rglob(f"{start}_{split}.txt"))[:1]:
+            # Bad lines are reported when the questions themselves are read.
+            for _, fields in read_table(path, TableReport(path.name), columns=COLUMNS[split]):
                 key = _question_key(fields)
                 if found.setdefault(key, category) != category:
                     ambiguous.add(key)
@@ -105,22 +102,22 @@ def _question_key(fields: Fields) -> QuestionKey:
 
 
 def read_vqa_med(
-    path: Path, folder: ImageFolder, below: str, place: Split, categories: Mapping[QuestionKey, str]
+    path: Path, folder: ImageFolder, below: str, split: Split, categories: Mapping[QuestionKey, str]
 ) -> Reading:
     """Read one file.
 
     Args:
         path: the file.
         folder: the data set's folder.
-        below: the folder of this split's images, relative to it.
-        place: the split, which decides on the columns.
-        categories: of the questions, where the file does not name them.
+        below: folder of this split's images, relative to ``folder``.
+        split: the split, which determines the columns.
+        categories: from :func:`read_categories`.
 
     Raises:
         ValueError: the file cannot be read.
     """
-    parse = partial(_parse, folder=folder, below=below, place=place, categories=categories)
-    return read_rows(path, parse, columns=COLUMNS[place])
+    parse = partial(_parse, folder=folder, below=below, split=split, categories=categories)
+    return read_rows(path, parse, columns=COLUMNS[split])
 
 
 def _parse(
@@ -130,37 +127,34 @@ def _parse(
     *,
     folder: ImageFolder,
     below: str,
-    place: Split,
+    split: Split,
     categories: Mapping[QuestionKey, str],
 ) -> Row:
-    name = text_of(fields, "image", repairs)
-    question = text_of(fields, "question", repairs)
-    answer = text_of(fields, "answer", repairs)
+    name = required_text(fields, "image", repairs)
+    question = required_text(fields, "question", repairs)
+    answer = required_text(fields, "answer", repairs)
     if "#" in answer:
         alternatives = [part.strip() for part in answer.split("#") if part.strip()]
         if not alternatives:
             raise Unusable("empty answer", answer)
         repairs["several reference answers, the first counts"] = answer
         answer = alternatives[0]
-    images = images_of([f"{below}/{name}{'' if name.endswith(SUFFIX) else SUFFIX}"], folder, repairs)
-    is_binary = normalise(answer) in ("yes", "no")
-    groups = {"answer_kind": "yes/no" if is_binary else "other"}
+    images = find_images([f"{below}/{name.removesuffix(SUFFIX)}{SUFFIX}"], folder, repairs)
+    groups = {"answer_kind": "yes/no" if is_yes_no(answer) else "other"}
     if "category" in fields:
-        groups["family"] = text_of(fields, "category", repairs)
+        groups["family"] = required_text(fields, "category", repairs)
+    elif category := categories.get(_question_key(fields)):
+        groups["family"] = category
     elif categories:
-        category = categories.get(_question_key(fields))
-        if category is None:
-            repairs["in no file by category, or in several: no family"] = question
-        else:
-            groups["family"] = category
+        repairs["in no file by category, or in several: no family"] = question
     return Row(
-        id=f"vqa_med/{place}/{number}",
+        id=f"vqa_med/{split}/{number}",
         question=question,
         answer=answer,
-        answer_type="closed" if is_binary else "open",
+        answer_type="closed" if is_yes_no(answer) else "open",
         options=(),
         images=images,
-        together=name,
-        place=place,
+        cluster=name,
+        split=split,
         groups=groups,
     )

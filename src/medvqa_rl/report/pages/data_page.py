@@ -166,7 +166,7 @@ def _letters(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, list[tuple[
 
 def _pairs(report: DataReport) -> list[ShownPair]:
     """The shared images that a name does not give away first, then some of the others."""
-    order = {"pixels": 0, "looks": 1, "name": 2}
+    order = {"pixels": 0, "hash": 1, "name": 2}
     found = [(overlap, pair) for overlap in report.overlaps for pair in overlap.pairs]
     found.sort(key=lambda item: (order[item[1].how], item[1].bits))
     sources = {key: source for split in report.splits for key, source in split.images.items()}
