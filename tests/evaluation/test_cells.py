@@ -160,6 +160,12 @@ def test_two_shards_equal_one_process(
     run_eval(config, output=folder, controls=True, shard=Shard(0, 2))
     assert content(folder) == content(tmp_path / "whole")
     assert len(list((folder / "shards").iterdir())) == 2
+    late = tmp_path / "late"
+    run_eval(config, output=late, shard=Shard(0, 2))
+    run_eval(config, output=late, controls=True, shard=Shard(1, 2))
+    assert not (late / "results.json").exists()  # shard 0 has not answered the controls
+    run_eval(config, output=late, controls=True, shard=Shard(0, 2), resume=True)
+    assert content(late) == content(tmp_path / "whole")
 
 
 def test_a_complete_evaluation_is_shown_again_without_a_model(
