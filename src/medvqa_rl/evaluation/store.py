@@ -88,12 +88,11 @@ class RecordFile:
         """Append records and flush them to disk."""
         self.own.parent.mkdir(parents=True, exist_ok=True)
         with self.own.open("ab+") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
-                file.seek(0)
-                complete = file.read().rfind(b"\n") + 1
-                if complete != size:
-                    file.truncate(complete)  # drop the incomplete line of a killed process
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a killed process left an incomplete line
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
             file.writelines(record_line(record).encode() for record in records)
             file.flush()
             os.fsync(file.fileno())

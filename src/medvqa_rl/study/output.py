@@ -86,28 +86,24 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         write_text(folder / name, text)
         written.append(folder / name)
 
-    tests, factors = [], []
+    def write_table(name: str, section: Section, caption: str, as_data: str = "") -> Section:
+        write(f"{name}.csv", as_data or as_csv(section.titles, section.body))
+        write(f"{name}.tex", as_latex(section.titles, section.body, caption))
+        return section
+
+    tests, factors, contrasts = [], [], []
     for name, arms in collected.tests.items():
         caption = f"{name}: {arms[0].num_questions} questions about {arms[0].num_clusters} images."
-        titles, body = rows(arms, recipe.baseline)
-        tests.append(Section(caption, titles, body))
-        write(f"{name}.csv", as_csv(titles, body))
-        write(f"{name}.tex", as_latex(titles, body, caption))
+        tests.append(write_table(name, Section(caption, *rows(arms, recipe.baseline)), caption))
     for table in recipe.tables:
-        cells = factor_cells(table, collected.tests[recipe.primary], recipe.baseline)
-        if not cells:
-            continue
-        titles, body = factor_rows(cells)
-        notes = [text for text in (table.note, SECONDARY if table.published else "") if text]
-        factors.append(Section(f"{table.title} ({recipe.primary})", titles, body, notes))
-        write(f"factor-{table.slug}.csv", factor_csv(cells))
-        write(f"factor-{table.slug}.tex", as_latex(titles, body, " ".join([f"{table.title}.", *notes])))
-    contrasts = []
+        if cells := factor_cells(table, collected.tests[recipe.primary], recipe.baseline):
+            notes = [text for text in (table.note, SECONDARY if table.published else "") if text]
+            section = Section(f"{table.title} ({recipe.primary})", *factor_rows(cells), notes)
+            caption = " ".join([f"{table.title}.", *notes])
+            factors.append(write_table(f"factor-{table.slug}", section, caption, factor_csv(cells)))
     for number, (contrast, found) in enumerate(collected.contrasts, start=1):
-        titles, body = contrast_table(contrast, found)
-        contrasts.append(Section(contrast.title, titles, body))
-        write(f"contrast-{number}.csv", as_csv(titles, body))
-        write(f"contrast-{number}.tex", as_latex(titles, body, f"{contrast.title}."))
+        section = Section(contrast.title, *contrast_table(contrast, found))
+        contrasts.append(write_table(f"contrast-{number}", section, f"{contrast.title}."))
     light = write_figures(collected, folder / "figures")
     dark = write_figures(collected, folder / "figures", "dark", "-dark")
     written += [*light.values(), *dark.values()]

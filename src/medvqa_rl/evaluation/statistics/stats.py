@@ -157,12 +157,9 @@ def paired_cluster_bootstrap(
 
 
 @dataclass(frozen=True)
-class SeededInterval:
+class SeededInterval(Interval):
     """Result of :func:`seeds_and_clusters_bootstrap`."""
 
-    estimate: float
-    low: float
-    high: float
     standard_error: float
     """Standard deviation of the resampled means."""
 
