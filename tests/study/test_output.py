@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cells import OUTCOMES, store, write
+from cells import OUTCOMES, records_of, store, write
 from hypothesis import given as hypothesis_given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,7 +28,7 @@ from PIL import Image
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.study import figures
 from medvqa_rl.study.collect import Collected, collect
-from medvqa_rl.study.findings import WrongAnswer, correlations, longest_wrong
+from medvqa_rl.study.findings import correlations, longest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
@@ -197,13 +197,13 @@ def test_invalid_tables_are_refused(
 
 def test_the_longest_wrong_answers_come_first_and_once_per_question(collected: Collected) -> None:
     # sft is wrong at questions 0, 1, 5, 6, 10 with seed 0 and at 0, 3, 4, 5, 6 with seed 1, which is a token longer.
-    shown = [(answer.label, answer.question, answer.num_tokens) for answer in collected.longest_wrong["sft"]]
+    shown = [(label, record.question, record.num_tokens) for label, record in collected.longest_wrong["sft"]]
     assert shown == [
         ("sft, seed 0", "Is it 10 <b>?", 118),
         ("sft, seed 1", "Is it 6 <b>?", 79),
         ("sft, seed 1", "Is it 5 <b>?", 69),
     ]
-    assert [answer.question for answer in collected.longest_wrong["grpo"]] == [
+    assert [record.question for _, record in collected.longest_wrong["grpo"]] == [
         "Is it 10 <b>?",
         "Is it 6 <b>?",
         "Is it 4 <b>?",
@@ -225,8 +225,8 @@ def test_model_outputs_are_never_markup(collected: Collected, tmp_path: Path) ->
 @settings(deadline=None)
 @hypothesis_given(st.text(alphabet="`\n# a", max_size=60))
 def test_no_text_closes_its_code_block(text: str) -> None:
-    answer = WrongAnswer("x", text, text, text, 3, False)
-    block = "\n".join(_answer_lines({"arm": [_shortened(answer)]})[2:])
+    record = replace(records_of("0")[0], question=text, gold=text, output=text)
+    block = "\n".join(_answer_lines({"arm": [_shortened("x", record)]})[2:])
     fence = re.match(r"`+", block)
     assert fence is not None
     end = re.compile(rf" {{0,3}}`{{{len(fence.group())},}}\s*")
@@ -235,8 +235,8 @@ def test_no_text_closes_its_code_block(text: str) -> None:
 
 
 def test_long_texts_are_cut() -> None:
-    answer = WrongAnswer("x", "q", "g", "a" * 5000, 3, True)
-    shown = "\n".join(_answer_lines({"arm": [_shortened(answer)]}))
+    record = replace(records_of("0")[0], output="a" * 5000, is_truncated=True)
+    shown = "\n".join(_answer_lines({"arm": [_shortened("x", record)]}))
     assert (
         "a" * MAX_SHOWN + " ..." in shown
         and "a" * (MAX_SHOWN + 1) not in shown

@@ -20,7 +20,7 @@ from medvqa_rl.evaluation.statistics.stats import (
 )
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.runs import Row, read_run
-from medvqa_rl.study.findings import Budget, PartCorrelation, WrongAnswer, budget, correlations, longest_wrong
+from medvqa_rl.study.findings import Budget, LabelledRecord, PartCorrelation, budget, correlations, longest_wrong
 from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows, shared_outcomes
 from medvqa_rl.study.plan.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
@@ -78,7 +78,7 @@ class Collected:
     """Trained arm -> metrics.jsonl of each seed."""
     correlations: Mapping[str, tuple[PartCorrelation, ...]]
     """Trained arm -> correlations of its reward parts with correctness; empty for supervised arms."""
-    longest_wrong: Mapping[str, tuple[WrongAnswer, ...]]
+    longest_wrong: Mapping[str, tuple[LabelledRecord, ...]]
     """Arm -> its longest wrong answers on the primary test."""
 
 

@@ -39,34 +39,22 @@ def budget(cell: Cell) -> Budget:
             return Budget(completions, train.steps * cell.config.loss.num_iterations)
 
 
-@dataclass(frozen=True)
-class WrongAnswer:
-    """A wrong answer of an arm."""
-
-    label: str
-    """Label of the cell."""
-    question: str
-    gold: str
-    output: str
-    num_tokens: int
-    is_truncated: bool
+LabelledRecord = tuple[str, EvalRecord]
+"""Label of a cell, and one of its records."""
 
 
-def longest_wrong(answers: Mapping[str, Sequence[EvalRecord]], count: int = NUM_SHOWN) -> tuple[WrongAnswer, ...]:
+def longest_wrong(answers: Mapping[str, Sequence[EvalRecord]], count: int = NUM_SHOWN) -> tuple[LabelledRecord, ...]:
     """Return the longest wrong answers of an arm, longest first, with at most one per question.
 
     Args:
         answers: records by cell label.
         count: of answers.
     """
-    wrong = [(record, label) for label, records in answers.items() for record in records if record.is_correct is False]
-    longest: dict[str, tuple[EvalRecord, str]] = {}
-    for record, label in sorted(wrong, key=lambda pair: (-pair[0].num_tokens, pair[0].sample_id, pair[1])):
-        longest.setdefault(record.sample_id, (record, label))
-    return tuple(
-        WrongAnswer(label, record.question, record.reference, record.output, record.num_tokens, record.is_truncated)
-        for record, label in list(longest.values())[:count]
-    )
+    wrong = [(label, record) for label, records in answers.items() for record in records if record.is_correct is False]
+    longest: dict[str, LabelledRecord] = {}
+    for label, record in sorted(wrong, key=lambda pair: (-pair[1].num_tokens, pair[1].sample_id, pair[0])):
+        longest.setdefault(record.sample_id, (label, record))
+    return tuple(longest.values())[:count]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean
 
 from medvqa_rl.core.files import write_text
+from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.tables import as_csv, as_markdown
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.page import FigureFile, environment
 from medvqa_rl.study.collect import Collected
 from medvqa_rl.study.figures import write_figures
-from medvqa_rl.study.findings import PartCorrelation, WrongAnswer
+from medvqa_rl.study.findings import PartCorrelation
 from medvqa_rl.study.tables import (
     NOTES,
     PUBLISHED,
@@ -121,7 +122,9 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         figures=[FigureFile(title, path, dark[title], CAPTIONS[title]) for title, path in light.items()],
         parts=_correlation_section(collected.correlations),
         notes=_notes(collected),
-        longest_wrong={arm: list(map(_shortened, answers)) for arm, answers in collected.longest_wrong.items()},
+        longest_wrong={
+            arm: [_shortened(*answer) for answer in answers] for arm, answers in collected.longest_wrong.items()
+        },
         signs=_sign_section(collected.signs),
         found=[(arm, check.name, seed, check.figure) for arm, seed, check in checks if check.verdict == "look"],
         rules={check.name: check.rule for _, _, check in checks},
@@ -206,15 +209,14 @@ def _sign_section(signs: Mapping[str, Mapping[int, Sequence[Check]]]) -> Section
     return Section("Signs of failure", ["arm", *names], body)
 
 
-def _shortened(answer: WrongAnswer) -> dict[str, str]:
+def _shortened(label: str, record: EvalRecord) -> dict[str, str]:
     """Format an answer, cutting a long output."""
-    text = answer.output if len(answer.output) <= MAX_SHOWN else answer.output[:MAX_SHOWN] + " ..."
-    end = ", truncated at the token limit" if answer.is_truncated else ""
+    end = ", truncated at the token limit" if record.is_truncated else ""
     return {
-        "head": f"{answer.label}, {answer.num_tokens} tokens{end}",
-        "question": answer.question,
-        "gold": answer.gold,
-        "output": text,
+        "head": f"{label}, {record.num_tokens} tokens{end}",
+        "question": record.question,
+        "gold": record.reference,
+        "output": record.output if len(record.output) <= MAX_SHOWN else record.output[:MAX_SHOWN] + " ...",
     }
 
 
