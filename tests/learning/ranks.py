@@ -96,7 +96,7 @@ def share_completions(path: Path, *, write: bool) -> None:
     same weights and must sample the same tokens.
     """
     exact = grpo.roll_out
-    kept: dict[str, Any] = {} if write else json.loads(path.read_text())
+    stored: dict[str, Any] = {} if write else json.loads(path.read_text())
 
     def shared(config: Any, accelerator: Any, setup: Any, step: int, prompts: Any) -> list[Group]:
         groups = exact(config, accelerator, setup, step, prompts)
@@ -104,16 +104,16 @@ def share_completions(path: Path, *, write: bool) -> None:
         for group in groups:
             key, own = f"{step} {group.sample.id}", [asdict(completion) for completion in group.completions]
             if write:
-                kept[key] = own
+                stored[key] = own
                 continue
-            other = [row | {"token_ids": tuple(row["token_ids"])} for row in kept[key]]
+            other = [row | {"token_ids": tuple(row["token_ids"])} for row in stored[key]]
             flipped = sum(one["token_ids"] != two["token_ids"] for one, two in zip(own, other, strict=True))
             if is_exact:
                 print(f"flipped {flipped} of {len(own)} in step {step}", file=sys.stderr)
                 assert step > 0 or not flipped, "the first step sampled other tokens"
             group.completions = tuple(Completion(**row) for row in other)
         if write:
-            path.write_text(json.dumps(kept))
+            path.write_text(json.dumps(stored))
         return groups
 
     grpo.roll_out = shared

@@ -109,6 +109,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if "time" not in name} for line in lines]
 
 
+def checkpoint_bytes(run: Path, step: int) -> list[bytes]:
+    """The content of a checkpoint's safetensors files: weights and optimizer state."""
+    files = sorted((run / "checkpoints" / f"step_{step:06d}").rglob("*.safetensors"))
+    assert files
+    return [path.read_bytes() for path in files]
+
+
 def gradients(config: Config) -> dict[str, torch.Tensor]:
     """The gradient of the first step on this rank's groups, by parameter; all ranks get the same."""
     from medvqa_rl.learning.objective.advantages import group_advantages
