@@ -39,7 +39,12 @@ TIMES = {"step_time", "seconds", "time", "began", "ended", "questions_per_second
 
 def call(*arguments: str, cwd: Path) -> str:
     """Run ``medvqa-rl`` with one thread and return what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "COLUMNS": "120",
+        "XDG_CACHE_HOME": str(cwd / "cache"),  # cached verdicts are counted in the metrics
+    }
     command = [sys.executable, "-m", "medvqa_rl", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
