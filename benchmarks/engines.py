@@ -20,7 +20,7 @@ from benchmarks.common import Workload, make_config, make_data, now
 from medvqa_rl.core.types import Completion, Group, Sample
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.batching.sampler import step_samples
-from medvqa_rl.learning.grpo import roll_out
+from medvqa_rl.learning.collector import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
@@ -136,7 +136,7 @@ def run_ours(
     with make_feed(config, accelerator, setup, range(steps), workload.prompts) as feed:
         for step in range(steps):
             with watch.phase("rollout"):
-                groups = roll_out(config, accelerator, setup, step, feed.prompts(step))
+                groups = roll_out(config, setup, step, feed.prompts(step))
             with watch.phase("reward"):
                 total = torch.from_numpy(rewards.score(groups, step=step).total)
             with watch.phase("update"):

@@ -49,7 +49,7 @@ from benchmarks.common import (
 )
 from medvqa_rl.core.memory import keep_freed_memory
 from medvqa_rl.learning.batching.feed import make_feed
-from medvqa_rl.learning.grpo import roll_out
+from medvqa_rl.learning.collector import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.update import Learner
@@ -99,7 +99,7 @@ def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
             accelerator.wait_for_everyone()
             passed, began = time.perf_counter(), now()
             with trained.gathered():
-                groups = roll_out(config, accelerator, setup, step, feed.prompts(step))
+                groups = roll_out(config, setup, step, feed.prompts(step))
             total = torch.from_numpy(rewards.score(groups, step=step).total)
             rolled_out = now()
             accelerator.wait_for_everyone()  # where a run exchanges what its ranks have sampled

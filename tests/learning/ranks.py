@@ -22,7 +22,7 @@ from toy import ToyData
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import Completion, Group, Sample
-from medvqa_rl.learning import grpo
+from medvqa_rl.learning import collector, grpo
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.run import Run
@@ -95,11 +95,11 @@ def share_completions(path: Path, *, write: bool) -> None:
     printed to standard error, except in bfloat16, where half of the completions soon differ. The first step has the
     same weights and must sample the same tokens.
     """
-    exact = grpo.roll_out
+    exact = collector.roll_out
     stored: dict[str, Any] = {} if write else json.loads(path.read_text())
 
-    def shared(config: Any, accelerator: Any, setup: Any, step: int, prompts: Any) -> list[Group]:
-        groups = exact(config, accelerator, setup, step, prompts)
+    def shared(config: Any, setup: Any, step: int, prompts: Any) -> list[Group]:
+        groups = exact(config, setup, step, prompts)
         is_exact = config.model.dtype != "bfloat16"
         for group in groups:
             key, own = f"{step} {group.sample.id}", [asdict(completion) for completion in group.completions]
@@ -116,7 +116,7 @@ def share_completions(path: Path, *, write: bool) -> None:
             path.write_text(json.dumps(stored))
         return groups
 
-    grpo.roll_out = shared
+    collector.roll_out = shared
 
 
 def work(job: dict[str, Any]) -> None:

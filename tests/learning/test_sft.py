@@ -15,6 +15,7 @@ from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.phantom.claims import faithfulness
 from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.learning.batching.feed import PreparedPrompt
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.sft import sft_loss, target_groups, target_text, train_sft
 from medvqa_rl.rewards.judges.embedded import conclusion
@@ -63,7 +64,8 @@ def test_every_template_is_taught_its_own_form(template):
 def test_loss_and_gradient_equal_the_stock_model(tiny_policy, mixed_samples, model_inputs, size):
     """The stock cross-entropy over all target tokens of four prompts, whatever the micro-batches."""
     policy = tiny_policy()
-    groups = target_groups(mixed_samples, policy.processor, "think_answer")
+    prompts = [PreparedPrompt(sample, 0, policy.processor.encode(sample), 0) for sample in mixed_samples]
+    groups = target_groups(prompts, policy.processor, use_reasoning=True)
     losses, count = [], 0
     for group in groups:
         ids = group.completions[0].token_ids

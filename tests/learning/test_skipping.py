@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import ToyData, toy_config
+from toy import ToyData, first_groups, toy_config
 
 from medvqa_rl.learning import update
-from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner, contributing
 
@@ -32,7 +31,7 @@ def prepared(folder, tmp_path, advantages, *, text_only=(), **changes):
     )
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     setup = set_up(config, ToyData(), None)
-    groups = roll_out(config, accelerator, setup, 0)
+    groups = first_groups(config, accelerator, setup)
     for index in text_only:
         sample = replace(groups[index].sample, images=())
         groups[index] = replace(groups[index], sample=sample, prompt=setup.policy.processor.encode(sample))

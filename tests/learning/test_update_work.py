@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toy import ToyData, toy_config
+from toy import ToyData, first_groups, toy_config
 
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
-from medvqa_rl.learning.grpo import roll_out
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
@@ -50,7 +49,7 @@ class Work:
         for module in modules:
             backbone(module).visual.register_forward_hook(self._saw)
             backbone(module).language_model.register_forward_hook(self._spoke)
-        self.groups = roll_out(config, accelerator, self.setup, 0)
+        self.groups = first_groups(config, accelerator, self.setup)
         self.in_rollout = len(self.towers)
         self.language.clear()
         self.metrics = self.learner.update(self.groups, ADVANTAGES, torch.ones(4, 4, dtype=torch.bool), 0)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.learning import grpo
+from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rollout.decode import RolloutEngine
 
 STEPS = 3
@@ -74,8 +74,8 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(write, tmp_path, monkeyp
     """Exactly so over the stand-in, whose completions depend on seeds and weights alone. Evaluations are the plain
     engine's; vLLM learns of the weights once a step."""
     loads, sampled = [], []
-    fresh = grpo.Setup.sampling
-    monkeypatch.setattr(grpo.Setup, "sampling", lambda setup: loads.append(1) or fresh(setup))
+    fresh = Setup.sampling
+    monkeypatch.setattr(Setup, "sampling", lambda setup: loads.append(1) or fresh(setup))
     monkeypatch.setattr(RolloutEngine, "rollout", lambda *args, **kwargs: sampled.append(1))
     train(write("whole", mode, **model))
     assert (len(loads), sampled) == (STEPS, [])

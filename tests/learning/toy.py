@@ -15,14 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
-from medvqa_rl.learning.grpo import roll_out, train
+from medvqa_rl.learning.batching.feed import make_feed
+from medvqa_rl.learning.collector import roll_out
+from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.run import checkpoint
-from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
+from medvqa_rl.learning.setup import Setup, make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.sft import train_sft
+from medvqa_rl.learning.update import Learner
+from medvqa_rl.rewards import Rewards
 
 
 @dataclass(frozen=True)
@@ -116,19 +122,37 @@ def checkpoint_bytes(run: Path, step: int) -> list[bytes]:
     return [path.read_bytes() for path in files]
 
 
+def make_group(prompt: int, lengths: list[int], name: str = "x") -> Group:
+    """A group with a prompt of this many tokens and completions of these lengths."""
+    sample = Sample(id=name, question="?", answer="yes", answer_type="closed", images=())
+    ids = np.zeros(prompt, dtype=np.int64)
+    completions = [Completion((1,) * length, "", False) for length in lengths]
+    return Group(sample, EncodedPrompt(ids, None, None, ""), completions)
+
+
+def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
+    """Share of vowels where an effusion is asked for, else 0: every other question has no signal."""
+    texts = [completion[0]["content"].lower() for completion in completions]
+    return [
+        sum(letter in "aeiou" for letter in text) / max(1, len(text)) * ("effusion" in str(prompt))
+        for prompt, text in zip(prompts, texts)
+    ]
+
+
+def first_groups(config: Config, accelerator: Accelerator, setup: Setup) -> list[Group]:
+    """This rank's groups of the first step."""
+    with make_feed(config, accelerator, setup, range(1), config.train.prompts_per_step) as feed:
+        return roll_out(config, setup, 0, feed.prompts(0))
+
+
 def gradients(config: Config) -> dict[str, torch.Tensor]:
     """The gradient of the first step on this rank's groups, by parameter; all ranks get the same."""
-    from medvqa_rl.learning.objective.advantages import group_advantages
-    from medvqa_rl.learning.setup import make_reference
-    from medvqa_rl.learning.update import Learner
-    from medvqa_rl.rewards import Rewards
-
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     setup = set_up(config, ToyData(), None)
     reference = make_reference(config, setup.policy)
     trained = wrap(config, accelerator, setup.policy)
     learner = Learner(config, accelerator, setup.policy, reference, trained)
-    groups = roll_out(config, accelerator, setup, 0)
+    groups = first_groups(config, accelerator, setup)
     total = torch.from_numpy(Rewards(config.rewards).score(groups, step=0).total)
     if accelerator.is_main_process:
         total[0, 0] = torch.nan  # one unscored completion, so that the ranks' own counts differ
@@ -164,19 +188,3 @@ def main(mode: str, path: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2])
-
-
-def make_group(prompt, lengths, name="x"):
-    sample = Sample(id=name, question="?", answer="yes", answer_type="closed", images=())
-    ids = np.zeros(prompt, dtype=np.int64)
-    completions = [Completion((1,) * length, "", False) for length in lengths]
-    return Group(sample, EncodedPrompt(ids, None, None, ""), completions)
-
-
-def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
-    """Share of vowels where an effusion is asked for, else 0: every other question has no signal."""
-    texts = [completion[0]["content"].lower() for completion in completions]
-    return [
-        sum(letter in "aeiou" for letter in text) / max(1, len(text)) * ("effusion" in str(prompt))
-        for prompt, text in zip(prompts, texts)
-    ]

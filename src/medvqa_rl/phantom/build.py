@@ -40,7 +40,7 @@ from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, 
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.optimizer import Optimizer
-from medvqa_rl.learning.sft import sft_loss, target_group
+from medvqa_rl.learning.sft import sft_loss, target_completion
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.seeing import learn_to_see
@@ -228,7 +228,11 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
 def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[Group]:
     """The samples of one step as groups of one completion."""
     lessons = [lesson(stage, seed, step * BATCH + index) for index in range(BATCH)]
-    return [target_group(sample, text, policy.processor, "think_answer") for sample, text in lessons]
+    processor = policy.processor
+    return [
+        Group(sample, processor.encode(sample, "think_answer"), (target_completion(text, processor),))
+        for sample, text in lessons
+    ]
 
 
 def save(policy: Policy, folder: Path) -> None:

@@ -18,7 +18,7 @@ from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Score
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.step_metrics import record_completions, template_metrics
-from medvqa_rl.learning.sft import train_sft
+from medvqa_rl.learning.sft import SftLearner, train_sft
 
 MIX = PromptConfig.model_validate({"mix": {"explain": 1, "short": 2, "open_ended": 1, "choice": 4}})
 CHOICE = Sample("s", "Which?", "B", "choice", options=("left", "right"))
@@ -130,15 +130,13 @@ def test_without_a_mix_there_are_no_template_metrics(tiny_folder, tmp_path) -> N
 
 def test_supervised_targets_follow_the_format_of_their_template(tiny_folder, tmp_path, monkeypatch) -> None:
     seen: list[tuple[str, str]] = []
-    from medvqa_rl.learning import sft
+    accumulate = SftLearner.accumulate
 
-    accumulate = sft.accumulate
-
-    def spy(config: Any, accelerator: Any, setup: Any, forward: Any, groups: Any) -> Any:
+    def spy(learner: Any, groups: Any) -> Any:
         seen.extend((group.template, group.completions[0].text) for group in groups)
-        return accumulate(config, accelerator, setup, forward, groups)
+        return accumulate(learner, groups)
 
-    monkeypatch.setattr(sft, "accumulate", spy)
+    monkeypatch.setattr(SftLearner, "accumulate", spy)
     config = toy_config(
         tiny_folder("qwen2_vl"),
         tmp_path / "run",

@@ -7,7 +7,7 @@ import pytest
 from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
-from medvqa_rl.learning import grpo
+from medvqa_rl.learning import collector
 from medvqa_rl.learning.batching.resampling import groups_without_signal, resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_indices
 from medvqa_rl.learning.grpo import train
@@ -125,14 +125,14 @@ def test_a_resumed_run_repeats_the_resampling(tiny_folder, tmp_path, monkeypatch
         )
 
     seen: list[list[int]] = []
-    roll_out = grpo.roll_out
+    roll_out = collector.roll_out
 
-    def watched(config, accelerator, setup, step, prompts=None):
+    def watched(config, setup, step, prompts):
         seen.append([prepared.occurrence for prepared in prompts])
-        return roll_out(config, accelerator, setup, step, prompts)
+        return roll_out(config, setup, step, prompts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "roll_out", watched)
+        patch.setattr(collector, "roll_out", watched)
         whole = read_metrics(train(config("whole"), train_set=ToyData(50)))
     plain = read_metrics(train(config("plain", times=0), train_set=ToyData(50)))
     assert sum(row["frac_reward_zero_std"] for row in plain) >= 1.0

@@ -161,7 +161,7 @@ def test_a_failed_run_is_marked(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise NonFiniteError("The loss is not finite.", (), has_valid_weights=False)
 
-    monkeypatch.setattr("medvqa_rl.learning.grpo.roll_out", fail)
+    monkeypatch.setattr("medvqa_rl.learning.collector.roll_out", fail)
     with pytest.raises(NonFiniteError):
         run_toy(tiny_folder("qwen2_vl"), tmp_path, name)
     assert recorder.all("finish") == [((), {"exit_code": 1} if name == "wandb" else {})]
