@@ -1,4 +1,4 @@
-"""What both loops begin with: ranks, data, policy, rollout engine, and the policy as an engine trains it."""
+"""Setup shared by both training loops: accelerator, data, policy, rollout engine, and the wrapped policy."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ from medvqa_rl.rollout.vllm_server import Server, check_answers
 
 @dataclass
 class Setup:
-    """The parts of a run."""
+    """The components of a run."""
 
     policy: Policy
     engine: RolloutEngine
-    """Prepares prompts, answers evaluations, and samples what is trained on unless vLLM does."""
+    """Encodes prompts, runs evaluations, and rolls out training prompts unless vLLM does."""
     datasets: Mapping[str, Dataset]
-    """``train``, and ``val`` where there are evaluations."""
+    """``train``, and ``val`` if evaluation is enabled."""
     num_parameters: int
     num_trained: int
     vllm: VllmEngine | None = None
-    """Samples what is trained on where ``rollout.engine`` is vllm."""
+    """Rolls out training prompts if ``rollout.engine`` is vllm."""
 
     @property
     def sampler(self) -> RolloutEngine | VllmEngine:
-        """Samples what is trained on."""
+        """The engine that rolls out training prompts."""
         return self.engine if self.vllm is None else self.vllm
 
     def sampling(self) -> AbstractContextManager[None]:
-        """:attr:`sampler` has the policy's weights for the time of the block; all ranks enter it together."""
+        """Give :attr:`sampler` the policy's current weights within the block. All ranks enter it together."""
         return nullcontext() if self.vllm is None else self.vllm.fresh()
 
 
 def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
-    """Join the processes that a launcher started, or run alone.
+    """Join the processes that a launcher started, or run as a single process.
 
     Raises:
-        ValueError: settings and launcher do not fit together; a sentence says how.
+        ValueError: the settings contradict the launcher.
     """
     launch = read_launch(os.environ)
     check_launch(config, launch, prompts_per_step)
@@ -72,31 +72,31 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     uses_zero = launch.engine in ("zero2", "zero3")
     if uses_zero:
         _prepare_deepspeed(launch.engine, is_cpu=is_cpu)
-    # With a trained vision tower a micro-batch without images leaves parameters unused.
+    # A micro-batch without images does not use the parameters of a trained vision tower.
     trains_vision = config.model.train_vision or config.model.train_projector
     accelerator = Accelerator(
-        # Accelerate knows DeepSpeed on accelerators only; it takes a CPU for one where the backend is named.
+        # Accelerate supports DeepSpeed on accelerators only, but accepts a CPU if the backend is given.
         cpu=is_cpu and not uses_zero,
         mixed_precision="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=trains_vision),
-            # Ranks wait for one that evaluates or saves, however long that takes; roll_call.py sees if one is lost.
+            # Ranks wait while one evaluates or saves, however long that takes; roll_call.py detects lost ranks.
             InitProcessGroupKwargs(backend="gloo" if is_cpu and uses_zero else None, timeout=timedelta(days=1)),
         ],
     )
     if uses_zero:
-        # Or transformers would partition every model that it loads, judges too. The policy is when it is wrapped.
+        # Otherwise transformers would partition every model it loads, including judges. wrap() does the policy.
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
     if is_cpu and launch.engine == "fsdp2":
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # which it leaves out without a GPU
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # Accelerate omits it without a GPU
     return accelerator
 
 
 def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
-    """Have DeepSpeed ready before Accelerate imports it.
+    """Prepare DeepSpeed before Accelerate imports it.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: DeepSpeed cannot be imported.
     """
     if is_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -108,22 +108,22 @@ def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
             "`pip install 'medvqa-rl[deepspeed]'`, or launch with fsdp2, which needs nothing more."
         ) from error
     if is_cpu:
-        # It would compile a kernel of its own at the first use; gloo does the same.
+        # DeepSpeed would compile its own kernel at the first use; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPolicy:
-    """The policy as the engine that was launched trains it.
+    """Wrap the policy for the launched engine: single process, DDP, FSDP2 or ZeRO.
 
     Args:
-        policy: with the weights that training starts from. Afterwards its model is for what needs no gradients, and
-            where weights are sharded it is empty outside of :meth:`TrainedPolicy.gathered`.
+        policy: holds the weights that training starts from. Afterwards its model only serves passes without
+            gradients; if weights are sharded, it is empty outside of :meth:`TrainedPolicy.gathered`.
     """
     match read_launch(os.environ).engine:
         case "fsdp2":
             return Fsdp2Policy(config.optimizer, accelerator, policy)
         case "zero2" | "zero3":
-            from medvqa_rl.learning.distributed.zero import ZeroPolicy  # needs DeepSpeed, which few have
+            from medvqa_rl.learning.distributed.zero import ZeroPolicy  # needs DeepSpeed
 
             return ZeroPolicy(config.optimizer, accelerator, policy)
         case _:
@@ -131,7 +131,7 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
 
 
 def check_vllm(config: Config) -> None:
-    """See whether vLLM is there where ``rollout.engine`` asks for it, before anything is loaded.
+    """Check that vLLM is available if ``rollout.engine`` is vllm, before anything is loaded.
 
     Raises:
         ValueError: it is not installed, or no server answers.
@@ -145,7 +145,7 @@ def check_vllm(config: Config) -> None:
 
 
 def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> VllmEngine | None:
-    """vLLM where ``rollout.engine`` asks for it; all ranks call this together, before :func:`wrap`.
+    """Start vLLM if ``rollout.engine`` is vllm. All ranks call this together, before :func:`wrap`.
 
     Raises:
         ValueError: it is not installed, does not start, or its server cannot be used.
@@ -168,9 +168,9 @@ def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> Vllm
 
 
 def make_reference(config: Config, policy: Policy) -> Reference | None:
-    """The policy as it is now, for the divergence; None where nothing weighs it. Call it before :func:`wrap`.
+    """Keep the current policy as the reference of the KL term; None if beta is 0. Call this before :func:`wrap`.
 
-    A whole second model is sharded where the engine shards anything.
+    A second full model is sharded if the engine shards weights.
     """
     if config.loss.beta == 0:
         return None
@@ -183,10 +183,14 @@ def make_reference(config: Config, policy: Policy) -> Reference | None:
 def set_up(
     config: Config, train_set: Dataset | None, val_set: Dataset | None, *, with_validation: bool = True
 ) -> Setup:
-    """Load data and model.
+    """Load the data sets and the policy.
+
+    Args:
+        train_set: defaults to the data of ``config.data``; so does ``val_set``.
+        with_validation: load ``val_set`` if the run evaluates.
 
     Raises:
-        ValueError: either cannot be used; a sentence says why.
+        ValueError: either cannot be used.
     """
     datasets = {"train": load_dataset(config.data, "train") if train_set is None else train_set}
     if with_validation and config.train.eval_steps:
@@ -196,12 +200,12 @@ def set_up(
             raise ValueError(
                 f"The {split} split of {dataset.name} is empty: check data.path, data.answer_types and data.families."
             )
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own
-    torch.manual_seed(config.train.seed)  # a new adapter begins with random weights
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own progress
+    torch.manual_seed(config.train.seed)  # new adapters have random weights
     policy = load_policy(config.model)
     decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
     engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
-    # Weights in 4 bits lie two in a byte.
+    # A uint8 parameter packs two 4-bit weights per element.
     sizes = [
         (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
         for parameter in policy.model.parameters()
@@ -216,7 +220,7 @@ def set_up(
 
 
 def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str]) -> None:
-    """Print what one step looks like: sizes, shapes and memory."""
+    """Print the sizes, shapes and memory of one step."""
     policy = setup.policy
     prompts = [len(group.prompt.input_ids) for group in groups]
     images = [0 if group.image_features is None else len(group.image_features) for group in groups]
@@ -240,9 +244,9 @@ def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str
 
 
 def memory(device: torch.device) -> str:
-    """The most memory in use so far, in GiB."""
+    """Return the peak memory so far, in GiB."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB of the GPU at most"
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / 2**30:.2f} GiB at most"

@@ -127,5 +127,5 @@ def test_it_can_be_switched_off_and_preferences_have_none(learn):
 def test_completions_must_say_what_they_were_sampled_with(tiny_policy, mixed_samples):
     config = Config().rollout.model_copy(update={"num_generations": 2, "max_completion_length": 3})
     groups = RolloutEngine(tiny_policy()).rollout(mixed_samples[:1], config, seed=0, stream="train", step=0)
-    with pytest.raises(AssertionError, match="does not say"):
+    with pytest.raises(AssertionError, match="has no sampling log-probabilities"):
         sampled_logps(groups, torch.ones(2, 3, dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""Which groups share a forward and backward pass: memory and speed, never the gradient."""
+"""Split a step's groups into micro-batches, which affects memory and speed but not the gradient."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from medvqa_rl.learning.run.errors import UnusableSampleError
 
 
 def computed_tokens(sizes: Iterable[tuple[int, Sequence[int]]], layout: Layout) -> int:
-    """Tokens that the layers of the language model compute for a micro-batch, padding included.
+    """Count the tokens that the language model computes for a micro-batch, including padding.
 
     Args:
-        sizes: of each group, the tokens of its prompt and of each of its completions.
-        layout: of the micro-batch; packed groups have no padding.
+        sizes: for each group, the number of prompt tokens and the numbers of completion tokens.
+        layout: the micro-batch's layout; packed groups have no padding.
     """
     groups = list(sizes)
     if layout == "separate":
@@ -33,26 +33,25 @@ def split(
     max_tokens: int | None,
     max_completion_length: int,
 ) -> list[list[int]]:
-    """Divide groups over micro-batches. The same groups are always divided in the same way.
+    """Split groups into micro-batches, deterministically.
 
-    Without a budget of tokens, consecutive groups stay together. With one they are sorted by length first, so that
-    those that share a micro-batch pad each other little, and a micro-batch is full when the next group would exceed
-    either limit.
+    Without a token limit, consecutive groups share a micro-batch. With one, groups are sorted by length first to
+    reduce padding, and a micro-batch is full when the next group would exceed either limit.
 
     Args:
         groups: P groups.
-        indices: which of them to divide.
-        layout: how a micro-batch is laid out.
+        indices: which of them to split.
+        layout: layout of the micro-batches.
         max_groups: ``train.prompts_per_micro_batch``.
         max_tokens: ``train.max_tokens_per_micro_batch``.
         max_completion_length: ``rollout.max_completion_length``.
 
     Returns:
-        Indices into ``groups``, micro-batch after micro-batch.
+        Indices into ``groups`` for each micro-batch.
 
     Raises:
-        UnusableSampleError: a group would exceed the budget alone if its completions used their whole length, so
-            that it depends on the prompt and not on what was sampled whether a run can go on.
+        UnusableSampleError: a single group would exceed ``max_tokens`` if its completions had their maximum length.
+            Using the maximum makes the check depend on the prompt only, not on what was sampled.
     """
     if max_tokens is None:
         return [list(indices[start : start + max_groups]) for start in range(0, len(indices), max_groups)]
@@ -66,7 +65,7 @@ def split(
             raise UnusableSampleError(
                 f"The group of sample {groups[index].sample.id!r} can have {largest} tokens (a prompt of {prompt} and "
                 f"{len(lengths)} completions of up to {max_completion_length}), but train.max_tokens_per_micro_batch "
-                f"is {max_tokens} and a group is never divided: set it to {largest} or more, or lower "
+                f"is {max_tokens} and a group is never split: set it to {largest} or more, or lower "
                 "model.max_pixels, rollout.num_generations or rollout.max_completion_length."
             )
     result: list[list[int]] = []

@@ -1,8 +1,9 @@
-"""Another engine sampled than the one that learns: how far their probabilities are apart, and the correction for it.
+"""Importance sampling correction if vLLM samples: its probabilities differ slightly from those of training.
 
-Completions come from mu, as that engine computes the policy, and pi learns from them, as training computes it. Each
-token's loss is therefore weighted by pi / mu, cut off above (truncated importance sampling; ``token_truncate`` in TRL
-1.16). Legend: B completions, T tokens.
+Completions are sampled from mu, vLLM's computation of the policy, and pi is the same policy as computed by training.
+Each token's loss is weighted by pi / mu, truncated from above (``token_truncate`` in TRL 1.16).
+
+Legend: B completions, T tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from medvqa_rl.core.types import Group
 
 
 def sampled_logps(groups: Sequence[Group], mask: Tensor) -> Tensor:
-    """Log-probabilities that completions were sampled with.
+    """Return the log-probabilities with which vLLM sampled the completions.
 
     Args:
         mask: (B, T) bool, True at tokens of the completions.
@@ -26,23 +27,23 @@ def sampled_logps(groups: Sequence[Group], mask: Tensor) -> Tensor:
         (B, T) float32, NaN where unknown.
     """
     rows = [completion.logps for group in groups for completion in group.completions]
-    assert None not in rows, "a completion does not say what its tokens were sampled with"
+    assert None not in rows, "a completion has no sampling log-probabilities"
     flat = torch.tensor([logp for row in rows if row for logp in row], dtype=torch.float32, device=mask.device)
     return torch.full(mask.shape, torch.nan, device=mask.device).masked_scatter(mask, flat)
 
 
 def importance_weights(logps: Tensor, sampled: Tensor, *, clip_max: float) -> Tensor:
-    """min(pi / mu, clip_max) of every token, and 1 where mu is unknown.
+    """Compute min(pi / mu, clip_max) of every token; 1 where mu is unknown.
 
     Args:
-        logps: any shape, log pi under the policy as it was when it sampled, without gradient.
+        logps: any shape, log pi under the policy that sampled, without gradient.
         sampled: same shape, log mu; NaN where unknown.
     """
     return torch.exp(torch.nan_to_num(logps - sampled, nan=0.0)).clamp(max=clip_max)
 
 
 class Mismatch:
-    """Statistics over the tokens of a step."""
+    """Accumulates statistics of the mismatch over the tokens of a step."""
 
     def __init__(self, device: torch.device) -> None:
         zeros = torch.zeros(2, dtype=torch.float64, device=device)
@@ -52,7 +53,7 @@ class Mismatch:
         self._smallest = torch.full_like(zeros[:1], torch.inf)  # of the weights
 
     def add(self, logps: Tensor, sampled: Tensor, weights: Tensor, mask: Tensor) -> None:
-        """Take in a micro-batch; all (B, T), only where the mask is True."""
+        """Add a micro-batch. All arguments are (B, T); only tokens in the mask count."""
         known = mask & ~sampled.isnan()
         difference = torch.where(known, (logps - sampled).abs(), 0.0).double()
         counted = torch.where(mask, weights, 0.0).double()
@@ -63,7 +64,7 @@ class Mismatch:
             self._smallest = torch.minimum(self._smallest, torch.where(mask, weights, torch.inf).min().double())
 
     def metrics(self, accelerator: Accelerator) -> dict[str, float]:
-        """Under TRL's names, over all ranks; all of them call this. Nothing where no token counts."""
+        """Return the metrics over all ranks under TRL's names; empty if no token counts. A collective call."""
         own = torch.cat([self._sums, self._counts, self._largest, self._smallest])
         ranks = accelerator.gather(own[None])  # (ranks, 7)
         sums, counts = ranks[:, :2].sum(0).tolist(), ranks[:, 2:4].sum(0).tolist()

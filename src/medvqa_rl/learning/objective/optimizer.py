@@ -1,4 +1,4 @@
-"""AdamW with float32 master weights, and the learning rate of every step."""
+"""AdamW with float32 master weights, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ _STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def lr_at(step: int, config: OptimizerConfig, steps: int) -> float:
-    """The learning rate of a step, counted from 0.
+    """Return the learning rate of a step, counted from 0.
 
-    Warmup rises linearly and reaches the full rate at step ``warmup_steps - 1``. Then ``constant`` stays, ``linear``
-    and ``cosine`` fall to ``min_lr_ratio`` times the full rate at the last step. A resumed run with another number
-    of steps follows the schedule of the new number.
+    Warmup is linear and reaches the peak rate at step ``warmup_steps - 1``. Afterwards ``constant`` stays there, and
+    ``linear`` and ``cosine`` decay to ``min_lr_ratio`` times the peak rate at the last of ``steps`` steps.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps))
-    fall = {"constant": 0.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * progress))}
-    return config.learning_rate * (1 - (1 - config.min_lr_ratio) * fall[config.lr_scheduler_type])
+    decay = {"constant": 0.0, "linear": progress, "cosine": 0.5 * (1 - math.cos(math.pi * progress))}
+    return config.learning_rate * (1 - (1 - config.min_lr_ratio) * decay[config.lr_scheduler_type])
 
 
 def should_decay(name: str, parameter: Tensor) -> bool:
-    """Weight decay is for matrices: not for norms and biases, nor for embeddings."""
+    """Return whether weight decay applies: to matrices, but not to norms, biases or embeddings."""
     return parameter.ndim >= 2 and "embed_tokens" not in name
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that are trained, by name.
+    """Return a model's trainable parameters by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -48,7 +47,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone. The keys are the names that the parameters have in the model."""
+    """Create AdamW with weight decay on matrices only.
+
+    Args:
+        parameters: by their names in the model.
+    """
     decayed = [parameter for name, parameter in parameters.items() if should_decay(name, parameter)]
     others = [parameter for name, parameter in parameters.items() if not should_decay(name, parameter)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -61,11 +64,11 @@ def make_adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) 
 
 
 class Optimizer:
-    """AdamW (decoupled weight decay) on the trainable parameters of a model.
+    """AdamW on the trainable parameters of a model.
 
-    Parameters in bfloat16 are trained through a float32 copy: at a learning rate of 1e-6 an update is smaller than
-    bfloat16's rounding step and would be lost. The copy is rounded into the model after every step; it belongs to
-    the optimizer's state, the model's files hold the rounded weights.
+    bfloat16 parameters are trained through a float32 master copy: at a learning rate of 1e-6 an update is smaller
+    than bfloat16's rounding step and would be lost. The copy is rounded into the model after every step. It is part
+    of the optimizer state; the model's files hold the rounded weights.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
@@ -77,13 +80,13 @@ class Optimizer:
         self._adamw = make_adamw(self._masters, config)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set all gradients to None."""
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self._masters[name].grad = None
 
     def step(self, learning_rate: float) -> None:
-        """Update the parameters from their gradients, then forget the gradients."""
+        """Update the parameters from their gradients, then set the gradients to None."""
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         copies = [(p, self._masters[name]) for name, p in self.parameters.items() if self._masters[name] is not p]
@@ -96,7 +99,7 @@ class Optimizer:
         self.zero_grad()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as flat tensors: ``exp_avg/NAME`` and so on, ``master/NAME`` for float32 copies."""
+        """Return the state as flat tensors: ``exp_avg/NAME`` and so on, and ``master/NAME`` for master copies."""
         tensors = {}
         for name, parameter in self.parameters.items():
             master = self._masters[name]
@@ -107,7 +110,7 @@ class Optimizer:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a state from :meth:`state_tensors`; the model's weights are loaded by the caller."""
+        """Load a state from :meth:`state_tensors`. Loading the model's weights is up to the caller."""
         for name, parameter in self.parameters.items():
             master = self._masters[name]
             if master is not parameter:
@@ -116,7 +119,7 @@ class Optimizer:
                     parameter.copy_(master)
             if f"step/{name}" in tensors:
                 state = {key: tensors[f"{key}/{name}"] for key in _STATE}
-                # The step counter stays on the CPU, as AdamW keeps it.
+                # AdamW keeps its step counter on the CPU.
                 self._adamw.state[master] = {
                     key: value.clone() if key == "step" else value.to(master.device, copy=True)
                     for key, value in state.items()
