@@ -1,4 +1,4 @@
-"""Shared by the tests of data sets: images on disk, and the check that every gold answer scores 1."""
+"""Fixtures for tests of data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medvqa_rl.data.stored import StoredDataset
 
 @pytest.fixture
 def write_images() -> Callable[..., None]:
-    """Writes small grey PNGs: ``write_images(folder, "a.jpg", "b/c.jpg")``."""
+    """Write small grey PNGs: ``write_images(folder, "a.jpg", "b/c.jpg")``."""
 
     def write(folder: Path, *names: str) -> None:
         for index, name in enumerate(names):
@@ -30,7 +30,7 @@ def write_images() -> Callable[..., None]:
 
 @pytest.fixture
 def write_csv() -> Callable[..., Path]:
-    """Writes a CSV file with a header: ``write_csv(path, rows)``."""
+    """Write a CSV file with a header: ``write_csv(path, rows)``."""
 
     def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -44,7 +44,7 @@ def write_csv() -> Callable[..., Path]:
 
 @pytest.fixture
 def gold_scores_1() -> Callable[[StoredDataset], None]:
-    """Fails where a gold answer, written in either form, does not score 1."""
+    """Fail if a gold answer, as letter or text and in either format, does not score 1."""
 
     def check(dataset: StoredDataset) -> None:
         assert len(dataset) > 0

@@ -1,4 +1,4 @@
-"""The check of a data set finds every fault that is put in, and VQA-RAD's real ones.
+"""The data check finds planted faults, and the real ones of VQA-RAD.
 
 Run: pytest tests/data/test_check.py
 """

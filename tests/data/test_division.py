@@ -1,4 +1,4 @@
-"""One's own table divided by image or by patient: nothing is lost, nothing is in two splits.
+"""Dividing a table by image or patient loses no row and puts no group into two splits.
 
 Run: pytest tests/data/test_division.py
 """
@@ -109,14 +109,14 @@ def test_seeds_change_the_split() -> None:
         ({"image": '["broken'}, {}, "Row 7 of mine.csv names no image"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(changes: dict[str, str], options: dict[str, Any], message: str) -> None:
+def test_invalid_tables_and_shares_are_refused(changes: dict[str, str], options: dict[str, Any], message: str) -> None:
     rows = table(30)
     rows[7] |= changes
     with pytest.raises(ValueError, match=message):
         divide(rows, TABLE, **options)
 
 
-def test_few_groups_fill_every_split_while_they_can() -> None:
+def test_few_groups_still_fill_every_split() -> None:
     counts = divide(table(40, per_image=10), TABLE).counts()
     assert sorted(counts.values()) == [10, 10, 20] and counts["train"] == 20
     with pytest.raises(ValueError, match="2 groups that stay together, too few for a train split"):
@@ -124,14 +124,14 @@ def test_few_groups_fill_every_split_while_they_can() -> None:
     assert divide(table(20, per_image=10), TABLE, val=0.0).counts() == {"train": 10, "val": 0, "test": 10}
 
 
-def test_image_cells_are_read_like_those_of_the_loader() -> None:
+def test_image_cells_are_read_as_by_the_loader() -> None:
     for value in ('["a.png", "b.png"]', "a.png| b.png", ["a.png", "b.png"]):
         assert images_in({"image": value}, 0, TABLE) == images_in({"images": value}, 0, TABLE) == ("a.png", "b.png")
     assert images_in({"image": None, "images": "c.png"}, 0, TABLE) == ("c.png",)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_tables_survive_reading_and_writing(tmp_path: Path, suffix: str) -> None:
+def test_tables_survive_a_round_trip(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     rows = [{**row, "question": 'Größe, "left"?\nor right'} for row in table(30)]
@@ -148,7 +148,7 @@ def test_tables_survive_reading_and_writing(tmp_path: Path, suffix: str) -> None
         write_divided(division, tmp_path / "x.xlsx")
 
 
-def test_a_table_with_damaged_rows_is_refused_whole(tmp_path: Path) -> None:
+def test_a_table_with_damaged_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("image,question,answer\na.png,q,yes\nb.png,too,many,cells\n")
     with pytest.raises(ValueError, match=r"1 rows of .*in\.csv cannot be read: row 1 \(wrong number of cells\)"):

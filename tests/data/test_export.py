@@ -1,4 +1,4 @@
-"""Exports hold TRL's columns and the same pixels, and other programs read them.
+"""Exports have TRL's columns and the original pixels, and other programs can read them.
 
 Run: pytest tests/data/test_export.py
 """
@@ -84,7 +84,7 @@ def check(rows: list[dict[str, Any]], dataset: StoredDataset, open_image: Any) -
             np.testing.assert_array_equal(np.asarray(open_image(written).convert("RGB")), np.asarray(source.load()))
 
 
-def test_json_lines_are_read_with_nothing_but_json(tmp_path: Path, dataset: StoredDataset) -> None:
+def test_json_lines_with_image_files(tmp_path: Path, dataset: StoredDataset) -> None:
     told: list[tuple[int, int]] = []
     done = export(dataset, tmp_path / "out", "train", progress=lambda *step: told.append(step))
     rows = [json.loads(line) for line in done.file.read_text(encoding="utf-8").splitlines()]
@@ -97,7 +97,7 @@ def test_json_lines_are_read_with_nothing_but_json(tmp_path: Path, dataset: Stor
     assert len(list((tmp_path / "out" / "images").iterdir())) == 4 and not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_parquet_holds_the_images(tmp_path: Path, dataset: StoredDataset) -> None:
+def test_parquet_with_embedded_images(tmp_path: Path, dataset: StoredDataset) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     done = export(dataset, tmp_path / "out", "train", form="parquet")
     rows = parquet.read_table(done.file).to_pylist()
@@ -105,7 +105,7 @@ def test_parquet_holds_the_images(tmp_path: Path, dataset: StoredDataset) -> Non
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
 
 
-def test_a_table_is_read_back_as_own_data(tmp_path: Path, dataset: StoredDataset) -> None:
+def test_csv_is_read_back_as_own_data(tmp_path: Path, dataset: StoredDataset) -> None:
     export(dataset, tmp_path / "out", "train", form="csv")
     config = DataConfig(name="own", path=str(tmp_path / "out"), num_val=None, cache_dir=str(tmp_path / "cache"))
     read = load_dataset(config, "train")
@@ -152,7 +152,7 @@ def test_endless_data_needs_a_limit_and_nothing_is_overwritten(tmp_path: Path, d
         export(phantom, tmp_path, "phantom", limit=3)
 
 
-def test_an_image_that_cannot_be_read_names_its_sample(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_reported_with_its_sample(tmp_path: Path) -> None:
     bad = StoredDataset("toy", [Sample("x/7", "Q?", "yes", "closed", (FileImage("gone.png", tmp_path),))])
     with pytest.raises(ValueError, match=r"Sample x/7 cannot be written: .*gone\.png"):
         export(bad, tmp_path / "out", "train")

@@ -1,4 +1,4 @@
-"""Splits and choices depend on names and seeds alone.
+"""Splits and subsets depend only on names and seeds.
 
 Run: pytest tests/data/test_splits.py
 """
@@ -23,7 +23,7 @@ def test_images_are_split_in_the_given_shares() -> None:
     assert Counter(split_of(name, 0, val=0.0, test=0.0) for name in NAMES) == {"train": 4000}
 
 
-def test_splits_are_the_same_everywhere_and_differ_by_seed() -> None:
+def test_splits_are_reproducible_and_differ_by_seed() -> None:
     # Second letters of val, train, train, test ...
     assert "".join(split_of(f"{index}", 0)[1] for index in range(12)) == "arrerreeerrr"
     assert [split_of(name, 0) for name in NAMES] != [split_of(name, 1) for name in NAMES]
@@ -51,7 +51,7 @@ def test_images_that_share_a_case_are_connected() -> None:
     assert connected([("a", 1), ("b", 2), ("c", 1), ("c", 2)]) == {"a": "a", "b": "a", "c": "a"}
 
 
-def test_the_fingerprint_says_what_the_samples_are() -> None:
+def test_the_fingerprint_depends_on_the_samples() -> None:
     sample = Sample("1", "What?", "A", "choice", options=("mass", "cyst"))
     base = StoredDataset("x", (sample,)).fingerprint
     assert StoredDataset("y", (sample,), {"dropped": 1}).fingerprint == base
@@ -62,7 +62,7 @@ def test_the_fingerprint_says_what_the_samples_are() -> None:
 
 
 @given(st.lists(st.text(max_size=8), max_size=10), st.integers(0, 3))
-def test_many_are_split_as_each_is_alone(names: list[str], seed: int) -> None:
+def test_splits_of_many_keys_equal_those_of_each(names: list[str], seed: int) -> None:
     assert splits_of(names, seed, test=0.3) == {name: split_of(name, seed, test=0.3) for name in names}
     assert addresses("a", seed, last=names) == [address("a", seed, name) for name in names]
     # As first written: the upper 53 bits of the address as a fraction.
@@ -71,6 +71,6 @@ def test_many_are_split_as_each_is_alone(names: list[str], seed: int) -> None:
         assert split_of(name, seed) == ("test" if place < 0.1 else "val" if place < 0.2 else "train")
 
 
-def test_a_hash_names_a_set_of_ids_whatever_their_order() -> None:
+def test_the_hash_of_ids_does_not_depend_on_their_order() -> None:
     assert ids_hash(["b", "a"]) == ids_hash(["a", "b"]) != ids_hash(["a", "c"])
     assert ids_hash([]) == "e3b0c44298fc1c14"  # SHA-256 of nothing

@@ -1,4 +1,4 @@
-"""Data sets from the Hub: pinned, offline after the first load; archives unpacked once and safely.
+"""Data sets from the Hub: pinned to a commit, offline after the first load.
 
 Run: pytest tests/data/reading/test_hub.py
 """
@@ -18,7 +18,6 @@ from PIL import Image
 from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading import hub
-from medvqa_rl.data.reading.unpack import store_image, unpack_zips
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -70,7 +69,7 @@ def config(tmp_path: Path, **changes: Any) -> DataConfig:
     return DataConfig(**(settings | changes))
 
 
-def test_the_first_load_downloads_and_later_ones_ask_no_network(
+def test_the_first_load_downloads_and_later_ones_are_offline(
     fake: FakeHub, tmp_path: Path, gold_scores_1: Callable[..., None]
 ) -> None:
     first = load_dataset(config(tmp_path), "train")
@@ -89,7 +88,7 @@ def test_the_first_load_downloads_and_later_ones_ask_no_network(
     assert len(load_dataset(config(tmp_path), "train")) == 3
 
 
-def test_only_a_commit_pins(fake: FakeHub, tmp_path: Path) -> None:
+def test_revisions_other_than_commits_are_refused(fake: FakeHub, tmp_path: Path) -> None:
     for revision in ("main", "v1.0", REVISION[:-1], REVISION.upper()):
         with pytest.raises(ValueError, match=r"data\.revision is .*, but must be a commit of someone/SLAKE"):
             load_dataset(config(tmp_path, revision=revision), "train")
@@ -99,52 +98,3 @@ def test_only_a_commit_pins(fake: FakeHub, tmp_path: Path) -> None:
 def test_an_invalid_repository_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"which is not a repository name: write owner/name"):
         hub.download("a/b/c", REVISION, ["*"], tmp_path)
-
-
-# --- archives -----------------------------------------------------------------------------------------------------
-
-
-def archive(path: Path, names: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        for name, data in names.items():
-            file.writestr(name, data)
-    return path
-
-
-def test_archives_are_unpacked_once_and_anew_when_changed(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", {"images/a.png": b"1"})
-    folder = unpack_zips([path], tmp_path / "cache")
-    assert (folder / "images" / "a.png").read_bytes() == b"1"
-    (folder / "note").touch()
-    assert unpack_zips([path], tmp_path / "cache") == folder and (folder / "note").exists()
-    archive(path, {"images/a.png": b"22"})
-    assert (unpack_zips([path], tmp_path / "cache") / "images" / "a.png").read_bytes() == b"22"
-    assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 2  # nothing half done is left
-
-
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil"])
-def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
-    path = archive(tmp_path / "a.zip", {"ok": b"1", name: b"2"})
-    with pytest.raises(ValueError, match="leaves its folder"):
-        unpack_zips([path], tmp_path / "cache")
-    assert not list((tmp_path / "cache" / "unpacked").iterdir()) and not (tmp_path / "evil").exists()
-
-
-def test_missing_and_damaged_archives_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"There is no archive 'a\.zip'"):
-        unpack_zips([tmp_path / "a.zip"], tmp_path)
-    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(ValueError, match=r"a\.zip cannot be unpacked"):
-        unpack_zips([tmp_path / "a.zip"], tmp_path)
-
-
-def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medvqa_rl.data.reading.unpack.MAX_BYTES", 10)
-    with pytest.raises(ValueError, match="would unpack to more than"):
-        unpack_zips([archive(tmp_path / "a.zip", {"a": bytes(11)})], tmp_path)
-
-
-def test_equal_images_get_equal_names(tmp_path: Path) -> None:
-    names = [store_image(data, tmp_path) for data in (b"\x89PNG1", b"\x89PNG1", b"\xff\xd8\xff2", b"other")]
-    assert names[0] == names[1] and [name[-4:] for name in names] == [".png", ".png", ".jpg", ".bin"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names))

@@ -1,4 +1,4 @@
-"""The index on disk: the same rows without reading the table, and never rows of another table.
+"""The index returns the rows of the table, and never outdated ones.
 
 Run: pytest tests/data/reading/test_index.py
 """
@@ -62,7 +62,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_the_second_load_is_the_first_without_reading(folder: Path, reads: list[str]) -> None:
+def test_the_second_load_uses_the_index(folder: Path, reads: list[str]) -> None:
     first, second = load(folder), load(folder)
     assert reads == ["train.csv"]
     assert list(second.samples) == list(first.samples) and second.fingerprint == first.fingerprint
@@ -88,7 +88,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_has_changed_is_read_again(folder: Path, reads: list[str], name: str) -> None:
+def test_the_index_is_invalid_after_a_change(folder: Path, reads: list[str], name: str) -> None:
     before = load(folder)
     CHANGES[name](folder)
     after = load(folder)
@@ -97,14 +97,14 @@ def test_what_has_changed_is_read_again(folder: Path, reads: list[str], name: st
     assert load(folder).fingerprint == after.fingerprint and len(reads) == 2
 
 
-def test_other_code_makes_another_index(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_invalid_for_other_code(folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     load(folder)
     monkeypatch.setattr(index, "_code_hash", lambda: "other")
     load(folder)
     assert len(reads) == 2
 
 
-def test_the_code_hash_covers_all_code_that_runs_while_reading(folder: Path) -> None:
+def test_the_code_hash_covers_all_code_that_parses_rows(folder: Path) -> None:
     images = ImageFolder(folder / "images")
     package = Path(index.__file__).parents[2]
     called: set[Path] = set()
@@ -135,7 +135,7 @@ def test_small_tables_have_no_index(folder: Path, reads: list[str], monkeypatch:
     assert len(reads) == 2 and not (folder / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unwritable_cache_logs_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "cache").write_text("a file, not a folder")
     assert len(load(folder)) == len(load(folder))
     assert "cannot be written" in caplog.text

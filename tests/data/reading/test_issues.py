@@ -1,4 +1,4 @@
-"""Reports of dropped and repaired rows.
+"""Issues of dropped and repaired rows.
 
 Run: pytest tests/data/reading/test_issues.py
 """
@@ -15,7 +15,7 @@ ISSUES = [
 ]
 
 
-def test_issues_are_counted_by_action_and_reason_and_listed_by_file() -> None:
+def test_issues_are_counted_and_grouped() -> None:
     assert list(count_issues(ISSUES).items()) == [("dropped: missing image", 3), ("repaired: stray quotes", 1)]
     assert rows_by_reason(ISSUES, "dropped") == {
         ("a.csv", "missing image"): [7, 9],
@@ -23,7 +23,7 @@ def test_issues_are_counted_by_action_and_reason_and_listed_by_file() -> None:
     }
 
 
-def test_a_share_of_dropped_rows_above_the_limit_stops() -> None:
+def test_too_many_dropped_rows_are_refused() -> None:
     refuse_if_too_many_dropped(ISSUES, total=30, max_dropped=0.1, name="X", folder="/x")
     with pytest.raises(ValueError, match=r"3 of 29 rows of X at /x .*rows 7, 9 of a\.csv.*rows 1 of b\.csv.* = 0\.1 "):
         refuse_if_too_many_dropped(ISSUES, total=29, max_dropped=0.1, name="X", folder="/x")

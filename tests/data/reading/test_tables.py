@@ -1,4 +1,4 @@
-"""Tables of any bytes: rows, reports that name file and row, or one sentence. Never anything else.
+"""Any bytes read as a table give rows, reported issues, or a ValueError, never another exception.
 
 Run: pytest tests/data/reading/test_tables.py
 """
@@ -50,7 +50,7 @@ def own_folder(root: Path, name: str, content: bytes) -> StoredDataset:
 
 
 def check(root: Path, name: str, content: bytes) -> None:
-    """Any table loads, or is refused by a sentence that names it; dropped rows are named, kept ones score 1."""
+    """Check that a table loads or raises a ValueError that names it, and that gold answers of its rows score 1."""
     try:
         dataset = own_folder(root, name, content)
     except ValueError as error:
@@ -203,7 +203,7 @@ TEXT = ("pmc_vqa", "vqa_med")
 @example(name="a/../../secret")
 @example(name="/secret")
 @settings(max_examples=100, deadline=None)
-def test_no_name_leads_out_of_the_folder(scratch: Path, name: str) -> None:
+def test_no_name_leaves_the_folder(scratch: Path, name: str) -> None:
     root = scratch / "names"
     if not root.exists():
         (root / "images" / "a").mkdir(parents=True)
@@ -220,7 +220,7 @@ def test_no_name_leads_out_of_the_folder(scratch: Path, name: str) -> None:
 # --- single faults ------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_numbered_and_named(tmp_path: Path) -> None:
+def test_csv_rows_are_numbered_and_issues_reported(tmp_path: Path) -> None:
     content = (
         b"\xef\xbb\xbfimage,question,answer\r\n"
         b"a,b,c\r\n"
@@ -254,7 +254,7 @@ def test_rows_are_numbered_and_named(tmp_path: Path) -> None:
     assert report.total == 10 and {issue.file for issue in report.issues} == {"t.csv"}
 
 
-def test_lines_of_json_are_numbered_and_named(tmp_path: Path) -> None:
+def test_json_lines_are_numbered_and_issues_reported(tmp_path: Path) -> None:
     content = b'\xef\xbb\xbf{"a": 1}\n\n{"a": \n[1]\n{"a": "\xf6"}\n{"a": NaN}\n' + b"[" * 200_000 + b"\n"
     rows, report = read(tmp_path / "t.jsonl", content)
     assert [(number, str(fields["a"])) for number, fields in rows] == [(0, "1"), (3, "ö"), (4, "nan")]
@@ -283,15 +283,13 @@ def test_lines_of_json_are_numbered_and_named(tmp_path: Path) -> None:
         ("t.xlsx", b"", "convert it to one of .csv, .jsonl, .json, .parquet"),
     ],
 )
-def test_files_that_are_no_tables_are_refused_in_a_sentence(
-    tmp_path: Path, name: str, content: bytes, sentence: str
-) -> None:
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     with pytest.raises(ValueError, match="t\\.") as error:
         read(tmp_path / name, content)
     assert sentence in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
-def test_a_folder_in_place_of_a_table_is_refused(tmp_path: Path) -> None:
+def test_a_folder_instead_of_a_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").mkdir()
     with pytest.raises(ValueError, match=r"t\.csv cannot be read \(Is a directory\)"):
         list(read_table(tmp_path / "t.csv", TableReport("t.csv")))

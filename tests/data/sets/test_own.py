@@ -1,4 +1,4 @@
-"""Your own questions in JSON Lines, CSV and parquet, with an image folder that nothing may leave.
+"""The user's own questions in JSON Lines, CSV and parquet.
 
 Run: pytest tests/data/sets/test_own.py
 """
@@ -71,7 +71,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_the_three_forms_say_the_same(
+def test_all_formats_give_the_same_samples(
     folder: Path, suffix: str, gold_scores_1: Callable[[StoredDataset], None]
 ) -> None:
     write(folder / f"train{suffix}", ROWS)
@@ -165,7 +165,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_bad_rows_are_named_and_nothing_leaves_the_folder(folder: Path, write_images: Callable[..., None]) -> None:
+def test_bad_rows_are_reported_and_nothing_leaves_the_folder(folder: Path, write_images: Callable[..., None]) -> None:
     write_images(folder, "secret.png")
     write_images(folder / "elsewhere", "secret.png")
     images = folder / "images"
@@ -198,7 +198,7 @@ def test_names_packed_on_a_mac_are_found(folder: Path) -> None:
     assert dataset[2].images[0].load().size == (8, 8)
 
 
-def test_folders_that_cannot_be_understood(folder: Path, tmp_path: Path) -> None:
+def test_ambiguous_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is no table of questions in"):
         load(folder)
     write(folder / "train.jsonl", ROWS)
@@ -217,14 +217,14 @@ def test_folders_that_cannot_be_understood(folder: Path, tmp_path: Path) -> None
         load(folder)
 
 
-def test_without_pyarrow_parquet_is_refused_in_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "train.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"needs pyarrow: install it with pip install 'medvqa-rl\[hub\]'"):
         load(folder)
 
 
-def test_images_may_lie_beside_the_table(tmp_path: Path, write_images: Callable[..., None]) -> None:
+def test_images_beside_the_table(tmp_path: Path, write_images: Callable[..., None]) -> None:
     write_images(tmp_path, "x.png")
     write_images(tmp_path / "scans", "y.png")
     write(tmp_path / "test.csv", [{"images": "x.png", "question": "Q?", "answer": "yes"}])

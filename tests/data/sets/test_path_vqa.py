@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_form_of_the_hub_copies(folder: Path, gold_scores_1: Callable[[StoredDataset], None]) -> None:
+def test_hub_copies_are_read(folder: Path, gold_scores_1: Callable[[StoredDataset], None]) -> None:
     train, val = load(folder), load(folder, "val")
     gold_scores_1(train)
     assert [sample.id for sample in train.samples] == [
@@ -73,7 +73,7 @@ def test_the_form_of_the_hub_copies(folder: Path, gold_scores_1: Callable[[Store
     assert test[0].image_key == first  # the same picture in training and test shows by its name
 
 
-def test_a_split_by_image_keeps_equal_pictures_together(tmp_path: Path) -> None:
+def test_the_image_split_keeps_equal_images_together(tmp_path: Path) -> None:
     rows = [(picture(grey), f"question {i}?", "yes") for grey in range(0, 240, 6) for i in range(2)]
     write(tmp_path / "train.parquet", rows[::2])
     write(tmp_path / "test.parquet", rows[1::2])

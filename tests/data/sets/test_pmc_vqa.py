@@ -1,4 +1,4 @@
-"""PMC-VQA: the real malformed rows, both versions of the CSV, subsets, and every way a row can be bad.
+"""PMC-VQA: real malformed rows, both versions of the files, subsets, and bad rows.
 
 Run: pytest tests/data/sets/test_pmc_vqa.py
 """
@@ -76,10 +76,10 @@ REAL: dict[str, tuple[str, set[str]]] = {
         {"letters missing from the answer's text"},
     ),
 }
-"""Figure -> the text of the gold option, read by eye, and the rules that repair the row."""
+"""Figure -> the text of the gold option, verified by hand, and the expected repairs."""
 
 
-def test_the_real_malformed_rows_are_repaired_by_stated_rules(
+def test_the_real_malformed_rows_are_repaired(
     shared_data: Path,
     tmp_path: Path,
     write_csv: Callable[..., Path],
@@ -170,7 +170,7 @@ def test_samples_are_a_sequence(folder: Path) -> None:
         samples[len(samples)]
 
 
-def test_options_keep_their_published_places(folder: Path) -> None:
+def test_options_keep_their_published_order(folder: Path) -> None:
     assert {sample.answer for sample in load(folder, "train").samples} == {"B"}
 
 
@@ -193,7 +193,7 @@ BAD: dict[str, dict[str, str]] = {
 }
 
 
-def test_bad_rows_are_dropped_by_name_with_their_numbers(
+def test_bad_rows_are_reported(
     tmp_path: Path, write_csv: Callable[..., Path], write_images: Callable[..., None]
 ) -> None:
     rows = [v1(), *(v1(**changes) for changes in BAD.values()), v1()]
@@ -210,7 +210,7 @@ def test_bad_rows_are_dropped_by_name_with_their_numbers(
         load(tmp_path)
 
 
-def test_in_version_2_a_letter_that_means_two_options_is_refused(
+def test_an_ambiguous_letter_in_version_2_drops_the_row(
     tmp_path: Path, write_csv: Callable[..., Path], write_images: Callable[..., None]
 ) -> None:
     swapped = {"Choice B": " C:Brain ", "Choice C": " B: Liver"}
@@ -222,7 +222,7 @@ def test_in_version_2_a_letter_that_means_two_options_is_refused(
     assert reasons == {1: "answer is more than one of the options", 3: "label outside the options"}
 
 
-def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+def test_missing_files_and_columns_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "test.csv").unlink()
     with pytest.raises(ValueError, match=r"There is no file 'test\.csv' in .*PMC-VQA"):
         load(folder)

@@ -1,4 +1,4 @@
-"""SLAKE: one language at a time, rows without images counted, official and image splits.
+"""SLAKE: languages, bad rows, and splits.
 
 Run: pytest tests/data/sets/test_slake.py
 """
@@ -67,11 +67,11 @@ def test_the_language_is_filtered_first(folder: Path, gold_scores_1: Callable[[S
     assert [sample.answer_type for sample in train.samples] == ["closed", "open", "closed"]
 
 
-def test_other_questions_do_not_count_as_dropped(folder: Path) -> None:
+def test_questions_in_the_other_language_do_not_count_as_dropped(folder: Path) -> None:
     assert len(load(folder, "test", max_dropped=0.0)) == 1
 
 
-def test_bad_rows_are_named(folder: Path, write_images: Callable[..., None]) -> None:
+def test_bad_rows_are_reported(folder: Path, write_images: Callable[..., None]) -> None:
     bad: list[tuple[str, dict[str, Any]]] = [
         ("missing image", {"img_name": "xmlab99/source.jpg"}),
         ("empty image file", {"img_name": "xmlab6/source.jpg"}),
@@ -94,7 +94,7 @@ def test_bad_rows_are_named(folder: Path, write_images: Callable[..., None]) -> 
         load(folder)
 
 
-def test_a_split_by_image_and_the_other_name_of_the_validation_file(folder: Path) -> None:
+def test_the_image_split_and_the_other_name_of_the_validation_file(folder: Path) -> None:
     (folder / "validate.json").rename(folder / "validation.json")
     assert len(load(folder, "val")) == 1
     total = 0

@@ -1,4 +1,4 @@
-"""VQA-RAD: the counts of the real files, and rows that are bad in every way.
+"""VQA-RAD: counts and fingerprints of the real files, and bad rows.
 
 Run: pytest tests/data/sets/test_vqa_rad.py
 """
@@ -72,7 +72,7 @@ def test_the_official_split_has_its_known_counts(real: Path) -> None:
     assert 20 <= counts(val)["images"] <= 45
 
 
-def test_the_file_s_oddities_are_repaired_and_counted(real: Path) -> None:
+def test_irregular_rows_are_repaired_and_counted(real: Path) -> None:
     dataset = load(real, "test")
     assert {key: value for key, value in dataset.notes.items() if key.startswith(("dropped", "repaired"))} == {
         "repaired: answer that is a number": 5,
@@ -188,9 +188,7 @@ BAD: dict[str, dict[str, Any]] = {
 }
 
 
-def test_unusable_rows_are_counted_by_reason_with_their_numbers(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_rows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [row(0), *(row(index, **changes) for index, changes in enumerate(BAD.values(), start=1)), row("x")]
     write(tmp_path, rows)
     (tmp_path / "images" / "broken.jpg").write_bytes(b"<html>")
@@ -207,7 +205,7 @@ def test_unusable_rows_are_counted_by_reason_with_their_numbers(
     assert len(dataset.issues) == len(BAD)
 
 
-def test_too_many_unusable_rows_stop_the_load(tmp_path: Path) -> None:
+def test_too_many_unusable_rows_are_refused(tmp_path: Path) -> None:
     write(tmp_path, [row(index, image_name="b.jpg" if index else "none.jpg") for index in range(10)])
     assert len(load(tmp_path, "test", max_dropped=0.1)) == 9
     with pytest.raises(ValueError, match=r"1 of 10 rows .*missing image: rows 0.*data\.max_dropped = 0\.05"):
@@ -233,7 +231,7 @@ def test_special_strings_in_questions_are_counted(tmp_path: Path) -> None:
     assert load(tmp_path, "test").notes["neutralised: questions with special-token strings"] == 2
 
 
-def test_the_owners_folder_name_is_known_and_changes_nothing(tmp_path: Path) -> None:
+def test_the_folder_name_of_the_archive_is_known(tmp_path: Path) -> None:
     write(tmp_path, [row(1), row(2, phrase_type="para", image_name="b.jpg")])
     before = load(tmp_path, "test")
     (tmp_path / "images").rename(tmp_path / "VQA_RAD Image Folder")
@@ -254,7 +252,7 @@ def test_the_owners_folder_name_is_known_and_changes_nothing(tmp_path: Path) -> 
         (lambda root: [path.unlink() for path in (root / "images").iterdir()], "No question is left"),
     ],
 )
-def test_broken_folders_are_refused_with_a_sentence(tmp_path: Path, spoil: Any, message: str) -> None:
+def test_broken_folders_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
     write(tmp_path, [row(1), row(2)])
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message) as caught:
@@ -262,7 +260,7 @@ def test_broken_folders_are_refused_with_a_sentence(tmp_path: Path, spoil: Any, 
     assert str(tmp_path) in str(caught.value)
 
 
-def test_absent_folders_and_empty_splits_are_refused(tmp_path: Path) -> None:
+def test_missing_folders_and_empty_splits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path is not set"):
         load_dataset(DataConfig(name="vqa_rad"), "train")
     with pytest.raises(ValueError, match="does not exist"):

@@ -1,0 +1,57 @@
+"""Archives are unpacked once and safely, images are stored once.
+
+Run: pytest tests/data/reading/test_unpack.py
+"""
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from medvqa_rl.data.reading.unpack import store_image, unpack_zips
+
+
+def archive(path: Path, names: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in names.items():
+            file.writestr(name, data)
+    return path
+
+
+def test_archives_are_unpacked_once_unless_they_change(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", {"images/a.png": b"1"})
+    folder = unpack_zips([path], tmp_path / "cache")
+    assert (folder / "images" / "a.png").read_bytes() == b"1"
+    (folder / "note").touch()
+    assert unpack_zips([path], tmp_path / "cache") == folder and (folder / "note").exists()
+    archive(path, {"images/a.png": b"22"})
+    assert (unpack_zips([path], tmp_path / "cache") / "images" / "a.png").read_bytes() == b"22"
+    assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 2  # nothing half done is left
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil"])
+def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+    path = archive(tmp_path / "a.zip", {"ok": b"1", name: b"2"})
+    with pytest.raises(ValueError, match="leaves its folder"):
+        unpack_zips([path], tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "unpacked").iterdir()) and not (tmp_path / "evil").exists()
+
+
+def test_missing_and_damaged_archives_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no archive 'a\.zip'"):
+        unpack_zips([tmp_path / "a.zip"], tmp_path)
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(ValueError, match=r"a\.zip cannot be unpacked"):
+        unpack_zips([tmp_path / "a.zip"], tmp_path)
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medvqa_rl.data.reading.unpack.MAX_BYTES", 10)
+    with pytest.raises(ValueError, match="would unpack to more than"):
+        unpack_zips([archive(tmp_path / "a.zip", {"a": bytes(11)})], tmp_path)
+
+
+def test_equal_images_get_equal_names(tmp_path: Path) -> None:
+    names = [store_image(data, tmp_path) for data in (b"\x89PNG1", b"\x89PNG1", b"\xff\xd8\xff2", b"other")]
+    assert names[0] == names[1] and [name[-4:] for name in names] == [".png", ".png", ".jpg", ".bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names))
