@@ -86,6 +86,7 @@ def test_a_volume_of_a_series_and_a_flat_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, second[:, ::-1])
     flat = write(tmp_path / "flat.nii", VOLUME[:, :, 0])
     assert grey(flat).shape == (4, 3)
+    assert grey(FileImage("flat.nii#axis=0", tmp_path)).shape == (1, 4)  # one line of pixels, not the whole image
 
 
 def test_thick_slices_are_drawn_in_millimetres(tmp_path: Path) -> None:

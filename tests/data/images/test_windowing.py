@@ -33,7 +33,7 @@ def test_the_other_windows_by_hand() -> None:
 @pytest.mark.parametrize(("width", "function"), [(0.5, "LINEAR"), (0, "LINEAR_EXACT"), (-1, "SIGMOID")])
 def test_windows_without_width_are_refused(width: float, function: str) -> None:
     with pytest.raises(ValueError, match="width"):
-        window(np.zeros(1), 0, width, function)  # type: ignore[arg-type]
+        window(np.zeros(1), 0, width, function)
 
 
 def test_stretching_leaves_padding_out_of_the_range() -> None:

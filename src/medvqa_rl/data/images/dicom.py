@@ -1,6 +1,6 @@
-"""DICOM images: rescaled, windowed, one frame as RGB. Needs the extra ``dicom`` (pydicom). No torch.
+"""Frames of DICOM files as RGB images. Needs the extra ``dicom`` (pydicom). Imports no torch.
 
-Only pixels are read out; names and other data about patients stay in the file.
+Only pixels are used; patient names and other metadata are never returned or logged.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from medvqa_rl.data.images.windowing import FUNCTIONS, Function, grey_levels, read_fragment, stretch, window
+from medvqa_rl.data.images.windowing import grey_levels, read_fragment, stretch, window
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
-# What pydicom and the decoders behind it raise on damaged files.
+# Raised by pydicom and its decoders on damaged files.
 _ERRORS = (
     OSError,
     ValueError,
@@ -35,17 +35,17 @@ _ERRORS = (
 
 
 def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) -> Image.Image:
-    """One frame as RGB.
+    """Decode one frame to RGB.
 
-    Grey frames are rescaled to their physical unit (RescaleSlope and RescaleIntercept, or the modality's table), then
-    windowed: by the fragment's ``window=CENTER,WIDTH``, else by the file's first window or table, else stretched from
-    the frame's own range without its padding. MONOCHROME1 is inverted, so that larger values are darker. Palette and
-    YBR colours become RGB.
+    Greyscale frames are rescaled to physical units (RescaleSlope and RescaleIntercept, or the modality LUT), then
+    windowed: by the fragment's ``window=CENTER,WIDTH``, by the file's first VOI LUT or window, or else stretched from
+    the frame's range without padding. MONOCHROME1 is inverted, so that larger values are darker. Palette and YBR
+    colours are converted to RGB.
 
     Args:
         path: the file.
-        fragment: ``frame=NUMBER`` (from 0, else the first) and ``window=CENTER,WIDTH``, joined by &.
-        max_pixels: larger frames are refused before they are decoded.
+        fragment: ``frame=NUMBER`` (from 0; default 0) and ``window=CENTER,WIDTH``, joined by &.
+        max_pixels: larger frames are rejected before they are decoded.
 
     Raises:
         ValueError: pydicom is not installed, or the file is damaged, too large, or holds no such frame.
@@ -61,12 +61,13 @@ def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) ->
         if frame >= frames:
             raise RuntimeError(f"it has {frames} frames, so there is no frame {frame}: they count from 0")
         pixels = pixel_array(data, index=frame)
-        if data.SamplesPerPixel > 1 or data.PhotometricInterpretation == "PALETTE COLOR":
-            if data.PhotometricInterpretation == "PALETTE COLOR":
-                pixels = apply_color_lut(pixels, data)
+        photometric = data.PhotometricInterpretation
+        if photometric == "PALETTE COLOR":
+            pixels = apply_color_lut(pixels, data)
+        if data.SamplesPerPixel > 1 or photometric == "PALETTE COLOR":
             return Image.fromarray(pixels if pixels.dtype == np.uint8 else grey_levels(stretch(pixels)))
-        shares = _shares(pixels, apply_modality_lut(pixels, data), data, options.get("window"))
-        levels = grey_levels(1.0 - shares if data.PhotometricInterpretation == "MONOCHROME1" else shares)
+        brightness = _brightness(pixels, apply_modality_lut(pixels, data), data, options.get("window"))
+        levels = grey_levels(1.0 - brightness if photometric == "MONOCHROME1" else brightness)
         return Image.fromarray(levels).convert("RGB")
     except errors as error:
         raise ValueError(_unreadable(path, error)) from error
@@ -84,7 +85,7 @@ def check_dicom(path: Path, *, max_pixels: int) -> None:
 def _read(
     path: Path, max_pixels: int, *, stop_before_pixels: bool = False
 ) -> tuple[Dataset, tuple[type[Exception], ...]]:
-    """The file's elements, and the errors that a damaged one may still raise when they are used."""
+    """Read a file; also returns the errors that a damaged one may still raise when its elements are used."""
     try:
         from pydicom import dcmread
         from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -107,7 +108,7 @@ def _read(
 
 
 def _unreadable(path: Path, error: Exception) -> str:
-    # Other errors quote values of the file, which may be about a patient.
+    # Other errors quote values from the file, which may be patient data.
     details = f": {' '.join(str(error).split()).rstrip('.')}" if isinstance(error, (RuntimeError, OSError)) else ""
     return (
         f"The image {path} cannot be decoded as DICOM ({type(error).__name__}{details}): replace the file, or "
@@ -115,8 +116,15 @@ def _unreadable(path: Path, error: Exception) -> str:
     )
 
 
-def _shares(stored: Any, values: Any, data: Dataset, given: tuple[float, ...] | None) -> np.ndarray[Any, Any]:
-    """Brightness in [0, 1] of the rescaled values of a frame."""
+def _brightness(stored: Any, values: Any, data: Dataset, given: tuple[float, ...] | None) -> np.ndarray[Any, Any]:
+    """Brightness in [0, 1] of a frame.
+
+    Args:
+        stored: pixel values as stored.
+        values: pixel values after rescaling.
+        data: the file's elements.
+        given: center and width of a window that overrides the file's.
+    """
     from pydicom.pixels.processing import apply_voi
 
     if given is not None:
@@ -126,15 +134,13 @@ def _shares(stored: Any, values: Any, data: Dataset, given: tuple[float, ...] | 
         return np.asarray(apply_voi(values, data) / float(2 ** int(table.LUTDescriptor[2]) - 1))
     center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
     if center is not None and width is not None:
-        name = str(data.get("VOILUTFunction") or "LINEAR").upper()
-        function: Function = next((known for known in FUNCTIONS if known == name), "LINEAR")
-        return window(values, center, width, function)
+        return window(values, center, width, str(data.get("VOILUTFunction") or "LINEAR").upper())
     padding = data.get("PixelPaddingValue")
     return stretch(values, None if padding is None else np.asarray(stored) != int(padding))
 
 
 def _first(value: Any) -> float | None:
-    """The first of one or several values of an element, which may be absent or empty."""
+    """The first value of an element, or None if it is absent or empty."""
     if isinstance(value, Sequence):
         value = value[0] if value else None
     return None if value is None else float(value)

@@ -1,7 +1,7 @@
-"""Images on disk, decoded only when asked for and safely: any file becomes an RGB image or a clear error. No torch.
+"""Image files, decoded lazily and safely: any file becomes an RGB image or a ValueError. Imports no torch.
 
-DICOM (.dcm, .dicom) and NIfTI (.nii, .nii.gz) are read where their extras are installed; a fragment after the name
-says which frame, slice and window (:mod:`medvqa_rl.data.images.windowing`).
+DICOM (.dcm, .dicom) and NIfTI (.nii, .nii.gz) need their extras; a fragment after the name selects frame, slice and
+window (:mod:`medvqa_rl.data.images.windowing`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image, ImageOps
 from medvqa_rl.data.images.windowing import grey_levels, medical_kind, split_fragment, stretch
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
-"""What is decoded. Others are refused, EPS above all: Pillow would hand it to an interpreter of PostScript."""
+"""Formats that are decoded. Others are rejected, above all EPS, which Pillow passes to a PostScript interpreter."""
 
 MAX_PIXELS = 80_000_000
-"""Larger images are refused before they are decoded; 80 megapixels take 240 MB as RGB."""
+"""Larger images are rejected before they are decoded; 80 megapixels take 240 MB as RGB."""
 
-# What Pillow's decoders raise on damaged files, as fuzzing shows; none of it may pass for an error of ours.
+# Raised by Pillow's decoders on damaged files, as fuzzing shows.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -42,11 +42,11 @@ _DECODE_ERRORS = (
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB, upright.
+    """Convert an image of any mode to 8-bit RGB.
 
-    The EXIF orientation is applied; transparency is laid over white; of an animation the current frame is taken;
-    grey values of more than 8 bits are stretched linearly from the image's own range to 0 to 255 (medical images
-    often use 12 of 16 bits, and clipping would blank them).
+    Applies the EXIF orientation, composites transparency over white, takes the current frame of an animation, and
+    stretches grey values of more than 8 bits linearly from the image's range to 0 to 255 (medical images often use
+    12 of 16 bits, and clipping would blank them).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -54,20 +54,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")  # converting would copy what is a copy already
+    return image if image.mode == "RGB" else image.convert("RGB")  # avoids another copy
 
 
 def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
-    """An image of at most max_pixels in area, its ratio kept to the nearest pixel; smaller ones stay as they are.
+    """Downscale an image to at most max_pixels, keeping its aspect ratio; smaller images are returned unchanged.
 
-    Each side is multiplied by sqrt(max_pixels / area) and rounded down, to at least 1; a strip so narrow that one side
-    is 1 already loses length instead of its ratio.
+    Each side is multiplied by sqrt(max_pixels / area) and rounded down, to at least 1. A strip whose short side is
+    already 1 is shortened instead.
 
     Raises:
         ValueError: max_pixels is not positive.
     """
     if max_pixels < 1:
-        raise ValueError(f"An image cannot shrink to {max_pixels} pixels: give at least 1.")
+        raise ValueError(f"An image cannot be downscaled to {max_pixels} pixels: max_pixels must be at least 1.")
     width, height = image.size
     if width * height <= max_pixels:
         return image
@@ -78,7 +78,7 @@ def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def _open(path: Path) -> Image.Image:
-    """Read the header of an image and refuse what is too large.
+    """Open an image and check its header.
 
     Raises:
         ValueError: the file is missing, not an image of a known format, or too large.
@@ -100,7 +100,7 @@ def _open(path: Path) -> Image.Image:
 
 def _must_exist(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"The image {path} does not exist: check the data folder, or leave its rows out.")
+        raise ValueError(f"The image {path} does not exist: check the data folder, or remove its rows.")
 
 
 def _unreadable(path: Path, error: BaseException) -> str:
@@ -114,8 +114,8 @@ def _unreadable(path: Path, error: BaseException) -> str:
 class FileImage:
     """An image file of a data set; ``path`` is relative to ``root``, the data set's folder.
 
-    Names of DICOM and NIfTI files may carry a fragment (``ct.dcm#window=40,400``), which is part of the key: another
-    slice is another image.
+    DICOM and NIfTI paths may end in a fragment (``ct.dcm#window=40,400``). It is part of the key: another slice is
+    another image.
     """
 
     path: str
@@ -123,12 +123,12 @@ class FileImage:
 
     @property
     def key(self) -> str:
-        """The relative path: it names the image on every machine."""
+        """The relative path, which is the same on every machine."""
         return self.path
 
     @property
     def file(self) -> Path:
-        """The file on disk, without a fragment."""
+        """Path of the file, without a fragment."""
         return self.root / split_fragment(self.path)[0]
 
     def load(self) -> Image.Image:
@@ -136,7 +136,7 @@ class FileImage:
 
         Raises:
             ValueError: the file is missing, damaged, truncated, too large or not an image, or its format needs an
-                extra that is not installed; the message names it.
+                extra that is not installed. The message names the file.
         """
         path = self.file
         if kind := medical_kind(self.path):
@@ -158,10 +158,10 @@ class FileImage:
             raise ValueError(_unreadable(path, error)) from error
 
     def check(self) -> None:
-        """Read the header only: cheap, and finds missing and empty files and files that are no images.
+        """Check the header only, which finds missing and empty files and files that are not images.
 
         Raises:
-            ValueError: as :meth:`load`, except for damage inside the pixel data.
+            ValueError: as :meth:`load`, except for damaged pixel data.
         """
         path = self.file
         if kind := medical_kind(self.path):
@@ -176,8 +176,10 @@ class FileImage:
         _open(path).close()
 
     def header_pixels(self) -> int | None:
-        """Width times height as the header has it, nothing decoded; None where no header tells (DICOM, NIfTI, files
-        that cannot be read). The file is opened at the first call only."""
+        """Width times height from the header, without decoding; None for DICOM, NIfTI and unreadable files.
+
+        The file is opened at the first call only.
+        """
         return self._header_pixels
 
     @cached_property
@@ -193,7 +195,7 @@ class FileImage:
 
 @dataclass(frozen=True)
 class MemoryImage:
-    """An image that is already decoded."""
+    """An image in memory."""
 
     key: str
     image: Image.Image

@@ -1,7 +1,7 @@
-"""What an image is, in numbers: size, a hash of its pixels, a hash of how it looks. No torch.
+"""Size, pixel hash and perceptual hash of images. Imports no torch.
 
-Two images with one pixel hash are the same picture under two names. Two whose perceptual hashes differ in few bits
-are most likely copies: compressed again, resized, brightened.
+Images with equal pixel hashes are the same picture under two names. Images whose perceptual hashes differ in few bits
+are most likely copies that were recompressed, resized or brightened.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from PIL import Image
 
 from medvqa_rl.core.types import ImageSource
 
-SIDE, KEPT = 64, 16
-BITS = KEPT * KEPT - 1
-"""Bits of the perceptual hash."""
+SIDE, FREQUENCIES = 64, 16
+BITS = FREQUENCIES * FREQUENCIES - 1
+"""Number of bits of the perceptual hash."""
 
 NEAR = 32
 """Images whose perceptual hashes differ in at most this many of the 255 bits count as near duplicates. Measured on the
@@ -28,16 +28,16 @@ NEAR = 32
 different images in 70 at least; copies cropped by 2 % on each side differ in 37 in the median: most are missed."""
 
 FLAT = 2.0
-"""Images whose grey levels have a smaller standard deviation show next to nothing, and have no perceptual hash."""
+"""Images whose grey levels have a smaller standard deviation are nearly blank and have no perceptual hash."""
 
 _COSINES: NDArray[np.float64] = np.cos(
-    np.pi / SIDE * (np.arange(SIDE)[None, :] + 0.5) * np.arange(KEPT)[:, None]
-)  # (KEPT, SIDE), the type-II discrete cosine transform without its scale, which does not change signs
+    np.pi / SIDE * (np.arange(SIDE)[None, :] + 0.5) * np.arange(FREQUENCIES)[:, None]
+)  # (FREQUENCIES, SIDE), type-II discrete cosine transform; signs do not depend on its scale, which is left out
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """One decoded image."""
+    """Measurements of one decoded image."""
 
     key: str
     width: int
@@ -49,21 +49,21 @@ class ImageFacts:
     spread: float
     """Standard deviation of the grey levels."""
     is_constant: bool
-    """One colour everywhere."""
+    """All pixels have the same colour."""
 
 
 def pixel_hash(image: Image.Image) -> bytes:
-    """SHA-256 of the size and the RGB values: equal exactly when the decoded images are equal."""
+    """SHA-256 of size and RGB values: equal if and only if the decoded images are equal."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
     digest.update(image.convert("RGB").tobytes())
     return digest.digest()
 
 
 def perceptual_hash(image: Image.Image) -> bytes:
-    """The signs of the 255 lowest frequencies of the image, shrunk to 64 x 64 grey levels.
+    """Signs of the 255 lowest frequencies of the image, downscaled to 64 x 64 grey levels.
 
-    The type-II discrete cosine transform is taken along both sides; the 16 x 16 lowest frequencies but the mean give
-    a bit each: 1 where positive. 32 bytes, the last bit is 0.
+    Applies the type-II discrete cosine transform along both axes. Each of the 16 x 16 lowest frequencies except the
+    mean gives one bit, 1 if positive. Returns 32 bytes; the last bit is 0.
     """
     grey = np.asarray(image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     frequencies = _COSINES @ grey @ _COSINES.T
@@ -71,7 +71,7 @@ def perceptual_hash(image: Image.Image) -> bytes:
 
 
 def image_facts(source: ImageSource) -> ImageFacts:
-    """Decode an image and take its measures.
+    """Decode and measure an image.
 
     Raises:
         ValueError: it cannot be decoded.
@@ -79,17 +79,9 @@ def image_facts(source: ImageSource) -> ImageFacts:
     image = source.load()
     grey = np.asarray(image.convert("L").reduce(max(1, min(image.size) // 256)), dtype=np.float32)
     spread = float(grey.std())
-    is_constant = all(low == high for low, high in zip(*[iter(_flat_extrema(image))] * 2))
+    is_constant = image.getcolors(1) is not None  # None if there are more colours
     look = b"" if spread < FLAT else perceptual_hash(image)
     return ImageFacts(source.key, image.width, image.height, pixel_hash(image), look, spread, is_constant)
-
-
-def _flat_extrema(image: Image.Image) -> Iterator[float]:
-    """Lowest and highest value of each band, one after the other."""
-    for band in image.split():
-        low, high = band.getextrema()
-        assert isinstance(low, (int, float)) and isinstance(high, (int, float))
-        yield from (low, high)
 
 
 def _facts_or_problem(source: ImageSource) -> ImageFacts | str:
@@ -100,10 +92,10 @@ def _facts_or_problem(source: ImageSource) -> ImageFacts | str:
 
 
 def measure(sources: Iterable[ImageSource], *, workers: int = 2) -> Iterator[tuple[ImageSource, ImageFacts | str]]:
-    """Decode images on several threads, in order; at most four per worker are under way, so memory is bounded.
+    """Measure images on several threads, in order. At most four images per worker are queued, which bounds memory.
 
     Yields:
-        Each image with its facts, or with the sentence that says why it cannot be decoded.
+        Each image with its facts, or with the message why it cannot be decoded.
     """
     remaining = iter(sources)
     with ThreadPoolExecutor(workers) as pool:
@@ -120,16 +112,16 @@ def measure(sources: Iterable[ImageSource], *, workers: int = 2) -> Iterator[tup
 def near_pairs(
     first: NDArray[np.uint64], second: NDArray[np.uint64], most: int = NEAR, *, block: int = 1 << 22
 ) -> Iterator[tuple[int, int, int]]:
-    """Pairs of perceptual hashes that differ in at most so many bits.
+    """Find pairs of perceptual hashes that differ in at most ``most`` bits.
 
     Args:
-        first: (N, 4) hashes as :func:`as_words` gives them.
+        first: (N, 4) hashes from :func:`as_words`.
         second: (M, 4) hashes.
-        most: the largest number of bits.
-        block: pairs compared at once; bounds the memory, 9 bytes each.
+        most: maximum number of bits.
+        block: number of pairs compared at once, at 9 bytes each.
 
     Yields:
-        (row of first, row of second, number of bits), by rows.
+        (row of first, row of second, number of bits), sorted by row.
     """
     if not len(second):
         return

@@ -1,31 +1,31 @@
-"""A contact sheet: images of a data set with their questions and gold answers, as one picture. Imports no torch."""
+"""Contact sheets: one picture with images, questions and gold answers. Imports no torch."""
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from medvqa_rl.core.files import write_whole
 from medvqa_rl.core.types import LETTERS, Sample
 
 CELL, GAP, LINE, COLUMNS = 300, 16, 17, 4
 _WIDTH = 44
-"""Characters in a line of text."""
+"""Characters per line."""
 _LINES = 12
 
 
 def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """Draw samples in rows of four: the images of each side by side, below them the question, the options and the gold
-    answer. An image that cannot be decoded leaves a box that says why.
+    """Draw samples in rows of four: the images side by side, with question, options and gold answer below. An image
+    that cannot be decoded is replaced by the error message.
 
     Raises:
         ValueError: there are no samples.
     """
     if not samples:
-        raise ValueError("There is nothing to draw: ask for at least one sample.")
+        raise ValueError("There are no samples to draw: ask for at least one.")
     font = ImageFont.load_default(13)
     captions = [caption(sample) for sample in samples]
     columns = min(COLUMNS, len(samples))
@@ -35,8 +35,8 @@ def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
     canvas = ImageDraw.Draw(sheet)
     top = GAP
     for row, height in zip(rows, heights):
-        for place, index in enumerate(row):
-            left = GAP + place * (CELL + GAP)
+        for column, index in enumerate(row):
+            left = GAP + column * (CELL + GAP)
             _draw_images(sheet, canvas, samples[index], left, top, font)
             canvas.multiline_text(
                 (left, top + CELL + GAP // 2), captions[index], fill="#222222", font=font, spacing=LINE - 14
@@ -46,16 +46,14 @@ def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Save a picture as PNG, atomically; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    sheet.save(partial, "PNG")
-    os.replace(partial, path)
+    """Save a picture as PNG, whole or not at all."""
+    with write_whole(path) as partial:
+        sheet.save(partial, "PNG")
     return path
 
 
 def caption(sample: Sample) -> str:
-    """Id, question, options and gold answer, at most twelve short lines; the gold answer is always there."""
+    """Id, question, options and gold answer in at most twelve lines; the gold answer is always included."""
     lines = [f"[{textwrap.shorten(sample.id, _WIDTH - 2, placeholder='...')}]"]
     lines += textwrap.wrap(sample.question, _WIDTH)
     for letter, option in zip(LETTERS, sample.options):

@@ -1,6 +1,6 @@
-"""Measured values to grey levels, for medical formats whose pixels are no colours yet. Pure functions; no torch.
+"""Grey levels from the measured values of medical images, and fragments of file names. Imports no torch.
 
-A file's name may end in a fragment that says what to show of it: ``ct.dcm#frame=3&window=40,400`` or
+A file name may end in a fragment that selects what is shown: ``ct.dcm#frame=3&window=40,400`` or
 ``brain.nii.gz#axis=0&slice=40``.
 """
 
@@ -14,20 +14,17 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Function = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
-FUNCTIONS: tuple[Function, ...] = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
-
 _VOLUME = re.compile(r"(.*\.(?:dcm|dicom|nii|nii\.gz))(?:#(.*))?", re.IGNORECASE | re.DOTALL)
 
 
 def split_fragment(name: str) -> tuple[str, str | None]:
-    """A file's name without its fragment, and the fragment; only names of DICOM and NIfTI files have one."""
+    """Split a file name into name and fragment; only DICOM and NIfTI files have one."""
     match = _VOLUME.fullmatch(name)
     return (match[1], match[2]) if match else (name, None)
 
 
 def medical_kind(name: str) -> Literal["dicom", "nifti"] | None:
-    """The medical format of a file by its name (.dcm, .dicom, .nii, .nii.gz), or None for an ordinary image."""
+    """Medical format of a file by its suffix (.dcm, .dicom, .nii, .nii.gz), or None for an ordinary image."""
     match = _VOLUME.fullmatch(name)
     if match is None:
         return None
@@ -35,11 +32,11 @@ def medical_kind(name: str) -> Literal["dicom", "nifti"] | None:
 
 
 def read_fragment(fragment: str | None, allowed: Collection[str], path: Path) -> dict[str, tuple[float, ...]]:
-    """The numbers of a fragment by name: ``window=40,400&frame=3`` is ``{"window": (40.0, 400.0), "frame": (3.0,)}``.
+    """Parse a fragment: ``window=40,400&frame=3`` is ``{"window": (40.0, 400.0), "frame": (3.0,)}``.
 
     Raises:
-        ValueError: a name that is not allowed or occurs twice, or values that are not numbers: two with a positive
-            width for ``window``, one whole number that is not negative for all others.
+        ValueError: a name is not allowed or occurs twice, or its value is invalid: ``window`` takes a center and a
+            positive width, all others a non-negative integer.
     """
     result: dict[str, tuple[float, ...]] = {}
     for part in fragment.split("&") if fragment else ():
@@ -60,8 +57,8 @@ def read_fragment(fragment: str | None, allowed: Collection[str], path: Path) ->
     return result
 
 
-def window(values: NDArray[Any], center: float, width: float, function: Function = "LINEAR") -> NDArray[np.float64]:
-    """Apply a DICOM window: values to shares of full brightness.
+def window(values: NDArray[Any], center: float, width: float, function: str = "LINEAR") -> NDArray[np.float64]:
+    """Apply a DICOM window.
 
     LINEAR is 0 up to c - 0.5 - (w-1)/2, 1 above c - 0.5 + (w-1)/2 and (x - (c-0.5))/(w-1) + 0.5 between; LINEAR_EXACT
     is (x-c)/w + 0.5, clipped; SIGMOID is 1 / (1 + exp(-4 (x-c)/w)). Source: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3.
@@ -70,17 +67,19 @@ def window(values: NDArray[Any], center: float, width: float, function: Function
         values: any shape, in the units of the window (after rescaling).
         center: c.
         width: w; at least 1 for LINEAR, above 0 for the others.
+        function: LINEAR_EXACT or SIGMOID; everything else is LINEAR, the standard's default.
 
     Returns:
-        The same shape, in [0, 1].
+        Brightness in [0, 1], of the same shape.
 
     Raises:
         ValueError: the width is too small.
     """
     x = np.asarray(values, dtype=np.float64)
-    if width < 1 if function == "LINEAR" else width <= 0:
-        least = "at least 1" if function == "LINEAR" else "above 0"
-        raise ValueError(f"The window's width is {width:g}, but a {function} window needs one {least}: give another.")
+    is_linear = function not in ("LINEAR_EXACT", "SIGMOID")
+    if width < 1 if is_linear else width <= 0:
+        allowed = "at least 1 for a LINEAR" if is_linear else f"above 0 for a {function}"
+        raise ValueError(f"The window's width is {width:g}, but must be {allowed} window: choose another width.")
     if function == "SIGMOID":
         return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
     if function == "LINEAR_EXACT":
@@ -91,11 +90,11 @@ def window(values: NDArray[Any], center: float, width: float, function: Function
 
 
 def stretch(values: NDArray[Any], is_valid: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
-    """Stretch linearly from the range of the values to [0, 1]; a constant gives zeros.
+    """Stretch values linearly from their range to [0, 1]; a constant becomes 0.
 
     Args:
-        values: any shape; what is not finite counts as 0.
-        is_valid: the same shape; where False (padding), values do not enter the range and are clipped to it.
+        values: any shape; non-finite values count as 0.
+        is_valid: the same shape; False marks padding, which is excluded from the range and clipped to it.
     """
     x = np.asarray(values, dtype=np.float64)
     x = np.where(np.isfinite(x), x, 0.0)
@@ -104,6 +103,6 @@ def stretch(values: NDArray[Any], is_valid: NDArray[np.bool_] | None = None) -> 
     return np.clip((x - low) / (high - low), 0.0, 1.0) if high > low else np.zeros_like(x)
 
 
-def grey_levels(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Shares of full brightness in [0, 1] as 8-bit grey levels."""
-    return np.asarray(np.rint(shares * 255.0), dtype=np.uint8)
+def grey_levels(brightness: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Brightness in [0, 1] as 8-bit grey levels."""
+    return np.asarray(np.rint(brightness * 255.0), dtype=np.uint8)
