@@ -69,8 +69,8 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(
     found = read_run(copy)
     assert len(found.problems) == 1 and found.problems[0].startswith(expected)
     page = render_report([found])
-    assert expected in page and "is not whole; what could be read is shown" in page
-    assert "What the model wrote" in page
+    assert expected in page and "is incomplete. The page shows what could be read" in page
+    assert "Completions sampled during training" in page
 
 
 def test_damaged_lines_are_left_out(copy: Path) -> None:

@@ -1,20 +1,18 @@
-"""The demo: a model from elsewhere meets a scanner that it has not seen, and adapts to it by reinforcement alone.
+"""The demo: adapt a model to a scanner it has not seen, with RL alone.
 
     medvqa-rl demo
 
-Evaluate, train with Dr. GRPO on answer and format rewards (no gold reasoning), evaluate again, on the unseen scanner
-and on the one the model came from. Minutes on two CPU cores, no download.
+Evaluates, trains with Dr. GRPO on answer and format rewards (no gold reasoning) and evaluates again, on the unseen
+scanner and on the model's home scanner. Takes minutes on two CPU cores and downloads nothing.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from medvqa_rl.config import (
@@ -27,29 +25,25 @@ from medvqa_rl.config import (
     RolloutConfig,
     TrainConfig,
 )
-from medvqa_rl.core.files import find_checkpoint
+from medvqa_rl.core.files import find_checkpoint, write_json
 from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, write_evaluation
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.report.card import write_cards
-from medvqa_rl.report.figures.plots import plot_before_after, plot_training
-from medvqa_rl.report.pages.page import Comparison, DemoPage, FigureFile, ShownGroup, shown_group, write_demo_page
-from medvqa_rl.rewards import Rewards
+from medvqa_rl.report.pages.report import Story, write_report
 from medvqa_rl.rollout.decode import RolloutEngine
 
 NUM_QUESTIONS = {"unseen": 600, "home": 300}
 """Held-out questions per scanner."""
-_NAMES = {"unseen": "unseen scanner", "home": "home scanner"}
-_NUM_GROUPS = 8
+_NAMES = {"unseen": "Unseen scanner", "home": "Home scanner"}
 
 
 def demo_config(output: Path, seed: int = 0) -> Config:
-    """The settings of configs/phantom_cpu.yaml with this output folder and seed."""
+    """Return the settings of configs/phantom_cpu.yaml with this output folder and seed."""
     return Config(
         output_dir=str(output),
         model=ModelConfig(path="phantom:instruct", device="cpu", train_vision=True, train_projector=True),
@@ -70,17 +64,17 @@ def demo_config(output: Path, seed: int = 0) -> Config:
 
 
 def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str, Any]:
-    """Run the demo and write everything it shows to a run folder.
+    """Run the demo and write its results to a run folder.
 
     Args:
-        output: the run folder; must not exist, or be empty.
-        seed: of the training; the questions of the evaluation are the same for every seed.
-        dry_run: show the shapes of one training step and stop; nothing is written.
+        output: the run folder, new or empty.
+        seed: of training; the evaluation uses the same questions for every seed.
+        dry_run: run one training step, print its shapes and write nothing.
 
     Returns:
         The content of ``demo.json``: ``accuracy_before``, ``accuracy_after``, ``gain``, ``gain_low``, ``gain_high``
-        (paired 95 % interval), ``num_questions`` on the unseen scanner, the same under ``home``, and ``seconds``;
-        empty after a dry run.
+        (paired 95 % interval) and ``num_questions`` on the unseen scanner, the same under ``home``, and
+        ``seconds``; empty after a dry run.
 
     Raises:
         ValueError: the folder is in use, or the embedded checkpoint is not installed.
@@ -92,20 +86,20 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
         train(config, dry_run=True)
         return {}
     if output.exists() and any(output.iterdir()):
-        raise ValueError(f"The folder {output} is in use: remove it, or name another with --output.")
+        raise ValueError(f"The folder {output} is not empty: remove it, or choose another with --output.")
 
-    console.print("[bold]1/4[/bold]  Evaluating the model as it comes from the home scanner.")
+    console.print("[bold]1/4[/bold]  Evaluating the model trained on its home scanner.")
     before = _evaluate_both(config, config.model)
     _print_accuracy(console, before)
     console.print(
-        f"[bold]2/4[/bold]  Adapting it to the unseen scanner: {config.train.steps} steps of Dr. GRPO, rewards for "
-        "the right answer and the right form."
+        f"[bold]2/4[/bold]  Adapting it to the unseen scanner: {config.train.steps} steps of Dr. GRPO with "
+        "rewards for the correct answer and the correct format."
     )
     try:
         run_dir = train(config)
     except Stopped:
         console.print(
-            f"That goes on with the training alone. For the demo, remove {output} and start it again.",
+            f"That resumes training only. To run the demo again, remove {output} first.",
             soft_wrap=True,
         )
         raise
@@ -118,19 +112,19 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
         write_evaluation(before[scanner], run_dir / "eval" / f"before_{scanner}")
         write_evaluation(after[scanner], run_dir / "eval" / f"after_{scanner}")
 
-    console.print("[bold]4/4[/bold]  Drawing the curves and the page.")
+    console.print("[bold]4/4[/bold]  Writing the report.")
     gains = {name: paired_gain(before[name].records, after[name].records, config.eval) for name in NUM_QUESTIONS}
     summary = _summary(gains["unseen"]) | {"home": _summary(gains["home"]), "seed": seed}
-    page = _draw(config, run_dir, adapted, before, after, gains)
+    page = write_report([run_dir], run_dir / "page.html", story=_story(config))
     summary["seconds"] = round(time.perf_counter() - began, 1)
-    (run_dir / "demo.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(run_dir / "demo.json", summary)
     write_cards(run_dir)
     _print_summary(console, summary, page)
     return summary
 
 
 def _evaluate_both(config: Config, model: ModelConfig) -> dict[str, Evaluation]:
-    """Greedy answers to the held-out questions of both scanners."""
+    """Answer the held-out questions of both scanners greedily."""
     engine = RolloutEngine(load_policy(model), config.prompt.template)
     evaluations = {}
     for scanner, count in NUM_QUESTIONS.items():
@@ -152,72 +146,26 @@ def _summary(gain: Mapping[str, float | int]) -> dict[str, Any]:
     return {name: gain[name] for name in names} | {"num_questions": gain["n"]}
 
 
-def _draw(
-    config: Config,
-    run_dir: Path,
-    adapted: ModelConfig,
-    before: Mapping[str, Evaluation],
-    after: Mapping[str, Evaluation],
-    gains: Mapping[str, Mapping[str, float | int]],
-) -> Path:
-    """Figures and the page, from the run folder and the evaluations."""
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    overall = {_NAMES[name]: (before[name].results, after[name].results) for name in NUM_QUESTIONS}
-    figures = []
-    for name, title in (("training", "Training"), ("accuracy", "Before and after")):
-        paths = {}
-        for theme, suffix in (("light", ""), ("dark", "_dark")):
-            path = run_dir / f"{name}{suffix}.png"
-            if name == "training":
-                plot_training(metrics, path, theme=theme)  # type: ignore[arg-type]
-            else:
-                plot_before_after(
-                    before["unseen"].results,
-                    after["unseen"].results,
-                    path,
-                    overall=overall,
-                    theme=theme,  # type: ignore[arg-type]
-                )
-            paths[theme] = path
-        figures.append(FigureFile(title, paths["light"], paths["dark"]))
-    page = DemoPage(
+def _story(config: Config) -> Story:
+    return Story(
         title="A model adapts to a scanner it has not seen",
-        lead=(
-            f"A tiny Qwen2-VL that learned on one simulated scanner was trained for {config.train.steps} steps on "
-            "another, by Dr. GRPO, from rewards for the right answer and the right form alone. No reasoning was shown "
-            "to it. Both evaluations are greedy, on the same held-out questions."
+        paragraphs=(
+            "A small Qwen2-VL model was trained on images from one simulated scanner, its home scanner. On images "
+            f"from another scanner it is often wrong. Here {config.train.steps} steps of RL (Dr. GRPO) adapted it to "
+            "that scanner, rewarded only for the correct answer and the correct output format, with no reasoning to "
+            "imitate.",
+            "Both evaluations decode greedily and use the same held-out questions. A difference whose interval "
+            "excludes 0 is larger than the choice of questions explains. The home scanner shows what was forgotten.",
         ),
-        comparisons=[
-            Comparison(
-                _NAMES[name],
-                before[name].results,
-                after[name].results,
-                gains[name],
-                "What it was trained on." if name == "unseen" else "Where it came from: what was forgotten.",
-            )
-            for name in NUM_QUESTIONS
-        ],
-        figures=figures,
-        groups=_sample_groups(config, adapted),
-        facts={"seed": str(config.train.seed), "threads": str(torch.get_num_threads())},
-        settings=config.model_dump(mode="json"),
+        comparisons={
+            "unseen": (_NAMES["unseen"], "The model was adapted to this scanner."),
+            "home": (_NAMES["home"], "The model comes from this scanner."),
+        },
+        limits=(
+            "The demo's images and questions are procedural. They show that the method works, not how well it works "
+            "on real images.",
+        ),
     )
-    return write_demo_page(run_dir / "page.html", page)
-
-
-def _sample_groups(config: Config, adapted: ModelConfig) -> list[ShownGroup]:
-    """Groups that the adapted model samples for held-out questions, scored as in training."""
-    policy = load_policy(adapted)
-    engine = RolloutEngine(policy, config.prompt.template)
-    dataset = load_dataset(config.data, "test")
-    samples = [dataset[index] for index in range(0, 2 * _NUM_GROUPS, 2)]
-    groups = engine.rollout(samples, config.rollout, seed=config.train.seed, stream="eval", step=config.train.steps)
-    rewards = Rewards(config.rewards, max_completion_length=config.rollout.max_completion_length)
-    scores = rewards.score(groups, step=config.train.steps, count_tokens=policy.processor.count_tokens)
-    advantages = group_advantages(torch.from_numpy(scores.total), scale=config.advantage.scale)
-    return [
-        shown_group(group, scores, advantages, index, caption="after training") for index, group in enumerate(groups)
-    ]
 
 
 def _print_accuracy(console: Console, evaluations: Mapping[str, Evaluation]) -> None:

@@ -1,21 +1,48 @@
-"""Which evaluations of some runs are of the same questions, and how they differ. Imports no torch."""
+"""Comparisons of evaluations with the same questions, within a run and between runs. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.evaluation.statistics.summary import paired_gain
-from medvqa_rl.report.pages.page import Comparison
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 
-SELECTION = "Steps are compared as they came; none was chosen by its accuracy."
+SELECTION = "The first and the last evaluation are compared; neither was chosen by its accuracy."
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations of the same questions."""
+
+    name: str
+    before: Mapping[str, Any]
+    """The content of ``results.json``."""
+    after: Mapping[str, Any]
+    gain: Mapping[str, Any]
+    """What :func:`medvqa_rl.evaluation.statistics.summary.paired_gain` returns."""
+    note: str = ""
+    """A sentence below the numbers."""
+    names: tuple[str, str] = ("before", "after")
+    """What the two are called."""
+
+    def breakdown(self) -> list[dict[str, Any]]:
+        """Return a table of accuracy for each grouping that both evaluations have, the largest groups first."""
+        tables = []
+        for key in ("modality", "family", "answer_type"):
+            before, after = self.before["by"].get(key, {}), self.after["by"].get(key, {})
+            rows = [(value, before[value], after[value]) for value in before if value in after]
+            if rows:
+                rows.sort(key=lambda row: -row[2]["num_scored"])
+                tables.append({"title": f"By {key.replace('_', ' ')}", "rows": rows})
+        return tables
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two evaluations that ought to be of the same questions."""
+    """Two evaluations that should have the same questions."""
 
     name: str
     names: tuple[str, str]
@@ -25,18 +52,18 @@ class Pair:
 
 
 def last_of(run: StoredRun) -> StoredEvaluation | None:
-    """The evaluation after the last step that was evaluated."""
+    """Return the evaluation after the last evaluated step."""
     steps = [evaluation for evaluation in run.evaluations if evaluation.step is not None]
     return steps[-1] if steps else None
 
 
 def pairs(runs: Sequence[StoredRun]) -> Iterator[Pair]:
-    """Before and after within each run, then every run against the first one."""
+    """Yield before and after within each run, then every run against the first."""
     for run in runs:
         label = f"{run.name}: " if len(runs) > 1 else ""
         steps = [evaluation for evaluation in run.evaluations if evaluation.step is not None]
         if len(steps) > 1:
-            note = f"Step {steps[0].step} against step {steps[-1].step}. {SELECTION}"
+            note = f"Step {steps[0].step} and step {steps[-1].step}. {SELECTION}"
             yield Pair(f"{label}{_data_name(steps[-1])}", ("before", "after"), steps[0], steps[-1], note)
         named = {evaluation.name: evaluation for evaluation in run.evaluations}
         for name, after in named.items():
@@ -62,7 +89,7 @@ def _data_name(evaluation: StoredEvaluation) -> str:
 
 
 def compare(runs: Sequence[StoredRun]) -> tuple[list[Comparison], list[str]]:
-    """All comparisons with their paired intervals, and a sentence for each that cannot be made."""
+    """Return all comparisons with paired intervals, and a sentence for each that is not possible."""
     made, problems = [], []
     for pair in pairs(runs):
         try:
@@ -75,7 +102,7 @@ def compare(runs: Sequence[StoredRun]) -> tuple[list[Comparison], list[str]]:
 
 
 def accuracy_rows(runs: Sequence[StoredRun]) -> list[tuple[str, str, StoredEvaluation]]:
-    """Run, name and evaluation of what a table of results shows: of the evaluations after steps the first and last."""
+    """Return run, name and evaluation for a table of results, with only the first and last evaluation of training."""
     rows = []
     for run in runs:
         steps = [evaluation for evaluation in run.evaluations if evaluation.step is not None]

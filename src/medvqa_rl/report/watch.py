@@ -24,29 +24,14 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.core.progress import duration
-from medvqa_rl.report.runs import Row, StoredGroup, StoredRun, read_groups, read_run
+from medvqa_rl.report.figures.panels import REWARD, find_panels, series_of
+from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 300.0
 """After so long without news of a run that says it is running, the view says so."""
 RECENT_STEPS = 20
 """Steps whose mean duration gives the time left."""
-
-CURVES = (
-    ("reward", "reward", False),
-    ("accuracy, sampled", "rewards/correctness/mean", True),
-    ("accuracy, greedy", "eval/accuracy", True),
-    ("loss", "loss", False),
-    ("KL", "kl", False),
-    ("entropy", "entropy", False),
-    ("gradient norm", "grad_norm", False),
-    ("length", "completions/mean_length", False),
-    ("length, right", "completions/mean_length_correct", False),
-    ("length, wrong", "completions/mean_length_wrong", False),
-    ("no answer", "no_answer_rate", True),
-    ("groups without signal", "frac_reward_zero_std", True),
-)
-"""Name, metric, and whether it is a share."""
 
 _STATES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "bold red"}
 
@@ -135,26 +120,24 @@ def _heading(run: StoredRun, now: datetime) -> Text:
 
 
 def _curves(run: StoredRun, width: int) -> Table:
-    """Each metric that is logged with its curve, the first and the last value."""
+    """Each logged metric with its curve, its first and its last value."""
     table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
     table.add_column("")
     for name in ("first", "curve", "last"):
         table.add_column(name, justify="left" if name == "curve" else "right", no_wrap=True)
-    room = max(8, min(60, width - 48))
-    for name, metric, is_share in (*CURVES, *_own_rewards(run.steps)):
-        values = [row[metric] for row in run.metrics if metric in row]
-        if values:
-            first, last = (f"{100 * value:.1f} %" if is_share else f"{value:.3g}" for value in (values[0], values[-1]))
-            table.add_row(escape(name), first, Text(sparkline(values, room), style="cyan"), last)
+    curve_width = max(8, min(60, width - 52))
+    for panel in (REWARD, *find_panels(name for row in run.metrics for name in row)):
+        for line in panel.lines:
+            values = series_of(run.metrics, line.metric)[1].tolist()
+            if values:
+                label = f"{panel.title}, {line.label}" if line.label else panel.title
+                first, last = (
+                    f"{100 * value:.1f} %" if panel.is_share else f"{value:.3g}" for value in (values[0], values[-1])
+                )
+                table.add_row(escape(label), first, Text(sparkline(values, curve_width), style="cyan"), last)
     if not table.row_count:
         table.add_row("No step is logged yet.")
     return table
-
-
-def _own_rewards(rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
-    """The reward parts besides correctness, which has its line."""
-    names = sorted({name for row in rows for name in row if name.startswith("rewards/") and name.endswith("/mean")})
-    return [(f"reward: {name.split('/')[1]}", name, False) for name in names if name != "rewards/correctness/mean"]
 
 
 def printable(text: str) -> str:

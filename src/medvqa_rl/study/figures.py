@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from medvqa_rl.report.figures.plots import Points, moving_average, save_figure, series_of
+from medvqa_rl.report.figures.panels import Points, moving_average, series_of
+from medvqa_rl.report.figures.plots import save_figure
 from medvqa_rl.report.figures.style import Palette, Theme, number, spread, styled
 from medvqa_rl.report.runs import Row
 from medvqa_rl.study.collect import ArmResult, Collected

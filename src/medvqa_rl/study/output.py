@@ -12,7 +12,7 @@ from medvqa_rl.core.files import write_text
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.tables import as_csv, as_markdown
 from medvqa_rl.report.health import Check
-from medvqa_rl.report.pages.page import FigureFile, environment
+from medvqa_rl.report.pages.rendering import render
 from medvqa_rl.study.collect import Collected
 from medvqa_rl.study.figures import write_figures
 from medvqa_rl.study.findings import PartCorrelation
@@ -38,6 +38,16 @@ CAPTIONS = {
 }
 MAX_SHOWN = 1200
 """Longest completion to show, in characters."""
+
+
+@dataclass(frozen=True)
+class FigureFile:
+    """A figure to show: PNG files for the light and the dark theme."""
+
+    title: str
+    light: Path
+    dark: Path
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         rules={check.name: check.rule for _, _, check in checks},
     )
     write("study.md", _markdown(content, folder))
-    write("study.html", environment().get_template("study.html.j2").render(**vars(content)))
+    write("study.html", render("study.html.j2", **vars(content)))
     return written
 
 

@@ -24,14 +24,14 @@ def run(name: str) -> StoredRun:
 def test_one_run_has_its_parts_and_their_correlations_in_one_picture_each() -> None:
     drawn = {chart.title: chart for chart in charts([run("one")])}
     assert [curve.label for curve in drawn["Reward parts"].curves] == ["correctness", "ecr", "format"]
-    (curve,) = drawn["Correlation of parts with right answers"].curves
+    (curve,) = drawn["Correlation of reward parts with correctness"].curves
     assert curve.label == "ecr" and curve.values.tolist() == [-0.2, -0.4, -0.2 * 3]
 
 
 def test_several_runs_have_one_picture_for_each_part() -> None:
     drawn = {chart.title: chart for chart in charts([run("one"), run("two")])}
     assert {"Reward: ecr", "Reward: format", "Reward: correctness"} <= drawn.keys()
-    curves = drawn["Correlation with right answers: ecr"].curves
+    curves = drawn["Correlation with correctness: ecr"].curves
     assert [curve.label for curve in curves] == ["one", "two"]
 
 
@@ -44,5 +44,5 @@ def test_prompts_are_drawn_apart_where_a_run_mixes_them() -> None:
     explain, short = drawn["Reward by prompt"].curves
     assert (explain.label, explain.steps.tolist(), explain.values.tolist()) == ("explain", [2], [1.5])
     assert (short.label, short.steps.tolist(), short.values.tolist()) == ("short", [1, 2], [0.5, 0.75])
-    assert drawn["Right answers by prompt"].is_share and drawn["Requested form by prompt"].is_share
+    assert drawn["Correct answers by prompt"].is_share and drawn["Correct format by prompt"].is_share
     assert "Reward by prompt" not in {chart.title for chart in charts([run("one")])}

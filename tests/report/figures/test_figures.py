@@ -51,7 +51,7 @@ def test_the_same_run_gives_the_same_files(tmp_path: Path) -> None:
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "status.json", {})
-    with pytest.raises(ValueError, match="There is nothing to draw"):
+    with pytest.raises(ValueError, match="There is nothing to plot"):
         write_figures([tmp_path], tmp_path / "figures")
 
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medvqa_rl.report.figures.plots import moving_average, plot_before_after, plot_training
+from medvqa_rl.report.figures.panels import moving_average
+from medvqa_rl.report.figures.plots import plot_before_after, plot_training
 from medvqa_rl.report.figures.style import PALETTES, Theme, spread
 
 ROWS = [
@@ -72,11 +73,6 @@ def test_training_is_drawn_in_both_themes(tmp_path: Path, theme: Theme) -> None:
     assert dict(mpl.rcParams) == settings
 
 
-def test_evaluations_can_come_apart_from_the_log(tmp_path: Path) -> None:
-    together = plot_training([EVALS[0], *ROWS, EVALS[1]], tmp_path / "a.png").read_bytes()
-    assert plot_training(ROWS, tmp_path / "b.png", evals=EVALS).read_bytes() == together
-
-
 def test_logs_with_little_in_them_are_drawn(tmp_path: Path) -> None:
     plot_training([{"step": 1, "reward": 0.0, "rewards/mine/mean": -1.0, "kl": math.inf}], tmp_path / "x.png")
     many = {f"rewards/part{index}/mean": 0.1 * index for index in range(9)}
@@ -88,8 +84,7 @@ def test_logs_with_little_in_them_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_before_and_after_are_drawn(tmp_path: Path, theme: Theme) -> None:
     before, after = results(0.4), results(0.6)
-    overall = {"new scanner": (before, after), "old scanner": (after, after)}
-    path = plot_before_after(before, after, tmp_path / "x.png", overall=overall, theme=theme)
+    path = plot_before_after(before, after, tmp_path / "x.png", theme=theme)
     assert corner(path) == PALETTES[theme].background
     plot_before_after(before, after, tmp_path / "x.png", keys=("no such key",), names=("base", "tuned"), theme=theme)
 

@@ -86,7 +86,7 @@ def test_it_filters(page: Page, data: dict[str, Any]) -> None:
     assert f"{len(wanted)} of 16 questions" in where(page)
     page.choose("run", "1")
     wanted = [group for group in wanted if group["run"] == 1]
-    expected = f"· {len(wanted)} of 16 questions" if wanted else "No question fits"
+    expected = f"· {len(wanted)} of 16 questions" if wanted else "No question matches"
     assert expected in where(page)
 
 
@@ -103,7 +103,7 @@ def test_it_searches_what_is_typed(page: Page) -> None:
         page.press(key)
     assert where(page) == "Page 1 of 1 · 4 of 16 questions" and page.run(STEPS) == [30] * 4
     page.press("n")  # a letter in the search, not a command
-    assert where(page) == "No question fits: widen the search or the filters."
+    assert where(page) == "No question matches: relax the search or the filters."
 
 
 def test_a_link_keeps_the_view(page: Page, report: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_link_keeps_the_view(page: Page, report: Path) -> None:
     page.run("document.querySelector('nav a').click()")
     assert page.run("document.getElementById('outcome').value") == "wrong"
     page.open(report, "#sort=nonsense&page=-7&outcome=x")
-    assert where(page) == "No question fits: widen the search or the filters."
+    assert where(page) == "No question matches: relax the search or the filters."
 
 
 def test_the_keyboard_walks_through_the_questions(page: Page) -> None:

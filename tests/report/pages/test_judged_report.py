@@ -50,5 +50,5 @@ def test_reports_and_cards_show_what_judges_said(tmp_path: Path, monkeypatch: py
     assert "reasoning 3.00 \\[3.00, 3.00\\] of 3, 100.0 \\[" in card and "; 0 unscored." in card
     write(run / "eval" / "step_000040" / "judged.json", {"judges": [{}]})
     broken = read_run(run)
-    assert "of another version: judge again" in render_report([broken])
+    assert "has another version: run the judges again" in render_report([broken])
     assert "damaged or of another version" in model_card(broken, run / "best")

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic import EVIL, completion_rows, gold_text, make_run, write, write_lines
+from synthetic import EVIL, completion_rows, gold_text, make_run, write, write_eval, write_lines
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
@@ -26,8 +26,8 @@ from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.comparisons import compare
 from medvqa_rl.report.figures.charts import charts, nice_ticks, thin
-from medvqa_rl.report.pages.inline import policy_hash, script_json, thumbnail_uri
-from medvqa_rl.report.pages.report import MAX_BYTES, write_report
+from medvqa_rl.report.pages.rendering import policy_hash, script_json, thumbnail_uri
+from medvqa_rl.report.pages.report import MAX_BYTES, Story, write_report
 from medvqa_rl.report.pages.viewer import build_viewer, evenly
 from medvqa_rl.report.runs import read_run
 
@@ -128,13 +128,27 @@ def test_numbers_are_those_of_the_evaluations(run: Path, html: str) -> None:
     before, after = (evaluation.records() for evaluation in read_run(run).evaluations)
     gain = paired_gain(before, after, EvalConfig())
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", html))
-    assert "50.0 → 70.0 % right" in text
+    assert "50.0 → 70.0 % correct" in text
     low, high = (f"{100 * gain[name]:+.1f}".replace("-", "−") for name in ("gain_low", "gain_high"))
     assert f"+20.0 points, 95 % interval {low} to {high}" in text
     assert f"20 questions about 10 images · {gain['improved']} improved, {gain['worsened']} worsened" in text
     assert "By modality" in text and "train finished, step 40 of 40" in text
     assert f"fingerprint {load_dataset(DataConfig(), 'train').fingerprint}" in text
     assert "Research software, not for clinical use" in text
+
+
+def test_a_story_and_its_comparisons_come_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for scanner in ("home", "unseen"):
+        write_eval(folder / "eval" / f"before_{scanner}", [index % 2 == 0 for index in range(20)])
+        write_eval(folder / "eval" / f"after_{scanner}", [index % 10 < 7 for index in range(20)])
+    story = Story(f"Demo {EVIL}", [f"It adapts. {EVIL}"], {"unseen": ("New", f"Far. {EVIL}")}, ["Only a demo."])
+    page = write_report([folder], tmp_path / "page.html", story=story).read_text(encoding="utf-8")
+    top, _, rest = page.partition('<section id="accuracy"')
+    assert all(f"{text} &lt;/script&gt;" in top for text in ("Demo", "It adapts.", "Far."))
+    assert "<h3>New</h3>" in top and "<h3>unseen</h3>" not in page and "<h3>home</h3>" in rest
+    assert "<li>Only a demo.</li>" in rest
+    assert page.count("<script") == 2 and "<img" not in page
 
 
 def test_several_runs_are_compared_and_overlaid(run: Path, tmp_path: Path) -> None:
@@ -144,9 +158,9 @@ def test_several_runs_are_compared_and_overlaid(run: Path, tmp_path: Path) -> No
     assert names == ["one: phantom/home/val", "two: phantom/home/val", "two against one"]
     lengths = next(chart for chart in charts(runs) if chart.title == "Length in tokens")
     assert [(curve.label, curve.color, curve.is_dashed) for curve in lengths.curves] == [
-        ("one right", 0, False),
+        ("one correct", 0, False),
         ("one wrong", 0, True),
-        ("two right", 1, False),
+        ("two correct", 1, False),
         ("two wrong", 1, True),
     ]
     page = write_report([run, other], tmp_path / "page.html").read_text(encoding="utf-8")
@@ -159,10 +173,11 @@ def test_several_runs_are_compared_and_overlaid(run: Path, tmp_path: Path) -> No
 def test_curves_are_drawn_where_their_values_are(run: Path) -> None:
     drawn = {chart.title: chart for chart in charts([read_run(run)])}
     assert list(drawn)[:3] == ["Reward parts", "Accuracy", "Length in tokens"] and "Loss" not in drawn
-    kl = drawn["KL from the start"]
-    assert 'aria-label="KL from the start: KL from the start from 0.001 at step 1 to 0.04 at step 40"' in kl.svg
+    kl = drawn["KL to the initial model"]
+    label = "KL to the initial model: KL to the initial model from 0.001 at step 1 to 0.04 at step 40"
+    assert f'aria-label="{label}"' in kl.svg
     points = np.array(
-        [pair.split() for pair in re.findall(r'class="c0 raw" d="M([^"]*)"', kl.svg)[0].split("L")], float
+        [pair.split() for pair in re.findall(r'class="c2 raw" d="M([^"]*)"', kl.svg)[0].split("L")], float
     )
     assert np.allclose(np.diff(points[:, 0]), np.diff(points[:, 0])[0], atol=0.11)
     slope = np.diff(points[:, 1])

@@ -1,7 +1,12 @@
-"""Training curves as SVG inside a page: several runs in one picture, colours from the page's theme. Imports no torch.
+"""Training curves as SVG inside a page, with several runs overlaid. Imports no torch.
 
-Thin lines are single steps, thick ones moving averages over a tenth of the run; dots are greedy evaluations with
-their 95 % intervals. With one run colours tell lines apart; with several they tell runs apart and dashes the lines.
+Thin lines are single steps, thick lines moving averages over a tenth of the run, dots greedy evaluations with their
+95 % intervals. With one run colours tell metrics apart; with several, colours tell runs apart and dashes metrics.
+
+The SVG is written here rather than by matplotlib: a chart takes its colours from the page's style sheet, so one SVG
+serves light and dark mode, and its text stays text. Matplotlib needs two images, because the page's content security
+policy forbids the inline styles that it writes. For a run of 400 steps that is 620 kB instead of 56 kB, in 0.75 s
+instead of 0.01 s, and it grows with longer runs.
 """
 
 from __future__ import annotations
@@ -12,19 +17,22 @@ from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
-from numpy.typing import NDArray
 
-from medvqa_rl.report.figures.plots import moving_average
+from medvqa_rl.report.figures.panels import (
+    NUM_COLORS,
+    Points,
+    find_panels,
+    intervals_of,
+    moving_average,
+    series_of,
+    smoothing_window,
+)
 from medvqa_rl.report.runs import StoredRun
 
-NUM_COLORS = 6
-"""Classes c0 to c5 of the page's style."""
 MAX_POINTS = 200
-"""Points of a line; longer curves are thinned by means, which keeps the page small."""
+"""Maximum number of points in a line; longer curves are thinned by averaging, which keeps the page small."""
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340.0, 190.0, 40.0, 16.0, 8.0, 22.0
-
-Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Curve:
 
     label: str
     color: int
+    """Class c0 to c5 of the page's style."""
     steps: Points
     values: Points
     is_dashed: bool = False
@@ -43,7 +52,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled picture of some curves."""
+    """A titled plot of some curves."""
 
     title: str
     curves: Sequence[Curve]
@@ -51,105 +60,42 @@ class Chart:
 
     @property
     def legend(self) -> list[tuple[str, Markup]]:
-        """Label and mark of each line, where there is more than one or it has a name."""
+        """Label and sample of each labelled line."""
         return [(curve.label, _mark(curve)) for curve in self.curves if curve.label]
 
     @property
     def svg(self) -> Markup:
-        """The picture; its label says where each curve begins and ends."""
+        """The plot; its accessible label has the first and last value of each curve."""
         return _svg(self)
 
 
-@dataclass(frozen=True)
-class _Line:
-    label: str
-    metric: str
-    is_greedy: bool = False
-
-
-_PANELS: tuple[tuple[str, bool, tuple[_Line, ...]], ...] = (
-    ("Accuracy", True, (_Line("sampled", "rewards/correctness/mean"), _Line("greedy", "eval/accuracy", True))),
-    (
-        "Length in tokens",
-        False,
-        (_Line("right", "completions/mean_length_correct"), _Line("wrong", "completions/mean_length_wrong")),
-    ),
-    ("Loss", False, (_Line("", "loss"),)),
-    ("KL from the start", False, (_Line("", "kl"),)),
-    ("Entropy, nats per token", False, (_Line("", "entropy"),)),
-    ("Gradient norm", False, (_Line("", "grad_norm"),)),
-    ("Groups without signal", True, (_Line("", "frac_reward_zero_std"),)),
-    (
-        "Unusable completions",
-        True,
-        (_Line("no answer", "no_answer_rate"), _Line("cut off", "completions/clipped_ratio")),
-    ),
-)
-
-
-_FAMILIES = (
-    ("rewards", "mean", "Reward parts", "Reward", False),
-    (
-        "rewards",
-        "corr_correctness",
-        "Correlation of parts with right answers",
-        "Correlation with right answers",
-        False,
-    ),
-    ("prompts", "reward", "Reward by prompt", "Reward, prompt", False),
-    ("prompts", "correct", "Right answers by prompt", "Right answers, prompt", True),
-    ("prompts", "format", "Requested form by prompt", "Requested form, prompt", True),
-)
-"""Metrics called root/name/kind, whose names are not known before: root, kind, title of the picture of all, beginning
-of the title of a picture of one, and whether the values are shares."""
-
-
 def charts(runs: Sequence[StoredRun]) -> list[Chart]:
-    """The charts of some runs; what no run logged is left out."""
-    names = sorted({name for run in runs for row in run.steps for name in row})
-    panels: list[tuple[str, bool, tuple[_Line, ...]]] = []
-    for root, kind, title, short, is_share in _FAMILIES:
-        parts = [
-            _Line(name.split("/")[1], name)
-            for name in names
-            if name.startswith(f"{root}/") and name.endswith(f"/{kind}")
-        ]
-        if len(runs) == 1 and parts:
-            panels.append((title, is_share, tuple(parts)))
-        else:  # one picture each, or colours for runs and dashes for parts would not do
-            panels += [(f"{short}: {part.label}", is_share, (_Line("", part.metric),)) for part in parts]
+    """Return the charts of one or more runs, without metrics that no run logged."""
+    is_overlay = len(runs) > 1
     drawn = []
-    for title, is_share, lines in (*panels, *_PANELS):
-        curves = [
-            _curve(run, line, index if len(runs) == 1 else number, index > 0, len(runs) > 1)
-            for number, run in enumerate(runs)
-            for index, line in enumerate(lines)
-        ]
-        if shown := [curve for curve in curves if len(curve.steps)]:
-            drawn.append(Chart(title, shown, is_share))
+    for panel in find_panels((name for run in runs for row in run.metrics for name in row), one_each=is_overlay):
+        curves = []
+        for number, run in enumerate(runs):
+            for index, line in enumerate(panel.lines):
+                steps, values = series_of(run.metrics, line.metric)
+                if len(steps):
+                    curves.append(
+                        Curve(
+                            label=f"{run.name} {line.label}".strip() if is_overlay else line.label,
+                            color=number % NUM_COLORS if is_overlay else line.color,
+                            steps=steps,
+                            values=values,
+                            is_dashed=is_overlay and index > 0 and not line.is_greedy,
+                            bounds=intervals_of(run.metrics, line.metric) if line.is_greedy else (),
+                            has_dots=line.is_greedy,
+                        )
+                    )
+        drawn.append(Chart(panel.title, curves, panel.is_share))
     return drawn
 
 
-def _curve(run: StoredRun, line: _Line, color: int, is_dashed: bool, is_one_of_many: bool) -> Curve:
-    rows = [row for row in run.metrics if line.metric in row]
-    label = " ".join(word for word in (run.name if is_one_of_many else "", line.label) if word)
-    return Curve(
-        label,
-        color % NUM_COLORS,
-        np.array([row["step"] for row in rows], dtype=np.float64),
-        np.array([row[line.metric] for row in rows], dtype=np.float64),
-        is_dashed=is_dashed and is_one_of_many and not line.is_greedy,
-        bounds=[
-            (row["step"], row[f"{line.metric}_low"], row[f"{line.metric}_high"])
-            for row in rows
-            if line.is_greedy and f"{line.metric}_low" in row and f"{line.metric}_high" in row
-        ],
-        has_dots=line.is_greedy,
-    )
-
-
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from low to high at distances of 1, 2 or 5 times a power of ten, about so many."""
+    """Return about ``count`` round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -160,7 +106,7 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def thin(steps: Points, values: Points, limit: int = MAX_POINTS) -> tuple[Points, Points]:
-    """At most so many points: means of neighbouring ones."""
+    """Reduce a curve to at most ``limit`` points by averaging neighbours."""
     if len(values) <= limit:
         return steps, values
     cuts = np.linspace(0, len(values), limit + 1).astype(int)
@@ -200,7 +146,7 @@ def _svg(chart: Chart) -> Markup:
             marks.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{tick:.0f}</text>')
     for curve in chart.curves:
         kind = f"c{curve.color}{' dashed' if curve.is_dashed else ''}"
-        window = len(curve.values) // 10 if len(curve.values) >= 20 and not curve.has_dots else 1
+        window = 1 if curve.has_dots else smoothing_window(len(curve.values))
         if window > 1:
             marks.append(f'<path class="{kind} raw" d="{path(curve.steps, curve.values)}"/>')
         marks.append(f'<path class="{kind}" d="{path(curve.steps, moving_average(curve.values, window))}"/>')
@@ -218,14 +164,14 @@ def _svg(chart: Chart) -> Markup:
         f"{_label(curve.values[-1], chart.is_share)} at step {curve.steps[-1]:.0f}"
         for curve in chart.curves
     )
-    label = escape(f"{chart.title}: {described}")
+    description = escape(f"{chart.title}: {described}")
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{description}">{"".join(marks)}</svg>'
     )
 
 
 def _mark(curve: Curve) -> Markup:
-    """The piece of line that a legend shows."""
+    """Return the sample of a line for the legend."""
     kind = f"c{curve.color}{' dashed' if curve.is_dashed else ''}"
     dot = f'<circle class="{kind}" cx="10" cy="5" r="3"/>' if curve.has_dots else ""
     return Markup(

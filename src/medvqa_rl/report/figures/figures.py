@@ -14,18 +14,18 @@ FORMATS = ("pdf", "svg")
 
 
 def write_figures(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Draw the curves of each run that logged a reward, and every comparison with its intervals.
+    """Plot the training curves of each run, and every comparison with its intervals.
 
     Returns:
         The files: ``training-RUN.pdf``, ``accuracy-NAME.pdf``, and the same as SVG.
 
     Raises:
-        ValueError: a folder is not that of a run, or there is nothing to draw.
+        ValueError: a folder is not a run, or there is nothing to plot.
     """
     runs = [read_run(path) for path in paths]
     written: list[Path] = []
     for run in runs:
-        if any("reward" in row for row in run.metrics):
+        if run.steps:
             for kind in FORMATS:
                 path = folder / f"training-{_slug(run.name)}.{kind}"
                 written.append(plot_training(run.metrics, path, theme="print"))
@@ -35,12 +35,12 @@ def write_figures(paths: Sequence[Path], folder: Path) -> list[Path]:
             written.append(plot_before_after(item.before, item.after, path, names=item.names, theme="print"))
     if not written:
         raise ValueError(
-            f"There is nothing to draw in {', '.join(run.name for run in runs)}: no step with a reward is logged, and "
-            "no two evaluations of the same questions are stored."
+            f"There is nothing to plot in {', '.join(run.name for run in runs)}: no training step is logged, and no "
+            "two evaluations of the same questions are stored."
         )
     return written
 
 
 def _slug(name: str) -> str:
-    """A name as part of a file's name."""
+    """Return a name that is safe in a file name."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-")

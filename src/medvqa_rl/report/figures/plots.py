@@ -1,9 +1,7 @@
-"""Figures of a run: training curves, and accuracy before and after. Imports no torch.
+"""Matplotlib figures of a run: training curves, and accuracy before and after. Imports no torch.
 
-The name of the file says what it is: PNG for pages, PDF or SVG for papers.
-
-Everything is drawn from ``metrics.jsonl`` and ``results.json``; nothing is computed here that is not in them, except
-moving averages.
+The suffix of the file chooses its format: PNG, or PDF and SVG for papers. Everything is plotted from
+``metrics.jsonl`` and ``results.json``.
 """
 
 from __future__ import annotations
@@ -14,26 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
-from numpy.typing import NDArray
 
+from medvqa_rl.report.figures.panels import (
+    Panel,
+    find_panels,
+    intervals_of,
+    moving_average,
+    series_of,
+    smoothing_window,
+)
 from medvqa_rl.report.figures.style import Palette, Theme, percent, spread, styled
+from medvqa_rl.report.runs import is_evaluation
 
 Row = Mapping[str, Any]
 """A line of metrics.jsonl."""
 Results = Mapping[str, Any]
 """The content of a results.json, or what :func:`medvqa_rl.evaluation.statistics.summary.summarise` returns."""
 
-Points = NDArray[np.float64]
-
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write without a display and without the global state of pyplot."""
+    """Write a figure without a display, without pyplot's global state and without a date."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     dates: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
@@ -44,134 +47,65 @@ def save_figure(figure: Figure, path: Path) -> Path:
 # --- training curves -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Line:
-    label: str
-    key: str
-    color: str
+def plot_training(metrics: Sequence[Row], path: Path, *, theme: Theme = "print") -> Path:
+    """Plot the training curves of a run, one panel each (:mod:`medvqa_rl.report.figures.panels`).
 
-
-@dataclass(frozen=True)
-class _Panel:
-    title: str
-    lines: list[_Line]
-    is_share: bool = False
-    """Values from 0 to 1, shown as percentages."""
-    greedy: Sequence[Row] = ()
-    """Greedy evaluations to mark as points."""
-
-
-def series_of(rows: Sequence[Row], key: str) -> tuple[Points, Points]:
-    """Steps and values of one metric, where it is finite."""
-    pairs = [(float(row["step"]), float(row[key])) for row in rows if row.get(key) is not None]
-    array = np.array([pair for pair in pairs if math.isfinite(pair[1])], dtype=np.float64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
-
-
-def moving_average(values: Points, window: int) -> Points:
-    """(N,) means over the window around each value, as far as there are values on either side."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    start, end = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
-    means: Points = (sums[end] - sums[start]) / (end - start)
-    return means
-
-
-def plot_training(
-    metrics: Sequence[Row], path: Path, *, evals: Sequence[Row] | None = None, theme: Theme = "light"
-) -> Path:
-    """Draw the course of a training run: reward parts, accuracy, lengths, KL (the loss where beta
-    is 0), entropy, gradient and lost signal.
-
-    Thin lines are single steps, thick ones moving averages over a tenth of the run. Greedy evaluations are points
+    Thin lines are single steps, thick lines moving averages over a tenth of the run. Greedy evaluations are points
     with their 95 % intervals.
 
     Args:
-        metrics: lines of ``metrics.jsonl``, each with ``step``; a metric that is not logged leaves its panel empty.
-        path: file to write (.png, .pdf or .svg); its folder is made.
-        evals: lines with ``eval/accuracy`` and its bounds; None takes those among metrics.
+        metrics: lines of ``metrics.jsonl``, each with ``step``.
+        path: file to write (.png, .pdf or .svg); its folder is created.
         theme: light, dark or print.
 
     Raises:
-        ValueError: there is no training step to draw.
+        ValueError: there is no training step to plot.
     """
-    rows = [row for row in metrics if row.get("reward") is not None]
-    if not rows:
-        raise ValueError("There is nothing to plot: metrics.jsonl holds no training step with a reward.")
-    greedy = [row for row in (metrics if evals is None else evals) if row.get("eval/accuracy") is not None]
-    window = len(rows) // 10 if len(rows) >= 20 else 1
+    panels = find_panels(name for row in metrics for name in row)
+    if all(is_evaluation(row) for row in metrics):
+        raise ValueError("There is nothing to plot: metrics.jsonl holds no training step.")
+    columns = 4 if len(panels) % 4 in (0, 3) else 3
+    rows = math.ceil(len(panels) / columns)
     with styled(theme) as palette:
-        figure = Figure(figsize=(12.0, 5.4), layout="constrained")
+        figure = Figure(figsize=(3.0 * columns, 2.7 * rows), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-        axes = figure.subplots(2, 4).ravel()
-        for place, panel in zip(axes, _panels(rows, greedy, palette)):
-            _draw_panel(place, panel, rows, window, palette)
-        for place in axes[4:]:
-            place.set_xlabel("step")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, panel in zip(axes, panels):
+            _draw_panel(axis, panel, metrics, palette)
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+            axis.set_xlabel("step")
         return save_figure(figure, path)
 
 
-def _panels(rows: Sequence[Row], greedy: Sequence[Row], palette: Palette) -> list[_Panel]:
-    """What is drawn, in reading order."""
-    keys = sorted({key for row in rows for key in row if key.startswith("rewards/") and key.endswith("/mean")})
-    blue, orange, purple, _, grey, _ = palette.series
-    parts = [
-        _Line(key.split("/")[1], key, palette.series[index % len(palette.series)]) for index, key in enumerate(keys)
-    ]
-    lengths = [
-        _Line("right", "completions/mean_length_correct", palette.right),
-        _Line("wrong", "completions/mean_length_wrong", palette.wrong),
-    ]
-    unusable = [
-        _Line("no answer", "no_answer_rate", palette.wrong),
-        _Line("cut off", "completions/clipped_ratio", orange),
-    ]
-    has_reference = any(row.get("kl") is not None for row in rows)
-    return [
-        _Panel("Reward parts", parts),
-        _Panel("Accuracy", [_Line("sampled", "rewards/correctness/mean", grey)], is_share=True, greedy=greedy),
-        _Panel("Length in tokens", lengths),
-        _Panel("KL from the start", [_Line("", "kl", purple)])
-        if has_reference
-        else _Panel("Loss", [_Line("", "loss", purple)]),
-        _Panel("Entropy, nats per token", [_Line("", "entropy", purple)]),
-        _Panel("Gradient norm", [_Line("", "grad_norm", blue)]),
-        _Panel("Groups without signal", [_Line("", "frac_reward_zero_std", orange)], is_share=True),
-        _Panel("Unusable completions", unusable, is_share=True),
-    ]
-
-
-def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Row], window: int, palette: Palette) -> None:
-    """Every step thin, the moving average thick, each line named at its end."""
+def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], palette: Palette) -> None:
+    """Draw each line and label it at its right end."""
     axes.set_title(panel.title)
     ends: list[tuple[str, float, float, str]] = []
     for line in panel.lines:
-        steps, values = series_of(rows, line.key)
-        if len(steps):
-            smooth = moving_average(values, window)
+        steps, values = series_of(rows, line.metric)
+        if not len(steps):
+            continue
+        color = palette.series[line.color]
+        if line.is_greedy:
+            for step, low, high in intervals_of(rows, line.metric):
+                axes.vlines(step, low, high, color=color, linewidth=1.2, alpha=0.5)
+            axes.plot(steps, values, color=color, linewidth=1.2, marker="o", markersize=4)
+        else:
+            window = smoothing_window(len(values))
             if window > 1:
-                axes.plot(steps, values, color=line.color, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smooth, color=line.color, linewidth=1.8)
-            ends.append((line.label, steps[-1], smooth[-1], line.color))
-    if panel.greedy:
-        steps, values = series_of(panel.greedy, "eval/accuracy")
-        for row in panel.greedy:
-            if row.get("eval/accuracy_low") is not None:
-                bounds = row["eval/accuracy_low"], row["eval/accuracy_high"]
-                axes.vlines(row["step"], *bounds, color=palette.after, linewidth=1.2, alpha=0.5)
-        axes.plot(steps, values, color=palette.after, linewidth=1.2, marker="o", markersize=4)
-        ends.append(("greedy", steps[-1], values[-1], palette.after))
-    if not ends:
-        axes.set_axis_off()
-        axes.text(0.0, 0.5, "not logged", transform=axes.transAxes, color=palette.muted)
-        return
+                axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+            values = moving_average(values, window)
+            axes.plot(steps, values, color=color, linewidth=1.8)
+        ends.append((line.label, steps[-1], values[-1], color))
     axes.locator_params(axis="both", nbins=4)
     axes.margins(x=0.02, y=0.12)
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     if panel.is_share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if len(panel.lines) > 1 or panel.greedy:
+    if len(panel.lines) > 1 and ends:
         low, high = axes.get_ylim()
         right = max(step for _, step, _, _ in ends)
         heights = spread([height for _, _, height, _ in ends], 0.1 * (high - low), low, high)
@@ -193,7 +127,7 @@ def _draw_panel(axes: Axes, panel: _Panel, rows: Sequence[Row], window: int, pal
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of the figure under one heading: name, summary before, summary after."""
+    """Rows under one heading: name, summary before, summary after."""
 
     title: str
     rows: list[tuple[str, Results, Results]]
@@ -204,26 +138,23 @@ def plot_before_after(
     after: Results,
     path: Path,
     *,
-    overall: Mapping[str, tuple[Results, Results]] | None = None,
     keys: Sequence[str] = ("modality", "family"),
     names: tuple[str, str] = ("before", "after"),
-    theme: Theme = "light",
+    theme: Theme = "print",
 ) -> Path:
-    """Draw accuracy before and after training with 95 % intervals, overall and by group.
+    """Plot accuracy before and after training with 95 % intervals, overall and by group.
 
-    A short tick on a row marks the majority baseline: the accuracy of always giving the most frequent answer.
+    A short tick marks the majority baseline: the accuracy of always giving the most frequent answer.
 
     Args:
         before: results of the first evaluation.
         after: results of the second, of the same questions.
-        path: file to write (.png, .pdf or .svg); its folder is made.
-        overall: results to compare as a whole, by name, such as the scanners; None compares before and after.
-        keys: groups to break before and after down by, as in ``results["by"]``; those that are absent are left out.
-        names: what the two are called in the legend.
+        path: file to write (.png, .pdf or .svg); its folder is created.
+        keys: groupings of ``results["by"]`` to plot, if present.
+        names: of the two in the legend.
         theme: light, dark or print.
     """
-    whole = {"all questions": (before, after)} if overall is None else overall
-    blocks = [_Block("Accuracy", [(name, one, other) for name, (one, other) in whole.items()])]
+    blocks = [_Block("Accuracy", [("all questions", before, after)])]
     for key in keys:
         values = before["by"].get(key, {})
         rows = [
@@ -252,7 +183,7 @@ def plot_before_after(
 
 
 _HEADING = 1.9
-"""Height of a block's heading and axis, in rows."""
+"""Height of a block's heading and axis, in units of rows."""
 
 
 def _height(blocks: Sequence[_Block]) -> float:
@@ -260,7 +191,7 @@ def _height(blocks: Sequence[_Block]) -> float:
 
 
 def _columns(blocks: list[_Block]) -> tuple[list[_Block], list[_Block]]:
-    """Blocks in two columns of heights as equal as their order allows."""
+    """Split the blocks, in order, into two columns of similar height."""
     cuts = range(1, len(blocks) + 1)
     cut = min(cuts, key=lambda cut: max(_height(blocks[:cut]), _height(blocks[cut:])))
     return blocks[:cut], blocks[cut:]
@@ -291,13 +222,13 @@ def _draw_block(axes: Axes, block: _Block, palette: Palette) -> None:
 
 
 def _draw_legend(figure: Figure, names: tuple[str, str], palette: Palette) -> None:
-    """One line above the figure that names the marks."""
-    figure.suptitle(" ", fontsize=9)  # keeps room for it
+    """Draw the legend on one line above the figure."""
+    figure.suptitle(" ", fontsize=9)  # reserves the space
     handles = [
         *(
             Line2D([], [], color=color, marker="o", markersize=5, linewidth=1.6, label=name)
             for name, color in zip(names, (palette.before, palette.after))
         ),
-        Line2D([], [], color=palette.muted, marker="|", markersize=8, linewidth=0, label="majority answer"),
+        Line2D([], [], color=palette.muted, marker="|", markersize=8, linewidth=0, label="majority baseline"),
     ]
     figure.legend(handles=handles, loc="upper right", ncols=3, frameon=False, fontsize=9, labelcolor="linecolor")

@@ -1,4 +1,4 @@
-"""Colours, type and small helpers that all figures share. Imports no torch."""
+"""Colours, fonts and helpers shared by all figures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import matplotlib as mpl
-
 Theme = Literal["light", "dark", "print"]
-"""print is for papers: white, and in colours that the colour-blind tell apart."""
+"""print is for papers: white, in colours that colour-blind readers can tell apart."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """The few colours of a theme."""
+    """The colours of a theme."""
 
     background: str
     text: str
@@ -29,7 +27,7 @@ class Palette:
     right: str
     wrong: str
     series: tuple[str, ...]
-    """For lines that are neither of these, in order of use."""
+    """For any other lines, in order of use."""
 
 
 PALETTES: dict[Theme, Palette] = {
@@ -69,12 +67,14 @@ PALETTES: dict[Theme, Palette] = {
 }
 
 DPI = 200
-"""Twice the usual 100 of a screen figure, for sharp text on dense displays."""
+"""Twice matplotlib's 100, for sharp text on high-density displays."""
 
 
 @contextmanager
 def styled(theme: Theme) -> Iterator[Palette]:
-    """Draw in a theme; the caller's matplotlib settings are back afterwards."""
+    """Apply a theme inside the block, and restore the caller's matplotlib settings afterwards."""
+    import matplotlib as mpl  # slow, and pages need only the palettes and helpers
+
     palette = PALETTES[theme]
     settings: Any = {
         "figure.facecolor": palette.background,
@@ -82,8 +82,8 @@ def styled(theme: Theme) -> Iterator[Palette]:
         "savefig.facecolor": palette.background,
         "savefig.dpi": DPI,
         "font.family": "DejaVu Sans",
-        "pdf.fonttype": 42,  # TrueType, which journals ask for
-        "svg.hashsalt": "medvqa-rl",  # the same figure is the same file
+        "pdf.fonttype": 42,  # TrueType, which journals require
+        "svg.hashsalt": "medvqa-rl",  # makes files reproducible
         "font.size": 9.0,
         "text.color": palette.text,
         "axes.titlesize": 10.0,
@@ -115,18 +115,18 @@ def styled(theme: Theme) -> Iterator[Palette]:
 
 
 def number(value: Any) -> float:
-    """A number of ``results.json``, where null stands for NaN."""
+    """Return a number of ``results.json``, with NaN for null."""
     return math.nan if value is None else float(value)
 
 
 def percent(summary: Mapping[str, Any], name: str = "accuracy") -> float:
-    """A rate of a summary in percent; NaN where it does not apply."""
+    """Return a rate of a summary in percent; NaN if undefined."""
     return 100 * number(summary[name])
 
 
 def spread(positions: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Move label positions apart until neighbours are at least ``gap`` away, keeping their order and staying within
-    low and high where they fit."""
+    """Move label positions apart until neighbours are at least ``gap`` apart, in the same order and, if they fit,
+    between low and high."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
     placed = [min(max(positions[index], low), high) for index in order]
     for index in range(1, len(placed)):

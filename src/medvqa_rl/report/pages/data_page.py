@@ -1,14 +1,8 @@
-"""One self-contained HTML page about a data set: what is wrong, what splits share, how everything is distributed.
-
-Like the other pages it loads nothing, has no script, and escapes all text. Imports no torch.
-"""
+"""One self-contained HTML page about a data set: findings, shared images and distributions. Imports no torch."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,103 +10,83 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from medvqa_rl.core.files import write_text
 from medvqa_rl.core.types import LETTERS, ImageSource
 from medvqa_rl.data.findings import DataReport, SplitFacts
-from medvqa_rl.data.images.files import shrink
+from medvqa_rl.report.pages.rendering import render, thumbnail_uri
 
-THUMBNAIL = 160 * 160
-"""Pixels of an image in the page."""
+MAX_THUMBNAIL = 200
+"""Longest side in pixels of the images."""
 
 MAX_PAIRS = 12
-"""Shared images that are shown."""
+"""Maximum number of shared images on the page."""
 
 MAX_ISSUES = 200
-"""Dropped and repaired rows that are listed."""
+"""Maximum number of dropped and repaired rows on the page."""
 
 BINS = 24
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Bars of one split for one measure; all splits of a measure have the same scale."""
+    """Histogram of one measure in one split; all splits share the scale of a measure."""
 
     title: str
     counts: tuple[int, ...]
     ticks: tuple[tuple[float, str], ...]
-    """(place from 0 to 1, label)."""
+    """Position from 0 to 1, and label."""
     summary: str
     median: float
-    """Place of the median from 0 to 1."""
+    """Position of the median from 0 to 1."""
 
     @property
     def heights(self) -> list[float]:
-        """Bars from 0 to 1."""
+        """Heights of the bars from 0 to 1."""
         top = max(self.counts, default=0) or 1
         return [count / top for count in self.counts]
 
 
 @dataclass(frozen=True)
 class ShownPair:
-    """Two images that are the same, or look alike."""
+    """Two images that are equal or look alike."""
 
     title: str
     first: str
     second: str
     first_image: str
-    """Data address of a thumbnail; empty where the image cannot be decoded."""
+    """Data URI of a thumbnail; empty if the image cannot be decoded."""
     second_image: str
 
 
 def write_data_page(out: Path, report: DataReport, budget_source: str) -> Path:
-    """Write the page, atomically; its folder is made.
+    """Write the page; its folder is created.
 
     Args:
         out: the file.
-        report: what a check found.
-        budget_source: where the limits on image sizes are known from.
+        report: the findings of a check.
+        budget_source: where the limits on image sizes come from.
     """
-    html = (
-        _environment()
-        .get_template("data.html.j2")
-        .render(
-            report=report,
-            title=", ".join(dict.fromkeys(split.name.rsplit("/", 1)[0] for split in report.splits)),
-            budget_source=budget_source,
-            unit=report.budget.patch_size * report.budget.merge_size,
-            measures=_measures(report.splits),
-            letters=_letters(report.splits),
-            pairs=_pairs(report),
-            max_issues=MAX_ISSUES,
-        )
+    html = render(
+        "data.html.j2",
+        report=report,
+        title=", ".join(dict.fromkeys(split.name.rsplit("/", 1)[0] for split in report.splits)),
+        budget_source=budget_source,
+        unit=report.budget.patch_size * report.budget.merge_size,
+        measures=_measures(report.splits),
+        letters=_letters(report.splits),
+        pairs=_pairs(report),
+        max_issues=MAX_ISSUES,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    os.replace(partial, out)
-    return out
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("medvqa_rl.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = lambda value: f"{value:,}"
-    environment.filters["percent"] = lambda share: "–" if math.isnan(share) else f"{100 * share:.1f} %"
-    return environment
+    return write_text(out, html, errors="replace")
 
 
 def histograms(title: str, values: Sequence[Sequence[int]], unit: str) -> list[Histogram]:
-    """Histograms of the same measure of several splits, with bins of equal ratio from the least to the largest value.
+    """Return histograms of one measure for several splits, with logarithmic bins.
 
     Args:
-        title: the measure.
-        values: whole numbers of at least 0, per split; 0 goes into the first bin.
+        title: name of the measure.
+        values: non-negative integers of each split; 0 goes into the first bin.
         unit: what is counted.
     """
     present = [np.maximum(np.asarray(each, dtype=np.float64), 1.0) for each in values]
@@ -136,7 +110,7 @@ def histograms(title: str, values: Sequence[Sequence[int]], unit: str) -> list[H
 
 
 def _place(value: float, edges: np.ndarray[Any, Any]) -> float:
-    """Where a value lies between the first and the last edge, by ratio; 0.5 where they hold one value."""
+    """Return the position of a value between the first and last edge on a log scale; 0.5 if all values are equal."""
     span = math.log(float(edges[-1]) / float(edges[0]))
     return min(1.0, max(0.0, math.log(value / float(edges[0])) / span)) if span > 0.01 else 0.5
 
@@ -152,7 +126,7 @@ def _measures(splits: Sequence[SplitFacts]) -> list[list[Histogram]]:
 
 
 def _letters(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, list[tuple[str, int, float]]]]:
-    """Splits with choice questions: (letter, questions, share) for each."""
+    """Return letter, number of questions and share for each split with choice questions."""
     result: list[tuple[SplitFacts, list[tuple[str, int, float]]]] = []
     for split in splits:
         counts: Counter[str] = Counter()
@@ -165,7 +139,7 @@ def _letters(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, list[tuple[
 
 
 def _pairs(report: DataReport) -> list[ShownPair]:
-    """The shared images that a name does not give away first, then some of the others."""
+    """Return pairs of shared images: first those with different names, then the others."""
     order = {"pixels": 0, "hash": 1, "name": 2}
     found = [(overlap, pair) for overlap in report.overlaps for pair in overlap.pairs]
     found.sort(key=lambda item: (order[item[1].how], item[1].bits))
@@ -185,9 +159,6 @@ def _pairs(report: DataReport) -> list[ShownPair]:
 
 def _thumbnail(source: ImageSource) -> str:
     try:
-        image = shrink(source.load(), THUMBNAIL)
-    except ValueError:  # the findings say why
+        return thumbnail_uri(source.load(), MAX_THUMBNAIL)
+    except ValueError:  # the findings give the reason
         return ""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

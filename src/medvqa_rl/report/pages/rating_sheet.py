@@ -12,11 +12,8 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.answers import without_tags
@@ -27,8 +24,7 @@ from medvqa_rl.evaluation.judging.ratings import RATINGS_FORMAT, KeyItem, SheetK
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated
 from medvqa_rl.evaluation.statistics.summary import pair
-from medvqa_rl.report.pages.inline import policy_hash, script_json, thumbnail_uri
-from medvqa_rl.report.pages.page import environment
+from medvqa_rl.report.pages.rendering import render_with_script, thumbnail_uri
 from medvqa_rl.rewards.judges.rubric import REASONING
 
 MAX_SIDE = 1024
@@ -182,21 +178,12 @@ def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sam
                 "images": own,
             }
         )
-    templates = files("medvqa_rl.report") / "templates"
-    style = "\n".join((templates / name).read_text(encoding="utf-8") for name in ("_style.css", "_sheet.css"))
-    script = (templates / "_sheet.js").read_text(encoding="utf-8")
-    policy = f"default-src 'none'; img-src data:; style-src {policy_hash(style)}; script-src {policy_hash(script)}"
-    data = {"format": RATINGS_FORMAT, "sheet": key.sheet, "items": rows, "images": images}
-    return (
-        environment()
-        .get_template("sheet.html.j2")
-        .render(
-            policy=f"{policy}; base-uri 'none'; form-action 'none'",
-            style=Markup(style),
-            script=Markup(script),
-            data=Markup(script_json(data)),
-            sheet=key.sheet,
-            count=len(rows),
-            levels=list(enumerate(REASONING.levels)),
-        )
+    return render_with_script(
+        "sheet.html.j2",
+        styles=("_style.css", "_sheet.css"),
+        script="_sheet.js",
+        data={"format": RATINGS_FORMAT, "sheet": key.sheet, "items": rows, "images": images},
+        sheet=key.sheet,
+        count=len(rows),
+        levels=list(enumerate(REASONING.levels)),
     )

@@ -15,7 +15,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.sampler import step_samples
-from medvqa_rl.report.pages.inline import thumbnail_uri
+from medvqa_rl.report.pages.rendering import thumbnail_uri
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups
 
 T = TypeVar("T")

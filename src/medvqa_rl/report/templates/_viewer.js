@@ -5,7 +5,7 @@
   const DEFAULTS = { q: "", outcome: "", run: "", modality: "", family: "", sort: "new", page: "1" };
   const $ = (id) => document.getElementById(id);
   const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
-  const OUTCOMES = { right: "right", wrong: "wrong", none: "no answer" };
+  const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer" };
 
   for (const group of groups) {
     const rewards = group.completions.map((c) => c.reward).filter((r) => r !== null);
@@ -26,7 +26,7 @@
     short: (a, b) => a.length - b.length,
   };
 
-  /* An element with text; text is never read as HTML. */
+  /* Creates an element with text, which is never parsed as HTML. */
   function make(tag, className, text) {
     const element = document.createElement(tag);
     if (className) element.className = className;
@@ -102,7 +102,7 @@
       make("b", "", OUTCOMES[completion.outcome]),
       advantage,
       make("span", "", "reward " + number(completion.reward) + (parts ? " (" + parts + ")" : "")),
-      make("span", "", completion.tokens + " tokens" + (completion.cut ? ", cut off" : "")),
+      make("span", "", completion.tokens + " tokens" + (completion.cut ? ", truncated" : "")),
     );
     const text = make("div", "text");
     let kind = "";
@@ -141,7 +141,7 @@
     const scale = Math.max(...group.completions.map((c) => Math.abs(c.advantage))) || 1;
     answers.append(...shown.map((completion) => drawCompletion(completion, scale)));
     body.append(side, answers);
-    const summary = place + " · " + right + " of " + group.completions.length + " right" + count;
+    const summary = place + " · " + right + " of " + group.completions.length + " correct" + count;
     entry.append(make("h3", "", group.question), make("p", "muted", summary), body);
     return entry;
   }
@@ -154,7 +154,7 @@
     $("entries").replaceChildren(...matching.slice((page - 1) * PAGE, page * PAGE).map(drawGroup));
     $("where").textContent = matching.length
       ? "Page " + page + " of " + pages + " · " + matching.length + " of " + groups.length + " questions"
-      : "No question fits: widen the search or the filters.";
+      : "No question matches: relax the search or the filters.";
     $("previous").disabled = page <= 1;
     $("next").disabled = page >= pages;
   }
