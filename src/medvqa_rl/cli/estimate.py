@@ -1,4 +1,4 @@
-"""The verb ``estimate``: its arguments. Imports no torch."""
+"""The verb ``medvqa-rl estimate``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 def _image_size(text: str) -> tuple[int, int] | None:
-    """``1024x768`` as width and height; ``none`` for questions without images.
+    """Parse ``1024x768`` as width and height, or ``none`` for questions without images.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the text is neither.
     """
     if text == "none":
         return None
@@ -34,32 +34,35 @@ def estimate(
         str | None,
         typer.Option(help="Size of a model that is not on this machine: 2b, 7b, 2.5-3b, 2.5-7b or 2.5-32b."),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Measure this device; auto is that of the settings.")] = "auto",
+    device: Annotated[Device, typer.Option(help="Device to measure; auto takes the one in the settings.")] = "auto",
     card: Annotated[
-        str | None, typer.Option(help="A GPU by name instead: h200, h100, a100-80, a100-40, rtx4090, l4 ...")
+        str | None,
+        typer.Option(
+            help="Use the data sheet of a GPU instead of measuring: h200, h100, a100-80, a100-40, rtx4090, l4 ..."
+        ),
     ] = None,
     matmul_tflops: Annotated[
-        float | None, typer.Option(min=1e-6, help="Rate of matrix products in TFLOP/s, instead of a measured one.")
+        float | None, typer.Option(min=1e-6, help="Matrix multiplication rate in TFLOP/s, instead of measuring it.")
     ] = None,
     bandwidth_gbs: Annotated[
-        float | None, typer.Option(min=1e-3, help="Rate of the memory in GB/s, instead of a measured one.")
+        float | None, typer.Option(min=1e-3, help="Memory bandwidth in GB/s, instead of measuring it.")
     ] = None,
     memory_gib: Annotated[
-        float | None, typer.Option(min=1e-3, help="Memory in GiB, instead of what is there.")
+        float | None, typer.Option(min=1e-3, help="Memory in GiB, instead of the device's own.")
     ] = None,
     question_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt besides its image: template, question, options.")
+        int, typer.Option(min=1, help="Tokens in a prompt besides the image: template, question and options.")
     ] = 110,
     completion_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Mean length of completions, for the time; the limit unless given.")
+        int | None, typer.Option(min=1, help="Mean completion length, for the time estimate. Defaults to the limit.")
     ] = None,
     image_size: Annotated[
-        str, typer.Option(help="Size of the images before the settings shrink them, or none.")
+        str, typer.Option(help="Image size before downscaling, as WIDTHxHEIGHT, or none.")
     ] = "1024x1024",
-    ranks: Annotated[int, typer.Option(min=1, help="Devices that share the prompts of a step.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain data: bytes and seconds.")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of devices that share the prompts of a step.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
 ) -> None:
-    """Estimate memory and seconds of a training step before it runs. Exit code 1 where it does not fit."""
+    """Estimate memory and time of a training step without running it. Exits with 1 if it does not fit."""
     from medvqa_rl.learning.estimate.estimate import run_estimate
 
     fits = run_estimate(

@@ -1,4 +1,4 @@
-"""The verbs ``medvqa-rl report`` and ``medvqa-rl watch``, which read the folders of runs. They never import torch."""
+"""The verbs ``medvqa-rl report`` and ``medvqa-rl watch``, which read run folders. They never import torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from medvqa_rl.cli.common import verb
 
 @verb
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     card: Annotated[
-        bool, typer.Option("--card", help="Write the model cards of the runs' checkpoints instead of a page.")
+        bool, typer.Option("--card", help="Write the model cards of the runs' checkpoints instead of the page.")
     ] = False,
     figures: Annotated[
-        Path | None, typer.Option(help="Write the figures for a paper, as PDF and SVG, to this folder instead.")
+        Path | None, typer.Option(help="Write figures for a paper, as PDF and SVG, to this folder instead.")
     ] = None,
-    no_images: Annotated[bool, typer.Option("--no-images", help="Leave the images of the questions out.")] = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Leave out the images of the questions.")] = False,
 ) -> None:
-    """Write one page about runs: curves, comparisons, health, and what the model wrote. It loads nothing."""
+    """Write a self-contained page about one or more runs: comparisons, curves, health checks and samples."""
     if card:
         from medvqa_rl.report.card import write_cards
 
@@ -44,11 +44,11 @@ def report(
 
 @verb
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, which may still be going.")],
-    once: Annotated[bool, typer.Option("--once", help="Show it as it is now and stop.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    run: Annotated[Path, typer.Argument(help="Run folder; the run may still be in progress.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
 ) -> None:
-    """Watch a run in the terminal: curves, last samples, time left. Ends when the run ends."""
+    """Watch a run in the terminal: curves, latest samples and time left. Ends with the run."""
     from medvqa_rl.report.watch import watch as follow
 
     follow(run, once=once, interval=interval)

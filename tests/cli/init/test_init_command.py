@@ -88,7 +88,7 @@ def test_a_project_is_divided_sized_and_says_what_to_run(
     arguments = ["init", "mine", "--data", str(table), "--images", str(images), "--gpu-memory", "24"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "Sized to a GPU of 24 GiB (as given)" in result.output
+    assert "Sized for a 24 GiB GPU (as given)" in result.output
     commands = [line.strip() for line in result.output.splitlines() if line.startswith("  medvqa-rl")]
     assert commands == [
         "medvqa-rl train mine/config.yaml --dry-run",
@@ -112,7 +112,7 @@ def test_a_project_is_divided_sized_and_says_what_to_run(
     before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "mine exists already, and nothing is written over" in result.output
+    assert "mine already exists and is not overwritten" in result.output
     assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
@@ -139,13 +139,13 @@ def test_without_a_gpu_the_settings_are_for_the_embedded_model(
 ) -> None:
     monkeypatch.setattr(init_command, "find_gpu", lambda: (None, ""))
     assert run_init(tmp_path / "mine", table=phantom / "questions.csv", images=phantom / "images")
-    assert "There is no GPU here that torch can use" in capsys.readouterr().out
+    assert "torch finds no GPU on this machine" in capsys.readouterr().out
     config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
     assert (config.model.path, config.model.device, config.data.name) == ("phantom:instruct", "cpu", "own")
     assert config.network == "off"
     monkeypatch.setattr(init_command, "find_gpu", lambda: (39.5, "NVIDIA A100-PCIE-40GB"))
     run_init(tmp_path / "gpu", table=phantom / "questions.csv", images=phantom / "images")
-    assert "Sized to a GPU of 40 GiB (NVIDIA A100-PCIE-40GB)" in capsys.readouterr().out
+    assert "Sized for a 40 GiB GPU (NVIDIA A100-PCIE-40GB)" in capsys.readouterr().out
 
 
 def closed(count: int, answer: str = "") -> list[dict[str, Any]]:
@@ -169,12 +169,12 @@ def choices(count: int, letter: str = "") -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (closed(49), r"questions.jsonl has 49 usable questions, but fewer than 50 are too few"),
-        (closed(50, "yes"), r"All 50 answers in .* are 'yes', so a model that always says so is always right"),
+        (closed(49), r"questions.jsonl has 49 usable questions, but training and testing need at least 50"),
+        (closed(50, "yes"), r"All 50 answers in .* are 'yes', so always giving that answer is always right"),
         (choices(50, "A"), r"The right option in .* is always A, so .*: shuffle the options"),
         (
             [{"question": f"What is seen in region {n}?", "answer": f"mass {n}"} for n in range(50)],
-            r"No question in .* has options or a yes or no for an answer, .* --open-correctness token_f1",
+            r"All questions in .* are open-ended, .* --open-correctness token_f1",
         ),
     ],
 )
@@ -205,7 +205,7 @@ def test_wrong_data_is_shown_and_nothing_is_written(tmp_path: Path, capsys: pyte
     Image.new("L", (32, 32), 128).save(images / "3.png")
     assert not run_init(tmp_path / "mine", table=table, images=images, gpu_memory=24)
     out = capsys.readouterr().out
-    assert "constant image" in out and "nothing is written: mend it" in out
+    assert "constant image" in out and "nothing was written: fix the data" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
 
 
@@ -218,8 +218,8 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(tmp_path: Path) 
     kept = [json.loads(line) for line in (tmp_path / "mine" / "data.jsonl").open()]
     assert [row["split"] for row in kept] == [row["split"] for row in rows]
     for change, message in (
-        (("train", ""), "says '' in row 59, counted from 0: let it say train, val or test in every row"),
-        (("val", "test"), "has no row for val: let it say"),
+        (("train", ""), "is '' in row 59, counted from 0: give train, val or test in every row"),
+        (("val", "test"), "has no row for val: give"),
     ):
         changed = [
             {**row, "split": change[1] if row["split"] == change[0] and (change[1] or n == 59) else row["split"]}

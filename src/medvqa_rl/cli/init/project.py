@@ -1,7 +1,7 @@
-"""What the verb ``init`` does: from a table of one's own questions and a folder of images to a project that trains.
+"""Create a project from a table of questions and a folder of images.
 
-The questions are checked and divided, the settings are sized to a GPU, and a folder is written that is either whole or
-not there. Imports no torch but to look for a GPU.
+Checks and splits the questions, chooses settings that fit a GPU, and writes the project folder all at once or not at
+all. Imports torch only to find a GPU.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from medvqa_rl.learning.estimate.pace import Rates
 from medvqa_rl.learning.estimate.sizes import find_architecture
 
 MIN_SAMPLES = 50
-"""Fewer can neither teach nor measure: a test split of ten questions has an interval of 60 points."""
+"""With fewer questions nothing can be learned or measured: ten test questions have an interval of 60 points."""
 ROOM = 0.85
-"""Share of the GPU's memory that the settings are sized to: estimates are within some percent, images differ."""
+"""Share of the GPU's memory that the settings may use; estimates are a few percent off, and images differ."""
 MODEL, MODEL_SIZE = "Qwen/Qwen2-VL-2B-Instruct", "2b"
 SPLITS = ("train", "val", "test")
 PASSES = 4
-"""Times that training sees each question, as far as that takes 50 to 2,000 steps."""
+"""Passes over the training questions, within 50 to 2,000 steps."""
 
 TIGHTER: tuple[Mapping[str, Any], ...] = (
     {"train.prompts_per_micro_batch": 4},
@@ -55,7 +55,7 @@ TIGHTER: tuple[Mapping[str, Any], ...] = (
     {"model.max_pixels": 200_704},
     {"rollout.max_completion_length": 128},
 )
-"""What takes less memory, one on top of the other: first what costs time only."""
+"""Changes that save memory, applied cumulatively; those that only cost time come first."""
 ROOMY: Mapping[str, Any] = {
     "train.prompts_per_micro_batch": 8,
     "rollout.max_batch": 8,
@@ -67,12 +67,12 @@ ROOMY: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Sized:
-    """Settings that fit a machine."""
+    """Settings that fit a GPU."""
 
     values: Mapping[str, Any]
     """Those of :data:`ROOMY`."""
     peak: float
-    """Bytes at most."""
+    """Peak memory in bytes."""
 
 
 def run_init(
@@ -84,27 +84,24 @@ def run_init(
     open_correctness: str | None = None,
     seed: int = 0,
 ) -> bool:
-    """Check questions and images, write ``config.yaml`` and the divided table, and print what to do next.
+    """Check questions and images, write ``config.yaml`` and the table with its splits, and print the next commands.
 
     Args:
-        project: folder to write.
+        project: folder to create.
         table: the questions, with the columns of :mod:`medvqa_rl.data.sets.own`.
-        images: folder of the images.
-        gpu_memory: GiB of the GPU that will train; None looks for one here.
-        open_correctness: how answers to open questions are compared, as ``rewards.open_correctness``; None says
-            nothing about it.
-        seed: of the division.
+        images: image folder.
+        gpu_memory: memory of the training GPU in GiB; None uses the GPU of this machine.
+        open_correctness: value of ``rewards.open_correctness``, or None for its default.
+        seed: of the split.
 
     Returns:
-        Whether nothing is wrong with the data; where something is, nothing is written.
+        Whether the data check passed; if not, nothing is written.
 
     Raises:
-        ValueError: the folder is there already, or table, images or memory cannot be used; a sentence says why.
+        ValueError: the project exists, or table, images or memory cannot be used.
     """
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
-        raise ValueError(
-            f"{project} exists already, and nothing is written over: choose another name, or move it away."
-        )
+        raise ValueError(f"{project} already exists and is not overwritten: choose another name, or move it away.")
     if not table.is_file():
         raise ValueError(f"The table {table} does not exist: give your questions as CSV, JSON Lines, JSON or parquet.")
     if not images.is_dir():
@@ -116,24 +113,22 @@ def run_init(
     with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
         stage = Path(temporary) / "project"
         suffix = table.suffix.lower() if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
-        write_divided(divided(rows, table, images, seed), stage / f"data{suffix}")
+        write_divided(split_table(rows, table, images, seed), stage / f"data{suffix}")
         data = DataConfig(
             name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=temporary
         )
         datasets = load_splits(data)
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
-        if problems := unfit(samples, table, open_correctness):
+        if problems := find_obstacles(samples, table, open_correctness):
             raise ConfigError(problems)
         template = CPU if memory is None else GPU
         draft = build_config(
             read_yaml(fill(template, placeholders(template, project, images, datasets, None, "", open_correctness)))
         )
-        report = checked(datasets, draft)
+        report = run_check(datasets, draft)
         print_report(report, out, image_budget(draft.model)[1])
         if report.is_wrong():
-            out.print(
-                "Something is wrong with the data (see above), so nothing is written: mend it and run init again."
-            )
+            out.print("The data check failed (see above), so nothing was written: fix the data and run init again.")
             return False
         sized = None if memory is None else size_to(draft, memory, samples, report)
         line = machine_line(memory, where, sized)
@@ -150,7 +145,7 @@ def run_init(
 
 
 def find_gpu() -> tuple[float | None, str]:
-    """Memory in GiB of the GPU that torch would use, and its name; None where there is none."""
+    """Return memory in GiB and name of the GPU that torch would use, or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -159,23 +154,24 @@ def find_gpu() -> tuple[float | None, str]:
     return properties.total_memory / GIB, properties.name
 
 
-def divided(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
-    """The table with its own split where every row has one, else divided: no image in two splits, under whatever name,
-    and no patient where there is such a column.
+def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
+    """Split the table, or keep its own split if it has one.
+
+    No image is in two splits, even under two names, and no patient if there is such a column.
 
     Raises:
-        ValueError: an image cannot be decoded, a row has none or no patient where others have, the table's own split
-            is not whole, or there are too few groups.
+        ValueError: an image cannot be decoded, a row lacks its image or patient, the table's own split is incomplete,
+            or there are too few groups.
     """
     own = [str(row.get(COLUMN) or "").strip() for row in rows]
     if any(own):
         bad = next((number for number, place in enumerate(own) if place not in SPLITS), None)
         missing = [place for place in SPLITS if place not in own]
         if bad is not None or missing:
-            what = f"has no row for {missing[0]}" if bad is None else f"says {own[bad]!r} in row {bad}, counted from 0"
+            what = f"has no row for {missing[0]}" if bad is None else f"is {own[bad]!r} in row {bad}, counted from 0"
             raise ValueError(
-                f"The column {COLUMN} of {table} {what}: let it say train, val or test in every row and each of them "
-                "in some, or remove it, and the questions are divided for you."
+                f"The column {COLUMN} of {table} {what}: give train, val or test in every row and use "
+                "all three, or remove the column to have the questions split for you."
             )
         return Division(tuple(rows), tuple(own), 0)  # type: ignore[arg-type]
     with progress_bar("images") as progress:
@@ -184,39 +180,39 @@ def divided(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: 
     return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
 
 
-def unfit(samples: Sequence[Sample], table: Path, open_correctness: str | None) -> list[str]:
-    """Why nothing could be learned from some questions, a sentence each."""
+def find_obstacles(samples: Sequence[Sample], table: Path, open_correctness: str | None) -> list[str]:
+    """Return a sentence for each reason why nothing can be learned from the questions."""
     problems = []
     if len(samples) < MIN_SAMPLES:
         problems.append(
-            f"{table} has {len(samples)} usable questions, but fewer than {MIN_SAMPLES} are too few to train on and "
-            "to measure by: collect more (500 to 1,000 are usual for LoRA)."
+            f"{table} has {len(samples)} usable questions, but training and testing need at least "
+            f"{MIN_SAMPLES}: collect more (500 to 1,000 are usual for LoRA)."
         )
     answers = Counter(normalise(sample.answer_text) for sample in samples)
     letters = Counter(sample.answer for sample in samples if sample.answer_type == "choice")
     if len(answers) == 1:
         (answer,) = answers
         problems.append(
-            f"All {len(samples)} answers in {table} are {answer!r}, so a model that always says so is always right "
+            f"All {len(samples)} answers in {table} are {answer!r}, so always giving that answer is always right "
             "and there is nothing to learn: add questions with other answers."
         )
     elif len(letters) == 1 and letters.total() == len(samples):
         (letter,) = letters
         problems.append(
-            f"The right option in {table} is always {letter}, so a model that always says {letter} is always "
+            f"The right option in {table} is always {letter}, so always answering {letter} is always "
             "right and there is nothing to learn: shuffle the options."
         )
     if open_correctness is None and all(sample.answer_type == "open" for sample in samples):
         problems.append(
-            f"No question in {table} has options or a yes or no for an answer, and an open answer is right only where "
-            "it has the same words: give options in a column of that name, or say how answers are compared with "
-            "--open-correctness token_f1, similarity or judge (exact keeps it so)."
+            f"All questions in {table} are open-ended, and by default an open-ended answer must match the gold answer "
+            "exactly: add a column with options, or choose how answers are scored with --open-correctness token_f1, "
+            "similarity or judge (exact keeps the default)."
         )
     return problems
 
 
-def checked(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
-    """What ``data check`` finds."""
+def run_check(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
+    """Run the data check."""
     with progress_bars() as progress:
         return check_data(
             datasets,
@@ -228,14 +224,14 @@ def checked(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
 
 
 def size_to(config: Config, memory: float, samples: Sequence[Sample], report: DataReport) -> Sized:
-    """The roomiest settings that fit a GPU, for the largest image and the longest prompt that there are.
+    """Return the fastest settings that fit a GPU, for the largest image and the longest prompt in the data.
 
     Args:
         config: the settings of the project.
         memory: GiB of the GPU.
 
     Raises:
-        ValueError: not even the tightest fit.
+        ValueError: not even the smallest settings fit.
     """
     sizes = [size for split in report.splits for size in zip(split.widths, split.heights)]
     text = max(sum(len(part.get("text", "")) for part in render_prompt(s).messages[0]["content"]) for s in samples)
@@ -257,27 +253,27 @@ def size_to(config: Config, memory: float, samples: Sequence[Sample], report: Da
         if peak <= ROOM * memory * GIB:
             return Sized(values, peak)
     raise ValueError(
-        f"{MODEL} needs at least {peak / GIB / ROOM:.1f} GiB of GPU memory to be trained on these questions, but "
+        f"{MODEL} needs at least {peak / GIB / ROOM:.1f} GiB of GPU memory to train on these questions, but "
         f"there are {memory:.1f} GiB: give the memory of a larger GPU with --gpu-memory, or make the images smaller."
     )
 
 
 def machine_line(memory: float | None, where: str, sized: Sized | None) -> str:
-    """What the settings are sized to, as a sentence."""
+    """Return a sentence on what the settings are sized for."""
     if memory is None or sized is None:
         return (
-            "There is no GPU here that torch can use, so the settings are for the embedded model on the CPU: all "
-            "works as with a large one, but it knows drawings and no medicine. For a machine with a GPU of 24 GiB run "
+            "torch finds no GPU on this machine, so the settings are for the embedded model on the CPU. Everything "
+            "works as with a large model, but it knows drawings and no medicine. For a machine with a 24 GiB GPU, run "
             "init with --gpu-memory 24."
         )
     return (
-        f"Sized to a GPU of {memory:.0f} GiB ({where}): a step needs about {sized.peak / GIB:.1f} GiB at most, by the "
-        "arithmetic of medvqa-rl estimate for the largest image and the longest question."
+        f"Sized for a {memory:.0f} GiB GPU ({where}): a step needs at most about {sized.peak / GIB:.1f} GiB, as computed "
+        "by medvqa-rl estimate for the largest image and the longest question."
     )
 
 
-def is_here(model: str) -> bool:
-    """Whether a model of the Hub was downloaded before; opens no connection."""
+def is_cached(model: str) -> bool:
+    """Return whether a Hub model is in the local cache; opens no connection."""
     return isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
@@ -290,12 +286,12 @@ def placeholders(
     machine: str,
     open_correctness: str | None,
 ) -> dict[str, Any]:
-    """What stands in a template's gaps."""
+    """Return the values of a template's placeholders."""
     count = len(datasets["train"]) if "train" in datasets else 0
     steps = min(2000, max(50, math.ceil(PASSES * count / 8)))
     return {
         "machine": machine,
-        "network": "on" if template == GPU and not is_here(MODEL) else "off",
+        "network": "on" if template == GPU and not is_cached(MODEL) else "off",
         "config": project / "config.yaml",
         "output": str((project / "run").absolute()),
         "path": str(project.absolute()),
@@ -312,7 +308,7 @@ def placeholders(
 
 
 def next_commands(project: Path, *, on_gpu: bool) -> list[str]:
-    """Three commands to run now."""
+    """Return the three commands to run next."""
     config, run = shlex.quote(str(project / "config.yaml")), shlex.quote(str(project / "run"))
     first = f"medvqa-rl train {config} --dry-run"
     return [first, f"medvqa-rl train {config}", f"medvqa-rl eval {run} --prompts think_answer,direct"]

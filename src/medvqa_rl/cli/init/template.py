@@ -1,4 +1,4 @@
-"""The settings that ``medvqa-rl init`` writes, with gaps; every line says what it is for. Imports no torch."""
+"""Templates of the config that ``medvqa-rl init`` writes, with a comment on every setting. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ HEAD = """\
 #
 #   medvqa-rl train $config
 #
-# Every setting that there is: docs/configuration.md, or `medvqa-rl config show $config`.
+# All settings: docs/configuration.md, or `medvqa-rl config show $config`.
 
 output_dir: $output_yaml
-network: $network                       # off: refuse every connection beyond this machine, once the model is on it
+network: $network                       # off: block connections to other machines; needs the model to be cached
 
 data:
   name: own                        # your own table
   path: $path_yaml
   image_folder: $images_yaml
-  split: official                  # as the column split of the table says: $counts
-  num_val: null                    # all validation questions
+  split: official                  # the table's column split: $counts
+  num_val: null                    # use all validation questions
 """
 
 TAIL = """\
 
 rewards:
-  format: 1.0                      # 1 for the exact form of tags
-  correctness: 1.0                 # 1 for the right answer
-  open_correctness: $open_correctness           # of open answers: exact (as null), token_f1, similarity, judge
+  format: 1.0                      # weight; 1 if the output has exactly the required tags
+  correctness: 1.0                 # weight; 1 if the answer is correct
+  open_correctness: $open_correctness           # open-ended answers: null or exact, token_f1, similarity, judge
 
 advantage:
-  scale: none                      # Dr. GRPO: rewards are only centered within a group
+  scale: none                      # Dr. GRPO: rewards are centred within a group, not scaled
 
 loss:
   type: dr_grpo                    # sum over tokens / (completions x length limit)
-  beta: 0.04                       # stay near the model as it came
+  beta: 0.04                       # KL penalty towards the initial model
 """
 
 GPU = (
@@ -46,35 +46,35 @@ GPU = (
     + """
 model:
   path: $model
-  lora:                            # low-rank adapters on the language model; its own weights stay as they are
-    rank: 8                        # RARL's (arXiv 2506.06600)
-    alpha: 16                      # not stated there
-  gradient_checkpointing: $gradient_checkpointing    # true: less memory, about a third more time
-  max_pixels: $max_pixels               # larger images are shrunk; 28 x 28 pixels are a token
+  lora:                            # low-rank adapters on the frozen language model
+    rank: 8                        # as in RARL (arXiv 2506.06600)
+    alpha: 16                      # not stated in the paper
+  gradient_checkpointing: $gradient_checkpointing    # true saves memory and takes about a third longer
+  max_pixels: $max_pixels               # larger images are downscaled; a token is 28 x 28 pixels
 
 rollout:
-  num_generations: 8               # answers sampled to each question
-  max_completion_length: $max_completion_length       # tokens of an answer at most
-  max_batch: $max_batch                     # questions answered at a time
+  num_generations: 8               # completions sampled per question
+  max_completion_length: $max_completion_length       # maximum tokens in a completion
+  max_batch: $max_batch                     # questions decoded at a time
 """
     + TAIL
     + """
 optimizer:
-  learning_rate: 1e-5              # of the adapters
-  lr_scheduler_type: cosine        # down to min_lr_ratio
-  min_lr_ratio: 0.1                # a tenth at the last step
-  warmup_steps: $warmup                 # linear rise at the start
+  learning_rate: 1e-5              # for the adapters
+  lr_scheduler_type: cosine        # decays to min_lr_ratio
+  min_lr_ratio: 0.1                # of the learning rate, at the last step
+  warmup_steps: $warmup                 # linear warm-up
 
 train:
-  steps: $steps                       # 8 questions each: $passes passes over the training questions
-  prompts_per_step: 8              # questions of a step
-  prompts_per_micro_batch: $prompts_per_micro_batch       # of them in one pass through the model
-  eval_steps: $every                   # greedy answers to the validation questions
-  save_steps: $every                   # checkpoint, to continue with --resume
-  log_completions_steps: 25        # sample answers to samples/ and the terminal
+  steps: $steps                       # 8 questions each: $passes passes over the training split
+  prompts_per_step: 8              # questions per step
+  prompts_per_micro_batch: $prompts_per_micro_batch       # questions per forward pass
+  eval_steps: $every                   # evaluate on the validation split
+  save_steps: $every                   # save a checkpoint, for --resume
+  log_completions_steps: 25        # log completions to samples/ and the terminal
 
 eval:
-  batch_size: 16                   # questions answered together
+  batch_size: 16                   # questions per batch
 """
 )
 
@@ -82,36 +82,36 @@ CPU = (
     HEAD
     + """
 model:
-  path: phantom:instruct           # the embedded model; on a GPU: $model
-  device: cpu                      # too small to gain from a GPU
-  train_vision: true               # your images look unlike the drawn ones that it knows
-  train_projector: true            # the projector learns along with the tower
+  path: phantom:instruct           # the embedded model; on a GPU use $model
+  device: cpu                      # too small to benefit from a GPU
+  train_vision: true               # your images differ from the drawings it was trained on
+  train_projector: true            # trained along with the vision tower
 
 rollout:
-  num_generations: 8               # answers sampled to each question
-  max_completion_length: 96        # tokens of an answer at most
+  num_generations: 8               # completions sampled per question
+  max_completion_length: 96        # maximum tokens in a completion
 """
     + TAIL
     + """
 optimizer:
-  learning_rate: 1e-4              # right for a model this small
-  lr_scheduler_type: linear        # falls steadily
-  min_lr_ratio: 0.1                # to a tenth
-  warmup_steps: $warmup                 # linear rise at the start
+  learning_rate: 1e-4              # for a model this small
+  lr_scheduler_type: linear        # linear decay
+  min_lr_ratio: 0.1                # of the learning rate, at the last step
+  warmup_steps: $warmup                 # linear warm-up
 
 train:
-  steps: $steps                       # 8 questions each: $passes passes over the training questions
-  prompts_per_step: 8              # questions of a step
-  prompts_per_micro_batch: 8       # all of them in one pass
-  eval_steps: $every                   # greedy answers to the validation questions
-  save_steps: $every                   # checkpoint, to continue with --resume
-  log_completions_steps: 25        # sample answers to samples/ and the terminal
+  steps: $steps                       # 8 questions each: $passes passes over the training split
+  prompts_per_step: 8              # questions per step
+  prompts_per_micro_batch: 8       # all in one forward pass
+  eval_steps: $every                   # evaluate on the validation split
+  save_steps: $every                   # save a checkpoint, for --resume
+  log_completions_steps: 25        # log completions to samples/ and the terminal
 """
 )
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """A template with its gaps filled: names of folders quoted as YAML needs them, truth values in lower case."""
+    """Fill in a template, with folders quoted as YAML and booleans in lower case."""
     plain = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
     quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "images")}
     return Template(template).substitute(plain | quoted)

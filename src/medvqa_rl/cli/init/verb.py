@@ -12,23 +12,24 @@ from medvqa_rl.cli.common import verb
 
 @verb
 def init(
-    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder to write.")],
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder to create.")],
     data: Annotated[
         Path, typer.Option(help="Your questions: CSV, JSON Lines, JSON or parquet, with image, question and answer.")
     ],
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
     gpu_memory: Annotated[
-        float | None, typer.Option(min=1.0, help="GiB of the GPU that will train; without it, the one found here.")
+        float | None,
+        typer.Option(min=1.0, help="Memory of the training GPU in GiB. Defaults to the GPU of this machine."),
     ] = None,
     open_correctness: Annotated[
         Literal["exact", "token_f1", "similarity", "judge"] | None,
-        typer.Option(help="How answers to open questions are compared; sets rewards.open_correctness."),
+        typer.Option(help="How open-ended answers are scored; sets rewards.open_correctness."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, another division into train, val and test.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split into train, val and test.")] = 0,
 ) -> None:
-    """Check your own questions, write settings sized to the GPU, and say what to run next.
+    """Turn your own questions into a project: check and split the data, and write a config that fits your GPU.
 
-    Exits with 1, nothing written, where something is wrong with the data.
+    Exits with 1 and writes nothing if the data check fails.
     """
     from medvqa_rl.cli.init.project import run_init
 
