@@ -54,11 +54,15 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(copy: Path) -> Non
     [
         ("env.json", None, "env.json is missing."),
         ("env.json", "{", "env.json cannot be read (JSONDecodeError)."),
-        ("data.json", "[]", "data.json holds no settings or facts."),
+        ("data.json", "[]", "data.json does not hold a JSON object."),
         ("metrics.jsonl", None, "metrics.jsonl is missing: there are no curves."),
-        ("metrics.jsonl", "", "metrics.jsonl holds no step."),
+        ("metrics.jsonl", "", "metrics.jsonl has no step."),
         ("config.resolved.json", None, "config.resolved.json is missing."),
-        ("eval/step_000040/results.json", '{"accuracy": 1}', "eval/step_000040/results.json is damaged or of another"),
+        (
+            "eval/step_000040/results.json",
+            '{"accuracy": 1}',
+            "eval/step_000040/results.json is damaged",
+        ),
         ("status.json", None, "status.json is missing."),
     ],
 )

@@ -75,13 +75,13 @@ def test_a_picture_of_a_run(run: Path) -> None:
     set_status(run, state="running", step=30, steps=40)
     text = shown(run)
     assert "one  running  step 30 of 40  about 20 s left  best 70.0 % at step 40" in text
-    assert "No news" not in text
+    assert "No update" not in text
     (kl,) = (line for line in text.splitlines() if line.strip().startswith("KL"))
     first, curve, last = kl.split()[-3:]
     assert first == "0.001" and last == "0.04" and curve == "".join(sorted(curve))
     assert "Accuracy, greedy" in text and "50.0 %" in text and "70.0 %" in text
     assert "Reward parts, format" in text
-    assert "right     +0.50  <think>It is clear.</think>" in text and "no answer" in text
+    assert "correct   +0.50  <think>It is clear.</think>" in text and "no answer" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -95,7 +95,7 @@ def test_what_happened_is_said(run: Path) -> None:
     text = shown(run)
     assert "failed" in text and "Step 7: the loss is [nan]." in text and "left" not in text
     set_status(run, state="running", step=39)
-    assert "No news for 2.0 h: it may have been killed." in shown(run, now=NOW + timedelta(hours=2))
+    assert "No update for 2.0 h: the run may have been killed." in shown(run, now=NOW + timedelta(hours=2))
     assert silent_for(read_run(run), NOW) == 30.0
     set_status(run, updated="yesterday")
     assert silent_for(read_run(run), NOW) is None

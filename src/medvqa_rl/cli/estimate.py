@@ -37,9 +37,7 @@ def estimate(
     device: Annotated[Device, typer.Option(help="Device to measure; auto takes the one in the settings.")] = "auto",
     card: Annotated[
         str | None,
-        typer.Option(
-            help="Use the data sheet of a GPU instead of measuring: h200, h100, a100-80, a100-40, rtx4090, l4 ..."
-        ),
+        typer.Option(help="Estimate for a GPU by name: h200, h100, a100-80, a100-40, rtx4090, l4 ..."),
     ] = None,
     matmul_tflops: Annotated[
         float | None, typer.Option(min=1e-6, help="Matrix multiplication rate in TFLOP/s, instead of measuring it.")

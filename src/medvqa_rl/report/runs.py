@@ -1,6 +1,7 @@
-"""Reading the folder of a run, whole or not: what can be read is there, what is missing is said. Imports no torch.
+"""Read a run folder, complete or not. Imports no torch.
 
-A run may still be going, be from another version, or be damaged. Only a folder without any file of a run is refused.
+A run may be in progress, damaged or from another version: whatever can be read is returned, with a sentence for each
+problem. Only a folder without any file of a run is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from medvqa_rl.core.text import first_few
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 
 Row = Mapping[str, float]
-"""The finite numbers of a line of metrics.jsonl, ``step`` among them."""
+"""The finite numbers in a line of metrics.jsonl, including ``step``."""
 
 _SUMMARY = ("accuracy", "accuracy_low", "accuracy_high", "num_scored", "num_clusters", "majority_baseline")
 _FILES = ("status.json", "metrics.jsonl", "config.resolved.json")
@@ -24,7 +25,7 @@ _FILES = ("status.json", "metrics.jsonl", "config.resolved.json")
 
 @dataclass(frozen=True)
 class StoredEvaluation:
-    """An evaluation in a run's folder."""
+    """An evaluation in a run folder."""
 
     name: str
     """Name of its folder under ``eval``."""
@@ -32,19 +33,19 @@ class StoredEvaluation:
     """The content of results.json."""
     samples: Path
     judged: Mapping[str, Any] = field(default_factory=dict)
-    """The content of judged.json; empty where nothing was judged."""
+    """The content of judged.json; empty if nothing was judged."""
 
     @property
     def step(self) -> int | None:
-        """The training step after which it was made; None where it has another name."""
+        """The training step of the evaluation; None if it was not made during training."""
         number = self.name.removeprefix("step_")
         return int(number) if number != self.name and number.isdecimal() else None
 
     def records(self) -> list[EvalRecord]:
-        """Its answers.
+        """Read its answers.
 
         Raises:
-            ValueError: samples.jsonl is missing, damaged or of another version.
+            ValueError: samples.jsonl is missing, damaged or has another version.
         """
         return read_records(self.samples)
 
@@ -59,7 +60,7 @@ class StoredCompletion:
     is_truncated: bool
     num_tokens: int
     rewards: Mapping[str, float | None]
-    """Parts before their weights; None is unscored."""
+    """Unweighted reward parts; None if unscored."""
     reward: float | None
     advantage: float
 
@@ -74,24 +75,24 @@ class StoredGroup:
     options: tuple[str, ...]
     gold: str
     tags: Mapping[str, str]
-    """Answer type, modality, family and the like; empty in runs of versions that did not store them."""
+    """Answer type, modality, family and so on; empty if an older version did not store them."""
     completions: Sequence[StoredCompletion]
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What a run's folder holds."""
+    """The content of a run folder."""
 
     path: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    """config.resolved.json; empty where it is missing."""
+    """config.resolved.json; empty if missing."""
     env: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
     metrics: Sequence[Row] = ()
-    """Lines of metrics.jsonl in their order."""
+    """Lines of metrics.jsonl in order."""
     evaluations: Sequence[StoredEvaluation] = ()
-    """Those after training steps first, in order of steps, then the others by name."""
+    """Evaluations during training in order of steps, then the others by name."""
     problems: Sequence[str] = ()
     """Sentences about what could not be read."""
 
@@ -111,26 +112,22 @@ class StoredRun:
 
 
 def is_evaluation(row: Row) -> bool:
-    """Whether a line of metrics.jsonl is of an evaluation, not of a training step."""
+    """Return whether a line of metrics.jsonl is an evaluation rather than a training step."""
     return all(name.startswith("eval/") for name in row if name != "step")
 
 
 def read_run(path: Path) -> StoredRun:
-    """Read everything but the sampled completions.
+    """Read a run, except for its sampled completions.
 
     Raises:
-        ValueError: it is no folder, or holds no file of a run.
+        ValueError: the path is not a folder, or has no file of a run.
     """
     if not path.is_dir():
-        raise ValueError(
-            f"There is no folder {path}: name the folder of a run, which `medvqa-rl train` calls output_dir."
-        )
+        raise ValueError(f"There is no folder {path}: give a run folder, the output_dir of `medvqa-rl train`.")
     if not any((path / name).is_file() for name in _FILES) and not any(path.glob("eval/*/results.json")):
         inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in _FILES))
-        hint = (
-            f"it has runs inside ({', '.join(inside[:5])}), name one of them" if inside else f"it has no {_FILES[0]}"
-        )
-        raise ValueError(f"The folder {path} is not the folder of a run: {hint}.")
+        hint = f"it contains runs ({', '.join(inside[:5])}), give one of them" if inside else f"it has no {_FILES[0]}"
+        raise ValueError(f"The folder {path} is not a run folder: {hint}.")
     problems: list[str] = []
     return StoredRun(
         path,
@@ -145,7 +142,7 @@ def read_run(path: Path) -> StoredRun:
 
 
 def _object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, and a problem, where there is none."""
+    """Read a JSON object; if that fails, note the problem and return an empty one."""
     if not path.is_file():
         problems.append(f"{path.name} is missing.")
         return {}
@@ -156,12 +153,12 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     if isinstance(value, dict):
         return value
-    problems.append(f"{path.name} holds no settings or facts.")
+    problems.append(f"{path.name} does not hold a JSON object.")
     return {}
 
 
 def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with one per line, and their line numbers; bad lines are left out and said."""
+    """Yield line numbers and objects of a JSON Lines file; note bad lines as a problem."""
     bad: list[int] = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
@@ -178,7 +175,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any
 
 def _left_out(path: Path, bad: Sequence[int]) -> str:
     lines = "line" if len(bad) == 1 else "lines"
-    return f"{path.name}: {lines} {first_few(bad, 5)} cannot be read and {'is' if len(bad) == 1 else 'are'} left out."
+    return f"{path.name}: {lines} {first_few(bad, 5)} cannot be read and {'is' if len(bad) == 1 else 'are'} skipped."
 
 
 def _metrics(path: Path, problems: list[str]) -> list[Row]:
@@ -196,7 +193,7 @@ def _metrics(path: Path, problems: list[str]) -> list[Row]:
     if bad:
         problems.append(_left_out(path, bad))
     if not rows:
-        problems.append("metrics.jsonl holds no step.")
+        problems.append("metrics.jsonl has no step.")
     return rows
 
 
@@ -210,7 +207,7 @@ def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
         own: list[str] = []
         results = _object(path, own)
         if own or not isinstance(results.get("by"), dict) or not results.keys() >= set(_SUMMARY):
-            problems.append(f"eval/{path.parent.name}/results.json is damaged or of another version, and left out.")
+            problems.append(f"eval/{path.parent.name}/results.json is damaged or has another version, and is skipped.")
         else:
             judged = path.with_name("judged.json")
             said = _object(judged, problems) if judged.is_file() else {}
@@ -219,7 +216,7 @@ def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
 
 
 def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:
-    """The sampled completions that a run stored, by step and prompt, and what could not be read."""
+    """Return the stored groups of sampled completions, by step and prompt, and the problems in reading them."""
     problems: list[str] = []
     groups: list[StoredGroup] = []
     for path in sorted(run.path.glob("samples/step_*.jsonl")):
@@ -228,16 +225,16 @@ def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:
         bad = []
         for number, line in _lines(path, problems):
             try:
-                completion, place = _completion(line), (str(line["sample_id"]), int(line["index"]))
-                # A prompt can come twice in a step, where one epoch ends and the next begins.
-                if previous is None or previous[0] != place[0] or place[1] <= previous[1]:
+                completion, position = _completion(line), (str(line["sample_id"]), int(line["index"]))
+                # A prompt can occur twice in a step, at the boundary of two epochs.
+                if previous is None or previous[0] != position[0] or position[1] <= previous[1]:
                     completions = []
                     groups.append(_group(line, completions))
             except (KeyError, TypeError, ValueError, AttributeError):
                 bad.append(number)
                 continue
             completions.append(completion)
-            previous = place
+            previous = position
         if bad:
             problems.append(_left_out(path, bad))
     return groups, problems

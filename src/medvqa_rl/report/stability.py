@@ -1,4 +1,4 @@
-"""How steady a training curve is: its largest drop and its abrupt changes, with their steps. Imports no torch."""
+"""Stability of a training curve: its largest drop and its abrupt changes, with their steps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,41 +14,40 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Drop:
-    """The largest fall of the moving mean from a height that it had reached before."""
+    """The maximum drawdown of the moving average."""
 
     size: float
     """At least 0."""
     top: float
-    """Step that ends the stretch it fell from; NaN where nothing fell."""
+    """Last step of the window it fell from; NaN if the average never fell."""
     bottom: float
-    """Step that ends the stretch it fell to."""
+    """Last step of the window it fell to."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A jump between two neighbouring stretches of a curve."""
+    """A jump between two adjacent windows of a curve."""
 
     step: float
-    """The first step of the later stretch."""
+    """First step of the later window."""
     change: float
-    """Mean of the later stretch minus that of the earlier one."""
+    """Mean of the later window minus mean of the earlier one."""
     deviations: float
-    """Its size in standard deviations of the steps within the stretches; infinite where those do not vary."""
+    """Size in pooled standard deviations within the windows; infinite if those are 0."""
 
 
 def window_for(count: int) -> int:
-    """Steps of a stretch for a curve of so many: a twentieth, from 10 to 100."""
+    """Return the window for a curve of ``count`` steps: a twentieth, between 10 and 100."""
     return min(100, max(10, count // 20))
 
 
 def largest_drop(steps: Sequence[float], values: Sequence[float], window: int) -> Drop:
-    """max over s < t of mean(s) - mean(t) for the means of ``window`` values that end at each step (the maximum
-    drawdown of the moving average).
+    """Return max over s < t of mean(s) - mean(t), where mean(t) is over the ``window`` values that end at step t.
 
     Args:
         steps: of the values.
         values: at least ``window`` of them.
-        window: values in a mean.
+        window: values in each mean.
     """
     assert len(steps) == len(values) >= window >= 1
     means: Floats = sliding_window_view(np.asarray(values, dtype=np.float64), window).mean(axis=1)
@@ -61,9 +60,9 @@ def largest_drop(steps: Sequence[float], values: Sequence[float], window: int) -
 
 
 def _sizes(values: Sequence[float], window: int) -> tuple[Floats, Floats]:
-    """Differences of the means of neighbouring stretches, and their sizes in pooled standard deviations."""
-    stretches = sliding_window_view(np.asarray(values, dtype=np.float64), window)
-    means, variances = stretches.mean(axis=1), stretches.var(axis=1, ddof=1)
+    """Return the differences between means of adjacent windows, and their sizes in pooled standard deviations."""
+    windows = sliding_window_view(np.asarray(values, dtype=np.float64), window)
+    means, variances = windows.mean(axis=1), windows.var(axis=1, ddof=1)
     changes: Floats = means[window:] - means[:-window]
     spreads = np.sqrt((variances[window:] + variances[:-window]) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -72,32 +71,32 @@ def _sizes(values: Sequence[float], window: int) -> tuple[Floats, Floats]:
 
 
 def largest_change(steps: Sequence[float], values: Sequence[float], window: int) -> Change:
-    """The change between neighbouring stretches that is largest in standard deviations.
+    """Return the change between adjacent windows that is largest in standard deviations.
 
     Args:
         steps: of the values.
         values: at least twice ``window`` of them.
-        window: values in a stretch, 2 or more.
+        window: values in a window, 2 or more.
     """
     assert len(steps) == len(values) >= 2 * window >= 4
     changes, sizes = _sizes(values, window)
-    place = int(sizes.argmax())
-    return Change(float(steps[place + window]), float(changes[place]), float(sizes[place]))
+    index = int(sizes.argmax())
+    return Change(float(steps[index + window]), float(changes[index]), float(sizes[index]))
 
 
 def abrupt_changes(steps: Sequence[float], values: Sequence[float], window: int, limit: float) -> list[Change]:
-    """Changes of more than ``limit`` standard deviations, the largest of each run of neighbouring ones, in order.
+    """Return changes of more than ``limit`` standard deviations, in order.
 
-    Two that are closer than a stretch share their steps, so they count as one.
+    Changes closer than a window overlap; only the largest of them counts.
     """
     assert len(steps) == len(values) >= 2 * window >= 4
     changes, sizes = _sizes(values, window)
     found: list[int] = []
-    for place in np.argsort(-sizes, kind="stable"):
-        if sizes[place] <= limit:
+    for index in np.argsort(-sizes, kind="stable"):
+        if sizes[index] <= limit:
             break
-        if all(abs(int(place) - other) >= window for other in found):
-            found.append(int(place))
+        if all(abs(int(index) - other) >= window for other in found):
+            found.append(int(index))
     return [
-        Change(float(steps[place + window]), float(changes[place]), float(sizes[place])) for place in sorted(found)
+        Change(float(steps[index + window]), float(changes[index]), float(sizes[index])) for index in sorted(found)
     ]

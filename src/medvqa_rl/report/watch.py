@@ -1,9 +1,8 @@
-"""A live view of a run in the terminal, from its folder alone: curves, last samples, time left. Imports no torch.
+"""A live view of a run in the terminal: curves, latest samples and time left. Imports no torch.
 
     medvqa-rl watch runs/lora
 
-It can be started before, during and after the run, and on another machine that sees the folder. It ends when the run
-does.
+Reads only the run folder, so it works on any machine that can access it. It ends with the run.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
 SILENT_SECONDS = 300.0
-"""After so long without news of a run that says it is running, the view says so."""
+"""Age of the last status update of a running run from which the view shows a warning."""
 RECENT_STEPS = 20
-"""Steps whose mean duration gives the time left."""
+"""Number of steps whose mean duration gives the time left."""
 
 _STATES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "bold red"}
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """A curve in one line of text: means of stretches, scaled from the lowest to the highest.
+    """Draw a curve as one line of text, scaled from its minimum to its maximum.
 
     Args:
-        values: the curve; of more values than ``width`` neighbours are averaged.
-        width: characters at most.
+        values: the curve; more than ``width`` values are averaged in segments.
+        width: maximum number of characters.
     """
     if not values or width < 1:
         return ""
     count = min(width, len(values))
-    cuts = [len(values) * place // count for place in range(count + 1)]
+    cuts = [len(values) * index // count for index in range(count + 1)]
     means = [fmean(values[start:end]) for start, end in pairwise(cuts)]
     low, high = min(means), max(means)
     if high == low:
@@ -55,7 +54,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def seconds_left(run: StoredRun) -> float | None:
-    """Seconds until the last step by the pace of the last ones, evaluations not counted; None where it is unknown."""
+    """Return the estimated seconds until the last step, without evaluations; None if unknown."""
     durations = [row["step_time"] for row in run.steps if "step_time" in row][-RECENT_STEPS:]
     step, steps = run.status.get("step"), run.status.get("steps")
     if not durations or not isinstance(step, int) or not isinstance(steps, int) or step >= steps:
@@ -64,7 +63,7 @@ def seconds_left(run: StoredRun) -> float | None:
 
 
 def silent_for(run: StoredRun, now: datetime) -> float | None:
-    """Seconds since a run that says it is running wrote its status; None for others."""
+    """Return the seconds since a running run last updated its status; None for other runs."""
     if run.status.get("state") != "running":
         return None
     try:
@@ -75,17 +74,17 @@ def silent_for(run: StoredRun, now: datetime) -> float | None:
 
 
 def frame(run: StoredRun, width: int, now: datetime) -> RenderableType:
-    """One picture of a run.
+    """Render the current state of a run.
 
     Args:
-        run: its folder as read.
-        width: of the terminal in characters.
-        now: the time, with its zone.
+        run: the run as read.
+        width: width of the terminal in characters.
+        now: the time, with time zone.
     """
     parts: list[RenderableType] = [_heading(run, now)]
     step, steps = run.status.get("step"), run.status.get("steps")
     if isinstance(step, int) and isinstance(steps, int) and steps > 0:
-        bar = Table.grid()  # a bar alone does not end its line
+        bar = Table.grid()  # a bare bar does not end its line
         bar.add_row(ProgressBar(total=steps, completed=step, width=min(60, max(10, width - 4))))
         parts.append(bar)
     parts.append(_curves(run, width))
@@ -106,7 +105,7 @@ def _heading(run: StoredRun, now: datetime) -> Text:
     if left is not None and state == "running":
         text.append(f"  about {duration(left)} left")
     elif left is not None:
-        text.append(f"  {duration(left)} of training to go")
+        text.append(f"  {duration(left)} of training left")
     if status.get("best_accuracy") is not None:
         text.append(f"  best {100 * float(status['best_accuracy']):.1f} % at step {status.get('best_step')}")
     if status.get("reason"):
@@ -114,7 +113,7 @@ def _heading(run: StoredRun, now: datetime) -> Text:
     silence = silent_for(run, now)
     if silence is not None and silence > SILENT_SECONDS:
         text.append(
-            f"\nNo news for {duration(silence)}: it may have been killed. Its log is train.log.", style="yellow"
+            f"\nNo update for {duration(silence)}: the run may have been killed. See train.log.", style="yellow"
         )
     return text
 
@@ -146,7 +145,7 @@ def printable(text: str) -> str:
 
 
 def _samples(group: StoredGroup, width: int) -> Panel:
-    """The completions of the group that was stored last, best first, each cut to two lines."""
+    """The completions of the latest stored group, best first, each truncated to two lines."""
     body = Text(printable(group.question))
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", group.options):
         body.append(f"  {letter}: {printable(option)}", style="bold" if letter == group.gold else "")
@@ -154,7 +153,7 @@ def _samples(group: StoredGroup, width: int) -> Panel:
         body.append(f"  gold: {printable(group.gold)}", style="bold")
     room = max(20, 2 * (width - 8) - 24)
     for item in sorted(group.completions, key=lambda item: -item.advantage)[:4]:
-        outcome = "right" if item.is_correct else "wrong" if item.has_answer else "no answer"
+        outcome = "correct" if item.is_correct else "wrong" if item.has_answer else "no answer"
         text = printable(item.text)
         text = text if len(text) <= room else text[: room - 1] + "…"
         body.append(f"\n{outcome:<9} {item.advantage:+.2f}  ", style="green" if item.is_correct else "red")
@@ -173,17 +172,17 @@ def watch(
     """Show a run until it ends.
 
     Args:
-        path: its folder.
-        once: show one picture and return.
-        interval: seconds between pictures.
-        console: where to show it; None is the terminal.
-        sleep: waits between pictures.
+        path: the run folder.
+        once: print the current state and return.
+        interval: seconds between updates.
+        console: defaults to the terminal.
+        sleep: waits between updates.
 
     Returns:
-        The run as it was last read.
+        The run as last read.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run.
     """
     shown = Console() if console is None else console
     run = read_run(path)

@@ -98,7 +98,11 @@ def test_groups_have_their_images_and_tags_from_the_data_set(run: Path, html: st
     [
         ("data.json", {"train": {"fingerprint": "0"}}, "another fingerprint"),
         ("data.json", {}, "another fingerprint"),
-        ("config.resolved.json", {"data": {"name": "a later one"}}, "the settings are of another version or missing"),
+        (
+            "config.resolved.json",
+            {"data": {"name": "a later one"}},
+            "the settings are missing or have another",
+        ),
         (
             "config.resolved.json",
             {"data": {"name": "vqa_rad", "path": "/nowhere"}},

@@ -267,8 +267,8 @@ def machine_line(memory: float | None, where: str, sized: Sized | None) -> str:
             "init with --gpu-memory 24."
         )
     return (
-        f"Sized for a {memory:.0f} GiB GPU ({where}): a step needs at most about {sized.peak / GIB:.1f} GiB, as computed "
-        "by medvqa-rl estimate for the largest image and the longest question."
+        f"Sized for a {memory:.0f} GiB GPU ({where}): a step needs at most about {sized.peak / GIB:.1f} GiB, "
+        "as computed by medvqa-rl estimate for the largest image and the longest question."
     )
 
 

@@ -19,7 +19,7 @@ def init(
     images: Annotated[Path, typer.Option(help="Folder of the images.")],
     gpu_memory: Annotated[
         float | None,
-        typer.Option(min=1.0, help="Memory of the training GPU in GiB. Defaults to the GPU of this machine."),
+        typer.Option(min=1.0, help="Memory of the training GPU in GiB. Defaults to this machine's GPU."),
     ] = None,
     open_correctness: Annotated[
         Literal["exact", "token_f1", "similarity", "judge"] | None,

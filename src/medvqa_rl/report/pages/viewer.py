@@ -1,7 +1,7 @@
-"""The data of the group viewer: stored completions with thumbnails of their images, within a budget of bytes.
+"""The data of the report's sample viewer: stored completions with thumbnails, within a size budget. Imports no torch.
 
-A run stores texts and numbers, not images. They are found again in the data set that its settings name, by the
-sample's id, and only if that data set still has the fingerprint it had. Imports no torch.
+A run stores texts and numbers but no images. Images are looked up by sample id in the data set of its settings, if
+that still has the same fingerprint.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ T = TypeVar("T")
 MAX_GROUPS = 500
 MAX_TEXT_BYTES = 3_500_000
 MAX_IMAGE_BYTES = 4_500_000
-"""Together with everything else the page stays below 10 MB."""
+"""With everything else, the page stays below 10 MB."""
 MAX_THUMBNAIL = 224
 """Longest side in pixels of the viewer's images."""
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """What the page's script gets, and what is to be said about it."""
+    """The data of the page's script, and notes about it."""
 
     groups: Sequence[dict[str, Any]]
     images: dict[str, str]
-    """Data URI of each image by its key in this page."""
+    """Data URI of each image by its key on this page."""
     notes: Sequence[str]
 
 
 def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
-    """Collect the groups of some runs; of too many, those at even distances.
+    """Collect the groups of some runs, evenly subsampled if there are too many.
 
     Args:
-        images: find their images again, too.
+        images: also look up the images.
     """
     notes: list[str] = []
     found: list[tuple[int, StoredGroup]] = []
@@ -56,7 +56,7 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
         kept, plain = evenly(kept, len(kept) * 9 // 10), evenly(plain, len(plain) * 9 // 10)
     if len(kept) < len(found):
         notes.append(
-            f"{len(kept)} of {len(found)} stored groups are shown, at even distances, to keep the page small."
+            f"{len(kept)} of {len(found)} stored groups are shown, evenly subsampled, to keep the page small."
         )
     thumbnails = _Thumbnails()
     for number, run in enumerate(runs if images else ()):
@@ -75,14 +75,14 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
 
 
 def evenly(items: Sequence[T], limit: int) -> list[T]:
-    """At most so many of the items, at even distances, the last one among them."""
+    """Return at most ``limit`` of the items, evenly spaced, including the last."""
     if len(items) <= limit:
         return list(items)
     return [items[(place + 1) * len(items) // limit - 1] for place in range(limit)]
 
 
 def _group(run: int, group: StoredGroup) -> dict[str, Any]:
-    """A group as the script reads it."""
+    """Return a group as JSON for the script."""
     gold = group.gold
     if group.options and gold in LETTERS[: len(group.options)]:
         gold = f"{gold}: {group.options[LETTERS.index(gold)]}"
@@ -115,25 +115,25 @@ def _rounded(value: float | None) -> float | None:
 
 
 def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[str, Sample], str]:
-    """The samples of stored groups in the data set of the run's settings, by id.
+    """Find the samples of stored groups in the data set of the run's settings, by id.
 
     Returns:
-        What was found, and a sentence where images cannot be shown, else nothing.
+        The samples, and a sentence if images cannot be shown, else an empty string.
     """
     if not groups:
         return {}, ""
     try:
         config = Config.model_validate(run.config)
     except ValueError:
-        return {}, "the settings are of another version or missing, so the images cannot be found again."
+        return {}, "the settings are missing or have another version, so the images cannot be found."
     try:
         dataset = load_dataset(config.data, "train")
     except (ValueError, OSError) as error:
-        return {}, f"the data set {config.data.name} is not available here, so there are no images: {error}"
+        return {}, f"the data set {config.data.name} is not available here, so no images are shown: {error}"
     known = run.data.get("train")
     if not isinstance(known, dict) or known.get("fingerprint") != dataset.fingerprint:
         return {}, (
-            f"the data set {dataset.name} is not the one of the run (another fingerprint), so no images are shown."
+            f"the data set {dataset.name} has changed since the run (another fingerprint), so no images are shown."
         )
     samples: Iterable[Sample]
     if dataset.is_endless:
@@ -150,7 +150,7 @@ def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[st
 
 
 class _Thumbnails:
-    """Images inside the page, each once."""
+    """Images on the page, each stored once."""
 
     def __init__(self) -> None:
         self.uris: dict[str, str] = {}
@@ -159,7 +159,7 @@ class _Thumbnails:
         self._size = 0
 
     def add(self, sample: Sample, shown: dict[str, Any], notes: list[str]) -> None:
-        """Show a sample's images with its group, and fill in the groups that older runs did not store."""
+        """Add a sample's images to its group, and the tags that older versions did not store."""
         shown["tags"] = shown["tags"] or {"answer_type": sample.answer_type, **sample.groups}
         for image in sample.images:
             if image.key not in self._names:
