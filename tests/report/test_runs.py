@@ -86,11 +86,11 @@ def test_damaged_lines_are_left_out(copy: Path) -> None:
     del rows[4]["reward"]
     samples.write_text("\n".join([json.dumps(row) for row in rows] + ["null"]))
     found = read_run(copy)
-    assert found.problems == ["metrics.jsonl: lines 6, 10, 11, 42 cannot be read and are left out."]
+    assert found.problems == ["metrics.jsonl: lines 6, 10, 11, 42 cannot be read and are skipped."]
     assert len(found.steps) == 37
     groups, problems = read_groups(found)
     assert len(groups) == 8 and len(groups[1].completions) == 2
-    assert problems == [f"step_000020.jsonl: line {number} cannot be read and is left out." for number in (13, 5)]
+    assert problems == [f"step_000020.jsonl: line {number} cannot be read and is skipped." for number in (13, 5)]
 
 
 def test_completions_of_an_older_version_have_no_tags(copy: Path) -> None:
@@ -111,12 +111,12 @@ def test_records_that_cannot_be_read_are_named_where_they_are_compared(copy: Pat
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
 def test_what_is_no_run_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "x")
-    with pytest.raises(ValueError, match=r"There is no folder|is not the folder of a run: it has no status\.json"):
+    with pytest.raises(ValueError, match=r"There is no folder|is not a run folder: it has no status\.json"):
         read_run(tmp_path / "x")
 
 
 def test_a_folder_of_runs_is_refused_with_a_hint(copy: Path) -> None:
-    with pytest.raises(ValueError, match=r"it has runs inside \(copy\), name one of them"):
+    with pytest.raises(ValueError, match=r"it contains runs \(copy\), give one of them"):
         read_run(copy.parent)
 
 

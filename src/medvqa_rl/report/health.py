@@ -1,9 +1,8 @@
-"""Signs that training went wrong, each a rule with a threshold and the figure it was held against. Imports no torch.
+"""Checks for signs of failed training, each a rule with a threshold and the measured value. Imports no torch.
 
-The signs are those that the four-factor study (arXiv 2505.13973) names: verbose and wrong, low thinking reward with
-high accuracy, high perplexity, and a curve that does not rise; curves that break or collapse are added. It gives no
-thresholds; those here are inferred, and are meant to make someone look, not to judge. All figures come from
-metrics.jsonl and the stored completions.
+The four-factor study (arXiv 2505.13973) names four signs: verbose and wrong, low thinking reward with high accuracy,
+high perplexity, and a curve that does not rise. Curves that break or collapse are ours. The study gives no thresholds;
+those here are inferred, and are a reason to look closer, not a verdict. All values come from metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from medvqa_rl.report.stability import abrupt_changes, largest_change, largest_d
 Verdict = Literal["fine", "look", "not measured"]
 
 WRONG_LONGER = 1.5
-"""Wrong answers this many times as long as right ones are verbose."""
+"""Ratio of the lengths of wrong and correct completions from which wrong ones are verbose."""
 LONGER_NOW = 1.5
-"""Completions this many times as long as at the start ought to have brought accuracy."""
+"""Growth in length from which accuracy should have risen too."""
 HIGH_ACCURACY = 0.6
 LOW_THINKING = 0.5
-"""Share of the highest thinking reward below which reasoning and answer have parted."""
+"""Share of the maximum thinking reward below which the reasoning no longer supports the answer."""
 HIGH_PERPLEXITY = 30.0
 """About twice what the study reports for its models (13 to 14)."""
 RISE = 2.0
 """Standard errors by which the end of a curve must lie above its beginning to have risen."""
 BREAK = 3.0
-"""Standard deviations between the means of two neighbouring stretches of a curve."""
+"""Standard deviations between the means of two adjacent windows of a curve."""
 ENTROPY_LEFT = 0.2
 LENGTH_LEFT = 0.5
-"""Shares of the start's value below which entropy and length have collapsed."""
+"""Shares of the initial value below which entropy and length have collapsed."""
 MIN_STEPS = 20
-"""Logged steps below which a beginning and an end cannot be told apart."""
+"""Minimum number of logged steps for comparing start and end."""
 
 THINKING_PARTS = ("format", "semantic")
 """Reward parts, from 0 to 1 each, whose sum is the thinking reward."""
@@ -44,7 +43,7 @@ THINKING_PARTS = ("format", "semantic")
 
 @dataclass(frozen=True)
 class Check:
-    """One sign, the rule by which it is looked for, and what was found."""
+    """A sign of failure, its rule and the measured value."""
 
     name: str
     verdict: Verdict
@@ -53,7 +52,7 @@ class Check:
 
 
 def check_health(rows: Sequence[Row]) -> list[Check]:
-    """All checks of a run, from the lines of its metrics.jsonl in their order."""
+    """Run all checks on the lines of a run's metrics.jsonl."""
     return [
         verbose_and_wrong(rows),
         thinking_against_accuracy(rows),
@@ -70,12 +69,12 @@ def _percent(share: float, decimals: int = 1) -> str:
 
 
 def series(rows: Sequence[Row], name: str) -> list[float]:
-    """The values of one metric in their order."""
+    """Return the values of one metric in order."""
     return [row[name] for row in rows if name in row]
 
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means of the first and of the last tenth of a curve of at least ten values."""
+    """Return the means of the first and last tenth of a curve with at least ten values."""
     size = len(values) // 10
     return fmean(values[:size]), fmean(values[-size:])
 
@@ -90,11 +89,11 @@ def _too_short(name: str, rule: str, values: Sequence[float], what: str) -> Chec
 
 
 def verbose_and_wrong(rows: Sequence[Row]) -> Check:
-    """Length without accuracy: the sign that a length reward is exploited."""
+    """Length without accuracy, a sign that a length reward is exploited."""
     name = "Verbose and wrong"
     rule = (
-        f"In the last tenth of the steps wrong completions are at least {WRONG_LONGER:g} times as long as right ones, "
-        f"or all are at least {LONGER_NOW:g} times as long as in the first tenth while accuracy has not risen."
+        f"In the last tenth of the steps wrong completions are at least {WRONG_LONGER:g} times as long as correct "
+        f"ones, or all are at least {LONGER_NOW:g} times as long as in the first tenth while accuracy has not risen."
     )
     accuracy, lengths = series(rows, "rewards/correctness/mean"), series(rows, "completions/mean_length")
     short = _too_short(name, rule, lengths, "the length of completions")
@@ -108,7 +107,7 @@ def verbose_and_wrong(rows: Sequence[Row]) -> Check:
     if right and wrong:
         ratio = fmean(wrong) / max(fmean(right), 1.0)
         is_verbose = ratio >= WRONG_LONGER
-        figures.append(f"At the end wrong {fmean(wrong):.0f}, right {fmean(right):.0f}: {ratio:.2f} times.")
+        figures.append(f"At the end: wrong {fmean(wrong):.0f}, correct {fmean(right):.0f}, ratio {ratio:.2f}.")
     if len(accuracy) >= MIN_STEPS:
         then, now = ends(accuracy)
         is_verbose |= end >= LONGER_NOW * start and now <= then
@@ -117,11 +116,11 @@ def verbose_and_wrong(rows: Sequence[Row]) -> Check:
 
 
 def thinking_against_accuracy(rows: Sequence[Row]) -> Check:
-    """Right answers without reasoning that deserves a reward: the reasoning does not carry the answer."""
+    """Correct answers with poorly rewarded reasoning: the reasoning does not support the answer."""
     name = "Low thinking reward with high accuracy"
     rule = (
         f"In the last tenth of the steps accuracy is at least {_percent(HIGH_ACCURACY, 0)} while the thinking reward "
-        f"({' + '.join(THINKING_PARTS)}, as far as they are on) is below {_percent(LOW_THINKING, 0)} of its "
+        f"({' + '.join(THINKING_PARTS)}, those that are enabled) is below {_percent(LOW_THINKING, 0)} of its "
         "highest value."
     )
     accuracy = series(rows, "rewards/correctness/mean")
@@ -131,7 +130,7 @@ def thinking_against_accuracy(rows: Sequence[Row]) -> Check:
     parts = {part: series(rows, f"rewards/{part}/mean") for part in THINKING_PARTS}
     known = {part: ends(values)[1] for part, values in parts.items() if len(values) >= MIN_STEPS}
     if not known:
-        return Check(name, "not measured", rule, "No part of the thinking reward was on.")
+        return Check(name, "not measured", rule, "No part of the thinking reward was enabled.")
     now, thinking = ends(accuracy)[1], sum(known.values())
     missing = [part for part in THINKING_PARTS if part not in known]
     note = f" The {' and '.join(missing)} part was not measured." if missing else ""
@@ -141,18 +140,18 @@ def thinking_against_accuracy(rows: Sequence[Row]) -> Check:
 
 
 def perplexity(rows: Sequence[Row]) -> Check:
-    """Text that a fixed language model finds unlikely: the model has lost its fluency."""
+    """Text that a fixed language model finds unlikely: the policy has lost fluency."""
     name = "High perplexity"
     rule = f"The last evaluation's perplexity under a fixed language model is above {HIGH_PERPLEXITY:g}."
     values = series(rows, "eval/perplexity")
     if not values:
         return Check(name, "not measured", rule, "No evaluation measured perplexity (eval.perplexity_model).")
     verdict: Verdict = "look" if values[-1] > HIGH_PERPLEXITY else "fine"
-    return Check(name, verdict, rule, f"Perplexity {values[0]:.1f} at first, {values[-1]:.1f} at last.")
+    return Check(name, verdict, rule, f"Perplexity {values[0]:.1f} at the start, {values[-1]:.1f} at the end.")
 
 
 def no_rise(rows: Sequence[Row]) -> Check:
-    """A reward that is at the end what it was at the start: nothing was found that could be amplified."""
+    """A reward that has not risen: there was nothing that RL could amplify."""
     name = "No rise of the curve"
     rule = (
         f"The mean reward of the last fifth of the steps is not above that of the first fifth by {RISE:g} standard "
@@ -170,13 +169,13 @@ def no_rise(rows: Sequence[Row]) -> Check:
 
 
 def broken_curve(rows: Sequence[Row]) -> Check:
-    """A jump of the reward (of the loss in supervised fine-tuning) that its noise does not explain."""
+    """A jump of the reward (in SFT, of the loss) beyond its noise."""
     name = "Abrupt change of the curve"
     metric = "reward" if series(rows, "reward") else "loss"
     values = series(rows, metric)
     window = window_for(len(values))
     rule = (
-        f"Somewhere the mean {metric} of {window} steps differs from that of the {window} before by more than "
+        f"At some step the mean {metric} of {window} steps differs from that of the previous {window} by more than "
         f"{BREAK:g} standard deviations of the steps within them."
     )
     short = _too_short(name, rule, values, "the reward" if metric == "reward" else "the loss")
@@ -206,7 +205,7 @@ def broken_curve(rows: Sequence[Row]) -> Check:
 
 
 def collapse(rows: Sequence[Row], metric: str, name: str, unit: str, left: float) -> Check:
-    """A curve that has lost most of its height."""
+    """A curve that has lost most of its initial value."""
     rule = f"The mean of the last tenth of the steps is below {_percent(left, 0)} of that of the first tenth."
     values = series(rows, metric)
     short = _too_short(name, rule, values, metric.rpartition("/")[2].replace("_", " "))

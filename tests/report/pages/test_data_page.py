@@ -85,7 +85,7 @@ def test_a_clean_set_says_so(tmp_path: Path) -> None:
         for seed, name in enumerate(("train", "test"))
     )
     _, reader = page(tmp_path, train, test)
-    assert "Nothing was found" in reader.text and "Shared images" not in reader.text
+    assert "No problems found" in reader.text and "Shared images" not in reader.text
     assert "0 of 1" in " ".join(reader.text.split())
     # 600 x 450 within 112 x 112 pixels: scaled by 0.216 to 129 x 97, cut down to 112 x 84, 4 x 3 tokens.
     assert "median 12 tokens" in reader.text
