@@ -1,4 +1,4 @@
-"""Your own reward functions, named by dotted path and called with TRL's signature. Imports no torch.
+"""Custom reward functions, given by dotted path and called with TRL's signature. Imports no torch.
 
 A function that works with TRL's ``GRPOTrainer`` works here::
 
@@ -30,20 +30,20 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What a reward function may know of the training: the part of ``transformers.TrainerState`` that applies."""
+    """The fields of ``transformers.TrainerState`` that reward functions can read."""
 
     global_step: int
     """Optimizer steps done."""
 
 
 def load_function(path: str) -> RewardFunction:
-    """Import the reward function named by a dotted path, such as ``my_rewards.short_reasoning``.
+    """Import a reward function by its dotted path, such as ``my_rewards.short_reasoning``.
 
-    Modules in the working directory are found too, after those that are installed.
+    Modules in the working directory are found too, after installed ones.
 
     Raises:
-        ValueError: the path is not dotted, the module or the name does not exist, or what it names cannot be called
-            with TRL's signature. Errors inside the module propagate unchanged.
+        ValueError: the path is not dotted, the module or the name does not exist, or the object cannot be called with
+            TRL's signature. Errors inside the module propagate unchanged.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
@@ -60,7 +60,7 @@ def load_function(path: str) -> RewardFunction:
             raise  # something that the user's module imports is missing
         raise ValueError(
             f"The reward function {path!r} cannot be loaded because there is no module {error.name!r}: "
-            "install it, or start from the folder that holds it."
+            "install it, or start from the folder that contains it."
         ) from error
     if name not in vars(module):
         raise ValueError(f"The reward function {path!r} cannot be loaded: module {module_name!r} has no {name!r}.")
@@ -79,13 +79,13 @@ def _check_signature(path: str, function: object) -> None:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise ValueError(
             f"The reward function {path!r} does not take **kwargs, but it must be {what}: "
-            "add **kwargs to its parameters, it receives more columns than it names."
+            "add **kwargs to its parameters, since it receives more columns than it names."
         )
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The samples' fields as TRL passes data set columns: one value per completion. ``solution`` is the gold answer
-    under TRL's usual name."""
+    """The samples' fields as TRL passes data set columns, one value per completion. ``solution``, TRL's usual name, is
+    the gold answer."""
     samples = [group.sample for group in groups for _ in group.completions]
     return {
         "solution": [sample.answer for sample in samples],
@@ -113,7 +113,7 @@ class RewardLog:
 def call_function(
     path: str, function: RewardFunction, groups: Sequence[Group], *, step: int, log: RewardLog
 ) -> NDArray[np.float64]:
-    """Score the completions of some groups with a user's function, called as TRL calls it.
+    """Score completions with a user's function, called as TRL calls it.
 
     The function gets lists with one entry per completion, prompt by prompt: ``prompts`` (chat messages),
     ``completions`` (``[{"role": "assistant", "content": text}]``), ``completion_ids`` (token ids), the columns
@@ -125,8 +125,8 @@ def call_function(
         (B,) rewards; NaN (unscored) where the function returned None or a number that is not finite.
 
     Raises:
-        ValueError: not one float or None per completion came back; the message names the function. What the function
-            itself raises propagates with a note that names it.
+        ValueError: the function did not return one float or None per completion; the message names it. Exceptions
+            raised by the function propagate with a note that names it.
     """
 
     def log_metric(name: str, value: float) -> None:
@@ -164,7 +164,7 @@ def call_function(
 
 
 def _as_rewards(path: str, returned: object, count: int) -> NDArray[np.float64]:
-    """Check what a user's function returned."""
+    """Check a user function's return value."""
     if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping)):
         raise ValueError(
             f"The reward function {path!r} returned a {type(returned).__name__}, but it must return a list with "

@@ -1,16 +1,16 @@
-"""Negation, laterality and other opposites: what makes two answers differ however similar their words. No torch.
+"""Detect negation, laterality and other opposites, which similar wording hides. Imports no torch.
 
-Embeddings put "no effusion" next to "effusion" and "left" next to "right", and so does an overlap of words. So a
-similarity counts only where :func:`conflict` finds nothing. It reads words by rule, knows no medicine, and would
-rather withhold credit than give it to the opposite: "no fracture" and "normal" conflict, for they are not the same
-answer. Equal texts never conflict. English only: in other languages it finds nothing.
+Embeddings and word overlap place "no effusion" next to "effusion" and "left" next to "right", so similarity is
+credited only if :func:`conflict` finds nothing. It works by rules on words, knows no medicine, and prefers withholding
+credit to crediting the opposite: "no fracture" and "normal" conflict, since they are different answers. Equal texts
+never conflict. English only: in other languages it finds nothing.
 
-How a text is read, after NegEx (Chapman et al. 2001, doi 10.1006/jbin.2001.1029), simplified:
+The rules are a simplified NegEx (Chapman et al. 2001, doi 10.1006/jbin.2001.1029):
 
-- A cue ("no", "without", "negative for") negates the words after it to the end of its clause, or to the next cue; one
-  with nothing after it negates those before ("effusion is not seen"); one alone means no. Cues in a row cancel out
+- A cue ("no", "without", "negative for") negates the words up to the end of its clause, or up to the next cue; a
+  trailing cue negates the words before it ("effusion is not seen"); a lone cue means no. Consecutive cues cancel out
   ("not absent", "cannot rule out").
-- Prefixes negate their word alone: "non-contrast CT" is a CT. "abnormal" is not normal, "unremarkable" is normal.
+- Prefixes negate only their word: "non-contrast CT" is a CT. "abnormal" is not normal, "unremarkable" is normal.
 - Sides, heights and the like are sets: "bilateral" is left and right, and is not "left".
 """
 
@@ -39,7 +39,7 @@ _SEEN = _set(
     appreciated
     """
 )
-"""Words that affirm, where they stand alone."""
+"""Words that affirm when nothing else is said."""
 _EMPTY = _SEEN | _set(
     """
     a an the of in on at is are was were be been being am there any evidence sign signs to for from and or nor it its
@@ -47,9 +47,9 @@ _EMPTY = _SEEN | _set(
     appear appears see show shows we which who some
     """
 )
-"""Words that carry nothing of their own."""
+"""Words without meaning of their own."""
 _BREAKS = _set("but however although though except with yet whereas while")
-"""Words that end a clause, as do . ; and commas (but in lists: "no mass, cyst or stone")."""
+"""Words that end a clause, like . ; and commas (except in lists: "no mass, cyst or stone")."""
 
 _OPPOSITES = {
     "abnormal": "normal",
@@ -72,7 +72,7 @@ _OPPOSITES = {
     "untreated": "treated",
     "false": "true",
 }
-"""A word that says that another one does not hold."""
+"""word -> the word it negates."""
 _SAME = {
     "unremarkable": "normal",
     "normally": "normal",
@@ -107,11 +107,11 @@ _AXES: dict[str, dict[str, str]] = {
     "course": {"acute": "acute", "chronic": "chronic"},
     "trend": {"better": "improved improving better", "worse": "worsened worsening worse"},
 }
-"""axis -> values -> words. Texts that both name an axis must name the same values."""
+"""axis -> value -> words. Two texts that both name an axis must name the same values."""
 
 
 def _by_word() -> dict[str, list[tuple[str, frozenset[str]]]]:
-    """word -> the axes that it is on, with its values; it may have several, as "bilateral" has."""
+    """word -> its axes with its values on them; "bilateral" has several values."""
     found: dict[str, list[tuple[str, frozenset[str]]]] = {}
     for axis, values in _AXES.items():
         for value, names in values.items():
@@ -122,34 +122,34 @@ def _by_word() -> dict[str, list[tuple[str, frozenset[str]]]]:
 
 _PLACES = _by_word()
 _FILLERS = _set("side sided sides aspect lobe lobes zone zones region part area")
-"""Words that come with places and are no finding."""
+"""Words that accompany locations and are not findings."""
 _TOKEN = re.compile(r"[a-z0-9]+|[.,;:](?=\s|$)")
 _NON = re.compile(r"non(?!e$|etheless$|sense)([a-z]{4,})")
 _PREFIX = re.compile(r"(hyper|hypo|intra|extra|supra|infra)([a-z]{3,})|(pre|post)(contrast|operati|treatment)[a-z]*")
-"""hyperintense against hypointensity: an axis for every four letters that stand behind."""
+"""The four letters after the prefix name the axis: hyperintense conflicts with hypointensity."""
 _JOINED = re.compile(r"\bnon[\s-]+(?=[a-z]{4})|\b(?:hyper|hypo|intra|extra|supra|infra|pre|post)-(?=[a-z]{4})")
-"""Prefixes that are written apart."""
+"""Prefixes written separately."""
 
 
 @dataclass
 class _Reading:
-    """What a text affirms, denies and places."""
+    """The words that a text affirms and denies, and its locations."""
 
     flips: dict[str, set[bool]] = field(default_factory=dict)
-    """word -> whether it is negated, in all its places."""
+    """word -> whether it is negated, over all its occurrences."""
     axes: dict[str, set[str]] = field(default_factory=dict)
     bound: dict[tuple[str, str], set[str]] = field(default_factory=dict)
-    """(axis, word) -> values of the axis in the word's own phrase."""
+    """(axis, word) -> values of the axis in the same phrase as the word."""
 
     def only(self, negated: bool) -> set[str]:
-        """Words that are negated everywhere, or nowhere."""
+        """Words that are always negated, or never."""
         return {word for word, flips in self.flips.items() if flips == {negated}}
 
 
 def conflict(one: str, other: str) -> str | None:
-    """Why two answers cannot mean the same, as far as their words tell; None where nothing is found.
+    """Return why two answers cannot mean the same, or None if no conflict is found.
 
-    Symmetric, and None for equal texts.
+    Symmetric; equal texts never conflict.
     """
     first, second = _read(one), _read(other)
     opposite = (first.only(True) & second.only(False)) | (first.only(False) & second.only(True))
@@ -168,7 +168,7 @@ def conflict(one: str, other: str) -> str | None:
 
 
 def _agree(one: set[str], other: set[str]) -> bool:
-    """Equal; but "unilateral" goes with either side alone."""
+    """Whether two sets of values are equal; "unilateral" also agrees with either single side."""
     if {"unilateral"} in (one, other):
         return {"left", "right"} not in (one, other)
     return one == other
@@ -188,7 +188,7 @@ def _read(text: str) -> _Reading:
 
 
 def _sentences(text: str) -> Iterator[list[str]]:
-    """Tokens between full stops and semicolons; apostrophes and hyphens join or part words as they are spoken."""
+    """Split into sentences of tokens at full stops and semicolons. Apostrophes are removed, prefixes are joined."""
     text = text.lower().replace("'", "").replace("\u2019", "").replace("can not", "cannot")
     text = _JOINED.sub(lambda match: match[0].rstrip("- \n\t"), text)
     sentence: list[str] = []
@@ -202,8 +202,8 @@ def _sentences(text: str) -> Iterator[list[str]]:
 
 
 def _clauses(sentence: list[str]) -> Iterator[list[str]]:
-    """A sentence parted at commas and at words such as "but". A comma does not part where an "or" or "nor" comes
-    later, for it is a list then, unless it stands behind a cue ("No, mass or cyst")."""
+    """Split a sentence at commas and at words such as "but". A comma followed by a later "or" or "nor" is part of a
+    list and does not split, unless it follows a cue ("No, mass or cyst")."""
     clause: list[str] = []
     for place, token in enumerate(sentence):
         is_list = token == "," and {"or", "nor"} & set(sentence[place:]) and clause != [] and clause[-1] not in _CUES
@@ -216,7 +216,7 @@ def _clauses(sentence: list[str]) -> Iterator[list[str]]:
 
 
 def _is_cue(clause: list[str], place: int) -> bool:
-    """Whether a word negates: "rule" before "out" only, "free" before "of" or at the end, "out" never."""
+    """Whether a word is a cue: "rule" only before "out", "free" only before "of" or at the end, "out" never."""
     word, after = clause[place], clause[place + 1 : place + 2]
     if word in ("rule", "rules", "ruled", "ruling"):
         return after == ["out"]
@@ -226,7 +226,7 @@ def _is_cue(clause: list[str], place: int) -> bool:
 
 
 def _read_clause(clause: list[str], reading: _Reading) -> None:
-    """Find what the cues of a clause negate."""
+    """Record which words of a clause are negated."""
     spans: list[tuple[int, list[str]]] = [(0, [])]  # (cues in a row, the words after them)
     for place, token in enumerate(clause):
         if _is_cue(clause, place):
@@ -239,7 +239,7 @@ def _read_clause(clause: list[str], reading: _Reading) -> None:
     if spans == [(0, [])] and _SEEN & set(clause):
         reading.flips.setdefault("yes", set()).add(False)
     flips = [(words, cues % 2 == 1) for cues, words in spans]
-    if len(flips) > 1 and not flips[-1][0]:  # cues at the end negate what stands before them
+    if len(flips) > 1 and not flips[-1][0]:  # trailing cues negate the words before them
         _, is_odd = flips.pop()
         words, before = flips[-1]
         if len(flips) == 1 and not words:
@@ -254,7 +254,7 @@ def _read_clause(clause: list[str], reading: _Reading) -> None:
 
 
 def _meaning(word: str) -> tuple[str, bool]:
-    """The word that a word is about, and whether it denies it."""
+    """The base word, and whether the given word negates it."""
     word, is_negated = _singular(word), False
     if match := _NON.fullmatch(word):
         word, is_negated = match[1], True
@@ -271,7 +271,7 @@ def _singular(word: str) -> str:
 
 
 def _places(word: str) -> list[tuple[str, frozenset[str]]]:
-    """The axes that a word is on, with its values."""
+    """The axes of a word, with its values."""
     if word in _PLACES:
         return _PLACES[word]
     match = _PREFIX.fullmatch(word)
@@ -282,9 +282,9 @@ def _places(word: str) -> list[tuple[str, frozenset[str]]]:
 
 
 def _bind(sentence: list[str], reading: _Reading) -> None:
-    """Which values of an axis stand in a word's own phrase, phrases parted at commas, "and", "or" and the like: a mass
-    on the left and a cyst on the right are not the reverse. A phrase of places alone belongs to the next, or at the
-    end to the one before."""
+    """Record which values of an axis are in the same phrase as a word, so that "mass on the left, cyst on the right"
+    is told from the reverse. Phrases end at commas, "and", "or" and the like. A phrase that only names locations
+    belongs to the next phrase, or at the end to the previous one."""
     phrases: list[tuple[set[str], dict[str, set[str]]]] = [(set(), {})]
     for token in sentence:
         words, axes = phrases[-1]

@@ -1,4 +1,4 @@
-"""Rewards of length and repetition: pure functions of counts, one completion at a time. Imports no torch."""
+"""Length and repetition rewards: pure functions of one completion's counts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 
 
 def extended_chain(num_tokens: int, target: int) -> float:
-    """ECR, extended chain reward: min(1, L / L_target), from 0 to 1. It pays for length whatever the answer.
+    """ECR, extended chain reward: min(1, L / L_target), from 0 to 1, whether or not the answer is correct.
 
-    The name is that of arXiv 2505.13973; the formula is inferred, for the paper's was not found.
+    The name is from arXiv 2505.13973; the formula is inferred, since the paper's was not found.
 
     Args:
-        num_tokens: L, tokens of the reasoning as the policy's tokenizer encodes it; 0 where it is not closed.
-        target: L_target, where the reward stops growing.
+        num_tokens: L, tokens of the reasoning as encoded by the policy's tokenizer; 0 if its tags are unclosed.
+        target: L_target, the length at which the reward reaches 1.
     """
     return min(1.0, num_tokens / target)
 
 
 def correctness_weighted_length(num_tokens: int, target: int, *, is_correct: bool) -> float:
-    """CWR, correctness-weighted length reward: ECR where the answer is right, else 0.
+    """CWR, correctness-weighted length reward: ECR if the answer is correct, else 0.
 
-    The name is that of arXiv 2505.13973; the formula is inferred, for the paper's was not found.
+    The name is from arXiv 2505.13973; the formula is inferred, since the paper's was not found.
     """
     return extended_chain(num_tokens, target) if is_correct else 0.0
 
@@ -37,18 +37,17 @@ def cosine_length(
 ) -> float:
     """Cosine length reward of "Demystifying Long Chain-of-Thought Reasoning" (arXiv 2502.03373).
 
-    From a value r_0 at length 0 to a value r_L at the limit along half a cosine:
-    r_L + (r_0 - r_L) / 2 * (1 + cos(pi * length / limit)). With r_0 > r_L for right answers short ones are worth
-    more; with r_0 < r_L for wrong answers long ones are blamed less, for more thought was tried.
+    Interpolates from r_0 at length 0 to r_L at the limit along half a cosine:
+    r_L + (r_0 - r_L) / 2 * (1 + cos(pi * length / limit)). With r_0 > r_L, short correct answers are rewarded more;
+    with r_0 < r_L, long wrong answers are penalised less.
 
     Args:
         length: tokens of the completion.
         limit: the token limit.
-        is_correct: whether the answer is right.
-        is_truncated: the limit came before the end; then the reward is ``exceeded``.
-        correct: r_0 and r_L of right answers.
+        is_truncated: whether the completion hit the limit; its reward is ``exceeded`` then.
+        correct: r_0 and r_L of correct answers.
         wrong: r_0 and r_L of wrong answers.
-        exceeded: reward of a completion that was cut off.
+        exceeded: reward of a truncated completion.
     """
     if is_truncated:
         return exceeded
@@ -69,15 +68,15 @@ def soft_overlong(length: int, limit: int, buffer: float) -> float:
 
 
 def repetition_penalty(text: str, size: int) -> float:
-    """N-gram repetition penalty (arXiv 2502.03373, appendix): minus the share of the n-grams that occurred before,
+    """N-gram repetition penalty (arXiv 2502.03373, appendix): minus the share of n-grams that repeat an earlier one,
     -(1 - distinct n-grams / n-grams), from -1 to 0.
 
-    Words are separated by white space and compared in lower case; fewer than ``size`` of them repeat nothing. Unlike
-    there, right answers are not exempt: what is repeated is padding whatever the answer.
+    Words are separated by white space and compared in lower case; a text with fewer than ``size`` words gets 0. Unlike
+    in the paper, correct answers are not exempt: repetition is padding in any case.
 
     Args:
         text: the completion without its tags.
-        size: n, words of an n-gram.
+        size: n, words per n-gram.
     """
     words = text.lower().split()
     grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
