@@ -17,6 +17,7 @@ from PIL import Image
 from medvqa_rl.config import RewardsConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.compose import PARTS
 
 GOOD, WRONG, UNFORMED, NOTHING = (
     "<think>x</think><answer>B</answer>",
@@ -233,3 +234,16 @@ def test_two_parts_of_one_name_are_refused(module: ModuleType) -> None:
 def test_no_part_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="No reward is enabled"):
         Rewards(RewardsConfig(format=0, correctness=0))
+
+
+def test_every_part_has_a_weight_in_the_settings() -> None:
+    assert list(PARTS) == list(RewardsConfig().weights)
+
+
+def test_a_letter_is_wrong_where_the_options_were_hidden() -> None:
+    hidden = group(GOOD, "<think>x</think><answer>cyst</answer>")
+    hidden.prompt = replace(hidden.prompt, template="open_ended")
+    config = RewardsConfig(format=0, cwr=1, length_target=1, open_correctness="exact")
+    scores = Rewards(config).score([hidden], step=0, count_tokens=len)
+    np.testing.assert_array_equal(scores.parts["correctness"], [[0, 1]])
+    np.testing.assert_array_equal(scores.parts["cwr"], [[0, 1]])

@@ -1,6 +1,6 @@
 """``judge eval``: finished evaluations judged by the embedded judges and by others, and what it refuses.
 
-Run: pytest tests/cli/judge/test_judge_eval_command.py
+Run: pytest tests/cli/judge/test_judge_evaluate.py
 """
 
 from __future__ import annotations
