@@ -1,6 +1,6 @@
-"""What the speed benchmarks share: workloads, models with random weights, data, rates of the machine, result files.
+"""Shared by the benchmarks: workloads, random models, data, machine rates, result files.
 
-Legend: P prompts, G completions per prompt, R tokens of a completion.
+Legend: P prompts, G completions per prompt, R tokens per completion.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "mrope_section": [16, 24, 24],
         "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     },
-    # The same with every depth and width divided by four, heads of half the size, and 4,096 words.
+    # The same with every depth and width divided by four, half the head size, and a vocabulary of 4,096.
     "quarter": {
         "vocab_size": 4096,
         "hidden_size": 384,
@@ -72,21 +72,21 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step, as both engines are asked to do it."""
+    """One training step, the same for both engines."""
 
     model: str
     """A key of MODELS (random weights) or a path as in ``model.path``."""
     prompts: int
     generations: int
     length: int
-    """Tokens of every completion: stop tokens are never sampled."""
+    """Tokens per completion; stop tokens are never sampled."""
     side: int
-    """Images are squares of so many pixels."""
+    """Side of the square images in pixels."""
     beta: float = 0.04
     lora: int = 0
-    """Rank of the adapters; 0 trains the language model."""
+    """LoRA rank; 0 for full fine-tuning."""
     train_vision: bool = False
-    """Train the tower and the projector too."""
+    """Also train vision tower and projector."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     checkpointing: bool = False
     prompts_per_micro_batch: int = 8
@@ -95,7 +95,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Square:
-    """An image file in memory; decoding it is part of a step, for both engines."""
+    """An encoded image in memory; decoding it is part of a step for both engines."""
 
     key: str
     png: bytes
@@ -109,7 +109,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Squares:
-    """Questions of the phantom world about images of one size: the same ones for both engines."""
+    """PhantomVQA questions with images of one size, the same for both engines."""
 
     samples: tuple[Sample, ...]
     name: str = "squares"
@@ -128,7 +128,7 @@ class Squares:
 
 
 def make_data(count: int, side: int) -> Squares:
-    """The first questions of the phantom world, one image each, resized."""
+    """The first PhantomVQA questions, each with one resized image."""
     drawn = [draw_sample(seed=0, split="train", index=index) for index in range(count)]
     return Squares(
         tuple(
@@ -139,7 +139,7 @@ def make_data(count: int, side: int) -> Squares:
 
 
 def _square(image: ImageSource, side: int) -> Square:
-    """The image as a file, resized."""
+    """Resize and encode the image."""
     buffer = io.BytesIO()
     image.load().resize((side, side), Image.Resampling.BICUBIC).save(buffer, format="PNG")
     return Square(f"{image.key}@{side}", buffer.getvalue())
@@ -153,7 +153,7 @@ def make_config(
     attention: str | None = None,
     rollout: str | None = None,
 ) -> Config:
-    """Settings of this package for a workload; the reward is a function that gives every group some variance.
+    """This package's settings for a workload; the reward function gives every group some variance.
 
     Args:
         folder: of the model.
@@ -196,7 +196,7 @@ def make_config(
 
 
 def share_of_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:
-    """A reward with TRL's signature that costs nothing and differs between completions."""
+    """A cheap reward with TRL's signature that differs between completions."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter in "aeiou" for letter in text.lower()) / max(1, len(text)) for text in texts]
 
@@ -275,8 +275,8 @@ def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = Non
 
 
 Clock = Literal["wall", "processor"]
-"""wall: seconds as they pass. processor: seconds of this process on the processor, for a machine that is busy with
-other things too: with one thread it is what passes on a core of one's own."""
+"""wall: wall time. processor: CPU time of this process, for a busy machine; with one thread it equals the wall time on
+a core of its own."""
 
 _clock: Callable[[], float] = time.perf_counter
 
@@ -297,14 +297,14 @@ def use_clock(clock: Clock) -> None:
 
 
 def now() -> float:
-    """Seconds on the chosen clock, after everything that the GPU was asked to do."""
+    """Seconds on the chosen clock, after synchronising the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return _clock()
 
 
 def peak_bytes() -> int:
-    """The most memory so far: of the GPU where there is one, otherwise of the process."""
+    """Peak memory so far, of the GPU if there is one, otherwise of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
@@ -313,16 +313,16 @@ def peak_bytes() -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does in a second when nothing is in its way."""
+    """Peak throughput of the machine."""
 
     flops: float
-    """Operations of a large matrix product in the workload's number format."""
+    """FLOP/s of a large matrix product in the workload's dtype."""
     bytes: float
-    """Bytes read and written by copying a large tensor."""
+    """Bytes per second read and written by copying a large tensor."""
 
 
 def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None = None) -> Rates:
-    """The best of repeated large matrix products and copies.
+    """Measure the best of repeated large matrix products and copies.
 
     Args:
         seconds: how long each is repeated.
@@ -347,7 +347,7 @@ def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None 
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers were measured on, without names of hosts or folders."""
+    """The hardware and versions of a measurement, without host or folder names."""
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -370,14 +370,14 @@ def _cpu_name() -> str:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result file, readable and with a stable order, where a path is given."""
+    """Write a readable result file with stable order, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first to the left and the others to the right; the first row is the heading."""
+    """Format a table: first row is the heading, first column left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""Tokens per second of a rollout: this package against transformers' ``generate``, on the same work, in turns.
+"""Tokens per second of a rollout: this package against transformers' ``generate`` on the same work, alternating.
 
     python -m benchmarks.decode --preset embedded
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.decode --preset paper-cpu --rounds 1
@@ -44,7 +44,8 @@ from benchmarks.step import PRESETS
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.memory import keep_freed_memory
 from medvqa_rl.core.types import EncodedPrompt, Sample
-from medvqa_rl.learning.estimate.cost import Architecture, decode_bytes, decode_flops
+from medvqa_rl.learning.estimate.architecture import Architecture
+from medvqa_rl.learning.estimate.cost import decode_bytes, decode_flops
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.qwen_vl import backbone, pad_prompts
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -54,7 +55,7 @@ Roll = Callable[[int], Any]
 
 
 def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]) -> tuple[int, int]:
-    """Bytes read and operations of decoding all tokens but the first, which comes from the prefill.
+    """Bytes read and FLOPs of decoding all tokens except the first, which comes from the prefill.
 
     Args:
         prompts: tokens of the P prompts.
@@ -70,7 +71,7 @@ def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]
 
 
 def stock_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-    """What ``generate`` takes for some prompts, padded on the left."""
+    """Inputs of ``generate`` for prompts padded on the left."""
     padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device=policy.device, side="left")
     is_image = (padded.input_ids == backbone(policy.model).config.image_token_id) & padded.mask
     pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
@@ -85,7 +86,7 @@ def stock_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, 
 
 
 def generate(policy: Policy, prompts: Sequence[EncodedPrompt], length: int, **settings: Any) -> list[tuple[int, ...]]:
-    """Completions of exactly ``length`` tokens by transformers' own loop."""
+    """Generate completions of exactly ``length`` tokens with transformers."""
     words = backbone(policy.model).config.text_config.vocab_size
     model: Any = policy.model
     with torch.no_grad():
@@ -101,7 +102,7 @@ def generate(policy: Policy, prompts: Sequence[EncodedPrompt], length: int, **se
 
 
 def same_greedy(policy: Policy, engine: RolloutEngine, samples: Sequence[Sample], length: int) -> float:
-    """The share of prompts whose greedy completions by both are equal."""
+    """Share of prompts whose greedy completions are equal in both."""
     prompts = [engine.encode(sample) for sample in samples]
     groups = engine.greedy(samples, max_completion_length=length, batch_size=len(samples), prompts=prompts)
     ours = [group.completions[0].token_ids for group in groups]
@@ -110,7 +111,7 @@ def same_greedy(policy: Policy, engine: RolloutEngine, samples: Sequence[Sample]
 
 
 def measure(rolls: dict[str, Roll], length: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of rollouts of one token and of ``length``, in turns; one round of warmup is left out."""
+    """Seconds of rollouts of one and of ``length`` tokens, alternating, after one warmup round."""
     seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "whole": []} for name in rolls}
     for turn in range(rounds + 1):
         for name, roll in rolls.items():
@@ -173,7 +174,7 @@ def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where greedy tokens differ in float32 on a CPU, where they must not."""
+    """Run the benchmark; returns 1 if greedy tokens differ in float32 on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
     parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="rollout.engine of ours")

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer as ``benchmarks.step`` runs it: with stock transformers models and its Hugging Face rollouts."""
+"""TRL's GRPOTrainer for ``benchmarks.step``, with stock transformers models and Hugging Face rollouts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from medvqa_rl.models.qwen_vl import Processor
 
 
 def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: float = 0.0) -> list[Step]:
-    """Training steps of TRL's GRPOTrainer with its Hugging Face rollouts.
+    """Run training steps of TRL's GRPOTrainer with Hugging Face rollouts.
 
     Raises:
         ValueError: TRL is not installed.
@@ -35,7 +35,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
         ) from error
 
     class ImagesOnly(Qwen2VLProcessor):  # type: ignore[misc]
-        """The stock processor without its video part, which needs torchvision."""
+        """The stock processor without video support, which needs torchvision."""
 
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -62,7 +62,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
     batches = workload.prompts // workload.prompts_per_micro_batch
 
     class Timed(GRPOTrainer):  # type: ignore[misc]
-        """Measures phases; changes nothing."""
+        """Times the phases of a step."""
 
         def _generate_and_score_completions(self, inputs: Any) -> Any:
             with watch.phase("experience"):
@@ -86,7 +86,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """Notes what a step took: from the end of the one before it, so that loading data counts."""
+        """Records the time of a step, from the end of the previous one, so that data loading counts."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.began = now()
@@ -178,7 +178,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
 
 
 def _as_dataset(datasets: Any, samples: Sequence[Sample]) -> Any:
-    """Rows in TRL's form: a conversation and its images, stored without loss and decoded when fetched, as usual."""
+    """Rows in TRL's format: a conversation and its images, stored losslessly and decoded when fetched."""
     rows = []
     for sample in samples:
         (part,) = [p for p in render_prompt(sample).messages[0]["content"] if p["type"] == "text"]
@@ -194,7 +194,7 @@ def _as_dataset(datasets: Any, samples: Sequence[Sample]) -> Any:
 
 
 def _suppressed(processor: Processor, words: int) -> list[int]:
-    """What this package never samples: control tokens, and the rows of the output layer that are no tokens.
+    """Token ids that this package never samples: control tokens and padding rows of the output layer.
 
     Args:
         words: rows of the output layer.

@@ -1,4 +1,4 @@
-"""This package as ``benchmarks.step`` runs it, and what makes its steps comparable with those of another engine.
+"""This package for ``benchmarks.step``, and checks that its steps are comparable with another engine's.
 
 Same weights, questions, images, rewards, group size, optimizer and loss. Both sample exactly ``length`` tokens for
 every completion, because both suppress the stop tokens besides all other control tokens (TRL suppresses only the
@@ -32,23 +32,23 @@ from medvqa_rl.rollout.decode import RolloutEngine
 
 @dataclass(frozen=True)
 class Step:
-    """What one step took, and what shows that it did the work."""
+    """Time and results of one step."""
 
     rollout: float
     """Seconds; preprocessing, sampling and decoding to text."""
     reward: float
     reference: float
     update: float
-    """Seconds: everything else, so that the four are the whole step."""
+    """Seconds of everything else, so that the four phases add up to the step."""
     prompt_ids: list[list[int]]
-    """(P,) tokens of every prompt, image placeholders included."""
+    """(P,) tokens per prompt, including image placeholders."""
     completion_ids: list[list[int]]
     """(B,) sampled tokens."""
     rewards: list[float]
     """(B,)"""
     loss: float
     entropy: float
-    """Mean over the sampled tokens: close for both engines where they sample from the same distribution."""
+    """Mean over the sampled tokens; close for both engines if they sample from the same distribution."""
     grad_norm: float
 
     @property
@@ -81,13 +81,13 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + now() - began
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last call."""
+        """Seconds by phase since the last call."""
         taken, self.seconds = self.seconds, {}
         return taken
 
 
 def samples_by_step(workload: Workload, steps: int) -> list[list[Sample]]:
-    """The samples of every step, in the order in which this package draws them."""
+    """The samples of each step, in this package's order."""
     data = make_data(workload.prompts * steps, workload.side)
     return [
         [draw.sample for draw in step_samples(data, step, num_prompts=workload.prompts, seed=0, rank=0, num_ranks=1)]
@@ -96,7 +96,7 @@ def samples_by_step(workload: Workload, steps: int) -> list[list[Sample]]:
 
 
 def forbid_stopping(processor: Processor) -> None:
-    """Suppress the stop tokens too, so that completions always reach the limit."""
+    """Suppress stop tokens, so that completions always reach the limit."""
     processor.suppressed_ids = tuple(sorted({*processor.suppressed_ids, *processor.stop_ids}))
 
 
@@ -159,7 +159,7 @@ def run_ours(
 
 
 def add_noise(model: torch.nn.Module, scale: float) -> None:
-    """Change every weight of the language model a little, the same way each time."""
+    """Add a little reproducible noise to all weights of the language model."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -169,7 +169,7 @@ def add_noise(model: torch.nn.Module, scale: float) -> None:
 
 
 def _time_reference(reference: Reference, watch: Stopwatch) -> None:
-    """Count the time in which the reference is active."""
+    """Time the reference pass."""
     active: Callable[[], Any] = reference.active
 
     @contextmanager
@@ -181,7 +181,7 @@ def _time_reference(reference: Reference, watch: Stopwatch) -> None:
 
 
 def same_work(ours: Sequence[Step], theirs: Sequence[Step], tolerance: float = 0.02) -> list[str]:
-    """What differs between the work of two engines; empty where they did the same.
+    """Describe how the work of two engines differs; empty if it is the same.
 
     The prompts must be equal token for token, and every completion must have the same number of tokens. The tokens
     were sampled with other random numbers, so losses and entropies can only be close.
@@ -205,7 +205,7 @@ def same_work(ours: Sequence[Step], theirs: Sequence[Step], tolerance: float = 0
 def replay(
     workload: Workload, folder: Path, steps: Sequence[Step], *, reference_noise: float = 0.0
 ) -> tuple[float, float]:
-    """Loss and gradient norm that this package finds for the completions of the other engine's first step.
+    """This package's loss and gradient norm for the completions of the other engine's first step.
 
     Args:
         steps: of ``run_trl`` with the same workload, folder and noise.

@@ -1,4 +1,4 @@
-"""The least that a step has to compute and move, counted from first principles, and the seconds that takes.
+"""A lower bound of the time of a step, from its FLOPs and bytes.
 
 Least work: every image is encoded once per step where the tower is frozen (otherwise once each for the rollout, the
 reference and the update, whose weights differ), every prompt is prefilled once, a decoding step reads every weight
@@ -15,9 +15,8 @@ from pathlib import Path
 
 from benchmarks.common import Rates, Workload
 from medvqa_rl.config import LoraConfig
+from medvqa_rl.learning.estimate.architecture import Architecture, Grid, read_architecture
 from medvqa_rl.learning.estimate.cost import (
-    Architecture,
-    Grid,
     Shape,
     Trained,
     backward_flops,
@@ -27,33 +26,32 @@ from medvqa_rl.learning.estimate.cost import (
     forward_flops,
     group_pairs,
     lora_parameters,
-    read_architecture,
 )
 
 OPTIMIZER_BYTES = 28
-"""AdamW, per trained number in float32: reads weight, gradient and two means, writes weight and means."""
+"""AdamW, per trained float32 parameter: reads weight, gradient and two moments, writes weight and moments."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Work of one phase, and the seconds it takes at given rates."""
+    """FLOPs and bytes of a phase."""
 
     flops: float
     bytes: float
     seconds: float
-    """Every pass takes the longer of its operations and its bytes."""
+    """Each pass takes the time of its FLOPs or of its bytes, whichever is longer."""
 
     def __add__(self, other: Floor) -> Floor:
         return Floor(self.flops + other.flops, self.bytes + other.bytes, self.seconds + other.seconds)
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """The sizes of the model in a folder."""
+    """The dimensions of the model in a folder."""
     return read_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def trained_of(workload: Workload) -> Trained:
-    """What a workload trains."""
+    """Which parts a workload trains."""
     return Trained(
         lora_rank=workload.lora,
         lora_targets=LoraConfig().targets if workload.lora else (),

@@ -1,4 +1,4 @@
-"""What several ranks gain: the same training steps on one process and on more, on a CPU with gloo.
+"""Speedup over ranks: the same training steps on one and on several processes, on a CPU with gloo.
 
     OMP_NUM_THREADS=1 python -m benchmarks.scaling
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --engine fsdp2 --ranks 1 2 --output result.json
@@ -63,7 +63,7 @@ ENGINES = {
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
 }
-"""What ``accelerate launch`` tells the processes of each engine."""
+"""Environment variables that ``accelerate launch`` sets for each engine."""
 PHASES = ("rollout", "update")
 ROOT = Path(__file__).parents[1]
 
@@ -73,17 +73,17 @@ class RankStep:
     """One rank's part of one step."""
 
     rollout: float
-    """Seconds on the processor: preparing prompts, sampling, rewards."""
+    """CPU time of preparing prompts, sampling and rewards."""
     update: float
-    """Seconds on the processor: everything else."""
+    """CPU time of everything else."""
     wall: float
-    """Seconds that passed."""
+    """Wall time."""
     tokens: dict[str, list[int]]
-    """Sampled tokens of each prompt's completions, one after another, by the sample's id."""
+    """Sampled tokens of each prompt's completions, concatenated, by sample id."""
 
 
 def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
-    """Training steps of this process, alone or as the rank that the environment names."""
+    """Run training steps in this process, alone or as the rank in the environment."""
     use_clock("processor")
     keep_freed_memory()  # as the command does
     config = make_config(workload, folder, steps=steps)
@@ -115,7 +115,7 @@ def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
 
 
 def run_ranks(workload: Workload, folder: Path, steps: int, *, ranks: int, engine: str) -> list[list[RankStep]]:
-    """Every rank's steps, each rank in a new process.
+    """Run all ranks, each in a new process, and return their steps.
 
     Raises:
         ValueError: a rank failed; with the end of what it printed.
@@ -153,7 +153,7 @@ def run_ranks(workload: Workload, folder: Path, steps: int, *, ranks: int, engin
 
 
 def tokens_of(ranks: Sequence[Sequence[RankStep]]) -> list[dict[str, list[int]]]:
-    """What all ranks together sampled in every step."""
+    """The samples of all ranks at each step."""
     return [{name: ids for part in parts for name, ids in part.tokens.items()} for parts in zip(*ranks, strict=True)]
 
 
@@ -189,7 +189,7 @@ def summary(ranks: Sequence[Sequence[RankStep]], alone: float | None) -> dict[st
 def measure(
     workload: Workload, counts: Sequence[int], *, engine: str, steps: int, warmup: int, rounds: int
 ) -> dict[str, Any]:
-    """Run every number of ranks in turn and compare.
+    """Run each number of ranks in turn and compare.
 
     Args:
         counts: of ranks, 1 first.
@@ -255,7 +255,7 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; 1 where the runs did not sample the same tokens."""
+    """Run the benchmark; returns 1 if the runs sampled different tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, default="ddp")
     parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2), help="numbers of ranks, 1 first")

@@ -1,4 +1,4 @@
-"""Seconds of one GRPO step: this package against TRL, on the same work, in alternating processes.
+"""Seconds per GRPO step: this package against TRL on the same work, in alternating processes.
 
     python -m benchmarks.step --preset embedded --engine both
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.step --preset paper-cpu --steps 1 --warmup 0 --rounds 1
@@ -66,7 +66,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def child(request: Mapping[str, Any]) -> None:
-    """Run one engine in this process and print what it did as the last line."""
+    """Run one engine in this process and print its results as the last line."""
     use_clock(request["clock"])
     keep_freed_memory()  # as the command does; TRL gets the same
     workload = Workload(**request["workload"])
@@ -149,7 +149,7 @@ def report(found: Mapping[str, Mapping[str, Any]], floors: Mapping[str, Floor]) 
 
 
 def describe(workload: Workload, steps: Sequence[Step]) -> str:
-    """One line about the work."""
+    """Describe the workload in one line."""
     lengths = sorted(len(ids) for step in steps for ids in step.prompt_ids)
     return (
         f"{workload.model}, {workload.dtype}, {workload.prompts} prompts of {lengths[0]} to {lengths[-1]} tokens "

@@ -1,4 +1,4 @@
-"""Seconds of the update's forward and backward pass: groups that share their prompt against rows per completion.
+"""Seconds of forward and backward of the update: shared prompts against a row per completion.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu --scaling --repeats 1
@@ -45,8 +45,8 @@ from benchmarks.floors import architecture_of, trained_of
 from benchmarks.step import PRESETS as STEPS
 from medvqa_rl.core.memory import keep_freed_memory
 from medvqa_rl.core.types import Completion, Group
+from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.cost import (
-    Architecture,
     Shape,
     backward_flops,
     forward_flops,
@@ -83,11 +83,11 @@ SCALING: Mapping[str, Mapping[str, Sequence[int]]] = {
     "smoke": {"generations": (2, 3), "side": (56, 112), "length": (2, 4)},
 }
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
-"""Largest difference of log-probabilities between layouts, in nats."""
+"""Tolerance for log-probabilities between layouts, in nats."""
 
 
 def make_groups(policy: Policy, workload: Workload) -> list[Group]:
-    """Groups with random completions of the workload's length and the features of their images."""
+    """Groups with random completions of the workload's length and image features."""
     generator = np.random.default_rng(0)
     processor = policy.processor
     allowed = np.setdiff1d(np.arange(len(processor.tokenizer)), [*processor.suppressed_ids, *processor.stop_ids])
@@ -110,7 +110,7 @@ def make_groups(policy: Policy, workload: Workload) -> list[Group]:
 
 
 def make_learner(workload: Workload, folder: Path) -> Learner:
-    """A policy ready to be trained, without a reference."""
+    """A learner without a reference."""
     config = make_config(replace(workload, beta=0.0), folder)
     policy = load_policy(config.model)
     policy.model.train()
@@ -119,7 +119,7 @@ def make_learner(workload: Workload, folder: Path) -> Learner:
 
 
 def lay_out(learner: Learner, groups: Sequence[Group], way: Way) -> list[CompletionBatch]:
-    """Micro-batches of whole groups; rows per completion hold one group at a time, to bound their memory."""
+    """Micro-batches of whole groups; with a row per completion, one group at a time to limit memory."""
     policy = learner.policy
     size = 1 if way == "separate" else learner.config.train.prompts_per_micro_batch
     attention = backbone(policy.model).language_model.config._attn_implementation
@@ -131,7 +131,7 @@ def lay_out(learner: Learner, groups: Sequence[Group], way: Way) -> list[Complet
 
 
 def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torch.Tensor], float]:
-    """One forward and backward pass over all micro-batches; the gradient is left on the parameters.
+    """Run forward and backward over all micro-batches; gradients stay on the parameters.
 
     Returns:
         The log-probabilities of every micro-batch, (B, Tc), and the seconds.
@@ -149,7 +149,7 @@ def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torc
 
 
 def gradient(learner: Learner) -> torch.Tensor:
-    """All gradients in one vector, float32."""
+    """All gradients as one float32 vector."""
     return torch.cat(
         [p.grad.flatten().float().cpu() for p in learner.trained.parameters.values() if p.grad is not None]
     )
@@ -182,7 +182,7 @@ def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtyp
 
 
 def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int], way: Way) -> float:
-    """Operations of forward and backward pass that a layout computes, recomputation of checkpoints left out."""
+    """FLOPs of forward and backward of a layout, without recomputation."""
     completions = [workload.length] * workload.generations
     rows, trained = workload.generations, trained_of(workload)
     scored = rows * workload.length * len(prompts)
@@ -201,7 +201,7 @@ def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int],
 def time_ways(
     learner: Learner, groups: Sequence[Group], ways: Sequence[Way], repeats: int, warmup: int
 ) -> dict[str, Any]:
-    """Median seconds of every layout, taken in turn after passes that are not measured, and peak GPU memory."""
+    """Median seconds of each layout, alternating after warmup passes, and peak GPU memory."""
     batches = {way: lay_out(learner, groups, way) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     peaks = dict.fromkeys(ways, 0)
@@ -264,7 +264,7 @@ def scaling(
     repeats: int,
     warmup: int,
 ) -> list[dict[str, Any]]:
-    """One group, one size changed at a time: times of the default and of rows per completion."""
+    """Time the default and a row per completion for one group, changing one size at a time."""
     base = replace(workload, prompts=1, prompts_per_micro_batch=1)
     rows: list[dict[str, Any]] = []
     for name, values in changes.items():

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig
-from medvqa_rl.learning.estimate.cost import count_parameters, read_architecture
+from medvqa_rl.learning.estimate.architecture import SIZES, read_architecture
+from medvqa_rl.learning.estimate.cost import count_parameters
 from medvqa_rl.learning.estimate.hardware import CARDS
-from medvqa_rl.learning.estimate.sizes import SIZES
 from medvqa_rl.models.checkpoints import write_model
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
         ((PHANTOM, "--card", "gtx"), "There is no card 'gtx' in the table: choose one of h200"),
         ((PHANTOM, "--image-size", "big"), "give WIDTHxHEIGHT in pixels"),
         ((PHANTOM, "--image-size", "10000x10", "--card", "l4"), "200 times the other"),
-        ((PHANTOM, "--ranks", "3", "--card", "l4"), "which 3 devices cannot share out evenly"),
+        ((PHANTOM, "--ranks", "3", "--card", "l4"), "which 3 devices cannot share evenly"),
         ((PHANTOM, "--completion-tokens", "97"), "completions end at rollout.max_completion_length, 96"),
         ((PHANTOM, "model.path=phantom:none", "--card", "l4"), "phantom:none"),
         ((PHANTOM, "train.stepz=1"), "train.stepz"),

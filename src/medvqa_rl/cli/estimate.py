@@ -61,7 +61,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
 ) -> None:
     """Estimate memory and time of a training step without running it. Exits with 1 if it does not fit."""
-    from medvqa_rl.learning.estimate.estimate import run_estimate
+    from medvqa_rl.learning.estimate.command import run_estimate
 
     fits = run_estimate(
         read_settings(config, overrides or (), purpose="train").config,

@@ -19,10 +19,9 @@ from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.config.yaml import load_config
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.export import export
+from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, estimate
-from medvqa_rl.learning.estimate.hardware import GIB, Machine
-from medvqa_rl.learning.estimate.pace import Rates
-from medvqa_rl.learning.estimate.sizes import find_architecture
+from medvqa_rl.learning.estimate.hardware import GIB, Machine, Rates
 
 ROWS = 60
 

@@ -22,6 +22,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
+from medvqa_rl.learning.estimate.architecture import read_architecture
 from medvqa_rl.learning.estimate.cost import (
     Shape,
     Trained,
@@ -35,7 +36,6 @@ from medvqa_rl.learning.estimate.cost import (
     lora_flops,
     lora_parameters,
     projector_flops,
-    read_architecture,
     recompute_flops,
     tower_flops,
     vision_pairs,

@@ -31,10 +31,9 @@ from medvqa_rl.data.check import check_data
 from medvqa_rl.data.division import COLUMN, Division, divide, equal_images, read_whole, write_divided
 from medvqa_rl.data.findings import DataReport
 from medvqa_rl.data.images.budget import image_budget
+from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
-from medvqa_rl.learning.estimate.hardware import GIB, Machine
-from medvqa_rl.learning.estimate.pace import Rates
-from medvqa_rl.learning.estimate.sizes import find_architecture
+from medvqa_rl.learning.estimate.hardware import GIB, Machine, Rates
 
 MIN_SAMPLES = 50
 """With fewer questions nothing can be learned or measured: ten test questions have an interval of 60 points."""

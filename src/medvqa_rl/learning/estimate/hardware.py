@@ -1,4 +1,7 @@
-"""What machines can do: figures that vendors publish for common cards, and a few seconds' measurement of this one."""
+"""The machine to estimate for: a card from the table, rates given by the user, or this machine, benchmarked.
+
+Imports torch only to benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,21 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from medvqa_rl.learning.estimate.pace import Rates
+from medvqa_rl.config import Config
+from medvqa_rl.models.dtype import uses_bfloat16
 
 GIB = 2**30
+
+
+class Rates(NamedTuple):
+    """Peak throughput of a machine."""
+
+    flops: float
+    """FLOP/s of matrix products in the dtype of the weights."""
+    bandwidth: float
+    """Bytes per second, reads and writes added up."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +36,11 @@ class Machine:
     """Bytes."""
     is_gpu: bool
     source: str
-    """Where the rates are known from, as a phrase."""
+    """Where the rates come from, as a phrase."""
 
 
 CARDS = {
-    # name: (what it is, dense bfloat16 TFLOP/s with float32 accumulation, GB/s, GB)
+    # name: (full name, dense bfloat16 TFLOP/s with float32 accumulation, GB/s, GB)
     "h200": ("NVIDIA H200 SXM", 989, 4800, 141),
     "h100": ("NVIDIA H100 SXM", 989, 3350, 80),
     "h100-pcie": ("NVIDIA H100 PCIe", 756, 2000, 80),
@@ -39,11 +53,46 @@ CARDS = {
     "a10": ("NVIDIA A10", 125, 600, 24),
     "l4": ("NVIDIA L4", 121, 300, 24),
 }
-"""From the vendor's data sheets, without sparsity. Memory is sold in GB that are GiB up to the driver's share."""
+"""From the vendor's data sheets, without sparsity. A card sold with N GB has N GiB minus the driver's share."""
+
+
+def find_machine(
+    config: Config,
+    *,
+    device: str,
+    card_name: str | None,
+    tflops: float | None,
+    bandwidth: float | None,
+    memory_gib: float | None,
+) -> Machine:
+    """Choose the machine to estimate for; values that are given replace those of a card or a benchmark.
+
+    Raises:
+        ValueError: the card is unknown, or there is no GPU to benchmark.
+    """
+    given = (tflops, bandwidth, memory_gib)
+    wanted = device if device != "auto" else config.model.device
+    if card_name is not None:
+        machine = card(card_name)
+    elif None not in given:
+        machine = Machine("the machine described", Rates(0, 0), 0, wanted != "cpu", "as given")
+    else:
+        if wanted == "auto":
+            import torch
+
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        machine = benchmark(wanted, is_bfloat16=uses_bfloat16(config.model.dtype, wanted))
+    rates = Rates(
+        machine.rates.flops if tflops is None else tflops * 1e12,
+        machine.rates.bandwidth if bandwidth is None else bandwidth * 1e9,
+    )
+    source = machine.source if given == (None, None, None) or machine.source == "as given" else "partly as given"
+    memory = machine.memory if memory_gib is None else memory_gib * GIB
+    return Machine(machine.name, rates, memory, machine.is_gpu, source)
 
 
 def card(name: str) -> Machine:
-    """A card by its short name.
+    """Look up a card by its short name.
 
     Raises:
         ValueError: it is not in the table.
@@ -53,13 +102,13 @@ def card(name: str) -> Machine:
             f"There is no card {name!r} in the table: choose one of {', '.join(CARDS)}, or give --matmul-tflops, "
             "--bandwidth-gbs and --memory-gib of yours."
         )
-    what, tflops, bandwidth, memory = CARDS[name]
+    full_name, tflops, bandwidth, memory = CARDS[name]
     rates = Rates(tflops * 1e12, bandwidth * 1e9)
-    return Machine(what, rates, memory * GIB, True, "the vendor's figures for dense bfloat16, not measured")
+    return Machine(full_name, rates, memory * GIB, True, "the vendor's figures for dense bfloat16, not measured")
 
 
-def measure(device: str, *, use_bfloat16: bool) -> Machine:
-    """Measure this machine's rates: products of square matrices and copies of a large tensor, the best of some runs.
+def benchmark(device: str, *, is_bfloat16: bool) -> Machine:
+    """Measure this machine: the best of several products of square matrices, and copies of a large tensor.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -76,26 +125,26 @@ def measure(device: str, *, use_bfloat16: bool) -> Machine:
             "--matmul-tflops, --bandwidth-gbs and --memory-gib."
         )
     size, length = (8192, 2**28) if on_gpu else (1024, 2**24)
-    a, b = (
-        torch.ones(size, size, dtype=torch.bfloat16 if use_bfloat16 else torch.float32, device=device) for _ in "ab"
-    )
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in "ab")
     product = torch.empty_like(a)
     source = torch.ones(length, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
 
-    def best(run: Callable[[], object]) -> float:
+    def best_time(run: Callable[[], object]) -> float:
         times: list[float] = []
         until = time.perf_counter() + 1.0
         while len(times) < 3 or time.perf_counter() < until:
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
             if on_gpu:
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - start)
         return min(times)
 
     rates = Rates(
-        2 * size**3 / best(lambda: torch.mm(a, b, out=product)), 2 * 4 * length / best(lambda: target.copy_(source))
+        flops=2 * size**3 / best_time(lambda: torch.mm(a, b, out=product)),
+        bandwidth=2 * 4 * length / best_time(lambda: target.copy_(source)),
     )
     if on_gpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())

@@ -1,25 +1,21 @@
-"""The sizes of a training step, by the settings and the model's shape. Imports no torch."""
+"""The sizes of a training step, from the settings and the model's dimensions. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from medvqa_rl.config import Config
-from medvqa_rl.learning.estimate.cost import (
-    Architecture,
-    Grid,
-    Trained,
-    count_parameters,
-    image_tokens,
-    lora_parameters,
-)
+from medvqa_rl.config import Config, LoraConfig
+from medvqa_rl.learning.estimate.architecture import Architecture, Grid
+from medvqa_rl.learning.estimate.cost import Trained, count_parameters, image_tokens, lora_parameters
 from medvqa_rl.models.dtype import uses_bfloat16
 
 Layout = Literal["packed", "rows", "separate"]
-"""As ``learning.logprobs.layout_for`` chooses it: sdpa, eager and flash attention."""
-
+"""How groups are laid out in the update, as in ``learning.objective.logprobs.layout_for``."""
 
 LAYOUTS: Mapping[str, Layout] = {"sdpa": "packed", "eager": "rows", "flash_attention_2": "separate"}
 
@@ -32,65 +28,64 @@ class Workload:
     trained: Trained
     is_bfloat16: bool
     is_4bit: bool
-    """The decoder's linear layers are stored in 4 bits and written out one at a time."""
+    """The decoder's linear layers are stored in 4 bits and dequantized one at a time."""
     on_gpu: bool
     prompts: int
-    """P of this device."""
+    """P, on this device."""
     generations: int
     prompt_tokens: int
-    """Tokens of a prompt, image tokens included."""
+    """Tokens per prompt, including image tokens."""
     completion_tokens: int
-    """Tokens of every completion: the limit, so that nothing is larger."""
+    """Tokens per completion: the limit, so that memory is an upper bound."""
     grid: Grid | None
-    """Patches of each prompt's image, down and across; None for questions without images."""
+    """Patches of each prompt's image; None for questions without images."""
     prompts_per_rollout_batch: int
     groups_per_micro_batch: int
     has_reference: bool
-    """The loss has a divergence term (beta > 0)."""
+    """The loss has a KL term (beta > 0)."""
     iterations: int
     layout: Layout
-    """How groups stand in the update."""
     prefetch_bytes: int
-    """The most that prompts of the next step may take meanwhile."""
+    """Memory limit of the prompts that are prefetched for the next step."""
     keeps_cache: bool
-    """The KV cache stays allocated during the update, for the graphs that were recorded on it."""
+    """The KV cache stays allocated during the update, because CUDA graphs were captured on it."""
     checks_itself: bool
-    """Before the first update a group is computed in separate rows as well."""
+    """The first update also computes a group with a row per completion."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of a weight, e."""
+        """Bytes per weight."""
         return 2 if self.is_bfloat16 else 4
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """The images of one prompt."""
+        """The images of a prompt."""
         return () if self.grid is None else (self.grid,)
 
     @property
     def patches(self) -> int:
-        """Patches of one prompt's image."""
+        """Patches of a prompt's image."""
         return 0 if self.grid is None else self.grid[0] * self.grid[1]
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of a group, or of a row where every completion has its own."""
+        """Tokens of a row: of a group, or of a prompt and completion in the separate layout."""
         completions = 1 if self.layout == "separate" else self.generations
         return self.prompt_tokens + completions * self.completion_tokens
 
     @property
     def rows(self) -> int:
-        """How many of these a micro-batch has."""
+        """Rows of a micro-batch."""
         return self.groups_per_micro_batch * (self.generations if self.layout == "separate" else 1)
 
     @property
     def num_micro_batches(self) -> int:
-        """Forward and backward passes of an update."""
+        """Micro-batches of an update."""
         return -(-self.prompts // self.groups_per_micro_batch)
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Image features are kept from the rollout to the update."""
+        """Image features are cached from the rollout to the update."""
         return not self.trained.tower and not self.trained.projector
 
 
@@ -103,26 +98,29 @@ def plan(
     on_gpu: bool,
     ranks: int = 1,
 ) -> Workload:
-    """What the settings make one device do in a step.
+    """Derive the sizes of a step on one device.
 
     Args:
-        question_tokens: of a prompt besides the image: template, question, options.
-        grid: patches of an image as the processor resizes it, or None.
+        config: the settings.
+        model: the model's dimensions.
+        question_tokens: prompt tokens besides the image: template, question, options.
+        grid: patches of a resized image, or None.
+        on_gpu: the device is a GPU.
         ranks: devices that share the prompts of a step.
 
     Raises:
-        ValueError: the devices cannot share the prompts evenly, an adapter names unknown layers, or a group is larger
-            than ``train.max_tokens_per_micro_batch``.
+        ValueError: the ranks cannot share the prompts evenly, LoRA targets unknown layers, or a group exceeds
+            ``train.max_tokens_per_micro_batch``.
     """
     prompts = config.train.prompts_per_step
     if prompts % ranks:
         raise ValueError(
-            f"A step has {prompts} prompts, which {ranks} devices cannot share out evenly: set train.prompts_per_step "
-            "to a multiple of the number of devices."
+            f"A step has {prompts} prompts, which {ranks} devices cannot share evenly: set train.prompts_per_step to "
+            "a multiple of the number of devices."
         )
     lora = config.model.lora
     if lora is not None:
-        lora_parameters(model, lora.rank, lora.targets)  # unknown names are said here
+        lora_parameters(model, lora.rank, lora.targets)  # raises for unknown layers
     layout, rollout = LAYOUTS[config.model.attention], config.rollout
     tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
     length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == "separate"))
@@ -168,3 +166,25 @@ def trained_parameters(work: Workload) -> int:
         lora_parameters(work.model, trained.lora_rank, trained.lora_targets) if trained.lora_rank else counts.language
     )
     return language + trained.tower * counts.tower + trained.projector * counts.projector
+
+
+def with_adapter_settings(config: Config) -> Config:
+    """Set ``model.lora`` to the rank and targets of ``model.adapter``, if there is one.
+
+    Raises:
+        ValueError: its folder does not describe a LoRA adapter.
+    """
+    if config.model.adapter is None:
+        return config
+    file = Path(config.model.adapter).expanduser() / "adapter_config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rank, targets = int(content["r"]), content["target_modules"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"model.adapter is {config.model.adapter!r}, but {file} does not describe a LoRA adapter "
+            f"({type(error).__name__}): give the folder of a checkpoint that was trained with model.lora."
+        ) from error
+    names = targets if isinstance(targets, list) else re.findall(r"\w+_proj", str(targets))
+    lora = LoraConfig(rank=rank, targets=tuple(names))
+    return config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from medvqa_rl.config import Config, LossConfig, ModelConfig
-from medvqa_rl.learning.estimate.cost import Architecture
-from medvqa_rl.learning.estimate.pace import Rates, expected_seconds, seconds, update_shape
+from medvqa_rl.learning.estimate.architecture import Architecture
+from medvqa_rl.learning.estimate.duration import expected_seconds, least_seconds, update_shape
+from medvqa_rl.learning.estimate.hardware import Rates
 from medvqa_rl.learning.estimate.workload import plan
 
 MODEL = Architecture(
@@ -28,7 +29,7 @@ def work(**changes):
 
 
 def test_every_phase_by_hand():
-    times = seconds(work(loss={"beta": 0.1}), Rates(flops=1.0, bandwidth=1e30), completion_tokens=4)
+    times = least_seconds(work(loss={"beta": 0.1}), Rates(flops=1.0, bandwidth=1e30), completion_tokens=4)
     assert times.vision == 0
     assert times.prefill == 2 * LAYERS * 10 + 4 * 8 * 2 * 30 + 2 * 8 * 100 * 2
     one_step = 6 * (2 * LAYERS + 4 * 8 * 2 * (5 + 2) + 2 * 8 * 100)  # 6 rows that see 7 tokens on average
@@ -43,7 +44,7 @@ def test_every_phase_by_hand():
 
 
 def test_decoding_is_bound_by_what_it_reads_where_that_is_slower():
-    times = seconds(work(), Rates(flops=1e30, bandwidth=1.0), completion_tokens=4)
+    times = least_seconds(work(), Rates(flops=1e30, bandwidth=1.0), completion_tokens=4)
     weights = LAYERS + 2 * (8 + 2 * 4) + 2 * 2 * 8 + 8 + 8 * 100  # linears, biases, norms, output layer
     keys = 2 * 5 + 6 * 2  # two prompts, read once, and what six rows wrote
     read = 4 * weights + keys * (2 * 2 * 4 * 4) + 10 * 8 * 6 * 100
@@ -53,7 +54,7 @@ def test_decoding_is_bound_by_what_it_reads_where_that_is_slower():
 
 def test_nothing_is_expected_to_be_faster_than_the_rates_allow():
     rates = Rates(flops=1e9, bandwidth=1e8)
-    least, likely = (time(work(), rates, completion_tokens=4) for time in (seconds, expected_seconds))
+    least, likely = (time(work(), rates, completion_tokens=4) for time in (least_seconds, expected_seconds))
     assert all(a <= b for a, b in zip(least, likely)) and likely.total > least.total
     hosted = expected_seconds(work(), Rates(1e30, 1e30), completion_tokens=4)
     assert hosted.decode == pytest.approx(3 * 2 * 0.7e-3)  # 3 steps of 2 layers, however fast the machine
@@ -69,6 +70,6 @@ def test_rows_that_repeat_the_prompt_cost_more():
 
 def test_shorter_completions_cost_less():
     rates = Rates(flops=1e9, bandwidth=1e8)
-    short, long = (seconds(work(), rates, completion_tokens=count) for count in (2, 4))
+    short, long = (least_seconds(work(), rates, completion_tokens=count) for count in (2, 4))
     assert short.decode < long.decode and short.update < long.update and short.prefill == long.prefill
-    assert LossConfig().beta > 0 and seconds(work(), rates, completion_tokens=4).reference == 0
+    assert LossConfig().beta > 0 and least_seconds(work(), rates, completion_tokens=4).reference == 0

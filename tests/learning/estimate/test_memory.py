@@ -22,9 +22,9 @@ from medvqa_rl.config import (
 )
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
-from medvqa_rl.learning.estimate import footprint
-from medvqa_rl.learning.estimate.cost import read_architecture
-from medvqa_rl.learning.estimate.footprint import PARTS, memory, peak
+from medvqa_rl.learning.estimate import memory
+from medvqa_rl.learning.estimate.architecture import read_architecture
+from medvqa_rl.learning.estimate.memory import PARTS, peak, step_memory
 from medvqa_rl.learning.estimate.workload import LAYOUTS, plan, trained_parameters
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.setup import make_accelerator, wrap
@@ -137,8 +137,8 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     question = len(prompts[0].input_ids) - down * across // 4
     work = plan(config, model, question_tokens=question, grid=(down, across), on_gpu=False)
     pixels = sum(prompt.pixel_values.nbytes for prompt in prompts[: len(samples)])  # NumPy's, not torch's
-    moments = {name: sum(parts.values()) - pixels for name, parts in memory(work, process=0).items()}
-    static = memory(work, process=0)["rollout: decode"]
+    moments = {name: sum(parts.values()) - pixels for name, parts in step_memory(work, process=0).items()}
+    static = step_memory(work, process=0)["rollout: decode"]
     phases = {
         "rollout": [name for name in moments if name.startswith("rollout")],
         "gradients": ["update: output layer", "update: layers", "update: first layer", "update: embedding"],
@@ -220,14 +220,14 @@ def test_base_weights_in_4_bits(changed, tmp_path):
 @pytest.mark.parametrize("lora", [None, LoraConfig()])
 def test_logits_in_chunks(lora, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 2**19)
-    monkeypatch.setattr(footprint, "LOGITS_PER_CHUNK", 2**19)
+    monkeypatch.setattr(memory, "LOGITS_PER_CHUNK", 2**19)
     model = ModelConfig(device="cpu", lora=lora, gradient_checkpointing=True)
     config = settings(model, beta=0.0, prompts=4, micro=4, generations=8, length=24)
     check(compare(medium_policy(model, 112), config, 112))
 
 
 def test_chunks_and_layouts_are_those_of_the_update():
-    assert footprint.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK
+    assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK
     assert {name: logprobs.layout_for(name) for name in ("eager", "flash_attention_2")} == {
         name: LAYOUTS[name] for name in ("eager", "flash_attention_2")
     }
@@ -255,7 +255,7 @@ def work():
 def test_full_fine_tuning_in_bfloat16_by_hand(work):
     """2.209 B weights, 1.544 B trained: 2 bytes of weights and reference, 12 of float32 copy and means, 2 of
     gradients, and in the step 4 of float32 gradients and 4 of square roots."""
-    moments = memory(work(), process=0)
+    moments = step_memory(work(), process=0)
     total, trained = 2_208_985_600, 1_543_714_304
     step = moments["update: optimizer"]
     assert step["weights"] == 2 * total
@@ -265,13 +265,13 @@ def test_full_fine_tuning_in_bfloat16_by_hand(work):
     # 28 layers of 2 x 256 numbers for 8 x 8 completions of 256 tokens, 8 prompts of 434 as they come out of the
     # prefill, and 8 places for prompts; where prompts wait there are twice as many.
     assert moments["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (64 * 256 + (8 + 8) * 434)
-    waiting = memory(work(rollout=RolloutConfig(max_batch=4)), process=0)
+    waiting = step_memory(work(rollout=RolloutConfig(max_batch=4)), process=0)
     assert waiting["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (32 * 256 + (4 + 8) * 434)
     assert list(step) == list(PARTS)
 
 
 def test_adapters_need_no_reference_and_little_optimizer(work):
-    step = memory(work(model=ModelConfig(lora=LoraConfig())), process=0)["update: optimizer"]
+    step = step_memory(work(model=ModelConfig(lora=LoraConfig())), process=0)["update: optimizer"]
     assert step["reference"] == 0
     assert step["weights"] == 2 * 2_208_985_600 + 4 * 18_464_768
     assert step["gradients"] == 4 * 18_464_768
@@ -279,7 +279,7 @@ def test_adapters_need_no_reference_and_little_optimizer(work):
 
 def test_more_micro_batches_and_checkpointing_need_less(work):
     def most(**sections):
-        moments = memory(work(loss=LossConfig(beta=0.0), **sections), process=0)
+        moments = step_memory(work(loss=LossConfig(beta=0.0), **sections), process=0)
         return sum(moments[peak(moments, "update: l")].values())
 
     one, all_of_them = (TrainConfig(prompts_per_micro_batch=count) for count in (1, 8))
@@ -292,7 +292,7 @@ def test_devices_share_the_prompts(work):
     model = whole.model
     half = plan(Config(), model, question_tokens=110, grid=(36, 36), on_gpu=True, ranks=2)
     assert (whole.prompts, half.prompts) == (8, 4)
-    with pytest.raises(ValueError, match="8 prompts, which 3 devices cannot share out evenly"):
+    with pytest.raises(ValueError, match="8 prompts, which 3 devices cannot share evenly"):
         plan(Config(), model, question_tokens=110, grid=None, on_gpu=True, ranks=3)
 
 
@@ -305,7 +305,7 @@ def test_a_budget_of_tokens_bounds_the_groups(work):
 
 
 def test_graphs_keep_the_cache_in_the_update(work):
-    eager, graph = (memory(work(rollout=RolloutConfig(engine=name)), process=0) for name in ("eager", "graph"))
+    eager, graph = (step_memory(work(rollout=RolloutConfig(engine=name)), process=0) for name in ("eager", "graph"))
     cache = 2 * 28 * 512 * (64 * 256 + 8 * 434)
     assert eager["update: layers"]["KV cache"] == 0 and graph["update: layers"]["KV cache"] == cache
     assert eager["rollout: decode"] == graph["rollout: decode"]
@@ -313,6 +313,7 @@ def test_graphs_keep_the_cache_in_the_update(work):
 
 def test_the_self_check_computes_a_group_in_separate_rows(work):
     checked, unchecked = (
-        memory(work(train=TrainConfig(self_check=value)), process=0)["update: self-check"] for value in (True, False)
+        step_memory(work(train=TrainConfig(self_check=value)), process=0)["update: self-check"]
+        for value in (True, False)
     )
     assert checked["activations"] == 8 * (434 + 256) * (3 * 8960 + 4 * 1536) * 2 and unchecked["activations"] == 0
