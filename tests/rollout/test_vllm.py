@@ -19,7 +19,7 @@ from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import causal_model
 from medvqa_rl.rollout import vllm as ours
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, room_for, write_adapter
+from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, max_lora_rank, write_adapter
 from medvqa_rl.rollout.vllm_local import Colocated, engine_arguments
 from medvqa_rl.rollout.vllm_server import Server, check_answers
 
@@ -161,7 +161,7 @@ def test_a_prefix_cache_that_cannot_be_emptied_ends_the_run(make, monkeypatch, m
     own = make(mode)
     engine = own.llm.engine if mode == "colocate" else own.server.engine
     monkeypatch.setattr(engine, "reset_prefix_cache", lambda: False)
-    with pytest.raises(VllmError, match="could not empty its prefix cache, which was"), own.engine.fresh():
+    with pytest.raises(VllmError, match="could not clear its prefix cache, which holds"), own.engine.fresh():
         pass
 
 
@@ -320,7 +320,10 @@ def test_a_server_that_resizes_images_otherwise_is_found_out(
     policy = tiny_policy()
     source = Server(policy, _at(server.url), is_main=True, wait_for_everyone=lambda: None)
     sample = make_sample("wide", images=(make_image(112, 112),))
-    with pytest.raises(VllmError, match=r"read the prompt of sample 'wide' as \d+ tokens and training as \d+.*resize"):
+    with pytest.raises(
+        VllmError,
+        match=r"read the prompt of sample 'wide' as \d+ tokens, but training reads .*resize",
+    ):
         roll_out(VllmEngine(policy, source), policy, [sample], GREEDY)
 
 
@@ -367,7 +370,7 @@ def test_a_server_that_is_not_there(serve_vllm, tiny_folder):
     ("answer", "message"),
     [
         ((500, {"error": "out of memory"}), "answers /inference/v1/generate with HTTP 500.*out of memory"),
-        ((200, {"choices": []}), "answers in an unknown form"),
+        ((200, {"choices": []}), "returned an unexpected response"),
         ((200, {"prompt_token_ids": [1], "choices": []}), "read the prompt of sample 'one' as 1 tokens"),
     ],
 )
@@ -388,10 +391,10 @@ def test_completions_that_vllm_ends_itself(make, mixed_samples, monkeypatch):
         return ids, outputs
 
     monkeypatch.setattr(own.llm.engine, "complete", aborted)
-    with own.engine.fresh(), pytest.raises(VllmError, match=r"before its end \(reason: abort, after \d+ tokens\)"):
+    with own.engine.fresh(), pytest.raises(VllmError, match=r"early, after \d+ tokens \(reason: abort\)"):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
     monkeypatch.setattr(own.llm.engine, "complete", lambda *args: (lambda ids, out: (ids, out[1:]))(*complete(*args)))
-    with own.engine.fresh(), pytest.raises(VllmError, match="gave 1 completions for sample 'one' where 2"):
+    with own.engine.fresh(), pytest.raises(VllmError, match="returned 1 completions for sample 'one' instead of 2"):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
 
 
@@ -408,7 +411,7 @@ def test_what_vllm_refuses_is_told(make, mixed_samples, monkeypatch):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(own.llm.engine, "reload_weights", fail)
-    with pytest.raises(VllmError, match="could not take over the weights: CUDA out of memory"), own.engine.fresh():
+    with pytest.raises(VllmError, match="could not load the weights: CUDA out of memory"), own.engine.fresh():
         pass
 
 
@@ -420,8 +423,8 @@ def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):
     with pytest.raises(ValueError, match=r"vLLM does not start with these settings \(Failed to infer device type\)"):
         Colocated(tiny_policy(), VllmConfig(), rank=0, num_ranks=1)
     with pytest.raises(ValueError, match="rank 600, but vLLM takes at most 512"):
-        room_for(600)
-    assert [room_for(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+        max_lora_rank(600)
+    assert [max_lora_rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
 
 
 def test_its_modules_say_that_they_have_not_run_on_a_gpu():

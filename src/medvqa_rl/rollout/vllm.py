@@ -1,12 +1,13 @@
-"""Rollouts on vLLM: completions are sampled by another engine, from the weights as they are at each step.
+"""Rollouts on vLLM, with the policy's weights at each step.
 
-**Not yet run on a GPU.** vLLM needs one; what is here was written against the signatures of vLLM 0.32 and 0.33 and is
-tested with a stand-in that has them (tests/fakes/vllm). docs/vllm.md says what to look at in a first run.
+**Not yet run on a GPU.** The code follows the signatures of vLLM 0.32 and 0.33 and is tested with a stand-in that has
+them (tests/fakes/vllm). docs/vllm.md lists what to check in a first run.
 
-vLLM computes with its own kernels, so its probabilities differ a little from those that training computes: what it
-sampled each token with is kept (``Completion.logps``) and corrected for (:mod:`mismatch`).
-Randomness is not addressed token by token as in :mod:`medvqa_rl.rollout.decode`: a prompt's completions share a seed
-with an address, and what vLLM makes of it depends on its batches.
+vLLM's kernels round differently, so its probabilities differ slightly from those that training computes. The
+log-probability that each token was sampled with is kept (``Completion.logps``) and corrected for
+(:mod:`medvqa_rl.learning.objective.mismatch`). Random numbers are not addressed per token as in
+:mod:`medvqa_rl.rollout.decode`: the completions of a prompt share an addressed seed, and what vLLM draws from it
+depends on its batching.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
 
 NEVER = -1e9
-"""Added to the logits of suppressed tokens: their probability is exactly 0 in float32. JSON knows no infinity."""
+"""Added to the logits of suppressed tokens, whose probability becomes exactly 0 in float32. JSON has no infinity."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Ranks of adapters that vLLM can make room for."""
+"""Values that vLLM accepts for ``max_lora_rank``."""
 
 
 class VllmError(RuntimeError):
-    """vLLM did not do what it was asked for. The weights that are trained are sound."""
+    """A call to vLLM failed. The trained weights are intact."""
 
 
 class Request(NamedTuple):
@@ -47,69 +48,68 @@ class Request(NamedTuple):
     sample: Sample
     prompt: EncodedPrompt
     features: Tensor | None
-    """(image tokens, hidden) of its images, where the source takes them."""
+    """(image tokens, hidden) of its images, if the source takes features."""
     params: Mapping[str, Any]
     """Fields of vLLM's ``SamplingParams``."""
 
 
 class Sampled(NamedTuple):
-    """A completion as vLLM gives it."""
+    """A completion returned by vLLM."""
 
     token_ids: tuple[int, ...]
     logps: tuple[float, ...]
-    """Of each token as it was sampled: after suppression, temperature, top-k and top-p; NaN where unknown."""
+    """Per token, after suppression, temperature, top-k and top-p; NaN if unknown."""
     finish_reason: str | None
 
 
 class Answer(NamedTuple):
-    """What vLLM made of a request."""
+    """The result of a request."""
 
     prompt_ids: Sequence[int]
-    """The prompt as it read it, image placeholders expanded."""
+    """The prompt as vLLM read it, with image placeholders expanded."""
     completions: Sequence[Sampled]
 
 
 class Source(Protocol):
-    """A vLLM engine, wherever it runs."""
+    """A vLLM engine: :class:`Colocated` or :class:`Server`."""
 
     takes_features: bool
-    """Images go there as the features that the policy's own tower makes of them."""
+    """Images are passed as features of the policy's own vision tower, not as files."""
 
     def load(self, policy: Policy) -> None:
-        """Take over the weights and forget all that was computed with others; all ranks call this together."""
+        """Update the weights and clear all caches; called on all ranks together."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]: ...
 
     def rest(self) -> None:
-        """Nothing is asked for until the next :meth:`load`."""
+        """Called when no requests follow until the next :meth:`load`."""
         ...
 
 
 class VllmEngine:
-    """Samples groups of completions for training, as :class:`medvqa_rl.rollout.decode.RolloutEngine` does.
+    """Samples groups of completions for training.
 
-    Evaluations are not its business: they are answered by the plain engine, so that their numbers are those of
-    ``medvqa-rl eval``.
+    Evaluations use :class:`medvqa_rl.rollout.decode.RolloutEngine`, so that they equal ``medvqa-rl eval``.
     """
 
     def __init__(self, policy: Policy, source: Source) -> None:
         """
         Args:
-            policy: is trained between calls.
-            source: where completions come from.
+            policy: trained between calls.
+            source: the engine to send requests to.
         """
         self._policy, self._source = policy, source
         processor = policy.processor
-        surplus = range(len(processor.tokenizer), causal_model(policy.model).lm_head.out_features)
-        self._logit_bias = dict.fromkeys(sorted({*processor.suppressed_ids, *surplus}), NEVER)
+        padding = range(len(processor.tokenizer), causal_model(policy.model).lm_head.out_features)
+        self._logit_bias = dict.fromkeys(sorted({*processor.suppressed_ids, *padding}), NEVER)
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
-        """For the time of the block vLLM has the weights that the policy has now; all ranks enter it together.
+        """Give vLLM the policy's current weights for the block; entered on all ranks together.
 
         Raises:
-            VllmError: it did not take them.
+            VllmError: vLLM could not load them.
         """
         self._source.load(self._policy)
         yield
@@ -126,20 +126,19 @@ class VllmEngine:
         occurrences: Sequence[int],
         prompts: Sequence[EncodedPrompt],
     ) -> list[Group]:
-        """Sample G completions for each sample, with the weights of :meth:`fresh`.
+        """Sample G completions for each sample, inside :meth:`fresh`.
 
         Args:
-            samples: the prompts.
-            config: how to sample.
-            seed: of the run.
-            stream: what the numbers are for.
-            step: of the run.
-            occurrences: per sample, tells apart the times that it occurs in the step.
-            prompts: the samples' prompts as from :meth:`RolloutEngine.encode`.
+            samples: the samples to prompt with.
+            config: the sampling settings.
+            seed: the run's seed.
+            stream: the purpose of the random numbers.
+            step: the run's step.
+            occurrences: per sample, how often its id came before in this step.
+            prompts: the samples' prompts from :meth:`RolloutEngine.encode`.
 
         Raises:
-            VllmError: vLLM fails, reads a prompt otherwise than training does, or ends a completion for a reason of
-                its own.
+            VllmError: vLLM fails, reads a prompt differently from training, or ends a completion early.
         """
         features = self._features(prompts, config.max_batch)
         requests = [
@@ -149,46 +148,46 @@ class VllmEngine:
         answers = self._source.generate(requests)
         return [self._group(*pair, config.num_generations) for pair in zip(requests, answers, strict=True)]
 
-    def _features(self, prompts: Sequence[EncodedPrompt], at_a_time: int) -> list[Tensor | None]:
-        """The images of every prompt, encoded once for vLLM and, where the tower is frozen, for the update."""
+    def _features(self, prompts: Sequence[EncodedPrompt], batch_size: int) -> list[Tensor | None]:
+        """Encode the images of all prompts, for vLLM and, if the vision tower is frozen, for the update."""
         if not (self._source.takes_features or self._policy.vision_is_frozen):
             return [None] * len(prompts)
         model, found = self._policy.model, []
         with torch.no_grad(), evaluating(model):
-            for start in range(0, len(prompts), at_a_time):
-                found += image_features(model, prompts[start : start + at_a_time], self._policy.device)
+            for start in range(0, len(prompts), batch_size):
+                found += image_features(model, prompts[start : start + batch_size], self._policy.device)
         return found
 
-    def _params(self, config: RolloutConfig, place: tuple[int | str, ...]) -> dict[str, Any]:
-        """How to sample one prompt. Stop tokens are named, because vLLM reads others from the model's files."""
+    def _params(self, config: RolloutConfig, parts: tuple[int | str, ...]) -> dict[str, Any]:
+        """Sampling parameters of a prompt. They list the stop tokens, or vLLM would use those in the model's files."""
         return {
             "n": config.num_generations,
             "temperature": config.temperature,
             "top_k": config.top_k,
             "top_p": config.top_p,
             "max_tokens": config.max_completion_length,
-            # vLLM adds the completion's index to it, in 64 bits with a sign.
-            "seed": address(*place) >> 2,
+            # vLLM adds the completion's index to it, in signed 64-bit integers.
+            "seed": address(*parts) >> 2,
             "stop_token_ids": list(self._policy.processor.stop_ids),
             "ignore_eos": True,
             "logit_bias": self._logit_bias,
-            "logprobs": 0,  # of the token that was sampled alone
+            "logprobs": 0,  # of the sampled token only
             "detokenize": False,
         }
 
     def _group(self, request: Request, answer: Answer, num_generations: int) -> Group:
-        """A prompt with its completions."""
+        """Check a result and turn it into a group."""
         sample, prompt = request.sample, request.prompt
         if list(answer.prompt_ids) != prompt.input_ids.tolist():
             raise VllmError(
-                f"vLLM read the prompt of sample {sample.id!r} as {len(answer.prompt_ids)} tokens and training as "
-                f"{len(prompt.input_ids)}, or as others: have it resize images as training does (a server with "
-                "--mm-processor-kwargs as docs/vllm.md has it), and serve the model that is trained."
+                f"vLLM read the prompt of sample {sample.id!r} as {len(answer.prompt_ids)} tokens, but training reads "
+                f"other tokens ({len(prompt.input_ids)}): serve the model that is trained, and resize images as "
+                "training does (for a server, --mm-processor-kwargs as in docs/vllm.md)."
             )
         if len(answer.completions) != num_generations:
             raise VllmError(
-                f"vLLM gave {len(answer.completions)} completions for sample {sample.id!r} where {num_generations} "
-                "were asked for."
+                f"vLLM returned {len(answer.completions)} completions for sample {sample.id!r} instead of "
+                f"{num_generations}."
             )
         return Group(
             sample,
@@ -200,15 +199,15 @@ class VllmEngine:
     def _completion(self, sample: Sample, sampled: Sampled) -> Completion:
         if sampled.finish_reason not in ("stop", "length") or not sampled.token_ids:
             raise VllmError(
-                f"vLLM ended a completion for sample {sample.id!r} before its end (reason: {sampled.finish_reason}, "
-                f"after {len(sampled.token_ids)} tokens)."
+                f"vLLM ended a completion for sample {sample.id!r} early, after {len(sampled.token_ids)} tokens "
+                f"(reason: {sampled.finish_reason})."
             )
         text = self._policy.processor.decode(sampled.token_ids)
         return Completion(sampled.token_ids, text, sampled.finish_reason == "length", sampled.logps)
 
 
 def collapsed(prompt: EncodedPrompt, image_token_id: int, merge_size: int) -> list[int]:
-    """A prompt's tokens with one placeholder per image, which vLLM expands itself.
+    """A prompt's tokens with one placeholder per image, which vLLM expands.
 
     Args:
         merge_size: an image of n patches has n / merge_size**2 tokens.
@@ -227,32 +226,32 @@ def collapsed(prompt: EncodedPrompt, image_token_id: int, merge_size: int) -> li
 
 
 def known(logp: float | None) -> float:
-    """A log-probability, NaN where vLLM has none: it sends None, NaN, minus infinity, or -9999 in their place."""
+    """A log-probability, or NaN if vLLM has none (it returns None, NaN, minus infinity or -9999)."""
     return logp if logp is not None and math.isfinite(logp) and logp > -9999.0 else math.nan
 
 
 def adapter_rank(policy: Policy) -> int | None:
-    """Rank of the adapter that is trained; None where none is."""
+    """Rank of the trained adapter; None without LoRA."""
     return _adapter_settings(policy).r if policy.is_lora else None
 
 
-def room_for(rank: int) -> int:
-    """The least room for adapters that vLLM can be started with and that holds one of this rank.
+def max_lora_rank(rank: int) -> int:
+    """The smallest ``max_lora_rank`` that vLLM accepts for an adapter of this rank.
 
     Raises:
-        ValueError: the rank is above them all.
+        ValueError: the rank is too large for vLLM.
     """
-    room = next((size for size in LORA_RANKS if size >= rank), None)
-    if room is None:
+    accepted = next((size for size in LORA_RANKS if size >= rank), None)
+    if accepted is None:
         raise ValueError(
             f"The adapter has rank {rank}, but vLLM takes at most {LORA_RANKS[-1]}: lower model.lora.rank, or set "
             "rollout.engine=eager."
         )
-    return room
+    return accepted
 
 
 def trained_alongside(policy: Policy) -> list[str]:
-    """Modules outside the language model that are trained whole with an adapter."""
+    """Modules outside the language model that are fully trained with an adapter."""
     return list(_adapter_settings(policy).modules_to_save or ()) if policy.is_lora else []
 
 
@@ -261,7 +260,7 @@ def _adapter_settings(policy: Policy) -> LoraConfig:
 
 
 def write_adapter(policy: Policy, folder: Path) -> None:
-    """Write the adapter of the language model alone as PEFT does; vLLM refuses modules that are trained whole."""
+    """Save the adapter of the language model as PEFT does, without fully trained modules, which vLLM refuses."""
     model = cast(PeftModel, policy.model)
     state = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if ".lora_" in name}

@@ -1,7 +1,7 @@
-"""vLLM in this process, on the GPU that trains (``vllm.mode: colocate``). Not yet run on a GPU; see rollout/vllm.py.
+"""vLLM in the training process (``vllm.mode: colocate``). Not yet run on a GPU; see rollout/vllm.py.
 
-Each rank has an engine of its own, which never talks to another rank's. Images go to it as the features that the
-policy's own tower has made of them, so they are encoded once, and vLLM's tower is never used.
+Each rank has its own engine, independent of the others. Images are passed as features of the policy's own vision
+tower, so they are encoded once and vLLM's tower is never used.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from medvqa_rl.rollout.vllm import (
     adapter_rank,
     collapsed,
     known,
-    room_for,
+    max_lora_rank,
     write_adapter,
 )
 
 ADAPTER = "policy"
-"""What the adapter that is trained is called."""
+"""The adapter's name in vLLM."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-"""Variables to set before a :class:`Colocated` is made: vLLM runs in this process, or weights could not be handed
-over, and sends no usage statistics."""
+"""Set these before creating a :class:`Colocated`: vLLM runs in this process, so that weights can be passed as tensors,
+and sends no usage statistics."""
 
 
 class Colocated:
-    """An ``LLM`` of this process."""
+    """A ``vllm.LLM`` in this process."""
 
     takes_features = True
 
     def __init__(self, policy: Policy, config: VllmConfig, *, rank: int, num_ranks: int) -> None:
         """
         Args:
-            policy: whose folder vLLM loads; its weights replace those at the first :meth:`load`.
-            rank: of this process; all ranks start together.
+            policy: vLLM loads its folder; :meth:`load` then replaces the weights.
+            config: the vLLM settings.
+            rank: of this process.
+            num_ranks: number of processes, which all start an engine together.
 
         Raises:
             ValueError: vLLM is not installed, or does not start with these settings.
@@ -72,7 +74,7 @@ class Colocated:
             ) from error
 
     def load(self, policy: Policy) -> None:
-        with _asked_to("take over the weights"):
+        with _reporting("load the weights"):
             if self._is_asleep:
                 self._llm.wake_up(tags=["weights"])
             if self._lora_rank is None:
@@ -85,12 +87,12 @@ class Colocated:
                 self._llm.wake_up(tags=["kv_cache"])
                 self._is_asleep = False
         if not self._llm.reset_prefix_cache():
-            raise VllmError("vLLM could not empty its prefix cache, which was computed with other weights.")
+            raise VllmError("vLLM could not clear its prefix cache, which holds results of the old weights.")
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        with _asked_to("complete the prompts of this step"):
+        with _reporting("complete the prompts of this step"):
             outputs = self._llm.generate(
                 [self._prompt(request) for request in requests],
                 [self._sampling_params(**request.params) for request in requests],
@@ -101,12 +103,12 @@ class Colocated:
 
     def rest(self) -> None:
         if self._sleeps:
-            # Adapters need the weights below them again; others are replaced by the next load.
+            # Level 2 drops the weights, which the next load replaces; adapters still need the base weights.
             self._llm.sleep(level=2 if self._lora_rank is None else 1)
             self._is_asleep = True
 
     def _adapter(self, *, load_inplace: bool = False) -> Any:
-        """The adapter as a request names it."""
+        """The adapter to use in a request."""
         return self._lora_request(ADAPTER, 1, self._folder.name, load_inplace=load_inplace)
 
     def _prompt(self, request: Request) -> Any:
@@ -120,16 +122,16 @@ class Colocated:
 
 
 @contextmanager
-def _asked_to(do_what: str) -> Iterator[None]:
-    """Say what vLLM failed at."""
+def _reporting(action: str) -> Iterator[None]:
+    """Raise vLLM's errors as VllmError, with what it failed to do."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
-        raise VllmError(f"vLLM could not {do_what}: {error}") from error
+        raise VllmError(f"vLLM could not {action}: {error}") from error
 
 
 def not_installed(reason: object) -> str:
-    """What to say where vLLM cannot be imported."""
+    """The message if vLLM cannot be imported."""
     return (
         f"rollout.engine is vllm, but vLLM cannot be imported ({reason}): install it with `pip install "
         "'medvqa-rl[vllm]'`, set vllm.mode=server with a server that runs elsewhere, or rollout.engine=eager."
@@ -137,7 +139,7 @@ def not_installed(reason: object) -> str:
 
 
 def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks: int) -> dict[str, Any]:
-    """What ``vllm.LLM`` is made with."""
+    """Arguments of ``vllm.LLM``."""
     size = policy.processor.image_processor.size
     arguments: dict[str, Any] = {
         "model": str(resolve_folder(policy.config.path, policy.config.revision)),
@@ -145,9 +147,9 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
         "seed": rank,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_sleep_mode": config.sleep,
-        "generation_config": "vllm",  # or the model's own would change how tokens are sampled
+        "generation_config": "vllm",  # the model's own would change the sampling parameters
         "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
-        "enable_prefix_caching": True,  # completions of a prompt share it, and images are known by their content
+        "enable_prefix_caching": True,  # completions share their prompt; images are identified by content
         "enable_mm_embeds": True,
         "mm_processor_cache_gb": 0,  # features need no processor
         "mm_processor_kwargs": {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
@@ -156,20 +158,20 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
     if config.max_model_length is not None:
         arguments["max_model_len"] = config.max_model_length
     if num_ranks > 1:
-        arguments["distributed_executor_backend"] = "external_launcher"  # the processes that train are its workers
+        arguments["distributed_executor_backend"] = "external_launcher"  # the training processes are its workers
     lora_rank = adapter_rank(policy)
     if lora_rank is not None:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for(lora_rank)}
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(lora_rank)}
     return arguments
 
 
 def _in_order(outputs: Sequence[Any]) -> list[Any]:
-    """Completions of a prompt by their number."""
+    """Sort the completions of a prompt by index."""
     return sorted(outputs, key=lambda output: output.index)
 
 
 def _sampled(output: Any) -> Sampled:
-    """A ``vllm.CompletionOutput``."""
+    """Convert a ``vllm.CompletionOutput``."""
     ids = tuple(output.token_ids)
     found = (position.get(id) for position, id in zip(output.logprobs, ids, strict=True))
     logps = tuple(known(None if logprob is None else logprob.logprob) for logprob in found)

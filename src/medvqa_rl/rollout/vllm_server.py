@@ -1,7 +1,7 @@
-"""vLLM as a server that somebody started (``vllm.mode: server``). Not yet run against a real one; see rollout/vllm.py.
+"""A running vLLM server (``vllm.mode: server``). Not yet run against a real one; see rollout/vllm.py.
 
-Every rank asks for its own prompts; the main rank alone hands over weights, through a folder that both see. Images go
-as PNG, so the server resizes and encodes them once more.
+Each rank sends its own prompts. Only the main rank updates the weights, through a folder on a shared file system.
+Images are sent as PNG, so the server resizes and encodes them again.
 """
 
 from __future__ import annotations
@@ -31,41 +31,42 @@ from medvqa_rl.rollout.vllm import (
     adapter_rank,
     collapsed,
     known,
-    room_for,
+    max_lora_rank,
     trained_alongside,
     write_adapter,
 )
 
 ADAPTER = "policy"
-"""What the server calls the adapter that is trained."""
-_AT_A_TIME = 64
-"""Prompts that the server is asked for at the same time; it batches them as it likes."""
+"""The adapter's name on the server."""
+_MAX_CONCURRENT = 64
+"""Concurrent requests; the server batches them itself."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would send images to a host that nobody named."""
+    """Follow no redirects, which could send images to another host."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 class Client:
-    """Sends requests to a server."""
+    """A minimal HTTP client for JSON requests."""
 
     def __init__(self, url: str, timeout: float) -> None:
         """
         Args:
-            timeout: seconds for one answer.
+            url: of the server.
+            timeout: seconds per request.
         """
         self.url, self._timeout = url.rstrip("/"), timeout
-        # No proxy: what is sent is meant for this server alone.
+        # No proxy, so that data goes to this server only.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
 
     def ask(self, method: Literal["GET", "POST"], path: str, body: Any = None) -> Any:
-        """Send a request; what came back as JSON, None where it is empty or plain text.
+        """Send a request and return the JSON of its response, or None if it has none.
 
         Raises:
-            VllmError: nothing comes, or an error.
+            VllmError: there is no response, or it is an error.
         """
         data = None if method == "GET" else json.dumps({} if body is None else body).encode()
         request = urllib.request.Request(
@@ -85,14 +86,14 @@ class Client:
         try:
             return json.loads(text) if is_json else None
         except ValueError as error:
-            raise VllmError(f"{where} answers {path} with what is no JSON ({error}).") from error
+            raise VllmError(f"{where} answers {path} with invalid JSON ({error}).") from error
 
 
 def check_answers(config: VllmConfig) -> None:
-    """See whether there is a server at all, before anything is loaded.
+    """Check that the server responds, before a model is loaded.
 
     Raises:
-        ValueError: none answers.
+        ValueError: it does not.
     """
     assert config.server_url is not None
     try:
@@ -105,7 +106,7 @@ def check_answers(config: VllmConfig) -> None:
 
 
 class Server:
-    """A ``vllm serve`` in its development mode."""
+    """A ``vllm serve`` process in development mode."""
 
     takes_features = False
 
@@ -114,11 +115,13 @@ class Server:
     ) -> None:
         """
         Args:
-            is_main: this rank hands over the weights.
-            wait_for_everyone: returns when all ranks have called it.
+            policy: the model that the server must serve.
+            config: the vLLM settings.
+            is_main: this rank updates the weights.
+            wait_for_everyone: a barrier over all ranks.
 
         Raises:
-            ValueError: no server answers, or it was started with settings that do not fit.
+            ValueError: the server does not respond, or was started with other settings.
         """
         assert config.server_url is not None
         self._client = Client(config.server_url, config.timeout)
@@ -129,7 +132,7 @@ class Server:
         self._folder = TemporaryDirectory(prefix="medvqa-rl-", dir=config.weights_dir) if is_main else None
 
     def _check(self, policy: Policy) -> None:
-        """Compare what the server says of itself with what is needed."""
+        """Compare the server's settings with those that training needs."""
         command = serve_command(policy)
         alongside = trained_alongside(policy)
         if alongside:
@@ -175,19 +178,19 @@ class Server:
                 self._client.ask("POST", "/v1/load_lora_adapter", named)
             if not self._client.ask("POST", "/reset_prefix_cache")["success"]:
                 raise VllmError(
-                    f"The vLLM server at {self._client.url} could not empty its prefix cache, which was computed with "
-                    "other weights: let nobody else use it while training does."
+                    f"The vLLM server at {self._client.url} could not clear its prefix cache, which holds results "
+                    "of the old weights: let nobody else use the server during training."
                 )
             self._client.ask("POST", "/reset_mm_cache")
             self._client.ask("POST", "/reset_encoder_cache")
         self._wait_for_everyone()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        with ThreadPoolExecutor(max_workers=min(_AT_A_TIME, len(requests))) as pool:
+        with ThreadPoolExecutor(max_workers=min(_MAX_CONCURRENT, len(requests))) as pool:
             return list(pool.map(self._generate, requests))
 
     def rest(self) -> None:
-        """A server sleeps when its owner says so."""
+        """Does nothing: the server's owner decides when it sleeps."""
 
     def _generate(self, request: Request) -> Answer:
         prompt, merge_size = request.prompt, self._processor.image_processor.merge_size
@@ -206,12 +209,12 @@ class Server:
             return Answer(answer["prompt_token_ids"], [_sampled(choice) for choice in choices])
         except (KeyError, TypeError, ValueError) as error:
             raise VllmError(
-                f"The vLLM server at {self._client.url} answers in an unknown form ({error!r})."
+                f"The vLLM server at {self._client.url} returned an unexpected response ({error!r})."
             ) from error
 
 
 def serve_command(policy: Policy) -> str:
-    """How to start a server that fits."""
+    """The command that starts a matching server."""
     size = policy.processor.image_processor.size
     pixels = json.dumps({"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]})
     words = ["VLLM_SERVER_DEV_MODE=1", "VLLM_NO_USAGE_STATS=1", "vllm", "serve", shlex.quote(_folder(policy))]
@@ -220,24 +223,24 @@ def serve_command(policy: Policy) -> str:
     lora_rank = adapter_rank(policy)
     if lora_rank is not None:
         words.insert(0, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-        words += ["--enable-lora", "--max-lora-rank", str(room_for(lora_rank))]
+        words += ["--enable-lora", "--max-lora-rank", str(max_lora_rank(lora_rank))]
     return " ".join(words)
 
 
 def _folder(policy: Policy) -> str:
-    """Where the files of the model are."""
+    """The model's folder."""
     return str(resolve_folder(policy.config.path, policy.config.revision))
 
 
 def as_url(source: ImageSource) -> str:
-    """An image as a ``data:`` address."""
+    """Encode an image as a ``data:`` URL."""
     buffer = io.BytesIO()
     source.load().save(buffer, format="PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _sampled(choice: dict[str, Any]) -> Sampled:
-    """A choice of ``/inference/v1/generate``."""
+    """Convert a choice of ``/inference/v1/generate``."""
     ids = tuple(choice["token_ids"])
     logps = tuple(known(entry["logprob"]) for entry in choice["logprobs"]["content"])
     if len(ids) != len(logps):
