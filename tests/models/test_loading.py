@@ -216,7 +216,7 @@ def test_missing_folder(tmp_path):
 def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"'nobody/nothing' at revision 'v1'.*Hub did not deliver"):
+    with pytest.raises(ValueError, match=r"'nobody/nothing' at revision 'v1'.*Hub failed"):
         load_policy(ModelConfig(path="nobody/nothing", revision="v1"))
 
 

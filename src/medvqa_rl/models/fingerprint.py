@@ -1,4 +1,4 @@
-"""A fingerprint of a model's weights, so that results say which weights they are of."""
+"""A fingerprint of a model's weights, recorded with its results."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that depend on names, shapes, types and bits of all parameters, adapters included, and of
-    the constants of those in 4 bits.
+    """16 hexadecimal digits that depend on names, shapes, dtypes and bits of all parameters, including adapters, and
+    of the scales of 4-bit weights.
 
-    Per parameter two sums over its bits read as whole numbers, one weighted by position: exact (modulo 2^64), hence
-    the same on every device and for every number of threads, and far cheaper than a hash of all bytes. It tells
-    checkpoints apart; it does not resist forgery.
+    Hashes two sums per parameter over its bits read as integers, one weighted by position. They are exact (modulo
+    2^64), so they do not depend on device or number of threads, and far cheaper than hashing all bytes. The
+    fingerprint distinguishes checkpoints; it is not cryptographically secure.
     """
     digest = hashlib.sha256()
     with torch.no_grad():
         parameters = dict(model.named_parameters())
-        # The constants of a quantized "NAME.weight" are "NAME.weight.absmax" and the like, and no parameters.
+        # The scales of a quantized "NAME.weight" are entries such as "NAME.weight.absmax", not parameters.
         constants = {name: tensor for name, tensor in model.state_dict().items() if ".weight." in name}
         for name, parameter in sorted((parameters | constants).items()):
             bits = parameter.detach().contiguous().view(-1).view(_INTEGERS[parameter.element_size()])

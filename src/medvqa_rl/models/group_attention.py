@@ -1,13 +1,11 @@
-"""Attention of packed groups in two calls of scaled dot-product attention, so that no masked block is computed.
+"""Attention of packed groups in two scaled dot-product attention calls, without computing masked blocks.
 
-The tokens of a micro-batch stand in one row without padding: all prompts one after another, then all completions.
-Everything but attention works on them as they are. For attention they are spread over two rectangles, prompts
-(P, Tp) and completions (B, Tc), both padded on the right. Prompts attend causally to themselves; completions attend
-to the keys of their prompt and causally to their own. Completions of a group never meet, so nothing is computed to be
-masked away but the upper triangles and the padding.
+The tokens of a micro-batch are packed into one row without padding: all prompts, then all completions. Only attention
+unpacks them, into two padded batches: prompts (P, Tp) and completions (B, Tc), both padded on the right. Prompts
+attend causally to themselves; completions attend to their prompt and causally to themselves. Completions of a group
+never attend to each other, so the only masked scores are upper triangles and padding.
 
-Legend: P prompts, B completions, N tokens, Tp and Tc widths of the rectangles, H query heads, K key heads, D their
-size.
+Legend: P prompts, B completions, N packed tokens, Tp and Tc padded lengths, H query heads, K key heads, D head size.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 ATTENTION = "medvqa_sdpa"
-"""Name under which transformers knows this attention: its own sdpa, except for packed groups."""
+"""Name of this attention in transformers; it equals sdpa except for packed groups."""
 
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Where the tokens of packed groups stand in the two rectangles."""
+    """How packed tokens map to the two padded batches."""
 
     num_prompts: int
     """P."""
@@ -39,21 +37,21 @@ class GroupLayout:
     completion_width: int
     """Tc, tokens of the longest completion."""
     completions_of_prompt: tuple[int, ...]
-    """(P,) how many completions continue each prompt."""
+    """(P,) number of completions of each prompt."""
     mask: Tensor
-    """(B or 1, 1, Tc, Tp + Tc) bool, True where a completion's token sees a key of its prompt or its own; after
-    :meth:`prepared` additive."""
+    """(B or 1, 1, Tc, Tp + Tc) bool, True where a completion token attends to a token of its prompt or its own;
+    additive after :meth:`prepared`."""
     tokens: Tensor | None
-    """(P * Tp + B * Tc,) the token in each place of the rectangles, any at padding; None where nothing is padded."""
-    places: Tensor | None
-    """(N,) the place of each token; None where nothing is padded."""
+    """(P * Tp + B * Tc,) packed index of each padded position, arbitrary at padding; None if nothing is padded."""
+    positions: Tensor | None
+    """(N,) padded position of each packed token; None if nothing is padded."""
 
     def prepared(self, dtype: torch.dtype, queries_per_key: int) -> GroupLayout:
-        """The layout with the mask as the attention adds it, computed once for all layers.
+        """The layout with an additive mask, computed once for all layers.
 
         Args:
             dtype: of queries and keys.
-            queries_per_key: H / K; query heads that share a key head are laid out as rows of one query.
+            queries_per_key: H / K; query heads that share a key head are stacked along the token dimension.
         """
         additive = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
         additive.masked_fill_(~self.mask, -torch.inf)
@@ -63,12 +61,12 @@ class GroupLayout:
 def group_layout(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device | str
 ) -> GroupLayout:
-    """The layout of packed groups.
+    """Build the layout of packed groups.
 
     Args:
         prompt_lengths: (P,) tokens of each prompt.
-        completion_lengths: (P, any) tokens of each prompt's completions, none 0.
-        device: where the tensors go.
+        completion_lengths: per prompt, tokens of each of its completions, at least 1.
+        device: of the tensors.
     """
     counts = [len(group) for group in completion_lengths]
     prompts, completions = np.asarray(prompt_lengths), np.concatenate(completion_lengths)
@@ -76,8 +74,8 @@ def group_layout(
     is_prompt = np.arange(prompt_width) < prompts[:, None]  # (P, Tp)
     is_completion = np.arange(width) < completions[:, None]  # (B, Tc)
     causal = np.tril(np.ones((width, width), dtype=bool))
-    # Padding on the right is hidden from the tokens before it by causality alone; only prompts of different lengths
-    # need a mask for each completion.
+    # Causality alone hides padding on the right from earlier tokens. Only prompts of different lengths need a mask per
+    # completion.
     seen = is_prompt[:1] if is_prompt.all() else is_prompt.repeat(counts, axis=0)  # (B or 1, Tp)
     mask = np.concatenate(
         [
@@ -87,9 +85,9 @@ def group_layout(
         axis=-1,
     )
     is_token = np.concatenate([is_prompt.reshape(-1), is_completion.reshape(-1)])
-    tokens = places = None
+    tokens = positions = None
     if not is_token.all():
-        places = torch.from_numpy(np.flatnonzero(is_token)).to(device)
+        positions = torch.from_numpy(np.flatnonzero(is_token)).to(device)
         tokens = torch.from_numpy(np.maximum(np.cumsum(is_token) - 1, 0)).to(device)
     return GroupLayout(
         num_prompts=len(prompts),
@@ -98,44 +96,44 @@ def group_layout(
         completions_of_prompt=tuple(counts),
         mask=torch.from_numpy(mask[:, None]).to(device),
         tokens=tokens,
-        places=places,
+        positions=positions,
     )
 
 
-class _Spread(torch.autograd.Function):
-    """(N, ...) tokens to the places of the rectangles. What stands at padding has no part in any result, so its
-    gradient is zero and the way back is a selection too, which is much faster than adding up."""
+class _Unpack(torch.autograd.Function):
+    """Unpack (N, ...) tokens to padded positions. Padding does not affect any result, so its gradient is zero and the
+    backward pass is an index_select too, much faster than the default scatter-add."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, states: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
         return states.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return gradients[0].index_select(0, places), None, None
+        (positions,) = ctx.saved_tensors
+        return gradients[0].index_select(0, positions), None, None
 
 
-class _Collect(torch.autograd.Function):
-    """The places of the rectangles back to (N, ...) tokens; padding gets the gradient zero."""
+class _Pack(torch.autograd.Function):
+    """Pack padded positions into (N, ...) tokens; padding gets a zero gradient."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.num_places = len(states)
-        return states.index_select(0, places)
+    def forward(ctx: Any, states: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.num_positions = len(states)
+        return states.index_select(0, positions)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        spread = gradients[0].new_zeros(ctx.num_places, *gradients[0].shape[1:])
-        return spread.index_copy_(0, places, gradients[0]), None
+        (positions,) = ctx.saved_tensors
+        padded = gradients[0].new_zeros(ctx.num_positions, *gradients[0].shape[1:])
+        return padded.index_copy_(0, positions, gradients[0]), None
 
 
 class _Repeat(torch.autograd.Function):
-    """(P, ...) states of prompts to (B, ...), once for each completion. Summed up per prompt on the way back, which
-    is faster than adding row by row."""
+    """Repeat (P, ...) prompt states to (B, ...), once per completion. The backward pass sums per prompt, which is
+    faster than the default row by row."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, counts: tuple[int, ...]) -> Tensor:
@@ -156,27 +154,27 @@ def attend(
         query: (N, H, D).
         key: (N, K, D), K dividing H.
         value: (N, K, D).
-        layout: as :meth:`GroupLayout.prepared` gives it.
-        scale: factor of the scores; None is 1 / sqrt(D).
-        dropout: of the attention's weights.
+        layout: from :meth:`GroupLayout.prepared`.
+        scale: of the scores; defaults to 1 / sqrt(D).
+        dropout: of the attention weights.
 
     Returns:
         (N, H, D).
     """
     num_heads, num_keys, size = query.shape[1], key.shape[1], query.shape[2]
     split = layout.num_prompts * layout.prompt_width
-    rectangles = []
+    unpacked = []
     for states in (query, key, value):
         if layout.tokens is not None:
-            states = _Spread.apply(states, layout.tokens, layout.places)  # type: ignore[no-untyped-call]
+            states = _Unpack.apply(states, layout.tokens, layout.positions)  # type: ignore[no-untyped-call]
         prompts, completions = states[:split], states[split:]
-        rectangles.append(
+        unpacked.append(
             (
                 prompts.unflatten(0, (-1, layout.prompt_width)).transpose(1, 2),  # (P, heads, Tp, D)
                 completions.unflatten(0, (-1, layout.completion_width)).transpose(1, 2),  # (B, heads, Tc, D)
             )
         )
-    (prompt_query, own_query), (prompt_key, own_key), (prompt_value, own_value) = rectangles
+    (prompt_query, own_query), (prompt_key, own_key), (prompt_value, own_value) = unpacked
     of_prompts = F.scaled_dot_product_attention(
         prompt_query,
         prompt_key,
@@ -201,11 +199,11 @@ def attend(
     ).view(len(own_query), num_heads, -1, size)
     together = torch.cat(
         [of_prompts.transpose(1, 2).flatten(0, 1), of_completions.transpose(1, 2).flatten(0, 1)]
-    )  # (places, H, D)
-    if layout.places is None:
+    )  # (positions, H, D)
+    if layout.positions is None:
         return together
-    collected: Tensor = _Collect.apply(together, layout.places)  # type: ignore[no-untyped-call]
-    return collected
+    packed: Tensor = _Pack.apply(together, layout.positions)  # type: ignore[no-untyped-call]
+    return packed
 
 
 def _attention(
@@ -219,13 +217,13 @@ def _attention(
     group_layout: GroupLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: (1, heads, N, D) of packed groups, or anything that its sdpa takes."""
+    """The function that transformers calls in each layer, for (1, heads, N, D) packed groups or any input of sdpa."""
     if group_layout is None:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
-    assert attention_mask is None and query.shape[0] == 1, "packed groups are one row, and the layout is their mask"
+    assert attention_mask is None and query.shape[0] == 1, "packed groups are one row with a layout, not a mask"
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     return attend(query, key, value, group_layout, scale=scaling, dropout=dropout)[None], None
 
@@ -235,9 +233,9 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def use_group_attention(language_model: Any) -> None:
-    """Let a language model that attends by sdpa take packed groups; nothing else changes for it.
+    """Make a language model with sdpa attention accept packed groups; its other inputs are not affected.
 
-    Its layers look the name up in each call, also when a checkpointed layer is computed again, so it stays switched.
+    The change is permanent, because layers look up the attention in every call, including recomputed checkpoints.
     """
     if language_model.config._attn_implementation == "sdpa":
         language_model.config._attn_implementation = ATTENTION

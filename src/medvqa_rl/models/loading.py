@@ -1,6 +1,6 @@
-"""Policies and their references: from a path in the settings to a model ready to sample and train.
+"""Load policies and their reference models as the settings describe.
 
-A policy is a plain Hugging Face model, or a PEFT model around it, with the right parts frozen.
+A policy is a plain Hugging Face model, or a PEFT model around it, with the untrained parts frozen.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 @dataclass
 class Policy:
-    """A model that samples and learns, with what it needs to read samples."""
+    """The trained model with its processor."""
 
     model: nn.Module
     """``Qwen2VLForConditionalGeneration``, ``Qwen2_5_VLForConditionalGeneration``, or a ``PeftModel`` around one."""
@@ -51,21 +51,21 @@ class Policy:
 
     @property
     def vision_is_frozen(self) -> bool:
-        """True where neither the vision tower nor the merger is trained, so that image features may be cached."""
+        """True if neither the vision tower nor the merger is trained, so that image features can be cached."""
         return vision_is_frozen(self.model)
 
     @property
     def is_lora(self) -> bool:
-        """True where adapters are trained instead of the language model's own weights."""
+        """True if LoRA adapters are trained instead of the language model's weights."""
         return isinstance(self.model, PeftModel)
 
 
 def load_policy(config: ModelConfig) -> Policy:
-    """Load the model named in the settings, put LoRA on it where asked, and freeze what is not trained.
+    """Load the configured model, add LoRA if configured, and freeze what is not trained.
 
     Raises:
-        ValueError: the folder, Hub repository or adapter is missing, of another architecture, or its weights do not
-            fit the model; the message says which and what to do.
+        ValueError: the folder, Hub repository or adapter is missing, has another architecture, or its weights do not
+            fit the model.
     """
     device = resolve_device(config.device)
     folder = resolve_folder(config.path, config.revision)
@@ -77,14 +77,14 @@ def load_policy(config: ModelConfig) -> Policy:
 def make_policy(
     model: nn.Module, processor: Processor, config: ModelConfig, device: torch.device | str = "cpu"
 ) -> Policy:
-    """Make a policy of a model in memory: LoRA, freezing, checkpointing and device as the settings say."""
+    """Turn a model in memory into a policy: LoRA, freezing, gradient checkpointing and device."""
     device = torch.device(device)
     model.requires_grad_(False)
     inner = backbone(model)
     use_group_attention(inner.language_model)
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
-    elif not config.load_in_4bit:  # what is in 4 bits can answer, not learn
+    elif not config.load_in_4bit:  # 4-bit weights are for inference only
         inner.language_model.requires_grad_(True)
         causal_model(model).lm_head.requires_grad_(True)
         for name, parameter in inner.visual.named_parameters():
@@ -98,10 +98,10 @@ def make_policy(
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that the settings name; ``auto`` takes a GPU where there is one.
+    """The device for ``model.device``; ``auto`` is a GPU if there is one.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: it is cuda and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -116,7 +116,7 @@ def resolve_device(device: str) -> torch.device:
 def resolve_folder(path: str, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: an embedded ``phantom:NAME``, a folder, or a snapshot of a Hub repository.
 
-    Hub files are taken from the local cache where the Hub cannot be reached.
+    Hub files come from the local cache if the Hub cannot be reached.
 
     Raises:
         ValueError: there is no such folder or repository, or it is neither cached nor reachable.
@@ -139,21 +139,21 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
-            f"model.path is {path!r}{at}, which is no folder here, and the Hugging Face Hub did not deliver it "
-            f"({type(error).__name__}): check the spelling and the connection, log in where the repository asks for "
-            "it, or download it elsewhere and give its folder."
+            f"model.path is {path!r}{at}, which is not a folder here, and downloading it from the Hugging Face Hub "
+            f"failed ({type(error).__name__}): check the spelling and the connection, log in if the repository "
+            "requires it, or download it elsewhere and give its folder."
         ) from error
 
 
 def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> Any:
-    """Load a checkpoint's weights, refusing other architectures and weights that do not fit exactly."""
+    """Load a checkpoint's weights; refuse other architectures and weights that do not fit exactly."""
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(
                 f"{folder} holds a LoRA adapter, not a whole model: set model.adapter to it and model.path to the "
-                "model that it was trained on."
+                "model it was trained on."
             )
-        raise ValueError(f"{folder} has no config.json, so it is no checkpoint of a model: give the folder that does.")
+        raise ValueError(f"{folder} has no config.json, so it is not a model's checkpoint: give the folder of one.")
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -178,7 +178,7 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
             **quantized,
             attn_implementation=config.attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are listed below instead of raised one by one
+            ignore_mismatched_sizes=True,  # list them all below instead of raising for the first
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
@@ -198,7 +198,7 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
 
 
 def _refuse(wrong: dict[str, list[str]], what: str, remedy: str) -> None:
-    """Raise a sentence that counts and samples wrong weights, if there are any."""
+    """Raise a ValueError that counts the wrong weights and names the first of each kind, if there are any."""
     parts = [
         f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
         for kind, names in wrong.items()
@@ -209,10 +209,10 @@ def _refuse(wrong: dict[str, list[str]], what: str, remedy: str) -> None:
 
 
 def _checkpoint_layers(module: nn.Module) -> None:
-    """Recompute layers in the backward pass instead of keeping their activations.
+    """Recompute layers in the backward pass instead of storing their activations.
 
-    Done layer by layer because the model-wide switch also makes every input embedding require gradients, the frozen
-    vision tower's included, which non-reentrant checkpointing does not need.
+    Set per layer, because the model-wide switch also makes all input embeddings require gradients, even those of a
+    frozen vision tower, which non-reentrant checkpointing does not need.
     """
     for layer in module.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -221,7 +221,7 @@ def _checkpoint_layers(module: nn.Module) -> None:
 
 
 def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
-    """Names of the modules outside the language model that are trained whole and saved with the adapter."""
+    """Modules outside the language model that are fully trained and saved with the adapter."""
     names = ["visual.merger"] if config.train_projector else []
     if config.train_vision:
         names += ["visual.patch_embed"]
@@ -230,7 +230,7 @@ def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
 
 
 def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
-    """LoRA on linear layers of the language model only: the tower's layers share some of their names."""
+    """LoRA on linear layers of the language model only; the pattern excludes the tower's layers of the same name."""
     assert config.lora is not None
     linear = {
         name.rsplit(".", 1)[-1]
@@ -255,7 +255,7 @@ def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
 
 
 def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
-    """Wrap the model with a new adapter, or with the trained one that the settings name."""
+    """Wrap the model with a new adapter, or with the configured trained one."""
     if config.adapter is None:
         return _wrap(model, _new_adapter(model, config), config)
     folder = Path(config.adapter).expanduser()
@@ -263,8 +263,8 @@ def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
     if config.lora is not None and (settings.r, settings.lora_alpha) != (config.lora.rank, config.lora.alpha):
         raise ValueError(
             f"model.lora asks for rank {config.lora.rank} and alpha {config.lora.alpha:g}, but the adapter in "
-            f"{folder} has rank {settings.r} and alpha {settings.lora_alpha:g}: leave model.lora out to go on "
-            "with the adapter."
+            f"{folder} has rank {settings.r} and alpha {settings.lora_alpha:g}: leave model.lora out to "
+            "continue with the adapter."
         )
     expected, saved = set(_trained_alongside(model, config)), set(settings.modules_to_save or ())
     if not expected <= saved:
@@ -282,7 +282,7 @@ def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
 
 
 def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> PeftModel:
-    """Put the adapter on the model; its saved settings name the base model as the user did, not where it lay."""
+    """Add the adapter to the model; its saved settings name the base model by ``model.path``, not by its folder."""
     settings.base_model_name_or_path = None
     wrapped = get_peft_model(cast(Any, model), settings)
     settings.base_model_name_or_path, settings.revision = config.path, config.revision
@@ -290,7 +290,7 @@ def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> Pe
 
 
 def _read_adapter(folder: Path) -> PeftLoraConfig:
-    """The settings of a saved LoRA adapter."""
+    """Read the settings of a saved LoRA adapter."""
     if not (folder / "adapter_config.json").exists() or not (folder / ADAPTER_FILE).exists():
         raise ValueError(
             f"model.adapter is {str(folder)!r}, but that folder does not hold adapter_config.json and {ADAPTER_FILE}: "
@@ -307,7 +307,7 @@ def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     """Load an adapter's weights into the named adapter of the model.
 
     Raises:
-        ValueError: they do not fit exactly.
+        ValueError: the weights do not fit exactly.
     """
     try:
         result: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=name)
@@ -323,13 +323,15 @@ def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
 
 
 class Reference:
-    """The policy before training, for the KL term and nothing else."""
+    """The policy before training, for the KL term."""
 
     def __init__(self, policy: Policy, frozen: nn.Module | None, shards: Shards | None = None) -> None:
         """
         Args:
-            frozen: a second model; None takes the policy's own.
-            shards: the trained weights as they were, which the caller puts into the policy's model for the pass.
+            policy: the trained policy.
+            frozen: a separate model; None uses the policy's own.
+            shards: the initial values of the trained weights, which the caller loads into the policy's model for the
+                reference pass.
         """
         self._policy = policy
         self._frozen = frozen
@@ -337,10 +339,9 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The module to run the reference pass with, under ``no_grad`` and in evaluation mode.
+        """Yield the module for the reference pass, in evaluation mode and under ``no_grad``.
 
-        With LoRA it is the policy's own module with the trained adapter out of action, so only for the time of the
-        context; nothing may be trained meanwhile.
+        With LoRA it is the policy's own module with the trained adapter disabled, so do not train inside the block.
         """
         if self._frozen is not None:
             with torch.no_grad():
@@ -370,18 +371,18 @@ class Reference:
                     with model.disable_adapter():
                         yield model
         finally:
-            # PEFT switches gradients with adapters; what was frozen by the settings stays frozen.
+            # PEFT changes requires_grad when it switches adapters.
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(gradients[name])
             model.train(is_training)
 
 
 def load_reference(policy: Policy) -> Reference:
-    """The reference of a policy as it is now: call this before training, and before a checkpoint is resumed.
+    """Create the reference from the policy's current weights; call this before training or resuming a checkpoint.
 
-    Full fine-tuning: a frozen copy that shares the weights that are not trained. A new LoRA adapter: the same model
-    with the adapter off, no copy. An adapter that was trained before (``model.adapter``): a second, frozen copy of
-    that adapter, because the reference is where this training began, not the model below.
+    Full fine-tuning: a frozen copy that shares the untrained weights. A new LoRA adapter: the same model with the
+    adapter disabled, no copy. A trained adapter (``model.adapter``): a second, frozen copy of that adapter, because
+    the reference is where this training started, not the base model.
     """
     if not policy.is_lora:
         shared = {id(parameter): parameter for parameter in policy.model.parameters() if not parameter.requires_grad}

@@ -1,12 +1,11 @@
-"""Base weights in 4 bits below an adapter, as QLoRA keeps them (arXiv 2305.14314), by bitsandbytes.
+"""LoRA on 4-bit base weights, as in QLoRA (arXiv 2305.14314), with bitsandbytes.
 
-The linear layers of the language model are stored in NF4: 16 levels, a constant for every 64 weights, and these
-constants in 8 bits again. A layer's weights are written out in the model's type whenever it is used, forward and
-backward, so that all else is as with ordinary weights. Embedding, output layer, tower and projector keep their type.
-PEFT's ``prepare_model_for_kbit_training`` is not called: it would turn all of these into float32, which takes memory,
-and have inputs require gradients for a kind of checkpointing that is not used here.
+The linear layers of the language model are stored in NF4 with double quantization: 16 levels, a scale per 64 weights,
+and 8-bit scales. Weights are dequantized to the model's dtype in every forward and backward pass. Embedding, output
+layer, vision tower and projector are not quantized. PEFT's ``prepare_model_for_kbit_training`` is not called: it would
+convert all of these to float32, and make inputs require gradients for reentrant checkpointing, which is not used here.
 
-Tested on a CPU against the same weights written out. Not yet run on a GPU.
+Tested on a CPU against the dequantized weights. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -19,22 +18,24 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 BLOCK = 64
-"""Weights that share a constant."""
+"""Weights per scale."""
 
-KEPT = ("model.visual", "lm_head")
-"""Modules of ``...ForConditionalGeneration`` whose linear layers are not quantized."""
+NOT_QUANTIZED = ("model.visual", "lm_head")
+"""Modules of ``...ForConditionalGeneration`` that keep their dtype."""
 
 
 def loading_arguments(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """What makes ``from_pretrained`` quantize each weight as it is read.
+    """Arguments that make ``from_pretrained`` quantize weights while it loads them.
 
     Args:
-        config: transformers' configuration of the model in the folder.
-        dtype: that weights are written out in, and that everything else has.
+        folder: of the model.
+        config: its transformers configuration.
+        dtype: of dequantized weights, and of everything else.
+        device: to load to.
 
     Raises:
-        ValueError: bitsandbytes is not installed or cannot compute on the device, or a layer is no whole number of
-            blocks wide.
+        ValueError: bitsandbytes is not installed or does not support the device, or the width of a layer is not a
+            multiple of 64.
     """
     _check_backend(device)
     widths = {name: getattr(config.text_config, name) for name in ("hidden_size", "intermediate_size")}
@@ -49,16 +50,16 @@ def loading_arguments(folder: Path, config: Any, dtype: torch.dtype, device: tor
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(KEPT),
+        llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def _check_backend(device: torch.device) -> None:
-    """Quantize one block and write it out again.
+    """Quantize and dequantize one block.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or has no code for this device.
+        ValueError: bitsandbytes is not installed, or does not support this device.
     """
     try:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -70,20 +71,20 @@ def _check_backend(device: torch.device) -> None:
     try:
         codes, state = quantize_4bit(torch.ones(1, BLOCK, device=device), quant_type="nf4")
         works = bool((dequantize_4bit(codes, state) == 1).all())
-    except (RuntimeError, AttributeError) as error:  # no kernel for the device, or no library for its driver
+    except (RuntimeError, AttributeError) as error:  # no kernel for the device, or no library for the driver
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"model.load_in_4bit is true, but bitsandbytes cannot compute on this {device.type} device ({reason}): "
-            "`python -m bitsandbytes` says what it found; set model.load_in_4bit to false, or model.device to another."
+            "run `python -m bitsandbytes` for details, set model.load_in_4bit to false, or change model.device."
         ) from error
-    assert works, "bitsandbytes does not give back the weights that it was given"
+    assert works, "bitsandbytes does not reproduce the weights"
 
 
 def use_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking weights for a kernel of its own on CPUs with AVX512-BF16.
+    """Keep bitsandbytes from repacking weights for a special kernel on CPUs with AVX512-BF16.
 
-    It does so at the first pass in evaluation mode and does not go back: from then on products are rounded to bfloat16
-    whatever the type is, and have no gradients. On a GPU nothing changes.
+    It would do so at the first forward in evaluation mode, permanently: from then on products are rounded to bfloat16
+    regardless of the dtype and have no gradients. Does nothing on a GPU.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -93,12 +94,12 @@ def use_unpacked(model: nn.Module) -> None:
 
 
 def refuse_stored(folder: Path, config: Any) -> None:
-    """Refuse a checkpoint whose weights were quantized before they were saved.
+    """Refuse a checkpoint that was saved quantized.
 
-    Adapters are merged into whole weights, and other schemes and modules than those above were not tested.
+    Adapters are merged into full-precision weights, and other quantization schemes are not tested.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the weights were saved quantized.
     """
     stored = config.to_dict().get("quantization_config")
     if stored is not None:

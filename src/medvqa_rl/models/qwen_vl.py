@@ -1,7 +1,7 @@
-"""The adapter: all that knows how Qwen2-VL and Qwen2.5-VL read images, prompts and positions.
+"""Everything specific to Qwen2-VL and Qwen2.5-VL: images, prompts and positions.
 
-The stock processor needs torchvision, which does not import beside a CPU-only torch, so a prompt is put together
-here from the tokenizer and the Pillow image processor. Checkpoints are written so that the stock one loads them.
+The stock processor needs torchvision, which cannot be imported with a CPU-only torch, so prompts are built here from
+the tokenizer and the Pillow image processor. Saved checkpoints load with the stock processor.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Side = Literal["left", "right"]
 
 
 class Processor:
-    """Turns samples into prompts and token ids into text; read-only once made."""
+    """Encodes samples as prompts and decodes token ids; immutable and thread-safe."""
 
     def __init__(self, tokenizer: Any, image_processor: Any, *, stop_ids: Iterable[int] = ()) -> None:
         """
         Args:
             tokenizer: a Hugging Face tokenizer with Qwen2-VL's special tokens and a chat template.
             image_processor: a ``Qwen2VLImageProcessorPil``.
-            stop_ids: tokens besides the tokenizer's end-of-sequence token that end a completion.
+            stop_ids: tokens that end a completion, in addition to the tokenizer's end-of-sequence token.
 
         Raises:
             ValueError: the tokenizer lacks the image token, an end-of-sequence token or a chat template.
@@ -46,12 +46,12 @@ class Processor:
         if IMAGE_TOKEN not in tokenizer.get_added_vocab():
             raise ValueError(
                 f"The tokenizer has no {IMAGE_TOKEN} token, so it does not belong to a Qwen2-VL or Qwen2.5-VL model: "
-                "take the tokenizer files of the checkpoint itself."
+                "use the tokenizer files of the checkpoint."
             )
         if tokenizer.eos_token_id is None or tokenizer.chat_template is None:
             raise ValueError(
-                "The tokenizer has no end-of-sequence token or no chat template: Qwen2-VL checkpoints carry both, in "
-                "tokenizer_config.json and chat_template.json or chat_template.jinja; copy these files beside it."
+                "The tokenizer has no end-of-sequence token or no chat template: copy tokenizer_config.json and "
+                "chat_template.json or chat_template.jinja from a Qwen2-VL checkpoint into its folder."
             )
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.eos_id: int = tokenizer.eos_token_id
@@ -63,17 +63,17 @@ class Processor:
             if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
         }
         self.suppressed_ids: tuple[int, ...] = tuple(sorted(control - set(self.stop_ids)))
-        """Control tokens, which are never sampled; stop tokens are not among them. The rows that pad the output layer
-        beyond the tokenizer are not tokens at all: the rollout engine, which knows the model, suppresses them too."""
+        """Control tokens except stop tokens; they are never sampled. The rollout engine also suppresses the rows that
+        pad the output layer beyond the tokenizer."""
 
     @classmethod
     def from_folder(
         cls, path: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> Processor:
-        """Read the tokenizer, chat template and image settings of a checkpoint folder; opens no connection.
+        """Load the tokenizer, chat template and image settings of a checkpoint folder; opens no connection.
 
         Raises:
-            ValueError: files are missing or do not belong to a Qwen2-VL or Qwen2.5-VL checkpoint.
+            ValueError: files are missing or not from a Qwen2-VL or Qwen2.5-VL checkpoint.
         """
         folder = Path(path)
         try:
@@ -93,8 +93,8 @@ class Processor:
         }
         if size["shortest_edge"] > size["longest_edge"]:
             raise ValueError(
-                f"Images shall have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set "
-                "model.min_pixels below model.max_pixels (the checkpoint's own values hold where yours are unset)."
+                f"Images must have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set "
+                "model.min_pixels below model.max_pixels (they default to the checkpoint's own values)."
             )
         image_processor.size = size
         stop: int | list[int] = []
@@ -105,7 +105,7 @@ class Processor:
         return cls(tokenizer, image_processor, stop_ids=stop_ids)
 
     def encode(self, sample: Sample, template: Template = "think_answer") -> EncodedPrompt:
-        """Render the sample's question, preprocess its images and expand each placeholder to its image's tokens.
+        """Render the prompt, preprocess the images and expand each placeholder to the image's tokens.
 
         Each image is loaded once. An image of h x w patches takes h * w / merge_size**2 tokens.
 
@@ -136,12 +136,11 @@ class Processor:
         return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised, template)
 
     def encoding_bytes(self, sample: Sample) -> int:
-        """Memory that :meth:`encode` takes at most while it works on a sample, by the headers of its images.
+        """Upper bound of the memory that :meth:`encode` needs for a sample, from the headers of its images.
 
-        12 bytes for each pixel of an image as it is stored (Pillow's four, its copy, the array), and 72 for each
-        pixel that the model sees: 3 channels of 4 bytes twice (``temporal_patch_size``) are 24, and so large are the
-        patches, the array that they are taken from and the copy that joins images. Images whose headers do not tell
-        their size (DICOM, NIfTI, drawn ones) count as nothing.
+        12 bytes per pixel of the stored image (Pillow's four, a copy, the array) and 72 per pixel of the resized one:
+        3 channels of 4 bytes, doubled by ``temporal_patch_size``, for the patches, the array that they are cut from
+        and the copy that joins images. Images without a size in their header (DICOM, NIfTI, drawn ones) count as 0.
         """
         limits = self.image_processor.size
         total = 0
@@ -152,8 +151,8 @@ class Processor:
         return total
 
     def expected_tokens(self, sample: Sample) -> float:
-        """Tokens that a sample's prompt will have, roughly and without decoding: a token for four characters, and for
-        an image as many as its header promises (the most where it does not tell its size)."""
+        """Estimate the length of a sample's prompt without decoding: a token per four characters, and the tokens of
+        each image from its header (the maximum if the header has no size)."""
         limits = self.image_processor.size
         per_token = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
         tokens = (len(sample.question) + sum(map(len, sample.options))) / 4
@@ -164,22 +163,22 @@ class Processor:
         return tokens
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
-        """Token ids of a completion as supervised fine-tuning teaches it, the end-of-sequence token included."""
+        """Token ids of an SFT target, including the end-of-sequence token."""
         return (*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens that a text makes by itself, without special ones around it."""
+        """Number of tokens of a text, without special tokens."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens skipped."""
+        """Decode token ids, skipping special tokens."""
         text: str = self.tokenizer.decode(
             [int(id) for id in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer, chat template and image settings in standard form beside a model or an adapter."""
+        """Save tokenizer, chat template and image settings in the standard format."""
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
@@ -190,17 +189,17 @@ class Processor:
 
 
 def causal_model(model: nn.Module) -> Any:
-    """The ``...ForConditionalGeneration`` inside a LoRA-wrapped or plain model; it has ``model`` and ``lm_head``."""
+    """The ``...ForConditionalGeneration`` of a plain or PEFT model; it has ``model`` and ``lm_head``."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def backbone(model: nn.Module) -> Any:
-    """The ``Qwen2VLModel`` or ``Qwen2_5_VLModel`` inside; it has ``visual`` and ``language_model``."""
+    """The ``Qwen2VLModel`` or ``Qwen2_5_VLModel`` of a model; it has ``visual`` and ``language_model``."""
     return causal_model(model).model
 
 
 def vision_is_frozen(model: nn.Module) -> bool:
-    """True where neither the vision tower nor the merger is trained, so that image features may be cached."""
+    """True if neither the vision tower nor the merger is trained, so that image features can be cached."""
     return not any(parameter.requires_grad for parameter in backbone(model).visual.parameters())
 
 
@@ -209,8 +208,8 @@ def image_features(
 ) -> list[Tensor | None]:
     """Encode the images of all prompts in one pass of the vision tower.
 
-    Under ``no_grad`` where tower and merger are frozen: adapters with checkpointing make even frozen features
-    require gradients, and the tower would be walked back through for nothing.
+    Runs under ``no_grad`` if tower and merger are frozen: LoRA with gradient checkpointing makes even frozen features
+    require gradients, and the backward pass would go through the tower for nothing.
 
     Returns:
         Per prompt (image tokens, hidden) in the order of its placeholders, or None for a prompt without images.
@@ -233,7 +232,7 @@ def image_features(
 
 
 def blank_features(model: nn.Module, device: torch.device | str) -> Tensor:
-    """(1, hidden) features of an empty image of the least size, computed by the vision tower."""
+    """(1, hidden) features of a blank image of the smallest size, computed by the vision tower."""
     vision = backbone(model).config.vision_config
     side = vision.spatial_merge_size
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -248,7 +247,7 @@ def blank_features(model: nn.Module, device: torch.device | str) -> Tensor:
 def rope_positions(prompt: EncodedPrompt, *, image_token_id: int, merge_size: int) -> NDArray[np.int64]:
     """(3, T) M-RoPE positions (time, height, width) of a prompt's tokens.
 
-    Text advances all three rows by one. An image of t x h x w merged patches that begins at position p gets
+    Text advances all three rows by one. An image of t x h x w merged patches that starts at position p gets
     (p + time, p + row, p + column), and the text after it continues at p + max(h, w) (Qwen2-VL, arXiv 2409.12191,
     section 2.1).
     """
@@ -270,10 +269,10 @@ def rope_positions(prompt: EncodedPrompt, *, image_token_id: int, merge_size: in
 
 
 class PaddedPrompts(NamedTuple):
-    """Prompts of different lengths in one rectangle."""
+    """A padded batch of prompts."""
 
     input_ids: Tensor
-    """(P, T) token ids, pad_id at padding."""
+    """(P, T) token ids, ``pad_id`` at padding."""
     mask: Tensor
     """(P, T) bool, True at tokens of the prompt."""
     position_ids: Tensor
@@ -290,7 +289,7 @@ def pad_prompts(
     device: torch.device | str,
     side: Side = "left",
 ) -> PaddedPrompts:
-    """Lay prompts out side by side with explicit positions, from the prompts alone."""
+    """Pad prompts to a batch with explicit positions."""
     config = backbone(model).config
     width = max(len(prompt.input_ids) for prompt in prompts)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
@@ -314,10 +313,11 @@ def embed_prompts(model: nn.Module, input_ids: Tensor, mask: Tensor, features: S
     """(P, T, hidden) embeddings of padded prompts with image features at their placeholders.
 
     Args:
-        input_ids: (P, T) token ids; may go on beyond the prompt with sampled tokens.
-        mask: (P, T) bool, True at tokens of the prompt: only there is the image token a placeholder, so nothing
-            that was sampled can shift the features.
-        features: per prompt (image tokens, hidden) or None, as from :func:`image_features`.
+        model: the model.
+        input_ids: (P, T) token ids; may continue beyond the prompt with sampled tokens.
+        mask: (P, T) bool, True at tokens of the prompt. Image tokens are placeholders only there, so sampled tokens
+            cannot shift the features.
+        features: per prompt (image tokens, hidden) or None, from :func:`image_features`.
     """
     inner = backbone(model)
     embeds: Tensor = inner.language_model.embed_tokens(input_ids)

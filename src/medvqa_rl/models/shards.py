@@ -1,8 +1,8 @@
-"""Tensors of which every rank keeps a part, and models whose weights come and go.
+"""Tensors sharded over ranks, and models whose weights are loaded temporarily.
 
-Sharded training keeps a share of each weight on each rank. Everything that needs no gradients (rollouts, evaluations,
-the reference pass, saving) runs on a plain model beside it, which is filled for the time of the work and emptied
-after it: gathered once, not once per token.
+Sharded training keeps a part of each weight on each rank. Everything without gradients (rollouts, evaluations, the
+reference pass, saving) runs on a separate plain model, whose weights are gathered before and freed after: once, not
+once per token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor cut into equal ones, a flat copy; the last ones are padded with zeros."""
+    """A flat copy of this rank's part of a tensor; parts have equal size, the last ones are padded with zeros."""
     flat, rank = tensor.flatten(), dist.get_rank()
     size = -(-len(flat) // dist.get_world_size())
     part = flat.new_zeros(size)
@@ -27,12 +27,12 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 class Shards:
-    """Copies of tensors, an equal part of each on every rank."""
+    """Sharded copies of tensors, with an equal part on each rank."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         """
         Args:
-            tensors: the same on all ranks, by name. They are copied.
+            tensors: by name, the same on all ranks.
         """
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._parts = {name: own_part(tensor.detach()) for name, tensor in tensors.items()}
@@ -41,7 +41,7 @@ class Shards:
         return name in self._parts
 
     def gather(self, name: str) -> Tensor:
-        """One whole tensor; all ranks call this together."""
+        """Gather a tensor; called on all ranks together."""
         part, shape = self._parts[name], self._shapes[name]
         whole = part.new_empty(len(part) * dist.get_world_size())
         dist.all_gather(list(whole.split(len(part))), part)
@@ -49,7 +49,7 @@ class Shards:
 
 
 def hollow_copy(model: nn.Module) -> nn.Module:
-    """The same model with buffers and without weights: names, types and what is trained are kept, all sizes are 0."""
+    """Copy a model without its weights: all parameters have size 0, but keep name, dtype and requires_grad."""
     empty: dict[int, nn.Parameter] = {
         id(parameter): nn.Parameter(parameter.data.new_empty(0), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
@@ -59,11 +59,11 @@ def hollow_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def filled(model: nn.Module, gather: Callable[[str], Tensor | None]) -> Iterator[None]:
-    """Other weights in a model for the time of the block; nothing may be trained meanwhile.
+    """Replace the weights of a model for the block, in which nothing may be trained.
 
     Args:
-        model: gets back the memory that its weights had.
-        gather: the weight to put in place by name, None to keep what is there; all ranks call this together.
+        model: its own weights are restored afterwards.
+        gather: returns a parameter's value by name, or None to keep it; called on all ranks together.
     """
     before: list[tuple[nn.Parameter, Tensor]] = []
     try:
