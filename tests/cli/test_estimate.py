@@ -1,4 +1,4 @@
-"""``medvqa-rl estimate``: what it prints, its exit codes, its sentences."""
+"""``medvqa-rl estimate``: output, exit codes and error messages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_tables():
     assert "vendor's figures" in result.stdout and "at least" in result.stdout
 
 
-def test_plain_data_adds_up():
+def test_json_adds_up():
     found = data(PAPER, "data.path=x", "--model-size", "2b", *GIVEN)
     totals = {name: sum(parts.values()) for name, parts in found["memory"].items()}
     assert found["peak"]["bytes"] == max(totals.values()) == totals[found["peak"]["moment"]]
@@ -90,7 +90,7 @@ def test_assumptions_can_be_changed():
     assert found["seconds"]["at_least"]["total"] < longer["seconds"]["at_least"]["total"]
 
 
-def test_what_does_not_fit_but_can_is_exit_code_1():
+def test_exit_code_1_if_it_would_fit_at_a_cost_of_time():
     options = ("data.path=x", "model.gradient_checkpointing=false", "--model-size", "2b", "--card", "l4")
     result = run(ADAPTER, "train.prompts_per_micro_batch=8", *options)
     assert result.exit_code == 1, result.output
@@ -101,8 +101,8 @@ def test_what_does_not_fit_but_can_is_exit_code_1():
     assert run(ADAPTER, *options, "model.gradient_checkpointing=true").exit_code == 0
 
 
-def test_vllm_takes_its_share_and_its_time_is_said_to_be_unknown():
-    """In place of our own KV cache; all the time, or in rollouts where it sleeps, or not at all with a server."""
+def test_vllm_takes_its_share_and_its_speed_is_unknown():
+    """It replaces our own KV cache: all the time, during rollouts with sleep, or not at all with a server."""
     given = ("data.path=x", "--model-size", "2b", "--card", "a100-80")
     own, beside = data(ADAPTER, *given), data(ADAPTER, *given, "rollout.engine=vllm")
     assert own["notes"] == [] and "not known" in beside["notes"][0]
@@ -120,7 +120,7 @@ def test_vllm_takes_its_share_and_its_time_is_said_to_be_unknown():
     assert "vLLM" in output and "24.00" in output
 
 
-def test_a_group_that_cannot_fit_is_a_sentence_and_exit_code_2():
+def test_exit_code_2_if_not_even_one_group_fits():
     result = run(PAPER, "data.path=x", "--model-size", "2b", "--card", "rtx4090")
     assert result.exit_code == 2
     assert "Even one group of 8 completions at a time needs" in result.stderr

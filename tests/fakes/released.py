@@ -1,4 +1,4 @@
-"""What a release of vLLM takes and gives, by its sources: ``python released.py FOLDER VERSION > released.json``.
+"""Extract the interface of a vLLM release from its source: ``python released.py FOLDER VERSION > released.json``.
 
 FOLDER holds the unpacked source distribution; nothing of it is imported. The stand-in beside this file lets through
 only calls that bind to what is written here.
@@ -26,7 +26,7 @@ FUNCTIONS = {
     "GPUModelRunner.reload_weights": "vllm/v1/worker/gpu/model_runner.py",
     "RequestOutput.__init__": "vllm/outputs.py",
 }
-"""Where each function that is called stands."""
+"""The file of each function that is called."""
 FIELDS = {
     "EngineArgs": "vllm/engine/arg_utils.py",
     "SamplingParams": "vllm/sampling_params.py",
@@ -44,7 +44,7 @@ FIELDS = {
     "GenerateChoiceBase": "vllm/entrypoints/scale_out/token_in_token_out/protocol.py",
     "GenerateLogProb": "vllm/entrypoints/scale_out/token_in_token_out/protocol.py",
 }
-"""Where each class stands whose fields are set or read."""
+"""The file of each class whose fields are set or read."""
 ROUTES = (
     "vllm/entrypoints/serve/dev/cache/api_router.py",
     "vllm/entrypoints/serve/dev/rpc/api_router.py",
@@ -56,7 +56,7 @@ ROUTES = (
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Functions with their parameters, classes with their fields, routes of the server, and where each stands."""
+    """Functions with their parameters, classes with their fields, and server routes, each with its file."""
     functions = {name: _function(folder, path, *name.split(".")) for name, path in FUNCTIONS.items()}
     fields = {name: _fields(folder, path, name) for name, path in FIELDS.items()}
     routes = {route: path for path in ROUTES for route in _routes(folder / path)}
@@ -69,7 +69,7 @@ def _class(folder: Path, path: str, name: str) -> ast.ClassDef:
 
 
 def _function(folder: Path, path: str, owner: str, name: str) -> dict[str, Any]:
-    """Names, kinds and defaults of parameters, without self; the last definition where some only overload it."""
+    """Names, kinds and defaults of parameters, without self; of the last definition if there are overloads."""
     body = _class(folder, path, owner).body
     node = [item for item in body if isinstance(item, ast.FunctionDef) and item.name == name][-1]
     given = node.args
@@ -93,7 +93,7 @@ def _fields(folder: Path, path: str, name: str) -> dict[str, Any]:
 
 
 def _routes(path: Path) -> list[str]:
-    """``POST /reset_prefix_cache`` and the like, from the decorators."""
+    """Routes such as ``POST /reset_prefix_cache``, from the decorators."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         is_route = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
@@ -105,12 +105,12 @@ def _routes(path: Path) -> list[str]:
 
 
 def _text(node: ast.expr | None) -> str | None:
-    """A default as it is written; None where there is none."""
+    """The source of a default; None if there is none."""
     return None if node is None else ast.unparse(node)
 
 
 def signature(function: dict[str, Any]) -> inspect.Signature:
-    """Of a function as :func:`read` describes it."""
+    """The signature of a function described by :func:`read`."""
     return inspect.Signature(
         [
             inspect.Parameter(
@@ -124,7 +124,7 @@ def signature(function: dict[str, Any]) -> inspect.Signature:
 
 
 def write(parts: dict[str, dict[str, Any]], version: str) -> str:
-    """As JSON, a line for each function, class and route."""
+    """Print JSON with a line per function, class and route."""
     lines = ["{", f'"version": {json.dumps(version)},']
     for number, (part, entries) in enumerate(parts.items(), 1):
         rows = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]

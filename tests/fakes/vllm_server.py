@@ -1,4 +1,4 @@
-"""A server with the routes of ``vllm serve`` that are used, over the stand-in's engine, on this machine."""
+"""A local server with the routes of ``vllm serve`` that are used, on the stand-in's engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm import RELEASED, Engine, SamplingParams, from_url, only, record
 
 
 class FakeServer:
-    """What it was started with, what it was asked, and its engine."""
+    """A running server: its settings, the requests it got, and its engine."""
 
     def __init__(
         self, folder: str, *, served: str | None = None, logprobs_mode: str = "processed_logprobs", **pixels: int
@@ -24,7 +24,7 @@ class FakeServer:
         self.asked: list[tuple[str, Any]] = []
         self.lock = threading.Lock()
         self.answers: dict[str, tuple[int, Any]] = {}
-        """Status and body in place of a route's own."""
+        """Status and body to return instead of a route's own."""
         self.url = ""
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
@@ -78,7 +78,7 @@ class FakeServer:
 
 @contextmanager
 def serving(server: FakeServer) -> Iterator[FakeServer]:
-    """Answer on a free port of this machine for the time of the block."""
+    """Serve on a free local port for the block."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""Packed groups against one row per completion: log-probabilities and every gradient, over random shapes."""
+"""Packed groups equal a row per completion: log-probabilities and all gradients, over random shapes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES = st.lists(st.tuples(st.lists(st.tuples(SIDES, SIDES), max_size=2), LENGT
 
 
 def trained(policy):
-    """The policy in training mode, its adapters away from zero: there lora_A would have no gradient."""
+    """A policy in training mode with nonzero adapters, because lora_A has no gradient while lora_B is zero."""
     policy.model.train()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.model.named_parameters():
@@ -41,7 +41,7 @@ def trained(policy):
 
 
 def build_groups(policy, make_sample, make_image, shapes, *, cached=False):
-    """Groups with the given image sizes and completion lengths; the more images, the longer the question."""
+    """Groups with the given image sizes and completion lengths; more images come with longer questions."""
     generator = torch.Generator().manual_seed(1)
     groups = []
     for index, (sides, lengths) in enumerate(shapes):
@@ -57,7 +57,7 @@ def build_groups(policy, make_sample, make_image, shapes, *, cached=False):
 
 
 def evaluate(policy, groups, layout):
-    """(B, Tc) log-probabilities and all gradients of a weighted sum of them."""
+    """(B, Tc) log-probabilities, and the gradients of a weighted sum of them."""
     policy.model.zero_grad()
     batch = collate(groups, policy.processor, "cpu", layout=layout)
     logps = GroupForward(policy.model)(batch, temperature=0.7).logps
@@ -68,7 +68,7 @@ def evaluate(policy, groups, layout):
 
 
 def assert_same(found, expected):
-    """The tolerances of the project: 1e-5 for log-probabilities, 1e-5 of its norm for each gradient."""
+    """Check the project's tolerances: 1e-5 for log-probabilities, 1e-5 of the norm for each gradient."""
     assert (found[0] - expected[0]).abs().max() <= 1e-5
     for name, gradient in expected[1].items():
         if gradient is None:
@@ -93,7 +93,7 @@ def test_packed_groups_equal_separate_completions(tiny_policy, make_sample, make
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)])
 def test_attention_equals_the_dense_mask(heads):
-    """The attention alone in float64, where all but its own arithmetic is the same."""
+    """Attention alone, in float64."""
 
     @settings(max_examples=20, deadline=None, derandomize=True)
     @given(st.lists(st.tuples(st.integers(1, 12), LENGTHS), min_size=1, max_size=4))
@@ -133,19 +133,19 @@ def test_attention_equals_the_dense_mask(heads):
 
 
 def leak(layout):
-    """Completions that see all of their own tokens, also those that come."""
+    """Completions attend to their own future tokens."""
     mask = layout.mask.clone()
     mask[..., layout.prompt_width :] = True
     return dataclasses.replace(layout, mask=mask)
 
 
 def foreign(layout):
-    """Completions that continue another prompt."""
+    """Completions attend to another prompt."""
     return dataclasses.replace(layout, completions_of_prompt=layout.completions_of_prompt[::-1])
 
 
 def blind(layout):
-    """Completions that do not see the first token of their prompt."""
+    """Completions do not attend to the first token of their prompt."""
     mask = layout.mask.clone()
     mask[..., 0] = False
     return dataclasses.replace(layout, mask=mask)
@@ -155,7 +155,7 @@ SHAPE = [([(56, 56)], [4, 7]), ([], [3, 5, 2])]
 
 
 @pytest.mark.parametrize("wrong", [leak, foreign, blind])
-def test_a_wrong_layout_is_noticed(tiny_policy, make_sample, make_image, wrong):
+def test_a_wrong_layout_changes_the_result(tiny_policy, make_sample, make_image, wrong):
     policy = tiny_policy()
     batch = collate(build_groups(policy, make_sample, make_image, SHAPE), policy.processor, "cpu")
     forward = GroupForward(policy.model)
@@ -165,7 +165,7 @@ def test_a_wrong_layout_is_noticed(tiny_policy, make_sample, make_image, wrong):
     assert (right - found).abs().max() > 1e-2
 
 
-def test_a_shifted_position_is_noticed(tiny_policy, make_sample, make_image):
+def test_a_shifted_position_changes_the_result(tiny_policy, make_sample, make_image):
     policy = tiny_policy()
     batch = collate(build_groups(policy, make_sample, make_image, SHAPE), policy.processor, "cpu")
     with torch.no_grad():
@@ -176,8 +176,8 @@ def test_a_shifted_position_is_noticed(tiny_policy, make_sample, make_image):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_bfloat16_is_as_near_as_rounding_allows(tiny_policy, make_sample, make_image, arch):
-    """Stated tolerance: from float32, packed groups are off by at most 1.5 times what separate rows are on average."""
+def test_bfloat16_is_within_rounding(tiny_policy, make_sample, make_image, arch):
+    """Tolerance: the mean error against float32 is at most 1.5 times that of separate rows."""
     policy = tiny_policy(arch)
     groups = build_groups(policy, make_sample, make_image, [([(112, 84)], [9, 8, 7, 6]), ([], [9, 9, 5])], cached=True)
     with torch.no_grad():
@@ -192,8 +192,8 @@ def test_bfloat16_is_as_near_as_rounding_allows(tiny_policy, make_sample, make_i
     assert 0 < errors["packed"] <= 1.5 * errors["separate"]
 
 
-def test_other_calls_attend_as_before(tiny_policy, make_sample, model_inputs, monkeypatch):
-    """Sampling, evaluation and the vision tower run through the same name, or not at all, and see no difference."""
+def test_other_calls_use_plain_sdpa(tiny_policy, make_sample, model_inputs, monkeypatch):
+    """Sampling, evaluation and the vision tower are not affected."""
     policy = tiny_policy()
     config = backbone(policy.model).language_model.config
     assert config._attn_implementation == group_attention.ATTENTION
@@ -205,8 +205,8 @@ def test_other_calls_attend_as_before(tiny_policy, make_sample, model_inputs, mo
         assert torch.equal(own, policy.model(**inputs).logits)
 
 
-def test_no_masked_cell_is_computed():
-    """One prompt of 5 with completions of 2: a rectangle of 2 x (5 + 2) each, and nothing is moved or padded."""
+def test_no_masked_block_is_computed():
+    """A prompt of 5 with completions of 2: 2 x (5 + 2) scores each, and nothing is padded."""
     layout = group_layout([5], [[2, 2, 2]], "cpu")
     assert layout.mask.shape == (1, 1, 2, 7) and layout.tokens is None
     assert layout.mask[0, 0].int().tolist() == [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]]

@@ -1,4 +1,4 @@
-"""Loading, freezing, adapters and references; everything that cannot be loaded says why."""
+"""Loading, freezing, adapters and references; and the errors for what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_full_policy_trains_the_language_model_only(arch, tiny_folder):
 
 
 @BOTH
-def test_vision_and_projector_have_their_own_settings(arch, tiny_policy):
+def test_vision_and_projector_are_trained_separately(arch, tiny_policy):
     projector = trained_names(tiny_policy(arch, train_projector=True))
     tower = trained_names(tiny_policy(arch, train_vision=True))
     assert {name for name in projector if "visual." in name} == {
@@ -62,7 +62,7 @@ def test_vision_and_projector_have_their_own_settings(arch, tiny_policy):
 
 
 @BOTH
-def test_lora_is_on_the_language_model_only(arch, tiny_policy):
+def test_lora_adapts_the_language_model_only(arch, tiny_policy):
     policy = tiny_policy(arch, lora=LORA)
     names = trained_names(policy)
     assert policy.vision_is_frozen
@@ -94,13 +94,13 @@ def test_checkpointing_leaves_frozen_features_without_graph(arch, lora, tiny_pol
     prompt = policy.processor.encode(make_sample())
     (features,) = image_features(policy.model, [prompt], "cpu")
     assert not features.requires_grad
-    # The tower itself must build no graph either, without our no_grad around it.
+    # The tower itself builds no graph either, without our no_grad around it.
     inputs = model_inputs(backbone(policy.model), prompt)
     raw = backbone(policy.model).get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
     assert not any(feature.requires_grad for feature in raw)
 
 
-def test_checkpointing_gives_the_same_gradients(tiny_policy, make_sample, model_inputs):
+def test_checkpointing_does_not_change_gradients(tiny_policy, make_sample, model_inputs):
     gradients = []
     for checkpointing in (False, True):
         policy = tiny_policy(lora=LORA, gradient_checkpointing=checkpointing)
@@ -120,7 +120,7 @@ def test_trained_vision_features_carry_a_graph(tiny_policy, make_sample):
 
 
 @BOTH
-def test_full_reference_stays_where_training_began(arch, tiny_policy, make_sample, model_inputs):
+def test_full_reference_keeps_the_initial_weights(arch, tiny_policy, make_sample, model_inputs):
     policy = tiny_policy(arch, train_projector=True)
     before = logits_of(policy, policy.model, make_sample(), model_inputs)
     reference = load_reference(policy)
@@ -226,7 +226,7 @@ def test_adapter_folder_as_path(tiny_policy, tmp_path):
         load_policy(ModelConfig(path=str(tmp_path / "adapter")))
 
 
-def test_another_architecture(tmp_path):
+def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"is a llama model, but only Qwen2-VL"):
         load_policy(ModelConfig(path=str(tmp_path)))
@@ -269,7 +269,7 @@ def test_bfloat16_and_attention_settings(tiny_folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_asked_for_where_there_is_none():
+def test_cuda_without_a_gpu_is_refused():
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"sees no CUDA device"):
         resolve_device("cuda")

@@ -1,4 +1,4 @@
-"""The adapter equals the stock implementation: prompts, positions, image features, logits."""
+"""Prompts, positions, image features and logits equal those of transformers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.models.qwen_vl import (
     Processor,
     backbone,
@@ -96,7 +98,7 @@ def test_special_strings_of_the_data_are_neutralised(tiny_policy, make_sample):
     assert prompt.text.count("<|im_end|>") == 2
 
 
-def test_prompt_does_not_depend_on_the_gold(tiny_policy, make_sample):
+def test_prompt_does_not_depend_on_the_gold_answer(tiny_policy, make_sample):
     processor = tiny_policy().processor
     first, second = (processor.encode(make_sample(answer=answer)) for answer in ("yes", "no"))
     assert first.text == second.text
@@ -116,7 +118,7 @@ def test_template_that_drops_images_names_the_sample(tiny_policy, make_sample):
         processor.encode(make_sample("row-17"))
 
 
-def test_pixel_limits_of_the_settings_hold(tiny_folder, make_sample, make_image):
+def test_pixel_limits(tiny_folder, make_sample, make_image):
     small = Processor.from_folder(tiny_folder("qwen2_vl"), max_pixels=56 * 56, min_pixels=56 * 56)
     assert small.encode(make_sample(images=(make_image(112, 112),))).image_grid_thw.tolist() == [[1, 4, 4]]
     with pytest.raises(ValueError, match=r"at least 40000 and at most 12544 pixels"):
@@ -151,13 +153,13 @@ def test_saved_processor_files_are_standard(tiny_policy, tmp_path, make_sample):
     assert Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size == processor.image_processor.size
 
 
-def test_folder_of_another_tokenizer_is_refused(tmp_path):
+def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read"):
         Processor.from_folder(tmp_path)
 
 
 @BOTH
-def test_positions_equal_the_stock_ones(arch, tiny_policy, mixed_samples, model_inputs):
+def test_positions_equal_get_rope_index(arch, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
     left = pad_prompts(policy.model, prompts, pad_id=0, device="cpu", side="left")
@@ -194,7 +196,7 @@ def test_positions_by_hand(tiny_policy, make_sample, make_image):
 
 @BOTH
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batched_embeddings_give_the_stock_logits(arch, side, tiny_policy, mixed_samples, model_inputs):
+def test_batched_embeddings_give_the_same_logits(arch, side, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
     padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device="cpu", side=side)
@@ -223,3 +225,18 @@ def test_sampled_image_token_takes_no_features(tiny_policy, make_sample):
     own = backbone(policy.model).language_model.embed_tokens.weight[policy.processor.image_token_id]
     assert torch.equal(embeds[0, -1], own)
     assert torch.equal(embeds[0, ids[0] == policy.processor.image_token_id][:-1], features[0])
+
+
+def test_expected_tokens_follow_text_and_image_headers(tiny_policy, make_sample, tmp_path):
+    processor = tiny_policy().processor  # at most 112 x 112 pixels, 28 x 28 per token
+    sizes = {"small": (56, 56), "large": (112, 112), "huge": (900, 900)}
+    for name, size in sizes.items():
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    found = {
+        name: processor.expected_tokens(make_sample(images=(FileImage(f"{name}.png", tmp_path),), question="x" * 40))
+        for name in sizes
+    }
+    assert found == {"small": 10 + 4, "large": 10 + 16, "huge": 10 + 16}
+    assert processor.expected_tokens(make_sample(images=(), question="x" * 40)) == 10
+    unknown = processor.expected_tokens(make_sample(question="x" * 40))  # in memory, without a header
+    assert unknown == 10 + 16

@@ -1,4 +1,4 @@
-"""Picking tokens, against distributions computed by hand."""
+"""Token sampling, against distributions computed by hand."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_temperature(temperature, shares):
         ({"top_k": 2, "suppressed": torch.tensor([2])}, [1, 3]),
     ],
 )
-def test_top_k_and_top_p_keep_the_right_tokens_in_their_shares(settings, kept):
+def test_top_k_and_top_p(settings, kept):
     weights = np.array([0.1, 0.2, 0.4, 0.3]) ** (1 / settings.get("temperature", 1.0))
     grid = (np.arange(2000) + 0.5) / 2000
     logits = torch.tensor([[0.1, 0.2, 0.4, 0.3]], dtype=torch.float64).log().expand(2000, -1)
@@ -85,7 +85,7 @@ def test_ties_keep_the_lower_ids():
     assert set(pick_tokens(logits, u, top_p=0.5).tolist()) == {0, 1, 2}
 
 
-def test_extremes_never_pick_a_token_without_mass():
+def test_extreme_uniforms_never_pick_a_token_of_zero_mass():
     # Far below the maximum the mass is 0 in float64: neither u = 0 nor u close to 1 may land there.
     logits = torch.tensor([[-1e4, -1e4, 0.0, -1e4, 0.0, -1e4]])
     for u, token in [(0.0, 2), (0.5, 4), (ALMOST_ONE, 4)]:
@@ -135,7 +135,7 @@ def test_rows_are_independent():
     assert whole.tolist() == [int(pick_tokens(logits[i : i + 1], u[i : i + 1], top_k=9, top_p=0.8)) for i in range(7)]
 
 
-def test_arguments_are_left_as_they_are():
+def test_arguments_are_not_modified():
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).double()
     before = logits.clone()
     pick_tokens(logits.clone(), torch.zeros(2, dtype=torch.float64), suppressed=torch.tensor([1]))
@@ -145,7 +145,7 @@ def test_arguments_are_left_as_they_are():
     assert torch.equal(logits, before)
 
 
-def test_greedy_skips_suppressed_tokens_and_takes_the_first_of_ties():
+def test_greedy_skips_suppressed_tokens_and_breaks_ties_by_id():
     logits = torch.tensor([[1.0, 9.0, 5.0, 5.0]])
     assert pick_greedy(logits).tolist() == [1]
     assert pick_greedy(logits, suppressed=torch.tensor([1])).tolist() == [2]
@@ -167,8 +167,8 @@ def test_uniform_table_is_addressed():
     assert uniform_table(7, "train", 3, [], [], 2, 5).shape == (0, 5)
 
 
-def test_both_ways_to_invert_agree():
-    """Bisection, where sums are taken in order, and the search that forgives parallel sums."""
+def test_both_inversions_agree():
+    """Binary search in sequential sums, and the search that tolerates parallel sums."""
     generator = torch.Generator().manual_seed(0)
     mass = torch.rand(500, 40, generator=generator, dtype=torch.float64)
     mass[torch.rand(500, 40, generator=generator) < 0.7] = 0

@@ -1,4 +1,4 @@
-"""Rollouts on vLLM, over a stand-in that takes what the release takes and computes with the stock model."""
+"""Rollouts on vLLM, with a stand-in that accepts what the release accepts and runs the transformers model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAMPLED = RolloutConfig(num_generations=3, max_completion_length=8, temperature=
 def make(
     fake_vllm: Any, serve_vllm: Callable[..., Any], tiny_policy: MakePolicy, tiny_folder: Callable[[str], Path]
 ) -> Callable[..., SimpleNamespace]:
-    """A policy with vLLM beside it: ``make("server", lora=LoraConfig(rank=2)).engine``."""
+    """Builds a policy and its vLLM engine: ``make("server", lora=LoraConfig(rank=2)).engine``."""
 
     def make_one(mode: str, arch: str = "qwen2_vl", *, sleep: bool = False, **settings: Any) -> SimpleNamespace:
         policy = tiny_policy(arch, **settings)
@@ -64,7 +64,7 @@ def tokens(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:
 
 
 def move(policy: Policy, seed: int = 5) -> None:
-    """Change what is trained so much that other tokens become likely."""
+    """Change the trained weights enough to change the most likely tokens."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -77,8 +77,8 @@ KINDS: list[dict[str, Any]] = [{}, {"lora": LoraConfig(rank=2)}]
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
-def test_the_likeliest_tokens_are_those_of_the_plain_engine(make, mixed_samples, mode, arch):
-    """One image, two of different sizes, none: the same tokens, prompts and features."""
+def test_greedy_tokens_equal_those_of_the_rollout_engine(make, mixed_samples, mode, arch):
+    """The same tokens, prompts and features for one image, two of different sizes, and none."""
     own = make(mode, arch)
     with own.engine.fresh():
         groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
@@ -97,7 +97,7 @@ def test_the_likeliest_tokens_are_those_of_the_plain_engine(make, mixed_samples,
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
-def test_weights_reach_vllm_when_a_rollout_begins_and_at_no_other_time(make, mixed_samples, mode, kind):
+def test_weights_are_synchronised_once_per_rollout(make, mixed_samples, mode, kind):
     own = make(mode, **kind)
     plain = RolloutEngine(own.policy)
     before = tokens(roll_out(plain, own.policy, mixed_samples, GREEDY))
@@ -114,8 +114,8 @@ def test_weights_reach_vllm_when_a_rollout_begins_and_at_no_other_time(make, mix
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
-def test_a_prefix_that_is_not_forgotten_shows(make, mixed_samples, monkeypatch, mode, kind):
-    """The stand-in keeps prefixes: without the reset a prompt is continued from keys of other weights."""
+def test_a_stale_prefix_cache_changes_the_tokens(make, mixed_samples, monkeypatch, mode, kind):
+    """The stand-in caches prefixes: without a reset, it continues from keys of the old weights."""
     own = make(mode, **kind)
     with own.engine.fresh():
         roll_out(own.engine, own.policy, mixed_samples, GREEDY)
@@ -128,8 +128,8 @@ def test_a_prefix_that_is_not_forgotten_shows(make, mixed_samples, monkeypatch, 
     monkeypatch.undo()
 
 
-def test_image_features_that_are_not_forgotten_show(make, mixed_samples, monkeypatch):
-    """A server encodes images itself, so with a trained tower its features grow old."""
+def test_stale_image_features_change_the_tokens(make, mixed_samples, monkeypatch):
+    """A server encodes images itself, so its features are stale after training the tower."""
     own = make("server", train_vision=True, train_projector=True)
     with own.engine.fresh():
         groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
@@ -145,7 +145,7 @@ def test_image_features_that_are_not_forgotten_show(make, mixed_samples, monkeyp
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_all_three_caches_are_emptied_after_the_weights_have_come(make, mode):
+def test_all_three_caches_are_cleared_after_loading_weights(make, mode):
     own = make(mode)
     engine = own.llm.engine if mode == "colocate" else own.server.engine
     engine.prefixes["old"] = engine.features["old"] = engine.patches["old"] = None
@@ -157,7 +157,7 @@ def test_all_three_caches_are_emptied_after_the_weights_have_come(make, mode):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_a_prefix_cache_that_cannot_be_emptied_ends_the_run(make, monkeypatch, mode):
+def test_a_prefix_cache_that_cannot_be_cleared_raises(make, monkeypatch, mode):
     own = make(mode)
     engine = own.llm.engine if mode == "colocate" else own.server.engine
     monkeypatch.setattr(engine, "reset_prefix_cache", lambda: False)
@@ -165,8 +165,8 @@ def test_a_prefix_cache_that_cannot_be_emptied_ends_the_run(make, monkeypatch, m
         pass
 
 
-def test_a_trained_tower_gives_vllm_its_own_features(make, mixed_samples):
-    """In this process images arrive as features: with an adapter and a trained projector, too."""
+def test_a_trained_tower_passes_its_features_to_vllm(make, mixed_samples):
+    """In colocate mode images are passed as features, also with an adapter and a trained projector."""
     own = make("colocate", lora=LoraConfig(rank=2), train_projector=True)
     move(own.policy)
     with own.engine.fresh():
@@ -176,7 +176,7 @@ def test_a_trained_tower_gives_vllm_its_own_features(make, mixed_samples):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(make, mixed_samples, model_inputs, mode):
+def test_log_probabilities_are_of_the_sampling_distribution(make, mixed_samples, model_inputs, mode):
     own = make(mode)
     with own.engine.fresh():
         groups = roll_out(own.engine, own.policy, mixed_samples, SAMPLED)
@@ -195,7 +195,7 @@ def test_log_probabilities_are_of_the_distribution_that_was_sampled_from(make, m
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_special_tokens_never_come_out(make, mixed_samples, monkeypatch, mode):
+def test_special_tokens_are_never_sampled(make, mixed_samples, monkeypatch, mode):
     config = RolloutConfig(num_generations=16, max_completion_length=8, temperature=2.0)
     own = make(mode)
     processor, words = own.policy.processor, causal_model(own.policy.model).lm_head.out_features
@@ -213,7 +213,7 @@ def test_special_tokens_never_come_out(make, mixed_samples, monkeypatch, mode):
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_completions_of_a_prompt_differ_and_come_again_alike(make, mixed_samples, mode):
+def test_completions_of_a_prompt_differ_and_are_reproducible(make, mixed_samples, mode):
     own = make(mode)
     config = SAMPLED.model_copy(update={"temperature": 2.0})
     with own.engine.fresh():
@@ -225,7 +225,7 @@ def test_completions_of_a_prompt_differ_and_come_again_alike(make, mixed_samples
     assert all(len(set(group)) > 1 for group in first)
 
 
-def test_images_are_encoded_once_and_prompts_read_once(make, mixed_samples):
+def test_images_are_encoded_once_and_prompts_prefilled_once(make, mixed_samples):
     own = make("server")
     with own.engine.fresh():
         roll_out(own.engine, own.policy, mixed_samples, SAMPLED)
@@ -233,8 +233,8 @@ def test_images_are_encoded_once_and_prompts_read_once(make, mixed_samples):
     assert own.server.engine.prefilled == 4
 
 
-def test_a_completion_ends_at_the_policys_own_stop_tokens(make, make_sample):
-    """And is cut off at the limit, which is not an end."""
+def test_a_completion_ends_at_a_stop_token(make, make_sample):
+    """Or is truncated at the limit."""
     own = make("colocate")
     with own.engine.fresh():
         groups = roll_out(own.engine, own.policy, [make_sample(str(n)) for n in range(6)], SAMPLED)
@@ -247,7 +247,7 @@ def test_a_completion_ends_at_the_policys_own_stop_tokens(make, make_sample):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
-def test_memory_is_given_back_between_rollouts(make, mixed_samples, kind):
+def test_sleep_frees_memory_between_rollouts(make, mixed_samples, kind):
     own = make("colocate", sleep=True, **kind)
     for _ in range(2):
         with own.engine.fresh():
@@ -258,8 +258,8 @@ def test_memory_is_given_back_between_rollouts(make, mixed_samples, kind):
     assert own.llm.slept == ([1, 1] if kind else [2, 2])  # the weights below an adapter are needed again
 
 
-def test_the_adapter_is_one_that_peft_loads(tiny_policy, tiny_folder, tmp_path):
-    """Without the modules that are trained whole, which vLLM refuses."""
+def test_the_adapter_loads_in_peft(tiny_policy, tiny_folder, tmp_path):
+    """It has no fully trained modules, which vLLM refuses."""
     policy = tiny_policy(lora=LoraConfig(rank=2), train_projector=True)
     move(policy)
     write_adapter(policy, tmp_path)
@@ -272,8 +272,7 @@ def test_the_adapter_is_one_that_peft_loads(tiny_policy, tiny_folder, tmp_path):
     assert policy.model.peft_config["default"].modules_to_save == ["visual.merger"]  # the policy's own are untouched
 
 
-def test_nothing_but_the_library_is_told_to_start(fake_vllm, tiny_policy, monkeypatch):
-    """No other settings than these."""
+def test_engine_arguments(fake_vllm, tiny_policy, monkeypatch):
     policy = tiny_policy(lora=LoraConfig(rank=9))
     Colocated(policy, VllmConfig(gpu_memory_utilization=0.4, max_model_length=700), rank=0, num_ranks=1)
     given = fake_vllm.LLM.made[-1].given
@@ -285,8 +284,7 @@ def test_nothing_but_the_library_is_told_to_start(fake_vllm, tiny_policy, monkey
     assert "max_model_len" not in ranks
 
 
-def test_the_stand_in_takes_what_the_release_takes(fake_vllm):
-    """A call that the release would refuse is refused."""
+def test_the_stand_in_refuses_what_the_release_refuses(fake_vllm):
     with pytest.raises(TypeError):
         fake_vllm.LLM("folder", mm_processor_kwargs={}, max_model_length=5)
     with pytest.raises(TypeError):
@@ -295,8 +293,8 @@ def test_the_stand_in_takes_what_the_release_takes(fake_vllm):
         fake_vllm.bind("LLM.generate", [], None, None)
 
 
-def test_prompts_are_collapsed_to_one_placeholder_an_image(tiny_policy, mixed_samples):
-    """Neighbouring images, too, which no chat template makes but the counts tell apart."""
+def test_prompts_are_collapsed_to_one_placeholder_per_image(tiny_policy, mixed_samples):
+    """Also for adjacent images, which no chat template produces."""
     processor = tiny_policy().processor
     pad = processor.image_token_id
     for sample in mixed_samples:
@@ -313,7 +311,7 @@ def test_unknown_log_probabilities():
     assert all(np.isnan(known(value)) for value in (None, float("nan"), float("-inf"), -9999.0))
 
 
-def test_a_server_that_resizes_images_otherwise_is_found_out(
+def test_a_server_that_resizes_images_differently_is_detected(
     serve_vllm, tiny_policy, tiny_folder, make_image, make_sample
 ):
     server = serve_vllm(tiny_folder("qwen2_vl"), max_pixels=56 * 56)
@@ -331,7 +329,7 @@ def _at(url: str) -> VllmConfig:
     return VllmConfig(mode="server", server_url=url, timeout=20)
 
 
-def test_a_server_that_does_not_fit_is_refused(serve_vllm, tiny_policy, tiny_folder):
+def test_a_server_with_other_settings_is_refused(serve_vllm, tiny_policy, tiny_folder):
     server = serve_vllm(tiny_folder("qwen2_vl"))
     plain, adapted = tiny_policy(), tiny_policy(lora=LoraConfig(rank=20))
 
@@ -356,7 +354,7 @@ def test_a_server_that_does_not_fit_is_refused(serve_vllm, tiny_policy, tiny_fol
     )
 
 
-def test_a_server_that_is_not_there(serve_vllm, tiny_folder):
+def test_an_unreachable_server(serve_vllm, tiny_folder):
     with pytest.raises(ValueError, match=r"no vLLM server can be used there: .* does not answer /health: .*refused"):
         check_answers(_at("http://127.0.0.1:9"))
     server = serve_vllm(tiny_folder("qwen2_vl"))
@@ -374,14 +372,14 @@ def test_a_server_that_is_not_there(serve_vllm, tiny_folder):
         ((200, {"prompt_token_ids": [1], "choices": []}), "read the prompt of sample 'one' as 1 tokens"),
     ],
 )
-def test_a_server_that_fails_later(make, mixed_samples, answer, message):
+def test_a_server_that_fails_during_training(make, mixed_samples, answer, message):
     own = make("server")
     own.server.answers["/inference/v1/generate"] = answer
     with own.engine.fresh(), pytest.raises(VllmError, match=message):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
 
 
-def test_completions_that_vllm_ends_itself(make, mixed_samples, monkeypatch):
+def test_completions_that_vllm_aborts(make, mixed_samples, monkeypatch):
     own = make("colocate")
     complete = own.llm.engine.complete
 
@@ -398,7 +396,7 @@ def test_completions_that_vllm_ends_itself(make, mixed_samples, monkeypatch):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
 
 
-def test_what_vllm_refuses_is_told(make, mixed_samples, monkeypatch):
+def test_errors_of_vllm_are_reported(make, mixed_samples, monkeypatch):
     own = make("colocate")
     own.llm.given["max_model_len"] = 20
     with (
@@ -427,6 +425,6 @@ def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):
     assert [max_lora_rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
 
 
-def test_its_modules_say_that_they_have_not_run_on_a_gpu():
+def test_docstrings_say_that_the_modules_have_not_run_on_a_gpu():
     for name in ("vllm", "vllm_local", "vllm_server"):
         assert "ot yet run" in (Path(ours.__file__).parent / f"{name}.py").read_text().split('"""')[1]

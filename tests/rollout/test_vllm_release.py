@@ -1,4 +1,4 @@
-"""What needs no GPU of an installed vLLM, against what is sent to it. Skipped where there is none."""
+"""The parts of an installed vLLM that need no GPU, against what is sent to it. Skipped without vLLM."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def params(tiny_policy) -> dict[str, Any]:
     return engine._params(RolloutConfig(), (0, "train", 1, "sample", 0))
 
 
-def test_signatures_are_those_that_the_stand_in_has():
-    """And fields and routes; more of them do no harm."""
+def test_signatures_equal_those_of_the_stand_in():
+    """Also fields and routes; the release may have more."""
     import vllm
 
     spec = importlib.util.spec_from_file_location("released", FAKES / "released.py")
@@ -46,7 +46,7 @@ def test_signatures_are_those_that_the_stand_in_has():
     assert known["routes"].keys() <= found["routes"].keys()
 
 
-def test_requests_are_taken(params, mixed_samples, tiny_policy):
+def test_requests_are_accepted(params, mixed_samples, tiny_policy):
     from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
     from vllm.sampling_params import SamplingParams
 
@@ -66,7 +66,7 @@ def test_requests_are_taken(params, mixed_samples, tiny_policy):
             assert getattr(request.sampling_params, name) == value, name
 
 
-def test_adapters_are_taken(tiny_policy, tmp_path):
+def test_adapters_are_accepted(tiny_policy, tmp_path):
     from vllm.config.lora import LoRAConfig
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.utils import parse_fine_tuned_lora_name
@@ -83,7 +83,7 @@ def test_adapters_are_taken(tiny_policy, tmp_path):
         assert module.startswith("language_model.model.layers.") and module.endswith("_proj"), module
 
 
-def test_weights_have_names_that_are_known(tiny_policy):
+def test_weight_names_are_known(tiny_policy):
     from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration as Released
 
     names = [name for name, _ in tiny_policy().model.named_parameters()]
@@ -92,8 +92,8 @@ def test_weights_have_names_that_are_known(tiny_policy):
     assert parts == {"language_model.model", "visual.blocks", "visual.merger", "visual.patch_embed"}
 
 
-def test_prompts_are_expanded_to_what_training_reads(tiny_policy, tiny_folder, mixed_samples):
-    """Placeholders, features and positions, by vLLM's own processor; its image processor is not asked for features."""
+def test_prompts_expand_to_those_of_training(tiny_policy, tiny_folder, mixed_samples):
+    """Placeholders, features and positions from vLLM's own processor, which does not process features."""
     from transformers import AutoConfig, AutoTokenizer
     from vllm.config.multimodal import MultiModalConfig
     from vllm.model_executor.models.qwen2_vl import (

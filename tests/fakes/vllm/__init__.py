@@ -1,4 +1,4 @@
-"""A stand-in for vLLM that lets through only calls that bind to the released signatures (../released.json).
+"""A stand-in for vLLM that only accepts calls that bind to the released signatures (../released.json).
 
 What a real engine computes with its own kernels, this one computes with the stock model of transformers, prompt after
 prompt. It caches as vLLM does (keys and values by tokens, images and adapter; image features by what is in the image)
@@ -31,7 +31,7 @@ RELEASED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "released.jso
 
 
 def bind(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by name, defaults filled in.
+    """The arguments of a call by name, with defaults.
 
     Raises:
         TypeError: the release does not take them so.
@@ -43,14 +43,14 @@ def bind(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def only(name: str, given: Iterable[str]) -> None:
-    """Refuse fields that a class of the release does not have."""
+    """Refuse fields that a released class does not have."""
     unknown = set(given) - set(RELEASED["fields"][name]["names"])
     if unknown:
         raise TypeError(f"{name} has no {', '.join(sorted(unknown))}")
 
 
 def record(name: str, **fields: Any) -> SimpleNamespace:
-    """An object with fields that a class of the release has."""
+    """An object with fields of a released class."""
     only(name, fields)
     return SimpleNamespace(**fields)
 
@@ -63,7 +63,7 @@ class TokensPrompt(dict[str, Any]):
 
 
 class SamplingParams(SimpleNamespace):
-    """What is used of it; refuses what the release refuses (sampling_params.py, ``_verify_args``)."""
+    """The fields that are used; refuses what the release refuses (sampling_params.py, ``_verify_args``)."""
 
     def __init__(self, **fields: Any) -> None:
         only("SamplingParams", fields)
@@ -77,7 +77,7 @@ class SamplingParams(SimpleNamespace):
 
 
 class Engine:
-    """The model, its caches and its adapter, as both the library and the server have them."""
+    """The model, its caches and its adapter, for both library and server."""
 
     def __init__(self, folder: str, *, max_pixels: int | None = None, min_pixels: int | None = None) -> None:
         self.model = _load(folder)
@@ -113,7 +113,7 @@ class Engine:
         assert loaded == set(own), f"not loaded: {sorted(set(own) - loaded)[:3]}"
 
     def add_lora(self, name: str, path: str, *, load_inplace: bool) -> None:
-        """Load an adapter; peft_helper.py refuses modules that are trained whole."""
+        """Load an adapter; peft_helper.py refuses fully trained modules."""
         settings = json.loads((Path(path) / "adapter_config.json").read_text())
         assert not settings["modules_to_save"], "vLLM only supports modules_to_save being None"
         if name in self.adapters and not load_inplace:
@@ -170,8 +170,8 @@ class Engine:
         return key, self.features[key], grid
 
     def _expand(self, ids: Sequence[int], grids: Sequence[Tensor]) -> list[int]:
-        """Replace the first placeholders, one for each image, by as many as the image has tokens, and leave any others
-        (multimodal/processing/processor.py, as it was seen to do)."""
+        """Expand the first placeholders, one per image, to the image's tokens, and keep any others, as observed in
+        multimodal/processing/processor.py."""
         pad, merged = self.inner.config.image_token_id, self.processor.merge_size**2
         counts = [int(grid.prod()) // merged for grid in grids]
         assert list(ids).count(pad) >= len(counts), "Failed to apply prompt replacement"
@@ -181,7 +181,7 @@ class Engine:
     def _prefill(
         self, ids: list[int], features: list[Tensor], grids: list[Tensor]
     ) -> tuple[DynamicCache, Tensor, int]:
-        """Keys and values of a prompt, logits after it, and the position that follows."""
+        """Keys and values of a prompt, its last logits, and the next position."""
         self.prefilled += 1
         model, tokens = self.inner.model, torch.tensor([ids])
         is_image = tokens == self.inner.config.image_token_id
@@ -267,10 +267,10 @@ def _load(folder: str) -> Any:
 
 
 class LLM:
-    """The library; ``llm_engine`` is the object itself."""
+    """``vllm.LLM``; ``llm_engine`` is the object itself."""
 
     made: list[LLM] = []
-    """Those of this process, for tests to look at."""
+    """All instances of this process, for tests."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = bind("LLM.__init__", *args, **kwargs)
@@ -344,7 +344,7 @@ class LLM:
         return outputs
 
     def _images(self, data: Any) -> list[tuple[Tensor, Tensor]]:
-        """Features of each image with its grid; multimodal/parse.py has what is asked of them."""
+        """Features of each image with its grid, checked as in multimodal/parse.py."""
         if data is None:
             return []
         assert data.keys() == {"image_embeds", "image_grid_thw"}, data.keys()
@@ -356,7 +356,7 @@ class LLM:
 
 
 def from_url(url: str) -> Image.Image:
-    """An image out of a ``data:`` address."""
+    """Decode an image from a ``data:`` URL."""
     import base64
 
     kind, _, content = url.partition(",")

@@ -1,4 +1,4 @@
-"""Costs computed from config.json against real models: parameters counted, operations counted by torch."""
+"""Costs computed from config.json equal those of real models: parameters, and FLOPs as counted by torch."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ QWEN2_5_VL_7B = {
 
 
 def architecture(model):
-    """Sizes as read from the config.json that the model would be saved with."""
+    """The dimensions in the config.json that the model would be saved with."""
     return read_architecture(json.loads(causal_model(model).config.to_json_string(use_diff=False)))
 
 
@@ -143,7 +143,7 @@ def test_other_config_files_are_refused(change, message):
 
 
 def torch_flops(run):
-    """Operations as torch counts them, attention as the two products (backward: four) of its definition."""
+    """FLOPs as counted by torch, with attention as two products forward and four backward."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         run()
@@ -151,14 +151,14 @@ def torch_flops(run):
 
 
 def a_prompt(policy, make_sample, make_image):
-    """An image of 3 x 5 merged patches, whose windows of 56 pixels are cut at two edges."""
+    """An image of 3 x 5 merged patches, whose windows of 56 pixels are cropped at two edges."""
     prompt = policy.processor.encode(make_sample(images=(make_image(140, 84),)))
     (grid,) = prompt.image_grid_thw[:, 1:].tolist()
     return prompt, (tuple(grid),)
 
 
 @BOTH
-def test_vision_operations(tiny_policy, make_sample, make_image, arch):
+def test_vision_flops(tiny_policy, make_sample, make_image, arch):
     policy = tiny_policy(arch)
     prompt, grids = a_prompt(policy, make_sample, make_image)
     assert grids == ((6, 10),)
@@ -184,7 +184,7 @@ OTHERS = LoraConfig(rank=3, targets=("v_proj", "o_proj"))
         ("qwen2_5_vl", LoraConfig(rank=3), False, False, True),
     ],
 )
-def test_operations_of_forward_and_backward(
+def test_flops_of_forward_and_backward(
     tiny_policy, model_inputs, make_sample, make_image, arch, lora, tower, projector, checkpointing
 ):
     policy = tiny_policy(
@@ -203,15 +203,15 @@ def test_operations_of_forward_and_backward(
         assert torch_flops(lambda: policy.model(**inputs, use_cache=False)) == expected
     expected += backward_flops(model, shape, trained, attention=2.0) + recompute_flops(model, shape, trained)
     if lora and not tower and not projector:
-        # Unlike a fused kernel, the separate products leave out the gradients of keys and values that need none.
+        # Unlike a fused kernel, separate products skip the gradients of keys and values that need none.
         expected -= 2 * model.hidden * shape.pairs * len({"k_proj", "v_proj"} - set(lora.targets))
-        # And without a gradient of queries and keys there is none of the scores.
+        # Without a gradient of queries and keys, the scores have none either.
         if not {"q_proj", "k_proj"} & set(lora.targets):
             expected -= 2 * 2 * model.hidden * shape.pairs
     assert torch_flops(lambda: policy.model(**inputs, use_cache=False).logits.sum().backward()) == expected
 
 
-def test_decoding_operations_are_those_of_one_token_per_row(tiny_policy):
+def test_decoding_flops(tiny_policy):
     policy = tiny_policy()
     model = architecture(policy.model)
     text = backbone(policy.model).language_model
@@ -234,13 +234,13 @@ def test_decoding_reads_the_weights_and_the_cache(tiny_policy):
 
 
 @given(st.integers(1, 30), st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_pairs_are_the_cells_of_the_mask(prompt, completions):
+def test_pairs_equal_the_mask(prompt, completions):
     segments = torch.tensor([[0] * prompt + [s for s, n in enumerate(completions, start=1) for _ in range(n)]])
     assert group_pairs(prompt, completions) == int(attention_mask(segments).sum())
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=3))
-def test_windows_are_those_of_the_model(sides):
+def test_windows_equal_those_of_transformers(sides):
     model = read_architecture(QWEN2_5_VL_7B)
     grids = [(2 * down, 2 * across) for down, across in sides]
     whole = sum((down * across) ** 2 for down, across in grids)
@@ -249,8 +249,8 @@ def test_windows_are_those_of_the_model(sides):
     assert vision_pairs(model, grids) == 4 * whole + 28 * windows
 
 
-def test_shared_rows_save_what_the_group_size_says(tiny_policy, make_sample):
-    """The counts of a collated batch, so that the formulas are fed with what the update really runs."""
+def test_pairs_of_a_collated_batch(tiny_policy, make_sample):
+    """The formulas count what the update runs."""
     policy = tiny_policy()
     prompt = policy.processor.encode(make_sample())
     group = Group(make_sample(), prompt, [Completion(tuple(range(n)), "", False) for n in (3, 5, 4)])
@@ -264,7 +264,7 @@ def test_shared_rows_save_what_the_group_size_says(tiny_policy, make_sample):
     )
 
 
-def test_adapters_cost_their_parameters():
+def test_lora_flops():
     model = read_architecture(QWEN2_VL_2B)
     assert lora_flops(model, 16, TARGETS, 10) == 20 * lora_parameters(model, 16, TARGETS)
     assert (

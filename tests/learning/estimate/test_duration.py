@@ -1,4 +1,4 @@
-"""Seconds of a step against operations and bytes counted by hand."""
+"""Seconds of a step against FLOPs and bytes counted by hand."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_phase_by_hand():
     assert times.total == times.rollout + times.reference + times.update
 
 
-def test_decoding_is_bound_by_what_it_reads_where_that_is_slower():
+def test_decoding_is_limited_by_bandwidth():
     times = least_seconds(work(), Rates(flops=1e30, bandwidth=1.0), completion_tokens=4)
     weights = LAYERS + 2 * (8 + 2 * 4) + 2 * 2 * 8 + 8 + 8 * 100  # linears, biases, norms, output layer
     keys = 2 * 5 + 6 * 2  # two prompts, read once, and what six rows wrote
@@ -52,7 +52,7 @@ def test_decoding_is_bound_by_what_it_reads_where_that_is_slower():
     assert times.prefill == pytest.approx(0)
 
 
-def test_nothing_is_expected_to_be_faster_than_the_rates_allow():
+def test_expected_times_are_longer_than_the_least():
     rates = Rates(flops=1e9, bandwidth=1e8)
     least, likely = (time(work(), rates, completion_tokens=4) for time in (least_seconds, expected_seconds))
     assert all(a <= b for a, b in zip(least, likely)) and likely.total > least.total
@@ -60,7 +60,7 @@ def test_nothing_is_expected_to_be_faster_than_the_rates_allow():
     assert hosted.decode == pytest.approx(3 * 2 * 0.7e-3)  # 3 steps of 2 layers, however fast the machine
 
 
-def test_rows_that_repeat_the_prompt_cost_more():
+def test_repeated_prompts_cost_more():
     apart = work(model=ModelConfig(attention="flash_attention_2").model_dump())
     assert update_shape(apart, 4).tokens == 6 * 9
     assert update_shape(apart, 4).pairs == 6 * 9 * 10 // 2

@@ -1,4 +1,4 @@
-"""Memory estimated before a run against what torch's allocator hands out while two real steps run."""
+"""Estimated memory against torch's allocator during two real steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def questions(count: int, size: int) -> list[Sample]:
 
 
 def medium_policy(model: ModelConfig, size: int):
-    """28 M parameters, keys shared by three heads, as in the larger models."""
+    """28 M parameters, with three query heads per key head as in larger models."""
     processor = build_processor()
     processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": size * size}
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
@@ -80,13 +80,13 @@ def medium_policy(model: ModelConfig, size: int):
 
 
 def storages(tensors) -> int:
-    """Bytes of tensors, shared memory counted once."""
+    """Bytes of tensors, counting shared storage once."""
     found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(found.values())
 
 
 def phase_peaks(run, base: int) -> dict[str, int]:
-    """The most bytes that are allocated within each named phase: the allocator's events, replayed."""
+    """Peak bytes allocated within each named phase, replayed from the allocator's events."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
     events = prof.profiler.kineto_results.events()
@@ -101,7 +101,7 @@ def phase_peaks(run, base: int) -> dict[str, int]:
 
 
 def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]:
-    """(estimated, measured) bytes of every phase of the second step, completions as long as they can get."""
+    """(estimated, measured) bytes of each phase of the second step, with completions at the limit."""
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     reference = load_reference(policy) if config.loss.beta > 0 else None
     trained = wrap(config, accelerator, policy)
@@ -200,7 +200,7 @@ def test_28_million_parameters(lora, beta):
         {"train_projector": True, "lora": LoraConfig()},
     ],
 )
-def test_what_settings_change(changed):
+def test_settings(changed):
     model = ModelConfig(device="cpu", **changed)
     config = settings(model, beta=0.0, prompts=2, micro=1, generations=3, length=16)
     check(compare(medium_policy(model, 168), config, 168))
@@ -218,7 +218,7 @@ def test_base_weights_in_4_bits(changed, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraConfig()])
-def test_logits_in_chunks(lora, monkeypatch):
+def test_chunked_logits(lora, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 2**19)
     monkeypatch.setattr(memory, "LOGITS_PER_CHUNK", 2**19)
     model = ModelConfig(device="cpu", lora=lora, gradient_checkpointing=True)
@@ -226,7 +226,7 @@ def test_logits_in_chunks(lora, monkeypatch):
     check(compare(medium_policy(model, 112), config, 112))
 
 
-def test_chunks_and_layouts_are_those_of_the_update():
+def test_chunks_and_layouts_equal_those_of_the_update():
     assert memory.LOGITS_PER_CHUNK == logprobs.LOGITS_PER_CHUNK
     assert {name: logprobs.layout_for(name) for name in ("eager", "flash_attention_2")} == {
         name: LAYOUTS[name] for name in ("eager", "flash_attention_2")
@@ -263,14 +263,14 @@ def test_full_fine_tuning_in_bfloat16_by_hand(work):
     assert step["optimizer"] == (12 + 8) * trained
     assert step["gradients"] == 2 * trained
     # 28 layers of 2 x 256 numbers for 8 x 8 completions of 256 tokens, 8 prompts of 434 as they come out of the
-    # prefill, and 8 places for prompts; where prompts wait there are twice as many.
+    # prefill, and 8 slots for prompts; if prompts wait there are twice as many.
     assert moments["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (64 * 256 + (8 + 8) * 434)
     waiting = step_memory(work(rollout=RolloutConfig(max_batch=4)), process=0)
     assert waiting["rollout: decode"]["KV cache"] == 2 * 28 * 512 * (32 * 256 + (4 + 8) * 434)
     assert list(step) == list(PARTS)
 
 
-def test_adapters_need_no_reference_and_little_optimizer(work):
+def test_lora_needs_no_reference_and_little_optimizer_state(work):
     step = step_memory(work(model=ModelConfig(lora=LoraConfig())), process=0)["update: optimizer"]
     assert step["reference"] == 0
     assert step["weights"] == 2 * 2_208_985_600 + 4 * 18_464_768
@@ -296,7 +296,7 @@ def test_devices_share_the_prompts(work):
         plan(Config(), model, question_tokens=110, grid=None, on_gpu=True, ranks=3)
 
 
-def test_a_budget_of_tokens_bounds_the_groups(work):
+def test_a_token_budget_limits_the_groups(work):
     group = 434 + 8 * 256
     assert work(train=TrainConfig(max_tokens_per_micro_batch=3 * group)).groups_per_micro_batch == 3
     assert work(train=TrainConfig(max_tokens_per_micro_batch=3 * group - 1)).groups_per_micro_batch == 2
@@ -304,7 +304,7 @@ def test_a_budget_of_tokens_bounds_the_groups(work):
         work(train=TrainConfig(max_tokens_per_micro_batch=group - 1))
 
 
-def test_graphs_keep_the_cache_in_the_update(work):
+def test_cuda_graphs_keep_the_cache_during_the_update(work):
     eager, graph = (step_memory(work(rollout=RolloutConfig(engine=name)), process=0) for name in ("eager", "graph"))
     cache = 2 * 28 * 512 * (64 * 256 + 8 * 434)
     assert eager["update: layers"]["KV cache"] == 0 and graph["update: layers"]["KV cache"] == cache
