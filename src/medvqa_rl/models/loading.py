@@ -330,8 +330,7 @@ class Reference:
         Args:
             policy: the trained policy.
             frozen: a separate model; None uses the policy's own.
-            shards: the initial values of the trained weights, which the caller loads into the policy's model for the
-                reference pass.
+            shards: initial values of the trained weights, which the caller loads into the policy's model for the pass.
         """
         self._policy = policy
         self._frozen = frozen
