@@ -1,7 +1,7 @@
-"""What a reasoning text of the phantom world says, and whether it is true or coherent.
+"""Parse the claims of phantom reasoning, and check whether they are true and coherent.
 
-Two oracles, kept apart. :func:`claims` against the scene knows the image: it measures faithfulness.
-:func:`is_coherent` knows the world's rules but not the image: it labels data for judges, which see text only.
+Two separate oracles: :func:`faithfulness` compares claims with the scene and so knows the image; :func:`is_coherent`
+knows the world's rules but not the image, and labels data for judges, which read only text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Claim(NamedTuple):
     value: str
     """The modality, organ, kind or place; empty for the topic none (no finding at all)."""
     finding: Finding | None = None
-    """What a finding claim says of count, size and place."""
+    """Count, size and place of a claimed finding."""
 
 
 def _one_of(words: tuple[str, ...]) -> str:
@@ -58,7 +58,7 @@ _PATTERNS: tuple[tuple[Topic, re.Pattern[str]], ...] = (
 )
 _CONCLUSION = re.compile(r"So the answer is ([\w ]+?)(?: [A-H])?")
 REMARKS = ("The image is sharp", "The view is complete", "The quality is good")
-"""Sentences that claim nothing about the scene; more than two of them are padding."""
+"""Sentences without claims about the scene; more than two of them are padding."""
 
 
 def _sentences(text: str) -> list[str]:
@@ -78,12 +78,12 @@ def _read(sentence: str) -> Claim | None:
 
 
 def claims(text: str) -> list[Claim]:
-    """The checkable statements of a reasoning text, in order. Conclusions and remarks are none."""
+    """Checkable statements of a reasoning text, in order; conclusions and remarks are skipped."""
     return [claim for sentence in _sentences(text) if (claim := _read(sentence)) is not None]
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:
-    """Whether the scene bears a claim out; a finding must be right in kind, count, size and place."""
+    """Whether a claim is true of the scene; a finding must match in kind, count, size and place."""
     if claim.topic == "modality":
         return claim.value == scene.modality
     if claim.topic == "organ":
@@ -119,7 +119,7 @@ FLAWS = (
     "clear and not clear",
     "count of four",
 )
-"""What can be wrong with a reasoning text without looking at the image."""
+"""Flaws of a reasoning text that can be found without the image."""
 
 
 def is_coherent(text: str) -> bool:
@@ -133,7 +133,7 @@ def is_coherent(text: str) -> bool:
 
 
 def flaws(text: str) -> list[str]:
-    """Which of the :data:`FLAWS` a reasoning text has; none where it is coherent."""
+    """The :data:`FLAWS` of a reasoning text; empty if it is coherent."""
     sentences = _sentences(text)
     found: list[Claim] = []
     is_foreign = is_unfounded = False
@@ -171,7 +171,7 @@ def _follows(answer: str, found: list[Claim]) -> bool:
 
 
 def _conflicts(found: list[Claim]) -> dict[str, bool]:
-    """Whether claims exclude each other, by flaw."""
+    """Flaws that consist in contradictory claims, and whether each is present."""
     modalities = {claim.value for claim in found if claim.topic == "modality"}
     organs = {claim.value for claim in found if claim.topic == "organ"}
     findings = [claim.finding for claim in found if claim.finding is not None]

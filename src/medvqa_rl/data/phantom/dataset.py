@@ -19,7 +19,7 @@ QUESTIONS_PER_IMAGE = {"train": 1, "val": 2, "test": 2}
 
 @dataclass(frozen=True)
 class PhantomDataset:
-    """Samples drawn on demand; the i-th is a pure function of the settings and i."""
+    """Samples generated on demand; sample i is a pure function of the settings and i."""
 
     config: DataConfig
     split: Literal["train", "val", "test"]
@@ -64,7 +64,7 @@ class PhantomDataset:
 
 
 def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> PhantomDataset:
-    """One split of the phantom world.
+    """Load one split of the phantom world.
 
     Raises:
         ValueError: a family or modality that the world does not have, or families without questions of the allowed

@@ -1,8 +1,8 @@
-"""Images of phantom scenes, 112 x 112 RGB, the same bytes on every platform.
+"""Render phantom scenes as 112 x 112 RGB images, identical on every platform.
 
-Only additions, multiplications, divisions, square roots, comparisons and integer operations are used, all of which
-IEEE 754 defines to the last bit; no exp, sin or sums over arrays, whose results differ between libraries. Values
-are float32 in [0, 1] until the last step.
+Uses only operations that IEEE 754 defines exactly: addition, multiplication, division, square root, comparison and
+integer arithmetic. exp, sin and array sums are avoided because their results differ between libraries. Values are
+float32 in [0, 1] until the last step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ X, Y = np.meshgrid(_AXIS, _AXIS)  # (112, 112) in (-1, 1); x to the right, y dow
 
 
 class Scanner(NamedTuple):
-    """How a device turns a scene into grey levels. Ranges are drawn anew for every image."""
+    """Imaging properties of a device; values are drawn from these ranges for every image."""
 
     contrast: tuple[float, float]
     offset: tuple[float, float]
     """Added after contrast, in grey levels of 255."""
     square: tuple[float, float]
-    """Share of the squared image mixed in: 1 is a gamma of 2."""
+    """Weight of the squared image; 1 is a gamma of 2."""
     bias: tuple[float, float]
     """Loss of signal from one lateral edge to the other, as a share."""
     noise: tuple[float, float]
@@ -47,7 +47,8 @@ SCANNERS = {
     "unseen": Scanner((0.35, 0.45), (30, 50), (1.0, 1.0), (0.5, 0.6), (3, 6), False),
     "worn": Scanner((0.3, 0.4), (110, 130), (0.0, 0.3), (0.1, 0.25), (10, 16), True),
 }
-"""The checkpoints know home. The unseen one is bright, flat and fades to a side; the worn one is hazy and coarse."""
+"""The checkpoints are trained on home. Unseen is bright and low in contrast and fades to one side; worn is hazy and
+has low resolution."""
 
 
 def _clip(plane: Plane) -> Plane:
@@ -286,7 +287,7 @@ def _noise(key: int) -> Plane:
 
 
 def render(scene: Scene, scanner: str = "home") -> NDArray[np.uint8]:
-    """Draw a scene as the named scanner sees it.
+    """Render a scene as imaged by a scanner.
 
     Returns:
         (112, 112, 3) RGB.
@@ -318,7 +319,7 @@ def render(scene: Scene, scanner: str = "home") -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class PhantomImage:
-    """An image that is drawn when it is asked for."""
+    """An image that is rendered when it is loaded."""
 
     scene: Scene
     scanner: str
@@ -328,8 +329,8 @@ class PhantomImage:
         return f"{self.scanner}:{self.scene.key}"
 
     def load(self) -> Image.Image:
-        """Draw the image. Never fails."""
+        """Render the image. Never fails."""
         return Image.fromarray(render(self.scene, self.scanner), "RGB")
 
     def header_pixels(self) -> None:
-        """Nothing: it has no header."""
+        """None: there is no header."""

@@ -1,7 +1,8 @@
-"""The phantom world: what can be in a scene. The scene is the ground truth; images, questions and claims follow it.
+"""Scenes of the phantom world: the ground truth from which images, questions and claims are derived.
 
-Six modalities, eleven organs, sixteen kinds of finding. Not every kind occurs in every modality: the pairs are the
-world's anatomy, which coherent reasoning respects.
+Six modalities, eleven organs and sixteen kinds of findings. Each modality shows only some kinds, which coherent
+reasoning
+respects.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ MODALITIES = tuple(ORGANS)
 ALL_ORGANS = tuple(organ for organs in ORGANS.values() for organ in organs)
 ALL_KINDS = tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))
 SIDES = ("left", "right")
-"""Sides of the image as it is looked at."""
+"""Sides of the image, from the viewer's perspective."""
 LEVELS = ("upper", "middle", "lower")
 SIZES = ("small", "medium", "large")
 COUNTS = ("one", "two", "three", "four")
-"""Up to three lesions are drawn; four only ever stands among the options."""
+"""At most three lesions are drawn; four is only used as an option."""
 
 MODALITY_OF = {organ: modality for modality, organs in ORGANS.items() for organ in organs}
 
@@ -67,10 +68,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is true of one image."""
+    """The content of one image."""
 
     key: str
-    """The address it was drawn from; also the image's name."""
+    """Seeds the scene; also the name of the image."""
     modality: str
     organ: str
     findings: tuple[Finding, ...]
@@ -81,8 +82,8 @@ class Scene:
 
 
 def draw_scene(key: str) -> Scene:
-    """Draw the scene that the key names: none (1 in 7), one or two findings, of different kinds in different cells,
-    in reading order."""
+    """Draw the scene for a key: no (1 in 7), one or two findings of different kinds in different cells, in reading
+    order."""
     draws = Draws("phantom scene", VERSION, key)
     modality = draws.pick(MODALITIES)
     organ = draws.pick(ORGANS[modality])
