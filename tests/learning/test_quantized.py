@@ -337,12 +337,12 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.load_in_4bit=true"], "weights in 4 bits cannot be trained themselves: set model.lora"),
+        (["model.load_in_4bit=true"], "4-bit weights cannot be trained: set model.lora"),
         (["model.load_in_4bit=true", "model.lora={rank: 2}", "train.engine=zero3"], "but zero3 shards tensors"),
         (["model.load_in_4bit=true", "model.lora={rank: 2}", "train.engine=fsdp2"], "but fsdp2 shards tensors"),
         (
             ["model.load_in_4bit=true", "model.lora={rank: 2}", "rollout.engine=graph"],
-            "CUDA graphs were not tested with weights in 4 bits",
+            "CUDA graphs are not tested with 4-bit weights",
         ),
     ],
 )
