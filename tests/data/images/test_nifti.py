@@ -15,7 +15,7 @@ from medvqa_rl.data.images import files as images
 from medvqa_rl.data.images.files import FileImage
 
 nibabel = pytest.importorskip("nibabel")
-VOLUME = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)  # right, anterior, superior
+VOLUME = (np.arange(3 * 4 * 5, dtype=np.int16) ** 2).reshape(3, 4, 5)  # right, anterior, superior; no two slices alike
 
 
 def write(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> FileImage:
@@ -30,7 +30,7 @@ def grey(source: FileImage) -> np.ndarray:
 
 
 def levels(plane: np.ndarray) -> np.ndarray:
-    return np.rint(255 * (plane - plane.min()) / (plane.max() - plane.min()))
+    return np.rint((plane - plane.min()) / (plane.max() - plane.min()) * 255)
 
 
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])

@@ -1,8 +1,7 @@
 """Scenes of the phantom world: the ground truth from which images, questions and claims are derived.
 
-Six modalities, eleven organs and sixteen kinds of findings. Each modality shows only some kinds, which coherent
-reasoning
-respects.
+Six modalities, eleven organs and sixteen kinds of findings. Each modality shows only some kinds, which
+coherent reasoning respects.
 """
 
 from __future__ import annotations
