@@ -50,15 +50,19 @@ def parse_completion(text: str, template: Template = "think_answer") -> ParsedAn
         answer = text.strip() or None
         return ParsedAnswer(None, answer, answer is not None)
     found = {name: _section(text, name) for name in names}
-    is_well_formed = all(found.values())
-    rest = text
-    for name in names if is_well_formed else ():
-        before, _, inside = rest.partition(f"<{name}>")
-        _, closing, rest = inside.partition(f"</{name}>")
-        is_well_formed = is_well_formed and not before.strip() and bool(closing)
     return ParsedAnswer(
-        found.get("think"), found["answer"], is_well_formed and not rest.strip(), found.get("describe")
+        found.get("think"), found["answer"], all(found.values()) and _has_only(names, text), found.get("describe")
     )
+
+
+def _has_only(names: tuple[str, ...], text: str) -> bool:
+    """Whether a text is these sections, in this order, with only white space around them."""
+    for name in names:
+        before, _, inside = text.partition(f"<{name}>")
+        _, closing, text = inside.partition(f"</{name}>")
+        if before.strip() or not closing:
+            return False
+    return not text.strip()
 
 
 def without_tags(text: str) -> str:
@@ -70,8 +74,6 @@ def without_tags(text: str) -> str:
 
 # Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
 _LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
-
-
 _LABEL = re.compile(r"[.:,)]|\s[-–—]")
 
 
