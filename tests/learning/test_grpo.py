@@ -47,7 +47,7 @@ def test_golden_run(folder, tmp_path):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
-def test_a_run_explains_itself(folder, tmp_path):
+def test_a_run_folder_is_complete(folder, tmp_path):
     measures = {"similarity": "tfidf", "perplexity_model": str(write_language_model(tmp_path, folder))}
     config = toy_config(
         folder,
@@ -76,7 +76,7 @@ def test_a_run_explains_itself(folder, tmp_path):
     logged = [line["eval/perplexity"] for line in read_metrics(run) if "eval/perplexity" in line]
     assert len(logged) == 3 and min(logged) > 1
     (check,) = [check for check in check_health(read_run(run).metrics) if check.name == "High perplexity"]
-    assert check.figure == f"Perplexity {logged[0]:.1f} at first, {logged[-1]:.1f} at last."
+    assert check.figure == f"Perplexity {logged[0]:.1f} at the start, {logged[-1]:.1f} at the end."
 
 
 def write_language_model(folder, tokenizer):

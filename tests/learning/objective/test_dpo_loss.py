@@ -94,8 +94,8 @@ def test_gradient_equals_separate_rows(micro, tiny_policy, make_sample):
             assert (found[name] - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
 
 
-def test_unsupported_settings_are_refused():
-    with pytest.raises(ConfigError, match=r"loss\.beta is 0, but with loss\.type=dpo"):
+def test_dpo_refuses_beta_0_and_several_iterations():
+    with pytest.raises(ConfigError, match=r"loss\.beta is 0, but loss\.type=dpo"):
         build_config({"loss": {"type": "dpo", "beta": 0.0}}, purpose="train")
     with pytest.raises(ConfigError, match=r"loss\.num_iterations is 2, but loss\.type=dpo"):
         build_config({"loss": {"type": "dpo", "num_iterations": 2}}, purpose="train")
