@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,15 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy import ToyData, first_groups, toy_config
 
-from medvqa_rl.config import Config, LoraConfig
+from medvqa_rl.config import Config, LoraConfig, LossConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning import update
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
-from medvqa_rl.learning.update import Learner, contributing
+from medvqa_rl.learning.update import LOSSES, Learner, contributing
 from medvqa_rl.models.loading import load_reference
 from medvqa_rl.models.qwen_vl import backbone, causal_model
+
+
+def test_every_loss_type_has_a_loss():
+    assert LOSSES.keys() == set(get_args(LossConfig.model_fields["type"].annotation))
 
 
 @pytest.fixture

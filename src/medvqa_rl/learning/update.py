@@ -20,7 +20,7 @@ from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.dpo_loss import dpo_loss
 from medvqa_rl.learning.objective.grpo_loss import grpo_loss
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, collate, layout_for
-from medvqa_rl.learning.objective.loss import LossInputs, LossOutput, StepCounts
+from medvqa_rl.learning.objective.loss import Loss, LossInputs, LossOutput, StepCounts
 from medvqa_rl.learning.objective.micro_batches import split
 from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, sampled_logps
 from medvqa_rl.learning.objective.optimizer import lr_at
@@ -30,6 +30,9 @@ from medvqa_rl.models.loading import Policy, Reference
 from medvqa_rl.models.qwen_vl import backbone
 
 T = TypeVar("T", Tensor, float)
+
+LOSSES: dict[str, Loss] = {"grpo": grpo_loss, "dr_grpo": grpo_loss, "dapo": grpo_loss, "dpo": dpo_loss}
+"""By ``loss.type``."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Learner:
         self.trained = trained
         self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
         is_dpo = config.loss.type == "dpo"
-        self._loss = dpo_loss if is_dpo else grpo_loss
+        self._loss = LOSSES[config.loss.type]
         # A group without a preference has no gradient in DPO, not even from beta.
         self._skip_beta = 0.0 if is_dpo else config.loss.beta
         # DPO does not depend on the probabilities that completions were sampled with.

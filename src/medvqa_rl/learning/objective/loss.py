@@ -1,17 +1,20 @@
 """The interface of a loss function, and the terms that several losses share.
 
-Each loss is one function in a file of its own (grpo_loss.py, dpo_loss.py):
-``(LossInputs, StepCounts, LossConfig) -> LossOutput``. ``update.py`` selects it by ``loss.type``.
+Each loss is one function of type :data:`Loss` in a file of its own (grpo_loss.py, dpo_loss.py). The table ``LOSSES``
+in update.py selects it by ``loss.type``.
 
 Legend: B completions of a micro-batch, T tokens per completion, padded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from medvqa_rl.config import LossConfig
 
 
 class LossInputs(NamedTuple):
@@ -66,6 +69,10 @@ class LossOutput(NamedTuple):
     """(B, T) bool, True where the upper clip bound removed the gradient."""
 
 
+Loss = Callable[[LossInputs, StepCounts, LossConfig], LossOutput]
+"""A loss function."""
+
+
 def k3_divergence(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Per-token k3 estimate of KL(policy || reference): exp(d) - d - 1 with d = log pi_ref - log pi.
 
@@ -92,5 +99,5 @@ def aggregate(per_token: Tensor, mask: Tensor, kind: str, counts: StepCounts) ->
     sums = torch.where(mask, per_token, 0.0).sum(1)  # (B,)
     if kind == "grpo":
         return (sums / mask.sum(1).clamp(min=1)).sum() / max(counts.num_completions, 1)
-    denominator = counts.token_budget if kind == "dr_grpo" else counts.num_tokens
+    denominator = {"dr_grpo": counts.token_budget, "dapo": counts.num_tokens}[kind]
     return sums.sum() / max(denominator, 1)
