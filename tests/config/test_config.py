@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvqa_rl.config import Config, ConfigError, LoraConfig, ModelConfig, TrainConfig, differences, digest
-from medvqa_rl.config.schema import all_settings
+from medvqa_rl.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+    differences,
+    digest,
+)
+from medvqa_rl.config.base import Settings
+from medvqa_rl.config.schema import all_settings, one_of
 from medvqa_rl.config.yaml import build_config, load_config, parse_override, read_yaml, show_config, write_yaml
 
 
@@ -23,6 +34,11 @@ def problems_of(text: str, tmp_path: Path, overrides: tuple[str, ...] = (), purp
         load_config(path, overrides, purpose=purpose)
     assert str(error.value) == "\n".join(error.value.problems)
     return list(error.value.problems)
+
+
+def choices(section: type[Settings], name: str) -> str:
+    """The allowed values of a setting as messages list them, so that a new value breaks no test."""
+    return one_of(get_args(section.model_fields[name].annotation))
 
 
 def test_no_settings_are_the_defaults() -> None:
@@ -99,11 +115,10 @@ optim: {weight: 3}
     assert problems_of(text, tmp_path, ("steps", "train.seed="), purpose="train") == [
         "The override 'steps' is not of the form key=value, such as train.steps=100.",
         "The override 'train.seed=' has no value: write train.seed=null for null, train.seed='\"\"' for empty text.",
-        "data.name is the text 'vqa_rda', but must be phantom, vqa_rad, vqa_rad_hub, pmc_vqa, slake_en, slake_zh, "
-        "path_vqa, vqa_med, omnimed or own: did you mean vqa_rad?",
+        f"data.name is the text 'vqa_rda', but must be {choices(DataConfig, 'name')}: did you mean vqa_rad?",
         "data.answer_types[0] is the text 'chocie', but must be choice, closed or open: did you mean choice?",
         "rollout.temperature is 0, but must be a number above 0.",
-        "loss.type is the text 'drgrpo', but must be grpo, dr_grpo, dapo or dpo: did you mean dr_grpo?",
+        f"loss.type is the text 'drgrpo', but must be {choices(LossConfig, 'type')}: did you mean dr_grpo?",
         "optimizer.learning_rate is -1e-06, but must be a number above 0 and at most 1.",
         "optimizer.betas[1] is 1.5, but must be a number of at least 0 and below 1.",
         "train.steps is true, but must be a whole number of at least 1.",
