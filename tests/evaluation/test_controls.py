@@ -14,7 +14,7 @@ from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.evaluation.controls import make_controls, rotated, summarise_controls
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import proportion_interval
+from medvqa_rl.evaluation.statistics.intervals_and_tests import proportion_interval
 
 CONFIG = EvalConfig(bootstrap=100)
 

@@ -32,7 +32,7 @@ from medvqa_rl.evaluation.evaluate import (
     write_evaluation,
 )
 from medvqa_rl.evaluation.records import REQUIRED, EvalRecord, parse_record, read_records, record_line, write_records
-from medvqa_rl.evaluation.statistics.stats import (
+from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     cluster_bootstrap,
     cluster_permutation,
     cluster_standard_error,

@@ -14,7 +14,7 @@ import pytest
 from cells import OUTCOMES, store, write
 from scipy.stats import binomtest
 
-from medvqa_rl.evaluation.statistics.stats import holm
+from medvqa_rl.evaluation.statistics.intervals_and_tests import holm
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
 from medvqa_rl.study.plan.recipe import read_recipe

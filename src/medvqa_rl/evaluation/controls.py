@@ -19,7 +19,7 @@ from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.types import LETTERS, ImageSource, Sample
 from medvqa_rl.evaluation.answering import View
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import Interval, proportion_interval
+from medvqa_rl.evaluation.statistics.intervals_and_tests import Interval, proportion_interval
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 
 IMAGE_CONTROLS = ("blank", "shuffled", "no_image")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.evaluation.records import EvalRecord, read_records
-from medvqa_rl.evaluation.statistics.stats import (
+from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     McNemar,
     SeededInterval,
     exact_mcnemar,

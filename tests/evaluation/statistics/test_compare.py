@@ -16,7 +16,7 @@ from medvqa_rl.cli.app import app
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.evaluation.records import EvalRecord, write_records
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, match
-from medvqa_rl.evaluation.statistics.stats import cluster_permutation, holm
+from medvqa_rl.evaluation.statistics.intervals_and_tests import cluster_permutation, holm
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 
 CONFIG = EvalConfig(bootstrap=200)

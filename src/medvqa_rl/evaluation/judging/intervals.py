@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from medvqa_rl.evaluation.statistics.stats import cluster_bootstrap, proportion_interval
+from medvqa_rl.evaluation.statistics.intervals_and_tests import cluster_bootstrap, proportion_interval
 
 
 def share_interval(rows: Sequence[tuple[bool, Hashable]], *, seed: int = 0) -> dict[str, float] | None:

@@ -22,7 +22,7 @@ from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.claims import REMARKS
 from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import exact_mcnemar
+from medvqa_rl.evaluation.statistics.intervals_and_tests import exact_mcnemar
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from medvqa_rl.core.files import write_json
 from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
+from medvqa_rl.evaluation.statistics.intervals_and_tests import paired_cluster_bootstrap
 from medvqa_rl.evaluation.statistics.raters import Scale, alpha_interval, kappa_interval
-from medvqa_rl.evaluation.statistics.stats import paired_cluster_bootstrap
 from medvqa_rl.rewards.judges.rubric import REASONING
 
 KEY_FORMAT = "medvqa-rl rating key 1"

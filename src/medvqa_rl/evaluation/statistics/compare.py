@@ -14,7 +14,7 @@ from medvqa_rl.core.files import write_json
 from medvqa_rl.core.progress import open_console
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.comparison_tables import show
-from medvqa_rl.evaluation.statistics.stats import holm
+from medvqa_rl.evaluation.statistics.intervals_and_tests import holm
 from medvqa_rl.evaluation.statistics.summary import by_group, pair, paired_gain, summarise
 
 Cell = tuple[str, str]

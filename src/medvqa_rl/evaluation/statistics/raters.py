@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.evaluation.statistics.stats import Interval
+from medvqa_rl.evaluation.statistics.intervals_and_tests import Interval
 
 Scale = Literal["nominal", "interval"]
 """Distance of two ratings: 1 if they differ (nominal), or their squared difference (interval)."""

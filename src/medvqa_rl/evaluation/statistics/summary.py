@@ -14,7 +14,7 @@ from medvqa_rl.core.text import normalise
 from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import (
+from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     cluster_bootstrap,
     cluster_permutation,
     cluster_standard_error,

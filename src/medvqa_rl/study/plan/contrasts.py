@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.stats import SeededInterval, seeds_and_clusters_bootstrap
+from medvqa_rl.evaluation.statistics.intervals_and_tests import SeededInterval, seeds_and_clusters_bootstrap
 from medvqa_rl.study.plan.checks import check_name, sections
 
 _KEYS = ("title", "of", "minus")

@@ -1,6 +1,6 @@
 """Intervals and tests against SciPy, statsmodels, theory and simulation.
 
-Run: pytest tests/evaluation/statistics/test_stats.py
+Run: pytest tests/evaluation/statistics/test_intervals_and_tests.py
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from medvqa_rl.evaluation.statistics.stats import (
+from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     Method,
     cluster_bootstrap,
     cluster_permutation,
@@ -158,7 +158,7 @@ def test_intervals_depend_on_the_seed_alone() -> None:
 def test_many_clusters_are_drawn_in_blocks_without_changing_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     values, clusters = GENERATOR.random(40), list(range(40))
     whole = cluster_bootstrap(values, clusters)
-    monkeypatch.setattr("medvqa_rl.evaluation.statistics.stats._DRAWS_AT_ONCE", 100)
+    monkeypatch.setattr("medvqa_rl.evaluation.statistics.intervals_and_tests._DRAWS_AT_ONCE", 100)
     assert cluster_bootstrap(values, clusters) == whole
 
 
