@@ -41,17 +41,29 @@ app = typer.Typer(
 )
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow", "pydantic")
 
+# In the order of --help: from the first look to the last result.
+for function, name in (
+    (demo, "demo"),
+    (init, "init"),
+    (estimate, "estimate"),
+    (train, "train"),
+    (sft, "sft"),
+    (evaluate, "eval"),
+    (compare, "compare"),
+    (ask, "ask"),
+    (report, "report"),
+    (watch, "watch"),
+    (export, "export"),
+):
+    app.command(name=name)(function)
 for group, name in (
-    (phantom_app, "phantom"),
-    (config_app, "config"),
     (data_app, "data"),
-    (study_app, "study"),
+    (config_app, "config"),
     (judge_app, "judge"),
+    (study_app, "study"),
+    (phantom_app, "phantom"),
 ):
     app.add_typer(group, name=name)
-for function in (init, compare, estimate, report, watch, demo, train, sft, export, ask):
-    app.command()(function)
-app.command(name="eval")(evaluate)
 
 
 def main() -> None:
