@@ -157,7 +157,7 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'} cannot be read as a model's configuration: {error}") from error
+        raise ValueError(f"{folder / 'config.json'} is not of a Qwen2-VL or Qwen2.5-VL model: {error}") from error
     if settings.model_type not in ARCHITECTURES:
         raise ValueError(
             f"The checkpoint in {folder} is a {settings.model_type} model, but only Qwen2-VL (qwen2_vl) and "
