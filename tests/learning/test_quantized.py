@@ -27,9 +27,10 @@ from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import set_up
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
-from medvqa_rl.models.loading import Policy, load_policy, load_reference
+from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.quantized import NOT_QUANTIZED
 from medvqa_rl.models.qwen_vl import backbone, causal_model
+from medvqa_rl.models.reference import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
 
 pytest.importorskip("bitsandbytes")

@@ -21,8 +21,8 @@ from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.update import LOSSES, Learner, contributing
-from medvqa_rl.models.loading import load_reference
 from medvqa_rl.models.qwen_vl import backbone, causal_model
+from medvqa_rl.models.reference import load_reference
 
 
 def test_every_loss_type_has_a_loss():

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from medvqa_rl.config import LoraConfig, ModelConfig
 from medvqa_rl.models.checkpoints import write_model
-from medvqa_rl.models.loading import load_policy, load_reference, resolve_device, resolve_folder
+from medvqa_rl.models.loading import load_policy, resolve_device, resolve_folder
 from medvqa_rl.models.qwen_vl import backbone, image_features
+from medvqa_rl.models.reference import load_reference
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 LORA = LoraConfig(rank=4, alpha=8)

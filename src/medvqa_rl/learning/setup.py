@@ -28,7 +28,8 @@ from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.distributed.launch import check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
-from medvqa_rl.models.loading import Policy, Reference, load_policy, load_reference, resolve_device
+from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import Source, VllmEngine

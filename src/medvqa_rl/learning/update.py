@@ -26,8 +26,9 @@ from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, 
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
 from medvqa_rl.learning.run.errors import NonFiniteError
-from medvqa_rl.models.loading import Policy, Reference
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.qwen_vl import backbone
+from medvqa_rl.models.reference import Reference
 
 T = TypeVar("T", Tensor, float)
 

@@ -1,15 +1,12 @@
-"""Load policies and their reference models as the settings describe.
+"""Load policies as the settings describe.
 
 A policy is a plain Hugging Face model, or a PEFT model around it, with the untrained parts frozen.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +29,8 @@ from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
-from medvqa_rl.models.shards import Shards
 
 ADAPTER_FILE = "adapter_model.safetensors"
-REFERENCE_ADAPTER = "reference"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 
 
@@ -259,7 +254,7 @@ def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
     if config.adapter is None:
         return _wrap(model, _new_adapter(model, config), config)
     folder = Path(config.adapter).expanduser()
-    settings = _read_adapter(folder)
+    settings = read_adapter(folder)
     if config.lora is not None and (settings.r, settings.lora_alpha) != (config.lora.rank, config.lora.alpha):
         raise ValueError(
             f"model.lora asks for rank {config.lora.rank} and alpha {config.lora.alpha:g}, but the adapter in "
@@ -289,7 +284,7 @@ def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> Pe
     return cast(PeftModel, wrapped)
 
 
-def _read_adapter(folder: Path) -> PeftLoraConfig:
+def read_adapter(folder: Path) -> PeftLoraConfig:
     """Read the settings of a saved LoRA adapter."""
     if not (folder / "adapter_config.json").exists() or not (folder / ADAPTER_FILE).exists():
         raise ValueError(
@@ -320,81 +315,3 @@ def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     missing = sorted(key for key in result.missing_keys if any(part in key for part in own) and name in key.split("."))
     wrong = {"missing": missing, "unexpected": sorted(result.unexpected_keys)}
     _refuse(wrong, f"The adapter in {folder} does not fit the model", "set model.path to the model it was trained on")
-
-
-class Reference:
-    """The policy before training, for the KL term."""
-
-    def __init__(self, policy: Policy, frozen: nn.Module | None, shards: Shards | None = None) -> None:
-        """
-        Args:
-            policy: the trained policy.
-            frozen: a separate model; None uses the policy's own.
-            shards: initial values of the trained weights, which the caller loads into the policy's model for the pass.
-        """
-        self._policy = policy
-        self._frozen = frozen
-        self.shards = shards
-
-    @contextmanager
-    def active(self) -> Iterator[nn.Module]:
-        """Yield the module for the reference pass, in evaluation mode and under ``no_grad``.
-
-        With LoRA it is the policy's own module with the trained adapter disabled, so do not train inside the block.
-        """
-        if self._frozen is not None:
-            with torch.no_grad():
-                yield self._frozen
-            return
-        is_training = self._policy.model.training
-        if self.shards is not None:
-            self._policy.model.eval()
-            try:
-                with torch.no_grad():
-                    yield self._policy.model
-            finally:
-                self._policy.model.train(is_training)
-            return
-        model = cast(PeftModel, self._policy.model)
-        gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                if REFERENCE_ADAPTER in model.peft_config:
-                    model.set_adapter(REFERENCE_ADAPTER)
-                    try:
-                        yield model
-                    finally:
-                        model.set_adapter("default")
-                else:
-                    with model.disable_adapter():
-                        yield model
-        finally:
-            # PEFT changes requires_grad when it switches adapters.
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(gradients[name])
-            model.train(is_training)
-
-
-def load_reference(policy: Policy) -> Reference:
-    """Create the reference from the policy's current weights; call this before training or resuming a checkpoint.
-
-    Full fine-tuning: a frozen copy that shares the untrained weights. A new LoRA adapter: the same model with the
-    adapter disabled, no copy. A trained adapter (``model.adapter``): a second, frozen copy of that adapter, because
-    the reference is where this training started, not the base model.
-    """
-    if not policy.is_lora:
-        shared = {id(parameter): parameter for parameter in policy.model.parameters() if not parameter.requires_grad}
-        frozen = copy.deepcopy(policy.model, dict(shared))
-        frozen.requires_grad_(False)
-        return Reference(policy, frozen.eval())
-    if policy.config.adapter is not None:
-        model = cast(PeftModel, policy.model)
-        gradients = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        folder = Path(policy.config.adapter).expanduser()
-        model.add_adapter(REFERENCE_ADAPTER, _read_adapter(folder))
-        fill_adapter(model, folder, REFERENCE_ADAPTER)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(gradients.get(name, False))
-        model.to(policy.device)
-    return Reference(policy, None)

@@ -31,8 +31,9 @@ from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.group_attention import ATTENTION
-from medvqa_rl.models.loading import load_policy, load_reference, make_policy
+from medvqa_rl.models.loading import load_policy, make_policy
 from medvqa_rl.models.qwen_vl import causal_model
+from medvqa_rl.models.reference import load_reference
 from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine
 

@@ -15,7 +15,7 @@ from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.loss import LossInputs, StepCounts
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.models.loading import load_reference
+from medvqa_rl.models.reference import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
 
 NAN = math.nan

@@ -16,7 +16,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, sampled_logps
 from medvqa_rl.learning.setup import wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.models.loading import load_reference
+from medvqa_rl.models.reference import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
 
 NAN = float("nan")
