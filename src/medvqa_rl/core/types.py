@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from medvqa_rl.core.answers import Read
+
 
 AnswerType = Literal["choice", "closed", "open"]
 """choice: one of the options; closed: a short answer from a small set such as yes and no; open: free text."""
@@ -170,3 +172,5 @@ class Scores:
     """Scalars that reward functions logged through ``log_metric``."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """(P * G) values per completion, in prompt order, that reward functions logged through ``log_extra``."""
+    reads: Sequence[Read] = ()
+    """(P * G) parsed completions, in prompt order."""

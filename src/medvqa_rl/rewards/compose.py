@@ -163,4 +163,4 @@ class Rewards:
             parts[name] = np.asarray(values, dtype=np.float64).reshape(shape)
         total = np.sum([weight * parts[name] for name, weight in self._weights.items()], axis=0)
         extras = {name: float(np.mean(values)) for name, values in log.metrics.items()}
-        return Scores(total, parts, extras, log.columns)
+        return Scores(total, parts, extras, log.columns, reads)

@@ -14,6 +14,7 @@ import pytest
 from toy import ToyData, checkpoint_bytes, read_metrics, toy_config
 
 from medvqa_rl.config import PromptConfig
+from medvqa_rl.core.answers import read_group
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.grpo import train
@@ -72,7 +73,8 @@ def test_metrics_per_template() -> None:
         group("short", "B", "<answer>A</answer>"),
     ]
     reward = np.array([[2.0, 1.0], [1.0, 1.0], [0.0, math.nan]])
-    records = record_completions(groups, Scores(reward, {"mine": reward}), np.zeros((3, 2)))
+    reads = [read for group in groups for read in read_group(group)]
+    records = record_completions(groups, Scores(reward, {"mine": reward}, reads=reads), np.zeros((3, 2)))
     assert [record.template for record in records] == ["short"] * 2 + ["think_answer"] * 2 + ["short"] * 2
     assert [record.is_well_formed for record in records] == [True, False, False, True, False, True]
     assert json.loads(json.dumps(records[0].to_json()))["template"] == "short"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from toy import ToyData, read_metrics, toy_config
 
+from medvqa_rl.core.answers import Read
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.learning import collector
 from medvqa_rl.learning.batching.resampling import groups_without_signal, resample, resampled_occurrence
@@ -13,19 +16,19 @@ from medvqa_rl.learning.batching.sampler import step_indices
 from medvqa_rl.learning.grpo import train
 
 NAN = float("nan")
+SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"))
 PROMPT = EncodedPrompt(np.arange(3), None, None, "prompt")
 
 
 def group(name: str) -> Group:
-    return Group(
-        Sample(name, "Which?", "B", "choice", options=("left", "right")), PROMPT, [Completion((1,), name, False)] * 2
-    )
+    return Group(replace(SAMPLE, id=name), PROMPT, [Completion((1,), name, False)] * 2)
 
 
 def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
     total = np.array(rewards)
     columns = {"note": [f"{note}{index}" for index in range(total.size)]} if note else {}
-    return Scores(total, {"half": total / 2}, {"metric": 1.0}, columns)
+    reads = [Read(SAMPLE, "direct", Completion((1,), f"{note}{index}", False)) for index in range(total.size)]
+    return Scores(total, {"half": total / 2}, {"metric": 1.0}, columns, reads)
 
 
 def test_groups_with_equal_rewards_have_no_signal_unless_unscored():
@@ -52,6 +55,7 @@ def test_groups_without_signal_are_replaced():
     assert merged.total.tolist() == [[0.0, 3.0], [0.0, 1.0], [1.0, 0.0]]
     assert merged.parts["half"].tolist() == [[0.0, 1.5], [0.0, 0.5], [0.5, 0.0]]
     assert merged.columns["note"] == [None, None, "own2", "own3", "x2", "x3"]
+    assert [r.completion.text for r in merged.reads] == ["0", "1", "own2", "own3", "x2", "x3"]
     assert merged.extras == {"metric": 1.0, "frac_groups_resampled": pytest.approx(2 / 3)}
 
 

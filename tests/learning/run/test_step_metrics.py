@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from medvqa_rl.config import RewardsConfig
+from medvqa_rl.core.answers import read_group
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
 from medvqa_rl.learning.run.step_metrics import mean_over_ranks, record_completions, rollout_metrics, to_json
+from medvqa_rl.rewards import Rewards
 
 NAN = float("nan")
 PROMPT = EncodedPrompt(np.arange(7), None, None, "prompt")
@@ -26,7 +30,9 @@ def records():
     groups = [Group(SAMPLE, PROMPT, first), Group(SAMPLE, PROMPT, second)]
     parts = {"correctness": np.array([[1.0, 0.0], [0.0, NAN]]), "other": np.array([[0.5, 0.5], [0.5, 0.5]])}
     total = parts["correctness"] + parts["other"]
-    scores = Scores(total, parts, columns={"note": list("abcd")})
+    scores = Scores(
+        total, parts, columns={"note": list("abcd")}, reads=[*read_group(groups[0]), *read_group(groups[1])]
+    )
     return record_completions(groups, scores, np.array([[1.0, -1.0], [0.0, 0.0]]))
 
 
@@ -41,6 +47,15 @@ def test_records():
     line = json.loads(json.dumps(found[3].to_json(), allow_nan=False))
     assert line["reward"] is None and line["rewards"] == {"correctness": None, "other": 0.5}
     assert (line["gold"], line["advantage"], line["prompt_length"]) == ("B", 0.0, 7)
+
+
+def test_records_count_answers_to_hidden_options_as_the_rewards_do():
+    prompt = replace(PROMPT, template="open_ended")
+    texts = ["<think>x</think><answer>right</answer>", "<think>x</think><answer>B</answer>"]
+    group = Group(SAMPLE, prompt, [completion(text, 3) for text in texts])
+    scores = Rewards(RewardsConfig(), max_completion_length=8).score([group], step=0)
+    found = record_completions([group], scores, np.zeros((1, 2)))
+    assert [r.is_correct for r in found] == [r.rewards["correctness"] == 1.0 for r in found] == [True, False]
 
 
 def test_rollout_metrics():
@@ -77,7 +92,7 @@ def test_the_correlation_of_a_part_with_right_answers():
         "against": np.array([[0.0, 1.0, NAN, 1.0]]),
         "constant": np.full((1, 4), 0.1) + np.array([[0, 1e-16, 0, 0]]),
     }
-    found = record_completions([group], Scores(sum(parts.values()), parts), np.zeros((1, 4)))
+    found = record_completions([group], Scores(sum(parts.values()), parts, reads=read_group(group)), np.zeros((1, 4)))
     metrics = rollout_metrics(found, 4)
     expected = np.corrcoef([1.0, 0.5, 0.5, 0.25], [1, 0, 1, 0])[0, 1]
     assert metrics["rewards/length/corr_correctness"] == pytest.approx(expected) and 0.6 < expected < 0.8

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.core.types import Group, Scores
+
+T = TypeVar("T")
 
 _MAX_EPOCHS = 2**32
 """Above the number of epochs of any run, so that occurrences of different attempts never collide."""
@@ -91,14 +94,18 @@ def _replace_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]
         return own
 
     size = scores.total.shape[1]
-    columns = {name: list(values) for name, values in scores.columns.items()}
-    for name, values in columns.items():
-        others = fresh.columns.get(name, [None] * fresh.total.size)  # a reward function need not log in every call
+
+    def merged_lists(own: Sequence[T], other: Sequence[T]) -> list[T]:
+        own = list(own)
         for row, fresh_row in pairs:
-            values[row * size : (row + 1) * size] = others[fresh_row * size : (fresh_row + 1) * size]
+            own[row * size : (row + 1) * size] = other[fresh_row * size : (fresh_row + 1) * size]
+        return own
+
+    unlogged = [None] * fresh.total.size  # a reward function need not log in every call
     return replace(
         scores,
         total=merged(scores.total, fresh.total),
         parts={name: merged(values, fresh.parts[name]) for name, values in scores.parts.items()},
-        columns=columns,
+        columns={name: merged_lists(own, fresh.columns.get(name, unlogged)) for name, own in scores.columns.items()},
+        reads=merged_lists(scores.reads, fresh.reads),
     )

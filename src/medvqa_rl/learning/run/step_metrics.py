@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.core.answers import is_correct, parse_completion
 from medvqa_rl.core.types import AnswerType, Group, Scores, Template
 
 
@@ -60,11 +59,11 @@ def _finite(value: float) -> float | None:
 def record_completions(
     groups: Sequence[Group], scores: Scores, advantages: NDArray[np.float64]
 ) -> list[CompletionRecord]:
-    """Build the records of P groups of G completions, group after group."""
+    """Build the records of P groups of G completions, group after group, from the answers that the rewards read."""
     records: list[CompletionRecord] = []
     for p, group in enumerate(groups):
         for g, completion in enumerate(group.completions):
-            parsed = parse_completion(completion.text, group.template)
+            read = scores.reads[len(records)]
             records.append(
                 CompletionRecord(
                     sample_id=group.sample.id,
@@ -79,13 +78,13 @@ def record_completions(
                     length=len(completion.token_ids),
                     prompt_length=len(group.prompt.input_ids),
                     is_truncated=completion.is_truncated,
-                    is_correct=is_correct(group.sample, parsed.answer),
-                    has_answer=parsed.answer is not None,
+                    is_correct=read.is_right,
+                    has_answer=read.parsed.answer is not None,
                     answer_type=group.sample.answer_type,
                     groups=dict(group.sample.groups),
                     extra={name: values[len(records)] for name, values in scores.columns.items()},
                     template=group.template,
-                    is_well_formed=parsed.is_well_formed,
+                    is_well_formed=read.parsed.is_well_formed,
                 )
             )
     return records
