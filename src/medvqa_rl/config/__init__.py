@@ -14,7 +14,7 @@ from medvqa_rl.config.learning import (
     TrainConfig,
     TrainEngine,
 )
-from medvqa_rl.config.sampling import EngineName, JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
+from medvqa_rl.config.rollout_and_rewards import EngineName, JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
 
 __all__ = [
     "AdvantageConfig",

@@ -14,7 +14,7 @@ from pydantic import Field
 from medvqa_rl.config.base import Settings
 from medvqa_rl.config.inputs import DataConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, OptimizerConfig, SftConfig, TrainConfig
-from medvqa_rl.config.sampling import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
+from medvqa_rl.config.rollout_and_rewards import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
 
 Purpose = Literal["train", "sft", "eval"]
 """The verb that a configuration is checked for: some combinations are wrong for one verb only."""
