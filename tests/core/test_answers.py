@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medvqa_rl.core.answers import is_correct, parse_completion, score_correctness
+from medvqa_rl.core.answers import is_correct, parse_completion, read_choice, score_correctness, token_f1
 from medvqa_rl.core.prompts import TAGS, render_answer
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
@@ -95,3 +95,78 @@ def test_an_answer_counts_even_if_the_form_is_broken() -> None:
     assert score_correctness(sample, text) == 1.0 and not parse_completion(text).is_well_formed
     assert score_correctness(sample, "<think>so</think>yes") == 0.0
     assert score_correctness(sample, "<answer>yes</answer><answer>yes</answer>") == 0.0
+
+
+LUNGS = ("left lung", "right lung", "heart", "liver")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "**B**",
+            "*B*",
+            "`B`",
+            "__B__",
+            "[B]",
+            "{B}",
+            '"B"',
+            "\u201cB\u201d",
+            "\u2018B\u2019",
+            "（B）",
+            "Ｂ",
+            "B。",
+            "【B】",
+        ),
+        *(
+            "\\boxed{B}",
+            "$B$",
+            "$\\boxed{\\text{B}}$",
+            "\\boxed{B. right lung}",
+            "**B. right lung**",
+            "**B**: right lung",
+        ),
+        *(
+            "Option B",
+            "option (b)",
+            "Choice B.",
+            "Answer: B",
+            "The answer is B.",
+            "The answer is (B).",
+            "Final answer: **B**",
+        ),
+        *("The correct answer is option B", "So the answer is B: right lung", "The answer is right lung."),
+        *("right lung (B)", "Right Lung [B].", "right \u00a0 lung", "the right lung", "B\u200b"),
+    ],
+)
+def test_markup_typography_and_lead_ins_around_a_choice(answer: str) -> None:
+    assert read_choice(answer, LUNGS) == "B"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("B and C", "B, C", "B/C", "B or C", "(B) or (C)", "Option B or C", "Answer: B and C", "B: left lung"),
+        *("Based on the image", "Both", "E", "Option E", "", "<B", "left or right lung", "The answer", "Answer:"),
+        *("left lung (B)", "not B", "The answer is not B", "options B"),
+    ],
+)
+def test_these_name_no_choice(answer: str) -> None:
+    assert read_choice(answer, LUNGS) is None
+
+
+def test_a_letter_that_names_something_is_not_dropped_from_options() -> None:
+    hepatitis = tuple(f"Hepatitis {letter}" for letter in "ABCD")
+    assert read_choice("hepatitis", hepatitis) is None
+    assert read_choice("hepatitis B", hepatitis) == "B"
+    vitamins = ("Vitamin A deficiency", "Vitamin deficiency", "Zinc", "Iron")
+    assert read_choice("vitamin A deficiency", vitamins) == "A" and read_choice("vitamin deficiency", vitamins) == "B"
+
+
+def test_an_option_may_begin_like_a_lead_in() -> None:
+    options = ("answer", "option B", "choice")
+    assert [read_choice(text, options) for text in ("answer", "Option B", "C", "choice")] == ["A", "B", "C", "C"]
+
+
+def test_token_f1_ignores_typography_too() -> None:
+    assert token_f1("肺。", "肺") == 1.0 and token_f1("Crohn\u2019s colitis", "Crohn's disease") == 0.5

@@ -399,7 +399,7 @@ def test_normalising_ignores_neutralising_case_and_white_space(text: str) -> Non
         ("A or B", None),
         ("A, B", None),
         ("A B", None),
-        ("Answer: B", None),
+        ("Answer: B", "B"),
         ("effusion", None),
         ("no pleural effusion", None),
         ("a", "A"),

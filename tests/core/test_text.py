@@ -4,10 +4,22 @@ Run: pytest tests/core/test_text.py
 """
 
 import math
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from medvqa_rl.core.text import first_few, format_p, format_points, format_range, is_yes_no
+from medvqa_rl.core.text import (
+    as_written,
+    first_few,
+    format_p,
+    format_points,
+    format_range,
+    is_yes_no,
+    normalise,
+    plain,
+)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +58,68 @@ def test_lists_are_shortened() -> None:
 def test_ranges() -> None:
     assert format_range(-0.01, 0.025, "+") == "-1.0 to +2.5"
     assert format_range(math.nan, math.nan) == format_range(None, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Crohn's disease", "Crohn\u2019s Disease"),
+        ("Ménière", "Me\u0301nie\u0300re"),
+        ("5 \u00b5m", "5 \u03bcm"),
+        ("T2-weighted", "T2\u2011weighted"),
+        ("fibrosis", "\ufb01brosis"),
+        ("hypertension", "hyper\u00adtension"),
+        ("yes", "\u201cYes\u201d"),
+        ("yes", "Yes\u200b"),
+        ("肺", "肺。"),
+        ("left lung", "ｌｅｆｔ　ｌｕｎｇ"),
+        ("strasse", "Straße"),
+        ("a lung", "lung"),
+        ("The heart", "heart"),
+        ("yes", "\\boxed{yes}"),
+        ("yes", "$\\boxed{\\text{Yes}}$."),
+        ("no", "__no__"),
+    ],
+)
+def test_typography_and_a_leading_article_do_not_count(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("hepatitis A", "hepatitis"),
+        ("vitamin A deficiency", "vitamin deficiency"),
+        ("type A", "the type"),
+        ("group A", "group B"),
+        ("no", "notice"),
+        ("T1", "T2"),
+        ("-5 mm", "5 mm"),
+        ("left lung", "right lung"),
+    ],
+)
+def test_letters_that_name_something_and_signs_count(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+
+
+ODD = st.text(
+    st.sampled_from("aAtThHeE .,*`$_{}()\\\"'\u2019\u200b\u00ad\u0301\u0345ﬁİßςΣµ。（Ａ-\u2011")
+    | st.characters(exclude_categories=["Cs"])
+)
+
+
+@given(ODD)
+def test_normalising_is_idempotent_for_any_unicode(text: str) -> None:
+    assert plain(plain(text)) == plain(text)
+    assert normalise(normalise(text)) == normalise(text) == normalise(plain(text))
+    assert as_written(as_written(text)) == as_written(text)
+
+
+@pytest.mark.parametrize("unit", ["a.", ". ", "*a ", "\\boxed{", "(", "\ufb01\u0301", "the "])
+def test_time_grows_linearly_with_the_text(unit: str) -> None:
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        normalise("a" + unit * count + "a")
+        return time.perf_counter() - began
+
+    assert min(seconds(40_000) for _ in range(3)) < 8 * min(seconds(10_000) for _ in range(3)) + 0.01

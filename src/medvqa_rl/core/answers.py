@@ -72,30 +72,46 @@ def without_tags(text: str) -> str:
     return text.strip()
 
 
-# Opening bracket, letter, closing bracket, separator, text. A separator with punctuation marks the letter as a label.
-_LETTER = re.compile(r"^(\(?)([A-Za-z])(\)?)(\s*[.:,)]+\s*|\s+[-–—]+\s+|-+\s*|\s+|$)(.*)$", re.DOTALL)
-_LABEL = re.compile(r"[.:,)]|\s[-–—]")
+# A letter, a closing bracket, a separator, text. A bracket, or a separator with punctuation, makes the letter a label.
+_LETTER = re.compile(r"^([a-z])([)\]}]?)(\s*[.:,)]+\s*|\s+-+\s+|-+\s*|\s+|$)(.*)$")
+_LABEL = re.compile(r"[.:,)]|\s-")
+_TEXT_THEN_LETTER = re.compile(r"^(.+?)\s*[(\[]([a-z])$")
+_LEAD_IN = re.compile(
+    r"^(?:(?:so )?(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)\b(?: is\b)?[\s:=-]*)+(?=\S)"
+)
 
 
 def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
     """Return the letter of the option that an answer names, by letter ("B", "B.", "(B)", "B: text") or by its text.
 
-    A single letter is always the letter of an option, because the prompt asks for it, even if the options are letters
-    themselves (blood groups). A letter and a text that disagree, a text shared by two options, or a letter beyond the
-    options names none.
+    Markup and typography around the letter are ignored ("**B**", "\\boxed{B}"), and so is a lead-in ("Option B", "The
+    answer is (B)."). A single letter is always the letter of an option, because the prompt asks for it, even if the
+    options are letters themselves (blood groups). A letter and a text that disagree, several letters, a text shared by
+    two options, or a letter beyond the options names none.
 
     Returns:
         The letter, or None.
     """
-    answer = answer.strip()
+    text = as_written(answer)
+    named = _named_option(text, options)
+    return named if named is not None else _named_option(_LEAD_IN.sub("", text), options)
+
+
+def _named_option(answer: str, options: tuple[str, ...]) -> str | None:
+    """:func:`read_choice` without lead-ins, of an answer as :func:`as_written` returns it."""
+    answer = as_written(answer)
     reading = normalise
     if match := _LETTER.match(answer):
-        opening, letter, closing, separator, text = match.groups()
+        letter, closing, separator, text = match.groups()
         index, text = LETTERS.index(letter.upper()), normalise(text)
         if index < len(options) and (not text or text == normalise(options[index])):
             return LETTERS[index]
-        if opening or closing or _LABEL.search(separator):
+        if closing or _LABEL.search(separator):
             reading = as_written  # do not drop the A of "A: lung" as an article; an option may be "A. fumigatus"
+    if match := _TEXT_THEN_LETTER.match(answer):
+        index = LETTERS.index(match[2].upper())
+        if index < len(options) and normalise(match[1]) == normalise(options[index]):
+            return LETTERS[index]
     named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
     return named[0] if len(named) == 1 and reading(answer) else None
 

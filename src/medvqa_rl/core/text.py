@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable
 
 _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
@@ -24,24 +25,50 @@ def neutralise(text: str) -> tuple[str, int]:
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
-_EDGES = re.compile(r"^[\s.,;:!?\"'()\[\]*`]+|[\s.,;:!?\"'()\[\]*`]+$")
+_TYPOGRAPHY = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff*`"),  # invisible characters and markup: deleted
+    }
+)
+_EDGES = " .,;:!?\"'()[]{}$_\u3001\u3002\u3010\u3011\u300c\u300d\u300e\u300f\u300a\u300b\u3008\u3009\u30fb"
+"""Punctuation that does not count around a word, ASCII and CJK; full-width forms are ASCII after :func:`plain`."""
+_LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)(?![a-z])")
+
+
+def plain(text: str) -> str:
+    """Fold what is typography and not meaning, and neutralise control strings as in the prompt.
+
+    Unicode NFKC with case folding (full-width forms, ligatures, composed accents, the micro sign), straight quotes and
+    hyphens for typographic ones, no zero-width characters and soft hyphens, no Markdown emphasis, no LaTeX commands
+    such as ``\\boxed`` (their braces are punctuation). White space becomes single spaces.
+    """
+    previous = None
+    while text != previous:  # folding one character may compose it with the next
+        previous = text
+        text = unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHY)).casefold()
+        text = _LATEX.sub(" ", neutralise(text)[0])
+    return " ".join(text.split())
 
 
 def normalise(text: str) -> str:
     """Normalise an answer for comparison.
 
-    Neutralises special-token strings as in the prompt, lowercases, strips white space and punctuation around words,
-    drops articles and turns number words up to ten into digits. Words are compared whole, never as substrings, so
-    "abnormal" is not "no". An answer that consists of articles only keeps them ("A" is the letter of an option).
+    :func:`plain`, then: strips punctuation around words, drops leading articles and turns number words up to ten into
+    digits. Words are compared whole, never as substrings, so "abnormal" is not "no". Only a leading article goes, so
+    "hepatitis A" keeps its letter; an answer that consists of articles keeps the last one ("A" is an option).
     """
-    words = [_EDGES.sub("", word) for word in neutralise(text)[0].lower().split()]
+    words = [word.strip(_EDGES) for word in plain(text).split(" ")]
     words = [_NUMBERS.get(word, word) for word in words if word]
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+    first = next((place for place, word in enumerate(words[:-1]) if word not in _ARTICLES), max(len(words) - 1, 0))
+    return " ".join(words[first:])
 
 
 def as_written(text: str) -> str:
-    """Fold case, white space and outer punctuation only: "A. fumigatus" keeps its A."""
-    return _EDGES.sub("", " ".join(neutralise(text)[0].lower().split()))
+    """:func:`plain` without outer punctuation: unlike :func:`normalise`, "A. fumigatus" keeps its A."""
+    return plain(text).strip(_EDGES)
 
 
 def is_yes_no(answer: str) -> bool:

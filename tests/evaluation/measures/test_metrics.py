@@ -60,8 +60,8 @@ def test_rates() -> None:
 @pytest.mark.parametrize(
     ("prediction", "gold", "score"),
     [
-        ("police kill the gunman", "police killed the gunman", 2 / 3),  # Lin 2004; articles dropped: 2 of 3 and 3
-        ("left upper lobe", "upper left lobe", 2 / 3),  # in common in order: two words of three and three
+        ("police kill the gunman", "police killed the gunman", 3 / 4),  # Lin 2004: 3 of 4 and 4 words
+        ("left upper lobe", "upper left lobe", 2 / 3),  # two words in order, of three and three
         ("lobe upper left", "left upper lobe", 1 / 3),
         ("mass in left lung base", "left lung", 4 / 7),  # 2 in common, 5 and 2 words
         ("left lung", "left lung", 1.0),
