@@ -47,6 +47,17 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
+def _progress(*rate: ProgressColumn) -> Iterator[Progress]:
+    """Bars with the remaining time, on standard error if that is a terminal, removed when the block ends."""
+    columns = (
+        *(TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=24), *rate),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        yield progress
+
+
+@contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the remaining time while the block runs.
 
@@ -56,18 +67,8 @@ def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function that takes the number done and the total.
     """
-    with Progress(
-        TextColumn(unit),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=None)
+    with _progress() as bar:
+        task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -78,18 +79,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     Yields:
         A function that takes what is counted, the number done and the total.
     """
-    with Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        _Rate(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bars:
+    with _progress(_Rate()) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from medvqa_rl.cli.data.check import print_report
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig
 from medvqa_rl.config.yaml import build_config, read_yaml
+from medvqa_rl.core.embedded import local_file
 from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import normalise
@@ -273,7 +272,7 @@ def machine_line(memory: float | None, where: str, sized: Sized | None) -> str:
 
 def is_cached(model: str) -> bool:
     """Return whether a Hub model is in the local cache; opens no connection."""
-    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+    return local_file(model, None, "config.json") is not None
 
 
 def placeholders(

@@ -19,7 +19,7 @@ from medvqa_rl.core.files import write_json
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
-from medvqa_rl.evaluation.statistics.tables import TextTable, shown
+from medvqa_rl.evaluation.statistics.tables import TextTable, format_interval
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
@@ -118,10 +118,10 @@ def _table(results: Mapping[str, Any], title: str) -> TextTable:
                 group,
                 f"{row['n']:,}",
                 f"{100 * row['label_yes_rate']:.0f} %",
-                shown(row["accuracy"], 100, 1),
-                shown(row["kappa"], 1, 2),
-                shown(row["false_yes_rate"], 100, 1),
-                shown(row["false_no_rate"], 100, 1),
+                format_interval(row["accuracy"], 100, 1),
+                format_interval(row["kappa"], 1, 2),
+                format_interval(row["false_yes_rate"], 100, 1),
+                format_interval(row["false_no_rate"], 100, 1),
                 f"{100 * row['unscored_rate']:.1f}",
             )
             for group, row in results.items()

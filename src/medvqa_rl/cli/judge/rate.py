@@ -13,7 +13,7 @@ from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
-from medvqa_rl.evaluation.statistics.tables import TextTable, number, shown
+from medvqa_rl.evaluation.statistics.tables import TextTable, format_decimal, format_interval
 from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
 
 
@@ -113,9 +113,9 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 (
                     row["name"],
                     str(row["items"]),
-                    shown(row["accuracy"], 100, 1),
-                    number(100 * row["scorer_accuracy"], 1),
-                    shown(row["reasoning"], 1, 2),
+                    format_interval(row["accuracy"], 100, 1),
+                    format_decimal(100 * row["scorer_accuracy"], 1),
+                    format_interval(row["reasoning"], 1, 2),
                 )
                 for row in results["evaluations"]
             ],
@@ -127,7 +127,11 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 f"Differences from {results['evaluations'][0]['name']} on the same questions",
                 ("evaluation", "right, points", "reasoning"),
                 [
-                    (row["name"], shown(row["accuracy"], 100, 1, "+"), shown(row["reasoning"], 1, 2, "+"))
+                    (
+                        row["name"],
+                        format_interval(row["accuracy"], 100, 1, "+"),
+                        format_interval(row["reasoning"], 1, 2, "+"),
+                    )
                     for row in results["differences"]
                 ],
             )
@@ -141,8 +145,8 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     row["name"],
                     str(row["rated"]),
                     str(row["cannot_tell"]),
-                    number(100 * row["accuracy"], 1),
-                    number(row["reasoning"], 2),
+                    format_decimal(100 * row["accuracy"], 1),
+                    format_decimal(row["reasoning"], 2),
                 )
                 for row in results["raters"]
             ],
@@ -157,9 +161,9 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     (
                         name,
                         str(row["items"]),
-                        shown(row["same"], 100, 1),
-                        shown(row.get("kappa"), 1, 2),
-                        shown(row["alpha"], 1, 2),
+                        format_interval(row["same"], 100, 1),
+                        format_interval(row.get("kappa"), 1, 2),
+                        format_interval(row["alpha"], 1, 2),
                     )
                     for name, row in results["agreement"].items()
                 ],

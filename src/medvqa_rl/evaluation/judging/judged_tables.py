@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from medvqa_rl.core.text import format_p
-from medvqa_rl.evaluation.statistics.tables import TextTable, shown
+from medvqa_rl.evaluation.statistics.tables import TextTable, format_interval
 
 
 def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
@@ -21,9 +21,9 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
             [
                 (
                     row["judge"]["name"],
-                    shown(part["mean"], 1, 2),
-                    shown(part["of_right"], 1, 2),
-                    shown(part["of_wrong"], 1, 2),
+                    format_interval(part["mean"], 1, 2),
+                    format_interval(part["of_right"], 1, 2),
+                    format_interval(part["of_wrong"], 1, 2),
                     " / ".join(str(count) for count in part["scores"].values()),
                     str(part["unscored"]),
                 )
@@ -37,14 +37,14 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
             [
                 (
                     row["judge"]["name"],
-                    shown(part["right"], 100, 1),
+                    format_interval(part["right"], 100, 1),
                     str(part["unscored"]),
                     f"{name} ({found['n']:,})",
                     f"{100 * found['label_yes_rate']:.1f}",
-                    shown(found["accuracy"], 100, 1),
-                    shown(found["kappa"], 1, 2),
-                    shown(found["false_yes_rate"], 100, 1),
-                    shown(found["false_no_rate"], 100, 1),
+                    format_interval(found["accuracy"], 100, 1),
+                    format_interval(found["kappa"], 1, 2),
+                    format_interval(found["false_yes_rate"], 100, 1),
+                    format_interval(found["false_no_rate"], 100, 1),
                 )
                 for row in judges
                 if (part := row["correctness"])
@@ -55,7 +55,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
             "Agreement of the two judges",
             ("of", "answers", "same, %", "kappa"),
             [
-                (of, str(row["n"]), shown(row["same"], 100, 1), shown(row["kappa"], 1, 2))
+                (of, str(row["n"]), format_interval(row["same"], 100, 1), format_interval(row["kappa"], 1, 2))
                 for of, row in (results["agreement"] or {}).items()
             ],
         ),
@@ -67,9 +67,9 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     row["judge"]["name"],
                     f"{check['of']}: {check['check']}",
                     str(check["n"]),
-                    shown(check["changed"], 100, 0),
-                    shown(check["raised"], 100, 0),
-                    shown(check["lowered"], 100, 0),
+                    format_interval(check["changed"], 100, 0),
+                    format_interval(check["raised"], 100, 0),
+                    format_interval(check["lowered"], 100, 0),
                     format_p(check["p"]) or "-",
                     str(check["unscored"]),
                 )
@@ -104,9 +104,9 @@ def in_short(results: Mapping[str, Any]) -> list[str]:
     for row in results["judges"]:
         parts = []
         if row["reasoning"]:
-            parts.append(f"reasoning {shown(row['reasoning']['mean'], 1, 2)} of 3")
+            parts.append(f"reasoning {format_interval(row['reasoning']['mean'], 1, 2)} of 3")
         if row["correctness"]:
-            parts.append(f"{shown(row['correctness']['right'], 100, 1)} % of answers right")
+            parts.append(f"{format_interval(row['correctness']['right'], 100, 1)} % of answers right")
         unscored = sum(row[of]["unscored"] for of in ("reasoning", "correctness") if row[of])
         rubrics = ", ".join(f"{of} {digits}" for of, digits in row["judge"]["rubrics"].items())
         found.append(

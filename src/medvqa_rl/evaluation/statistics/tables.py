@@ -197,12 +197,12 @@ def as_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return text.getvalue()
 
 
-def number(value: float, digits: int) -> str:
+def format_decimal(value: float, digits: int) -> str:
     """Format a number with some decimals; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def shown(interval: Mapping[str, float] | None, factor: float, digits: int, sign: str = "") -> str:
+def format_interval(interval: Mapping[str, float] | None, factor: float, digits: int, sign: str = "") -> str:
     """Format ``estimate [low, high]`` times a factor; a dash if unknown."""
     if interval is None or math.isnan(interval["estimate"]):
         return "-"
