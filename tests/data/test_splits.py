@@ -11,22 +11,22 @@ from hypothesis import strategies as st
 
 from medvqa_rl.core.randomness import address, addresses
 from medvqa_rl.core.types import Sample
-from medvqa_rl.data.splits import choose, connected, ids_hash, split_of, splits_of
+from medvqa_rl.data.splits import choose, connected, ids_hash, splits_of
 from medvqa_rl.data.stored import StoredDataset
 
 NAMES = [f"scan{index}.jpg" for index in range(4000)]
 
 
 def test_images_are_split_in_the_given_shares() -> None:
-    counts = Counter(split_of(name, 0, val=0.1, test=0.2) for name in NAMES)
+    counts = Counter(splits_of(NAMES, 0, val=0.1, test=0.2).values())
     assert abs(counts["test"] - 800) < 100 and abs(counts["val"] - 400) < 80
-    assert Counter(split_of(name, 0, val=0.0, test=0.0) for name in NAMES) == {"train": 4000}
+    assert Counter(splits_of(NAMES, 0, val=0.0, test=0.0).values()) == {"train": 4000}
 
 
 def test_splits_are_reproducible_and_differ_by_seed() -> None:
     # Second letters of val, train, train, test ...
-    assert "".join(split_of(f"{index}", 0)[1] for index in range(12)) == "arrerreeerrr"
-    assert [split_of(name, 0) for name in NAMES] != [split_of(name, 1) for name in NAMES]
+    assert "".join(split[1] for split in splits_of(map(str, range(12)), 0).values()) == "arrerreeerrr"
+    assert splits_of(NAMES, 0) != splits_of(NAMES, 1)
 
 
 @given(st.lists(st.text(max_size=5), unique=True, max_size=30), st.integers(0, 40), st.integers(0, 3))
@@ -63,12 +63,12 @@ def test_the_fingerprint_depends_on_the_samples() -> None:
 
 @given(st.lists(st.text(max_size=8), max_size=10), st.integers(0, 3))
 def test_splits_of_many_keys_equal_those_of_each(names: list[str], seed: int) -> None:
-    assert splits_of(names, seed, test=0.3) == {name: split_of(name, seed, test=0.3) for name in names}
+    assert splits_of(names, seed, test=0.3) == {name: splits_of([name], seed, test=0.3)[name] for name in names}
     assert addresses("a", seed, last=names) == [address("a", seed, name) for name in names]
     # As first written: the upper 53 bits of the address as a fraction.
     for name in names:
         place = (address("split by image", seed, name) >> 11) * 2.0**-53
-        assert split_of(name, seed) == ("test" if place < 0.1 else "val" if place < 0.2 else "train")
+        assert splits_of([name], seed)[name] == ("test" if place < 0.1 else "val" if place < 0.2 else "train")
 
 
 def test_the_hash_of_ids_does_not_depend_on_their_order() -> None:

@@ -16,20 +16,15 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 K = TypeVar("K", bound=Hashable)
 
 
-def split_of(key: str, seed: int, *, val: float = 0.1, test: float = 0.1) -> Split:
-    """Assign an image, or another cluster such as a patient, to a split.
+def splits_of(keys: Iterable[str], seed: int, *, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
+    """Assign images, or other clusters such as patients, to splits.
 
     Args:
-        key: name of the image or cluster.
+        keys: names of the images or clusters.
         seed: seed of the assignment.
         val: share of the keys for validation.
         test: share of the keys for testing; the rest is for training.
     """
-    return splits_of([key], seed, val=val, test=test)[key]
-
-
-def splits_of(keys: Iterable[str], seed: int, *, val: float = 0.1, test: float = 0.1) -> dict[str, Split]:
-    """Apply :func:`split_of` to many keys, hashing each once."""
     distinct = list(dict.fromkeys(keys))
     found: dict[str, Split] = {}
     for key, number in zip(distinct, addresses("split by image", seed, last=distinct)):

@@ -24,7 +24,7 @@ from medvqa_rl.evaluation.judging.ratings import (
     summarise_ratings,
     write_key,
 )
-from medvqa_rl.evaluation.statistics.raters import cohens_kappa, krippendorff_alpha
+from medvqa_rl.evaluation.statistics.raters import alpha_interval, kappa_interval
 
 KEY = SheetKey(
     "abc",
@@ -67,12 +67,12 @@ def test_two_raters_are_summed_up_by_hand() -> None:
     assert gain["reasoning"]["estimate"] == pytest.approx((2.0 + 0) / 2)
     correct, reasoning = found["agreement"]["correct"], found["agreement"]["reasoning"]
     assert correct["items"] == 3 and correct["same"]["estimate"] == pytest.approx(2 / 3)
-    assert correct["kappa"]["estimate"] == pytest.approx(cohens_kappa([0, 1, 1], [0, 0, 1]))
+    assert correct["kappa"]["estimate"] == pytest.approx(kappa_interval([0, 1, 1], [0, 0, 1], range(3)).estimate)
     assert correct["alpha"]["estimate"] == pytest.approx(
-        krippendorff_alpha([[0, 0], [1, 0], [1, 1]], levels=2, scale="nominal")
+        alpha_interval([[0, 0], [1, 0], [1, 1]], range(3), levels=2, scale="nominal").estimate
     )
     assert reasoning["kappa"]["estimate"] == pytest.approx(
-        cohens_kappa([1, 3, 2], [0, 2, 2], levels=4, scale="interval")
+        kappa_interval([1, 3, 2], [0, 2, 2], range(3), levels=4, scale="interval").estimate
     )
     assert found["raters"][0] == {"name": "Anna", "rated": 4, "cannot_tell": 1, "accuracy": 2 / 3, "reasoning": 1.5}
 
@@ -84,7 +84,7 @@ def test_one_rater_has_no_agreement_and_three_have_no_kappa() -> None:
     found = summarise_ratings(KEY, [ANNA, BEN, cara])["agreement"]
     assert "kappa" not in found["correct"] and found["reasoning"]["items"] == 3
     assert found["reasoning"]["alpha"]["estimate"] == pytest.approx(
-        krippendorff_alpha([[1, 0], [3, 2], [2, 2, 3], [0]], levels=4, scale="interval")
+        alpha_interval([[1, 0], [3, 2], [2, 2, 3], [0]], range(4), levels=4, scale="interval").estimate
     )
     with pytest.raises(ValueError, match="Two files are by the rater 'Anna'"):
         summarise_ratings(KEY, [ANNA, ANNA])

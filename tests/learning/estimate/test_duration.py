@@ -12,7 +12,7 @@ from medvqa_rl.learning.estimate.workload import plan
 
 MODEL = Architecture(
     **{"vocabulary": 100, "hidden": 8, "intermediate": 16, "layers": 2, "heads": 2, "kv_heads": 1, "is_tied": True},
-    **{"vision_layers": 1, "vision_hidden": 4, "vision_intermediate": 8, "vision_heads": 1, "vision_is_gated": False},
+    **{"vision_layers": 1, "vision_hidden": 4, "vision_intermediate": 8, "vision_is_gated": False},
 )
 LAYERS = 2 * (8 * 8 + 8 * 4 * 2 + 8 * 8 + 3 * 8 * 16)  # weights of all linears
 

@@ -26,20 +26,6 @@ def _distances(levels: int, scale: Scale) -> Floats:
     return (apart != 0).astype(np.float64) if scale == "nominal" else apart**2
 
 
-def cohens_kappa(first: Sequence[int], second: Sequence[int], *, levels: int = 2, scale: Scale = "nominal") -> float:
-    """Cohen's kappa: 1 - D_o / D_e with the observed mean distance D_o of the two ratings and that of independent
-    raters with the same shares (Cohen 1960; 1968 with quadratic weights, which is ``scale="interval"``). NaN if D_e is
-    0, that is if both always give the same rating.
-
-    Args:
-        first: (N,) ratings by one rater.
-        second: (N,) ratings of the same items by the other.
-    """
-    table = np.zeros((levels, levels))
-    np.add.at(table, (np.asarray(first, dtype=int), np.asarray(second, dtype=int)), 1)
-    return float(_kappas(table[None], _distances(levels, scale))[0])
-
-
 def _kappas(tables: Floats, distances: Floats) -> Floats:
     """Cohen's kappa of (N, K, K) contingency tables."""
     total = tables.sum(axis=(1, 2))
@@ -60,7 +46,18 @@ def kappa_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """:func:`cohens_kappa` with the 2.5 and 97.5 % quantiles of resampled clusters; NaN bounds for fewer than two."""
+    """Cohen's kappa: 1 - D_o / D_e with the observed mean distance D_o of the two ratings and that of independent
+    raters with the same shares (Cohen 1960; 1968 with quadratic weights, which is ``scale="interval"``).
+
+    Args:
+        first: (N,) ratings by one rater.
+        second: (N,) ratings of the same items by the other.
+        clusters: (N,) clusters to resample.
+
+    Returns:
+        Kappa, NaN if D_e is 0, that is if both always give the same rating; and the 2.5 and 97.5 % quantiles of
+        resampled clusters, NaN for fewer than two.
+    """
     index, count = _positions(clusters)
     tables = np.zeros((count, levels, levels))
     np.add.at(tables, (index, np.asarray(first, dtype=int), np.asarray(second, dtype=int)), 1)
@@ -72,21 +69,6 @@ def kappa_interval(
     return _resampled(statistic, count, resamples, seed)
 
 
-def krippendorff_alpha(units: Sequence[Sequence[int]], *, levels: int, scale: Scale) -> float:
-    """Krippendorff's alpha: 1 - D_o / D_e over all pairs of ratings of the same item and of any items (Krippendorff
-    2011, "Computing Krippendorff's Alpha-Reliability"). Any number of raters, of whom not all need rate every item.
-
-    Args:
-        units: the ratings of each item; items with fewer than two are ignored.
-        levels: number of possible ratings.
-        scale: distance of two ratings.
-
-    Returns:
-        Alpha; NaN if no item was rated twice, or all ratings are equal.
-    """
-    return alpha_interval(units, range(len(units)), levels=levels, scale=scale, resamples=0).estimate
-
-
 def alpha_interval(
     units: Sequence[Sequence[int]],
     clusters: Sequence[Hashable],
@@ -96,7 +78,19 @@ def alpha_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """:func:`krippendorff_alpha` with the 2.5 and 97.5 % quantiles of resampled clusters of items."""
+    """Krippendorff's alpha: 1 - D_o / D_e over all pairs of ratings of the same item and of any items (Krippendorff
+    2011, "Computing Krippendorff's Alpha-Reliability"). Any number of raters, of whom not all need rate every item.
+
+    Args:
+        units: the ratings of each item; items with fewer than two are ignored.
+        clusters: cluster of each item, to resample.
+        levels: number of possible ratings.
+        scale: distance of two ratings.
+
+    Returns:
+        Alpha, NaN if no item was rated twice or all ratings are equal; and the 2.5 and 97.5 % quantiles of resampled
+        clusters of items.
+    """
     paired = [(unit, cluster) for unit, cluster in zip(units, clusters, strict=True) if len(unit) > 1]
     if not paired:
         return Interval(math.nan, math.nan, math.nan)

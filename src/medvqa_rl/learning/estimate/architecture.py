@@ -30,7 +30,6 @@ class Architecture:
     vision_layers: int
     vision_hidden: int
     vision_intermediate: int
-    vision_heads: int
     vision_is_gated: bool
     """Qwen2.5-VL: gated MLP with biases, RMS norms, window attention. Qwen2-VL: plain MLP, layer norms."""
     window_pixels: int = 0
@@ -107,7 +106,6 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         vision_layers=size(vision, "depth"),
         vision_hidden=width,
         vision_intermediate=size(vision, "intermediate_size") if is_gated else width * size(vision, "mlp_ratio", 4),
-        vision_heads=size(vision, "num_heads"),
         vision_is_gated=is_gated,
         window_pixels=size(vision, "window_size", 112) if is_gated else 0,
         global_layers=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))) if is_gated else (),
@@ -123,31 +121,31 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         "model_type": "qwen2_vl",
         **{"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
         **{"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
     },
     "7b": {
         "model_type": "qwen2_vl",
         **{"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
         **{"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
-        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
     },
     "2.5-3b": {
         "model_type": "qwen2_5_vl",
         **{"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
         **{"num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420},
     },
     "2.5-7b": {
         "model_type": "qwen2_5_vl",
         **{"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
         **{"num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
-        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16},
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420},
     },
     "2.5-32b": {
         "model_type": "qwen2_5_vl",
         **{"vocab_size": 152064, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64},
         **{"num_attention_heads": 40, "num_key_value_heads": 8, "tie_word_embeddings": False},
-        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "num_heads": 16},
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456},
     },
 }
 """config.json of published models, by --model-size: Qwen2-VL-2B and -7B, Qwen2.5-VL-3B, -7B and -32B."""
