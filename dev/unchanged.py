@@ -12,6 +12,7 @@ package versions. `--only verbs,study` records some of it; the whole takes about
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import json
 import os
@@ -156,6 +157,9 @@ def differences(before: Any, after: Any, at: str = "") -> list[str]:
         pairs = [(before.get(key), after.get(key), f"{at}/{key}") for key in keys]
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = [(one, other, f"{at}[{place}]") for place, (one, other) in enumerate(zip(before, after))]
+    elif isinstance(before, str) and isinstance(after, str) and "\n" in before + after:
+        lines = difflib.unified_diff(before.split("\n"), after.split("\n"), lineterm="", n=0)
+        return [f"{at}: {line[:200]}" for line in list(lines)[2:] if not line.startswith("@@")]
     else:
         return [] if before == after else [f"{at}: {str(before)[:200]} -> {str(after)[:200]}"]
     return [line for one, other, path in pairs for line in differences(one, other, path)]
