@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: workloads, random models, data, machine rates, result files.
+"""Workloads, random models, data, machine throughput and result files, shared by the benchmarks.
 
 Legend: P prompts, G completions per prompt, R tokens per completion.
 """
@@ -43,7 +43,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "mrope_section": [16, 24, 24],
         "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     },
-    # The same with every depth and width divided by four, half the head size, and a vocabulary of 4,096.
+    # All depths and widths divided by four, half the head size, and a vocabulary of 4,096.
     "quarter": {
         "vocab_size": 4096,
         "hidden_size": 384,
@@ -153,13 +153,13 @@ def make_config(
     attention: str | None = None,
     rollout: str | None = None,
 ) -> Config:
-    """This package's settings for a workload; the reward function gives every group some variance.
+    """The settings of this package for a workload. The reward function gives every group some variance.
 
     Args:
-        folder: of the model.
-        steps: of the run, for the schedule.
-        attention: ``model.attention``; None takes the default.
-        rollout: ``rollout.engine``; None takes the default.
+        folder: model folder.
+        steps: number of steps, for the learning rate schedule.
+        attention: ``model.attention``; None uses the default.
+        rollout: ``rollout.engine``; None uses the default.
     """
     pixels = workload.side**2
     model: dict[str, Any] = {
@@ -189,7 +189,7 @@ def make_config(
                 "steps": steps,
                 "prompts_per_step": workload.prompts,
                 "prompts_per_micro_batch": workload.prompts_per_micro_batch,
-                "self_check": False,  # once per run; benchmarks.update makes the comparison itself
+                "self_check": False,  # runs once per run; benchmarks.update makes the same comparison
             },
         }
     )
@@ -202,17 +202,17 @@ def share_of_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float
 
 
 def model_config(name: str, processor: Processor) -> Qwen2VLConfig:
-    """A key of MODELS with the special tokens of a tokenizer.
+    """Build the config for a key of MODELS, with the special tokens of a tokenizer.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model has words.
+        ValueError: the tokenizer has more tokens than the model's vocabulary.
     """
     sizes = MODELS[name]
     tokenizer = processor.tokenizer
     if len(tokenizer) > sizes["vocab_size"]:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the model {name!r} has {sizes['vocab_size']} words: "
-            "choose a smaller tokenizer, or leave --tokenizer out."
+            f"The tokenizer has {len(tokenizer)} tokens, but the vocabulary of {name!r} holds {sizes['vocab_size']}: "
+            "choose a smaller tokenizer, or omit --tokenizer."
         )
     ids = {
         name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
@@ -251,11 +251,11 @@ def model_config(name: str, processor: Processor) -> Qwen2VLConfig:
 
 
 def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = None) -> Path:
-    """The folder of the workload's model; one with random weights is written into ``folder`` first.
+    """Return the folder of the workload's model. A model with random weights is written to ``folder`` first.
 
     Args:
         folder: an empty folder.
-        tokenizer: folder with the tokenizer and image settings of a Qwen2-VL checkpoint; None takes the embedded ones.
+        tokenizer: folder with the tokenizer and image settings of a Qwen2-VL checkpoint; None uses the embedded ones.
     """
     if workload.model not in MODELS:
         return resolve_folder(workload.model)
@@ -276,22 +276,22 @@ def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = Non
 
 Clock = Literal["wall", "processor"]
 """wall: wall time. processor: CPU time of this process, for a busy machine; with one thread it equals the wall time on
-a core of its own."""
+a dedicated core."""
 
 _clock: Callable[[], float] = time.perf_counter
 
 
 def use_clock(clock: Clock) -> None:
-    """Choose what :func:`now` reads.
+    """Choose the clock of :func:`now`.
 
     Raises:
-        ValueError: the processor's clock does not show what a GPU takes, nor what several threads take.
+        ValueError: the processor clock was requested on a GPU or with several threads, which it cannot measure.
     """
     global _clock
     if clock == "processor" and (torch.cuda.is_available() or torch.get_num_threads() > 1):
         raise ValueError(
             f"--clock processor is for one thread on a CPU, but there are {torch.get_num_threads()} threads and "
-            f"{torch.cuda.device_count()} GPUs: set OMP_NUM_THREADS=1, or take --clock wall."
+            f"{torch.cuda.device_count()} GPUs: set OMP_NUM_THREADS=1, or use --clock wall."
         )
     _clock = time.process_time if clock == "processor" else time.perf_counter
 
@@ -326,7 +326,7 @@ def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None 
 
     Args:
         seconds: how long each is repeated.
-        size: side of the matrices; None takes 8192 on a GPU and 1024 elsewhere.
+        size: side of the matrices; defaults to 8192 on a GPU and 1024 elsewhere.
     """
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if is_gpu else "cpu")
@@ -347,7 +347,7 @@ def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None 
 
 
 def hardware() -> dict[str, Any]:
-    """The hardware and versions of a measurement, without host or folder names."""
+    """Describe hardware and library versions, without host or folder names."""
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -370,14 +370,14 @@ def _cpu_name() -> str:
 
 
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a readable result file with stable order, if a path is given."""
+    """Write a result as indented JSON, if a path is given."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Format a table: first row is the heading, first column left-aligned, others right-aligned."""
+    """Format a table. The first row is the heading; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,12 +1,12 @@
-"""Loading rates: a large table, its index, and prompts prefetched for training and evaluation.
+"""Data loading: parsing a large table, reading its index, and prefetching prompts for training and evaluation.
 
     python -m benchmarks.data                 # 200,000 rows, 400 images
     python -m benchmarks.data --rows 2000 --images 32
 
 Writes a table in PMC-VQA's format with its image files to a temporary folder and loads it in fresh processes: the
 first parses the table, the second reads the index. Then prepares prompts with JPEGs of 1024 x 768 pixels as training
-and evaluation do, without and with prefetching, each in a fresh process; a consumer sleeps for 10 ms per prompt in
-place of the model. Prints seconds and peak memory; exits with 1 if a limit is exceeded.
+and evaluation do, without and with prefetching, each in a fresh process; instead of running a model, a consumer sleeps
+for 10 ms per prompt. Prints seconds and peak memory; exits with 1 if a limit is exceeded.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MAX_PIXELS = 401_408
 """512 image tokens, as in the configs for PMC-VQA."""
 PREFETCH_MIB = 128
 HOLES_MIB = 16.0
-"""Memory that the allocator may lose to fragmentation."""
+"""Allowance for memory fragmentation."""
 CONSUMER_SECONDS = 0.01
-"""Time per prompt that the consumer takes; it sleeps, as a CPU does while it waits for a GPU."""
+"""Time that the consumer sleeps per prompt, as a CPU that waits for a GPU does."""
 
 COLUMNS = ("Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label")
 
@@ -77,7 +77,7 @@ def load(root: Path) -> dict[str, float]:
 
 
 def write_images(root: Path, count: int) -> None:
-    """Write JPEGs of noise, which compress as badly as medical images do."""
+    """Write JPEGs of noise, which compress as poorly as medical images."""
     generator = np.random.default_rng(0)
     for index in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (96, 128, 3), dtype=np.uint8))
@@ -85,7 +85,7 @@ def write_images(root: Path, count: int) -> None:
 
 
 def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
-    """Prepare the prompts of all images through the training feed, then through evaluation."""
+    """Prepare the prompts of all images with the training feed, then with the evaluation code."""
     from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
     from medvqa_rl.learning.batching.feed import Feed
     from medvqa_rl.models.loading import load_policy
@@ -106,7 +106,7 @@ def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
     policy = load_policy(ModelConfig(path="phantom:instruct", device="cpu", max_pixels=MAX_PIXELS))
     engine = SleepingEngine(policy)
     prefetch = PrefetchConfig(workers=workers, max_mib=PREFETCH_MIB)
-    held = [engine.encode(samples[0]) for _ in range(PROMPTS)]  # what the caller holds in any case
+    held = [engine.encode(samples[0]) for _ in range(PROMPTS)]  # the caller holds one batch in any case
     before = peak_bytes()
     del held
 
@@ -169,7 +169,7 @@ def main() -> int:
         print(f"table of {options.rows:,} rows, {size:.0f} MB, as many image files")
         for name, limit in (("first load", MAX_SECONDS_FIRST), ("second load", MAX_SECONDS_SECOND)):
             found = in_a_new_process("--load", root)
-            seconds = f"{found['seconds']:6.2f} s (limit {limit:g}; {found['cpu']:.2f} s of the processor)"
+            seconds = f"{found['seconds']:6.2f} s (limit {limit:g}; CPU {found['cpu']:.2f} s)"
             print(f"  {name:<12} {seconds}, peak {found['gb']:.2f} GB (limit {MAX_GB:g})")
             if found["seconds"] > limit or found["gb"] > MAX_GB:
                 missed.append(name)
@@ -190,7 +190,7 @@ def main() -> int:
         if found["mib"] - without["mib"] > PREFETCH_MIB + found["one_prompt_mib"] + HOLES_MIB:
             missed.append("memory of prefetching")
     if missed:
-        print(f"missed: {', '.join(missed)}")
+        print(f"limits exceeded: {', '.join(missed)}")
     return bool(missed)
 
 

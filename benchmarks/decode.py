@@ -1,14 +1,15 @@
-"""Tokens per second of a rollout: this package against transformers' ``generate`` on the same work, alternating.
+"""Rollout tokens per second: this package against transformers' ``generate`` on the same work, alternating.
 
     python -m benchmarks.decode --preset embedded
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.decode --preset paper-cpu --rounds 1
     python -m benchmarks.decode --preset paper-gpu --engine graph --json FILE
 
-Both sample G completions of a fixed number of tokens for each prompt (stop tokens are suppressed), from prompts that
-are encoded beforehand; ``generate`` gets ``num_return_sequences``, with which it encodes an image once, too. A rollout
-of one token is measured as well: that is vision and prefill, and what a whole one takes longer is decoding. The floor
-of decoding reads all weights once a step, and each stored key and value once, a prompt's once for all its completions.
-Greedy tokens of both are compared first. The last line is ``speedup: RATIO`` of whole rollouts, median over median.
+Both sample G completions of a fixed number of tokens per prompt (stop tokens are suppressed) from prompts that are
+encoded beforehand. ``generate`` is called with ``num_return_sequences``, so it also encodes each image only once. A
+rollout of one token measures vision and prefill; decoding time is the difference to a whole rollout. The lower bound
+for decoding reads, per step, all weights once and every cached key and value once, those of a prompt once for all its
+completions. Greedy tokens of both are compared first. The last line is ``speedup: RATIO``, the ratio of the median
+times of whole rollouts.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]
     """Bytes read and FLOPs of decoding all tokens except the first, which comes from the prefill.
 
     Args:
-        prompts: tokens of the P prompts.
+        prompts: number of tokens of each of the P prompts.
     """
     size = 2 if workload.dtype == "bfloat16" else 4
     rows = workload.generations * len(prompts)
@@ -102,7 +103,7 @@ def generate(policy: Policy, prompts: Sequence[EncodedPrompt], length: int, **se
 
 
 def same_greedy(policy: Policy, engine: RolloutEngine, samples: Sequence[Sample], length: int) -> float:
-    """Share of prompts whose greedy completions are equal in both."""
+    """Share of prompts for which both engines give the same greedy completion."""
     prompts = [engine.encode(sample) for sample in samples]
     groups = engine.greedy(samples, max_completion_length=length, batch_size=len(samples), prompts=prompts)
     ours = [group.completions[0].token_ids for group in groups]
@@ -124,7 +125,7 @@ def measure(rolls: dict[str, Roll], length: int, rounds: int) -> dict[str, dict[
 
 
 def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | None, rates: Rates) -> dict[str, Any]:
-    """Compare both on a workload."""
+    """Compare both engines on a workload."""
     with tempfile.TemporaryDirectory() as folder:
         path = prepare_model(workload, Path(folder), tokenizer)
         model = architecture_of(path)
@@ -177,8 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 if greedy tokens differ in float32 on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
-    parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="rollout.engine of ours")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one of warmup")
+    parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="rollout.engine of this package")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one warmup round")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL checkpoint's tokenizer")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--json", "--output", type=Path, help="write the results here")
@@ -195,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append([name, *parts, f"{one['decode_tokens_per_second']:.0f}", *shares])
     print(table(rows))
     print(
-        f"A decoded token reads {result['bytes_per_token'] / 1e6:.3f} MB and takes "
-        f"{result['operations_per_token'] / 1e6:.2f} million operations; copying moves {rates.bytes / 1e9:.1f} GB/s, "
+        f"Decoding a token reads {result['bytes_per_token'] / 1e6:.3f} MB and takes "
+        f"{result['operations_per_token'] / 1e6:.2f} MFLOP; copying moves {rates.bytes / 1e9:.1f} GB/s, "
         f"matrix products do {rates.flops / 1e9:.1f} GFLOP/s. Equal greedy completions: {result['same_greedy']:.0%}."
     )
     settings = {"preset": given.preset, "engine": given.engine, "rounds": given.rounds, "clock": given.clock}

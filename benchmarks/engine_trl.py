@@ -47,7 +47,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
     pixels = workload.side**2
     processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
     forbid_stopping(processor)
-    processor.tokenizer.padding_side = "left"  # as TRL loads it; it lays token types out by this
+    processor.tokenizer.padding_side = "left"  # TRL pads on the left; token types follow the padding side
     is_gpu = torch.cuda.is_available()
     model: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=getattr(torch, workload.dtype), attn_implementation="sdpa", local_files_only=True
@@ -86,7 +86,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
                 return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        """Records the time of a step, from the end of the previous one, so that data loading counts."""
+        """Times each step from the end of the previous one, so that data loading is included."""
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.began = now()
@@ -178,7 +178,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
 
 
 def _as_dataset(datasets: Any, samples: Sequence[Sample]) -> Any:
-    """Rows in TRL's format: a conversation and its images, stored losslessly and decoded when fetched."""
+    """Build a data set in TRL's format: a conversation with losslessly stored images, decoded on access."""
     rows = []
     for sample in samples:
         (part,) = [p for p in render_prompt(sample).messages[0]["content"] if p["type"] == "text"]
@@ -197,6 +197,6 @@ def _suppressed(processor: Processor, words: int) -> list[int]:
     """Token ids that this package never samples: control tokens and padding rows of the output layer.
 
     Args:
-        words: rows of the output layer.
+        words: number of rows of the output layer.
     """
     return sorted({*processor.suppressed_ids, *range(len(processor.tokenizer), words)})

@@ -1,9 +1,9 @@
 """This package for ``benchmarks.step``, and checks that its steps are comparable with another engine's.
 
-Same weights, questions, images, rewards, group size, optimizer and loss. Both sample exactly ``length`` tokens for
-every completion, because both suppress the stop tokens besides all other control tokens (TRL suppresses only the
-image token by itself, and crashes when the policy samples another vision token). Sampled tokens differ, as the random
-numbers do; what is counted and timed does not depend on them.
+Both engines use the same weights, questions, images, rewards, group size, optimizer and loss. Both suppress all
+control tokens including the stop tokens, so every completion has exactly ``length`` tokens (by default TRL suppresses
+only the image token, and crashes if the policy samples another vision token). The sampled tokens differ because the
+random numbers do, but the measured work does not depend on them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Step:
     """Time and results of one step."""
 
     rollout: float
-    """Seconds; preprocessing, sampling and decoding to text."""
+    """Seconds for preprocessing, sampling and decoding to text."""
     reward: float
     reference: float
     update: float
-    """Seconds of everything else, so that the four phases add up to the step."""
+    """Seconds for everything else, so that the four phases add up to the step."""
     prompt_ids: list[list[int]]
-    """(P,) tokens per prompt, including image placeholders."""
+    """(P,) token ids of each prompt, including image placeholders."""
     completion_ids: list[list[int]]
-    """(B,) sampled tokens."""
+    """(B,) sampled token ids."""
     rewards: list[float]
     """(B,)"""
     loss: float
@@ -53,16 +53,16 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Seconds of the whole step."""
         return self.rollout + self.reward + self.reference + self.update
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens that were sampled."""
+        """Number of sampled tokens."""
         return sum(map(len, self.completion_ids))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as a dict, for JSON."""
         return asdict(self)
 
 
@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 def samples_by_step(workload: Workload, steps: int) -> list[list[Sample]]:
-    """The samples of each step, in this package's order."""
+    """The samples of each step, in the order in which this package draws them."""
     data = make_data(workload.prompts * steps, workload.side)
     return [
         [draw.sample for draw in step_samples(data, step, num_prompts=workload.prompts, seed=0, rank=0, num_ranks=1)]
@@ -109,13 +109,13 @@ def run_ours(
     rollout: str | None = None,
     reference_noise: float = 0.0,
 ) -> list[Step]:
-    """Training steps of this package.
+    """Run training steps with this package.
 
     Args:
-        folder: of the model.
-        attention: ``model.attention``; None takes the default.
-        rollout: ``rollout.engine``; None takes the default.
-        reference_noise: change the reference's weights by this much, so that a test meets a divergence.
+        folder: model folder.
+        attention: ``model.attention``; None uses the default.
+        rollout: ``rollout.engine``; None uses the default.
+        reference_noise: scale of noise added to the reference's weights, so that tests see a KL divergence above 0.
     """
     config = make_config(workload, folder, steps=steps, attention=attention, rollout=rollout)
     data = make_data(workload.prompts * steps, workload.side)
@@ -169,7 +169,7 @@ def add_noise(model: torch.nn.Module, scale: float) -> None:
 
 
 def _time_reference(reference: Reference, watch: Stopwatch) -> None:
-    """Time the reference pass."""
+    """Make a reference record the time of its passes."""
     active: Callable[[], Any] = reference.active
 
     @contextmanager
@@ -183,11 +183,11 @@ def _time_reference(reference: Reference, watch: Stopwatch) -> None:
 def same_work(ours: Sequence[Step], theirs: Sequence[Step], tolerance: float = 0.02) -> list[str]:
     """Describe how the work of two engines differs; empty if it is the same.
 
-    The prompts must be equal token for token, and every completion must have the same number of tokens. The tokens
-    were sampled with other random numbers, so losses and entropies can only be close.
+    The prompts must be equal token for token, and every completion must have the same number of tokens. Sampling used
+    different random numbers, so losses and entropies are only compared approximately.
 
     Args:
-        tolerance: of the losses, and of the entropies relative to their size times ten.
+        tolerance: absolute tolerance for losses; the relative tolerance for entropies is ten times as large.
     """
     found = []
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True), start=1):
@@ -205,10 +205,10 @@ def same_work(ours: Sequence[Step], theirs: Sequence[Step], tolerance: float = 0
 def replay(
     workload: Workload, folder: Path, steps: Sequence[Step], *, reference_noise: float = 0.0
 ) -> tuple[float, float]:
-    """This package's loss and gradient norm for the completions of the other engine's first step.
+    """Compute loss and gradient norm with this package for the completions of the other engine's first step.
 
     Args:
-        steps: of ``run_trl`` with the same workload, folder and noise.
+        steps: steps returned by ``run_trl`` with the same workload, folder and noise.
     """
     config = make_config(workload, folder)
     accelerator = make_accelerator(config, workload.prompts)

@@ -1,9 +1,9 @@
-"""A lower bound of the time of a step, from its FLOPs and bytes.
+"""A lower bound on the time of a step, from its FLOPs and bytes.
 
-Least work: every image is encoded once per step where the tower is frozen (otherwise once each for the rollout, the
-reference and the update, whose weights differ), every prompt is prefilled once, a decoding step reads every weight
-once and every key and value of a prompt once for all its completions, one row per group in the update, no masked
-pair, nothing computed again. The operations are those of :mod:`medvqa_rl.learning.estimate.cost`.
+It assumes the least possible work. With a frozen tower every image is encoded once per step, otherwise once each for
+rollout, reference and update. Every prompt is prefilled once. A decoding step reads every weight once, and every key
+and value of a prompt once for all its completions. The update computes one row per group, no masked pairs and no
+recomputation. FLOPs are counted as in :mod:`medvqa_rl.learning.estimate.cost`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from medvqa_rl.learning.estimate.cost import (
 )
 
 OPTIMIZER_BYTES = 28
-"""AdamW, per trained float32 parameter: reads weight, gradient and two moments, writes weight and moments."""
+"""AdamW traffic per trained float32 parameter: read weight, gradient and two moments, write weight and moments."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Floor:
     flops: float
     bytes: float
     seconds: float
-    """Each pass takes the time of its FLOPs or of its bytes, whichever is longer."""
+    """Sum over passes of the time for the FLOPs or for the bytes, whichever is longer."""
 
     def __add__(self, other: Floor) -> Floor:
         return Floor(self.flops + other.flops, self.bytes + other.bytes, self.seconds + other.seconds)
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """The dimensions of the model in a folder."""
+    """Read the dimensions of the model in a folder."""
     return read_architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def trained_of(workload: Workload) -> Trained:
-    """Which parts a workload trains."""
+    """The parts of the model that a workload trains."""
     return Trained(
         lora_rank=workload.lora,
         lora_targets=LoraConfig().targets if workload.lora else (),
@@ -66,9 +66,9 @@ def step_floors(
     """The floor of each phase of a step: rollout, reference, update.
 
     Args:
-        prompts: tokens of the P prompts.
-        grids: patches of their images, down and across.
-        rates: of the machine.
+        prompts: number of tokens of each of the P prompts.
+        grids: patches of each image, vertically and horizontally.
+        rates: peak throughput of the machine.
     """
     size = 2 if workload.dtype == "bfloat16" else 4
     trained, group = trained_of(workload), [workload.length] * workload.generations
@@ -81,7 +81,7 @@ def step_floors(
     prefill = Shape(sum(prompts), sum(group_pairs(p, []) for p in prompts), len(prompts), tuple(grids))
     rollout = floor(forward_flops(model, prefill, trained), (parameters.language + parameters.vision) * size)
     rows = workload.generations * len(prompts)
-    # The first token comes from the prefill, and what follows the last is not needed.
+    # The first token comes from the prefill, and the last token is not fed back.
     for position in range(1, workload.length):
         seen = sum(prompts) * workload.generations + rows * position
         stored = sum(prompts) + rows * position

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# All speed benchmarks on one GPU, in less than 8 minutes. Checks first that the fast paths compute what the plain ones
-# do, then measures updates, decoding and whole steps against TRL. Result files and logs go to a folder; the tables of
-# all parts are printed last. A part that fails or runs out of time is named and the others go on; then it exits with 1.
+# Run all speed benchmarks on one GPU in less than 8 minutes. Each part first checks that the fast paths give the same
+# results as the plain ones. Measures updates, decoding and whole steps against TRL. Result files and logs go to a
+# folder; all tables are printed at the end. If a part fails or times out, the others still run and the exit code is 1.
 #
 #   benchmarks/gpu.sh                        # Qwen2-VL-2B with random weights
-#   benchmarks/gpu.sh --smoke                # tiny sizes, a few minutes on a CPU: does every part run?
+#   benchmarks/gpu.sh --smoke                # quick test of all parts: tiny sizes, a few minutes on a CPU
 #
-#   --out FOLDER         where results go (default: benchmarks/results)
-#   --tokenizer FOLDER   the tokenizer of Qwen2-VL in place of the embedded one, for prompts of its length
-#   --wheels FOLDER      wheels of trl and datasets to install first, where there is no network
+#   --out FOLDER         output folder (default: benchmarks/results)
+#   --tokenizer FOLDER   use the tokenizer of Qwen2-VL instead of the embedded one, for realistic prompt lengths
+#   --wheels FOLDER      install trl and datasets from the wheels in this folder first, without network access
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +30,7 @@ if [ $smoke = yes ]; then limit=900; fi
 mkdir -p "$out"
 names=() states=()
 
-# part NAME SECONDS MODULE ARGUMENTS...: one benchmark, at most so many seconds and what is left of the whole time
+# part NAME SECONDS MODULE ARGUMENTS...: run one benchmark for at most SECONDS or the remaining time, if shorter
 part() {
   local name=$1 seconds=$2 left=$((limit - SECONDS)) began=$SECONDS code
   shift 2
@@ -57,7 +57,7 @@ if [ $smoke = yes ]; then
   part step_lora_smoke 0 benchmarks.step --preset smoke --rounds 1 --steps 1 --warmup 0 --lora 4
 else
   gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))') || {
-    echo "There is no GPU that torch can use here: use --smoke to try the parts on a CPU." >&2
+    echo "torch finds no GPU: use --smoke to try the parts on a CPU." >&2
     exit 2
   }
   part "update_lora_$gpu" 60 benchmarks.update --preset gpu --lora 16
@@ -84,5 +84,5 @@ for index in "${!names[@]}"; do
     tail -n 5 "$out/$name.err" 2>/dev/null
   fi
 done
-printf '\n%s s in all\n' "$SECONDS"
+printf '\n%s s in total\n' "$SECONDS"
 exit $failed

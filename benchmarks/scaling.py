@@ -4,17 +4,15 @@
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --engine fsdp2 --ranks 1 2 --output result.json
     OMP_NUM_THREADS=1 python -m benchmarks.scaling --smoke
 
-Seconds are those that a process spends on the processor, threads and exchanges included, so they can be measured
-where more processes run than there are cores; waiting for another rank and for the network takes none. A step has two
-phases that all ranks leave together, rollout with rewards and update. A phase lasts as long as that of the rank that
-does most, and the other ranks wait for it:
+Measures the CPU time of each process, including threads and communication, so it also works with more processes than
+cores; waiting for another rank or for the network takes no CPU time. A step has two phases that end with a barrier,
+rollout with rewards and update. A phase lasts as long as its slowest rank, and the other ranks wait for it:
 
-    step = sum over phases of the longest rank's seconds
+    step = sum over phases of the slowest rank's seconds
     waiting of a rank = step - its own seconds
-    efficiency of N ranks = step alone / (N * step) = 1 - share of waiting - share of extra work
+    efficiency of N ranks = step on one rank / (N * step) = 1 - share of waiting - share of extra work
 
-The time that data is under way, and waiting within a phase, are not in it. Exits with 1 where the runs did not sample
-the same tokens.
+Network latency and waiting within a phase are not included. Exits with 1 if the runs did not sample the same tokens.
 """
 
 from __future__ import annotations
@@ -70,12 +68,12 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank's part of one step."""
+    """The share of one rank in one step."""
 
     rollout: float
-    """CPU time of preparing prompts, sampling and rewards."""
+    """CPU time for preparing prompts, sampling and rewards."""
     update: float
-    """CPU time of everything else."""
+    """CPU time for everything else."""
     wall: float
     """Wall time."""
     tokens: dict[str, list[int]]
@@ -83,7 +81,7 @@ class RankStep:
 
 
 def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
-    """Run training steps in this process, alone or as the rank in the environment."""
+    """Run training steps in this process, alone or as the rank given by the environment."""
     use_clock("processor")
     keep_freed_memory()  # as the command does
     config = make_config(workload, folder, steps=steps)
@@ -102,7 +100,7 @@ def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
                 groups = roll_out(config, setup, step, feed.prompts(step))
             total = torch.from_numpy(rewards.score(groups, step=step).total)
             rolled_out = now()
-            accelerator.wait_for_everyone()  # where a run exchanges what its ranks have sampled
+            accelerator.wait_for_everyone()  # a run gathers the sampled completions here
             updating = now()
             learner.update(groups, group_advantages(total, scale=config.advantage.scale), ~total.isnan(), step)
             ended = now()
@@ -115,10 +113,10 @@ def run_rank(workload: Workload, folder: Path, steps: int) -> list[RankStep]:
 
 
 def run_ranks(workload: Workload, folder: Path, steps: int, *, ranks: int, engine: str) -> list[list[RankStep]]:
-    """Run all ranks, each in a new process, and return their steps.
+    """Run each rank in a new process and return the steps of all ranks.
 
     Raises:
-        ValueError: a rank failed; with the end of what it printed.
+        ValueError: a rank failed; the message ends with its last output.
     """
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     shared = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
@@ -143,7 +141,7 @@ def run_ranks(workload: Workload, folder: Path, steps: int, *, ranks: int, engin
             failed = [rank for rank, child in enumerate(children) if child.poll()]
         finally:
             for child in children:
-                child.kill()  # which one that has ended does not notice
+                child.kill()  # no effect on processes that have ended
                 child.wait()
         if failed:
             log_text = Path(scratch, f"{failed[0]}.log").read_text(encoding="utf-8", errors="replace")
@@ -153,7 +151,7 @@ def run_ranks(workload: Workload, folder: Path, steps: int, *, ranks: int, engin
 
 
 def tokens_of(ranks: Sequence[Sequence[RankStep]]) -> list[dict[str, list[int]]]:
-    """The samples of all ranks at each step."""
+    """Merge the sampled tokens of all ranks, for each step."""
     return [{name: ids for part in parts for name, ids in part.tokens.items()} for parts in zip(*ranks, strict=True)]
 
 
@@ -162,7 +160,7 @@ def summary(ranks: Sequence[Sequence[RankStep]], alone: float | None) -> dict[st
 
     Args:
         ranks: (ranks, steps)
-        alone: seconds of a step on one rank; None where this is that.
+        alone: seconds per step on one rank; None if this is the run on one rank.
     """
     steps = list(zip(*ranks, strict=True))
     longest = {phase: _mean([max(step, key=attrgetter(phase)) for step in steps], phase) for phase in PHASES}
@@ -192,13 +190,13 @@ def measure(
     """Run each number of ranks in turn and compare.
 
     Args:
-        counts: of ranks, 1 first.
-        steps: measured in every process.
-        warmup: steps before them.
-        rounds: runs with each number of ranks; the measured steps of all are taken together.
+        counts: numbers of ranks, starting with 1.
+        steps: number of measured steps per process.
+        warmup: number of unmeasured steps before them.
+        rounds: number of runs with each number of ranks; their measured steps are pooled.
 
     Returns:
-        The result as it is written; ``differences`` says where the runs did not sample the same tokens.
+        The content of the result file; ``differences`` lists the steps at which the runs sampled different tokens.
     """
     use_clock("processor")
     measured: dict[int, list[list[RankStep]]] = {count: [[] for _ in range(count)] for count in counts}
@@ -212,7 +210,9 @@ def measure(
                 expected = expected or tokens_of(found)
                 for step, (first, other) in enumerate(zip(expected, tokens_of(found), strict=True), start=1):
                     if first != other:
-                        differences.append(f"{count} ranks, step {step}: other tokens were sampled than on one rank")
+                        differences.append(
+                            f"{count} ranks, step {step}: the sampled tokens differ from those on one rank"
+                        )
                 for rank, done in zip(measured[count], found, strict=True):
                     rank += done[warmup:]
     alone = summary(measured[counts[0]], None)
@@ -231,12 +231,12 @@ def measure(
 
 
 def _mean(steps: Sequence[RankStep], phase: str) -> float:
-    """Seconds of a phase."""
+    """Mean seconds of a phase."""
     return sum(getattr(step, phase) for step in steps) / len(steps)
 
 
 def report(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table of the runs."""
+    """Format the table of runs."""
 
     def each(values: Sequence[float]) -> str:
         return ", ".join(f"{value:.3f}" for value in values)
@@ -246,11 +246,11 @@ def report(runs: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["seconds per step", *(f"{run['seconds']:.3f}" for run in runs)])
     for phase in PHASES:
         rows.append([f"  {phase}", *(f"{run['phases'][phase]:.3f}" for run in runs)])
-    rows.append(["own seconds of each rank", *(each(run["own_seconds"]) for run in runs)])
+    rows.append(["CPU seconds of each rank", *(each(run["own_seconds"]) for run in runs)])
     rows.append(["waiting of each rank", *(each(run["waiting_seconds"]) for run in runs)])
     for name in ("efficiency", "waiting_share", "extra_work_share"):
         rows.append([name.replace("_", " "), *(f"{run[name]:.1%}" for run in runs)])
-    rows.append(["seconds that passed", *(f"{run['wall_seconds']:.3f}" for run in runs)])
+    rows.append(["wall seconds per step", *(f"{run['wall_seconds']:.3f}" for run in runs)])
     return table(rows)
 
 
@@ -258,11 +258,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 if the runs sampled different tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, default="ddp")
-    parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2), help="numbers of ranks, 1 first")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of every process")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them, not measured")
-    parser.add_argument("--rounds", type=int, default=2, help="runs with each number of ranks, in turn")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, one step: does it run?")
+    parser.add_argument("--ranks", type=int, nargs="+", default=(1, 2), help="numbers of ranks, starting with 1")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps per process")
+    parser.add_argument("--warmup", type=int, default=2, help="unmeasured steps before them")
+    parser.add_argument("--rounds", type=int, default=2, help="runs with each number of ranks, alternating")
+    parser.add_argument("--smoke", action="store_true", help="quick test with tiny sizes and one step")
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -274,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload = SMOKE if options.smoke else EMBEDDED
     if options.ranks[0] != 1 or any(count < 1 or workload.prompts % count for count in options.ranks):
         raise ValueError(
-            f"--ranks is {' '.join(map(str, options.ranks))}: give 1 first, which the others are compared with, and "
-            f"numbers that divide the {workload.prompts} prompts of a step."
+            f"--ranks is {' '.join(map(str, options.ranks))}: start with 1, the baseline, and give only "
+            f"divisors of the {workload.prompts} prompts per step."
         )
     result = measure(
         workload,
@@ -288,12 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_result(options.output, result)
     machine = result["hardware"]
     print(
-        f"{machine['cpu']}, one thread a rank, {options.engine}, processor clock, load {machine['load']}, "
+        f"{machine['cpu']}, one thread per rank, {options.engine}, processor clock, load {machine['load']}, "
         f"{result['steps'] * result['rounds']} steps"
     )
     print(report(result["runs"]))
     for difference in result["differences"]:
-        print(f"NOT THE SAME WORK, {difference}")
+        print(f"NOT COMPARABLE: {difference}")
     return bool(result["differences"])
 
 

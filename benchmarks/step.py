@@ -4,10 +4,10 @@
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.step --preset paper-cpu --steps 1 --warmup 0 --rounds 1
     python -m benchmarks.step --preset paper-gpu --lora 16 --beta 0.04 --tokenizer FOLDER
 
-Every engine runs in a process of its own, one after the other, round after round, so that both meet the same load
-and each has its own peak memory. The first steps of a process are left out as warmup. Prints medians, and with
-``--engine both`` last a line ``speedup: RATIO``: median seconds of TRL's step over median seconds of ours. Exits with
-1 where the two did not do the same work.
+Each engine runs in a separate process, and the engines alternate, so that both run under the same load and peak memory
+is measured separately. The first steps of a process are warmup and not counted. Prints medians; with ``--engine both``
+the last line is ``speedup: RATIO``, the median time of TRL's step divided by the median time of ours. Exits with 1 if
+the two engines did not do the same work.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def child(request: Mapping[str, Any]) -> None:
-    """Run one engine in this process and print its results as the last line."""
+    """Run one engine in this process and print its results as JSON on the last line."""
     use_clock(request["clock"])
-    keep_freed_memory()  # as the command does; TRL gets the same
+    keep_freed_memory()  # as the command does; applies to TRL too
     workload = Workload(**request["workload"])
     run = ENGINES[request["engine"]]
     steps = run(workload, Path(request["folder"]), request["steps"], **request["options"])
@@ -76,10 +76,10 @@ def child(request: Mapping[str, Any]) -> None:
 
 
 def in_a_new_process(request: Mapping[str, Any]) -> tuple[list[Step], int]:
-    """The steps of an engine, and its peak memory in bytes.
+    """Run an engine in a new process and return its steps and its peak memory in bytes.
 
     Raises:
-        ValueError: the engine failed; with the end of what it printed.
+        ValueError: the engine failed; the message ends with its last output.
     """
     command = [sys.executable, "-m", "benchmarks.step", "--child", json.dumps(request)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -113,7 +113,7 @@ def summary(steps: Sequence[Step], peak: int, floors: Mapping[str, Floor]) -> di
 
 
 def floors_of(workload: Workload, folder: Path, steps: Sequence[Step], rates: Rates) -> dict[str, Floor]:
-    """Median floor of the steps' phases."""
+    """Median over the steps of the lower bound for each phase."""
     model = architecture_of(folder)
     across = workload.side // model.patch_size
     found = [
@@ -131,7 +131,7 @@ def floors_of(workload: Workload, folder: Path, steps: Sequence[Step], rates: Ra
 
 
 def report(found: Mapping[str, Mapping[str, Any]], floors: Mapping[str, Floor]) -> str:
-    """The table of one comparison."""
+    """Format the table of one comparison."""
     names = list(found)
     rows = [["seconds per step", *names, "floor"]]
     for phase in PHASES:
@@ -173,13 +173,13 @@ def measure(
     """Run the engines in turn and compare.
 
     Args:
-        steps: measured in every process.
-        warmup: steps before them.
-        rounds: processes of each engine.
-        options: ``attention`` and ``rollout`` of ours, where they are not the defaults.
+        steps: number of measured steps per process.
+        warmup: number of unmeasured steps before them.
+        rounds: number of processes per engine.
+        options: ``attention`` and ``rollout`` of this package, if they are not the defaults.
 
     Returns:
-        The result as it is written; ``differences`` says where the engines did not do the same work.
+        The content of the result file; ``differences`` lists how the work of the engines differed.
     """
     use_clock(clock)
     rates = measure_rates(getattr(torch, workload.dtype), seconds=0.5)
@@ -225,13 +225,13 @@ def measure(
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The options."""
+    """Build the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
     parser.add_argument("--engine", choices=("ours", "trl", "both"), default="both")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps of every process")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them, not measured")
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each engine, in turn")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
+    parser.add_argument("--warmup", type=int, default=1, help="unmeasured steps before them")
+    parser.add_argument("--rounds", type=int, default=2, help="processes per engine, alternating")
     parser.add_argument("--model", choices=(PHANTOM, *MODELS))
     for name in ("prompts", "generations", "length", "side", "lora"):
         parser.add_argument(f"--{name}", type=int)
@@ -240,10 +240,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--train-vision", action=argparse.BooleanOptionalAction)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--attention", help="model.attention of ours; the default where it is left out")
-    parser.add_argument("--rollout", choices=("eager", "graph"), help="rollout.engine of ours")
+    parser.add_argument("--attention", help="model.attention of this package")
+    parser.add_argument("--rollout", choices=("eager", "graph"), help="rollout.engine of this package")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL tokenizer for random weights")
-    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: CPU time, for a busy machine"
+    )
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
@@ -264,11 +266,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
     workload = replace(PRESETS[options.preset], **given)
     if workload.lora and workload.train_vision:
-        raise ValueError("--lora and --train-vision cannot be compared: TRL's adapters leave the vision tower out.")
+        raise ValueError(
+            "--lora and --train-vision cannot be combined: TRL's adapters exclude the vision tower. Drop one of them."
+        )
     if workload.prompts % workload.prompts_per_micro_batch:
         raise ValueError(
-            f"--prompts is {workload.prompts}, which micro-batches of {workload.prompts_per_micro_batch} do not "
-            "share out evenly: set --prompts-per-micro-batch to a divisor."
+            f"--prompts is {workload.prompts}, which is not a multiple of --prompts-per-micro-batch "
+            f"({workload.prompts_per_micro_batch}): set --prompts-per-micro-batch to a divisor."
         )
     engines = ("ours", "trl") if options.engine == "both" else (options.engine,)
     result = {"preset": options.preset} | measure(
@@ -291,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(report(result["engines"], {phase: Floor(**part) for phase, part in result["floors"].items()}))
     for difference in result["differences"]:
-        print(f"NOT THE SAME WORK, {difference}")
+        print(f"NOT COMPARABLE: {difference}")
     if len(engines) == 2:
         print(f"speedup: {result['engines']['trl']['seconds'] / result['engines']['ours']['seconds']:.2f}")
     return bool(result["differences"])

@@ -1,16 +1,16 @@
-"""Seconds of forward and backward of the update: shared prompts against a row per completion.
+"""Forward and backward time of the update: shared prompts against one row per completion.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.update --preset cpu --scaling --repeats 1
     python -m benchmarks.update --preset gpu --lora 16
 
-Checks first that every layout gives the same log-probabilities and gradient. Image features are given, as they are
-where the vision tower is frozen, so this is the language model alone. The floor is the operations that a group needs
-(no masked pair, nothing computed again) at the rate of a large matrix product on the same machine. Prints medians, and
-last a line ``speedup: RATIO``: rows per completion over the default.
+Checks first that every layout gives the same log-probabilities and gradient. Image features are precomputed, as with a
+frozen vision tower, so only the language model is timed. The lower bound is the FLOPs that a group needs (no masked
+pairs, no recomputation) at the throughput of a large matrix product on the same machine. Prints medians; the last line
+is ``speedup: RATIO``, the time with one row per completion divided by the time with the default layout.
 
-``--scaling`` times one group of 8 completions of 64 tokens and 504 px, and changes one of these at a time; only the
-first size is checked.
+``--scaling`` times one group of the preset and changes group size, image size and completion length, one at a time;
+only the first size is checked.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Way = Literal["default", "dense", "separate"]
 WAYS: Mapping[Way, str] = {
     "default": "shared prompt",
     "dense": "shared prompt, dense mask",
-    "separate": "a row per completion",
+    "separate": "one row per completion",
 }
 PRESETS = {
     "cpu": replace(STEPS["paper-cpu"], beta=0.0),
@@ -87,7 +87,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 def make_groups(policy: Policy, workload: Workload) -> list[Group]:
-    """Groups with random completions of the workload's length and image features."""
+    """Groups with image features and random completions of the workload's length."""
     generator = np.random.default_rng(0)
     processor = policy.processor
     allowed = np.setdiff1d(np.arange(len(processor.tokenizer)), [*processor.suppressed_ids, *processor.stop_ids])
@@ -141,7 +141,7 @@ def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torc
     logps = []
     for batch in batches:
         stats = learner.trained.forward(batch, temperature=1.0, with_entropy=True)
-        # Weights that differ between completions, as advantages do.
+        # Different weights per completion, like advantages.
         weights = torch.linspace(-1, 1, batch.num_completions, device=batch.mask.device)
         (stats.logps * weights[:, None]).sum().backward()
         logps.append(stats.logps.detach())
@@ -156,7 +156,7 @@ def gradient(learner: Learner) -> torch.Tensor:
 
 
 def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtype: str) -> dict[str, Any]:
-    """Largest difference of log-probabilities from rows per completion, and relative difference of the gradient.
+    """Compare layouts with one row per completion: largest difference in log-probabilities, relative one in gradients.
 
     Raises:
         ValueError: the log-probabilities differ by more than the tolerance.
@@ -174,7 +174,7 @@ def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtyp
         found[way] = {"logps": difference, "gradient": relative}
         if not difference <= TOLERANCES[dtype]:
             raise ValueError(
-                f"With the layout '{WAYS[way]}' log-probabilities differ by {difference:.2g} from those of a row per "
+                f"With the layout '{WAYS[way]}' log-probabilities differ by {difference:.2g} from one row per "
                 f"completion, but the tolerance in {dtype} is {TOLERANCES[dtype]:g}: do not trust its speed."
             )
     learner.trained.zero_grad()
@@ -182,7 +182,7 @@ def compare(learner: Learner, groups: Sequence[Group], ways: Sequence[Way], dtyp
 
 
 def count_flops(model: Architecture, workload: Workload, prompts: Sequence[int], way: Way) -> float:
-    """FLOPs of forward and backward of a layout, without recomputation."""
+    """FLOPs of forward and backward in a layout, without recomputation."""
     completions = [workload.length] * workload.generations
     rows, trained = workload.generations, trained_of(workload)
     scored = rows * workload.length * len(prompts)
@@ -231,11 +231,11 @@ def measure(
     warmup: int,
     is_checked: bool = False,
 ) -> dict[str, Any]:
-    """Equality and times of layouts.
+    """Compare and time layouts.
 
     Args:
-        learner: with the workload's model.
-        is_checked: they were found to be equal before.
+        learner: learner with the workload's model.
+        is_checked: skip the comparison.
     """
     pixels = workload.side**2
     learner.policy.processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
@@ -264,7 +264,7 @@ def scaling(
     repeats: int,
     warmup: int,
 ) -> list[dict[str, Any]]:
-    """Time the default and a row per completion for one group, changing one size at a time."""
+    """Time the default layout and one row per completion for one group, changing one size at a time."""
     base = replace(workload, prompts=1, prompts_per_micro_batch=1)
     rows: list[dict[str, Any]] = []
     for name, values in changes.items():
@@ -284,7 +284,7 @@ def scaling(
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """The table of the layouts."""
+    """Format the table of layouts."""
     rows = [["layout", "seconds", "TFLOP computed", "of matrix rate", "of the floor", "peak GiB"]]
     for way, row in result["ways"].items():
         peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
@@ -294,7 +294,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def report_scaling(found: Sequence[Mapping[str, Any]]) -> str:
-    """The table of sizes."""
+    """Format the table of sizes."""
     names = {"generations": "completions", "side": "image, px", "length": "tokens of a completion"}
     rows = [["one group", "", "prompt tokens", "shared, s", "separate, s", "ratio", "ratio of TFLOP"]]
     for row in found:
@@ -318,10 +318,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--lora", type=int, default=0)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3, help="measured passes of every layout, in turn")
-    parser.add_argument("--warmup", type=int, default=1, help="passes before them, not measured")
+    parser.add_argument("--repeats", type=int, default=3, help="measured passes per layout, alternating")
+    parser.add_argument("--warmup", type=int, default=1, help="unmeasured passes before them")
     parser.add_argument("--scaling", action="store_true", help="change group size, image and length, one at a time")
-    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="processor: on a busy machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: CPU time, for a busy machine"
+    )
     parser.add_argument("--output", type=Path, help="result file")
     options = parser.parse_args(argv)
     use_clock(options.clock)
@@ -356,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for way, difference in result["equality"].items():
             print(
                 f"{WAYS[way]}: log-probabilities differ by at most {difference['logps']:.1e}, the gradient by "
-                f"{difference['gradient']:.1e} of its norm"
+                f"{difference['gradient']:.1e} relative to its norm"
             )
         print(report(result))
         speedup = result["ways"]["separate"]["seconds"] / result["ways"]["default"]["seconds"]

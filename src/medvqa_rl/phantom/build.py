@@ -1,4 +1,4 @@
-"""The recipe of the embedded checkpoints: from random weights to ``base`` and ``instruct``.
+"""The recipe for the embedded checkpoints: from random weights to ``base`` and ``instruct``.
 
     medvqa-rl phantom build --output runs/phantom_build
 
@@ -207,7 +207,7 @@ def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
 
 
 def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None:
-    """One stage of supervised fine-tuning; some binding practice is mixed in so that binding is not forgotten."""
+    """Run one stage of supervised fine-tuning, mixed with some binding data so that binding is not forgotten."""
     forward, practice = GroupForward(policy.model), Binding(policy, seed + 1)
 
     def backward(step: int) -> dict[str, float]:
@@ -226,7 +226,7 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
 
 
 def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[Group]:
-    """The samples of one step as groups of one completion."""
+    """The samples of one step, as groups with one completion each."""
     lessons = [lesson(stage, seed, step * BATCH + index) for index in range(BATCH)]
     processor = policy.processor
     return [

@@ -99,7 +99,7 @@ def _initialise_for_comparing(model: Any, recipe: Recipe) -> None:
     """Initialise attention to find the tokens before a word and the earlier occurrences of the word.
 
     Contradictions and repetitions involve a word that occurs twice in different contexts. With the usual
-    initialisation, the heads that find the context and those that find the earlier occurrence must both be learned
+    initialisation, the heads that find the context and the heads that find the earlier occurrence must both be learned
     before either helps. Therefore:
 
     - The first hidden dimensions, as many as a head is wide, start as sines and cosines of the position only.

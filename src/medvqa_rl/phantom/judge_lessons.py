@@ -25,7 +25,7 @@ BATCH = 32
 CHUNKS = 2
 """Batches per step; texts are sorted by length."""
 OTHERS = 0.05
-"""Weight of the loss on the probability of tokens other than Yes and No."""
+"""Weight of the penalty on the probability of tokens other than Yes and No."""
 STATE_WEIGHT = 0.2
 """Weight of the loss of the probe for statements."""
 
@@ -137,7 +137,7 @@ class Probes(nn.Module):
     """Auxiliary linear heads, trained with the judge and discarded.
 
     The verdict alone carries little information about which of a dozen rules was broken. Predicting the statements
-    from the layer before the last, and each flaw from the last layer, gives every rule a gradient of its own at almost
+    from the layer before the last, and each flaw from the last layer, gives every rule a separate gradient at almost
     no cost.
     """
 

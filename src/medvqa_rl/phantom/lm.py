@@ -3,8 +3,8 @@
     medvqa-rl phantom build-lm --output runs/lm
 
 A small GPT-2 trained on the reference completions without their tags. It is used neither as a reward nor as a judge,
-so its perplexity (``eval.perplexity_model: phantom:lm``) is independent of what is optimised. Its perplexities are
-comparable with each other, and with those that the recipe reports for held-out, shuffled and truncated texts, but not
+so its perplexity (``eval.perplexity_model: phantom:lm``) is independent of what is optimised. Its perplexities can be
+compared with each other and with those of the held-out, shuffled and truncated texts that the recipe reports, but not
 with the perplexity of medical English.
 
 The same seed gives the same weights on the same machine and package versions.

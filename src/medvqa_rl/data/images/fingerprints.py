@@ -25,14 +25,14 @@ BITS = FREQUENCIES * FREQUENCIES - 1
 NEAR = 32
 """Images whose perceptual hashes differ in at most this many of the 255 bits count as near duplicates. Measured on the
 315 images of VQA-RAD: copies at JPEG quality 60, at half the size, or 15 % brighter differ in 28 bits at most, two
-different images in 70 at least; copies cropped by 2 % on each side differ in 37 in the median: most are missed."""
+different images in 70 at least. Copies cropped by 2 % on each side differ in 37 (median), so most are missed."""
 
 FLAT = 2.0
-"""Images whose grey levels have a smaller standard deviation are nearly blank and have no perceptual hash."""
+"""Images whose grey levels have a standard deviation below this are nearly blank and get no perceptual hash."""
 
 _COSINES: NDArray[np.float64] = np.cos(
     np.pi / SIDE * (np.arange(SIDE)[None, :] + 0.5) * np.arange(FREQUENCIES)[:, None]
-)  # (FREQUENCIES, SIDE), type-II discrete cosine transform; signs do not depend on its scale, which is left out
+)  # (FREQUENCIES, SIDE), type-II discrete cosine transform; unnormalised, since only signs are used
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def measure(sources: Iterable[ImageSource], *, workers: int = 2) -> Iterator[tup
     """Measure images on several threads, in order. At most four images per worker are queued, which bounds memory.
 
     Yields:
-        Each image with its facts, or with the message why it cannot be decoded.
+        Each image with its facts, or with an error message if it cannot be decoded.
     """
     remaining = iter(sources)
     with ThreadPoolExecutor(workers) as pool:

@@ -34,9 +34,8 @@ _ERRORS = (
 def decode_nifti(path: Path, fragment: str | None = None, *, max_pixels: int) -> Image.Image:
     """Decode one slice to RGB in radiological view: the patient's right on the left, anterior or superior at the top.
 
-    Only this slice is read from an uncompressed file. Values are scaled as the header says, then windowed as the
-    fragment says or stretched from the range of the slice. If pixels are not square, the coarser direction is
-    enlarged.
+    From an uncompressed file only this slice is read. Values are scaled by the header, then windowed by the fragment
+    or else stretched from the range of the slice. If pixels are not square, the coarser direction is enlarged.
 
     Args:
         path: the file.
@@ -63,7 +62,7 @@ def decode_nifti(path: Path, fragment: str | None = None, *, max_pixels: int) ->
         orientation = np.asarray(io_orientation(image.affine))  # type: ignore[no-untyped-call]
         if len(image.shape) < 3 or np.isnan(orientation).any():
             orientation = np.array([[0, 1], [1, 1], [2, 1]])
-        order = orientation[:, 0].argsort()  # the file's axis for each of AXES
+        order = orientation[:, 0].argsort()  # the axis in the file for each of AXES
         source = int(order[axis])
         count = int((*image.shape, 1)[source])
         number = int(options.get("slice", (count // 2,))[0])

@@ -18,8 +18,9 @@ _LINES = 12
 
 
 def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
-    """Draw samples in rows of four: the images side by side, with question, options and gold answer below. An image
-    that cannot be decoded is replaced by the error message.
+    """Draw samples in rows of four: images side by side, with question, options and gold answer below.
+
+    If an image cannot be decoded, the error message is drawn instead.
 
     Raises:
         ValueError: there are no samples.
@@ -46,7 +47,7 @@ def draw_sheet(samples: Sequence[Sample]) -> Image.Image:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Save a picture as PNG, whole or not at all."""
+    """Save a picture as PNG, atomically."""
     with write_whole(path) as partial:
         sheet.save(partial, "PNG")
     return path

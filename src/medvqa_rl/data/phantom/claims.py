@@ -1,7 +1,8 @@
-"""Parse the claims of phantom reasoning, and check whether they are true and coherent.
+"""Parse the claims in phantom reasoning and check whether they are true and coherent.
 
-Two separate oracles: :func:`faithfulness` compares claims with the scene and so knows the image; :func:`is_coherent`
-knows the world's rules but not the image, and labels data for judges, which read only text.
+There are two oracles. :func:`faithfulness` compares claims with the scene, so it depends on the image.
+:func:`is_coherent` uses only the text and the rules of the phantom world; it labels data for judges, which read only
+text.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _PATTERNS: tuple[tuple[Topic, re.Pattern[str]], ...] = (
 )
 _CONCLUSION = re.compile(r"So the answer is ([\w ]+?)(?: [A-H])?")
 REMARKS = ("The image is sharp", "The view is complete", "The quality is good")
-"""Sentences without claims about the scene; more than two of them are padding."""
+"""Sentences without claims about the scene; more than two in a text count as padding."""
 
 
 def _sentences(text: str) -> list[str]:
@@ -83,7 +84,7 @@ def claims(text: str) -> list[Claim]:
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:
-    """Whether a claim is true of the scene; a finding must match in kind, count, size and place."""
+    """Whether a claim holds for the scene; a finding must match in kind, count, size and place."""
     if claim.topic == "modality":
         return claim.value == scene.modality
     if claim.topic == "organ":
@@ -98,7 +99,7 @@ def is_true(claim: Claim, scene: Scene) -> bool:
 
 
 def faithfulness(text: str, scene: Scene) -> float | None:
-    """Share of the text's claims that are true of the scene, in [0, 1]; None for a text without claims."""
+    """Share of claims in the text that hold for the scene, in [0, 1]; None if the text has no claims."""
     found = claims(text)
     return sum(is_true(claim, scene) for claim in found) / len(found) if found else None
 
@@ -125,15 +126,15 @@ FLAWS = (
 def is_coherent(text: str) -> bool:
     """Whether a reasoning text makes sense without the image.
 
-    It claims something; every sentence is one of the world's; modality, organ and kinds of finding go together;
-    nothing contradicts anything else; the conclusion names something stated before it; and there is no padding
-    (no sentence twice, at most two remarks).
+    A coherent text makes at least one claim and only uses sentences of the phantom world. Its modality, organ and
+    kinds of finding are compatible, no claim contradicts another, and the conclusion was stated before. No sentence
+    occurs twice, and there are at most two remarks.
     """
     return not flaws(text)
 
 
 def flaws(text: str) -> list[str]:
-    """The :data:`FLAWS` of a reasoning text; empty if it is coherent."""
+    """List the :data:`FLAWS` of a reasoning text; empty if it is coherent."""
     sentences = _sentences(text)
     found: list[Claim] = []
     is_foreign = is_unfounded = False
@@ -157,7 +158,7 @@ def flaws(text: str) -> list[str]:
 
 
 def _follows(answer: str, found: list[Claim]) -> bool:
-    """Whether a conclusion was stated. Yes, no and equal depend on the question, which is not part of the text."""
+    """Whether a conclusion was stated before. Yes, no and equal depend on the question and need any claim."""
     if answer in ("yes", "no", "equal"):
         return bool(found)
     stated = set()
@@ -171,7 +172,7 @@ def _follows(answer: str, found: list[Claim]) -> bool:
 
 
 def _conflicts(found: list[Claim]) -> dict[str, bool]:
-    """Flaws that consist in contradictory claims, and whether each is present."""
+    """Check for each flaw that involves several claims whether it is present."""
     modalities = {claim.value for claim in found if claim.topic == "modality"}
     organs = {claim.value for claim in found if claim.topic == "organ"}
     findings = [claim.finding for claim in found if claim.finding is not None]

@@ -1,4 +1,4 @@
-"""The phantom world as a data set: endless training questions, fixed validation and test splits."""
+"""PhantomVQA: the phantom world as a data set with endless training data and fixed validation and test splits."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> 
     """Load one split of the phantom world.
 
     Raises:
-        ValueError: a family or modality that the world does not have, or families without questions of the allowed
-            answer types.
+        ValueError: a family or modality is unknown, or the families have no questions of the allowed answer types.
     """
     for name, asked, known in (("families", config.families, FAMILIES), ("modalities", config.modalities, MODALITIES)):
         if unknown := [word for word in asked if word not in known]:
@@ -77,5 +76,5 @@ def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> 
                 f"choose from {', '.join(known)}."
             )
     dataset = PhantomDataset(config, split)
-    dataset[0]  # families and answer types that never meet fail here, not in the middle of a run
+    dataset[0]  # fail now, not during the run, if the families have no questions of these answer types
     return dataset

@@ -39,7 +39,7 @@ class Scanner(NamedTuple):
     noise: tuple[float, float]
     """Standard deviation of the noise in grey levels."""
     is_coarse: bool
-    """Half the resolution."""
+    """Whether images have half the resolution."""
 
 
 SCANNERS = {
@@ -57,7 +57,7 @@ def _clip(plane: Plane) -> Plane:
 
 
 def _ellipse(x: float, y: float, rx: float, ry: float, edge: float = 0.06) -> Plane:
-    """1 inside, 0 outside, a linear edge of the given width in units of the radius."""
+    """Mask of an ellipse: 1 inside, 0 outside, with a linear edge whose width is given in units of the radius."""
     distance = np.sqrt(((X - x) / rx) ** 2 + ((Y - y) / ry) ** 2)
     return _clip((1 - distance) / edge + 0.5)
 

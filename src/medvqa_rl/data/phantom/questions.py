@@ -1,9 +1,9 @@
 """Questions about phantom scenes, their answers and the reasoning that leads to them.
 
 Eight families (modality, organ, presence, kind, location, size, count, comparison), each as choice, closed or open
-questions where that makes sense. The reference reasoning varies in length and in what it mentions besides the
-answer, and a set share of it is flawed (a contradiction, an impossible finding, repetition), so that rewards of
-length and of coherence each find something to amplify.
+questions where that makes sense. Reference reasonings vary in length and in what they mention apart from the answer,
+and a fixed share is flawed (contradiction, impossible finding or repetition), so that rewards for length and for
+coherence both have variance to learn from.
 """
 
 from __future__ import annotations
@@ -32,26 +32,28 @@ from medvqa_rl.data.phantom.world import (
 
 FAMILIES = ("modality", "organ", "presence", "kind", "location", "size", "count", "comparison")
 FLAW_RATE = 0.12
-"""Share of reference reasonings that are incoherent or padded."""
+"""Share of reference reasonings that get a flaw."""
 
 _FAMILY_WEIGHTS = {"modality": 2, "organ": 2, "kind": 6, "presence": 6, "comparison": 4}
-"""How often a family is tried, else 3: some fit few scenes, and all should come up about equally."""
+"""Sampling weights of the families, 3 by default. Some families fit few scenes; the weights make all about equally
+frequent."""
 _TYPE_WEIGHTS: tuple[AnswerType, ...] = ("choice", "choice", "choice", "closed", "open")
 
 
 class Question(NamedTuple):
-    """A question before its options are shuffled."""
+    """A question with unshuffled options."""
 
     text: str
     answer: str
-    """As text."""
+    """The answer as text, not as a letter."""
     options: tuple[str, ...]
     """In their natural order; empty unless it is a choice question."""
     facts: tuple[str, ...]
-    """The sentences that the answer rests on."""
+    """The sentences that support the answer."""
 
 
 def describe(finding: Finding) -> str:
+    """State a finding in one sentence."""
     article = "an" if finding.kind[0] in "aeiou" else "a"
     return (
         f"There is {article} {finding.kind}: count {finding.count_word}, size {finding.size}, "
@@ -60,7 +62,7 @@ def describe(finding: Finding) -> str:
 
 
 def full_description(scene: Scene) -> str:
-    """Everything that is true of a scene."""
+    """Describe modality, organ and all findings of a scene."""
     findings = [describe(finding) for finding in scene.findings] or ["No finding is seen."]
     return " ".join([f"The modality is {scene.modality}.", f"The organ is {scene.organ}.", *findings])
 
@@ -72,7 +74,7 @@ def _is_yes(truth: bool) -> str:
 def _ask_word(
     topic: str, value: str, words: Sequence[str], answer_type: AnswerType, draws: Draws, facts: tuple[str, ...]
 ) -> Question:
-    """Ask for a word ("Which organ is shown?") or whether it is a certain one ("Is the organ the brain?")."""
+    """Ask for a value ("Which organ is shown?") or, if closed, about one value ("Is the organ brain?")."""
     if answer_type == "closed":
         asked = value if draws.chance(0.5) else draws.pick([word for word in words if word != value])
         return Question(f"Is the {topic} {asked}?", _is_yes(asked == value), (), facts)
@@ -172,8 +174,8 @@ _ASK: dict[str, Callable[[Scene, AnswerType, Draws], Question | None]] = {
 
 
 def reason(scene: Scene, question: Question, letter: str | None, draws: Draws) -> str:
-    """A reference reasoning of two to eight sentences: context, the facts asked for, optional remarks on what is
-    normal, and the conclusion. A share of :data:`FLAW_RATE` gets a flaw that leaves the conclusion right."""
+    """Write a reference reasoning of two to eight sentences: context, the supporting facts, optional remarks on normal
+    parts, and the conclusion. With probability :data:`FLAW_RATE` it gets a flaw, but the conclusion stays correct."""
     sentences = list(question.facts)
     context = [f"The modality is {scene.modality}.", f"The organ is {scene.organ}."]
     context += [describe(finding) for finding in scene.findings] or ["No finding is seen."]
@@ -182,7 +184,7 @@ def reason(scene: Scene, question: Question, letter: str | None, draws: Draws) -
     normal = [f"No {kind} is seen." for kind in absent]
     normal += [f"The {word} part is clear." for word in SIDES + LEVELS if word not in taken]
     normal += [f"{remark}." for remark in draws.shuffled(REMARKS)[:2]]
-    wordiness = draws.pick((0.0, 0.0, 0.3, 0.6))  # a writer's habit: mostly terse, sometimes thorough
+    wordiness = draws.pick((0.0, 0.0, 0.3, 0.6))  # most reasonings are terse, some thorough
     before = [text for text in context if text not in sentences and draws.chance(wordiness)]
     after = [text for text in draws.shuffled(normal) if text not in sentences][: draws.below(3) if wordiness else 0]
     sentences = [*before, *sentences, *after]
@@ -193,7 +195,7 @@ def reason(scene: Scene, question: Question, letter: str | None, draws: Draws) -
 
 
 def _flaw(scene: Scene, sentences: list[str], draws: Draws) -> str:
-    """A sentence that makes a reasoning incoherent: a repetition, an impossible finding or a contradiction."""
+    """Return a sentence that makes a reasoning incoherent: a repetition, an impossible finding or a contradiction."""
     manner = draws.below(3)
     if manner == 1:
         return f"No {draws.pick([kind for kind in ALL_KINDS if kind not in KINDS[scene.modality]])} is seen."
@@ -217,16 +219,16 @@ def draw_sample(
     """The index-th sample of a split: a pure function of its arguments.
 
     Args:
-        scanner: who takes the image; the scene and the question do not depend on it.
-        modalities: images of other modalities are replaced.
-        letter_skew: probability that the right option of a choice question is moved to B or C.
-        questions_per_image: consecutive samples that share an image.
+        scanner: the device that takes the image; scene and question do not depend on it.
+        modalities: modalities to draw from.
+        letter_skew: probability that the correct option of a choice question is moved to B or C.
+        questions_per_image: number of consecutive samples that share an image.
     """
     image_index, draws = index // questions_per_image, Draws("phantom question", VERSION, seed, split, index)
     weighted_types = [kind for kind in _TYPE_WEIGHTS if kind in answer_types]
     weighted_families = [family for family in families for _ in range(_FAMILY_WEIGHTS.get(family, 3))]
     for attempt in range(1000):
-        # An image whose scene admits no question of the wanted families is replaced, for all its questions alike.
+        # If the scene allows no question from these families, draw another scene.
         scene = draw_scene(f"{seed}/{split}/{image_index}/{attempt}")
         question = None
         if scene.modality not in modalities:

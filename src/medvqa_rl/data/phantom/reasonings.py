@@ -1,8 +1,8 @@
 """Reasoning texts of the phantom world with their labels, for training and measuring judges. Imports no torch.
 
-A text is a reference reasoning, one that was changed in a way that keeps it coherent, or one that was damaged. The
-label is always :func:`is_coherent` of the text as it stands: damage that happens to leave a
-text coherent is a hard positive, and the reference reasonings hold flaws of their own.
+A text is a reference reasoning, an edited one that is meant to stay coherent, or a damaged one. Its label is always
+:func:`is_coherent` of the final text: damage that happens to leave a text coherent makes a hard positive, and some
+reference reasonings are flawed already.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from medvqa_rl.data.phantom.world import (
 )
 
 Mixture = Literal["broad", "damaged"]
-"""broad: references, kept coherent and damaged ones in equal shares; damaged: mostly damaged, by several hands."""
+"""Sources of the texts. broad: 25 % references, 30 % edited, 45 % damaged. damaged: 15 % references, 25 % edited, 60 %
+damaged, a quarter of them twice."""
 
 _STRAY = ("The patient is well", "Compare with an earlier image", "It looks normal", "I am not sure", "Wait")
-"""Sentences that are none of the world's."""
+"""Sentences that do not belong to the phantom world."""
 _WORDS = ("the", "is", "of", "There", "No", "a", "So", "answer", "seen", "part", "clear", ":", ",", *SIZES, *SIDES)
 _ANSWERS = (*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "yes", "no", "equal")
 
 
 class Reasoning(NamedTuple):
-    """A text with the question that it answers."""
+    """A text and the question that it answers."""
 
     sample: Sample
     text: str
     kind: str
-    """Where it comes from: ``reference``, ``coherent`` (changed, meant to stay coherent) or the name of a damage."""
+    """Source of the text: ``reference``, ``coherent`` (edited, meant to stay coherent) or a key of :data:`DAMAGES`."""
 
     @property
     def is_coherent(self) -> bool:
@@ -82,7 +83,7 @@ def _article(kind: str) -> str:
 
 
 def _enrich(sentences: list[str], scene: Scene, draws: Draws) -> list[str]:
-    """Add, drop and reorder what is said before the conclusion, and sometimes conclude something else that is true."""
+    """Add true sentences before the conclusion; sometimes shuffle them or replace the conclusion."""
     body, conclusion = sentences[:-1], sentences[-1]
     more = [f"The modality is {scene.modality}", f"The organ is {scene.organ}", *REMARKS]
     more += [describe(finding).removesuffix(".") for finding in scene.findings] or ["No finding is seen"]
@@ -103,31 +104,33 @@ def _enrich(sentences: list[str], scene: Scene, draws: Draws) -> list[str]:
 
 
 def _swap_word(words: tuple[str, ...]) -> Callable[[list[str], Scene, Draws], str]:
-    """A damage that replaces a word of a list by another one of it, wherever it stands."""
+    """Return a damage that replaces one word from a list by another word from the list."""
 
     def damage(sentences: list[str], scene: Scene, draws: Draws) -> str:
         tokens = _join(sentences).split(" ")
-        places = [place for place, token in enumerate(tokens) if token.strip(".,:") in words]
-        if not places:
+        positions = [position for position, token in enumerate(tokens) if token.strip(".,:") in words]
+        if not positions:
             return _insert(f"No {draws.pick(ALL_KINDS)} is seen")(sentences, scene, draws)
-        place = draws.pick(places)
-        word = tokens[place].strip(".,:")
-        tokens[place] = tokens[place].replace(word, draws.pick([other for other in words if other != word]))
+        position = draws.pick(positions)
+        word = tokens[position].strip(".,:")
+        tokens[position] = tokens[position].replace(word, draws.pick([other for other in words if other != word]))
         return " ".join(tokens)
 
     return damage
 
 
 def _insert(sentence: str) -> Callable[[list[str], Scene, Draws], str]:
+    """Return a damage that inserts a sentence at a random position."""
+
     def damage(sentences: list[str], scene: Scene, draws: Draws) -> str:
-        place = draws.below(len(sentences) + 1)
-        return _join([*sentences[:place], sentence, *sentences[place:]])
+        position = draws.below(len(sentences) + 1)
+        return _join([*sentences[:position], sentence, *sentences[position:]])
 
     return damage
 
 
 def _contradict(sentences: list[str], scene: Scene, draws: Draws) -> str:
-    """Deny what is stated, or state what is denied."""
+    """Deny a finding of the scene; if the scene has none, state one."""
     finding = draws.pick(scene.findings) if scene.findings else None
     if finding is None:
         stated = Finding(
@@ -144,7 +147,7 @@ def _contradict(sentences: list[str], scene: Scene, draws: Draws) -> str:
 
 
 def _misplace(sentences: list[str], scene: Scene, draws: Draws) -> str:
-    """Say something that does not go with the modality, or another modality or organ."""
+    """Insert a finding that the modality cannot show, or another modality or organ."""
     foreign = [kind for kind in ALL_KINDS if kind not in KINDS[scene.modality]]
     other = draws.pick([modality for modality in MODALITIES if modality != scene.modality])
     kind = draws.pick(foreign)
@@ -168,7 +171,7 @@ def _repeat(sentences: list[str], scene: Scene, draws: Draws) -> str:
 
 
 def _pad(sentences: list[str], scene: Scene, draws: Draws) -> str:
-    """Remarks, or the whole text again, up to a rambling of many times its length."""
+    """Insert all remarks, or repeat the whole text up to 24 sentences or twice its length."""
     if draws.chance(0.6):
         body = [sentence for sentence in sentences[:-1] if sentence not in REMARKS]
         for remark in REMARKS:
@@ -187,7 +190,7 @@ def _truncate(sentences: list[str], scene: Scene, draws: Draws) -> str:
 
 
 def _garble(sentences: list[str], scene: Scene, draws: Draws) -> str:
-    """Drop, replace or add one to three words."""
+    """Drop, replace, insert or corrupt one to three words."""
     tokens = _join(sentences).split(" ")
     for _ in range(draws.pick((1, 1, 1, 2, 3))):
         place = draws.below(len(tokens))
@@ -209,7 +212,7 @@ def _stray(sentences: list[str], scene: Scene, draws: Draws) -> str:
 
 
 def _mix(sentences: list[str], scene: Scene, draws: Draws) -> str:
-    """Sentences of another image's reasoning among one's own."""
+    """Insert a sentence from the reasoning for another image."""
     other = draw_sample(seed=draws.below(1 << 30), split="reasonings mixed", index=0).reasoning
     strangers = [sentence.strip() for sentence in other.split(".") if sentence.strip()]
     return _insert(draws.pick(strangers))(sentences, scene, draws)
@@ -230,7 +233,7 @@ DAMAGES: dict[str, Callable[[list[str], Scene, Draws], str]] = {
     "stray": _stray,
     "mixed": _mix,
 }
-"""Ways to damage a reasoning; each gets its sentences without full stops, the conclusion last."""
+"""Ways to damage a reasoning; each receives the sentences without full stops, with the conclusion last."""
 
 _DRAWN = (*DAMAGES, *("contradiction", "repetition") * 3, "mixed", "wrong conclusion", "swapped kind")
-"""What hides among sound sentences is drawn more often: it is harder to find than broken ones."""
+"""Names to draw from. Damages that leave every sentence intact are harder to detect and are drawn more often."""

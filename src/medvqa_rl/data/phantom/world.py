@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from medvqa_rl.core.randomness import Draws
 
 VERSION = 1
-"""Part of every fingerprint: raise it when scenes, images or questions change."""
+"""Part of every fingerprint. Increase it when scenes, images or questions change."""
 
 ORGANS: dict[str, tuple[str, ...]] = {
     "radiograph": ("chest", "knee"),
@@ -21,7 +21,7 @@ ORGANS: dict[str, tuple[str, ...]] = {
     "ultrasound": ("kidney", "thyroid"),
     "histology": ("colon", "skin"),
 }
-"""Modality -> the organs (or regions) it can show."""
+"""The organs or regions that each modality can show."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "radiograph": ("nodule", "opacity", "calcification", "fracture"),
@@ -31,7 +31,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "ultrasound": ("cyst", "stone", "nodule", "abscess"),
     "histology": ("granuloma", "necrosis", "tumor", "cyst"),
 }
-"""Modality -> the kinds of finding it can show."""
+"""The kinds of finding that each modality can show."""
 
 MODALITIES = tuple(ORGANS)
 ALL_ORGANS = tuple(organ for organs in ORGANS.values() for organ in organs)
@@ -41,7 +41,7 @@ SIDES = ("left", "right")
 LEVELS = ("upper", "middle", "lower")
 SIZES = ("small", "medium", "large")
 COUNTS = ("one", "two", "three", "four")
-"""At most three lesions are drawn; four is only used as an option."""
+"""Lesion counts. At most three lesions are drawn; four is only a distractor option."""
 
 MODALITY_OF = {organ: modality for modality, organs in ORGANS.items() for organ in organs}
 
@@ -76,13 +76,16 @@ class Scene:
     findings: tuple[Finding, ...]
 
     def find(self, kind: str) -> Finding | None:
-        """The finding of this kind, if the scene has one."""
+        """Return the finding of this kind, or None."""
         return next((finding for finding in self.findings if finding.kind == kind), None)
 
 
 def draw_scene(key: str) -> Scene:
-    """Draw the scene for a key: no (1 in 7), one or two findings of different kinds in different cells, in reading
-    order."""
+    """Draw the scene for a key.
+
+    It has no finding (probability 1/7), one (3/7) or two (3/7), of different kinds and in different cells, listed in
+    reading order.
+    """
     draws = Draws("phantom scene", VERSION, key)
     modality = draws.pick(MODALITIES)
     organ = draws.pick(ORGANS[modality])
