@@ -192,7 +192,7 @@ def test_not_finite_stops_with_step_samples_and_checkpoint(folder, tmp_path, mon
             inputs = inputs._replace(logps=inputs.logps * torch.nan)
         return grpo_loss(inputs, counts, config)
 
-    monkeypatch.setattr(update_module, "grpo_loss", poisoned)
+    monkeypatch.setitem(update_module.LOSSES, config.loss.type, poisoned)
     with pytest.raises(NonFiniteError, match=r"Step 2: the loss is nan \(samples: toy-\d, toy-\d"):
         train(config, train_set=ToyData())
     run = tmp_path / "run"
