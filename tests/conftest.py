@@ -172,7 +172,7 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The stand-in for vLLM (tests/fakes/vllm), importable under its name for the time of the test."""
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "fakes"))
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # what is set there is undone after the test
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # restored after the test
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
     import vllm
 
@@ -192,7 +192,7 @@ def serve_vllm(fake_vllm: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data beside the project; tests that need it skip where it is absent."""
+    """Real data next to the project; tests that need it are skipped without it."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"the real data is not there ({folder})")
@@ -231,7 +231,7 @@ def build_sample(
     options: tuple[str, ...] = (),
     answer: str = "yes",
 ) -> Sample:
-    """A question about one 56 x 56 image unless told otherwise; a choice question where options are given."""
+    """A question about one 56 x 56 image by default; a choice question if options are given."""
     return Sample(
         id=id,
         question=question,

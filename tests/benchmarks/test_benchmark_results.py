@@ -1,4 +1,4 @@
-"""Result files say on what they were measured, name no machine, and agree with the page that shows them.
+"""Result files name the hardware but no machine, and agree with the documentation page.
 
 Run: pytest tests/benchmarks/test_benchmark_results.py
 """
@@ -34,7 +34,7 @@ def test_the_page_shows_the_steps_that_were_measured(name: str) -> None:
     assert shown in page and f"**{trl['seconds'] / ours['seconds']:.2f}** |" in page
 
 
-def test_the_page_shows_what_two_ranks_gained() -> None:
+def test_the_page_shows_the_speedup_of_two_ranks() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "ranks-embedded-cpu.json").read_text(encoding="utf-8"))
     alone, two = result["runs"]
     assert (alone["ranks"], two["ranks"], result["differences"]) == (1, 2, [])

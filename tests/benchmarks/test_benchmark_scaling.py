@@ -20,7 +20,7 @@ from benchmarks.scaling import RankStep, summary, tokens_of
 STEP = RankStep(rollout=3.0, update=1.0, wall=9.0, tokens={"a": [1, 2], "b": [3]})
 
 
-def test_a_rank_waits_in_every_phase_for_the_one_that_does_most() -> None:
+def test_ranks_wait_for_the_slowest_one_in_every_phase() -> None:
     # Rank 0 is the longer one in the first phase, rank 1 in the second: 4 + 3 seconds, of which they work 5 and 6.
     ranks = [[replace(STEP, rollout=4.0, update=1.0)], [replace(STEP, rollout=3.0, update=3.0, wall=10.0)]]
     found = summary(ranks, alone=9.0)
@@ -44,7 +44,7 @@ def test_one_rank_alone_is_fully_efficient() -> None:
     assert found["steps_per_second"] == 0.25
 
 
-def test_tokens_of_all_ranks_are_put_together_by_prompt() -> None:
+def test_tokens_of_all_ranks_are_merged_by_prompt() -> None:
     first, second = replace(STEP, tokens={"b": [3]}), replace(STEP, tokens={"a": [1, 2]})
     assert tokens_of([[first], [second]]) == tokens_of([[STEP]])
     assert tokens_of([[first], [replace(second, tokens={"a": [1, 4]})]]) != tokens_of([[STEP]])
@@ -56,7 +56,7 @@ def test_ranks_that_cannot_be_compared_are_refused(ranks: list[str]) -> None:
         scaling.main(["--smoke", "--ranks", *ranks])
 
 
-def test_a_failing_rank_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_failing_rank_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(ValueError, match="Rank 0 of 2 failed"):
         scaling.run_ranks(scaling.SMOKE, tmp_path, 1, ranks=2, engine="ddp")
@@ -73,7 +73,7 @@ open(request["output"], "w").write(json.dumps([step] * request["steps"]))
 
 
 @pytest.mark.parametrize(("tokens", "code"), [('{"a": [rank == "1"]}', 1), ('{"b": [1]}', 0)], ids=["other", "same"])
-def test_other_tokens_than_on_one_rank_are_reported(
+def test_tokens_that_differ_from_one_rank_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokens: str, code: int
 ) -> None:
     program = tmp_path / "rank.py"

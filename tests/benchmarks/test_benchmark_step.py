@@ -89,7 +89,7 @@ def test_different_work_is_found(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora": 4}, {"train_vision": True}, {"beta": 0.0}], ids=str)
-def test_floors_are_what_torch_counts_but_for_masked_pairs(folder: Path, changes: dict[str, object]) -> None:
+def test_floors_equal_torchs_count_except_masked_pairs(folder: Path, changes: dict[str, object]) -> None:
     workload = dataclasses.replace(TINY, prompts=1, prompts_per_micro_batch=1, **changes)
     counter = Products()
     with sdpa_kernel(SDPBackend.MATH), counter:
@@ -106,7 +106,7 @@ def test_floors_are_what_torch_counts_but_for_masked_pairs(folder: Path, changes
     assert sum(floor.flops for floor in floors.values()) == counted
 
 
-def test_a_decoding_step_takes_the_longer_of_operations_and_bytes(folder: Path) -> None:
+def test_a_decoding_step_takes_the_longer_of_flops_and_bytes(folder: Path) -> None:
     model = architecture_of(folder)
     sizes = count_parameters(model)
     bound_by_bytes = step_floors(model, TINY, [70, 72], [(4, 4)] * 2, Rates(flops=1e30, bytes=1.0))["rollout"]
@@ -133,7 +133,7 @@ def test_the_last_line_is_the_speedup(tmp_path: Path, capsys: pytest.CaptureFixt
     assert ours["tokens_per_second"] == pytest.approx(2 * 2 * 4 / ours["seconds"])
 
 
-def test_a_failing_engine_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(ValueError, match="The engine ours failed"):
         step_benchmark.in_a_new_process({"engine": "ours"})

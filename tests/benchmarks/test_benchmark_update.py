@@ -55,7 +55,7 @@ def test_layouts_give_the_same_numbers_and_a_wrong_one_is_refused(
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-def test_operations_of_rows_per_completion_are_what_torch_counts(folder: Path, lora: int) -> None:
+def test_flops_of_one_row_per_completion_equal_torchs_count(folder: Path, lora: int) -> None:
     workload = dataclasses.replace(TINY, prompts=1, prompts_per_micro_batch=1, lora=lora)
     learner, groups = learner_and_groups(workload, folder)
     batches = update.lay_out(learner, groups, "separate")
@@ -69,7 +69,7 @@ def test_operations_of_rows_per_completion_are_what_torch_counts(folder: Path, l
     assert counter.get_total_flops() == expected
 
 
-def test_shared_prompts_need_less(folder: Path) -> None:
+def test_shared_prompts_need_fewer_flops(folder: Path) -> None:
     model = architecture_of(folder)
     default, dense, separate = (update.count_flops(model, TINY, [70, 80], way) for way in update.WAYS)
     assert default < dense < separate

@@ -1,4 +1,4 @@
-"""Settings: reading, overrides, sentences for everything that is wrong, digest and differences."""
+"""Settings: reading, overrides, error messages, digest and differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from medvqa_rl.config.yaml import build_config, load_config, parse_override, rea
 
 
 def problems_of(text: str, tmp_path: Path, overrides: tuple[str, ...] = (), purpose: Any = None) -> list[str]:
-    """The sentences that a configuration file gives."""
+    """The problems reported for a configuration file."""
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as error:
@@ -270,7 +270,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-def test_show_marks_what_was_given_and_reads_back(tmp_path: Path) -> None:
+def test_show_marks_given_settings_and_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("train: {steps: 5}\nrewards: {functions: {my.reward: 0.5}}\n", encoding="utf-8")
     loaded = load_config(path, ["optimizer.learning_rate=1e-6"])

@@ -1,4 +1,4 @@
-"""Settings of vLLM that do not fit: one sentence each."""
+"""Incompatible vLLM settings are each reported in one sentence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SERVER = {"mode": "server", "server_url": "http://localhost:8000"}
         ({"rollout": {"engine": "vllm", "use_vllm": True}}, "it is called rollout.engine here"),
     ],
 )
-def test_one_sentence_each(changes: dict[str, Any], sentence: str) -> None:
+def test_each_incompatible_setting_is_reported(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_config(VLLM | changes, purpose="train")
     (problem,) = caught.value.problems
@@ -64,9 +64,9 @@ def test_one_sentence_each(changes: dict[str, Any], sentence: str) -> None:
     assert problem.endswith((".", "?"))
 
 
-def test_what_fits_is_let_through() -> None:
+def test_compatible_settings_are_accepted() -> None:
     for changes in ({}, {"vllm": SERVER}, {"vllm": SERVER, "network": "off"}, {"vllm": {"max_model_length": 1024}}):
         build_config(VLLM | changes, purpose="train")
-    # Where nothing is rolled out, nothing is asked of vLLM.
+    # Without rollouts, vLLM settings are not checked.
     build_config(VLLM | {"vllm": {"mode": "server"}}, purpose="sft")
     build_config({"vllm": {"mode": "server"}}, purpose="train")

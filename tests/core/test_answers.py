@@ -1,4 +1,4 @@
-"""The one scorer: tables of answers, and gold scores 1.
+"""The scorer: tables of answers, and gold answers score 1.
 
 Run: pytest tests/core/test_answers.py
 """
@@ -66,7 +66,7 @@ TEXT = st.lists(
 
 
 @given(TEXT.filter(lambda text: text.strip()), st.sampled_from(["closed", "open"]), st.sampled_from(["direct", "x"]))
-def test_any_gold_text_in_the_requested_form_scores_1(gold: str, answer_type: AnswerType, form: str) -> None:
+def test_any_gold_text_in_the_requested_format_scores_1(gold: str, answer_type: AnswerType, form: str) -> None:
     template = "direct" if form == "direct" else "think_answer"
     text = render_answer("why", gold, template)
     assert score_correctness(Sample("q", "?", gold, answer_type), text, template) == 1.0
@@ -89,7 +89,7 @@ def test_a_letter_beyond_the_options_can_be_the_text_of_one() -> None:
     assert not is_correct(Sample("q", "?", "A", "choice", options=("B[", "c")), "B")
 
 
-def test_an_answer_counts_even_if_the_form_is_broken() -> None:
+def test_an_answer_counts_even_if_the_format_is_broken() -> None:
     sample = Sample("q", "?", "yes", "closed")
     text = "Surely <answer>yes</answer>"
     assert score_correctness(sample, text) == 1.0 and not parse_completion(text).is_well_formed

@@ -39,7 +39,7 @@ def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
     assert json.loads(path.read_text("utf-8")) == {"ä": 1, "b": [None]} and "ä" in path.read_text("utf-8")
 
 
-def test_lone_surrogates_are_replaced_only_if_asked(tmp_path: Path) -> None:
+def test_lone_surrogates_are_replaced_only_on_request(tmp_path: Path) -> None:
     assert write_text(tmp_path / "x", "a\ud800b", errors="replace").read_text() == "a?b"
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "y", "a\ud800b")
@@ -54,7 +54,7 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert cache_folder(None) == Path.home() / ".cache" / "medvqa-rl"
 
 
-def test_a_run_stands_for_its_best_checkpoint_else_its_last(tmp_path: Path) -> None:
+def test_a_run_resolves_to_its_best_checkpoint_or_its_last(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is no checkpoint in"):
         find_checkpoint(tmp_path)
     for step in (2, 10):

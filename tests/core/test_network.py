@@ -1,5 +1,5 @@
 """Nothing leaves the machine with ``network: off``: sockets are refused in the whole process, and images stay out of
-what a run writes. The guard cannot be taken off again, so it is put on in processes of their own.
+what a run writes. The guard cannot be removed again, so each test installs it in a separate process.
 
 Run: pytest tests/core/test_network.py
 """
@@ -130,7 +130,7 @@ def python(code: str, folder: Path) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_every_way_out_is_refused_and_this_machine_stays_reachable(tmp_path: Path) -> None:
+def test_every_outgoing_connection_is_refused_and_loopback_works(tmp_path: Path) -> None:
     found = python(SOCKETS, tmp_path)
     assert found["outside"] == dict.fromkeys(found["outside"], "refused")
     assert found["inside"] == dict.fromkeys(found["inside"], "done")
@@ -184,7 +184,7 @@ eval: {bootstrap: 20}
 
 
 def test_a_whole_run_evaluation_and_report_stay_on_this_machine_and_hold_no_image(tmp_path: Path) -> None:
-    """A reward that calls home is refused inside the training, and nothing in the run's folder is an image."""
+    """A reward that opens a connection is refused during training, and the run folder contains no image."""
     pytest.importorskip("tensorboard")
     (tmp_path / "config.yaml").write_text(
         CONFIG.replace("TRACKERS", "trackers: [tensorboard], tracker_samples: texts")
@@ -230,7 +230,7 @@ def test_a_whole_run_evaluation_and_report_stay_on_this_machine_and_hold_no_imag
         ),
     ],
 )
-def test_what_would_leave_is_refused_before_the_start(given: dict[str, Any], sentence: str) -> None:
+def test_settings_that_need_the_network_are_refused_at_the_start(given: dict[str, Any], sentence: str) -> None:
     build_config(given)
     with pytest.raises(ConfigError) as error:
         build_config({"network": "off", **given})

@@ -1,4 +1,4 @@
-"""What commands print besides tables."""
+"""Formatted durations."""
 
 from __future__ import annotations
 

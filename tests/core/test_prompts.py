@@ -31,7 +31,7 @@ PIECES = st.lists(
     st.one_of(st.sampled_from([*TAGS, "<|image_pad|>", "<", ">", "/", "|", "THINK", " ", "\n", "A", "a the"]), TEXTS),
     max_size=12,
 ).map("".join)
-"""Strings in which tags, parts of tags and anything else meet."""
+"""Strings that mix tags, parts of tags and other text."""
 
 OPTIONS = ("pleural effusion", "A mass", "no finding", "two cysts")
 
@@ -80,7 +80,7 @@ def choice(answer: str = "B", options: tuple[str, ...] = OPTIONS) -> Sample:
         ("< think>why</think><answer>B</answer>", None, "B", False),
     ],
 )
-def test_completions_are_read_as_the_table_says(
+def test_completions_are_parsed_as_in_the_table(
     text: str, think: str | None, answer: str | None, is_well_formed: bool
 ) -> None:
     parsed = parse_completion(text)
@@ -110,7 +110,7 @@ def test_any_text_is_parsed_without_contradiction(text: str) -> None:
 
 
 @given(PIECES, PIECES)
-def test_whatever_is_rendered_is_read_back(think: str, answer: str) -> None:
+def test_rendered_completions_are_parsed_back(think: str, answer: str) -> None:
     parsed = parse_completion(render_answer(think, answer))
     expected = neutralise(think.strip())[0], neutralise(answer.strip())[0]
     assert (parsed.think or "", parsed.answer or "") == expected
@@ -148,13 +148,13 @@ def test_whatever_is_rendered_is_read_back(think: str, answer: str) -> None:
         ("think_answer", "<describe>a lung</describe><think>why</think><answer>B</answer>", (None, "why", "B", False)),
     ],
 )
-def test_each_template_is_read_in_its_own_form(template: str, text: str, read: tuple[object, ...]) -> None:
+def test_each_template_is_parsed_in_its_own_format(template: str, text: str, read: tuple[object, ...]) -> None:
     parsed = parse_completion(text, template)
     assert (parsed.description, parsed.think, parsed.answer, parsed.is_well_formed) == read
 
 
 @given(PIECES, PIECES, PIECES, st.sampled_from(list(INSTRUCTIONS)))
-def test_every_template_reads_back_what_it_renders(description: str, think: str, answer: str, template: str) -> None:
+def test_every_template_parses_what_it_renders(description: str, think: str, answer: str, template: str) -> None:
     text = render_answer(think, answer, template, description=description)
     parsed = parse_completion(text, template)
     sections = SECTIONS[template]
@@ -167,7 +167,7 @@ def test_every_template_reads_back_what_it_renders(description: str, think: str,
 
 
 @given(PIECES, st.sampled_from([name for name in INSTRUCTIONS if SECTIONS[name]]))
-def test_well_formed_is_what_the_regular_expression_of_the_form_says(text: str, template: str) -> None:
+def test_well_formed_equals_the_regular_expression_of_the_format(text: str, template: str) -> None:
     sections = SECTIONS[template]
     form = r"\s*" + r"\s*".join(rf"<{name}>(?P<{name}>.*)</{name}>" for name in sections) + r"\s*"
     match = re.fullmatch(form, text, re.DOTALL)
@@ -191,7 +191,7 @@ def test_well_formed_is_what_the_regular_expression_of_the_form_says(text: str, 
         ("<<think>>", "<(think)>", 1),
     ],
 )
-def test_special_strings_are_made_harmless_and_counted(text: str, harmless: str, count: int) -> None:
+def test_special_strings_are_neutralised_and_counted(text: str, harmless: str, count: int) -> None:
     assert neutralise(text) == (harmless, count)
 
 
@@ -248,7 +248,7 @@ def test_no_template_lets_the_gold_answer_into_the_prompt(options: list[str], qu
         ]
 
 
-def test_each_template_has_words_of_its_own() -> None:
+def test_each_template_has_its_own_instruction() -> None:
     prompts = {name: render_prompt(choice(), name).messages[0]["content"][-1]["text"] for name in INSTRUCTIONS}
     assert len(set(prompts.values())) == len(prompts)
     assert all(prompt.endswith(INSTRUCTIONS[name]) for name, prompt in prompts.items())
@@ -339,7 +339,7 @@ def test_special_strings_of_question_and_options_are_counted() -> None:
         ("", ""),
     ],
 )
-def test_answers_are_normalised_as_the_table_says(text: str, normal: str) -> None:
+def test_answers_are_normalised_as_in_the_table(text: str, normal: str) -> None:
     assert normalise(text) == normal
 
 
@@ -405,7 +405,7 @@ def test_normalising_ignores_neutralising_case_and_white_space(text: str) -> Non
         ("a", "A"),
     ],
 )
-def test_choices_are_read_as_the_table_says(answer: str, letter: str | None) -> None:
+def test_choices_are_parsed_as_in_the_table(answer: str, letter: str | None) -> None:
     assert read_choice(answer, OPTIONS) == letter
 
 
@@ -437,7 +437,7 @@ def test_choices_are_read_as_the_table_says(answer: str, letter: str | None) -> 
         ("A", (), None),
     ],
 )
-def test_unusual_options_are_read_as_the_table_says(answer: str, options: tuple[str, ...], letter: str | None) -> None:
+def test_unusual_options_are_parsed_as_in_the_table(answer: str, options: tuple[str, ...], letter: str | None) -> None:
     assert read_choice(answer, options) == letter
 
 

@@ -109,7 +109,7 @@ def test_images_shared_with_another_data_set_are_found_by_pixels_but_not_by_name
     assert len(report.overlaps) == 4
 
 
-def test_images_that_show_nothing_are_found(tmp_path: Path) -> None:
+def test_blank_images_are_found(tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
     flat = Image.new("L", (50, 50), 7)
     flat.putpixel((0, 0), 9)

@@ -36,7 +36,7 @@ def controls(samples: list[Sample] = SAMPLES, seed: int = 0) -> dict[str, dict[s
     return {c.name: {s.id: c.view(s) for s in c.samples} for c in make_controls(samples, seed)}
 
 
-def test_what_is_shown() -> None:
+def test_controls_change_only_the_image_or_the_option_order() -> None:
     shown = controls()
     assert {name: list(samples) for name, samples in shown.items()} == {
         "blank": ["1", "2", "3", "4"],

@@ -448,7 +448,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(sorted(REQUIRED | {"sampled", "groups"})), JSON, st.integers(0, 400))
-def test_a_damaged_line_is_a_record_or_a_sentence(field: str, value: object, cut: int) -> None:
+def test_a_damaged_line_is_a_record_or_a_clear_error(field: str, value: object, cut: int) -> None:
     line = record_line(run_once())
     for damaged in (json.dumps(json.loads(line) | {field: value}), line[:cut], line[cut:]):
         try:

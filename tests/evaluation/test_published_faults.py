@@ -88,7 +88,7 @@ def test_1_the_prompt_does_not_depend_on_the_gold_answer() -> None:
     assert len({record.prompt_hash for record in records}) == 1
 
 
-def test_2_closed_is_what_the_data_set_says_and_yes_or_no_is_told_apart() -> None:
+def test_2_closed_follows_the_data_set_and_yes_or_no_is_separate() -> None:
     samples = [
         question("1", "yes"),
         question("2", "left"),
@@ -167,7 +167,7 @@ def test_7_what_names_no_option_is_wrong_and_never_guessed(answer: str) -> None:
     assert empty.results["no_answer_rate"] == 1 and empty.results["letters"]["given"]["none"] == 1
 
 
-def test_8_a_failure_of_ours_is_not_the_models_and_stops_above_a_rate(tmp_path: Path) -> None:
+def test_8_scoring_failures_do_not_count_against_the_model_and_stop_above_a_rate(tmp_path: Path) -> None:
     broken = question("2", "yes", images=(FileImage("missing.png", tmp_path),))
     results = answered([question("1", "yes"), broken], {"1": "yes", "2": "yes"}).results
     assert (results["accuracy"], results["num_scored"], results["unscored_rate"]) == (1.0, 1, 0.5)
@@ -176,7 +176,7 @@ def test_8_a_failure_of_ours_is_not_the_models_and_stops_above_a_rate(tmp_path: 
     check_unscored(results, CONFIG.model_copy(update={"fail_on_unscored": 0.5}))
 
 
-def test_9_a_verdict_means_what_it_says_or_nothing() -> None:
+def test_9_a_verdict_is_parsed_exactly_or_fails() -> None:
     """1 is correct and 0 is wrong, everywhere; anything but a number or None is refused, not read as wrong."""
     sample = question("1", "yes")
     assert score_correctness(sample, render_answer("seen", "yes")) == 1.0
@@ -195,7 +195,7 @@ def test_9_a_verdict_means_what_it_says_or_nothing() -> None:
             verdict(noise)
 
 
-def test_10_the_whole_split_is_loaded_and_its_size_and_hash_are_told(shared_data: Path) -> None:
+def test_10_the_whole_split_is_loaded_and_its_size_and_hash_reported(shared_data: Path) -> None:
     settings = {"name": "vqa_rad", "path": str(shared_data / "vqa_rad"), "num_val": None}
     splits = {split: load_dataset(DataConfig(**settings), split) for split in ("train", "val", "test")}  # type: ignore[arg-type]
     assert len(splits["train"]) + len(splits["val"]) == 1797 and len(splits["test"]) == 451

@@ -1,7 +1,7 @@
 """Extract the interface of a vLLM release from its source: ``python released.py FOLDER VERSION > released.json``.
 
-FOLDER holds the unpacked source distribution; nothing of it is imported. The stand-in beside this file lets through
-only calls that bind to what is written here.
+FOLDER holds the unpacked source distribution; it is not imported. The stand-in next to this file only accepts
+calls that bind to these signatures.
 """
 
 from __future__ import annotations

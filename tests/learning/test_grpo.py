@@ -36,7 +36,7 @@ def folder(tiny_folder):
 def test_golden_run(folder, tmp_path):
     """Three steps as they were recorded, to 1 in 1000: rounding differs between processors and versions of torch.
 
-    A change that alters the numbers on purpose deletes the file, runs this test and says why in its message.
+    After an intended change, delete the file, run this test and give the reason in the commit message.
     """
     run = train(toy_config(folder, tmp_path / "run", train={"steps": 3}), train_set=ToyData())
     found = [{name: line[name] for name in GOLDEN_NAMES} for line in read_metrics(run)]
@@ -110,8 +110,8 @@ class DamagedData(ToyData):
 
 
 @pytest.mark.parametrize("allowed", [0.05, 0.6])
-def test_validation_questions_that_were_not_scored_are_said(folder, tmp_path, allowed):
-    """And an accuracy of what is left is no reason to keep a model, unless the settings allow as many."""
+def test_unscored_validation_questions_are_reported(folder, tmp_path, allowed):
+    """The accuracy of the rest does not select a model, unless the settings allow that many."""
     config = toy_config(
         folder,
         tmp_path / "run",
@@ -161,7 +161,7 @@ def test_the_first_of_several_rounds_is_on_policy(folder, tmp_path):
     assert second["entropy"] == first["entropy"]
 
 
-def test_masked_truncated_completions_do_not_train(folder, tmp_path):
+def test_masked_truncated_completions_get_no_gradient(folder, tmp_path):
     """Random models never stop, so all completions are truncated and nothing is left to learn from."""
     config = toy_config(
         folder,
@@ -182,7 +182,7 @@ def test_dry_run_leaves_nothing_behind(folder, tmp_path, capsys):
     assert "4 prompts x 4 completions" in printed and "loss" in printed and "GiB" in printed
 
 
-def test_not_finite_stops_with_step_samples_and_checkpoint(folder, tmp_path, monkeypatch):
+def test_a_non_finite_loss_reports_step_samples_and_checkpoint(folder, tmp_path, monkeypatch):
     config = toy_config(folder, tmp_path / "run")
     calls = []
 
@@ -203,7 +203,7 @@ def test_not_finite_stops_with_step_samples_and_checkpoint(folder, tmp_path, mon
     assert all(bool(parameter.isfinite().all()) for parameter in weights.model.parameters())
 
 
-def test_too_many_unscored_stop_the_run(folder, tmp_path, monkeypatch):
+def test_too_many_unscored_completions_stop_the_run(folder, tmp_path, monkeypatch):
     import toy
 
     def half(prompts, completions, completion_ids, **kwargs):
@@ -228,7 +228,7 @@ class NoData(ToyData):
     length: int = 0
 
 
-def test_bad_input_is_said_in_a_sentence(folder, tmp_path, monkeypatch):
+def test_bad_input_raises_a_clear_error(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="The train split of toy is empty"):
         train(toy_config(folder, tmp_path / "empty"), train_set=NoData())
     with pytest.raises(ValueError, match="no such folder"):

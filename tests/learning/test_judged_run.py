@@ -1,4 +1,4 @@
-"""A run that an embedded judge rewards and another evaluates: what is logged, kept, refused and resumed.
+"""A run that an embedded judge rewards and another evaluates: what is logged, cached, refused and resumed.
 
 Run: pytest tests/learning/test_judged_run.py
 """
@@ -40,7 +40,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_judged_run_records_judge_and_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = build_config(settings(tmp_path), purpose="train")
     run = train(config)
     judge = load_judge(config.judge)
@@ -63,7 +63,7 @@ def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.Captur
     metrics = [row for row in lines(run / "metrics.jsonl") if "judge/asked" in row]
     assert [row["judge/asked"] for row in metrics] == [8, 16]
     assert metrics[-1]["rewards/semantic/mean"] == pytest.approx(sum(grade.score for grade in grades) / 8)
-    assert judge.counters["cached"] == len(requests), "the run has kept its grades"
+    assert judge.counters["cached"] == len(requests), "the run has cached its grades"
 
     capsys.readouterr()
     run_eval(config, checkpoint=run / "best", output=tmp_path / "eval")
@@ -78,7 +78,7 @@ def test_a_judged_run_says_who_judged_what(tmp_path: Path, capsys: pytest.Captur
     assert results["thinking"]["reward"] == pytest.approx(expected)
 
 
-def test_a_graded_run_says_what_each_score_was_and_who_gave_it(tmp_path: Path) -> None:
+def test_a_graded_run_records_scores_and_judge(tmp_path: Path) -> None:
     given = settings(tmp_path)
     given["rewards"] = {"reasoning": 0.6, "reasoning_gate": 0.25}
     given["train"] |= {"steps": 1, "eval_steps": 0}
@@ -108,7 +108,7 @@ def test_a_graded_run_says_what_each_score_was_and_who_gave_it(tmp_path: Path) -
     assert rewarding_judges(checkpoint) == {"reasoning": grader.identity}
 
 
-def test_the_same_judge_in_another_folder_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_copy_of_the_reward_judge_triggers_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = settings(tmp_path)
     given["train"] |= {"steps": 1, "eval_steps": 0}
     run = train(build_config(given, purpose="train"))
@@ -123,7 +123,7 @@ def test_the_same_judge_in_another_folder_is_warned_of(tmp_path: Path, capsys: p
     )
 
 
-def test_another_judge_is_not_resumed_with(tmp_path: Path) -> None:
+def test_resuming_with_another_judge_is_refused(tmp_path: Path) -> None:
     given = settings(tmp_path)
     given["train"] |= {"steps": 1, "eval_steps": 0}
     train(build_config(given, purpose="train"))
@@ -133,7 +133,7 @@ def test_another_judge_is_not_resumed_with(tmp_path: Path) -> None:
         train(build_config(given, purpose="train"), resume=True)
 
 
-def test_a_judge_that_cannot_be_used_stops_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_unusable_judge_fails_before_anything_is_written(tmp_path: Path) -> None:
     config = build_config(settings(tmp_path, model=str(tmp_path / "nowhere")), purpose="train")
     with pytest.raises(ValueError, match=r"judge\.model is .*nowhere"):
         train(config)

@@ -106,7 +106,7 @@ def test_only_the_language_models_linear_layers_are_in_4_bits(arch, wide_folder)
     assert types == {torch.float32}  # adapters, norms, biases, embedding, tower, projector
 
 
-def test_they_are_near_the_checkpoints_weights(wide_folder):
+def test_quantized_weights_are_close_to_the_checkpoint(wide_folder):
     """Each is the level next to it: at most half the widest gap of levels away, in units of the largest of its 64."""
     stored = load_file(Path(wide_folder()) / "model.safetensors")
     policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", load_in_4bit=True))
@@ -130,7 +130,7 @@ def test_they_are_near_the_checkpoints_weights(wide_folder):
         {"train_projector": True, "train_vision": True, "gradient_checkpointing": True},
     ],
 )
-def test_log_probabilities_and_gradients_are_those_of_the_weights_written_out(policies, settings):
+def test_log_probabilities_and_gradients_equal_those_of_dequantized_weights(policies, settings):
     coarse, written_out = policies(**settings)
     groups = sampled(coarse)  # a pass in evaluation mode comes first, as in training
     results = []
@@ -267,7 +267,7 @@ def test_plain_peft_opens_the_adapter_on_both_bases(wide_folder, tmp_path, make_
     assert torch.equal(found, trained) is in_4_bits
 
 
-def test_merging_adds_to_the_whole_weights(wide_folder, tmp_path):
+def test_merging_uses_the_full_precision_weights(wide_folder, tmp_path):
     policy = load_policy(ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True))
     shake(policy)
     write_model(policy, tmp_path / "adapter")
@@ -293,7 +293,7 @@ def test_merging_adds_to_the_whole_weights(wide_folder, tmp_path):
     assert changed == 14
 
 
-def test_fingerprints_tell_bases_and_constants_apart(wide_folder):
+def test_fingerprints_depend_on_base_and_quantization_constants(wide_folder):
     config = ModelConfig(path=wide_folder(), device="cpu")
     whole, coarse = load_policy(config), load_policy(config.model_copy(update={"load_in_4bit": True}))
     first = weights_fingerprint(coarse.model)
@@ -321,7 +321,7 @@ def test_an_adapter_is_evaluated_on_the_base_in_4_bits(tmp_path):
     assert result.exit_code == 2 and "model.load_in_4bit" in result.output
 
 
-def test_the_command_runs_no_code_that_bitsandbytes_would_fetch(tmp_path, monkeypatch):
+def test_the_command_runs_no_code_downloaded_by_bitsandbytes(tmp_path, monkeypatch):
     (tmp_path / "kernels.py").write_text("def get_kernel(name, version): raise AssertionError(name)")
     monkeypatch.syspath_prepend(tmp_path)
     prepare_process()
@@ -347,13 +347,13 @@ def refused(*arguments: str) -> str:
         ),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path, settings, message):
+def test_incompatible_settings_are_refused(tmp_path, settings, message):
     (tmp_path / "config.yaml").write_text(f"output_dir: {tmp_path / 'run'}\nmodel: {{device: cpu}}\n")
     assert message in refused("train", str(tmp_path / "config.yaml"), *settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_models_and_machines_that_do_not_fit(tiny_folder, wide_folder, tmp_path, monkeypatch):
+def test_unsupported_models_and_machines_are_refused(tiny_folder, wide_folder, tmp_path, monkeypatch):
     asked = ModelConfig(path=wide_folder(), device="cpu", lora=LORA, load_in_4bit=True)
     with pytest.raises(
         ValueError, match=r"has hidden_size 32 and intermediate_size 48, and weights in 4 bits come in"

@@ -188,7 +188,7 @@ def test_no_kl_is_logged_without_a_reference(folder, tmp_path):
     assert "kl" not in gradients_and_metrics(*prepare(folder, tmp_path, SKIPPED_ADVANTAGES))[1]
 
 
-def test_equal_rewards_leave_zero_gradients(folder, tmp_path):
+def test_equal_rewards_give_zero_gradients(folder, tmp_path):
     """They are zero and not None, so that the optimizer's moments decay as if all groups were computed."""
     learner, experience = prepare(folder, tmp_path, torch.zeros(4, 4))
     gradients, metrics = gradients_and_metrics(learner, experience)
@@ -296,7 +296,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_logits_never_exist_all_at_once(tiny_policy, make_sample, monkeypatch, dtype, trains_head):
+def test_full_logits_are_never_materialised(tiny_policy, make_sample, monkeypatch, dtype, trains_head):
     policy = tiny_policy(lora=None if trains_head else LoraConfig(rank=2))
     policy.model.to(dtype).train()
     rng = np.random.default_rng(0)

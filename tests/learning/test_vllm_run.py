@@ -101,7 +101,7 @@ def test_a_dry_run_shows_a_step_and_leaves_nothing(write, fake_vllm, tmp_path):
     output = train(path, "--dry-run", f"vllm.weights_dir={tmp_path}")
     assert re.search(r"groups +2 prompts x 3 completions", output) and re.search(r"rollouts on +vLLM", output)
     made = fake_vllm.LLM.made.pop()
-    # Only in this process can weights be handed over; and nothing is told about it.
+    # Weights can be handed over only within this process, without a message.
     assert made.requests and made.environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     fake_vllm.LLM.made.clear()
     assert set(tmp_path.iterdir()) == before

@@ -78,7 +78,7 @@ def test_lora_targets_are_checked(tiny_policy):
 
 @pytest.mark.parametrize("lora", [None, LORA])
 @pytest.mark.parametrize("settings", [{}, {"train_projector": True}, {"train_vision": True}])
-def test_gradients_reach_exactly_what_is_trained(lora, settings, tiny_policy, make_sample, model_inputs):
+def test_gradients_reach_exactly_the_trained_parts(lora, settings, tiny_policy, make_sample, model_inputs):
     policy = tiny_policy(lora=lora, gradient_checkpointing=True, **settings)
     policy.model.train()
     prompt = policy.processor.encode(make_sample())
@@ -177,7 +177,7 @@ def test_reference_of_a_trained_adapter_is_that_adapter(settings, tiny_policy, t
     assert saved.keys() == load_file(tmp_path / "sft" / "adapter_model.safetensors").keys()
 
 
-def test_adapter_that_does_not_fit_is_refused(tiny_policy, tiny_folder, tmp_path):
+def test_an_incompatible_adapter_is_refused(tiny_policy, tiny_folder, tmp_path):
     policy = tiny_policy("qwen2_vl", lora=LORA)
     write_model(policy, tmp_path / "adapter")
     path = str(tiny_folder("qwen2_vl"))
@@ -214,7 +214,7 @@ def test_missing_folder(tmp_path):
         load_policy(ModelConfig(path=str(tmp_path)))
 
 
-def test_hub_that_cannot_be_reached(monkeypatch, tmp_path):
+def test_an_unreachable_hub_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=r"'nobody/nothing' at revision 'v1'.*Hub failed"):
@@ -236,7 +236,7 @@ def test_other_architectures_are_refused(tmp_path):
         load_policy(ModelConfig(path=str(tmp_path)))
 
 
-def test_weights_that_do_not_fit(tiny_folder, tmp_path):
+def test_incompatible_weights_are_refused(tiny_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("qwen2_vl"), folder)
     weights = load_file(folder / "model.safetensors")

@@ -48,7 +48,7 @@ def test_standard_files_of_at_most_3_million_weights(name: str) -> None:
     assert [len(tokenizer(word)["input_ids"]) for word in (" Yes", " No")] == [1, 1]
 
 
-def test_the_two_differ_in_size_seed_and_data() -> None:
+def test_the_judges_differ_in_size_seed_and_data() -> None:
     first, second = (json.loads((ASSETS / name / "config.json").read_text()) for name in JUDGES)
     assert first["hidden_size"] != second["hidden_size"]
     assert first["num_hidden_layers"] != second["num_hidden_layers"]
@@ -56,7 +56,7 @@ def test_the_two_differ_in_size_seed_and_data() -> None:
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_plain_cases(name: str) -> None:
+def test_clear_cases_are_judged_correctly(name: str) -> None:
     judge = load_local_judge(JudgeConfig(model=f"phantom:{name}", device="cpu"))
     grades = judge.grade([JudgeRequest("", (), text) for text, _ in CASES])
     right = [grade.score == float(label) for grade, (_, label) in zip(grades, CASES)]
@@ -65,7 +65,7 @@ def test_plain_cases(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JUDGES)
-def test_at_least_9_of_10_right_on_written_and_on_sampled_reasoning(name: str) -> None:
+def test_accuracy_is_at_least_90_percent_on_written_and_sampled_reasoning(name: str) -> None:
     judge = load_local_judge(JudgeConfig(model=f"phantom:{name}", device="cpu"))
     pairs = phantom_pairs(240, seed=11)
     grades = judge.grade([pair.request for pair in pairs])
@@ -100,7 +100,7 @@ def test_sampled_texts_are_reasoning_without_tags() -> None:
     assert {text.kind.split()[2] for text in texts} == {"instruct", "base"}
 
 
-def test_a_step_of_the_recipe_lowers_its_loss() -> None:
+def test_a_step_of_the_recipe_lowers_the_loss() -> None:
     recipe, tokenizer = RECIPES[1], build_tokenizer()
     model = build_model(recipe, tokenizer)
     lessons = Lessons(tokenizer, recipe, ())
@@ -128,7 +128,7 @@ def test_labels_are_those_of_the_text_up_to_each_full_stop() -> None:
     assert ends == ["No cyst is seen.", "No cyst is seen. No cyst is seen.", text]
 
 
-def test_recipes_are_named_and_folders_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_recipes_and_existing_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="There is no recipe for a judge 'jury'"):
         build_judges(tmp_path, names=["jury"])
     (tmp_path / "judge").mkdir()

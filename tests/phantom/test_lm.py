@@ -40,7 +40,7 @@ def test_standard_files_of_at_most_half_a_million_weights() -> None:
     assert sum(tensor.numel() for tensor in weights.values()) <= 500_000
 
 
-def test_its_likelihood_is_that_of_the_plain_model(model: LanguageModel) -> None:
+def test_the_likelihood_equals_that_of_the_stock_model(model: LanguageModel) -> None:
     text = reference_text(0, "held out", 3)
     plain = AutoModelForCausalLM.from_pretrained(ASSETS / "lm", dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "lm", local_files_only=True)
@@ -50,7 +50,7 @@ def test_its_likelihood_is_that_of_the_plain_model(model: LanguageModel) -> None
     assert nats(model, text) == pytest.approx(mean, abs=1e-5)
 
 
-def test_worse_fluency_scores_higher(model: LanguageModel) -> None:
+def test_less_fluent_texts_have_higher_perplexity(model: LanguageModel) -> None:
     found = examine(model, count=40)
     assert found["held out"] < 2.0 < found["cut short"] < found["shuffled"] / 50
     for index in range(20):
@@ -61,7 +61,7 @@ def test_worse_fluency_scores_higher(model: LanguageModel) -> None:
         assert nats(model, text) < min(nats(model, repeated), nats(model, garbled)), text
 
 
-def test_texts_are_references_without_tags_and_damage_is_damage() -> None:
+def test_reference_texts_have_no_tags_and_damaged_texts_differ() -> None:
     text = reference_text(0, "held out", 0)
     assert "<" not in text and text == reference_text(0, "held out", 0) != reference_text(0, "train", 0)
     assert sorted(shuffled_words(text, Draws("x", 0)).split()) == sorted(text.split())
@@ -69,7 +69,7 @@ def test_texts_are_references_without_tags_and_damage_is_damage() -> None:
     assert text.startswith(cut) and 0 < len(cut) <= len(text)
 
 
-def test_evaluations_name_it(model: LanguageModel) -> None:
+def test_evaluations_record_the_language_model(model: LanguageModel) -> None:
     instruments = load_instruments(EvalConfig(perplexity_model="phantom:lm"), "cpu")
     assert instruments.language_model is not None and instruments.language_model.name == "phantom:lm"
 

@@ -13,7 +13,7 @@ from medvqa_rl.phantom.vlm import build_model, build_processor
 PROCESSOR = build_processor()
 
 
-def test_patches_are_those_of_the_image_processor():
+def test_patches_equal_those_of_the_image_processor():
     samples = [draw_sample(seed=0, split="patches", index=index) for index in range(4)]
     images = np.stack([np.asarray(sample.images[0].load()) for sample in samples])
     expected = np.concatenate([PROCESSOR.encode(sample).pixel_values for sample in samples])
@@ -28,7 +28,7 @@ def test_labels_name_what_is_in_each_cell():
     assert dict(zip(CELLS, found)) == {cell: expected.get(cell, (0, 0, 0)) for cell in CELLS}
 
 
-def test_probe_that_reads_everything_right_counts_every_finding():
+def test_a_perfect_probe_counts_every_finding_as_correct():
     probe = Probe(hidden=8)
     cells = torch.tensor([labels(Scene("s", "MRI", "brain", (Finding("cyst", "left", "upper", "small", 2),)))])
     with torch.no_grad():

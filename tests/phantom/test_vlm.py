@@ -36,7 +36,7 @@ def fresh() -> Policy:
 
 
 @given(st.text())
-def test_tokenizer_reads_any_text(text):
+def test_the_tokenizer_round_trips_any_text(text):
     tokenizer = PROCESSOR.tokenizer
     assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=False) == text
 
@@ -66,7 +66,7 @@ def test_unknown_checkpoint_is_refused():
         checkpoint_path("large")
 
 
-def test_first_layer_begins_by_looking_back_one_and_two_tokens():
+def test_the_first_layer_initially_attends_one_and_two_tokens_back():
     model = build_model(PROCESSOR, seed=3)
     model.set_attn_implementation("eager")
     ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_first_layer_begins_by_looking_back_one_and_two_tokens():
 
 
 @pytest.mark.parametrize("use_words", [True, False])
-def test_binding_practice_asks_for_the_letter_that_stands_before_the_word(fresh, use_words):
+def test_binding_targets_are_the_letters_of_the_queried_options(fresh, use_words):
     tokenizer = PROCESSOR.tokenizer
     ids, at = Binding(fresh, seed=0).draw(16, 4, 0, use_words=use_words)
     listed = ids[:, :16].reshape(16, 4, 4)  # line break, letter, colon, word
@@ -110,7 +110,7 @@ def test_a_few_steps_of_the_recipe_lower_the_loss(fresh, monkeypatch):
     assert rows[1]["loss"] < 0.5 * rows[0]["loss"]
 
 
-def test_build_runs_dry_and_leaves_used_folders_alone(tmp_path, capsys):
+def test_build_dry_run_writes_nothing_and_used_folders_are_refused(tmp_path, capsys):
     build(tmp_path / "new", dry_run=True)
     assert not (tmp_path / "new").exists() and "base: (32," in capsys.readouterr().out
     (tmp_path / "file").touch()
@@ -125,7 +125,7 @@ def examine(name: str, scanner: str, count: int) -> Evaluation:
     return evaluate(engine, dataset, EvalConfig(bootstrap=100), max_completion_length=96, template="think_answer")
 
 
-def test_instruct_checkpoint_knows_its_scanner_and_not_the_other():
+def test_the_instruct_checkpoint_is_accurate_on_its_home_scanner_only():
     home, unseen = (examine("instruct", scanner, 240).results for scanner in ("home", "unseen"))
     assert home["accuracy"] >= 0.65
     assert unseen["accuracy"] <= home["accuracy"] - 0.15
@@ -143,7 +143,7 @@ def test_rewards_differ_in_most_groups_of_the_demo():
     assert (rewards.max(axis=1) > rewards.min(axis=1)).mean() > 0.55
 
 
-def test_base_checkpoint_falls_into_the_form_now_and_then():
+def test_the_base_checkpoint_sometimes_samples_the_format():
     policy = load_policy(ModelConfig(path="phantom:base"))
     dataset = load_dataset(DataConfig(), "test")
     groups = RolloutEngine(policy, "think_answer").rollout(
@@ -154,7 +154,7 @@ def test_base_checkpoint_falls_into_the_form_now_and_then():
 
 
 @pytest.mark.slow
-def test_demo_writes_everything_it_promises(tmp_path, monkeypatch):
+def test_the_demo_writes_all_documented_files(tmp_path, monkeypatch):
     def short(output: Path, seed: int = 0) -> Config:
         config = demo_config(output, seed)
         train = config.train.model_copy(update={"steps": 3, "eval_steps": 3, "save_steps": 0})
@@ -178,7 +178,7 @@ def test_demo_writes_everything_it_promises(tmp_path, monkeypatch):
         demo.run_demo(tmp_path / "run")
 
 
-def test_a_stopped_demo_says_what_goes_on_and_what_does_not(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_demo_explains_what_can_be_resumed(tmp_path, monkeypatch, capsys):
     def stop(config: Config) -> Path:
         raise Stopped(2, tmp_path / "run")
 

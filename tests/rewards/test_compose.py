@@ -153,7 +153,9 @@ def test_none_and_numbers_that_are_not_finite_are_unscored(module: ModuleType) -
         ("111111", "returned a str"),
     ],
 )
-def test_wrong_returns_are_refused_by_the_function_s_name(module: ModuleType, returned: Any, message: str) -> None:
+def test_invalid_return_values_are_refused_naming_the_function(
+    module: ModuleType, returned: Any, message: str
+) -> None:
     with pytest.raises(ValueError, match=r"'my_rewards\.mine'") as caught:
         with_function(module, lambda **kwargs: returned).score(GROUPS, step=0)
     assert message in str(caught.value)
@@ -168,7 +170,7 @@ def test_wrong_columns_are_refused(module: ModuleType) -> None:
         with_function(module, function).score(GROUPS, step=0)
 
 
-def test_errors_of_a_function_propagate_with_its_name(module: ModuleType) -> None:
+def test_errors_of_a_function_name_the_function(module: ModuleType) -> None:
     def function(**kwargs: Any) -> list[float]:
         raise KeyError("oops")
 
@@ -190,7 +192,7 @@ async def coroutine(**kwargs: Any) -> list[float]:
         (coroutine, "is asynchronous"),
     ],
 )
-def test_what_cannot_be_called_is_refused_when_loading(module: ModuleType, value: Any, message: str) -> None:
+def test_uncallable_functions_are_refused_when_loading(module: ModuleType, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_function(module, value)
 

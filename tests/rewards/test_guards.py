@@ -199,14 +199,14 @@ COMPATIBLE = [
 
 
 @pytest.mark.parametrize(("one", "other"), OPPOSITE)
-def test_these_never_count_as_similar(one: str, other: str) -> None:
+def test_conflicting_answers_never_count_as_similar(one: str, other: str) -> None:
     assert conflict(one, other) is not None
     assert conflict(other, one) == conflict(one, other)
     assert conflict(f"The answer: {one}.", other.upper()) is not None, "case and what stands around do not matter"
 
 
 @pytest.mark.parametrize(("one", "other"), COMPATIBLE)
-def test_these_are_left_to_the_similarity(one: str, other: str) -> None:
+def test_compatible_answers_are_left_to_the_similarity(one: str, other: str) -> None:
     assert conflict(one, other) is None
     assert conflict(other, one) is None
 
@@ -229,7 +229,7 @@ def test_any_gold_answer_passes_against_itself(text: str) -> None:
 
 
 @given(TEXTS, TEXTS)
-def test_it_is_symmetric(one: str, other: str) -> None:
+def test_conflict_is_symmetric(one: str, other: str) -> None:
     assert conflict(one, other) == conflict(other, one)
 
 
@@ -240,7 +240,7 @@ def test_denying_a_text_without_cues_contradicts_it(words: list[str]) -> None:
     assert conflict(f"left {text}", f"right {text}") and conflict(f"left {text}", f"bilateral {text}")
 
 
-def test_the_reason_says_what_it_is() -> None:
+def test_the_reason_names_the_conflict() -> None:
     assert conflict("no effusion", "effusion") == "negation: effusion"
     assert conflict("left lung", "both lungs") == "side: left against left and right"
     assert conflict("left mass and right cyst", "right mass and left cyst") == "side of cyst: left against right"

@@ -141,7 +141,9 @@ def test_the_gate(value: float, correctness: float, gate: float, expected: float
 
 
 @given(*[st.floats(0, 1)] * 3)
-def test_the_gate_only_takes_and_never_from_right_answers(value: float, correctness: float, gate: float) -> None:
+def test_the_gate_never_raises_rewards_or_lowers_those_of_right_answers(
+    value: float, correctness: float, gate: float
+) -> None:
     assert 0 <= gated(value, correctness, gate) <= value and gated(value, 1.0, gate) == value
     assert gated(value, 0.0, gate) <= gate
     assert gated(value, correctness, gate) >= gated(value, 0.0, gate)
@@ -167,7 +169,7 @@ def test_grades_are_a_part_that_the_gate_limits() -> None:
     assert grader.seen[2].answer == "A"
 
 
-def test_what_cannot_be_read_is_shown_as_nothing() -> None:
+def test_unparsable_completions_are_shown_as_empty() -> None:
     grader = Digits()
     rewards = Rewards(RewardsConfig(format=0, correctness=0, reasoning=1), judges={"reasoning": grader})
     assert rewards.names == ("reasoning",)
@@ -175,7 +177,7 @@ def test_what_cannot_be_read_is_shown_as_nothing() -> None:
     assert [(request.reasoning, request.answer) for request in grader.seen] == [("", "B"), ("3", "")]
 
 
-def test_what_was_not_asked_is_neither_graded_nor_punished() -> None:
+def test_sections_that_were_not_prompted_are_neither_graded_nor_penalised() -> None:
     """Answers alone, to a prompt that asks for them alone, beside a group that reasons."""
     texts = [[said(3, "B"), said(1, "B"), said(0, "A")], [f"<answer>{answer}</answer>" for answer in "BAB"]]
     reasoned, short = (group(*some) for some in texts)
@@ -195,7 +197,7 @@ def test_what_was_not_asked_is_neither_graded_nor_punished() -> None:
         torch.testing.assert_close(learned, expected)
 
 
-def test_without_a_weight_nobody_grades() -> None:
+def test_without_a_weight_no_judge_grades() -> None:
     assert rubrics_of(RewardsConfig()) == [] and rubrics_of(RewardsConfig(reasoning=0.1)) == [REASONING]
     Rewards(RewardsConfig(), judges={"reasoning": (grader := Digits())}).score([group(said(3, "B"))], step=0)
     assert not grader.seen
@@ -230,14 +232,14 @@ def test_without_a_weight_nobody_grades() -> None:
         ({"judge": {"model": "m", "endpoint": "http://h/v1", "api_key_env": "sk-12"}}, "never the key itself"),
     ],
 )
-def test_bad_settings_are_told_in_a_sentence(given: dict[str, dict[str, object]], message: str) -> None:
+def test_invalid_settings_are_reported(given: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         build_config(given, purpose="train")
     assert message in str(caught.value)
     assert "sk-12" not in str(caught.value) and "me:key" not in str(caught.value)
 
 
-def test_a_judge_is_known_by_its_folder_too(tmp_path: Path) -> None:
+def test_a_judge_is_also_identified_by_its_folder(tmp_path: Path) -> None:
     (tmp_path / "judge").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "judge")
     given: dict[str, dict[str, object]] = {
@@ -254,7 +256,7 @@ def test_a_reward_of_reasoning_alone_is_a_reward() -> None:
     build_config({"rewards": {"format": 0, "correctness": 0, "reasoning": 1}}, purpose="train")
 
 
-def test_it_is_said_that_gold_answers_leave_the_machine() -> None:
+def test_sending_gold_answers_to_another_machine_is_reported() -> None:
     endpoint = {"model": "m", "endpoint": "https://judge.example/v1"}
     (line,) = notices(build_config({"rewards": {"reasoning": 1.0}, "judge": endpoint}))
     assert line.startswith(
@@ -264,7 +266,7 @@ def test_it_is_said_that_gold_answers_leave_the_machine() -> None:
     assert [line.partition(":")[0] for line in notices(both)] == ["Warning"]
 
 
-def test_where_texts_go_is_said() -> None:
+def test_the_destination_of_texts_is_reported() -> None:
     endpoint = {"model": "m", "endpoint": "https://judge.example:8443/v1"}
     config = build_config({"rewards": {"semantic": 1.0}, "judge": endpoint})
     (line,) = notices(config)
@@ -274,7 +276,7 @@ def test_where_texts_go_is_said() -> None:
     assert not notices(build_config({"rewards": {"semantic": 1.0}}))
 
 
-def test_the_same_judge_in_both_places_is_warned_of() -> None:
+def test_the_same_judge_for_reward_and_evaluation_triggers_a_warning() -> None:
     both = {"rewards": {"semantic": 1.0}, "eval_judge": {"model": "phantom:judge"}}
     (line,) = notices(build_config(both))
     assert line.startswith("Warning: the judge phantom:judge both rewards and evaluates")
@@ -293,6 +295,6 @@ def test_a_run_is_resumed_with_its_judge_only(tmp_path: Path) -> None:
         run.check_judges({"reward": JudgeIdentity("j", "w2", "p", 0.0)}, resume=True)
 
 
-def test_a_run_without_a_judge_says_nothing_of_one(tmp_path: Path) -> None:
+def test_a_run_without_a_judge_does_not_mention_one(tmp_path: Path) -> None:
     RunDir(tmp_path).check_judges({}, resume=False)
     assert not (tmp_path / "judge.json").exists()

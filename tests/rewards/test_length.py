@@ -164,13 +164,13 @@ def test_parts_in_the_sum_by_hand() -> None:
     np.testing.assert_allclose(scores.total, [total])
 
 
-def test_length_parts_are_off_unless_asked_for_and_any_subset_can_be() -> None:
+def test_length_parts_are_off_by_default_and_can_be_combined() -> None:
     assert Rewards(RewardsConfig()).names == ("format", "correctness")
     assert Rewards(RewardsConfig(format=0, cwr=1, repetition=1)).names == ("correctness", "cwr", "repetition")
     assert Rewards(RewardsConfig(format=0, correctness=0, overlong=1)).names == ("overlong",)
 
 
-def test_length_is_counted_by_the_policy_s_tokenizer(tiny_policy: Any) -> None:
+def test_length_is_counted_with_the_policy_tokenizer(tiny_policy: Any) -> None:
     processor = tiny_policy().processor
     text = "the left lung is clear"
     assert processor.count_tokens(text) == len(processor.tokenizer.encode(text, add_special_tokens=False)) > 5
@@ -199,13 +199,13 @@ def test_length_is_counted_by_the_policy_s_tokenizer(tiny_policy: Any) -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_sentence(given: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_reported_in_one_sentence(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_config(given, purpose="train")
     assert caught.value.problems == (message,)
 
 
-def test_an_unknown_reward_is_told_what_there_is() -> None:
+def test_an_unknown_reward_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match=r"rewards\.novelty .* is not a setting: rewards has format, correctness, semantic"
     ):

@@ -196,7 +196,7 @@ def test_exact_words_alone_cannot_teach_open_questions(
         assert found is None or "set rewards.open_correctness to token_f1" in found
 
 
-def test_training_looks_at_the_questions_first() -> None:
+def test_training_checks_the_questions_first() -> None:
     from medvqa_rl.learning.grpo import check_rewardable, train
 
     image = MemoryImage("image", Image.new("RGB", (2, 2)))
@@ -219,7 +219,7 @@ def test_training_looks_at_the_questions_first() -> None:
         ({"rewards": {"similarity_model": ""}}, "text that is not empty"),
     ],
 )
-def test_bad_settings_are_told_in_a_sentence(given: dict[str, dict[str, object]], message: str) -> None:
+def test_invalid_settings_are_reported(given: dict[str, dict[str, object]], message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         build_config(given, purpose="train")
     assert message in str(caught.value)

@@ -425,6 +425,6 @@ def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):
     assert [max_lora_rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
 
 
-def test_docstrings_say_that_the_modules_have_not_run_on_a_gpu():
+def test_docstrings_state_that_the_modules_have_not_run_on_a_gpu():
     for name in ("vllm", "vllm_local", "vllm_server"):
         assert "ot yet run" in (Path(ours.__file__).parent / f"{name}.py").read_text().split('"""')[1]

@@ -61,7 +61,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or "No space left" in str(error):  # safetensors raises an error of its own
+        if is_full or "No space left" in str(error):  # safetensors raises its own error type
             raise ValueError(
                 f"No space is left to write {target}: free some, or set output_dir to a device with more room."
             ) from error

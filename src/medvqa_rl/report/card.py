@@ -206,7 +206,7 @@ def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
 
 
 def _judged(evaluation: StoredEvaluation) -> list[str]:
-    """What judges said, in sentences; nothing where none did, or their file is of another version."""
+    """Summarise judge results in sentences; empty without judges. A damaged file is reported instead."""
     try:
         return in_short(evaluation.judged) if evaluation.judged else []
     except (KeyError, TypeError, AttributeError):

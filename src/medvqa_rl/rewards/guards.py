@@ -39,7 +39,7 @@ _SEEN = _set(
     appreciated
     """
 )
-"""Words that affirm when nothing else is said."""
+"""Words that affirm a finding unless it is negated."""
 _EMPTY = _SEEN | _set(
     """
     a an the of in on at is are was were be been being am there any evidence sign signs to for from and or nor it its
@@ -283,7 +283,7 @@ def _places(word: str) -> list[tuple[str, frozenset[str]]]:
 
 def _bind(sentence: list[str], reading: _Reading) -> None:
     """Record which values of an axis are in the same phrase as a word, so that "mass on the left, cyst on the right"
-    is told from the reverse. Phrases end at commas, "and", "or" and the like. A phrase that only names locations
+    differs from the reverse. Phrases end at commas, "and", "or" and similar words. A phrase that only names locations
     belongs to the next phrase, or at the end to the previous one."""
     phrases: list[tuple[set[str], dict[str, set[str]]]] = [(set(), {})]
     for token in sentence:

@@ -108,7 +108,7 @@ def test_frames_are_chosen_by_number(tmp_path: Path) -> None:
         FileImage("cine.dcm#frame=3", tmp_path).load()
 
 
-def test_colours_stay_and_palettes_are_looked_up(tmp_path: Path) -> None:
+def test_colours_are_preserved_and_palettes_applied(tmp_path: Path) -> None:
     colours = np.array([[[255, 0, 0], [0, 128, 0]], [[0, 0, 64], [9, 8, 7]]], np.uint8)
     np.testing.assert_array_equal(np.asarray(write(tmp_path / "rgb.dcm", colours).load()), colours)
     tables = {}
@@ -142,7 +142,7 @@ def test_large_frames_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("content", [b"", b"no DICOM at all", b"\0" * 128 + b"DICM"])
-def test_files_that_are_no_images_are_named(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_not_images_are_reported_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "scan 7.dcm").write_bytes(content)
     for read in (FileImage("scan 7.dcm", tmp_path).load, FileImage("scan 7.dcm", tmp_path).check):
         with pytest.raises(ValueError, match=r"scan 7\.dcm cannot be decoded as DICOM"):
@@ -151,7 +151,7 @@ def test_files_that_are_no_images_are_named(tmp_path: Path, content: bytes) -> N
         FileImage("gone.dcm", tmp_path).load()
 
 
-def test_messages_say_nothing_about_the_patient(tmp_path: Path) -> None:
+def test_messages_contain_no_patient_data(tmp_path: Path) -> None:
     scan = write(tmp_path / "x.dcm", VALUES, PixelData=b"\0\0")
     with pytest.raises(ValueError, match=r"x\.dcm") as caught:
         scan.load()
@@ -175,7 +175,7 @@ def test_damaged_files_give_an_image_or_a_value_error(
         assert "damaged.dcm" in str(error)
 
 
-def test_without_pydicom_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pydicom_is_reported_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = write(tmp_path / "x.dcm", VALUES)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(ValueError, match=r"x\.dcm is a DICOM file, and pydicom is not installed: pip install"):

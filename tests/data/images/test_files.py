@@ -45,7 +45,7 @@ def test_16_bit_images_are_stretched_from_their_own_range(tmp_path: Path) -> Non
     np.testing.assert_array_equal(pixels(saved(tmp_path, floats, "f.tiff"))[:, :, 1], [[0, 128], [255, 0]])
 
 
-def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_over_white(tmp_path: Path) -> None:
     half = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
     assert 126 <= int(pixels(saved(tmp_path, half))[0, 0, 0]) <= 128
     clear = Image.new("LA", (1, 1), (0, 0))
@@ -113,7 +113,7 @@ def jpeg() -> bytes:
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_files_are_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_bad_files_are_reported_by_name(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "scan 7.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"scan 7\.jpg") as caught:
@@ -165,7 +165,7 @@ def test_shrinking_keeps_the_ratio_and_the_limit() -> None:
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 10_000))
 @settings(max_examples=60, deadline=None)
-def test_no_image_is_larger_than_asked_for(width: int, height: int, limit: int) -> None:
+def test_no_image_exceeds_the_limit(width: int, height: int, limit: int) -> None:
     small = shrink(Image.new("L", (width, height)), limit)
     assert small.width * small.height <= max(limit, 1) and small.width <= width and small.height <= height
 

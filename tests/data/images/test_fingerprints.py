@@ -65,7 +65,7 @@ def test_the_perceptual_hash_is_the_signs_of_low_frequencies() -> None:
     assert perceptual_hash(image) == np.packbits(signs).tobytes()
 
 
-def test_copies_are_near_and_others_are_not() -> None:
+def test_only_copies_are_near_duplicates() -> None:
     images = [blobs(seed) for seed in range(8)]
     for image in images:
         buffer = io.BytesIO()
@@ -79,7 +79,7 @@ def test_copies_are_near_and_others_are_not() -> None:
     assert min(bits(images[i], images[j]) for i in range(8) for j in range(i)) > 2 * NEAR
 
 
-def test_pairs_are_those_of_counting_bit_by_bit() -> None:
+def test_near_pairs_equal_a_bitwise_count() -> None:
     rng = np.random.default_rng(0)
     first = rng.integers(0, 256, (30, 32), dtype=np.uint8)
     second = np.concatenate([first[:5] ^ np.eye(5, 32, dtype=np.uint8), rng.integers(0, 256, (9, 32), dtype=np.uint8)])
@@ -98,7 +98,7 @@ def facts(key: str, pixels: int, look: bytes = b"") -> ImageFacts:
     return ImageFacts(key, 1, 1, bytes([pixels]) * 32, look, 10.0, False)
 
 
-def test_overlap_is_by_name_then_pixels_then_looks() -> None:
+def test_overlap_is_found_by_name_then_pixels_then_perceptual_hash() -> None:
     zero = bytes(32)
     close, far = bytes(31) + b"\x06", b"\xff" * 32
     known = [
@@ -129,7 +129,7 @@ def test_slices_of_one_volume_are_one_image() -> None:
     ]
 
 
-def test_flat_and_constant_images_are_told_apart() -> None:
+def test_flat_and_constant_images_are_distinguished() -> None:
     constant = image_facts(MemoryImage("x", Image.new("RGB", (40, 30), (9, 8, 7))))
     assert constant.is_constant and constant.spread == 0 and constant.look == b""
     one_point = Image.new("L", (40, 30), 100)
@@ -141,7 +141,7 @@ def test_flat_and_constant_images_are_told_apart() -> None:
     assert seen.spread == pytest.approx(np.asarray(blobs(0).convert("L")).std(), rel=1e-5)
 
 
-def test_measuring_keeps_the_order_and_names_what_cannot_be_read(tmp_path: Path) -> None:
+def test_measuring_preserves_order_and_reports_unreadable_images(tmp_path: Path) -> None:
     sources: list[ImageSource] = [MemoryImage(str(number), blobs(number, (30, 20))) for number in range(30)]
     sources[7] = FileImage("gone.png", tmp_path)
     measured = list(measure(iter(sources), workers=3))
@@ -160,7 +160,7 @@ BUDGETS = [
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(BUDGETS))
-def test_token_counts_are_those_of_the_processor(width: int, height: int, budget: ImageBudget) -> None:
+def test_token_counts_equal_those_of_the_processor(width: int, height: int, budget: ImageBudget) -> None:
     size = {"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels}
     processor = Qwen2VLImageProcessorPil(size=size)
     if max(width, height) > 200 * min(width, height):

@@ -58,7 +58,7 @@ def test_axes_and_slices_by_number(tmp_path: Path) -> None:
             FileImage(f"x.nii#{fragment}", tmp_path).load()
 
 
-def test_the_file_s_orientation_does_not_change_the_picture(tmp_path: Path) -> None:
+def test_the_orientation_of_the_file_does_not_change_the_image(tmp_path: Path) -> None:
     whole = nibabel.Nifti1Image(VOLUME, np.eye(4))
     for code in ("LPS", "ASR", "SLA", "PIR"):
         target = nibabel.orientations.axcodes2ornt(code)
@@ -95,7 +95,7 @@ def test_thick_slices_are_drawn_in_millimetres(tmp_path: Path) -> None:
     assert FileImage("x.nii#axis=2", tmp_path).load().size == (3, 4)
 
 
-def test_what_is_no_plain_volume_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_volumes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     colours = np.zeros((3, 4, 5), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
     with pytest.raises(ValueError, match=r"rgb\.nii holds colours"):
         write(tmp_path / "rgb.nii", colours).load()
@@ -131,7 +131,7 @@ def test_damaged_files_give_an_image_or_a_value_error(
         assert name in str(error)
 
 
-def test_without_nibabel_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nibabel_is_reported_with_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = write(tmp_path / "x.nii", VOLUME)
     monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises(ValueError, match=r"x\.nii is a NIfTI file, and nibabel is not installed: pip install"):

@@ -117,7 +117,7 @@ def test_a_result_can_be_freed_once_it_is_handed_out() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_error_is_raised_in_its_turn_and_ends_the_iteration(workers: int) -> None:
+def test_an_error_is_raised_in_order_and_ends_the_iteration(workers: int) -> None:
     def work(number: int) -> int:
         if number == 5:
             raise KeyError("five")
@@ -132,7 +132,7 @@ def test_an_error_is_raised_in_its_turn_and_ends_the_iteration(workers: int) -> 
     assert not prefetch_threads()
 
 
-def test_an_error_from_items_is_raised_in_its_turn() -> None:
+def test_an_error_from_items_is_raised_in_order() -> None:
     def items() -> Iterator[int]:
         yield from range(3)
         raise ValueError("three")

@@ -30,7 +30,7 @@ def test_images_fill_their_cells_and_keep_their_ratio(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(saved)), np.asarray(sheet)) and len(list(saved.parent.iterdir())) == 1
 
 
-def test_an_image_that_cannot_be_read_leaves_a_box(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_replaced_by_its_error(tmp_path: Path) -> None:
     sheet = draw_sheet([Sample("a", "Q?", "yes", "closed", (FileImage("gone.png", tmp_path),))])
     assert (np.asarray(sheet)[GAP, GAP] == (0xBD, 0x4B, 0x3C)).all()
     with pytest.raises(ValueError, match="at least one"):

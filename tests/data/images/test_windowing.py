@@ -12,7 +12,7 @@ import pytest
 from medvqa_rl.data.images.windowing import grey_levels, medical_kind, read_fragment, split_fragment, stretch, window
 
 
-def test_the_linear_window_is_the_standard_s() -> None:
+def test_the_linear_window_follows_the_standard() -> None:
     # The examples of DICOM PS3.3 C.11.2.1.2.1, output 0 to 255.
     x = np.arange(-200, 4300, dtype=np.float64)
     wide = 255 * window(x, 2048, 4096)
@@ -59,7 +59,7 @@ def test_only_medical_names_have_fragments() -> None:
     ]
 
 
-def test_fragments_are_read_or_refused_in_a_sentence() -> None:
+def test_fragments_are_parsed_or_refused_with_a_clear_error() -> None:
     path, allowed = Path("x.dcm"), ("frame", "window")
     assert read_fragment("frame=2&window=-40,400.5", allowed, path) == {"frame": (2.0,), "window": (-40.0, 400.5)}
     assert read_fragment(None, allowed, path) == read_fragment("", allowed, path) == {}

@@ -18,14 +18,14 @@ def test_texts_are_addressed() -> None:
 
 
 @pytest.mark.parametrize(("mixture", "low", "high"), [("broad", 0.45, 0.6), ("damaged", 0.3, 0.48)])
-def test_both_labels_come_often(mixture: str, low: float, high: float) -> None:
+def test_both_labels_are_frequent(mixture: str, low: float, high: float) -> None:
     drawn = [draw_reasoning(0, "balance", index, mixture) for index in range(600)]  # type: ignore[arg-type]
     assert low < sum(text.is_coherent for text in drawn) / len(drawn) < high
     assert {text.kind for text in drawn} == {"reference", "coherent", *DAMAGES}
     assert all(text.text.strip() == text.text and text.is_coherent == is_coherent(text.text) for text in drawn)
 
 
-def test_most_damage_harms_and_most_changes_do_not() -> None:
+def test_most_damaged_texts_are_incoherent_and_most_edited_ones_coherent() -> None:
     by_kind: dict[str, list[bool]] = {}
     for index in range(1500):
         text = draw_reasoning(0, "kinds", index)
@@ -37,7 +37,7 @@ def test_most_damage_harms_and_most_changes_do_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["repetition", "padding", "stray"])
-def test_some_damage_always_harms(kind: str) -> None:
+def test_some_damages_always_make_a_text_incoherent(kind: str) -> None:
     drawn = [draw_reasoning(0, "always", index) for index in range(900)]
     harmed = [text for text in drawn if text.kind == kind]
     assert len(harmed) > 10 and not any(text.is_coherent for text in harmed if text.kind != "padding")

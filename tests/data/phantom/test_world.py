@@ -73,14 +73,14 @@ def test_scanners_differ_and_scenes_do_not():
         assert all(np.abs(one - other).mean() > 10 for one, other in combinations(images, 2))
 
 
-def test_modalities_are_kept_apart():
+def test_only_requested_modalities_are_drawn():
     kept = [draw_sample(seed=0, split="tests", index=index, modalities=("CT", "fundus")) for index in range(60)]
     assert {sample.groups["modality"] for sample in kept} == {"CT", "fundus"}
     # Images that are kept anyway stay what they are, so two settings differ only where they must.
     assert all(one == sample for one, sample in zip(kept, SAMPLES) if sample.groups["modality"] in ("CT", "fundus"))
 
 
-def test_all_families_and_answer_types_come_up():
+def test_all_families_and_answer_types_occur():
     families = {family: sum(sample.groups["family"] == family for sample in SAMPLES) for family in FAMILIES}
     assert min(families.values()) > 90, families
     assert {sample.answer_type for sample in SAMPLES} == {"choice", "closed", "open"}
@@ -197,12 +197,12 @@ def test_faithfulness_is_the_share_of_true_claims(text, expected):
         ("", False),
     ],
 )
-def test_coherence_knows_the_worlds_rules(text, expected):
+def test_coherence_follows_the_rules_of_the_world(text, expected):
     assert is_coherent(text) is expected
 
 
 @given(st.text())
-def test_oracles_read_any_text(text):
+def test_oracles_accept_any_text(text):
     assert is_coherent(text) in (True, False)
     assert all(is_true(claim, SCENE) in (True, False) for claim in claims(text))
 
@@ -231,7 +231,7 @@ def test_impossible_settings_are_refused(settings, message):
         load_phantom(DataConfig(**settings), "train")
 
 
-def test_scenes_keep_to_the_worlds_rules():
+def test_scenes_follow_the_rules_of_the_world():
     for index in range(500):
         scene = draw_scene(str(index))
         assert scene.modality in MODALITIES and scene.organ in ORGANS[scene.modality]

@@ -79,7 +79,7 @@ def _table(labels: list[bool], said: list[bool]) -> np.ndarray:
     return table
 
 
-def test_rates_of_nothing_are_none_and_all_failed_is_no_accuracy() -> None:
+def test_rates_without_items_are_none() -> None:
     found = by_group(pairs_of("++"), grades_of("+-"))["all"]
     assert found["false_yes_rate"] is None and found["false_no_rate"]["estimate"] == 0.5
     nothing = by_group(pairs_of("+-"), grades_of("??"))["all"]
@@ -87,7 +87,7 @@ def test_rates_of_nothing_are_none_and_all_failed_is_no_accuracy() -> None:
     assert nothing["accuracy"] is None and nothing["kappa"] is None and math.isnan(nothing["label_yes_rate"])
 
 
-def test_groups_are_told_apart() -> None:
+def test_groups_are_reported_separately() -> None:
     pairs = [*pairs_of("++--", "a"), *pairs_of("+-", "b")]
     found = by_group(pairs, grades_of("++---+"))
     assert list(found) == ["all", "a", "b"]
@@ -130,7 +130,7 @@ def test_pairs_are_read_from_lines(tmp_path: Path) -> None:
         ('{"reasoning": "x", "label": 1, "question": 3}', "a question that is not a text"),
     ],
 )
-def test_bad_pairs_are_named_by_their_line(tmp_path: Path, line: str, message: str) -> None:
+def test_bad_pairs_are_reported_by_line(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"reasoning": "x", "label": "no"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -147,7 +147,7 @@ def test_a_file_without_pairs_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=80))
-def test_any_line_is_a_pair_or_a_sentence(line: str) -> None:
+def test_any_line_is_a_pair_or_a_clear_error(line: str) -> None:
     from medvqa_rl.evaluation.judging.agreement import _read_pair
 
     try:

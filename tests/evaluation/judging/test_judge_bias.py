@@ -84,7 +84,7 @@ def test_edits_that_do_not_apply(edit: bias.Edit, case: JudgeRequest) -> None:
 
 
 @given(st.sampled_from(["A", "B", "C", "brain", "B: brain", "(c)"]), st.integers(0, 2**32))
-def test_edits_of_an_option_leave_what_it_means(answer: str, seed: int) -> None:
+def test_edits_of_an_option_preserve_its_meaning(answer: str, seed: int) -> None:
     """The scorer, which knows nothing of edits, finds the same right and wrong answers."""
     case = replace(CHOICE, answer=answer)
     sample = Sample("q", case.question, "A", "choice", options=OPTIONS)
@@ -95,7 +95,7 @@ def test_edits_of_an_option_leave_what_it_means(answer: str, seed: int) -> None:
         assert is_correct(gold, other.answer) == is_correct(sample, answer)
 
 
-def test_edits_for_the_embedded_judges_leave_what_the_oracle_says() -> None:
+def test_edits_for_the_embedded_judges_preserve_the_oracle_label() -> None:
     count = {check.name: 0 for check in EMBEDDED_CHECKS}
     for index in range(300):
         drawn = draw_reasoning(5, "test", index)
@@ -127,7 +127,7 @@ def grades(scores: str) -> list[Grade]:
     return [Grade.failed("?") if score == "?" else Grade(float(score)) for score in scores]
 
 
-def test_what_an_edit_did_by_hand() -> None:
+def test_the_effect_of_an_edit_by_hand() -> None:
     check = Check("longer", "reasoning", bias.longer("reasoning", 3))
     found = moved(check, grades("00112233?1"), grades("12112230?3"), [f"i{n}" for n in range(10)])
     assert (found["n"], found["unscored"], found["images"]) == (10, 1, 9)

@@ -114,7 +114,7 @@ def test_two_judges_agree_as_statsmodels_says() -> None:
     assert found["correctness"]["kappa"]["estimate"] == pytest.approx(0.0), "one judge always says yes"
 
 
-def test_what_was_not_asked_is_not_there() -> None:
+def test_missing_verdicts_are_omitted() -> None:
     silent = [replace(one, think=None) for one in RECORDS]
     whole = judge([1] * 7, [3] * 7)
     judged = judge_records(silent, whole)
@@ -129,7 +129,7 @@ def test_what_was_not_asked_is_not_there() -> None:
     assert "cannot be checked" in bias["left_out"][0] and any("reworded" in line for line in bias["left_out"])
 
 
-def test_a_judge_that_loves_length_is_found_out() -> None:
+def test_a_length_bias_of_a_judge_is_detected() -> None:
     @dataclass
     class Wordy(Fixed):
         def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
@@ -152,7 +152,7 @@ def test_records_are_chosen_by_their_ids() -> None:
     assert len(chosen_records([unscored, *RECORDS], None, 0)) == 7
 
 
-def test_a_request_shows_what_the_model_said() -> None:
+def test_a_request_contains_the_model_output() -> None:
     shown = judge_request(replace(RECORDS[0], answer=None))
     assert shown == JudgeRequest("Which organ?", ("lung", "brain"), "Because of 0.", answer="", gold="A: lung")
     assert judge_request(RECORDS[6]).gold == "lung"

@@ -52,7 +52,7 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def test_two_raters_are_summed_up_by_hand() -> None:
+def test_two_raters_are_summarised_by_hand() -> None:
     found = summarise_ratings(KEY, [ANNA, BEN])
     base, tuned = found["evaluations"]
     # base: items 1 (wrong, wrong) and 3 (right, right); item 5 nobody rated. tuned: 2 (right, wrong), 3, 4 (right).
@@ -90,7 +90,7 @@ def test_one_rater_has_no_agreement_and_three_have_no_kappa() -> None:
         summarise_ratings(KEY, [ANNA, ANNA])
 
 
-def test_what_nobody_could_tell_is_not_there() -> None:
+def test_cannot_tell_counts_as_missing() -> None:
     unsure = RaterFile("Dan", {"1": Rating(None, None)})
     found = summarise_ratings(KEY, [unsure, RaterFile("Eve", {"2": Rating(None, 1)})])
     assert found["evaluations"][0]["accuracy"] is None and found["evaluations"][1]["reasoning"]["estimate"] == 1.0
@@ -141,12 +141,12 @@ ROW = saved()["ratings"][0]
         (saved(ratings=[ROW | {"comment": None}]), "has a comment that is not a text"),
     ],
 )
-def test_what_the_form_does_not_write_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+def test_unexpected_ratings_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_ratings(write(tmp_path / "a.json", content), KEY)
 
 
-def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is no file"):
         read_key(tmp_path / "no.json")
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
@@ -171,7 +171,7 @@ rows = st.fixed_dictionaries({"item": leaves, "correct": leaves, "reasoning": le
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.lists(rows | anything, max_size=4) | anything, leaves)
-def test_any_file_is_ratings_or_a_sentence(tmp_path: Path, ratings: Any, rater: Any) -> None:
+def test_any_file_is_ratings_or_a_clear_error(tmp_path: Path, ratings: Any, rater: Any) -> None:
     path = write(tmp_path / "a.json", saved(ratings=ratings, rater=rater))
     try:
         found = read_ratings(path, KEY)

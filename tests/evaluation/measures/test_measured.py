@@ -163,7 +163,7 @@ def stock_nll(folder: Path, text: str) -> tuple[float, int]:
     return total, len(ids)
 
 
-def test_perplexity_is_that_of_the_plain_model_token_by_token(lm_folder: Path) -> None:
+def test_perplexity_equals_that_of_the_stock_model_token_by_token(lm_folder: Path) -> None:
     model = load_language_model(str(lm_folder), "cpu")
     found = model.score(TEXTS)
     expected = [stock_nll(lm_folder, text) for text in TEXTS]
@@ -195,7 +195,7 @@ def test_outputs_are_scored_without_their_tags(lm_folder: Path) -> None:
     ("name", "message"),
     [("no-such-model", "is neither a folder nor a Hub id"), ("EMPTY", "cannot be loaded")],
 )
-def test_a_language_model_that_is_not_there_is_a_sentence(name: str, message: str, tmp_path: Path) -> None:
+def test_a_missing_language_model_is_reported(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         load_language_model(str(tmp_path) if name == "EMPTY" else name, "cpu")
 
@@ -227,7 +227,7 @@ def test_tfidf_agrees_with_scikit_learn() -> None:
     assert TfidfSimilarity().compare(texts, references) == pytest.approx((one * other).sum(axis=1))
 
 
-def test_what_is_compared_with_what() -> None:
+def test_similarity_compares_the_documented_texts() -> None:
     assert (candidate_text(record(1)), record(1).gold_text) == ("a cyst cyst", "cyst")  # B is the cyst
     unread = record(2, output="<think>it is</think> B", think="it is", answer=None)
     assert candidate_text(unread) == "it is  B"
@@ -271,7 +271,7 @@ def test_embeddings_are_compared_by_their_cosine(tmp_path: Path) -> None:
     assert found[2] == pytest.approx(1.0) and found[1] < 0.999
 
 
-def test_sentence_transformers_that_is_missing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sentence_transformers_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'medvqa-rl\[similarity\]'"):
         load_similarity(str(tmp_path), "cpu")
@@ -316,7 +316,7 @@ class ScriptedEngine:
         return len(text.split())
 
 
-def test_claims_are_held_against_the_scene() -> None:
+def test_claims_are_checked_against_the_scene() -> None:
     dataset = load_dataset(DataConfig(num_test=12), "test")
     samples = [dataset[index] for index in range(12)]
     reasoning = {sample.id: sample.reasoning for sample in samples}
@@ -368,7 +368,7 @@ def test_an_evaluation_measures_and_logs(lm_folder: Path) -> None:
     assert remaining([*again, record(9)], instruments) == instruments
 
 
-def test_a_comparison_shows_what_was_measured() -> None:
+def test_a_comparison_shows_the_measures() -> None:
     one = [replace(found, is_correct=True) for found in RECORDS[:3]]
     comparison = compare(
         [Evaluated("one", Path(), one), Evaluated("two", Path(), RECORDS[:3])], EvalConfig(bootstrap=50)

@@ -126,7 +126,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert not any(isinstance(value, float) and math.isnan(value) for value in stored[0]["pairs"][0].values())
 
 
-def test_different_questions_end_with_a_sentence_and_code_2(tmp_path: Path) -> None:
+def test_different_questions_are_refused_with_exit_code_2(tmp_path: Path) -> None:
     folders = [str(save(tmp_path / "a", A)), str(save(tmp_path / "short", run("short", count=20)))]
     result = CliRunner().invoke(app, ["compare", *folders])
     assert result.exit_code == 2
@@ -147,7 +147,7 @@ def test_different_questions_end_with_a_sentence_and_code_2(tmp_path: Path) -> N
         ),
     ],
 )
-def test_what_cannot_be_compared(
+def test_incompatible_evaluations_are_refused(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

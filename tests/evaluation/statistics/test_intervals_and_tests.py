@@ -74,7 +74,7 @@ def test_clusters_equal_a_plain_loop_over_the_same_draws() -> None:
     assert (ours.low, ours.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
 
 
-def test_copies_of_a_question_add_no_certainty() -> None:
+def test_copies_of_a_question_do_not_narrow_the_interval() -> None:
     values = (GENERATOR.random(60) < 0.5).astype(float)
     once = cluster_bootstrap(values, range(60), seed=1)
     copied = cluster_bootstrap(np.repeat(values, 10), np.repeat(np.arange(60), 10).tolist(), seed=1)
@@ -117,7 +117,7 @@ def study(seed: int, num_images: int = 120) -> tuple[np.ndarray, np.ndarray, np.
 
 
 @pytest.mark.slow
-def test_the_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     """1,000 studies of 120 images and about 480 questions. Binomial error of the share: 0.7 %."""
     covered = {"bca": 0, "percentile": 0, "difference": 0, "naive": 0}
     for trial in range(1000):
@@ -137,7 +137,7 @@ def test_the_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert covered["naive"] < 900  # what taking questions as independent would have claimed
 
 
-def test_equal_answers_are_no_certainty() -> None:
+def test_equal_answers_do_not_give_a_zero_width_interval() -> None:
     clusters = [index // 3 for index in range(60)]
     assert cluster_bootstrap([1.0] * 60, clusters).low == 1.0
     interval = proportion_interval([True] * 60, clusters)
@@ -168,7 +168,7 @@ def test_one_cluster_has_no_interval() -> None:
     assert math.isnan(interval.low) and math.isnan(interval.high)
 
 
-def test_an_evaluation_of_usual_size_takes_a_moment() -> None:
+def test_an_evaluation_of_usual_size_is_fast() -> None:
     start = time.perf_counter()
     cluster_bootstrap(GENERATOR.random(600), range(600), resamples=2000)
     assert time.perf_counter() - start < 1.0
@@ -233,7 +233,7 @@ def test_permutation_by_hand() -> None:
     assert cluster_permutation([1, 0], [0, 1], ["x", "x"]) == 1.0
 
 
-def test_permutation_keeps_its_level_where_mcnemar_does_not() -> None:
+def test_permutation_holds_its_level_where_mcnemar_does_not() -> None:
     """No difference, but the questions of an image change together. Binomial error of 1,000 trials: 0.7 %."""
     rejected = {"permutation": 0, "mcnemar": 0}
     for trial in range(1000):

@@ -91,6 +91,6 @@ def test_intervals_resample_clusters() -> None:
     assert math.isnan(alone.low) and alone.estimate == pytest.approx(total.estimate)
 
 
-def test_what_nobody_rated_twice_has_no_agreement() -> None:
+def test_items_without_two_ratings_have_no_agreement() -> None:
     assert math.isnan(alpha([[1], [2], []], levels=4, scale="nominal"))
     assert math.isnan(alpha([[1, 1], [1, 1]], levels=4, scale="nominal"))

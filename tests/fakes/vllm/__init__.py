@@ -2,7 +2,7 @@
 
 What a real engine computes with its own kernels, this one computes with the stock model of transformers, prompt after
 prompt. It caches as vLLM does (keys and values by tokens, images and adapter; image features by what is in the image)
-and forgets nothing of it by itself, so a reset that is left out shows in what it samples.
+and never evicts, so a missing reset changes the sampled tokens.
 """
 
 from __future__ import annotations

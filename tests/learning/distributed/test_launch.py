@@ -104,7 +104,7 @@ def test_settings_that_conflict_with_the_launcher(changes, launch, message):
 
 
 @pytest.mark.parametrize("engine", ["auto", "ddp"])
-def test_settings_that_fit(engine):
+def test_compatible_settings_are_accepted(engine):
     for launch in (Launch(None, 1), Launch("ddp", 4)):
         check_launch(Config.model_validate({"train": {"engine": engine}}), launch, 8)
     graph = Config.model_validate({"rollout": {"engine": "graph"}, "train": {"engine": "zero2"}})

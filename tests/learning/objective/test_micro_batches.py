@@ -91,7 +91,7 @@ def test_the_gradient_does_not_depend_on_the_budget(folder, tmp_path, monkeypatc
             assert (gradient - other[name]).norm() <= 1e-5 * gradient.norm() + 1e-7, name
 
 
-def test_a_run_with_too_small_a_budget_stops_before_it_learns(folder, tmp_path):
+def test_a_budget_that_is_too_small_stops_the_run_before_the_first_update(folder, tmp_path):
     config = toy_config(folder, tmp_path / "run", train={"max_tokens_per_micro_batch": 60})
     with pytest.raises(UnusableSampleError, match=r"but train\.max_tokens_per_micro_batch is 60"):
         train(config, train_set=ToyData())

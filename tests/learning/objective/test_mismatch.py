@@ -95,7 +95,7 @@ def learn(tiny_policy, mixed_samples):
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
-def test_equal_probabilities_change_nothing_at_all(learn, loss):
+def test_equal_probabilities_leave_loss_and_gradient_unchanged(learn, loss):
     plain, expected = learn(None, loss=loss)
     metrics, gradients = learn(0.0, loss=loss)
     assert all(torch.equal(gradients[name], expected[name]) for name in expected) and len(gradients) == len(expected)
@@ -104,7 +104,7 @@ def test_equal_probabilities_change_nothing_at_all(learn, loss):
     assert metrics["sampling/importance_sampling_ratio/min"] == metrics["sampling/importance_sampling_ratio/max"] == 1
 
 
-def test_the_gradient_is_weighted_and_the_weight_cut_off(learn):
+def test_the_gradient_is_weighted_by_the_truncated_ratio(learn):
     """Where each token was sampled at a part of its probability the gradient grows by as much, up to the limit."""
     _, plain = learn(None, beta=0.0)
     for shift, limit, factor in ((math.log(1.5), 2.0, 1.5), (math.log(8), 2.0, 2.0), (math.log(8), 10.0, 8.0)):
@@ -115,7 +115,7 @@ def test_the_gradient_is_weighted_and_the_weight_cut_off(learn):
         assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(shift, rel=1e-5)
 
 
-def test_it_can_be_switched_off_and_preferences_have_none(learn):
+def test_the_correction_is_optional_and_absent_for_preferences(learn):
     for settings in ({"importance_sampling_correction": False}, {"loss": "dpo"}):
         loss = settings.get("loss", "dapo")
         _, expected = learn(None, loss=loss)
@@ -124,7 +124,7 @@ def test_it_can_be_switched_off_and_preferences_have_none(learn):
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-def test_completions_must_say_what_they_were_sampled_with(tiny_policy, mixed_samples):
+def test_completions_without_sampling_log_probabilities_are_refused(tiny_policy, mixed_samples):
     config = Config().rollout.model_copy(update={"num_generations": 2, "max_completion_length": 3})
     groups = RolloutEngine(tiny_policy()).rollout(mixed_samples[:1], config, seed=0, stream="train", step=0)
     with pytest.raises(AssertionError, match="has no sampling log-probabilities"):

@@ -86,7 +86,7 @@ def test_small_updates_of_bfloat16_weights_add_up():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_goes_on_exactly(dtype):
+def test_optimizer_state_is_restored_exactly(dtype):
     config = OptimizerConfig(learning_rate=1e-2)
     first = network(dtype)
     optimizer = Optimizer(first, config)

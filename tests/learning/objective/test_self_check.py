@@ -29,7 +29,7 @@ def leaking(*args):
     return dataclasses.replace(layout, mask=mask)
 
 
-def test_a_wrong_attention_stops_the_run_before_it_learns(folder, tmp_path, monkeypatch):
+def test_wrong_attention_stops_the_run_before_the_first_update(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(logprobs, "group_layout", leaking)
     config = toy_config(folder, tmp_path / "run", train={"steps": 2})
     with pytest.raises(SelfCheckError, match=r"sample 'toy-\d' differ .* by up to [\d.]+ and [\d.]+ on average"):
@@ -41,7 +41,7 @@ def test_a_wrong_attention_stops_the_run_before_it_learns(folder, tmp_path, monk
     train(config, train_set=ToyData())
 
 
-def test_it_runs_once_and_again_after_a_resume(folder, tmp_path, monkeypatch):
+def test_the_check_runs_once_per_start(folder, tmp_path, monkeypatch):
     checked = []
     original = update_module.check_first_group
 
@@ -58,7 +58,7 @@ def test_it_runs_once_and_again_after_a_resume(folder, tmp_path, monkeypatch):
     assert len(checked) == 2
 
 
-def test_it_changes_no_number(folder, tmp_path):
+def test_the_check_does_not_change_results(folder, tmp_path):
     """With dropout, whose random numbers another forward pass could have used up."""
     lora = {"path": str(folder), "device": "cpu", "lora": {"rank": 2, "dropout": 0.3}}
     lines = []

@@ -46,7 +46,7 @@ def ask(*numbers: int) -> list[JudgeRequest]:
     return [JudgeRequest("Q?", (), str(number)) for number in numbers]
 
 
-def test_nothing_is_asked_twice(tmp_path: Path) -> None:
+def test_no_request_is_sent_twice(tmp_path: Path) -> None:
     first = Counting()
     judge = CachedJudge(first, COHERENCE, tmp_path)
     assert [verdict.score for verdict in judge.grade(ask(1, 2, 2, 1))] == [0, 1, 1, 0]
@@ -59,7 +59,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     assert second.asked == Counter("4")
 
 
-def test_failed_verdicts_are_asked_again(tmp_path: Path) -> None:
+def test_failed_verdicts_are_retried(tmp_path: Path) -> None:
     counting = Counting()
     judge = CachedJudge(counting, COHERENCE, tmp_path)
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_every_part_of_a_request_counts() -> None:
     assert len({request_hash(request, COHERENCE) for request in requests}) == 5
 
 
-def test_half_a_line_and_rubbish_are_skipped(tmp_path: Path) -> None:
+def test_truncated_and_invalid_lines_are_skipped(tmp_path: Path) -> None:
     CachedJudge(Counting(), COHERENCE, tmp_path).grade(ask(1, 2, 4))
     (path,) = tmp_path.rglob("verdicts-*.jsonl")
     whole = path.read_bytes()

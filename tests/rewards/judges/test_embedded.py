@@ -74,7 +74,7 @@ def test_without_options_the_conclusion_is_compared_by_its_words(found: str, ans
     assert grade.score == score
 
 
-def test_it_fails_where_its_judge_of_coherence_does() -> None:
+def test_the_grade_fails_if_the_coherence_judge_fails() -> None:
     judge = EmbeddedJudge(Coherence())
     assert math.isnan(judge.grade([JudgeRequest("?", (), "broken", answer="x", gold="x")])[0].score)
     assert judge.identity.name == "j" and judge.identity.prompt_hash != "p"

@@ -117,7 +117,7 @@ def judge_at(url: str, waits: list[float] | None = None, **settings: Any) -> End
     return EndpointJudge(config, key, COHERENCE, sleep=sleep)
 
 
-def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_has_the_documented_content_and_is_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(name, "not-to-be-sent")
     server.replies = [reply("Yes"), reply(" no.\n")]
@@ -149,7 +149,7 @@ def test_a_request_says_what_it_should_and_is_counted(server: Server, monkeypatc
     ],
     ids=["429", "500", "503", "not JSON", "HTML", "no fields", "a list", "no choices", "no message", "empty body"],
 )
-def test_passing_trouble_is_tried_again(server: Server, trouble: Reply) -> None:
+def test_transient_errors_are_retried(server: Server, trouble: Reply) -> None:
     waits: list[float] = []
     server.replies = [trouble, trouble, reply("Yes")]
     judge = judge_at(server.url, waits)
@@ -173,7 +173,7 @@ def test_a_redirect_is_not_followed(server: Server) -> None:
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
-def test_a_refusal_is_not_tried_again(server: Server, code: int) -> None:
+def test_a_refusal_is_not_retried(server: Server, code: int) -> None:
     server.replies = [status(code)]
     verdict = judge_at(server.url).grade([REQUEST])[0]
     assert math.isnan(verdict.score) and verdict.reason.startswith(f"HTTP {code}")
@@ -185,7 +185,7 @@ def test_a_refusal_is_not_tried_again(server: Server, code: int) -> None:
     [reply(""), reply(None), reply("I can't help with that."), reply("Yes, but"), reply(None, refusal="No.")],
     ids=["empty", "null", "refusal", "more than a word", "refusal field"],
 )
-def test_what_is_neither_yes_nor_no_fails_and_is_not_asked_again(server: Server, answer: Reply) -> None:
+def test_other_verdicts_than_yes_and_no_fail_and_are_not_retried(server: Server, answer: Reply) -> None:
     server.replies = [answer]
     judge = judge_at(server.url)
     verdict = judge.grade([REQUEST])[0]
@@ -217,7 +217,7 @@ def test_order_is_kept_and_concurrency_bounded(server: Server) -> None:
     assert 2 <= server.most <= 3
 
 
-def test_one_bad_answer_spoils_only_its_own_verdict(server: Server) -> None:
+def test_a_bad_response_affects_only_its_own_verdict(server: Server) -> None:
     server.answer = lambda body: status(400) if "bad" in str(body) else reply("Yes")
     verdicts = judge_at(server.url).grade([REQUEST, JudgeRequest("Q?", (), "bad"), REQUEST, JudgeRequest("", (), " ")])
     assert [verdict.score for verdict in verdicts] == pytest.approx([1, math.nan, 1, 0], nan_ok=True)
@@ -241,7 +241,7 @@ def test_the_extra_is_named_where_the_client_is_missing(monkeypatch: pytest.Monk
         judge_at("http://localhost:1/v1")
 
 
-def test_an_endpoint_that_cannot_be_used_is_refused_when_loading(server: Server) -> None:
+def test_an_unusable_endpoint_is_refused_when_loading(server: Server) -> None:
     server.replies = [status(401)]
     settings = {"model": "m", "max_retries": 0, "cache": False}
     with pytest.raises(ValueError, match=r"does not answer as it should \(HTTP 401.*check judge\.endpoint"):
@@ -274,7 +274,7 @@ def test_a_verdict_needs_exactly_the_word(text: str) -> None:
     assert math.isnan(value) or value == {"yes": 1.0, "no": 0.0}[letters.lower()]
 
 
-def test_waiting() -> None:
+def test_retry_delays() -> None:
     assert wait_before(1, "3") == 3.0 and wait_before(1, "0") == 0.0
     assert wait_before(1, "100000") == MAX_WAIT == wait_before(30, None)
     for header in (None, "Wed, 21 Oct 2026 07:28:00 GMT", "nan", "-1"):

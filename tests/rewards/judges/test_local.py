@@ -158,7 +158,7 @@ def test_weights_that_have_diverged_give_failed_verdicts(tmp_path: Path) -> None
     assert math.isnan(judge.grade(REQUESTS[:1])[0].score)
 
 
-def test_strictness_asks_for_a_margin(tmp_path: Path) -> None:
+def test_strictness_requires_a_margin(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, vocab_size=600)
     folder = str(write_model(tmp_path, "biogpt"))
     margins = [verdict.margin for verdict in load_local_judge(JudgeConfig(model=folder)).grade(REQUESTS)]
@@ -205,7 +205,7 @@ def test_a_model_without_a_known_prompt_is_refused(tmp_path: Path) -> None:
         ("phantom:jury", "There is no embedded judge"),
     ],
 )
-def test_judges_that_are_not_there_are_refused(model: str, message: str) -> None:
+def test_missing_judges_are_refused(model: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_local_judge(JudgeConfig(model=model))
 
@@ -274,7 +274,7 @@ def test_grades_are_written_as_stock_generate_writes_them(tmp_path: Path, monkey
         judge.check()
 
 
-def test_the_verdict_is_begun_for_the_model_and_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verdict_is_prefilled_and_parsed_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tokenizer(tmp_path, vocab_size=600, chat=True)
     folder = write_model(tmp_path, "mistral", length=900)
     loaded = load_judge_model(JudgeConfig(model=str(folder), device="cpu"))

@@ -14,7 +14,7 @@ from medvqa_rl.rewards.judges.load import load_judge
 
 
 def judge_request(record: EvalRecord) -> JudgeRequest:
-    """The case that a judge grades: question, options and gold answer, what the model said, and the data set's
+    """The case that a judge grades: question, options and gold answer, the model's output, and the data set's
     description of the image."""
     return JudgeRequest(
         record.question,

@@ -64,7 +64,7 @@ SYNONYMS = (
 
 
 def longer(of: Of, count: int) -> Edit:
-    """Insert so many sentences that claim nothing before the reasoning or the answer."""
+    """Insert ``count`` sentences without claims before the reasoning or the answer."""
 
     def edit(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
         return _with_text(case, of, lambda text: " ".join([*draws.shuffled(NEUTRAL)[:count], text]))

@@ -72,7 +72,7 @@ class RollCall:
         self._last_read = self._last_progress = time.monotonic()
         self._has_left = threading.Event()
         self._main_thread = threading.get_ident()
-        # A connection of its own, because collectives can block that of the process group.
+        # A separate connection, because collectives can block the one of the process group.
         store: Any = distributed_c10d._get_default_store()
         self._store: Any = store.clone()
         # Two threads, because reading blocks if the process that hosts the store is frozen.
@@ -109,7 +109,7 @@ class RollCall:
         return self._lost_sentence(lost) if lost else None
 
     def _silent(self, timeout: float) -> list[int]:
-        """The running ranks whose heartbeat has not changed for so many seconds."""
+        """The running ranks whose heartbeat has not changed for ``timeout`` seconds."""
         now = time.monotonic()
         if now - self._last_read > timeout and self._rank != 0:
             return [0]  # the store cannot be read, and rank 0 hosts it unless a launcher does

@@ -85,7 +85,7 @@ class RunDir:
 
         Args:
             config: all settings.
-            given: the settings as the user wrote them; None writes those that differ from the defaults.
+            given: the settings as the user wrote them; None writes the settings that differ from the defaults.
             kind: the command that runs, ``train`` or ``sft``.
             resume: continue the existing run.
 
