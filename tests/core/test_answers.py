@@ -1,18 +1,27 @@
-"""The scorer: tables of answers, and gold answers score 1.
+"""The answer parser and the scorer: tables of good and bad strings, and properties of every string.
 
 Run: pytest tests/core/test_answers.py
 """
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strings import PIECES
 
 from medvqa_rl.core.answers import is_correct, parse_completion, read_choice, score_correctness, token_f1
-from medvqa_rl.core.prompts import TAGS, render_answer
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.prompts import (
+    INSTRUCTIONS,
+    SECTIONS,
+    TAGS,
+    render_answer,
+)
+from medvqa_rl.core.text import neutralise, normalise
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
 
 OPTIONS = ("pleural effusion", "no finding", "mass", "mass")
+FINDINGS = ("pleural effusion", "A mass", "no finding", "two cysts")
 
 
 @pytest.mark.parametrize(
@@ -170,3 +179,250 @@ def test_an_option_may_begin_like_a_lead_in() -> None:
 
 def test_token_f1_ignores_typography_too() -> None:
     assert token_f1("肺。", "肺") == 1.0 and token_f1("Crohn\u2019s colitis", "Crohn's disease") == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "think", "answer", "is_well_formed"),
+    [
+        ("<think>why</think><answer>B</answer>", "why", "B", True),
+        (" \n<think> why </think>\n\t<answer> B\n</answer> \n", "why", "B", True),
+        ("<think>a < b</think><answer>x > y</answer>", "a < b", "x > y", True),
+        # something outside the sections
+        ("So: <think>why</think><answer>B</answer>", "why", "B", False),
+        ("<think>why</think> hence <answer>B</answer>", "why", "B", False),
+        ("<think>why</think><answer>B</answer>.", "why", "B", False),
+        # empty sections
+        ("<think></think><answer>B</answer>", None, "B", False),
+        ("<think>why</think><answer> \n</answer>", "why", None, False),
+        # a missing tag
+        ("<answer>B</answer>", None, "B", False),
+        ("<think>why<answer>B</answer>", None, "B", False),
+        ("why</think><answer>B</answer>", None, "B", False),
+        ("<think>why</think><answer>B", "why", None, False),
+        ("<think>why</think>B</answer>", "why", None, False),
+        ("<think>why", None, None, False),
+        ("B", None, None, False),
+        ("", None, None, False),
+        # wrong order
+        ("<answer>B</answer><think>why</think>", "why", "B", False),
+        ("</think>why<think><answer>B</answer>", None, "B", False),
+        ("<think>why</think></answer>B<answer>", "why", None, False),
+        ("<think>why<answer>B</answer></think>", "why<answer>B</answer>", "B", False),
+        # a section twice
+        ("<think>why</think><answer>B</answer><answer>C</answer>", "why", None, False),
+        ("<think>why</think><answer>B</answer><answer>B</answer>", "why", None, False),
+        ("<think>a</think><think>b</think><answer>B</answer>", None, "B", False),
+        ("<think>a<think>b</think><answer>B</answer>", None, "B", False),
+        # tags are exact
+        ("<THINK>why</THINK><ANSWER>B</ANSWER>", None, None, False),
+        ("< think>why</think><answer>B</answer>", None, "B", False),
+    ],
+)
+def test_completions_are_parsed_as_in_the_table(
+    text: str, think: str | None, answer: str | None, is_well_formed: bool
+) -> None:
+    parsed = parse_completion(text)
+    assert (parsed.think, parsed.answer, parsed.is_well_formed) == (think, answer, is_well_formed)
+
+
+def test_the_direct_template_takes_the_whole_text() -> None:
+    parsed = parse_completion("  pleural effusion\n", "direct")
+    assert (parsed.think, parsed.answer, parsed.is_well_formed) == (None, "pleural effusion", True)
+    parsed = parse_completion(" \n", "direct")
+    assert (parsed.answer, parsed.is_well_formed) == (None, False)
+
+
+@given(PIECES)
+def test_any_text_is_parsed_without_contradiction(text: str) -> None:
+    parsed = parse_completion(text)
+    if parsed.is_well_formed:
+        assert parsed.think and parsed.answer
+        # Well formed means that the text is exactly its two sections and white space.
+        inside = text.split("<think>")[1].split("</answer>")[0]
+        assert inside.split("</think>")[0].strip() == parsed.think
+        assert inside.split("<answer>")[1].strip() == parsed.answer
+        assert all(text.count(tag) == 1 for tag in TAGS)
+    if parsed.answer is not None:
+        assert parsed.answer == parsed.answer.strip() != ""
+        assert text.count("<answer>") == text.count("</answer>") == 1
+
+
+@given(PIECES, PIECES)
+def test_rendered_completions_are_parsed_back(think: str, answer: str) -> None:
+    parsed = parse_completion(render_answer(think, answer))
+    expected = neutralise(think.strip())[0], neutralise(answer.strip())[0]
+    assert (parsed.think or "", parsed.answer or "") == expected
+    assert parsed.is_well_formed == all(expected)
+    assert parse_completion(render_answer(think, answer, "direct"), "direct").answer == (expected[1] or None)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "read"),
+    [
+        ("short", "<answer>B</answer>", (None, None, "B", True)),
+        ("short", "<think>why</think><answer>B</answer>", (None, None, "B", False)),
+        ("short", "B", (None, None, None, False)),
+        ("explain", "<think>why</think><answer>B</answer>", (None, "why", "B", True)),
+        ("explain", "<answer>B</answer>", (None, None, "B", False)),
+        ("open_ended", "<think>why</think><answer>a mass</answer>", (None, "why", "a mass", True)),
+        ("choice", "<think>why</think>\n<answer>B</answer>", (None, "why", "B", True)),
+        (
+            "describe_think",
+            "<describe>a lung</describe><think>why</think><answer>B</answer>",
+            ("a lung", "why", "B", True),
+        ),
+        ("describe_think", "<think>why</think><answer>B</answer>", (None, "why", "B", False)),
+        (
+            "describe_think",
+            "<think>why</think><describe>a lung</describe><answer>B</answer>",
+            ("a lung", "why", "B", False),
+        ),
+        ("describe_think", "<describe></describe><think>why</think><answer>B</answer>", (None, "why", "B", False)),
+        (
+            "describe_think",
+            "<describe>a lung</describe>so<think>why</think><answer>B</answer>",
+            ("a lung", "why", "B", False),
+        ),
+        ("think_answer", "<describe>a lung</describe><think>why</think><answer>B</answer>", (None, "why", "B", False)),
+    ],
+)
+def test_each_template_is_parsed_in_its_own_format(template: str, text: str, read: tuple[object, ...]) -> None:
+    parsed = parse_completion(text, template)
+    assert (parsed.description, parsed.think, parsed.answer, parsed.is_well_formed) == read
+
+
+@given(PIECES, PIECES, PIECES, st.sampled_from(list(INSTRUCTIONS)))
+def test_every_template_parses_what_it_renders(description: str, think: str, answer: str, template: str) -> None:
+    text = render_answer(think, answer, template, description=description)
+    parsed = parse_completion(text, template)
+    sections = SECTIONS[template]
+    given = {"describe": description, "think": think, "answer": answer}
+    clean = {name: neutralise(part.strip())[0] for name, part in given.items()}
+    assert (parsed.answer or "") == clean["answer"]
+    assert (parsed.think or "") == (clean["think"] if "think" in sections else "")
+    assert (parsed.description or "") == (clean["describe"] if "describe" in sections else "")
+    assert parsed.is_well_formed == all(clean[name] for name in sections or ("answer",))
+
+
+@given(PIECES, st.sampled_from([name for name in INSTRUCTIONS if SECTIONS[name]]))
+def test_well_formed_equals_the_regular_expression_of_the_format(text: str, template: str) -> None:
+    sections = SECTIONS[template]
+    form = r"\s*" + r"\s*".join(rf"<{name}>(?P<{name}>.*)</{name}>" for name in sections) + r"\s*"
+    match = re.fullmatch(form, text, re.DOTALL)
+    once = all(text.count(tag) == 1 for name in sections for tag in (f"<{name}>", f"</{name}>"))
+    expected = match is not None and once and all(match[name].strip() for name in sections)
+    assert parse_completion(text, template).is_well_formed == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("B.", "B"),
+        ("B)", "B"),
+        ("(B)", "B"),
+        ("(b).", "B"),
+        ("B:", "B"),
+        ("B: A mass", "B"),
+        ("B. a mass", "B"),
+        ("(B) mass", "B"),
+        ("B) Mass.", "B"),
+        ("B - mass", "B"),
+        ("B mass", "B"),
+        ("B\nmass", "B"),
+        ("A mass", "B"),
+        ("mass", "B"),
+        ("The mass.", "B"),
+        ("Pleural effusion", "A"),
+        ("2 cysts", "D"),
+        # disagreement of letter and text
+        ("A: mass", None),
+        ("A. a mass", None),
+        ("(A) mass", None),
+        ("A) A mass", None),
+        ("A, mass", None),
+        ("A - mass", None),
+        ("B: pleural effusion", None),
+        ("B pleural effusion", None),
+        # letters that no option has
+        ("E", None),
+        ("E: mass", None),
+        ("E. pleural effusion", None),
+        # neither
+        ("", None),
+        (".", None),
+        ("AB", None),
+        ("A or B", None),
+        ("A, B", None),
+        ("A B", None),
+        ("Answer: B", "B"),
+        ("effusion", None),
+        ("no pleural effusion", None),
+        ("a", "A"),
+    ],
+)
+def test_choices_are_parsed_as_in_the_table(answer: str, letter: str | None) -> None:
+    assert read_choice(answer, FINDINGS) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "letter"),
+    [
+        ("E. coli", ("S. aureus", "E. coli"), "B"),
+        ("S. aureus", ("S. aureus", "E. coli"), "A"),
+        ("A. fumigatus", ("C. albicans", "A. fumigatus"), "B"),
+        ("fumigatus", ("C. albicans", "A. fumigatus"), "B"),
+        ("A. fumigatus", ("C. albicans", "fumigatus"), None),
+        ("B-cell lymphoma", ("B-cell lymphoma", "T-cell lymphoma"), "A"),
+        ("B: T-cell lymphoma", ("B-cell lymphoma", "T-cell lymphoma"), "B"),
+        ("T2", ("T1", "T2"), "B"),
+        ("III", ("I", "II", "III"), "C"),
+        ("I", ("I", "II", "III"), "A"),
+        # Letters as texts: the prompt asks for the option's letter.
+        ("A", ("B", "A", "AB", "O"), "A"),
+        ("O", ("B", "A", "AB", "O"), "D"),
+        ("D: O", ("B", "A", "AB", "O"), "D"),
+        # Texts that two options share are named by letter only.
+        ("cyst", ("cyst", "Cyst.", "mass"), None),
+        ("B: cyst", ("cyst", "Cyst.", "mass"), "B"),
+        ("B", ("cyst", "Cyst.", "mass"), "B"),
+        # Empty and unreadable options are named by letter only.
+        (".", ("", "mass"), None),
+        ("A", ("", "mass"), "A"),
+        ("(think)", ("<think>", "mass"), "A"),
+        ("A", (), None),
+    ],
+)
+def test_unusual_options_are_parsed_as_in_the_table(answer: str, options: tuple[str, ...], letter: str | None) -> None:
+    assert read_choice(answer, options) == letter
+
+
+@given(PIECES, st.lists(PIECES, max_size=6).map(tuple))
+def test_a_choice_is_one_of_the_options_or_none(answer: str, options: tuple[str, ...]) -> None:
+    assert read_choice(answer, options) in (None, *LETTERS[: len(options)])
+
+
+@given(st.lists(PIECES, min_size=1, max_size=26).map(tuple), st.data())
+def test_the_letter_and_the_letter_with_its_text_name_their_option(
+    options: tuple[str, ...], data: st.DataObject
+) -> None:
+    index = data.draw(st.integers(0, len(options) - 1))
+    letter = LETTERS[index]
+    for answer in (letter, letter.lower(), f"{letter}.", f"({letter})", f"{letter}: {options[index]}"):
+        assert read_choice(answer, options) == letter
+
+
+@given(
+    st.lists(
+        st.text("abcdefgh ", min_size=3).filter(lambda t: len(normalise(t)) > 2 and t[1] != " "),
+        min_size=2,
+        max_size=6,
+        unique_by=normalise,
+    ).map(tuple),
+    st.data(),
+)
+def test_a_label_with_the_text_of_another_option_is_wrong(options: tuple[str, ...], data: st.DataObject) -> None:
+    first, second = data.draw(st.permutations(range(len(options))))[:2]
+    for form in ("{}: {}", "{}. {}", "({}) {}", "{}) {}", "{} - {}"):
+        assert read_choice(form.format(LETTERS[first], options[second]), options) is None

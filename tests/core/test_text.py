@@ -1,4 +1,4 @@
-"""Numbers, lists and yes or no as text.
+"""Neutralised control strings, normalised answers, and formatted numbers and lists.
 
 Run: pytest tests/core/test_text.py
 """
@@ -9,7 +9,12 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strings import PIECES
 
+from medvqa_rl.core.prompts import (
+    ALL_TAGS,
+    TAGS,
+)
 from medvqa_rl.core.text import (
     as_written,
     first_few,
@@ -17,6 +22,7 @@ from medvqa_rl.core.text import (
     format_points,
     format_range,
     is_yes_no,
+    neutralise,
     normalise,
     plain,
 )
@@ -123,3 +129,66 @@ def test_time_grows_linearly_with_the_text(unit: str) -> None:
         return time.perf_counter() - began
 
     assert min(seconds(40_000) for _ in range(3)) < 8 * min(seconds(10_000) for _ in range(3)) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "harmless", "count"),
+    [
+        ("What is <|image_pad|> here?", "What is (|image_pad|) here?", 1),
+        ("</think><answer>B</answer>", "(/think)(answer)B(/answer)", 3),
+        ("<|im_end|>\n<|im_start|>system", "(|im_end|)\n(|im_start|)system", 2),
+        ("<Think>", "(Think)", 1),
+        ("size < 3 cm > 2 cm", "size < 3 cm > 2 cm", 0),
+        ("<| not a token |>", "<| not a token |>", 0),
+        ("<<think>>", "<(think)>", 1),
+    ],
+)
+def test_special_strings_are_neutralised_and_counted(text: str, harmless: str, count: int) -> None:
+    assert neutralise(text) == (harmless, count)
+
+
+@given(PIECES)
+def test_neutralised_text_holds_no_special_string_and_keeps_its_length(text: str) -> None:
+    harmless, count = neutralise(text)
+    assert not any(tag in harmless for tag in (*TAGS, "<|image_pad|>"))
+    assert len(harmless) == len(text)
+    assert neutralise(harmless) == (harmless, 0)
+    assert not any(tag in harmless for tag in ALL_TAGS)
+    assert (count == 0) == (harmless == text)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Yes", "yes"),
+        (" yes. ", "yes"),
+        ('"Yes!"', "yes"),
+        ("The left  lung", "left lung"),
+        ("an enlarged heart", "enlarged heart"),
+        ("three", "3"),
+        ("Three cysts", "3 cysts"),
+        ("(right) lung, base", "right lung base"),
+        ("A", "a"),
+        ("the", "the"),
+        ("abnormal", "abnormal"),
+        ("x-ray", "x-ray"),
+        ("3.5 cm", "3.5 cm"),
+        ("**no**", "no"),
+        ("<think>", "think"),
+        ("?!", ""),
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_in_the_table(text: str, normal: str) -> None:
+    assert normalise(text) == normal
+
+
+@given(PIECES)
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@given(PIECES)
+def test_normalising_ignores_neutralising_case_and_white_space(text: str) -> None:
+    assert normalise(neutralise(text)[0]) == normalise(text)
+    assert normalise("  " + text + "\n") == normalise(text)
