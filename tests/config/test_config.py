@@ -153,7 +153,7 @@ optim: {weight: 3}
         ("optimizer.learning_rate=1e999", "optimizer.learning_rate is Infinity, but must be a number above 0 and"),
         ("optimizer.max_grad_norm=0", "optimizer.max_grad_norm is 0, but must be a number above 0, or null."),
         ("optimizer.betas=[0.9]", "optimizer.betas is [0.9], but must be a list of 2, each a number of at least 0"),
-        ("model.lora=3", "model.lora is 3, but must be a section with settings of its own (rank, alpha, "),
+        ("model.lora=3", "model.lora is 3, but must be a section (rank, alpha, "),
         ("rewards.functions.a.b=x", "rewards.functions.a.b is the text 'x', but must be a number."),
         ("output_dir=''", "output_dir is the text '', but must be text that is not empty."),
     ],

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from synthetic import make_run, write, write_eval
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.config import EvalConfig
+from medvqa_rl.config import EvalConfig, LossConfig
 from medvqa_rl.config.yaml import read_yaml, write_yaml
 from medvqa_rl.evaluation.statistics.summary import paired_gain
+from medvqa_rl.report import card
 from medvqa_rl.report.card import LIMITS, write_cards
 from medvqa_rl.report.runs import read_run
 
@@ -149,3 +151,7 @@ def test_training_ends_with_a_card(tiny_folder: Callable[[str], Path], tmp_path:
     cards[0].unlink()
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run"), "--card"])
     assert result.output.split() == [str(card) for card in cards] and cards[0].read_bytes() == before
+
+
+def test_every_loss_has_a_name_in_cards() -> None:
+    assert card._METHODS.keys() == set(get_args(LossConfig.model_fields["type"].annotation))

@@ -349,7 +349,7 @@ def test_a_server_with_other_settings_is_refused(serve_vllm, tiny_policy, tiny_f
     server.answers["/server_info"] = (404, {"detail": "Not Found"})
     message = refused(plain)
     assert "no vLLM server in development mode answers there" in message and "VLLM_SERVER_DEV_MODE=1" in message
-    assert "visual.merger are trained beside the adapter" in refused(
+    assert "visual.merger are trained in addition to the adapter" in refused(
         tiny_policy(lora=LoraConfig(rank=2), train_projector=True)
     )
 

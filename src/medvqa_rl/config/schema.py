@@ -52,7 +52,7 @@ def _allowed(schema: Schema) -> str:
         case "array":
             return f"a list, each entry {allowed(schema['items'])}"
         case "object" if "properties" in schema:
-            return f"a section with settings of its own ({', '.join(schema['properties'])})"
+            return f"a section ({', '.join(schema['properties'])})"
         case other:
             assert other == "object", schema
             return f"a section of names, each with {allowed(schema['additionalProperties'])}"

@@ -31,7 +31,7 @@ LIMITS = (
 )
 """What every card says."""
 
-_METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO"}
+_METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "dpo": "online DPO"}
 _PATHS = ("model.path", "model.adapter", "data.path")
 """Settings that can hold folders of the machine."""
 

@@ -137,9 +137,9 @@ class Server:
         alongside = trained_alongside(policy)
         if alongside:
             raise ValueError(
-                f"vllm.mode is server, but {', '.join(alongside)} are trained beside the adapter, which vLLM cannot "
-                "load: set model.train_vision and model.train_projector to false, train without model.lora, or set "
-                "vllm.mode=colocate."
+                f"vllm.mode is server, but {', '.join(alongside)} are trained in addition to the adapter, which vLLM "
+                "cannot load: set model.train_vision and model.train_projector to false, train without model.lora, or "
+                "set vllm.mode=colocate."
             )
         try:
             config = self._client.ask("GET", "/server_info?config_format=json")["vllm_config"]
@@ -179,7 +179,7 @@ class Server:
             if not self._client.ask("POST", "/reset_prefix_cache")["success"]:
                 raise VllmError(
                     f"The vLLM server at {self._client.url} could not clear its prefix cache, which holds results "
-                    "of the old weights: let nobody else use the server during training."
+                    "of the old weights: use the server for this run only while it trains."
                 )
             self._client.ask("POST", "/reset_mm_cache")
             self._client.ask("POST", "/reset_encoder_cache")

@@ -34,7 +34,7 @@ def data_check(
         bool, typer.Option("--no-images", help="Do not decode images; shared images are then found by name only.")
     ] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Also exit with 1 on findings that are only to be looked at.")
+        bool, typer.Option("--strict", help="Also exit with 1 on findings that need a look but may be fine.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the findings to this HTML file.")] = None,
     workers: Annotated[

@@ -39,7 +39,9 @@ def read_fragment(fragment: str | None, allowed: Collection[str], path: Path) ->
             positive width, all others a non-negative integer.
     """
     result: dict[str, tuple[float, ...]] = {}
-    for part in fragment.split("&") if fragment else ():
+    if not fragment:
+        return result
+    for part in fragment.split("&"):
         name, _, text = part.partition("=")
         try:
             values = tuple(float(value) for value in text.split(","))

@@ -1,6 +1,6 @@
 """The interface of a loss function, and the terms that several losses share.
 
-Each loss is one function of type :data:`Loss` in a file of its own (grpo_loss.py, dpo_loss.py). The table ``LOSSES``
+Each loss is one function of type :data:`Loss` in its own file (grpo_loss.py, dpo_loss.py). The table ``LOSSES``
 in update.py selects it by ``loss.type``.
 
 Legend: B completions of a micro-batch, T tokens per completion, padded.
