@@ -53,11 +53,9 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports(path: Path, *, only_at_import: bool = False) -> Iterator[str]:
-    """Modules that a file imports, those for type checkers left out and, if asked, those inside functions."""
+    """Modules that a file imports, for type checkers too; without those inside functions if asked."""
 
     def visit(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return
         if only_at_import and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
         if isinstance(node, ast.Import):

@@ -19,7 +19,7 @@ from PIL import Image
 from medvqa_rl.config import RewardsConfig
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.prompts import render_answer
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity
@@ -28,6 +28,7 @@ from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import notices, rubrics_of
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
 from medvqa_rl.rewards.open_answers import unrewardable
+from medvqa_rl.rewards.scores import Scores
 
 
 class Words:

@@ -1,4 +1,4 @@
-"""The data types of the package: samples, prompts, completions, groups and scores. Imports no torch.
+"""The data types of the package: samples, prompts, completions and groups. Imports no torch.
 
 Legend for shapes everywhere: P prompts, G completions per prompt, B = P * G completions, T tokens, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-    from medvqa_rl.core.answers import Read
-
 
 AnswerType = Literal["choice", "closed", "open"]
 """choice: one of the options; closed: a short answer from a small set such as yes and no; open: free text."""
@@ -158,19 +155,3 @@ class Group:
     def template(self) -> Template:
         """The format in which completions are parsed: the one that the prompt asks for."""
         return self.prompt.template
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Rewards of P groups of G completions. NaN means unscored: a failure of ours, not of the model."""
-
-    total: NDArray[np.float64]
-    """(P, G) weighted sum of the parts; NaN if any enabled part is NaN."""
-    parts: Mapping[str, NDArray[np.float64]]
-    """(P, G) values of each part, before weighting."""
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    """Scalars that reward functions logged through ``log_metric``."""
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """(P * G) values per completion, in prompt order, that reward functions logged through ``log_extra``."""
-    reads: Sequence[Read] = ()
-    """(P * G) parsed completions, in prompt order."""

@@ -11,7 +11,7 @@ from accelerate.utils.operations import gather_object
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
-from medvqa_rl.core.types import Group, Scores
+from medvqa_rl.core.types import Group
 from medvqa_rl.learning.batching.feed import PreparedPrompt, prepare_prompt
 from medvqa_rl.learning.batching.resampling import resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_samples
@@ -20,6 +20,7 @@ from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.scores import Scores
 from medvqa_rl.rollout.vllm import VllmError
 
 

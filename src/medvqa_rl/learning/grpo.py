@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
-from medvqa_rl.core.types import Dataset, Group, Scores
+from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.measures.similarity import load_similarity
 from medvqa_rl.learning.batching.feed import make_feed
@@ -48,6 +48,7 @@ from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.judges.load import load_rewarding, notices, roles
 from medvqa_rl.rewards.open_answers import unrewardable
+from medvqa_rl.rewards.scores import Scores
 
 
 def train(

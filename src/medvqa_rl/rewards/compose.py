@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
 from medvqa_rl.core.answers import Read, read_group, without_tags
-from medvqa_rl.core.types import Group, Scores
+from medvqa_rl.core.types import Group
 from medvqa_rl.rewards.functions import RewardLog, call_function, load_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Judge
@@ -26,6 +26,7 @@ from medvqa_rl.rewards.length import (
     soft_overlong,
 )
 from medvqa_rl.rewards.open_answers import Compare, score_answers
+from medvqa_rl.rewards.scores import Scores
 
 
 @dataclass(frozen=True)

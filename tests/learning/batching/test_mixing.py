@@ -15,11 +15,12 @@ from toy import ToyData, checkpoint_bytes, read_metrics, toy_config
 
 from medvqa_rl.config import PromptConfig
 from medvqa_rl.core.answers import read_group
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.step_metrics import record_completions, template_metrics
 from medvqa_rl.learning.sft import SftLearner, train_sft
+from medvqa_rl.rewards.scores import Scores
 
 MIX = PromptConfig.model_validate({"mix": {"explain": 1, "short": 2, "open_ended": 1, "choice": 4}})
 CHOICE = Sample("s", "Which?", "B", "choice", options=("left", "right"))

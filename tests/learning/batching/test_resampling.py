@@ -9,11 +9,12 @@ import pytest
 from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.core.answers import Read
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning import collector
 from medvqa_rl.learning.batching.resampling import groups_without_signal, resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_indices
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.rewards.scores import Scores
 
 NAN = float("nan")
 SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"))

@@ -11,9 +11,10 @@ import pytest
 
 from medvqa_rl.config import RewardsConfig
 from medvqa_rl.core.answers import read_group
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Scores
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning.run.step_metrics import mean_over_ranks, record_completions, rollout_metrics, to_json
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.scores import Scores
 
 NAN = float("nan")
 PROMPT = EncodedPrompt(np.arange(7), None, None, "prompt")

@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.core.types import Group, Scores
+from medvqa_rl.core.types import Group
+from medvqa_rl.rewards.scores import Scores
 
 T = TypeVar("T")
 

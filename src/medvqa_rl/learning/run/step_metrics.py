@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medvqa_rl.core.types import AnswerType, Group, Scores, Template
+from medvqa_rl.core.types import AnswerType, Group, Template
+from medvqa_rl.rewards.scores import Scores
 
 
 @dataclass(frozen=True)

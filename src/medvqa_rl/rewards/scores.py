@@ -1,0 +1,28 @@
+"""The scores of a step's completions. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvqa_rl.core.answers import Read
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of P groups of G completions. NaN means unscored: a failure of ours, not of the model."""
+
+    total: NDArray[np.float64]
+    """(P, G) weighted sum of the parts; NaN if any enabled part is NaN."""
+    parts: Mapping[str, NDArray[np.float64]]
+    """(P, G) values of each part, before weighting."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """Scalars that reward functions logged through ``log_metric``."""
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """(P * G) values per completion, in prompt order, that reward functions logged through ``log_extra``."""
+    reads: Sequence[Read] = ()
+    """(P * G) parsed completions, in prompt order."""
