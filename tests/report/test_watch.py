@@ -81,6 +81,8 @@ def test_a_picture_of_a_run(run: Path) -> None:
     assert first == "0.001" and last == "0.04" and curve == "".join(sorted(curve))
     assert "Accuracy, greedy" in text and "50.0 %" in text and "70.0 %" in text
     assert "Reward parts, format" in text
+    lengths = [line.split()[3:5] for line in text.splitlines() if line.strip().startswith("Length in tokens")]
+    assert lengths == [["all", "30"], ["correct", "29"], ["wrong", "31"]]
     assert "correct   +0.50  <think>It is clear.</think>" in text and "no answer" in text
     assert all(len(line) <= 100 for line in text.splitlines())
 

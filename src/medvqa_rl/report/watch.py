@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.core.progress import duration
-from medvqa_rl.report.figures.panels import REWARD, find_panels, series_of
+from medvqa_rl.report.figures.panels import LENGTH, MEAN_LENGTH, REWARD, find_panels, series_of
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups, read_run
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -126,7 +126,7 @@ def _curves(run: StoredRun, width: int) -> Table:
         table.add_column(name, justify="left" if name == "curve" else "right", no_wrap=True)
     curve_width = max(8, min(60, width - 52))
     for panel in (REWARD, *find_panels(name for row in run.metrics for name in row)):
-        for line in panel.lines:
+        for line in (MEAN_LENGTH, *panel.lines) if panel == LENGTH else panel.lines:
             values = series_of(run.metrics, line.metric)[1].tolist()
             if values:
                 label = f"{panel.title}, {line.label}" if line.label else panel.title

@@ -44,6 +44,16 @@ NUM_COLORS = 6
 REWARD = Panel("Reward", (Line("", "reward"),))
 """The total, which the live view shows; elsewhere its parts are plotted."""
 
+LENGTH = Panel(
+    "Length in tokens",
+    (
+        Line("correct", "completions/mean_length_correct", _GREEN),
+        Line("wrong", "completions/mean_length_wrong", _RED),
+    ),
+)
+MEAN_LENGTH = Line("all", "completions/mean_length")
+"""The mean over all completions, which the live view shows with ``LENGTH``."""
+
 PANELS = (
     Panel(
         "Accuracy",
@@ -53,13 +63,7 @@ PANELS = (
         ),
         is_share=True,
     ),
-    Panel(
-        "Length in tokens",
-        (
-            Line("correct", "completions/mean_length_correct", _GREEN),
-            Line("wrong", "completions/mean_length_wrong", _RED),
-        ),
-    ),
+    LENGTH,
     Panel("Loss", (Line("", "loss", _PURPLE),)),
     Panel("KL to the initial model", (Line("", "kl", _PURPLE),)),
     Panel("Entropy, nats per token", (Line("", "entropy", _PURPLE),)),
