@@ -57,7 +57,7 @@ def test_a_card_says_that_the_base_was_in_4_bits(run: Path) -> None:
     settings["model"]["load_in_4bit"] = True
     path.write_text(json.dumps(settings), encoding="utf-8")
     card = write_cards(run)[0].read_text(encoding="utf-8")
-    assert "LoRA adapter for `Qwen2-VL-2B`, whose linear layers were kept in 4 bits (NF4), fine-tuned" in card
+    assert "LoRA adapter for `Qwen2-VL-2B`, whose linear layers were quantized to 4 bits (NF4), fine-tuned" in card
 
 
 def test_what_a_card_says(run: Path, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_a_card_says(run: Path, tmp_path: Path) -> None:
 def test_the_best_checkpoint_says_that_it_was_chosen(run: Path) -> None:
     card = write_cards(run)[0].read_text(encoding="utf-8")
     assert "# run, best checkpoint" in card and "which had the highest validation accuracy" in card
-    assert "which is therefore too high by an unknown amount" in card
+    assert "which is therefore biased upwards" in card
 
 
 def test_full_weights_of_a_model_on_the_hub(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_what_is_missing_is_said(run: Path) -> None:
     for path in run.glob("eval/*/samples.jsonl"):
         path.unlink()
     card = write_cards(run)[1].read_text(encoding="utf-8")
-    assert "The settings are not there." in card and "env.json is not there." in card
+    assert "The settings are missing." in card and "env.json is missing." in card
     assert "- Missing when this card was written: data.json is missing." in card
-    assert "The paired difference on phantom/home/val, after step 40 is not known" in card
+    assert "The paired difference on phantom/home/val, after step 40 is unknown" in card
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs ``medvqa-rl study``: experiments of many runs, each in a process of its own. Imports no torch."""
+"""The verbs ``medvqa-rl study``: experiments of many runs, each in its own process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Output = Annotated[
     Path | None, typer.Option(help="Folder of the study. Defaults to runs/RECIPE, or runs/RECIPE-quick.")
 ]
 Arms = Annotated[
-    str | None, typer.Option(help="Only these arms (comma-separated), the baseline and the arms that they start from.")
+    str | None,
+    typer.Option(help="Run only these arms (comma-separated), the arms that they start from, and the baseline."),
 ]
 
 
@@ -96,14 +97,19 @@ def run(
 @study_app.command(hidden=True)
 @verb
 def answer(
-    tests: Annotated[Path, typer.Argument(help="File written by `study run`: checkpoint, and settings by folder.")],
+    tests: Annotated[
+        Path,
+        typer.Argument(help="File written by `study run`, with the checkpoint and the settings of each test folder."),
+    ],
 ) -> None:
     """Evaluate one model on several tests, each in its own folder; resumes those already started."""
     from medvqa_rl.config.yaml import build_config, read_file
 
     given = read_file(tests)
     if given.keys() != {"checkpoint", "tests"} or not isinstance(given["tests"], dict):
-        raise ValueError(f"The file {tests} must have checkpoint and tests, as `medvqa-rl study run` writes them.")
+        raise ValueError(
+            f"The file {tests} must have the keys checkpoint and tests, as written by `medvqa-rl study run`."
+        )
     configs = {Path(folder): build_config(settings, purpose="eval") for folder, settings in given["tests"].items()}
     if any(config.network == "off" for config in configs.values()):
         forbid_network()

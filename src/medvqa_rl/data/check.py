@@ -38,7 +38,7 @@ OTHER = ": "
 """Separates the name of a further data set from its split, as in ``slake_en: test``."""
 
 Progress = Callable[[str, int, int], None]
-"""Receives what is counted, how many are done, and how many there are."""
+"""Called with a label, the number done and the total."""
 
 
 def load_with_further(config: DataConfig, further: Sequence[DataConfig]) -> dict[str, Dataset]:
@@ -61,7 +61,7 @@ def official_overlap(config: DataConfig) -> dict[str, int]:
     Useful with ``data.split: image``, because published results are on the official split.
 
     Returns:
-        A note and the count; empty if there is no official test split, or nothing else.
+        A note and the count; empty if the official data has no test split, or only a test split.
 
     Raises:
         ValueError: the data cannot be read.
@@ -91,12 +91,12 @@ def check_data(
     """Check every sample of every split, and every distinct image once.
 
     Args:
-        datasets: split -> its samples. Images are compared between all pairs of splits. The splits of further data
+        datasets: samples by split. Images are compared between all pairs of splits. The splits of further data
             sets are named like ``slake_en: test``. Across data sets, images are compared by pixels and perceptual hash
             but not by name, and only between different splits: two training splits may share images.
         budget: how the model resizes images.
         template: prompt template; gold answers are rendered in its format.
-        limit: most samples to check per split; by default all, or ``ENDLESS_LIMIT`` of an endless split.
+        limit: maximum number of samples per split. Defaults to all, or ``ENDLESS_LIMIT`` for an endless split.
         decode: decode the images. If False, they are compared by name only and their sizes are unknown.
         workers: decoding threads.
         progress: called as the check proceeds.
@@ -272,7 +272,7 @@ def _pairs_to_compare(splits: Sequence[SplitFacts]) -> list[tuple[SplitFacts, Sp
 
 
 def _leaked(splits: Sequence[SplitFacts], overlaps: Sequence[Overlap]) -> tuple[int, int] | None:
-    """Number of test images that are in train or val, and of all test images."""
+    """Return the number of test images that are also in train or val, and the number of test images."""
     own = {split.split: split for split in splits if OTHER not in split.split}
     if "test" not in own or len(own) < 2:
         return None

@@ -20,7 +20,7 @@ from medvqa_rl.data.sets.own import image_names
 from medvqa_rl.data.splits import SPLITS, Split, connected
 
 COLUMN = "split"
-"""The column that is written."""
+"""Name of the output column."""
 
 Row = Mapping[str, Any]
 

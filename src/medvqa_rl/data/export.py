@@ -78,15 +78,15 @@ def export(
         form: jsonl or parquet for TRL, csv for ``data.name: own``.
         template: prompt template.
         max_pixels: shrink larger images to this area.
-        limit: most samples to write.
+        limit: maximum number of samples to write.
         progress: called with the number of samples written and their total.
 
     Raises:
-        ValueError: the file exists, the data set is endless and there is no limit, an image cannot be decoded, or
+        ValueError: the file already exists, the data set is endless and has no limit, an image cannot be decoded, or
             pyarrow is not installed.
     """
     if dataset.is_endless and limit is None:
-        raise ValueError(f"The data set {dataset.name} never ends: set the number of samples to write with --limit.")
+        raise ValueError(f"The data set {dataset.name} is endless: set the number of samples to write with --limit.")
     file = folder / f"{name}.{form}"
     total = min(len(dataset), limit or len(dataset))
     images = _ImageWriter(folder, max_pixels)

@@ -18,10 +18,10 @@ from medvqa_rl.data.overlap import Overlap
 from medvqa_rl.data.reading.issues import RowIssue
 
 Level = Literal["wrong", "look"]
-"""wrong: results would not mean what they seem to; look: possibly fine, worth a look."""
+"""wrong: results would be misleading; look: possibly fine, should be reviewed."""
 
 EXAMPLES = 8
-"""Most examples of a finding."""
+"""Maximum number of examples per finding."""
 
 SKEW_P = 0.001
 """Answer letters count as skewed if the p-value of a chi-squared test against equal frequencies is below this."""
@@ -29,23 +29,26 @@ SKEW_P = 0.001
 FAULTS: dict[str, tuple[Level, str]] = {
     "gold answer scores below 1": (
         "wrong",
-        "The scorer rejects the gold answer in the requested format, so no model can be correct: fix the rows.",
+        "The scorer rejects the gold answer in the requested format, so no answer can score 1: fix the rows.",
     ),
     "gold option not unique": (
         "wrong",
         "Another option has the same text as the gold one, so a correct answer can be scored as wrong: fix the rows.",
     ),
-    "repeated id": ("wrong", "Two samples of a split have the same id, so their results get mixed up: rename one."),
+    "repeated id": (
+        "wrong",
+        "Two samples of a split have the same id, so their results cannot be told apart: rename one.",
+    ),
     "unreadable image": ("wrong", "The image cannot be decoded: replace the file, or remove its rows."),
     "constant image": ("wrong", "The image has a single colour and shows nothing: replace it."),
     "image too narrow": ("wrong", "One side is more than 200 times the other, which Qwen2-VL refuses: crop it."),
     "flat image": (
         "look",
-        f"The grey levels have a standard deviation below {FLAT:g} of 255, so the image shows next to nothing.",
+        f"The grey levels have a standard deviation below {FLAT:g} of 255, so the image is almost uniform.",
     ),
-    "contradiction": ("look", "A question about the same image has several gold answers within a split."),
-    "repeated question": ("look", "A question about the same image occurs again with the same gold answer."),
-    "one image, several names": ("look", "Images of one split have equal pixels under several names."),
+    "contradiction": ("look", "A question about one image has different gold answers within a split."),
+    "repeated question": ("look", "A question about one image is repeated with the same gold answer."),
+    "one image, several names": ("look", "Images in a split have identical pixels but different names."),
 }
 """Faults of single samples and images -> severity and explanation."""
 
@@ -181,7 +184,7 @@ def overlap_findings(overlaps: Sequence[Overlap]) -> Iterator[Finding]:
                 f"near duplicates in {first} and {second}",
                 count,
                 f"{count:,} of the {overlap.num_second:,} images of {second} have almost the same perceptual hash as "
-                f"an image of {first}: they are copies, neighbouring slices, or only similar.",
+                f"an image of {first}: they may be copies, neighbouring slices, or merely similar.",
                 tuple(f"{pair.second} ~ {pair.first} ({pair.bits} bits)" for pair in near[:EXAMPLES]),
             )
 
@@ -201,7 +204,7 @@ def skew_findings(splits: Sequence[SplitFacts]) -> Iterator[Finding]:
                     total,
                     f"{letters[best]} is correct in {100 * counts[best] / total:.1f} % of {total:,} questions with "
                     f"{options} options, where chance is {100 / options:.1f} %. Report the accuracy of always "
-                    "answering it beside the model's. Questions per letter: "
+                    "giving this letter next to the model's accuracy. Questions per letter: "
                     + ", ".join(f"{letter} {count:,}" for letter, count in zip(letters, counts))
                     + ".",
                 )

@@ -1,7 +1,7 @@
-"""Model cards: the README.md of a checkpoint, written from its run's folder alone. Imports no torch.
+"""Model cards: the README.md of a checkpoint, generated from the run folder. Imports no torch.
 
-Nothing in a card is prose about what ought to be: every number is read from results, settings and data.json. Folders
-of this machine are named by their last part only, for a card travels with the weights.
+Every number is read from results, settings and data.json. Local paths are reduced to their last part, because cards
+are published with the weights.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
 LIMITS = (
     "Not for clinical use. This is not a medical device, it is not validated for any clinical purpose, and its "
     "answers must not inform the care of a patient.",
-    "Its reasoning reads well also where it is wrong. A right answer does not show that the reasoning led to it.",
-    "It was measured on the questions above and nothing else: not on other scanners, hospitals, languages or ages, "
-    "and not by clinicians.",
-    "Intervals resample the images of one evaluation. They do not cover another training seed.",
+    "Its reasoning can sound convincing and be wrong. A correct answer does not show that the reasoning led to it.",
+    "It was evaluated on the questions above only: not on other scanners, hospitals, languages or age groups, and not "
+    "by clinicians.",
+    "Intervals resample the images of one evaluation. They do not cover the variation between training seeds.",
 )
-"""What every card says."""
+"""Limits stated in every card."""
 
 _METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "dpo": "online DPO"}
 _PATHS = ("model.path", "model.adapter", "data.path")
-"""Settings that can hold folders of the machine."""
+"""Settings that can contain local paths."""
 
 
 def write_cards(run: Path) -> list[Path]:
-    """Write a card into the best checkpoint and into the last one, as far as they are there.
+    """Write cards into the best and the last checkpoint, if they exist.
 
     Returns:
-        The files.
+        The paths of the cards.
 
     Raises:
-        ValueError: the folder is not that of a run, or has no checkpoint.
+        ValueError: the folder is not a run, or has no checkpoint.
     """
     stored = read_run(run)
     written = []
@@ -57,7 +57,7 @@ def write_cards(run: Path) -> list[Path]:
 
 
 def model_card(run: StoredRun, checkpoint: Path) -> str:
-    """The card of one of a run's checkpoints, as Markdown with the front matter that the Hugging Face Hub reads."""
+    """Return the card of a checkpoint as Markdown with the front matter of the Hugging Face Hub."""
     settings = leaves(run.config)
     is_best, step = checkpoint.name == "best", _step(checkpoint)
     is_adapter = (checkpoint / "adapter_config.json").is_file()
@@ -71,7 +71,11 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
         f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`{_in_4_bits(settings)}, fine-tuned for visual "
         f"question answering on medical images by {_method(run, settings)}. "
         f"These are the weights after step {'unknown' if step is None else step}"
-        + (", which had the highest validation accuracy of the run." if is_best else ", the last that was saved."),
+        + (
+            ", which had the highest validation accuracy of the run."
+            if is_best
+            else ", the last checkpoint of the run."
+        ),
         "",
         "## Results",
         "",
@@ -100,7 +104,7 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
 
 
 def _step(checkpoint: Path) -> int | None:
-    """The step whose weights these are."""
+    """Return the training step of a checkpoint; None if unknown."""
     number = checkpoint.name.removeprefix("step_")
     if number != checkpoint.name and number.isdecimal():
         return int(number)
@@ -112,19 +116,19 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def _plain(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Escape text for Markdown, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
 
 def _base(settings: Mapping[str, Any]) -> str:
-    """Name of the model that training began with; of a folder its last part."""
+    """Return the name of the initial model; for a folder, its last part."""
     path = str(settings.get("model.path", "unknown"))
     return (path if is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
 
 
 def _in_4_bits(settings: Mapping[str, Any]) -> str:
-    """How the base model's weights were kept while an adapter was trained, where not as they came."""
-    return ", whose linear layers were kept in 4 bits (NF4)" if settings.get("model.load_in_4bit") else ""
+    """Return a clause about the quantization of the base model; empty without quantization."""
+    return ", whose linear layers were quantized to 4 bits (NF4)" if settings.get("model.load_in_4bit") else ""
 
 
 def _front_matter(base: str, settings: Mapping[str, Any], is_adapter: bool, *, is_sft: bool) -> list[str]:
@@ -151,7 +155,7 @@ def _method(run: StoredRun, settings: Mapping[str, Any]) -> str:
 
 
 def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) -> list[str]:
-    """A table of the evaluations of these weights and of the model before training, and the paired difference."""
+    """Tabulate the evaluations of these weights and of the initial model, with their paired difference."""
     steps = {evaluation.step: evaluation for evaluation in run.evaluations if evaluation.step is not None}
     start, own = steps.get(0), steps.get(step) if step is not None else None
     rows = [("before training", start)] if start is not None and own is not start else []
@@ -159,7 +163,7 @@ def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) 
     rows += [("these weights", evaluation) for evaluation in run.evaluations if _is_of(evaluation, checkpoint)]
     pairs = [(start, own)] if start is not None and own is not None and own is not start else []
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    if not is_best:  # what a demo writes: the model it began with and the last weights
+    if not is_best:  # written by a demo: the initial model and the last weights
         for name, after in named.items():
             before = named.get("before_" + name.removeprefix("after_"))
             if name.startswith("after_") and before is not None:
@@ -187,8 +191,8 @@ def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) 
     if is_best:
         lines += [
             "",
-            "These weights were chosen by their validation accuracy, which is therefore too high by an unknown "
-            "amount: judge them by a test set.",
+            "These weights were selected by validation accuracy, which is therefore biased upwards: use a test set to "
+            "judge them.",
         ]
     return lines
 
@@ -197,7 +201,7 @@ _SHOWN = ("accuracy", "accuracy_low", "accuracy_high", "majority_baseline", "no_
 
 
 def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
-    """Whether an evaluation that was made apart from training is of these weights."""
+    """Whether a standalone evaluation is of these weights."""
     model = evaluation.results.get("model")
     if evaluation.step is not None or not isinstance(model, dict):
         return False
@@ -210,7 +214,7 @@ def _judged(evaluation: StoredEvaluation) -> list[str]:
     try:
         return in_short(evaluation.judged) if evaluation.judged else []
     except (KeyError, TypeError, AttributeError):
-        return ["What judges said cannot be read: judged.json is damaged or of another version."]
+        return ["The judge results cannot be read: judged.json is damaged or from another version."]
 
 
 def _name(evaluation: StoredEvaluation) -> str:
@@ -220,11 +224,11 @@ def _name(evaluation: StoredEvaluation) -> str:
 
 
 def _difference(before: StoredEvaluation, after: StoredEvaluation) -> str:
-    """A sentence with the paired difference of two evaluations."""
+    """Describe the paired difference of two evaluations in a sentence."""
     try:
         gain = paired_gain(before.records(), after.records(), EvalConfig())
     except (ValueError, TypeError) as error:
-        return f"The paired difference on {_plain(_name(after))} is not known: {_plain(error)}"
+        return f"The paired difference on {_plain(_name(after))} is unknown: {_plain(error)}"
     low, high = (f"{100 * float(gain[name]):+.1f}" for name in ("gain_low", "gain_high"))
     return (
         f"On {_plain(_name(after))}, the same {gain['n']} questions about {gain['num_clusters']} images before and "
@@ -236,7 +240,7 @@ def _difference(before: StoredEvaluation, after: StoredEvaluation) -> str:
 def _data(run: StoredRun) -> list[str]:
     splits = [(split, data) for split, data in run.data.items() if isinstance(data, dict)]
     if not splits:
-        return ["data.json is not there."]
+        return ["data.json is missing."]
     lines = ["| split | data | samples | fingerprint | notes |", "|---|---|---|---|---|"]
     for split, data in splits:
         samples = data.get("samples")
@@ -249,7 +253,7 @@ def _data(run: StoredRun) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    """The settings that are not the default, as YAML paths."""
+    """Return the settings that differ from the defaults, as YAML paths."""
     defaults = leaves(Config().model_dump(mode="json"))
     lines = []
     for name, value in settings.items():
@@ -259,12 +263,12 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
             value = Path(value).name
         lines.append(f"{name}={json.dumps(value)}".replace("```", ""))
     if not settings:
-        return ["The settings are not there."]
+        return ["The settings are missing."]
     return ["Settings that differ from the defaults of medvqa-rl:", "", "```text", *(lines or ["none"]), "```"]
 
 
 def _warnings(run: StoredRun) -> list[str]:
-    """Signs of failure that the run shows."""
+    """Return the signs of failure found in the run."""
     return [
         f"Sign of failure during training: {check.name.lower()}. {check.figure}"
         for check in check_health(run.metrics)
@@ -275,5 +279,5 @@ def _warnings(run: StoredRun) -> list[str]:
 def _versions(run: StoredRun) -> str:
     packages = run.env.get("packages")
     if not isinstance(packages, dict):
-        return "env.json is not there."
+        return "env.json is missing."
     return ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in packages.items()) + "."

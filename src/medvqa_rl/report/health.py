@@ -1,8 +1,9 @@
 """Checks for signs of failed training, each a rule with a threshold and the measured value. Imports no torch.
 
 The four-factor study (arXiv 2505.13973) names four signs: verbose and wrong, low thinking reward with high accuracy,
-high perplexity, and a curve that does not rise. Curves that break or collapse are ours. The study gives no thresholds;
-those here are inferred, and are a reason to look closer, not a verdict. All values come from metrics.jsonl.
+high perplexity, and a curve that does not rise. The checks for abrupt changes and collapse are ours. The study gives
+no thresholds; those here are inferred: exceeding one is a reason to look closer, not a verdict. All values come
+from metrics.jsonl.
 """
 
 from __future__ import annotations

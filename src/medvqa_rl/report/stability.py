@@ -45,9 +45,9 @@ def largest_drop(steps: Sequence[float], values: Sequence[float], window: int) -
     """Return max over s < t of mean(s) - mean(t), where mean(t) is over the ``window`` values that end at step t.
 
     Args:
-        steps: of the values.
-        values: at least ``window`` of them.
-        window: values in each mean.
+        steps: training step of each value.
+        values: at least ``window`` values.
+        window: number of values in each mean.
     """
     assert len(steps) == len(values) >= window >= 1
     means: Floats = sliding_window_view(np.asarray(values, dtype=np.float64), window).mean(axis=1)
@@ -74,9 +74,9 @@ def largest_change(steps: Sequence[float], values: Sequence[float], window: int)
     """Return the change between adjacent windows that is largest in standard deviations.
 
     Args:
-        steps: of the values.
-        values: at least twice ``window`` of them.
-        window: values in a window, 2 or more.
+        steps: training step of each value.
+        values: at least twice ``window`` values.
+        window: number of values per window, at least 2.
     """
     assert len(steps) == len(values) >= 2 * window >= 4
     changes, sizes = _sizes(values, window)

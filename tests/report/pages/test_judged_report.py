@@ -51,4 +51,4 @@ def test_reports_and_cards_show_what_judges_said(tmp_path: Path, monkeypatch: py
     write(run / "eval" / "step_000040" / "judged.json", {"judges": [{}]})
     broken = read_run(run)
     assert "has another version: run the judges again" in render_report([broken])
-    assert "damaged or of another version" in model_card(broken, run / "best")
+    assert "damaged or from another version" in model_card(broken, run / "best")

@@ -56,7 +56,7 @@ def test_it_is_filled_in_kept_and_saved(page: Page, sheet: Path, tmp_path: Path)
     assert text(page, "where") == f"Answer 1 of {count}" and text(page, "done") == f"0 of {count} rated"
     page.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     page.run("document.getElementById('save').click()")
-    assert "Write your name" in text(page, "problem") and page.run("document.activeElement.id") == "rater"
+    assert "Enter your name" in text(page, "problem") and page.run("document.activeElement.id") == "rater"
     for key in "Ann 1":
         page.press(key)
     page.press("Escape")

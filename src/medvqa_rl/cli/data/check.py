@@ -133,7 +133,7 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     if report.findings:
         out.print()
         out.print(_findings(report))
-        if any(finding.what.startswith("near duplicates") for finding in report.findings):
+        if any(overlap.count("hash") for overlap in report.overlaps):
             out.print(
                 f"Near duplicates: images whose perceptual hashes differ in at most {NEAR} of {BITS} bits.",
                 style="dim",
@@ -143,16 +143,16 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     wrong = sum(finding.level == "wrong" for finding in report.findings)
     verdict = f"{wrong} kinds of faults" if wrong > 1 else "1 kind of fault" if wrong else "Nothing is wrong"
     rest = len(report.findings) - wrong
-    out.print(f"{verdict}{f', {rest} to look at' if rest else ''}. {report.seconds:.1f} s.", style="bold")
+    out.print(f"{verdict}{f', {rest} to review' if rest else ''}. {report.seconds:.1f} s.", style="bold")
 
 
 def _findings(report: DataReport) -> Table:
     table = Table(title="Findings", title_justify="left", title_style="bold", show_lines=True)
     table.add_column("")
-    table.add_column("what")
+    table.add_column("finding")
     table.add_column("count", justify="right")
     table.add_column("meaning", overflow="fold", ratio=3)
-    table.add_column("such as", overflow="fold", ratio=2)
+    table.add_column("examples", overflow="fold", ratio=2)
     for finding in report.findings:
         shown = [text if len(text) <= 90 else text[:87] + "..." for text in finding.examples[:3]]
         more = "..." if finding.examples and finding.count > len(shown) else ""

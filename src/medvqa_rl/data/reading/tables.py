@@ -276,7 +276,7 @@ def write_table(path: Path, rows: Iterable[Fields], columns: Sequence[str] = (),
         ValueError: the file exists, its suffix is not supported, or pyarrow is not installed.
     """
     if path.exists():
-        raise ValueError(f"The file {path} exists already: choose another with --output, or move it away.")
+        raise ValueError(f"The file {path} already exists: choose another with --output, or move it away.")
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
         raise ValueError(f"The file {path} ends in {path.suffix!r}: end its name in one of {', '.join(WRITABLE)}.")

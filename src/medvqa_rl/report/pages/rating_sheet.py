@@ -1,9 +1,9 @@
-"""A blinded sheet on which people rate answers: one HTML form that needs no server and loads nothing.
+"""A blinded sheet for rating answers: one self-contained HTML form that needs no server.
 
-Answers of several evaluations are mixed, and nothing on the page tells whose they are; the key does
-(:mod:`ratings`). Equal answers to a question are one item. The form keeps what is rated in the
-browser and saves it as a file. Its content security policy allows the one script and the one style inside it, by
-their hashes, and no connection; the script writes all text with ``textContent``. Imports no torch.
+Answers of several evaluations are mixed, and only the key (:mod:`medvqa_rl.evaluation.judging.ratings`) tells which
+evaluation gave which answer. Identical answers to a question are one item. The form stores ratings in the browser and
+saves them as a file. Its content security policy allows only the inline script and style, by hash, and no connection;
+the script writes all text with ``textContent``. Imports no torch.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class Item:
 
     @property
     def reasoning(self) -> str:
-        """What is shown as reasoning; of an output in which no answer could be read, all of it."""
+        """The reasoning shown: the whole output if no answer could be parsed."""
         if self.record.think is not None:
             return self.record.think
         return "" if self.record.answer is not None else without_tags(self.record.output)
 
 
 def choose_items(evaluations: Sequence[Evaluated], count: int, seed: int) -> list[Item]:
-    """Answers to some questions in random order.
+    """Sample questions and return their distinct answers in random order.
 
-    Questions are chosen by the hash of their ids, so a larger count adds to a smaller one's; only those that every
-    evaluation has scored.
+    Only questions that are scored in every evaluation are sampled. The sample is ordered by a hash of the ids, so a
+    larger count only adds questions.
 
     Args:
-        evaluations: of the same questions.
-        count: of questions, at most; each gives as many items as there are different answers to it.
-        seed: of the choice and of the order.
+        evaluations: evaluations of the same questions.
+        count: maximum number of questions; each gives one item per distinct answer.
+        seed: seed of the sample and of the order.
 
     Raises:
-        ValueError: the evaluations are of different questions, or no question is scored in all.
+        ValueError: the evaluations are of different questions, or no question is scored in all of them.
     """
     first = evaluations[0]
     shared = {record.sample_id for record in first.records if record.is_scored}
@@ -76,8 +76,8 @@ def choose_items(evaluations: Sequence[Evaluated], count: int, seed: int) -> lis
     for evaluated in evaluations:
         for record in evaluated.records:
             if record.sample_id in wanted:
-                said = record.output if record.think is None and record.answer is None else ""
-                name = json.dumps([record.sample_id, record.think, record.answer, said])
+                unparsed = record.output if record.think is None and record.answer is None else ""
+                name = json.dumps([record.sample_id, record.think, record.answer, unparsed])
                 found.setdefault(name, (record, []))[1].append(evaluated.name)
     return [
         Item(found[name][0], tuple(found[name][1]))
@@ -90,37 +90,35 @@ def _in_random_order(what: str, seed: int, names: Sequence[str]) -> list[str]:
 
 
 def make_key(items: Sequence[Item], evaluations: Sequence[Evaluated], seed: int) -> SheetKey:
-    """The key of a sheet with these items in this order."""
+    """Return the key of a sheet with these items in this order."""
     shown = [[item.record.sample_id, item.record.question, item.reasoning, item.record.answer] for item in items]
     sheet = hashlib.sha256(json.dumps([seed, REASONING.hash, shown]).encode()).hexdigest()[:16]
     rows = tuple(
         KeyItem(
-            str(place), item.record.sample_id, item.record.image_key, item.evaluations, bool(item.record.is_correct)
+            str(number), item.record.sample_id, item.record.image_key, item.evaluations, bool(item.record.is_correct)
         )
-        for place, item in enumerate(items, start=1)
+        for number, item in enumerate(items, start=1)
     )
     return SheetKey(sheet, seed, tuple(one.name for one in evaluations), rows)
 
 
 def find_samples(folder: Path, records: Sequence[EvalRecord]) -> dict[str, Sample]:
-    """The samples of an evaluation's records, by id, from the data set that its settings name.
+    """Load the samples of an evaluation's records, by id, from the data set in its settings.
 
     Raises:
-        ValueError: the settings or the data set are not there, or it is another than the one that was evaluated.
+        ValueError: the settings or the data set are missing, or the data set is not the one that was evaluated.
     """
     results = _read(folder / "results.json")
     dataset, config = results.get("dataset"), results.get("config")
-    if not isinstance(config, dict):  # an evaluation while training: the settings are the run's
+    if not isinstance(config, dict):  # an evaluation during training uses the run's settings
         config = _read(folder.parent.parent / "config.resolved.json")
     hint = "restore the data, or make the sheet with --no-images"
     if not isinstance(dataset, dict) or not config:
-        raise ValueError(
-            f"The evaluation in {folder} does not say which data it is of, so its images are unknown: {hint}."
-        )
+        raise ValueError(f"The evaluation in {folder} does not name its data set, so its images are unknown: {hint}.")
     try:
         data = Config.model_validate(config).data
     except ValueError as error:
-        raise ValueError(f"The settings of the evaluation in {folder} are of another version: {hint}.") from error
+        raise ValueError(f"The settings of the evaluation in {folder} are from another version: {hint}.") from error
     problems = []
     for split in _SPLITS:
         try:
@@ -134,8 +132,8 @@ def find_samples(folder: Path, records: Sequence[EvalRecord]) -> dict[str, Sampl
             if any(id not in samples or samples[id].image_key != key for id, key in wanted.items()):
                 break
             return samples
-    told = f" ({' '.join(problems)})" if problems else ""
-    raise ValueError(f"The data of the evaluation in {folder} cannot be found again{told}: {hint}.")
+    details = f" ({' '.join(problems)})" if problems else ""
+    raise ValueError(f"The data of the evaluation in {folder} cannot be found{details}: {hint}.")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,12 +145,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sample]) -> str:
-    """The sheet as HTML.
+    """Return the sheet as HTML.
 
     Args:
-        key: of these items.
-        items: in their order.
-        samples: by id, for the images; empty shows none.
+        key: key of the items.
+        items: the items, in the order of the key.
+        samples: samples by id, for the images; if empty, no images are shown.
 
     Raises:
         ValueError: an image cannot be decoded.

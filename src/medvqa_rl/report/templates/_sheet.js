@@ -2,36 +2,36 @@
 (() => {
   const { format, sheet, items, images } = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
-  const PLACE = `medvqa-rl sheet ${sheet}`;
+  const STORAGE_KEY = `medvqa-rl sheet ${sheet}`;
   const form = $("form");
-  const state = { rater: "", ratings: {} }; // of each item that was touched: correct and reasoning as chosen, comment
+  const state = { rater: "", ratings: {} }; // by item id: correct, reasoning, comment
   let current = 0;
 
-  function tell(sentence) {
+  function notify(sentence) {
     $("problem").textContent = sentence;
     $("problem").hidden = !sentence;
   }
 
-  /* Kept in the browser, so that a closed tab loses nothing. A browser may refuse; then only this tab has it. */
+  /* Ratings are stored in the browser, so they survive closing the tab, unless the browser blocks storage. */
   function restore() {
     try {
-      const kept = JSON.parse(localStorage.getItem(PLACE) ?? "null");
-      if (kept) {
-        state.rater = String(kept.rater ?? "");
+      const stored = JSON.parse(localStorage.getItem(STORAGE_KEY) ?? "null");
+      if (stored) {
+        state.rater = String(stored.rater ?? "");
         for (const { id } of items) {
-          const { correct = "", reasoning = "", comment = "" } = kept.ratings?.[id] ?? {};
+          const { correct = "", reasoning = "", comment = "" } = stored.ratings?.[id] ?? {};
           if (correct || reasoning || comment) state.ratings[id] = { correct, reasoning, comment };
         }
       }
     } catch {
-      tell("This browser keeps nothing for this page: save before you close it.");
+      notify("This browser does not store data for this page: save before you close it.");
     }
   }
-  function keep() {
+  function store() {
     try {
-      localStorage.setItem(PLACE, JSON.stringify(state));
+      localStorage.setItem(STORAGE_KEY, JSON.stringify(state));
     } catch {
-      tell("This browser keeps nothing for this page: save before you close it.");
+      notify("This browser does not store data for this page: save before you close it.");
     }
   }
 
@@ -49,21 +49,21 @@
     }
   }
 
-  function show(place) {
-    current = Math.min(Math.max(place, 0), items.length - 1);
+  function show(index) {
+    current = Math.min(Math.max(index, 0), items.length - 1);
     const item = items[current];
     $("where").textContent = `Answer ${current + 1} of ${items.length}`;
     $("previous").disabled = current === 0;
     $("next").disabled = current === items.length - 1;
     for (const name of ["question", "gold"]) $(name).textContent = item[name];
     $("reasoning").textContent = item.reasoning || "(none)";
-    $("answer").textContent = item.answer || "(none could be read)";
+    $("answer").textContent = item.answer || "(none could be parsed)";
     $("options").replaceChildren(
       ...item.options.map((text) => Object.assign(document.createElement("li"), { textContent: text })),
     );
     $("images").replaceChildren(
-      ...item.images.map((name, index) =>
-        Object.assign(document.createElement("img"), { src: images[name], alt: `Image ${index + 1} of the question` }),
+      ...item.images.map((name, number) =>
+        Object.assign(document.createElement("img"), { src: images[name], alt: `Image ${number + 1} of the question` }),
       ),
     );
     document.querySelector(".item").classList.toggle("plain", !item.images.length);
@@ -77,44 +77,44 @@
     const { id } = items[current];
     state.ratings[id] = { ...(state.ratings[id] ?? blank()), [name]: value };
     for (const input of form.querySelectorAll(`input[name="${name}"]`)) input.checked = input.value === value;
-    keep();
+    store();
     count();
   }
 
-  function go(place) {
-    show(place);
+  function go(index) {
+    show(index);
     $("item").focus({ preventScroll: true });
     $("item").scrollIntoView({ block: "nearest" });
   }
 
   function firstUnrated() {
-    const place = items.findIndex(({ id }) => !rated(id));
-    if (place >= 0) go(place);
+    const index = items.findIndex(({ id }) => !rated(id));
+    if (index >= 0) go(index);
   }
 
-  /* Asks by its own label, for the next rater must not see what the last one said. */
+  /* Clears all ratings after a second click; the next rater must not see them. */
   function forget(event) {
     const button = event.target;
     if (button.textContent === "New rater") {
-      button.textContent = "Click again to clear the form: save first";
+      button.textContent = "Save first, then click again to clear the form";
       return;
     }
     button.textContent = "New rater";
     Object.assign(state, { rater: "", ratings: {} });
     $("rater").value = "";
-    tell("");
-    keep();
+    notify("");
+    store();
     go(0);
   }
 
   const known = (value, read) => (value === "" || value === "unknown" ? null : read(value));
   function save() {
     if (!state.rater.trim()) {
-      tell("Write your name or number first, so that raters can be told apart.");
+      notify("Enter your name or ID first, so that raters can be told apart.");
       $("rater").focus();
       return;
     }
-    // An item counts once both questions are answered, if only by "cannot tell".
+    // An item is rated once both questions are answered, including with "cannot tell".
     const ratings = items.filter(({ id }) => rated(id)).map(({ id }) => ({
       item: id,
       correct: known(state.ratings[id].correct, (value) => value === "yes"),
@@ -129,7 +129,7 @@
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     const left = items.length - ratings.length;
-    tell(left ? `Saved with ${left} still unrated: save again when they are done.` : "");
+    notify(left ? `Saved with ${left} still unrated: save again when you have rated them.` : "");
   }
 
   form.addEventListener("input", (event) => {
@@ -139,8 +139,8 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   $("rater").addEventListener("input", (event) => {
     state.rater = event.target.value;
-    tell("");
-    keep();
+    notify("");
+    store();
   });
   $("previous").addEventListener("click", () => go(current - 1));
   $("next").addEventListener("click", () => go(current + 1));
@@ -174,6 +174,6 @@
   restore();
   $("rater").value = state.rater;
   show(0);
-  const place = items.findIndex(({ id }) => !rated(id));
-  if (place > 0) show(place);
+  const index = items.findIndex(({ id }) => !rated(id));
+  if (index > 0) show(index);
 })();
