@@ -171,7 +171,7 @@ def test_answer_refuses_other_files(tmp_path: Path) -> None:
     path = write(tmp_path / "tests.yaml", {"tests": {"a": {}}})
     command = [sys.executable, "-m", "medvqa_rl", "study", "answer", str(path)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and "must have checkpoint and tests, as" in " ".join(found.stderr.split())
+    assert found.returncode == 2 and "must have the keys checkpoint and tests" in " ".join(found.stderr.split())
 
 
 def test_an_arm_trained_once_is_compared_with_every_seed(staged: dict[str, Any], tmp_path: Path) -> None:
