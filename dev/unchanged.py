@@ -1,7 +1,7 @@
 """Record what a change of layout must not change, and compare it afterwards.
 
-    python dev/unchanged.py record /tmp/before        # before the change
-    python dev/unchanged.py compare /tmp/before       # after it: names every difference, exit code 1
+    python dev/unchanged.py record FOLDER        # before the change
+    python dev/unchanged.py compare FOLDER       # after it: names every difference, exit code 1
 
 Recorded are the verbs with their options and defaults, the metrics and weights of 20 training steps with each loss, an
 evaluation's files, the tables of a study with the cells in dev/unchanged/, and the demo's numbers. Everything runs
