@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from medvqa_rl.config import ConfigError
+from medvqa_rl.config import Config, ConfigError
 from medvqa_rl.config.yaml import build_config
 
 VLLM = {"rollout": {"engine": "vllm"}}
@@ -66,7 +66,7 @@ def test_each_incompatible_setting_is_reported(changes: dict[str, Any], sentence
 
 def test_compatible_settings_are_accepted() -> None:
     for changes in ({}, {"vllm": SERVER}, {"vllm": SERVER, "network": "off"}, {"vllm": {"max_model_length": 1024}}):
-        build_config(VLLM | changes, purpose="train")
-    # Without rollouts, vLLM settings are not checked.
-    build_config(VLLM | {"vllm": {"mode": "server"}}, purpose="sft")
-    build_config({"vllm": {"mode": "server"}}, purpose="train")
+        assert build_config(VLLM | changes, purpose="train") == Config.model_validate(VLLM | changes)
+    # Without rollouts on vLLM, a server without an address is not an error.
+    for given, purpose in ((VLLM | {"vllm": {"mode": "server"}}, "sft"), ({"vllm": {"mode": "server"}}, "train")):
+        assert build_config(given, purpose=purpose).vllm.server_url is None

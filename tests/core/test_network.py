@@ -238,8 +238,9 @@ def test_settings_that_need_the_network_are_refused_at_the_start(given: dict[str
 
 
 def test_a_judge_on_this_machine_is_allowed() -> None:
-    build_config({"network": "off", "judge": {"endpoint": "http://localhost:8000/v1", "model": "m"}})
-    build_config({"network": "off", "judge": {"endpoint": "http://127.0.0.1:8000/v1", "model": "m"}})
+    for endpoint in ("http://localhost:8000/v1", "http://127.0.0.1:8000/v1"):
+        config = build_config({"network": "off", "judge": {"endpoint": endpoint, "model": "m"}})
+        assert (config.network, config.judge.endpoint) == ("off", endpoint)
 
 
 def test_the_option_before_the_verb_holds_for_every_verb(tmp_path: Path) -> None:

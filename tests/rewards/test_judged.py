@@ -253,7 +253,8 @@ def test_a_judge_is_also_identified_by_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_reward_of_reasoning_alone_is_a_reward() -> None:
-    build_config({"rewards": {"format": 0, "correctness": 0, "reasoning": 1}}, purpose="train")
+    config = build_config({"rewards": {"format": 0, "correctness": 0, "reasoning": 1}}, purpose="train")
+    assert {name for name, weight in config.rewards.weights.items() if weight} == {"reasoning"}
 
 
 def test_sending_gold_answers_to_another_machine_is_reported() -> None:

@@ -227,8 +227,10 @@ def test_invalid_settings_are_reported(given: dict[str, dict[str, object]], mess
 
 
 def test_open_questions_alone_are_fine_for_evaluations_and_where_exact_is_meant() -> None:
-    build_config({"data": {"answer_types": ["open"]}}, purpose="eval")
-    build_config({"data": {"answer_types": ["open"]}, "rewards": {"open_correctness": "exact"}}, purpose="train")
+    only_open = {"data": {"answer_types": ["open"]}}
+    assert build_config(only_open, purpose="eval").rewards.open_correctness is None
+    exact = only_open | {"rewards": {"open_correctness": "exact"}}
+    assert build_config(exact, purpose="train").rewards.open_correctness == "exact"
 
 
 def test_the_judge_is_asked_for_what_the_settings_need() -> None:

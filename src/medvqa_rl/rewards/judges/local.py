@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,8 +45,8 @@ class _Piece(NamedTuple):
     """Where the answer begins. Answers of one token share a piece."""
 
 
-class LocalJudge:
-    """What the two kinds of local judges share."""
+class LocalJudge(ABC):
+    """What the two kinds of local judges share: identity, counters, and what is graded without the model."""
 
     def __init__(self, loaded: JudgeModel, rubric: Rubric, prompt_hash: str, strictness: float = 0.0) -> None:
         self.loaded, self.rubric = loaded, rubric
@@ -63,8 +64,9 @@ class LocalJudge:
         self._counts.update(asked=len(requests), failed=sum(not grade.is_scored for grade in grades))
         return grades
 
+    @abstractmethod
     def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
-        raise NotImplementedError
+        """Grade requests with the model; each has something to grade."""
 
 
 class YesNoJudge(LocalJudge):
