@@ -12,7 +12,10 @@ from PIL import Image
 
 from medvqa_rl.core.answers import is_correct, parse_completion
 from medvqa_rl.core.prompts import render_answer
+from medvqa_rl.core.types import Sample, Template
 from medvqa_rl.data.stored import StoredDataset
+
+TEMPLATES: tuple[Template, ...] = ("think_answer", "direct")
 
 
 @pytest.fixture
@@ -43,15 +46,19 @@ def write_csv() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def gold_scores_1() -> Callable[[StoredDataset], None]:
-    """Fail if a gold answer, as letter or text and in either format, does not score 1."""
+def wrong_gold() -> Callable[[StoredDataset], list[str]]:
+    """Ids of the samples whose gold answer, as letter or text and in either format, does not score 1."""
 
-    def check(dataset: StoredDataset) -> None:
+    def is_wrong(sample: Sample) -> bool:
+        parsed = [
+            parse_completion(render_answer("seen", answer, template), template).answer
+            for answer in (sample.answer, sample.answer_text)
+            for template in TEMPLATES
+        ]
+        return not all(is_correct(sample, answer) for answer in parsed)
+
+    def check(dataset: StoredDataset) -> list[str]:
         assert len(dataset) > 0
-        for sample in dataset.samples:
-            for answer in (sample.answer, sample.answer_text):
-                for template in ("think_answer", "direct"):
-                    text = render_answer("seen", answer, template)
-                    assert is_correct(sample, parse_completion(text, template).answer), sample
+        return [sample.id for sample in dataset.samples if is_wrong(sample)]
 
     return check

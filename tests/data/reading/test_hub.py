@@ -70,14 +70,14 @@ def config(tmp_path: Path, **changes: Any) -> DataConfig:
 
 
 def test_the_first_load_downloads_and_later_ones_are_offline(
-    fake: FakeHub, tmp_path: Path, gold_scores_1: Callable[..., None]
+    fake: FakeHub, tmp_path: Path, wrong_gold: Callable[..., list[str]]
 ) -> None:
     first = load_dataset(config(tmp_path), "train")
     fake.is_online = False
     second = load_dataset(config(tmp_path), "val")
     assert fake.calls == [False, True]
     assert len(first) == len(second) == 3 and first[0].images[0].load().size == (8, 8)
-    gold_scores_1(first)
+    assert wrong_gold(first) == []
     # The Hub's cache was emptied: it is downloaded again, or refused in a sentence.
     fake.is_cached = False
     with pytest.raises(

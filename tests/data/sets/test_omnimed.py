@@ -37,7 +37,7 @@ def question(number: int, image: str = "Images/A/1.png", **changes: Any) -> dict
 
 
 def test_every_file_is_read(
-    tmp_path: Path, write_images: Callable[..., None], gold_scores_1: Callable[[StoredDataset], None]
+    tmp_path: Path, write_images: Callable[..., None], wrong_gold: Callable[[StoredDataset], list[str]]
 ) -> None:
     write_images(tmp_path, *(f"Images/A/{index}.png" for index in range(1, 31)))
     below = tmp_path / "QA_information"
@@ -48,7 +48,7 @@ def test_every_file_is_read(
         (below / "Open-access" / f"part{index}.json").write_text(json.dumps(rows))
     (below / "Restricted-access" / "other.json").write_text(json.dumps([question(0), question(1, gt_answer="A")]))
     test = load(tmp_path)
-    gold_scores_1(test)
+    assert wrong_gold(test) == []
     assert len(test) == 62 and test.issues == () and len({sample.id for sample in test.samples}) == 62
     assert {len(sample.options) for sample in test.samples} == {2, 4}
     assert test[0].groups == {"modality": "MR", "family": "Modality Recognition", "dataset": "A"}
