@@ -52,6 +52,7 @@ from medvqa_rl.learning.estimate.cost import (
     forward_flops,
     group_pairs,
 )
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layout_for
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
@@ -123,7 +124,7 @@ def lay_out(learner: Learner, groups: Sequence[Group], way: Way) -> list[Complet
     policy = learner.policy
     size = 1 if way == "separate" else learner.config.train.prompts_per_micro_batch
     attention = backbone(policy.model).language_model.config._attn_implementation
-    layout = {"default": layout_for(attention), "dense": "rows", "separate": "separate"}[way]
+    layout = {"default": layout_for(attention), "dense": Layout.ROWS, "separate": Layout.SEPARATE}[way]
     return [
         collate(groups[start : start + size], policy.processor, policy.device, layout=layout)
         for start in range(0, len(groups), size)

@@ -22,6 +22,7 @@ from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Completion, Dataset, Group, Sample, Template
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.run.errors import NonFiniteError
@@ -120,7 +121,7 @@ class SftLearner:
         """
         device, size = self.policy.device, self.config.sft.samples_per_micro_batch
         batches = [
-            collate(groups[start : start + size], self.policy.processor, device, layout="separate")
+            collate(groups[start : start + size], self.policy.processor, device, layout=Layout.SEPARATE)
             for start in range(0, len(groups), size)
         ]
         num_targets = sum(len(batch.targets) for batch in batches)

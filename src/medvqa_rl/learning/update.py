@@ -19,6 +19,7 @@ from medvqa_rl.core.types import Group
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.dpo_loss import dpo_loss
 from medvqa_rl.learning.objective.grpo_loss import grpo_loss
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, collate, layout_for
 from medvqa_rl.learning.objective.loss import Loss, LossInputs, LossOutput, StepCounts
 from medvqa_rl.learning.objective.micro_batches import split
@@ -132,7 +133,7 @@ class Learner:
         # DPO does not depend on the probabilities that completions were sampled with.
         uses_vllm = config.rollout.engine == "vllm" and not is_dpo
         self._corrects_mismatch = uses_vllm and config.vllm.importance_sampling_correction
-        self._needs_self_check = config.train.self_check and self.layout != "separate"
+        self._needs_self_check = config.train.self_check and self.layout != Layout.SEPARATE
 
     def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
         """Train on this rank's groups: ``loss.num_iterations`` rounds of one optimizer step on all of them.
@@ -235,7 +236,7 @@ class Learner:
             SelfCheckError: they disagree on some rank; raised on all ranks together.
         """
         group = micro.groups[-1]
-        plain = collate([group], self.policy.processor, self.policy.device, layout="separate")
+        plain = collate([group], self.policy.processor, self.policy.device, layout=Layout.SEPARATE)
         error = None
         try:
             check_first_group(self.trained.forward, micro.batch, plain, group)

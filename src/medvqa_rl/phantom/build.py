@@ -38,6 +38,7 @@ from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.phantom.questions import draw_sample, full_description
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
 from medvqa_rl.evaluation.evaluate import evaluate
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.sft import sft_loss, target_completion
@@ -105,7 +106,9 @@ def _show_one_step(policy: Policy, seed: int) -> None:
     ids, positions = Binding(policy, seed).draw(64, 8, _MAX_DISTANCE, use_words=True)
     print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {positions.tolist()}")
     for stage in STEPS:
-        batch = collate(_lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout="separate")
+        batch = collate(
+            _lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout=Layout.SEPARATE
+        )
         loss = sft_loss(GroupForward(policy.model), batch)
         loss.backward()
         print(f"{stage}: {tuple(batch.input_ids.shape)} rows x tokens, {len(batch.targets)} targets, loss {loss:.3f}")
@@ -212,7 +215,7 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
 
     def backward(step: int) -> dict[str, float]:
         groups = _lesson_groups(policy, stage, seed, step)
-        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout="rows"))
+        loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout=Layout.ROWS))
         values = {"loss": loss.item()}
         if step % 8 == 0:
             ids, positions = practice.draw(BATCH, 4, _MAX_DISTANCE, use_words=True)

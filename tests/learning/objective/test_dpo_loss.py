@@ -11,6 +11,7 @@ from torch.nn import functional
 from medvqa_rl.config import Config, ConfigError, LossConfig, ModelConfig, RolloutConfig, TrainConfig
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.learning.objective.dpo_loss import dpo_loss, preference_pairs, preferences
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.loss import LossInputs, StepCounts
 from medvqa_rl.learning.setup import make_accelerator, wrap
@@ -77,7 +78,7 @@ def test_gradient_equals_separate_rows(micro, tiny_policy, make_sample):
 
     losses = []
     for pair in (pairs[0], pairs[2]):
-        batch = collate([pair], policy.processor, policy.device, layout="separate")
+        batch = collate([pair], policy.processor, policy.device, layout=Layout.SEPARATE)
         own = GroupForward(policy.model)(batch).logps
         with reference.active() as model, torch.no_grad():
             other = GroupForward(model)(batch).logps

@@ -11,6 +11,7 @@ import torch
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective import logprobs
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, attention_mask, collate, layout_for, token_statistics
 from medvqa_rl.models.qwen_vl import backbone, image_features
 
@@ -40,7 +41,7 @@ def padded(rows):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("layout", ["packed", "rows", "separate"])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("cached", [True, False])
 def test_equals_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch, layout, cached):
     policy = tiny_policy(arch)
@@ -56,7 +57,7 @@ def test_equals_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch,
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("layout", ["packed", "rows", "separate"])
+@pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("settings", [{"train_vision": True, "train_projector": True}, {}, {"attention": "eager"}])
 def test_gradients_equal_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch, layout, settings):
     policy = tiny_policy(arch, **settings)
@@ -119,7 +120,7 @@ def test_each_attention_gets_the_layout_that_it_can_take(tiny_policy, mixed_samp
 def test_flash_attention_is_refused_for_shared_rows(tiny_policy, mixed_samples):
     policy = tiny_policy()
     backbone(policy.model).language_model.config._attn_implementation = "flash_attention_2"
-    assert layout_for("flash_attention_2") == "separate"
+    assert layout_for("flash_attention_2") is Layout.SEPARATE
     for layout in ("packed", "rows"):
         batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu", layout=layout)
         with pytest.raises(ValueError, match=r"model\.attention is flash_attention_2"):
@@ -128,7 +129,7 @@ def test_flash_attention_is_refused_for_shared_rows(tiny_policy, mixed_samples):
 
 def test_a_leaking_dense_mask_is_noticed(tiny_policy, mixed_samples, monkeypatch):
     policy = tiny_policy()
-    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu", layout="rows")
+    batch = collate(make_groups(policy, mixed_samples), policy.processor, "cpu", layout=Layout.ROWS)
     with torch.no_grad():
         right = GroupForward(policy.model)(batch).logps
         causal = torch.ones(batch.input_ids.shape[1], batch.input_ids.shape[1], dtype=torch.bool).tril()

@@ -9,11 +9,12 @@ from toy import ToyData, gradients, make_group, toy_config
 
 from medvqa_rl.learning import update as update_module
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import collate
 from medvqa_rl.learning.objective.micro_batches import computed_tokens, split
 from medvqa_rl.learning.run.errors import UnusableSampleError
 
-LAYOUTS = ("packed", "rows", "separate")
+LAYOUTS = tuple(Layout)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from medvqa_rl.learning.estimate.cost import (
 from medvqa_rl.learning.estimate.hardware import Rates
 from medvqa_rl.learning.estimate.memory import LOGITS_PER_CHUNK
 from medvqa_rl.learning.estimate.workload import Workload, trained_parameters
+from medvqa_rl.learning.objective.layout import Layout
 
 SAMPLING_PASSES = 10
 """How often sampling reads or writes its (rows, V) float64 table."""
@@ -56,7 +57,7 @@ class Seconds(NamedTuple):
 def update_shape(work: Workload, completion_tokens: int) -> Shape:
     """Input sizes of the update, over all groups of a step. Pairs that are computed and then masked are included."""
     prompt, size = work.prompt_tokens, work.generations
-    if work.layout == "separate":
+    if work.layout == Layout.SEPARATE:
         tokens = size * (prompt + completion_tokens)
         pairs = size * (prompt + completion_tokens) * (prompt + completion_tokens + 1) // 2
     else:
@@ -64,7 +65,7 @@ def update_shape(work: Workload, completion_tokens: int) -> Shape:
         causal = prompt * (prompt + 1) // 2
         # Packed completions attend to their prompt and, with the upper triangle masked, to themselves.
         packed = causal + size * completion_tokens * (prompt + completion_tokens)
-        pairs = packed if work.layout == "packed" else tokens**2
+        pairs = packed if work.layout == Layout.PACKED else tokens**2
     return Shape(
         tokens=work.prompts * tokens,
         pairs=work.prompts * pairs,

@@ -20,6 +20,7 @@ from medvqa_rl.learning.estimate.cost import (
     lora_parameters,
 )
 from medvqa_rl.learning.estimate.workload import Workload, trained_parameters
+from medvqa_rl.learning.objective.layout import Layout
 
 LOGITS_PER_CHUNK = 2**25
 """As in ``learning.objective.logprobs``, which imports torch; a test checks that they are equal."""
@@ -99,12 +100,12 @@ def _saved_attention(work: Workload) -> int:
     model, e = work.model, work.bytes
     tokens = work.rows * work.row_tokens
     saved = tokens * (2 * model.hidden + 2 * model.kv_hidden) * e + tokens * model.heads * 4
-    if work.layout == "packed":
+    if work.layout == Layout.PACKED:
         completions = work.groups_per_micro_batch * work.generations
         saved += completions * (work.prompt_tokens + work.completion_tokens) * 2 * model.kv_hidden * e
         if model.kv_heads != model.heads:
             saved += completions * work.completion_tokens * model.hidden * e
-    if work.layout == "rows":
+    if work.layout == Layout.ROWS:
         saved += work.rows * work.row_tokens**2 * (model.heads * (4 + e) + e)
     return saved
 
@@ -113,9 +114,9 @@ def _mask_bytes(work: Workload) -> int:
     """Bytes of the attention mask. Packed: completions only, boolean and additive, the latter for each query head of a
     key head; a single prompt needs one mask for all completions. Rows: one value per pair of tokens."""
     model = work.model
-    if work.layout == "separate":
+    if work.layout == Layout.SEPARATE:
         return 0
-    if work.layout == "rows":
+    if work.layout == Layout.ROWS:
         return work.rows * work.row_tokens**2 * (1 + work.bytes)
     masks = 1 if work.groups_per_micro_batch == 1 else work.groups_per_micro_batch * work.generations
     pairs = work.completion_tokens * (work.prompt_tokens + work.completion_tokens)
@@ -171,7 +172,7 @@ def step_memory(work: Workload, *, process: float) -> dict[str, dict[str, float]
     is_full = not work.trained.lora_rank
     static = {"process": process, **_static(work)}
     plain = work.generations * (work.prompt_tokens + work.completion_tokens)
-    joined = (work.layout == "packed") * work.groups_per_micro_batch * work.generations * 2 * model.kv_hidden * e
+    joined = (work.layout == Layout.PACKED) * work.groups_per_micro_batch * work.generations * 2 * model.kv_hidden * e
     joined *= 2 * work.prompt_tokens + work.completion_tokens  # per completion; the prompt's are repeated first
     gradients = _gradient_bytes(work)
 

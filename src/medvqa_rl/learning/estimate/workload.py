@@ -7,17 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from medvqa_rl.config import Config, LoraConfig
 from medvqa_rl.learning.estimate.architecture import Architecture, Grid
 from medvqa_rl.learning.estimate.cost import Trained, count_parameters, image_tokens, lora_parameters
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.models.dtype import uses_bfloat16
 
-Layout = Literal["packed", "rows", "separate"]
-"""How groups are laid out in the update, as in ``learning.objective.logprobs.layout_for``."""
-
-LAYOUTS: Mapping[str, Layout] = {"sdpa": "packed", "eager": "rows", "flash_attention_2": "separate"}
+LAYOUTS: Mapping[str, Layout] = {"sdpa": Layout.PACKED, "eager": Layout.ROWS, "flash_attention_2": Layout.SEPARATE}
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,13 @@ class Workload:
     @property
     def row_tokens(self) -> int:
         """Tokens of a row: of a group, or of a prompt and completion in the separate layout."""
-        completions = 1 if self.layout == "separate" else self.generations
+        completions = 1 if self.layout == Layout.SEPARATE else self.generations
         return self.prompt_tokens + completions * self.completion_tokens
 
     @property
     def rows(self) -> int:
         """Rows of a micro-batch."""
-        return self.groups_per_micro_batch * (self.generations if self.layout == "separate" else 1)
+        return self.groups_per_micro_batch * (self.generations if self.layout == Layout.SEPARATE else 1)
 
     @property
     def num_micro_batches(self) -> int:
@@ -123,8 +120,8 @@ def plan(
         lora_parameters(model, lora.rank, lora.targets)  # raises for unknown layers
     layout, rollout = LAYOUTS[config.model.attention], config.rollout
     tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
-    length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == "separate"))
-    group = length + tokens * (layout != "separate")
+    length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == Layout.SEPARATE))
+    group = length + tokens * (layout != Layout.SEPARATE)
     budget = config.train.max_tokens_per_micro_batch or prompts * group
     if budget < group:
         raise ValueError(

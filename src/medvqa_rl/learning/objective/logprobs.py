@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from medvqa_rl.core.types import EncodedPrompt, Group
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.models import group_attention
 from medvqa_rl.models.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.qwen_vl import (
@@ -37,8 +38,6 @@ from medvqa_rl.models.qwen_vl import (
 LOGITS_PER_CHUNK = 2**25
 """Logits held in memory at a time: 128 MiB in float32. More are computed in chunks, and recomputed in the backward."""
 
-Layout = Literal["packed", "rows", "separate"]
-"""One row with all groups and no padding, one padded row per group, or one padded row per completion."""
 
 _PROMPT, _PADDING = 0, -1
 
@@ -89,12 +88,12 @@ def layout_for(attention: str) -> Layout:
 
     SDPA and eager attention accept a 4-D mask, so groups can share a row; flash attention does not.
     """
-    layouts: dict[str, Layout] = {group_attention.ATTENTION: "packed", "sdpa": "rows", "eager": "rows"}
-    return layouts.get(attention, "separate")
+    layouts: dict[str, Layout] = {group_attention.ATTENTION: Layout.PACKED, "sdpa": Layout.ROWS, "eager": Layout.ROWS}
+    return layouts.get(attention, Layout.SEPARATE)
 
 
 def collate(
-    groups: Sequence[Group], processor: Processor, device: torch.device | str, *, layout: Layout = "packed"
+    groups: Sequence[Group], processor: Processor, device: torch.device | str, *, layout: Layout = Layout.PACKED
 ) -> CompletionBatch:
     """Lay groups out for :class:`GroupForward`, whose result does not depend on the layout.
 
@@ -144,7 +143,7 @@ def collate(
         return torch.from_numpy(array).to(device)
 
     packing = None
-    if layout == "packed":
+    if layout == Layout.PACKED:
         packing = group_layout(
             [len(prompt.input_ids) for prompt in prompts], [list(map(len, group)) for group in completions], device
         )
@@ -172,9 +171,9 @@ def _rows(
         completions: for each prompt, the tokens of its completions.
     """
     prompts: list[tuple[int, tuple[int, ...] | None]] = [(prompt, None) for prompt in range(len(completions))]
-    if layout == "packed":
+    if layout == Layout.PACKED:
         return [prompts + [(prompt, ids) for prompt, group in enumerate(completions) for ids in group]]
-    if layout == "rows":
+    if layout == Layout.ROWS:
         return [[prompts[prompt], *((prompt, ids) for ids in group)] for prompt, group in enumerate(completions)]
     return [[prompts[prompt], (prompt, ids)] for prompt, group in enumerate(completions) for ids in group]
 
@@ -281,15 +280,15 @@ class GroupForward(nn.Module):
         """Return the language model's arguments that tell which tokens attend to which."""
         config = backbone(self.model).language_model.config
         match batch.layout, config._attn_implementation:
-            case "separate", _:
+            case Layout.SEPARATE, _:
                 return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
-            case "packed", group_attention.ATTENTION:
+            case Layout.PACKED, group_attention.ATTENTION:
                 assert batch.packing is not None
                 packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
                 return {"attention_mask": {"full_attention": None}, "group_layout": packing}
-            case "rows", group_attention.ATTENTION | "sdpa":
+            case Layout.ROWS, group_attention.ATTENTION | "sdpa":
                 return {"attention_mask": attention_mask(batch.segments)}
-            case "rows", "eager":  # eager attention adds its mask, so a boolean one would be silently wrong
+            case Layout.ROWS, "eager":  # eager attention adds its mask, so a boolean one would be silently wrong
                 mask = attention_mask(batch.segments)
                 additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from medvqa_rl.core.types import Group
-from medvqa_rl.learning.objective.logprobs import Layout
+from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.run.errors import UnusableSampleError
 
 
@@ -17,11 +17,11 @@ def computed_tokens(sizes: Iterable[tuple[int, Sequence[int]]], layout: Layout) 
         layout: the micro-batch's layout; packed groups have no padding.
     """
     groups = list(sizes)
-    if layout == "separate":
+    if layout == Layout.SEPARATE:
         rows = [prompt + length for prompt, lengths in groups for length in lengths]
     else:
         rows = [prompt + sum(lengths) for prompt, lengths in groups]
-    return sum(rows) if layout == "packed" else len(rows) * max(rows)
+    return sum(rows) if layout == Layout.PACKED else len(rows) * max(rows)
 
 
 def split(
