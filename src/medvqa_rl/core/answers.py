@@ -94,12 +94,13 @@ def read_choice(answer: str, options: tuple[str, ...]) -> str | None:
     """
     text = as_written(answer)
     named = _named_option(text, options)
-    return named if named is not None else _named_option(_LEAD_IN.sub("", text), options)
+    if named is None and (lead_in := _LEAD_IN.match(text)):
+        named = _named_option(as_written(text[lead_in.end() :]), options)
+    return named
 
 
 def _named_option(answer: str, options: tuple[str, ...]) -> str | None:
     """:func:`read_choice` without lead-ins, of an answer as :func:`as_written` returns it."""
-    answer = as_written(answer)
     reading = normalise
     if match := _LETTER.match(answer):
         letter, closing, separator, text = match.groups()
@@ -112,8 +113,10 @@ def _named_option(answer: str, options: tuple[str, ...]) -> str | None:
         index = LETTERS.index(match[2].upper())
         if index < len(options) and normalise(match[1]) == normalise(options[index]):
             return LETTERS[index]
-    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == reading(answer)]
-    return named[0] if len(named) == 1 and reading(answer) else None
+    if not (said := reading(answer)):
+        return None
+    named = [letter for letter, option in zip(LETTERS, options) if reading(option) == said]
+    return named[0] if len(named) == 1 else None
 
 
 def is_correct(sample: Sample, answer: str | None) -> bool:

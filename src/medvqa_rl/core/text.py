@@ -50,6 +50,8 @@ def plain(text: str) -> str:
         previous = text
         text = unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHY)).casefold()
         text = _LATEX.sub(" ", neutralise(text)[0])
+        if text.isascii():  # stable
+            break
     return " ".join(text.split())
 
 
