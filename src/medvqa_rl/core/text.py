@@ -50,7 +50,7 @@ def plain(text: str) -> str:
         previous = text
         text = unicodedata.normalize("NFKC", text.translate(_TYPOGRAPHY)).casefold()
         text = _LATEX.sub(" ", neutralise(text)[0])
-        if text.isascii():  # stable
+        if previous.isascii():  # nothing left to fold
             break
     return " ".join(text.split())
 
