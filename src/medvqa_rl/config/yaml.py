@@ -50,6 +50,14 @@ class _Representer(SafeRepresenter):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> ScalarNode:
+        # ruamel.yaml reads its own plain [?a] as a mapping, and a quoted next-line character as a space.
+        style = '"' if data[:1] in ("?", ":") or not data.isprintable() else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
 
 def _parser() -> YAML:
     """YAML 1.2, in which ``1e-6`` is a number and ``no`` is text. A parser keeps state, so each call makes its own."""
