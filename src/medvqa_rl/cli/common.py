@@ -79,7 +79,9 @@ def prepare_process() -> None:
     from medvqa_rl.core.memory import keep_freed_memory
 
     keep_freed_memory()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too, when it is imported
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     # PEFT imports bitsandbytes if it is installed. On some CPUs bitsandbytes then runs code from the Hub through the
     # package kernels, or warns that the package is missing.
     sys.modules["kernels"] = None  # type: ignore[assignment]
