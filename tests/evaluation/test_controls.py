@@ -100,7 +100,7 @@ def record(
     )
 
 
-def test_what_the_image_adds_by_hand() -> None:
+def test_gain_from_the_image_by_hand() -> None:
     seen = [record(str(index), index < 6, answer="yes" if index < 6 else "no") for index in range(8)]
     blind = [
         record(str(index), index in (0, 1, 7), answer="yes" if index in (0, 1, 7) else "no") for index in range(8)

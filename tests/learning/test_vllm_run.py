@@ -138,7 +138,7 @@ def test_a_server_that_is_lost_leaves_a_checkpoint(write, serve_vllm, tiny_folde
     train(config, f"vllm.server_url={server.url}", "train.eval_steps=0", "train.save_steps=0", "--resume")
 
 
-def test_what_is_missing_is_said_before_anything_starts(tiny_folder, tmp_path):
+def test_missing_requirements_are_reported_before_the_run_starts(tiny_folder, tmp_path):
     path = tmp_path / "config.yaml"
     settings = {"output_dir": str(tmp_path / "run"), "model": {"path": str(tiny_folder("qwen2_vl"))}}
     path.write_text(write_yaml(settings | {"rollout": {"engine": "vllm"}}), encoding="utf-8")

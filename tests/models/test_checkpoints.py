@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, ModelConfig
-from medvqa_rl.models.checkpoints import atomic_folder, write_model
+from medvqa_rl.models.checkpoints import atomic_folder, model_for, with_checkpoint, write_model
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.models.qwen_vl import backbone
 
@@ -105,3 +106,30 @@ def test_a_full_device_raises_value_error(tmp_path):
     with pytest.raises(ValueError, match="No space is left to write"), atomic_folder(tmp_path / "best"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_folder_is_not_a_checkpoint_but_its_best_one_is_named(tmp_path: Path) -> None:
+    for name in ("checkpoints/step_000100", "best", ".best.tmp"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    with pytest.raises(ValueError, match=f"holds neither .*: try {tmp_path / 'best'}"):
+        with_checkpoint(ModelConfig(), tmp_path)
+    with pytest.raises(ValueError, match="does not exist: give the folder"):
+        with_checkpoint(ModelConfig(), tmp_path / "none")
+
+
+def test_the_models_in_a_run_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds neither config.json nor adapter_config.json: try .*best\.$"):
+        model_for(str(tmp_path))
+
+
+def test_an_adapter_is_loaded_with_its_base_model(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"base_model_name_or_path": "some/model"}')
+    assert model_for(str(tmp_path)) == ModelConfig(path="some/model", adapter=str(tmp_path))
+    assert model_for("some/model") == ModelConfig(path="some/model")
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="does not name the model it was trained on"):
+        model_for(str(tmp_path))

@@ -60,7 +60,7 @@ def test_a_card_says_that_the_base_was_in_4_bits(run: Path) -> None:
     assert "LoRA adapter for `Qwen2-VL-2B`, whose linear layers were quantized to 4 bits (NF4), fine-tuned" in card
 
 
-def test_what_a_card_says(run: Path, tmp_path: Path) -> None:
+def test_contents_of_a_card(run: Path, tmp_path: Path) -> None:
     card = write_cards(run)[1].read_text(encoding="utf-8")
     assert front_matter(card)["library_name"] == "peft" and "base_model" not in front_matter(card)
     assert "**Research software. Not for clinical use.**" in card and all(limit in card for limit in LIMITS)
@@ -115,7 +115,7 @@ def test_names_cannot_break_the_table(run: Path) -> None:
     assert "| a \\| b \\<script\\>, after step 40 |" in write_cards(run)[1].read_text(encoding="utf-8")
 
 
-def test_what_is_missing_is_said(run: Path) -> None:
+def test_missing_parts_are_named(run: Path) -> None:
     for name in ("config.resolved.json", "env.json", "data.json", "status.json", "metrics.jsonl"):
         (run / name).unlink()
     for path in run.glob("eval/*/samples.jsonl"):

@@ -66,7 +66,7 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(copy: Path) -> Non
         ("status.json", None, "status.json is missing."),
     ],
 )
-def test_what_is_missing_is_said_and_the_rest_is_shown(
+def test_missing_files_are_named_and_the_rest_is_read(
     copy: Path, name: str, content: str | None, expected: str
 ) -> None:
     (copy / name).unlink() if content is None else (copy / name).write_text(content)
@@ -109,7 +109,7 @@ def test_records_that_cannot_be_read_are_named_where_they_are_compared(copy: Pat
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
-def test_what_is_no_run_is_refused(tmp_path: Path, make: Any) -> None:
+def test_folders_that_are_no_runs_are_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "x")
     with pytest.raises(ValueError, match=r"There is no folder|is not a run folder: it has no status\.json"):
         read_run(tmp_path / "x")

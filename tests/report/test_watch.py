@@ -71,7 +71,7 @@ def test_time_left_is_that_of_the_last_steps() -> None:
     assert seconds_left(StoredRun(Path("x"), status=run.status)) is None
 
 
-def test_a_picture_of_a_run(run: Path) -> None:
+def test_contents_of_the_live_view(run: Path) -> None:
     set_status(run, state="running", step=30, steps=40)
     text = shown(run)
     assert "one  running  step 30 of 40  about 20 s left  best 70.0 % at step 40" in text
@@ -92,7 +92,7 @@ def test_any_width_will_do(run: Path, width: int) -> None:
     assert all(len(line) <= width for line in shown(run, width).splitlines())
 
 
-def test_what_happened_is_said(run: Path) -> None:
+def test_the_end_of_a_run_is_reported(run: Path) -> None:
     set_status(run, state="failed", reason="Step 7: the loss is [nan].")
     text = shown(run)
     assert "failed" in text and "Step 7: the loss is [nan]." in text and "left" not in text

@@ -84,7 +84,7 @@ def test_credit_by_hand(mode: str | None, expected: list[float]) -> None:
     np.testing.assert_allclose(scores.parts["correctness"], [expected])
 
 
-def test_what_is_right_or_contradicts_is_not_compared() -> None:
+def test_right_and_contradicting_answers_are_not_compared() -> None:
     words = Words()
     given = {"open_correctness": "similarity", "similarity_threshold": 0.8}
     answers = ("left lung", "right lung", "left kidney", "a kidney", "no left lung")

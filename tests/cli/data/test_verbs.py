@@ -209,7 +209,7 @@ def test_a_data_set_with_one_split_is_checked(tmp_path: Path) -> None:
     assert code == 2 and "no table of questions" in output
 
 
-def test_what_split_writes_is_read_and_shares_nothing(tmp_path: Path) -> None:
+def test_written_splits_are_read_and_share_no_image(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     lines = ["image,question,answer,patient"]
     for n in range(60):

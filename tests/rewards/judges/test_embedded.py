@@ -53,7 +53,7 @@ class Coherence:
         ("", "A", 0),
     ],
 )
-def test_what_the_embedded_scores_mean(reasoning: str, answer: str, score: int) -> None:
+def test_scores_of_the_embedded_grader(reasoning: str, answer: str, score: int) -> None:
     """Three: coherent and concluding with the answer given. Two: coherent, no conclusion. One: one of both, with
     another conclusion or without coherence. Zero: neither. Whether the answer is right makes no difference."""
     for gold in ("A: lung", "B: brain"):

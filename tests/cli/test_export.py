@@ -77,7 +77,7 @@ def test_an_adapter_as_it_is_and_merged(tiny_policy, tmp_path, make_sample, mode
         ("model", "new", ("--merge",), "holds a whole model, so there is no adapter to merge"),
     ],
 )
-def test_what_cannot_be_exported_is_said(tiny_policy, tmp_path, source, target, flags, message):
+def test_invalid_exports_are_refused(tiny_policy, tmp_path, source, target, flags, message):
     write_model(tiny_policy(), tmp_path / "model")
     result = export(tmp_path / source, tmp_path / target, *flags)
     assert result.exit_code == 2 and message in result.output

@@ -1,6 +1,6 @@
 """Result files name the hardware but no machine, and agree with the documentation page.
 
-Run: pytest tests/benchmarks/test_benchmark_results.py
+Run: pytest tests/benchmarks/test_results.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The scaling benchmark: its arithmetic, and that two ranks do what one does.
 
-Run: pytest tests/benchmarks/test_benchmark_scaling.py
+Run: pytest tests/benchmarks/test_scaling.py
 """
 
 from __future__ import annotations

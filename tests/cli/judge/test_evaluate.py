@@ -1,6 +1,6 @@
 """``judge eval``: finished evaluations judged by the embedded judges and by others, and what it refuses.
 
-Run: pytest tests/cli/judge/test_judge_evaluate.py
+Run: pytest tests/cli/judge/test_evaluate.py
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def test_of_a_run_the_first_and_the_last_evaluation_are_judged(tmp_path: Path) -
     assert [one.folder.name for one in evaluations_in(tmp_path / "eval" / "step_000010")] == ["step_000010"]
 
 
-def test_what_cannot_be_judged_is_refused_before_a_judge_is_loaded(tmp_path: Path) -> None:
+def test_unjudgeable_evaluations_are_refused_before_a_judge_is_loaded(tmp_path: Path) -> None:
     silent = write_evaluation(tmp_path / "silent", [replace(one, think=None) for one in records(3)])
     with pytest.raises(ValueError, match="contains reasoning, and the embedded judges read nothing else"):
         run_judge_eval([silent], NO_CACHE)

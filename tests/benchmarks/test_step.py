@@ -1,6 +1,6 @@
 """The step benchmark: both engines do the same work, and the floors count what a step computes.
 
-Run: pytest tests/benchmarks/test_benchmark_step.py
+Run: pytest tests/benchmarks/test_step.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The data benchmark runs; its limits are meant for 200,000 rows on an idle machine.
 
-Run: pytest tests/benchmarks/test_benchmark_data.py
+Run: pytest tests/benchmarks/test_data.py
 """
 
 import subprocess

@@ -53,7 +53,7 @@ def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[Path, Path
     return table, images
 
 
-def test_what_is_exported_as_csv_is_read_back_as_ones_own(phantom: Path, tmp_path: Path) -> None:
+def test_a_csv_export_is_read_as_own_data(phantom: Path, tmp_path: Path) -> None:
     (phantom / "data.csv").write_bytes((phantom / "questions.csv").read_bytes())
     config = DataConfig(name="own", path=str(phantom), split="image", num_val=None, cache_dir=str(tmp_path))
     read = {}

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from medvqa_rl import __version__
-from medvqa_rl.cli.app import app
+from medvqa_rl.cli.app import app, installed_extras
 from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.config.yaml import read_yaml
 from medvqa_rl.evaluation.store import Shard
@@ -253,3 +253,12 @@ def test_config_verbs(config_file: str) -> None:
     assert read_yaml(shown)["train"]["seed"] == 3
     assert "seed: 3  # given on the command line" in shown
     assert json.loads(invoke("config", "schema").output)["$defs"]["TrainConfig"]["properties"]["steps"]["minimum"] == 1
+
+
+def test_env_prints_versions_and_extras() -> None:
+    result = CliRunner().invoke(app, ["env"])
+    assert result.exit_code == 0
+    assert f"medvqa-rl {__version__}" in " ".join(result.output.split())
+    for name in ("torch", "threads", "GiB", "extras"):
+        assert name in result.output
+    assert set(installed_extras()) >= {"bench", "dev", "hub", "track", "vllm"}

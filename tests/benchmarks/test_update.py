@@ -1,6 +1,6 @@
 """The update benchmark: layouts give the same numbers, and their operations are those that torch counts.
 
-Run: pytest tests/benchmarks/test_benchmark_update.py
+Run: pytest tests/benchmarks/test_update.py
 """
 
 from __future__ import annotations
