@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from medvqa_rl.core.text import is_yes_no, neutralise, normalise
 from medvqa_rl.core.types import LETTERS, Sample, Template
@@ -55,7 +55,7 @@ def read_templates(text: str) -> tuple[Template, ...]:
             raise ValueError(f"There is no prompt template {name!r}: choose from {', '.join(INSTRUCTIONS)}.")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--prompts is {text!r}, but must name each template once, from {', '.join(INSTRUCTIONS)}.")
-    return tuple(template for name in names for template in INSTRUCTIONS if template == name)
+    return tuple(cast("list[Template]", names))
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -91,7 +91,7 @@ def score_reasoning(
     """
     is_asked = np.array([asks_reasoning(read.template) for read in reads])
     requests = [judge_request(read) for read, asked in zip(reads, is_asked) if asked]
-    given = iter(judge.grade(requests) if requests else ())
+    given = iter(judge.grade(requests) if requests else [])
     grades = [next(given) if asked else None for asked in is_asked]
     log_grades("reasoning", grades, judge, log)
     values = np.array([0.0 if grade is None else grade.score / REASONING.top for grade in grades])

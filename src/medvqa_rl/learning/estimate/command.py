@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.progress import open_console
 from medvqa_rl.learning.estimate.advice import Change, advise
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.cost import count_parameters
@@ -68,7 +69,7 @@ def run_estimate(
     if as_json:
         print(json.dumps(_as_data(result, advice, mean_tokens), indent=2))
     else:
-        _show(Console(width=100), result, advice, mean_tokens)
+        _show(open_console(100), result, advice, mean_tokens)
     free = [changed for change, changed in advice if change.keeps_results]
     if not result.fits and not (free and free[-1].fits):
         least = min([result.peak, *(changed.peak for changed in free)])

@@ -160,7 +160,8 @@ def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sam
     rows = []
     for row, item in zip(key.items, items, strict=True):
         record, own = item.record, []
-        for image in samples[record.sample_id].images if samples else ():
+        shown = samples[record.sample_id].images if samples else ()
+        for image in shown:
             if image.key not in names:
                 names[image.key] = str(len(names))
                 images[names[image.key]] = thumbnail_uri(image.load(), MAX_SIDE, lossless_bytes=300_000)

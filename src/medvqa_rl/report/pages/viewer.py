@@ -59,7 +59,8 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
             f"{len(kept)} of {len(found)} stored groups are shown, evenly subsampled, to keep the page small."
         )
     thumbnails = _Thumbnails()
-    for number, run in enumerate(runs if images else ()):
+    runs_with_images = runs if images else []
+    for number, run in enumerate(runs_with_images):
         own = [(group, shown) for (place, group), shown in zip(kept, plain) if place == number]
         samples, problem = find_samples(run, [group for group, _ in own])
         if problem:
