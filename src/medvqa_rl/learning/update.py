@@ -126,12 +126,12 @@ class Learner:
         self.reference = reference
         self.trained = trained
         self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
-        is_dpo = config.loss.type == "dpo"
+        self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]
         # A group without a preference has no gradient in DPO, not even from beta.
-        self._skip_beta = 0.0 if is_dpo else config.loss.beta
+        self._skip_beta = 0.0 if self._is_dpo else config.loss.beta
         # DPO does not depend on the probabilities that completions were sampled with.
-        uses_vllm = config.rollout.engine == "vllm" and not is_dpo
+        uses_vllm = config.rollout.engine == "vllm" and not self._is_dpo
         self._corrects_mismatch = uses_vllm and config.vllm.importance_sampling_correction
         self._needs_self_check = config.train.self_check and self.layout != Layout.SEPARATE
 
@@ -184,6 +184,9 @@ class Learner:
         if self.config.loss.mask_truncated_completions:
             is_truncated = [[completion.is_truncated for completion in group.completions] for group in groups]
             counts_in_loss = counts_in_loss & ~torch.tensor(is_truncated)
+            if self._is_dpo:  # half a pair is no preference
+                counts_in_loss = counts_in_loss & counts_in_loss.all(1, keepdim=True)
+                advantages = torch.where(counts_in_loss.to(advantages.device), advantages, 0.0)
         lengths = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
         num_tokens = torch.where(counts_in_loss, lengths, 0).sum(1)  # (P,)
         kept = contributing(advantages, self._skip_beta)
@@ -308,12 +311,12 @@ class Learner:
             sums += torch.stack(sum_tokens(output, entropy, micro.mask))
         grad_norm = self.trained.clip_gradients(fill_missing=counts.num_skipped > 0)
         total: Sums[float] = Sums(*self.accelerator.reduce(sums, "sum").tolist())
-        num_tokens = max(counts.num_tokens, 1)
+        num_tokens, num_computed = max(counts.num_tokens, 1), max(counts.num_computed_tokens, 1)
         metrics = {"loss": total.loss}
         if self.reference is not None:
-            metrics["kl"] = total.kl / num_tokens
+            metrics["kl"] = total.kl / num_computed
         metrics |= {
-            "entropy": total.entropy / max(counts.num_computed_tokens, 1),
+            "entropy": total.entropy / num_computed,
             "clip_ratio/low_mean": total.low_clipped / num_tokens,
             "clip_ratio/high_mean": total.high_clipped / num_tokens,
             "clip_ratio/region_mean": total.clipped / num_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,10 +42,10 @@ def test_loss_by_hand():
     assert dpo_loss(idle, StepCounts(), config).loss.item() == 0
 
 
-def make_learner(policy, micro):
+def make_learner(policy, micro, *, mask_truncated=False):
     config = Config(
         model=ModelConfig(device="cpu", train_vision=True),
-        loss=LossConfig(type="dpo", beta=0.3),
+        loss=LossConfig(type="dpo", beta=0.3, mask_truncated_completions=mask_truncated),
         rollout=RolloutConfig(num_generations=4, max_completion_length=12),
         train=TrainConfig(prompts_per_step=3, prompts_per_micro_batch=micro),
     )
@@ -58,33 +59,44 @@ def make_learner(policy, micro):
     return config, reference, learner
 
 
+@pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("micro", [1, 3])
-def test_gradient_equals_separate_rows(micro, tiny_policy, make_sample):
+def test_gradient_equals_separate_rows(micro, mask_truncated, tiny_policy, make_sample):
+    """With masking, the pair whose rejected completion is truncated leaves loss, gradient, KL and the mean."""
     policy = tiny_policy(train_vision=True)
-    config, reference, learner = make_learner(policy, micro)
+    config, reference, learner = make_learner(policy, micro, mask_truncated=mask_truncated)
     samples = [make_sample(f"q{index}") for index in range(3)]
     groups = RolloutEngine(policy).rollout(samples, config.rollout, seed=0, stream="train", step=0)
+    for index, group in enumerate(groups):
+        group.completions = [
+            replace(completion, is_truncated=(index, number) == (2, 1))
+            for number, completion in enumerate(group.completions)
+        ]
     rewards = torch.tensor([[0.0, 1.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0], [2.0, 0.0, 1.0, 1.0]])
     pairs, signs, scored = preference_pairs(groups, rewards)
     assert signs.tolist() == [[1, -1], [0, 0], [1, -1]]
     assert pairs[0].completions == (groups[0].completions[2], groups[0].completions[0])
 
     experience = learner.prepare(pairs, signs, scored)
-    assert (experience.counts.num_skipped, experience.counts.num_unequal) == (1, 2)
+    kept = [pairs[0]] if mask_truncated else [pairs[0], pairs[2]]
+    assert (experience.counts.num_skipped, experience.counts.num_unequal) == (3 - len(kept), len(kept))
     policy.model.train()
     metrics, _ = learner.accumulate(experience)
     found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     learner.trained.zero_grad()
 
-    losses = []
-    for pair in (pairs[0], pairs[2]):
+    losses, divergences = [], []
+    for pair in kept:
         batch = collate([pair], policy.processor, policy.device, layout=Layout.SEPARATE)
         own = GroupForward(policy.model)(batch).logps
         with reference.active() as model, torch.no_grad():
             other = GroupForward(model)(batch).logps
         chosen, rejected = torch.where(batch.mask, own - other, 0.0).sum(1)
         losses.append(-functional.logsigmoid(0.3 * (chosen - rejected)))
+        gaps = (other - own.detach())[batch.mask]
+        divergences.append(gaps.exp() - gaps - 1)
     loss = torch.stack(losses).mean()
+    assert metrics["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
     assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5) and loss.item() != pytest.approx(math.log(2))
     loss.backward()
     norm = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).norm()
