@@ -15,6 +15,7 @@ from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.evaluation.controls import make_controls, rotated, summarise_controls
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import proportion_interval
+from tests.records import make_record
 
 CONFIG = EvalConfig(bootstrap=100)
 
@@ -80,22 +81,14 @@ def test_rotating_moves_the_gold_along() -> None:
 def record(
     id: str, right: bool | None, *, key: str = "", answer: str = "", options: int = 0, gold: str = "B"
 ) -> EvalRecord:
-    return EvalRecord(
+    return make_record(
         sample_id=id,
         image_key=key or id,
-        question="?",
         options=tuple("pqr"[:options]),
         gold=gold if options else "yes",
-        output="",
-        think=None,
         answer=answer or None,
         is_correct=right,
-        is_well_formed=True,
         has_answer=bool(answer),
-        is_truncated=False,
-        num_tokens=1,
-        token_f1=None,
-        answer_type="choice" if options else "closed",
         choice=answer or None if options else None,
     )
 

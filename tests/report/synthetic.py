@@ -14,6 +14,7 @@ from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.records import EvalRecord, write_records
 from medvqa_rl.evaluation.statistics.summary import summarise
+from tests.records import make_record
 
 EVIL = (
     "</script><script>document.title = 'owned'</script><!--"
@@ -84,22 +85,16 @@ def completion_rows(
 
 def eval_record(index: int, is_correct: bool) -> EvalRecord:
     """A greedy answer; two questions share an image."""
-    return EvalRecord(
+    return make_record(
         sample_id=f"q{index}",
         image_key=f"image{index // 2}",
-        question="Which organ?",
         options=("liver", "spleen"),
         gold="A",
         output="<think>x</think><answer>A</answer>",
         think="x",
         answer="A" if is_correct else "B",
         is_correct=is_correct,
-        is_well_formed=True,
-        has_answer=True,
-        is_truncated=False,
         num_tokens=12,
-        token_f1=None,
-        answer_type="choice",
         groups={"modality": "CT" if index % 3 else "MRI", "family": "organ"},
     )
 
@@ -167,7 +162,7 @@ def write_evaluation(folder: Path, name: str, count: int = 12, *, same: int = 0,
         answer = sample.answer if (index + len(who)) % 2 else "nothing of the kind"
         think = f"Seen by {index} {'x' * len(who)}. {EVIL}"
         records.append(
-            EvalRecord(
+            make_record(
                 sample_id=sample.id,
                 image_key=sample.image_key,
                 question=f"{sample.question} {EVIL}",
@@ -177,11 +172,7 @@ def write_evaluation(folder: Path, name: str, count: int = 12, *, same: int = 0,
                 think=think,
                 answer=answer,
                 is_correct=is_correct(sample, answer),
-                is_well_formed=True,
-                has_answer=True,
-                is_truncated=False,
                 num_tokens=10,
-                token_f1=None,
                 answer_type=sample.answer_type,
                 dataset=data.name,
             )

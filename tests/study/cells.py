@@ -14,6 +14,7 @@ from medvqa_rl.core.files import without_nan
 from medvqa_rl.evaluation.records import EvalRecord, record_line
 from medvqa_rl.evaluation.statistics.summary import summarise
 from medvqa_rl.study.plan.recipe import Cell, Recipe
+from tests.records import make_record
 
 
 def tiny(model: str) -> dict[str, Any]:
@@ -48,22 +49,12 @@ def write(path: Path, recipe: dict[str, Any]) -> Path:
 def records_of(flags: str) -> list[EvalRecord]:
     """Records that are correct (1), wrong (0) or unscored (-), with two questions per image."""
     return [
-        EvalRecord(
+        make_record(
             sample_id=str(number),
             image_key=str(number // 2),
-            question="Is it?",
-            options=(),
-            gold="yes",
-            output="",
-            think=None,
-            answer=None,
             is_correct=None if flag == "-" else flag == "1",
             is_well_formed=False,
             has_answer=False,
-            is_truncated=False,
-            num_tokens=3,
-            token_f1=None,
-            answer_type="closed",
             similarity=0.5,
         )
         for number, flag in enumerate(flags)

@@ -33,6 +33,7 @@ from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_s
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
 from medvqa_rl.study.tables import factor_cells, factor_rows, rows
+from tests.records import make_record
 
 EVIL = "</pre><script>document.title='owned'</script>\n````\n# heading | cell\n![x](http://example.com/x.png)"
 TABLES = [
@@ -279,23 +280,7 @@ def test_verbose_answers(changes: dict[str, Any], verdict: str) -> None:
 
 
 def test_repetition_is_counted_in_wrong_answers_only() -> None:
-    wrong = EvalRecord(
-        sample_id="1",
-        image_key="1",
-        question="q",
-        options=(),
-        gold="yes",
-        output="<think>a b c d a b c d</think>",
-        think=None,
-        answer=None,
-        is_correct=False,
-        is_well_formed=True,
-        has_answer=True,
-        is_truncated=False,
-        num_tokens=3,
-        token_f1=None,
-        answer_type="closed",
-    )
+    wrong = make_record(output="<think>a b c d a b c d</think>")
     right = replace(wrong, output="one two three four five", is_correct=True)
     # a b c d, b c d a, c d a b, d a b c, a b c d: one of five is a repeat.
     assert "wrong answers 20 % are repeats" in verbose_on_test(results(), [wrong, right], None).figure

@@ -24,6 +24,7 @@ from medvqa_rl.rewards.judges import Grade, Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
 from medvqa_rl.rewards.judges.load import load_judge
 from medvqa_rl.rewards.judges.rubric import Rubric
+from tests.records import make_record
 
 NO_CACHE = [JudgeConfig(model=name, cache=False) for name in ("phantom:judge_eval", "phantom:judge")]
 
@@ -35,21 +36,15 @@ def records(count: int = 16, dataset: str = "phantom/home/test") -> list[EvalRec
         sample, is_right = drawn.sample, bool(index % 3)
         answer = sample.answer if is_right else "nothing"
         found.append(
-            EvalRecord(
+            make_record(
                 sample_id=f"q{index}",
                 image_key=f"i{index // 2}",
                 question=sample.question,
                 options=sample.options,
                 gold=sample.answer,
-                output="",
                 think=drawn.text,
                 answer=answer,
                 is_correct=is_right,
-                is_well_formed=True,
-                has_answer=True,
-                is_truncated=False,
-                num_tokens=9,
-                token_f1=None,
                 answer_type=sample.answer_type,
                 dataset=dataset,
             )

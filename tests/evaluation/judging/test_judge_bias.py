@@ -23,6 +23,7 @@ from medvqa_rl.evaluation.judging.instrument import judge_request
 from medvqa_rl.evaluation.judging.judge_bias import CHECKS, EMBEDDED_CHECKS, Check, build_cases, moved
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
+from tests.records import make_record
 
 OPTIONS = ("lung", "brain", "liver")
 CHOICE = JudgeRequest(
@@ -39,11 +40,15 @@ def draws() -> Draws:
 
 
 def record(index: int = 0, is_right: bool = False) -> EvalRecord:
-    return EvalRecord(
-        sample_id=f"q{index}", image_key=f"i{index}", question="Which organ?", options=OPTIONS, gold="A", output="",
-        think="There is a mass. Therefore it is the brain.", answer="A" if is_right else "B", is_correct=is_right,
-        is_well_formed=True, has_answer=True, is_truncated=False, num_tokens=1, token_f1=None, answer_type="choice",
-    )  # fmt: skip
+    return make_record(
+        sample_id=f"q{index}",
+        image_key=f"i{index}",
+        options=OPTIONS,
+        gold="A",
+        think="There is a mass. Therefore it is the brain.",
+        answer="A" if is_right else "B",
+        is_correct=is_right,
+    )
 
 
 @pytest.mark.parametrize(

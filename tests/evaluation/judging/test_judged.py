@@ -25,25 +25,19 @@ from medvqa_rl.evaluation.judging.judged import (
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS, REASONING
+from tests.records import make_record
 
 
 def record(index: int, is_right: bool, kind: str = "choice") -> EvalRecord:
-    return EvalRecord(
+    return make_record(
         sample_id=f"q{index}",
         image_key=f"i{index // 2}",
-        question="Which organ?",
         options=("lung", "brain") if kind == "choice" else (),
         gold="A" if kind == "choice" else "lung",
-        output="",
         think=f"Because of {index}.",
         answer=f"answer {index}",
         is_correct=is_right,
-        is_well_formed=True,
-        has_answer=True,
-        is_truncated=False,
-        num_tokens=1,
-        token_f1=None,
-        answer_type=kind,  # type: ignore[arg-type]
+        answer_type=kind,
     )
 
 

@@ -43,27 +43,22 @@ from medvqa_rl.evaluation.statistics.compare import Evaluated, compare
 from medvqa_rl.evaluation.statistics.comparison_tables import reasoning_table
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
 from medvqa_rl.evaluation.statistics.tables import measured_table
+from tests.records import make_record
 
 PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
 
 
 def record(number: int, **changes: Any) -> EvalRecord:
-    base = EvalRecord(
+    base = make_record(
         sample_id=str(number),
         image_key=str(number),
-        question="Which?",
         options=("mass", "cyst"),
         gold="B",
         output="<think>a cyst</think><answer>B</answer>",
         think="a cyst",
         answer="B",
         is_correct=True,
-        is_well_formed=True,
-        has_answer=True,
-        is_truncated=False,
         num_tokens=10,
-        token_f1=None,
-        answer_type="choice",
     )
     return replace(base, **changes)
 

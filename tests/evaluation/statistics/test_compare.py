@@ -18,31 +18,22 @@ from medvqa_rl.evaluation.records import EvalRecord, write_records
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, match
 from medvqa_rl.evaluation.statistics.intervals_and_tests import cluster_permutation, holm
 from medvqa_rl.evaluation.statistics.summary import paired_gain
+from tests.records import make_record
 
 CONFIG = EvalConfig(bootstrap=200)
 
 
 def record(number: int, right: bool, *, dataset: str = "data", template: str = "think_answer") -> EvalRecord:
     """Three questions per image, CT and MRI in turn."""
-    return EvalRecord(
+    return make_record(
         sample_id=f"s{number}",
         image_key=f"image {number // 3}",
         question=f"Question {number}?",
-        options=(),
-        gold="yes",
-        output="",
-        think=None,
         answer="yes" if right else "[no] <b>",
         is_correct=right,
-        is_well_formed=True,
-        has_answer=True,
-        is_truncated=False,
-        num_tokens=3,
-        token_f1=None,
-        answer_type="closed",
         groups={"modality": "CT" if number % 2 else "MRI"},
         dataset=dataset,
-        template=template,  # type: ignore[arg-type]
+        template=template,
     )
 
 
