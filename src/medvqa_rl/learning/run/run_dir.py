@@ -34,6 +34,9 @@ PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safeten
 OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
 """Recorded if installed."""
 
+GIT_TIMEOUT = 5.0
+"""Seconds to wait for an answer of git."""
+
 MAY_CHANGE = (
     "network",
     "output_dir",
@@ -275,15 +278,32 @@ def source_digest(package: Path) -> str:
 
 
 def _git_commit() -> dict[str, Any] | None:
-    """Commit of the working directory and whether it is dirty; None outside a repository."""
+    """Commit of the working directory and whether it is dirty; None outside a repository.
+
+    ``is_dirty`` is None, and ``problem`` says why, if git cannot tell: ``git status`` takes minutes in a large
+    repository on a network disk, and a run does not wait for it.
+    """
     git = shutil.which("git")
     if git is None:
         return None
 
-    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([git, *arguments], capture_output=True, text=True, timeout=20, check=False)
+    def ask(*arguments: str) -> str | None:
+        # Without optional locks, git status writes nothing into the repository.
+        command = [git, "--no-optional-locks", *arguments]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_TIMEOUT, check=False)
+        return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
 
-    commit = ask("rev-parse", "HEAD")
-    if commit.returncode != 0:
-        return None
-    return {"commit": commit.stdout.strip(), "is_dirty": bool(ask("status", "--porcelain").stdout.strip())}
+    commit = None
+    try:
+        commit = ask("rev-parse", "HEAD")
+        if commit is None:
+            return None
+        status = ask("status", "--porcelain")
+        if status is not None:
+            return {"commit": commit, "is_dirty": bool(status)}
+        problem = "git status failed"
+    except subprocess.TimeoutExpired:
+        problem = f"git did not answer within {GIT_TIMEOUT:g} seconds"
+    except OSError as error:
+        problem = f"git could not be started: {error.strerror or error}"
+    return {"commit": commit, "is_dirty": None, "problem": problem}

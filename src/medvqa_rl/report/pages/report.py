@@ -132,7 +132,8 @@ def _facts(run: StoredRun) -> dict[str, str]:
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in env["packages"].items())
     git = env.get("git")
     if isinstance(git, dict):
-        facts["git"] = f"{git.get('commit')}{', with uncommitted changes' if git.get('is_dirty') else ''}"
+        notes = ["with uncommitted changes"] if git.get("is_dirty") else []
+        facts["git"] = ", ".join([git.get("commit") or "unknown commit", *notes, *filter(None, [git.get("problem")])])
     for name in ("python", "platform", "gpu", "threads", "seed", "started"):
         if env.get(name) is not None:
             facts[name] = str(env[name])
