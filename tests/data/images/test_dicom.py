@@ -108,6 +108,23 @@ def test_frames_are_chosen_by_number(tmp_path: Path) -> None:
         FileImage("cine.dcm#frame=3", tmp_path).load()
 
 
+def test_enhanced_objects_are_rescaled_and_windowed_per_frame(tmp_path: Path) -> None:
+    frames = []
+    for intercept in ("-1024", "0"):
+        frame = pydicom.Dataset()
+        rescale, window = pydicom.Dataset(), pydicom.Dataset()
+        rescale.RescaleSlope, rescale.RescaleIntercept = "1", intercept
+        window.WindowCenter, window.WindowWidth = "50", "100"
+        frame.PixelValueTransformationSequence, frame.FrameVOILUTSequence = [rescale], [window]
+        frames.append(frame)
+    stored = np.arange(960, 1160, dtype=np.uint16).reshape(10, 20)
+    write(tmp_path / "e.dcm", np.stack([stored, stored]), PerFrameFunctionalGroupsSequence=frames)
+    expected = np.rint(255 * np.clip((stored - 1024.0 - 49.5) / 99 + 0.5, 0, 1))
+    for name in ("e.dcm", "e.dcm#window=50,100"):
+        np.testing.assert_array_equal(grey(FileImage(name, tmp_path)), expected)
+    assert grey(FileImage("e.dcm#frame=1", tmp_path)).min() == 255
+
+
 def test_colours_are_preserved_and_palettes_applied(tmp_path: Path) -> None:
     colours = np.array([[[255, 0, 0], [0, 128, 0]], [[0, 0, 64], [9, 8, 7]]], np.uint8)
     np.testing.assert_array_equal(np.asarray(write(tmp_path / "rgb.dcm", colours).load()), colours)
@@ -120,8 +137,7 @@ def test_colours_are_preserved_and_palettes_applied(tmp_path: Path) -> None:
         tmp_path / "p.dcm", np.array([[0, 1]], np.uint8), PhotometricInterpretation="PALETTE COLOR", **tables
     )
     pixels = np.asarray(palette.load())
-    assert pixels.shape == (1, 2, 3) and pixels[0, 1].min() == pixels[0, 1].max() == 255
-    assert pixels[0, 0].tolist() == sorted(pixels[0, 0].tolist())
+    assert pixels.tolist() == [[[10, 20, 30], [100, 100, 100]]]
 
 
 def test_run_length_encoding_is_decoded(tmp_path: Path) -> None:

@@ -6,14 +6,13 @@ Only pixels are used; patient names and other metadata are never returned or log
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
-from medvqa_rl.data.images.windowing import grey_levels, read_fragment, stretch, window
+from medvqa_rl.data.images.dicom_values import brightness, colours, merge_functional_groups
+from medvqa_rl.data.images.windowing import grey_levels, read_fragment
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -39,8 +38,8 @@ def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) ->
 
     Greyscale frames are rescaled to physical units (RescaleSlope and RescaleIntercept, or the modality LUT), then
     windowed: by the fragment's ``window=CENTER,WIDTH``, by the file's first VOI LUT or window, or else stretched from
-    the frame's range without padding. MONOCHROME1 is inverted, so that larger values are darker. Palette and YBR
-    colours are converted to RGB.
+    the frame's range without padding. In enhanced (multi-frame) objects each frame has its own rescale and window.
+    MONOCHROME1 is inverted, so that larger values are darker. Palette and YBR colours are converted to RGB.
 
     Args:
         path: the file.
@@ -52,7 +51,6 @@ def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) ->
     """
     options = read_fragment(fragment, ("frame", "window"), path)
     data, errors = _read(path, max_pixels)
-    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
     from pydicom.pixels.utils import pixel_array
 
     frame = int(options.get("frame", (0,))[0])
@@ -60,14 +58,13 @@ def decode_dicom(path: Path, fragment: str | None = None, *, max_pixels: int) ->
         frames = int(data.get("NumberOfFrames") or 1)
         if frame >= frames:
             raise RuntimeError(f"it has {frames} frames, so there is no frame {frame}: they count from 0")
+        merge_functional_groups(data, frame)
         pixels = pixel_array(data, index=frame)
         photometric = data.PhotometricInterpretation
-        if photometric == "PALETTE COLOR":
-            pixels = apply_color_lut(pixels, data)
         if data.SamplesPerPixel > 1 or photometric == "PALETTE COLOR":
-            return Image.fromarray(pixels if pixels.dtype == np.uint8 else grey_levels(stretch(pixels)))
-        brightness = _brightness(pixels, apply_modality_lut(pixels, data), data, options.get("window"))
-        levels = grey_levels(1.0 - brightness if photometric == "MONOCHROME1" else brightness)
+            return Image.fromarray(colours(pixels, data))
+        light = brightness(pixels, data, options.get("window"))
+        levels = grey_levels(1.0 - light if photometric == "MONOCHROME1" else light)
         return Image.fromarray(levels).convert("RGB")
     except errors as error:
         raise ValueError(_unreadable(path, error)) from error
@@ -114,33 +111,3 @@ def _unreadable(path: Path, error: Exception) -> str:
         f"The image {path} cannot be decoded as DICOM ({type(error).__name__}{details}): replace the file, or "
         "convert it to PNG; compressed ones may need a decoder such as pylibjpeg."
     )
-
-
-def _brightness(stored: Any, values: Any, data: Dataset, given: tuple[float, ...] | None) -> np.ndarray[Any, Any]:
-    """Brightness in [0, 1] of a frame.
-
-    Args:
-        stored: pixel values as stored.
-        values: pixel values after rescaling.
-        data: the file's elements.
-        given: center and width of a window that overrides the file's.
-    """
-    from pydicom.pixels.processing import apply_voi
-
-    if given is not None:
-        return window(values, given[0], given[1])
-    if data.get("VOILUTSequence"):
-        table = data.VOILUTSequence[0]
-        return np.asarray(apply_voi(values, data) / float(2 ** int(table.LUTDescriptor[2]) - 1))
-    center, width = _first(data.get("WindowCenter")), _first(data.get("WindowWidth"))
-    if center is not None and width is not None:
-        return window(values, center, width, str(data.get("VOILUTFunction") or "LINEAR").upper())
-    padding = data.get("PixelPaddingValue")
-    return stretch(values, None if padding is None else np.asarray(stored) != int(padding))
-
-
-def _first(value: Any) -> float | None:
-    """The first value of an element, or None if it is absent or empty."""
-    if isinstance(value, Sequence):
-        value = value[0] if value else None
-    return None if value is None else float(value)
