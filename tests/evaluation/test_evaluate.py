@@ -229,7 +229,7 @@ def test_sampled_answers_by_hand() -> None:
     assert sampled["pass@4"]["value"] == pytest.approx(4 / 5)
     assert sampled["majority@4"]["value"] == pytest.approx((1 / 2 + 1 + 1 / 2 + 0 + 1) / 5)
     assert sampled["no_answer_rate"] == pytest.approx(1 / 20)
-    shown = " ".join(str(results_table(evaluation.results).caption).split())
+    shown = " ".join(results_table(evaluation.results).notes)
     assert "Of 4 sampled answers: mean accuracy 50.0, pass@1 50.0, majority@1 50.0, pass@2 70.0," in shown
     assert sampled["pass@2"]["low"] < sampled["pass@2"]["value"] < sampled["pass@2"]["high"]
     record = evaluation.records[1]

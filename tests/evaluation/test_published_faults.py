@@ -281,7 +281,7 @@ def test_14_every_number_has_an_interval_that_knows_of_shared_images() -> None:
     assert width > 1.9 * naive
     assert clustered["effective_n"] == pytest.approx(10, rel=0.2) and alone["effective_n"] == pytest.approx(60)
     assert clustered["detectable_difference"] > 2 * alone["detectable_difference"]
-    assert "true difference of" in str(results_table(clustered).caption)
+    assert "true difference of" in " ".join(results_table(clustered).notes)
 
 
 def test_15_no_debugger_no_settings_from_the_environment_and_nothing_connects_when_imported() -> None:

@@ -94,7 +94,7 @@ def test_a_killed_cell_is_resumed(
         patch.setattr(running.subprocess, "call", killed)
         (failure,) = run_study(recipe, output, console=QUIET)
     assert failure.cell is cell and failure.code == -signal.SIGKILL and not is_finished(cell)
-    assert "started" in list(plan_table(recipe).columns[4].cells)
+    assert "started" in [row[4] for row in plan_table(recipe).rows]
     assert run_study(recipe, output, console=QUIET) == []
     assert called[0][0] == "train" and called[0][-1] == "--resume"
     rows = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]

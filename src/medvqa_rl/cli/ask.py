@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.cli.common import verb
 from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.tables import TextTable
 
 if TYPE_CHECKING:
     from medvqa_rl.core.types import Completion, Group, Sample, Template
@@ -135,17 +135,15 @@ def read_vote(sample: Sample, completion: Completion, template: Template) -> str
 def print_group(console: Console, group: Group, template: Template) -> None:
     """Print the completions verbatim, and the votes if there are several."""
     is_group = len(group.completions) > 1
-    table = Table(show_header=is_group, show_lines=is_group, title_justify="left")
-    table.add_column("completion", ratio=1, overflow="fold")
-    table.add_column("answer", overflow="fold")
-    table.add_column("tokens", justify="right")
+    rows = []
     votes: Counter[str] = Counter()
     for completion in group.completions:
         vote = read_vote(group.sample, completion, template)
         votes[vote] += 1
         length = f"{len(completion.token_ids)}{' (truncated)' if completion.is_truncated else ''}"
-        table.add_row(Text(completion.text), Text(vote), length)
-    console.print(table)
+        rows.append((completion.text, vote, length))
+    header = ("completion", "answer", "tokens")
+    console.print(TextTable("", header, rows, drop=("tokens",), prose=("answer",), rules=range(1, len(rows))))
     if is_group:
         for vote, count in votes.most_common():
             console.print(Text(f"{count:>3} of {len(group.completions)}  {vote}"))

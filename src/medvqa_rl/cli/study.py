@@ -60,7 +60,7 @@ def plan(
     study, _ = _read(recipe, overrides, output, quick, arms)
     for line in compare_pixels(study.pairs):
         print(line)
-    open_console(160).print(plan_table(study))
+    open_console().print(plan_table(study))
 
 
 @study_app.command()

@@ -20,10 +20,15 @@ from rich.progress import (
 )
 from rich.text import Text
 
+PIPED_WIDTH = 10_000
+"""Width of output that does not go to a terminal: nothing wraps there."""
 
-def open_console(width: int = 120) -> Console:
-    """Return a console on standard output: as wide as the terminal, or ``width`` if the output goes to a file."""
-    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return a console on standard output or standard error: as wide as the terminal, or without limit if the output
+    goes to a file or a pipe."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(width=None if stream.isatty() else PIPED_WIDTH, highlight=False, stderr=stderr)
 
 
 def print_line(console: Console, line: str) -> None:

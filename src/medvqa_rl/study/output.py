@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import fmean
 
 from medvqa_rl.core.files import write_text
+from medvqa_rl.core.tables import as_csv, as_markdown
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.tables import as_csv, as_markdown
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.rendering import render
 from medvqa_rl.study.collect import Collected

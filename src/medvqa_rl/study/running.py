@@ -14,9 +14,9 @@ from threading import Event, Lock
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.table import Table
 
 from medvqa_rl.config.yaml import write_yaml
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
@@ -106,30 +106,36 @@ def forecast(recipe: Recipe) -> dict[Cell, float]:
     return left
 
 
-def plan_table(recipe: Recipe) -> Table:
+def plan_table(recipe: Recipe) -> TextTable:
     """Table of all cells with their state and remaining time."""
     left = forecast(recipe)
-    table = Table(title=f"{recipe.title}: {len(recipe.cells)} cells", title_justify="left")
     has_starts = any(cell.start for cell in recipe.cells)
     from_title = ["from"] if has_starts else []
-    for name in ("cell", *from_title, "verb", "steps", "tests", "state", "minutes left", "folder"):
-        table.add_column(name, justify="right" if name in ("steps", "minutes left") else "left", overflow="fold")
+    rows = []
     for cell in recipe.cells:
         done = steps_done(cell) if cell.arm.verb != "none" else 0
         tested = sum(map(is_tested, cell.tests))
         state = "finished" if is_finished(cell) else "started" if done or tested else "not started"
-        table.add_row(
-            cell.label,
-            *([cell.start.label if cell.start else ""] if has_starts else []),
-            "" if cell.arm.verb == "none" else cell.arm.verb,
-            "" if cell.arm.verb == "none" else f"{done}/{cell.config.train.steps}",
-            f"{tested}/{len(cell.tests)}",
-            state,
-            f"{left[cell] / 60:.1f}",
-            str(cell.folder),
+        rows.append(
+            (
+                cell.label,
+                *([cell.start.label if cell.start else ""] if has_starts else []),
+                "" if cell.arm.verb == "none" else cell.arm.verb,
+                "" if cell.arm.verb == "none" else f"{done}/{cell.config.train.steps}",
+                f"{tested}/{len(cell.tests)}",
+                state,
+                f"{left[cell] / 60:.1f}",
+                str(cell.folder),
+            )
         )
-    table.caption = f"{sum(left.values()) / 60:.0f} minutes left, one cell after the other."
-    return table
+    return TextTable(
+        f"{recipe.title}: {len(recipe.cells)} cells",
+        ("cell", *from_title, "verb", "steps", "tests", "state", "minutes left", "folder"),
+        rows,
+        drop=("folder", "verb", *from_title, "tests"),
+        prose=(*from_title, "verb", "state", "folder"),
+        notes=[f"{sum(left.values()) / 60:.0f} minutes left, one cell after the other."],
+    )
 
 
 # --- running -------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from medvqa_rl.core.tables import as_csv
 from medvqa_rl.core.text import format_p, format_points, format_range
-from medvqa_rl.evaluation.statistics.tables import MEASURES, as_csv, format_number
+from medvqa_rl.evaluation.statistics.tables import MEASURES, format_number
 from medvqa_rl.study.collect import ArmResult
 from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow
 from medvqa_rl.study.plan.factors import METRICS, FactorTable, Metric, Published

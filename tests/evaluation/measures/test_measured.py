@@ -371,5 +371,5 @@ def test_a_comparison_shows_the_measures() -> None:
     assert comparison["runs"][1]["lengths"]["total"]["wrong"]["mean"] == 40.0
     assert json.dumps(comparison["runs"][0]["thinking"])
     table = reasoning_table(comparison)
-    titles = [str(column.header) for column in table.columns]
+    titles = list(table.header)
     assert titles[:1] == ["run"] and "thinking reward of 2 (judge)" in titles and "tokens, wrong" in titles

@@ -69,7 +69,7 @@ def test_starts_are_trained_first_and_once(
     as_is, grpo, _, warm_up, *_ = recipe.cells
     assert [cell.start for cell in recipe.cells] == [warm_up, warm_up, warm_up, None, None, None]
     table = plan_table(recipe)
-    assert table.columns[1].header == "from" and list(table.columns[1].cells) == ["warm_up"] * 3 + [""] * 3
+    assert table.header[1] == "from" and [row[1] for row in table.rows] == ["warm_up"] * 3 + [""] * 3
     # Training data differ between arms; tests do not.
     assert [cell.config.data.scanner for cell in recipe.cells] == ["home", "home", "home", "unseen", "home", "home"]
     assert {cell.tests[0].config.data for cell in recipe.cells} == {grpo.tests[0].config.data}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.progress import open_console, progress_bars
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, load_with_further, official_overlap
 from medvqa_rl.data.findings import DataReport, SplitFacts
 from medvqa_rl.data.images.budget import image_budget
@@ -60,7 +60,7 @@ def run_check(
         )
     if config.data.split == "image" and config.data.name != "own":
         report = replace(report, notes={**report.notes, **official_overlap(config.data)})
-    out = open_console(140)
+    out = open_console()
     print_report(report, out, where)
     if html is not None:
         from medvqa_rl.report.pages.data_page import write_data_page
@@ -88,10 +88,6 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     Args:
         where: source of the image limits, as from :func:`image_budget`.
     """
-    table = Table(title="Splits", title_justify="left", title_style="bold")
-    table.add_column("")
-    for split in report.splits:
-        table.add_column(split.split, justify="right")
     rows: dict[str, Callable[[SplitFacts], str]] = {
         "questions": lambda split: f"{split.num_rows:,}" if split.num_rows else "endless",
         "checked": lambda split: f"{split.seen:,}",
@@ -107,9 +103,9 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
         "image tokens per question": lambda split: _spread(split.image_tokens),
         "fingerprint": lambda split: split.fingerprint,
     }
-    for label, cell in rows.items():
-        table.add_row(label, *map(cell, report.splits))
-    out.print(table)
+    header = ["", *(split.split for split in report.splits)]
+    cells = [(label, *map(cell, report.splits)) for label, cell in rows.items()]
+    out.print(TextTable("Splits", header, cells, prose=header))
     budget = report.budget
     side = budget.patch_size * budget.merge_size
     out.print(
@@ -146,21 +142,19 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     out.print(f"{verdict}{f', {rest} to review' if rest else ''}. {report.seconds:.1f} s.", style="bold")
 
 
-def _findings(report: DataReport) -> Table:
-    table = Table(title="Findings", title_justify="left", title_style="bold", show_lines=True)
-    table.add_column("")
-    table.add_column("finding")
-    table.add_column("count", justify="right")
-    table.add_column("meaning", overflow="fold", ratio=3)
-    table.add_column("examples", overflow="fold", ratio=2)
+def _findings(report: DataReport) -> TextTable:
+    rows = []
     for finding in report.findings:
         shown = [text if len(text) <= 90 else text[:87] + "..." for text in finding.examples[:3]]
         more = "..." if finding.examples and finding.count > len(shown) else ""
-        table.add_row(
-            Text(finding.level, style="bold red" if finding.level == "wrong" else "yellow"),
-            Text(finding.what),
-            f"{finding.count:,}",
-            Text(finding.text),
-            Text("\n".join([*shown, *([more] if more else [])])),
+        rows.append(
+            (
+                Text(finding.level, style="bold red" if finding.level == "wrong" else "yellow"),
+                finding.what,
+                f"{finding.count:,}",
+                finding.text,
+                "\n".join([*shown, *([more] if more else [])]),
+            )
         )
-    return table
+    header = ("", "finding", "count", "meaning", "examples")
+    return TextTable("Findings", header, rows, prose=("finding", "meaning", "examples"), rules=range(1, len(rows)))

@@ -18,7 +18,7 @@ from medvqa_rl.data.splits import choose
 
 def run_list() -> None:
     """Print the supported data sets."""
-    out = open_console(140)
+    out = open_console()
     for entry in ENTRIES:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim", min_width=8)
@@ -43,7 +43,7 @@ def run_show(config: Config, *, split: Split, count: int, output: Path) -> None:
         ValueError: the data cannot be found or read.
     """
     samples = _subset(load_dataset(config.data, split), count, config.data.seed)
-    open_console(140).print(f"Written: {save_sheet(draw_sheet(samples), output)}", soft_wrap=True)
+    open_console().print(f"Written: {save_sheet(draw_sheet(samples), output)}", soft_wrap=True)
 
 
 def _subset(dataset: Dataset, count: int, seed: int) -> list[Sample]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rich.table import Table
-
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console, progress_bar
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data import Split, load_dataset, load_splits
 from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
@@ -39,9 +38,7 @@ def run_split(
             equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
     division = divide(rows, table, by=by, val=val, test=test, seed=seed, equal=equal)
     write_divided(division, out)
-    shown = Table(title_justify="left")
-    for column in ("split", "rows", "share", "images"):
-        shown.add_column(column, justify="left" if column == "split" else "right")
+    shown = []
     for split, count in division.counts().items():
         names = {
             name
@@ -49,9 +46,9 @@ def run_split(
             if place == split
             for name in images_in(row, number, table)
         }
-        shown.add_row(split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}")
-    printer = open_console(140)
-    printer.print(shown)
+        shown.append((split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}"))
+    printer = open_console()
+    printer.print(TextTable("", ("split", "rows", "share", "images"), shown))
     printer.print(
         f"{division.groups:,} groups of rows that share an image{'' if by == 'image' else f' or {by}'} stay together."
     )
@@ -75,7 +72,7 @@ def run_export(
     Raises:
         ValueError: the data cannot be read, or a file already exists.
     """
-    printer = open_console(140)
+    printer = open_console()
     datasets = load_splits(config.data) if split is None else {str(split): load_dataset(config.data, split)}
     for name, dataset in datasets.items():
         with progress_bar(name) as progress:

@@ -106,7 +106,7 @@ def run_init(
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
     rows = read_whole(table)
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
-    out = open_console(140)
+    out = open_console()
     project.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
         stage = Path(temporary) / "project"

@@ -17,9 +17,10 @@ from matplotlib.ticker import PercentFormatter
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.progress import open_console, print_line
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
-from medvqa_rl.evaluation.statistics.tables import TextTable, format_interval
+from medvqa_rl.evaluation.statistics.tables import format_interval
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
@@ -93,7 +94,7 @@ def run_calibrate(
             "margins": [asdict(item) for item in curves[source]],
             "failures": dict(failures.most_common(10)),
         }
-        console.print(_table(found, f"{judge.identity.name} against {source}").rich())
+        console.print(_table(found, f"{judge.identity.name} against {source}"))
         for reason, number in failures.most_common(3):
             print_line(console, f"{number} without a verdict: {reason}")
     results["counters"] = dict(judge.counters)
@@ -126,6 +127,7 @@ def _table(results: Mapping[str, Any], title: str) -> TextTable:
             )
             for group, row in results.items()
         ],
+        drop=("unscored %", "labelled yes", "false yes %", "false no %"),
     )
 
 

@@ -132,7 +132,7 @@ def run_judge_eval(
         results = _results(one, records, judged, own_warnings, samples=samples, bias_samples=bias_samples, seed=seed)
         _write(one.folder, results, records, judged)
         for table in judged_tables(results):
-            console.print(table.rich())
+            console.print(table)
         for line in notes(results):
             print_line(console, line)
         print_line(console, f"Written: {one.folder / FILES[0]}, {FILES[1]} and {FILES[2]}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.progress import open_console, print_line
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
-from medvqa_rl.evaluation.statistics.tables import TextTable, format_decimal, format_interval
+from medvqa_rl.evaluation.statistics.tables import format_decimal, format_interval
 from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
 
 
@@ -83,7 +84,7 @@ def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = 
     console = open_console()
     tables = rating_tables(results)
     for table in tables:
-        console.print(table.rich())
+        console.print(table)
     left = [f"{row['name']} rated {row['rated']}" for row in results["raters"] if row["rated"] < results["items"]]
     for line in [*([f"Of {results['items']} items {', '.join(left)}."] if left else []), _NOTE]:
         print_line(console, line)
@@ -119,6 +120,7 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 )
                 for row in results["evaluations"]
             ],
+            drop=("right by the scorer, %", "items"),
         )
     ]
     if results["differences"]:

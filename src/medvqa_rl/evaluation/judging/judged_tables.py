@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import format_p
-from medvqa_rl.evaluation.statistics.tables import TextTable, format_interval
+from medvqa_rl.evaluation.statistics.tables import format_interval
 
 
 def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
@@ -30,6 +31,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 for row in judges
                 if (part := row["reasoning"])
             ],
+            drop=("0 / 1 / 2 / 3", "unscored"),
         ),
         TextTable(
             "Answers that mean the same as the reference, in percent",
@@ -50,6 +52,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 if (part := row["correctness"])
                 for name, found in part["against_scorer"].items()
             ],
+            drop=("scorer says", "unscored", "questions", "false yes", "false no", "agrees"),
         ),
         TextTable(
             "Agreement of the two judges",
@@ -76,6 +79,8 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                 for row in judges
                 for check in (row["bias"] or {"checks": ()})["checks"]
             ],
+            drop=("unscored", "cases", "changed"),
+            prose={"edit"},
         ),
     ]
     return [table for table in tables if table.rows]

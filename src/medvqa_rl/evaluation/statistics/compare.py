@@ -188,7 +188,7 @@ def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int
     Raises:
         ValueError: the runs cannot be compared.
     """
-    console = open_console(140)
+    console = open_console()
     comparisons = [compare(runs) for runs in match(paths)]
     for comparison in comparisons:
         show(comparison, console, flips)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from medvqa_rl.core.files import without_nan
+from medvqa_rl.core.tables import TextTable, as_csv
 from medvqa_rl.core.text import format_p, format_points, format_range
-from medvqa_rl.evaluation.statistics.tables import TextTable, as_csv, measured_table
+from medvqa_rl.evaluation.statistics.tables import measured_table
 
 _NOTE = (
     "Intervals and the permutation test resample whole images; McNemar's test treats questions as independent. Holm: "
@@ -19,7 +18,7 @@ _NOTE = (
 )
 
 
-def runs_table(comparison: Mapping[str, Any]) -> Table:
+def runs_table(comparison: Mapping[str, Any]) -> TextTable:
     """Accuracy of each run in percent."""
     header = ("run", "prompt", "questions", "images", "accuracy", "95 % interval", "no answer")
     rows = [
@@ -34,17 +33,26 @@ def runs_table(comparison: Mapping[str, Any]) -> Table:
         )
         for row in comparison["runs"]
     ]
-    return TextTable(f"{comparison['dataset'] or 'evaluations'}: accuracy in percent", header, rows).rich()
+    title = f"{comparison['dataset'] or 'evaluations'}: accuracy in percent"
+    return TextTable(title, header, rows, drop=("images", "prompt", "no answer", "questions"))
 
 
-def reasoning_table(comparison: Mapping[str, Any]) -> Table:
+def reasoning_table(comparison: Mapping[str, Any]) -> TextTable:
     """Lengths and the other measures of the outputs of each run."""
     titles, rows = measured_table([(row["name"], row) for row in comparison["runs"]])
-    return TextTable("Lengths in tokens (mean ± standard deviation) and reasoning", ("run", *titles), rows).rich()
+    return TextTable(
+        "Lengths in tokens (mean ± standard deviation) and reasoning",
+        ("run", *titles),
+        rows,
+        drop=[title for title in titles if title.startswith("tokens")],
+    )
+
+
+_DIFFERENCE = ("n", "images", "difference", "95 % interval", "better", "worse", "McNemar p")
 
 
 def _difference(row: Mapping[str, Any]) -> list[str]:
-    """Cells of a pair: questions, images, difference with its interval, improved, worsened, McNemar's p."""
+    """Cells of a pair under ``_DIFFERENCE``."""
     return [
         f"{row['n']:,}",
         f"{row['num_clusters']:,}",
@@ -56,34 +64,35 @@ def _difference(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def pair_table(gains: Mapping[str, Any], baseline: str) -> Table:
+def pair_table(gains: Mapping[str, Any], baseline: str) -> TextTable:
     """Differences between a run and the baseline in points, overall and by group."""
-    table = Table(title=Text(f"{gains['run']} minus {baseline}, in points"), title_justify="left")
-    names = ("", "n", "images", "difference", "95 % interval", "better", "worse", "McNemar p", "permut. p", "Holm p")
-    for name in (*names, "detect."):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-
-    def add(name: str, row: Mapping[str, Any], style: str = "") -> None:
-        table.add_row(
-            Text(name),
+    named: list[tuple[str, Mapping[str, Any]]] = [("all", gains)]
+    rules = []
+    for key, values in gains["by"].items():
+        rules.append(len(named))
+        named += [(f"{key.replace('_', ' ')}: {value}", row) for value, row in values.items()]
+    rows = [
+        (
+            name,
             *_difference(row),
             format_p(row["permutation_p"]),
             format_p(row["holm_p"]),
             format_points(row["detectable_gain"]),
-            style=style,
         )
+        for name, row in named
+    ]
+    return TextTable(
+        f"{gains['run']} minus {baseline}, in points",
+        ("", *_DIFFERENCE, "permut. p", "Holm p", "detect."),
+        rows,
+        drop=("images", "detect.", "McNemar p", "n", "permut. p", "worse", "better"),
+        rules=rules,
+        bold={0},
+    )
 
-    add("all", gains, "bold")
-    for key, values in gains["by"].items():
-        table.add_section()
-        for value, row in values.items():
-            add(f"{key.replace('_', ' ')}: {value}", row)
-    return table
 
-
-def pairs_table(comparison: Mapping[str, Any]) -> Table:
+def pairs_table(comparison: Mapping[str, Any]) -> TextTable:
     """Differences between every two runs in points, one row each."""
-    header = ("", "n", "images", "difference", "95 % interval", "better", "worse", "McNemar p", "Holm", "permut. p")
     rows = [
         (
             f"{row['run']} minus {row['baseline']}",
@@ -95,7 +104,12 @@ def pairs_table(comparison: Mapping[str, Any]) -> Table:
         )
         for row in comparison["pairs"]
     ]
-    return TextTable("Differences between every two, in points", (*header, "Holm", "detect."), rows).rich()
+    return TextTable(
+        "Differences between every two, in points",
+        ("", *_DIFFERENCE, "McNemar Holm", "permut. p", "permut. Holm", "detect."),
+        rows,
+        drop=("images", "detect.", "McNemar p", "n", "permut. p", "McNemar Holm", "worse", "better"),
+    )
 
 
 def pairs_csv(comparison: Mapping[str, Any]) -> str:
@@ -105,7 +119,7 @@ def pairs_csv(comparison: Mapping[str, Any]) -> str:
     return as_csv(["dataset", *names], without_nan(rows))
 
 
-def flips_table(gains: Mapping[str, Any], most: int) -> Table:
+def flips_table(gains: Mapping[str, Any], most: int) -> TextTable:
     """The first ``most`` questions that flipped in each direction."""
     flipped = gains["flipped"]
     rows = [
@@ -113,14 +127,16 @@ def flips_table(gains: Mapping[str, Any], most: int) -> Table:
         for direction in ("improved", "worsened")
         for row in [row for row in flipped if row["direction"] == direction][:most]
     ]
-    table = Table(title=f"{len(rows)} of {len(flipped)} questions that flipped", title_justify="left")
-    for name in ("", "question", "gold", "before", "after", "sample"):
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        sign = "+" if row["direction"] == "improved" else "-"
-        cells = (row["question"], row["gold"], row["before"] or "(none)", row["after"] or "(none)", row["sample_id"])
-        table.add_row(sign, *(Text(cell) for cell in cells))
-    return table
+    cells = [
+        (
+            "+" if row["direction"] == "improved" else "-",
+            *(row["question"], row["gold"], row["before"] or "(none)", row["after"] or "(none)", row["sample_id"]),
+        )
+        for row in rows
+    ]
+    header = ("", "question", "gold", "before", "after", "sample")
+    title = f"{len(rows)} of {len(flipped)} questions that flipped"
+    return TextTable(title, header, cells, drop=("sample",), prose=header)
 
 
 def show(comparison: Mapping[str, Any], console: Console, flips: int = 5) -> None:
@@ -139,4 +155,4 @@ def show_pairs(comparison: Mapping[str, Any], console: Console) -> None:
     console.print(runs_table(comparison))
     console.print(reasoning_table(comparison))
     console.print(pairs_table(comparison))
-    console.print(_NOTE.format("the p-value to its left, adjusted for the number of pairs"), style="dim")
+    console.print(_NOTE.format("the p-value adjusted for the number of pairs"), style="dim")

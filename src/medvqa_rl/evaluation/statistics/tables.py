@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import format_points, format_range
 
 MEASURES = (
@@ -22,15 +18,15 @@ MEASURES = (
 """Section and key in results.json, column title and format of what is measured besides accuracy and length."""
 
 
-def results_table(results: Mapping[str, Any], title: str = "") -> Table:
+def results_table(results: Mapping[str, Any], title: str = "") -> TextTable:
     """Format results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
-    table = Table(title=title or None, title_justify="left", caption_justify="left")
-    table.add_column("")
-    for name in ("questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"):
-        table.add_column(name, justify="right")
-
-    def add(name: str, summary: Mapping[str, Any], style: str = "") -> None:
-        table.add_row(
+    named: list[tuple[str, Mapping[str, Any]]] = [("all", results)]
+    rules = []
+    for key, values in results["by"].items():
+        rules.append(len(named))
+        named += [(f"{key.replace('_', ' ')}: {value}", summary) for value, summary in values.items()]
+    rows = [
+        (
             name,
             f"{summary['num_scored']:,}",
             f"{summary['num_clusters']:,}",
@@ -40,14 +36,9 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
             format_points(summary["no_answer_rate"]),
             format_points(summary["format_rate"]),
             format_number(summary["mean_length"], ".0f"),
-            style=style,
         )
-
-    add("all", results, "bold")
-    for key, values in results["by"].items():
-        table.add_section()
-        for value, summary in values.items():
-            add(f"{key.replace('_', ' ')}: {value}", summary)
+        for name, summary in named
+    ]
     notes = _further(results)
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
         notes.append(
@@ -57,8 +48,15 @@ def results_table(results: Mapping[str, Any], title: str = "") -> Table:
         )
     if unscored := results["n"] - results["num_scored"]:
         notes.append(f"{unscored} of {results['n']} questions could not be scored and are excluded.")
-    table.caption = "\n".join(notes) or None
-    return table
+    return TextTable(
+        title,
+        ("", "questions", "images", "accuracy", "95 % interval", "majority", "no answer", "format", "length"),
+        rows,
+        drop=("images", "length", "format", "majority", "no answer"),
+        notes=notes,
+        rules=rules,
+        bold={0},
+    )
 
 
 def format_number(value: float | None, spec: str) -> str:
@@ -126,75 +124,46 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def controls_table(results: Mapping[str, Any]) -> Table:
+def controls_table(results: Mapping[str, Any]) -> TextTable:
     """Format the bias controls, as computed or as read from ``results.json``."""
-    table = Table(title="Bias controls, in percent", title_justify="left")
-    for name in ("", "questions", "value", "95 % interval", "gain from the image", "95 % interval", "same answer"):
-        table.add_column(name, justify="right" if name else "left")
     controls = results["controls"]
-    for name, title in (("blank", "blank image"), ("shuffled", "shuffled images"), ("no_image", "no image")):
-        if row := controls.get(name):
-            table.add_row(
-                f"accuracy, {title}",
-                f"{row['n']:,}",
-                format_points(row["accuracy"]),
-                _range(row, "accuracy"),
-                format_points(row["drop"]),
-                _range(row, "drop"),
-                format_points(row["same_answer_rate"]),
-            )
-    table.add_row(
-        "accuracy, majority answer", f"{results['num_scored']:,}", format_points(results["majority_per_type"])
-    )
+    rows = [
+        (
+            f"accuracy, {title}",
+            f"{row['n']:,}",
+            format_points(row["accuracy"]),
+            _range(row, "accuracy"),
+            format_points(row["drop"]),
+            _range(row, "drop"),
+            format_points(row["same_answer_rate"]),
+        )
+        for name, title in (("blank", "blank image"), ("shuffled", "shuffled images"), ("no_image", "no image"))
+        if (row := controls.get(name))
+    ]
+    majority = f"{results['num_scored']:,}", format_points(results["majority_per_type"])
+    rows.append(("accuracy, majority answer", *majority, "", "", "", ""))
+    rules = []
     if (order := controls.get("option_order")) and order["n"]:
-        table.add_section()
-        rows = {"consistency": "same option in every order", "accuracy_all_orders": "correct in every order"}
-        for key, title in rows.items():
-            table.add_row(title, f"{order['n']:,}", format_points(order[key]), _range(order, key))
+        rules.append(len(rows))
+        for key, title in (
+            ("consistency", "same option in every order"),
+            ("accuracy_all_orders", "correct in every order"),
+        ):
+            rows.append((title, f"{order['n']:,}", format_points(order[key]), _range(order, key), "", "", ""))
     letters = results["letters"]
-    if letters["gold"]:
-        shares = [f"{letter} {letters['gold'][letter]}/{letters['given'][letter]}" for letter in letters["gold"]]
-        table.caption = "Letters, gold/given: " + ", ".join(shares)
-    return table
+    shares = [f"{letter} {letters['gold'][letter]}/{letters['given'][letter]}" for letter in letters["gold"]]
+    return TextTable(
+        "Bias controls, in percent",
+        ("", "questions", "value", "95 % interval", "gain from the image", "95 % of the gain", "same answer"),
+        rows,
+        drop=("same answer", "questions"),
+        notes=["Letters, gold/given: " + ", ".join(shares)] if shares else [],
+        rules=rules,
+    )
 
 
 def _range(row: Mapping[str, Any], key: str) -> str:
     return format_range(row[f"{key}_low"], row[f"{key}_high"])
-
-
-class TextTable(NamedTuple):
-    """A table as text, for the terminal and for Markdown."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(title=Text(self.title), title_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
-
-    def markdown(self) -> str:
-        """Heading and table."""
-        return f"## {self.title}\n\n" + as_markdown(self.header, self.rows).removesuffix("\n")
-
-
-def as_markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a table as Markdown."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def as_csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table as CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([titles, *rows])
-    return text.getvalue()
 
 
 def format_decimal(value: float, digits: int) -> str:

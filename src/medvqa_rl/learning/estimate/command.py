@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.learning.estimate.advice import Change, advise
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.cost import count_parameters
@@ -69,7 +69,7 @@ def run_estimate(
     if as_json:
         print(json.dumps(_as_data(result, advice, mean_tokens), indent=2))
     else:
-        _show(open_console(100), result, advice, mean_tokens)
+        _show(open_console(), result, advice, mean_tokens)
     free = [changed for change, changed in advice if change.keeps_results]
     if not result.fits and not (free and free[-1].fits):
         least = min([result.peak, *(changed.peak for changed in free)])
@@ -161,29 +161,25 @@ def _show(console: Console, result: Estimate, advice: Advice, completion_tokens:
             console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _memory_table(result: Estimate) -> Table:
+def _memory_table(result: Estimate) -> TextTable:
     """Memory by part, at the peaks of rollout and update."""
-    table = Table(title="Memory in GiB", title_justify="left", title_style="bold")
     names = [peak(result.moments, phase) for phase in ("rollout", "update")]
-    table.add_column("")
-    for name in names:
-        table.add_column(name + (" (peak)" if name == peak(result.moments) else ""), justify="right")
-    for part in (*PARTS, "vLLM"):
-        cells = [result.moments[name].get(part, 0.0) / GIB for name in names]
-        if any(cells):
-            table.add_row(part, *(f"{value:.2f}" for value in cells))
-    table.add_row("total", *(f"{sum(result.moments[name].values()) / GIB:.2f}" for name in names), style="bold")
-    return table
+    titles = [name + (" (peak)" if name == peak(result.moments) else "") for name in names]
+    rows = [
+        (part, *(f"{value:.2f}" for value in cells))
+        for part in (*PARTS, "vLLM")
+        if any(cells := [result.moments[name].get(part, 0.0) / GIB for name in names])
+    ]
+    rows.append(("total", *(f"{sum(result.moments[name].values()) / GIB:.2f}" for name in names)))
+    return TextTable("Memory in GiB", ("", *titles), rows, bold={len(rows) - 1})
 
 
-def _seconds_table(result: Estimate, completion_tokens: int) -> Table:
+def _seconds_table(result: Estimate, completion_tokens: int) -> TextTable:
     """Seconds by phase, at full and at expected rates."""
     least = least_seconds(result.work, result.machine.rates, completion_tokens=completion_tokens)
     expected = expected_seconds(result.work, result.machine.rates, completion_tokens=completion_tokens)
-    table = Table(title="Seconds per step", title_justify="left", title_style="bold")
-    for heading in ("", "at least", "expected"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name in ("rollout", "reference", "update", "total"):
-        style = "bold" if name == "total" else None
-        table.add_row(name, f"{getattr(least, name):.2f}", f"{getattr(expected, name):.2f}", style=style)
-    return table
+    rows = [
+        (name, f"{getattr(least, name):.2f}", f"{getattr(expected, name):.2f}")
+        for name in ("rollout", "reference", "update", "total")
+    ]
+    return TextTable("Seconds per step", ("", "at least", "expected"), rows, bold={3})

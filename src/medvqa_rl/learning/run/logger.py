@@ -11,14 +11,13 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.progress import duration
+from medvqa_rl.core.progress import duration, open_console
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
@@ -40,7 +39,7 @@ class RunLogger:
         self._run = run
         self._config = config.train
         self._num_generations = config.rollout.num_generations
-        self._console = Console(stderr=True)
+        self._console = open_console(stderr=True)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
         self._trackers = Trackers(run.path, config, first_step=first_step)
@@ -137,20 +136,18 @@ def group_to_show(records: Sequence[CompletionRecord], num_generations: int) -> 
     return next((group for group in groups if any(record.advantage for record in group)), groups[0])
 
 
-def completions_table(step: int, group: Sequence[CompletionRecord]) -> Table:
+def completions_table(step: int, group: Sequence[CompletionRecord]) -> TextTable:
     """A group's completions with rewards and advantages, best first, at most four."""
     first = group[0]
     options = "".join(f"  {letter}: {text}" for letter, text in zip("ABCDEFGHIJ", first.options))
-    table = Table(
-        title=Text(f"Step {step}: {first.question}{options}  [gold: {first.gold}]"),
-        title_justify="left",
-        show_lines=False,
-    )
-    table.add_column("completion", ratio=1, overflow="fold")
-    for name in (*first.rewards, "advantage", "tokens"):
-        table.add_column(name, justify="right")
+    rows = []
     for record in sorted(group, key=lambda record: -record.advantage)[:4]:
         tokens = f"{record.length}{'…' if record.is_truncated else ''}"
         rewards = [f"{value:.2f}" for value in record.rewards.values()]
-        table.add_row(Text(record.completion), *rewards, f"{record.advantage:+.2f}", tokens)
-    return table
+        rows.append((record.completion, *rewards, f"{record.advantage:+.2f}", tokens))
+    return TextTable(
+        f"Step {step}: {first.question}{options}  [gold: {first.gold}]",
+        ("completion", *first.rewards, "advantage", "tokens"),
+        rows,
+        drop=("tokens", *reversed(first.rewards)),
+    )

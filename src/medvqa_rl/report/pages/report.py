@@ -8,8 +8,9 @@ from pathlib import Path
 
 from medvqa_rl.config import leaves
 from medvqa_rl.core.files import write_text
+from medvqa_rl.core.tables import TextTable
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
-from medvqa_rl.evaluation.statistics.tables import TextTable, measured_table
+from medvqa_rl.evaluation.statistics.tables import measured_table
 from medvqa_rl.report.comparisons import accuracy_rows, compare
 from medvqa_rl.report.figures.charts import charts
 from medvqa_rl.report.health import check_health
