@@ -91,7 +91,7 @@ def test_right_and_contradicting_answers_are_not_compared() -> None:
     scores = scored([group("left lung", *answers)], {"similarity": words.compare}, **given)
     assert words.asked == [("left kidney", "left lung"), ("a kidney", "left lung")]
     np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 1, 1, 0]])
-    assert scores.columns["correctness_guard"] == ["", "side: left against right", "", "", "negation: left"]
+    assert scores.columns["correctness_guard"] == ["", "side: left against right", "", "", "negation: lung"]
     assert scores.columns["correctness_similarity"] == [None, None, 0.8, 0.8, None]
     assert scores.extras["rewards/correctness/exact"] == 0.2
     assert scores.extras["rewards/correctness/guarded"] == 0.4

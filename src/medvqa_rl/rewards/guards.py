@@ -1,17 +1,22 @@
 """Detect negation, laterality and other opposites, which similar wording hides. Imports no torch.
 
 Embeddings and word overlap place "no effusion" next to "effusion" and "left" next to "right", so similarity is
-credited only if :func:`conflict` finds nothing. It works by rules on words, knows no medicine, and prefers withholding
-credit to crediting the opposite: "no fracture" and "normal" conflict, since they are different answers. Equal texts
-never conflict. English only: in other languages it finds nothing.
+credited only if :func:`conflict` finds nothing. It works by rules on words, knows little medicine, and prefers
+withholding credit to crediting the opposite. Equal texts never conflict. English only: in other languages it finds
+nothing.
 
 The rules are a simplified NegEx (Chapman et al. 2001, doi 10.1006/jbin.2001.1029):
 
-- A cue ("no", "without", "negative for") negates the words up to the end of its clause, or up to the next cue; a
-  trailing cue negates the words before it ("effusion is not seen"); a lone cue means no. Consecutive cues cancel out
-  ("not absent", "cannot rule out").
+- A cue ("no", "without", "negative for") negates the noun phrases up to the end of its clause, or up to the next cue;
+  a trailing cue negates what stands before it ("effusion is not seen"); a lone cue means no. Consecutive cues cancel
+  out ("not absent", "cannot rule out").
+- Only the last word of a negated noun phrase is negated, its modifiers restrict it: "no acute fracture" contradicts
+  "fracture" but not "chronic fracture", and "no abnormal signal" does not contradict "normal signal".
 - Prefixes negate only their word: "non-contrast CT" is a CT. "abnormal" is not normal, "unremarkable" is normal.
-- Sides, heights and the like are sets: "bilateral" is left and right, and is not "left".
+- A text that denies conflicts with one that affirms something else ("no effusion" and "mass"), but not with one that
+  says that all is well ("not enlarged" and "normal size", "no tear" and "intact").
+- Places are sets: "bilateral" is left and right, and is not "left". Qualities conflict only if they share no value:
+  "acute on chronic" is acute.
 """
 
 from __future__ import annotations
@@ -20,126 +25,56 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-_CUES = _set(
-    """
-    no not without none never neither cannot cant absent absence lack lacks lacking negative negatives free deny
-    denies denied exclude excludes excluded excluding resolved nothing isnt arent wasnt werent doesnt dont didnt
-    hasnt havent ruled rule rules ruling out
-    """
+from medvqa_rl.rewards.guard_words import (
+    AXES_OF,
+    BREAKS,
+    CALM,
+    CUES,
+    DETERMINERS,
+    EMPTY,
+    FILLERS,
+    FINDING,
+    GONE,
+    NON,
+    NORMAL,
+    OPPOSITES,
+    PLACES,
+    PLACING,
+    PLACING_PREFIXES,
+    PREFIX,
+    PREPOSITIONS,
+    REWRITES,
+    SAME,
+    SEEN,
 )
-"""Words that negate. ``out`` and ``rule`` only together (:func:`_is_cue`)."""
-_SEEN = _set(
-    """
-    seen present identified visible detected noted found evident visualized visualised demonstrated observed shown
-    appreciated
-    """
-)
-"""Words that affirm a finding unless it is negated."""
-_EMPTY = _SEEN | _set(
-    """
-    a an the of in on at is are was were be been being am there any evidence sign signs to for from and or nor it its
-    this that these those has have had does do did can could may might will would by as image images scan answer
-    appear appears see show shows we which who some
-    """
-)
-"""Words without meaning of their own."""
-_BREAKS = _set("but however although though except with yet whereas while")
-"""Words that end a clause, like . ; and commas (except in lists: "no mass, cyst or stone")."""
 
-_OPPOSITES = {
-    "abnormal": "normal",
-    "abnormality": "normal",
-    "abnormally": "normal",
-    "remarkable": "unremarkable",
-    "asymmetric": "symmetric",
-    "asymmetrical": "symmetric",
-    "asymmetry": "symmetry",
-    "atypical": "typical",
-    "avascular": "vascular",
-    "unenhanced": "enhanced",
-    "incomplete": "complete",
-    "irregular": "regular",
-    "unclear": "clear",
-    "unstable": "stable",
-    "unchanged": "changed",
-    "inactive": "active",
-    "displaced": "undisplaced",
-    "untreated": "treated",
-    "false": "true",
-}
-"""word -> the word it negates."""
-_SAME = {
-    "unremarkable": "normal",
-    "normally": "normal",
-    "symmetrical": "symmetric",
-    "positive": "yes",
-    "true": "yes",
-    "contrasted": "contrast",
-}
-
-_AXES: dict[str, dict[str, str]] = {
-    "side": {
-        "left": "left leftward lt lul lll lingula lingular",
-        "right": "right rightward rt rul rml rll",
-        "left right": "bilateral bilaterally both bibasilar bibasal biapical",
-        "middle": "midline",
-        "unilateral": "unilateral unilaterally",
-    },
-    "height": {
-        "upper": "above upper superior superiorly top apical apex biapical lul rul",
-        "middle": "middle mid rml",
-        "lower": "below lower inferior inferiorly bottom basal base basilar bibasilar bibasal lll rll",
-    },
-    "depth": {"front": "anterior anteriorly ventral front", "back": "posterior posteriorly dorsal back"},
-    "width": {"medial": "medial medially", "lateral": "lateral laterally"},
-    "reach": {"proximal": "proximal proximally", "distal": "distal distally"},
-    "degree": {
-        "more": "increased increase increases increasing elevated raised high higher enlarged widened thickened",
-        "less": "decreased decrease decreases decreasing reduced diminished low shrunken narrowed thinned",
-    },
-    "size": {"large": "large larger big huge", "small": "small smaller tiny little"},
-    "nature": {"benign": "benign", "malignant": "malignant cancerous"},
-    "course": {"acute": "acute", "chronic": "chronic"},
-    "trend": {"better": "improved improving better", "worse": "worsened worsening worse"},
-}
-"""axis -> value -> words. Two texts that both name an axis must name the same values."""
-
-
-def _by_word() -> dict[str, list[tuple[str, frozenset[str]]]]:
-    """word -> its axes with its values on them; "bilateral" has several values."""
-    found: dict[str, list[tuple[str, frozenset[str]]]] = {}
-    for axis, values in _AXES.items():
-        for value, names in values.items():
-            for name in names.split():
-                found.setdefault(name, []).append((axis, _set(value)))
-    return found
-
-
-_PLACES = _by_word()
-_FILLERS = _set("side sided sides aspect lobe lobes zone zones region part area")
-"""Words that accompany locations and are not findings."""
 _TOKEN = re.compile(r"[a-z0-9]+|[.,;:](?=\s|$)")
-_NON = re.compile(r"non(?!e$|etheless$|sense)([a-z]{4,})")
-_PREFIX = re.compile(r"(hyper|hypo|intra|extra|supra|infra)([a-z]{3,})|(pre|post)(contrast|operati|treatment)[a-z]*")
-"""The four letters after the prefix name the axis: hyperintense conflicts with hypointensity."""
-_JOINED = re.compile(r"\bnon[\s-]+(?=[a-z]{4})|\b(?:hyper|hypo|intra|extra|supra|infra|pre|post)-(?=[a-z]{4})")
-"""Prefixes written separately."""
 
 
 @dataclass
 class _Reading:
-    """The words that a text affirms and denies, and its locations."""
+    """What a text affirms and denies, and where."""
 
     flips: dict[str, set[bool]] = field(default_factory=dict)
     """word -> whether it is negated, over all its occurrences."""
     axes: dict[str, set[str]] = field(default_factory=dict)
+    """axis -> values; of qualities, those affirmed."""
+    denied: dict[str, set[str]] = field(default_factory=dict)
+    """quality -> values that stand in a negated phrase."""
+    not_so: dict[str, set[str]] = field(default_factory=dict)
+    """quality -> values that are denied themselves ("not enlarged"), and do not restrict something else."""
+    modifiers: dict[str, set[tuple[str, bool]]] = field(default_factory=dict)
+    """negated word -> its modifiers, as :func:`_meaning` returns them."""
     bound: dict[tuple[str, str], set[str]] = field(default_factory=dict)
     """(axis, word) -> values of the axis in the same phrase as the word."""
+    denies: bool = False
+    """Whether a cue denies something ("not normal" affirms)."""
+    affirms: bool = False
+    """Whether something is affirmed that "no" contradicts."""
+    is_normal: bool = False
+    """Whether something is called normal."""
+    findings: set[str] = field(default_factory=set)
+    """Affirmed words that "normal" contradicts."""
 
     def only(self, negated: bool) -> set[str]:
         """Words that are always negated, or never."""
@@ -152,23 +87,68 @@ def conflict(one: str, other: str) -> str | None:
     Symmetric; equal texts never conflict.
     """
     first, second = _read(one), _read(other)
-    opposite = (first.only(True) & second.only(False)) | (first.only(False) & second.only(True))
+    both = ((first, second), (second, first))
+    opposite = {
+        word
+        for a, b in both
+        for word in a.only(True) & b.only(False)
+        if not any(_is_restricted(word, denying=denying, other=other) for denying, other in both)
+    }
     if opposite:
         return f"negation: {min(opposite)}"
-    denies = [bool(reading.only(True)) for reading in (first, second)]
-    if denies[0] != denies[1] and not first.only(False) & second.only(False) and first.flips and second.flips:
+    if not first.only(False) & second.only(False) and any(_denies_only(a, b) for a, b in both):
         return "negation: only one of them denies"
     for axis in sorted(first.axes.keys() & second.axes.keys()):
-        if not _agree(first.axes[axis], second.axes[axis]):
+        if not _agree(axis, first.axes[axis], second.axes[axis]):
             return f"{axis}: {_said(first.axes[axis], second.axes[axis])}"
+    for axis in sorted(first.not_so.keys() & second.not_so.keys()):
+        if not first.not_so[axis] & second.not_so[axis]:
+            return f"{axis}: {_said(first.not_so[axis], second.not_so[axis])}"
+    for a, b in both:
+        if denied := [axis for axis in sorted(a.not_so.keys() & b.axes.keys()) if b.axes[axis] <= a.not_so[axis]]:
+            return f"{denied[0]}: {_said(b.axes[denied[0]], {'not ' + value for value in a.not_so[denied[0]]})}"
     for axis, word in sorted(first.bound.keys() & second.bound.keys()):
-        if not _agree(first.bound[axis, word], second.bound[axis, word]):
-            return f"{axis} of {word}: {_said(first.bound[axis, word], second.bound[axis, word])}"
+        values = first.bound[axis, word], second.bound[axis, word]
+        is_not_so = axis in first.not_so.keys() | second.not_so.keys()
+        if axis not in PLACES and (is_not_so or first.flips.get(word) != second.flips.get(word)):
+            continue  # a quality that restricts what is denied, or is denied itself
+        if not _agree(axis, *values):
+            return f"{axis} of {word}: {_said(*values)}"
+    for a, b in both:
+        if a.is_normal and b.findings and not a.findings and not b.is_normal:
+            return f"normal against {min(b.findings)}"
     return None
 
 
-def _agree(one: set[str], other: set[str]) -> bool:
-    """Whether two sets of values are equal; "unilateral" also agrees with either single side."""
+def _is_restricted(word: str, *, denying: _Reading, other: _Reading) -> bool:
+    """Whether a text denies a word only of another kind: "no acute fracture" and "old fracture", "no displaced
+    fracture" and "nondisplaced fracture"."""
+    return _lacks_modifier(denying.modifiers.get(word, set()), other) or any(
+        name == word and axis not in PLACES and axis in denying.denied and not values & other.bound[axis, name]
+        for (axis, name), values in denying.bound.items()
+        if (axis, name) in other.bound
+    )
+
+
+def _lacks_modifier(modifiers: set[tuple[str, bool]], other: _Reading) -> bool:
+    """Whether a text says the opposite of a modifier: "nondisplaced" of "displaced"."""
+    return any(other.flips.get(name) == {not is_negated} for name, is_negated in modifiers)
+
+
+def _denies_only(denying: _Reading, other: _Reading) -> bool:
+    """Whether one text denies and the other affirms something else, which is neither well nor of another kind than
+    what is denied: "not acute" and "chronic"."""
+    is_other_kind = _lacks_modifier(set().union(*denying.modifiers.values()), other) or any(
+        other.axes[axis].isdisjoint(values) for axis, values in denying.denied.items() if axis in other.axes
+    )
+    return denying.denies and other.affirms and not other.denies and not is_other_kind
+
+
+def _agree(axis: str, one: set[str], other: set[str]) -> bool:
+    """Whether two sets of values are compatible: equal places, or qualities that share a value; "unilateral" also
+    agrees with either single side."""
+    if axis not in PLACES and not one & PLACING_PREFIXES:
+        return not one.isdisjoint(other)
     if {"unilateral"} in (one, other):
         return {"left", "right"} not in (one, other)
     return one == other
@@ -188,9 +168,10 @@ def _read(text: str) -> _Reading:
 
 
 def _sentences(text: str) -> Iterator[list[str]]:
-    """Split into sentences of tokens at full stops and semicolons. Apostrophes are removed, prefixes are joined."""
-    text = text.lower().replace("'", "").replace("\u2019", "").replace("can not", "cannot")
-    text = _JOINED.sub(lambda match: match[0].rstrip("- \n\t"), text)
+    """Rewrite fixed phrases, and split into sentences of tokens at full stops and semicolons."""
+    text = text.lower()
+    for pattern, replacement in REWRITES:
+        text = pattern.sub(replacement, text)
     sentence: list[str] = []
     for token in _TOKEN.findall(text):
         if token in ".;":
@@ -206,61 +187,162 @@ def _clauses(sentence: list[str]) -> Iterator[list[str]]:
     list and does not split, unless it follows a cue ("No, mass or cyst")."""
     clause: list[str] = []
     for place, token in enumerate(sentence):
-        is_list = token == "," and {"or", "nor"} & set(sentence[place:]) and clause != [] and clause[-1] not in _CUES
-        if token in _BREAKS or (token == "," and not is_list):
+        is_list = token == "," and {"or", "nor"} & set(sentence[place:]) and clause != [] and clause[-1] not in CUES
+        if token in BREAKS or (token == "," and not is_list):
             yield clause
             clause = []
-        elif token != ",":
+        else:
             clause.append(token)
     yield clause
 
 
 def _is_cue(clause: list[str], place: int) -> bool:
-    """Whether a word is a cue: "rule" only before "out", "free" only before "of" or at the end, "out" never."""
+    """Whether a word is a cue: "rule" only before "out" and not as the first word, which asks; "free" only before "of"
+    or at the end, "negative" not before a noun ("triple negative cancer"), "out" never."""
     word, after = clause[place], clause[place + 1 : place + 2]
     if word in ("rule", "rules", "ruled", "ruling"):
-        return after == ["out"]
+        return after == ["out"] and (word != "rule" or place > 0)
     if word == "free":
         return after in ([], ["of"], ["from"])
-    return word in _CUES and word != "out"
+    if word == "negative":
+        return not after or after[0] in EMPTY or after[0] in CUES or after == [","]
+    return word in CUES and word != "out"
+
+
+@dataclass
+class _Span:
+    """Some cues in a row and the phrases after them."""
+
+    cues: int
+    first: str = ""
+    """The token after the cues."""
+    phrases: list[tuple[bool, list[str]]] = field(default_factory=list)
+    """Whether a preposition places the phrase, and its words."""
+
+    @property
+    def words(self) -> list[str]:
+        return [word for _, words in self.phrases for word in words]
+
+    @property
+    def only_places(self) -> bool:
+        """Whether the cues say of what stands before them that it is not here: "not seen in the left lung"."""
+        return self.first in SEEN | PLACING and all(is_placed for is_placed, _ in self.phrases)
+
+    def heads(self) -> set[int]:
+        """Which of :attr:`words` the cues negate: the last of each phrase that is not placed, or of the first."""
+        ends, count = [], 0
+        for is_placed, words in self.phrases:
+            count += len(words)
+            ends.append((is_placed, count - 1))
+        return {end for is_placed, end in ends if not is_placed} or {end for _, end in ends[:1]}
+
+
+def _spans(clause: list[str]) -> list[_Span]:
+    """Split a clause at its cues, and what follows each into phrases."""
+    spans, is_placed, is_open = [_Span(0)], False, False
+    for place, token in enumerate(clause):
+        span = spans[-1]
+        if _is_cue(clause, place):
+            if span.phrases or span.first or not span.cues:
+                spans.append(_Span(1))
+            else:
+                span.cues += 1
+            is_placed = is_open = False
+            continue
+        span.first = span.first or token
+        if token in EMPTY or token in (",", "out"):
+            if token not in DETERMINERS:
+                is_placed, is_open = token in PREPOSITIONS, False
+        elif is_open:
+            span.phrases[-1][1].append(token)
+        else:
+            span.phrases.append((is_placed, [token]))
+            is_open = True
+    return spans
 
 
 def _read_clause(clause: list[str], reading: _Reading) -> None:
     """Record which words of a clause are negated."""
-    spans: list[tuple[int, list[str]]] = [(0, [])]  # (cues in a row, the words after them)
-    for place, token in enumerate(clause):
-        if _is_cue(clause, place):
-            if spans[-1][1] or spans[-1][0] == 0:
-                spans.append((1, []))
-            else:
-                spans[-1] = (spans[-1][0] + 1, [])
-        elif token not in _EMPTY and token != "out":
-            spans[-1][1].append(token)
-    if spans == [(0, [])] and _SEEN & set(clause):
-        reading.flips.setdefault("yes", set()).add(False)
-    flips = [(words, cues % 2 == 1) for cues, words in spans]
-    if len(flips) > 1 and not flips[-1][0]:  # trailing cues negate the words before them
-        _, is_odd = flips.pop()
-        words, before = flips[-1]
-        if len(flips) == 1 and not words:
-            reading.flips.setdefault("yes", set()).add(is_odd)  # a bare no
-        flips[-1] = (words, before != is_odd)
-    for words, is_negated in flips:
-        for word in words:
-            name, own = _meaning(word)
-            reading.flips.setdefault(name, set()).add(is_negated != own)
-            for axis, values in _places(word):
+    spans = _spans(clause)
+    if len(spans) == 1 and not spans[0].words and SEEN & set(clause):
+        _note("yes", False, reading)
+        reading.affirms = True
+    flips = [(span, span.cues % 2 == 1) for span in spans]
+    for place in range(len(flips) - 1, 0, -1):  # trailing cues negate the words before them
+        span, is_odd = flips[place]
+        before, was_negated = flips[place - 1]
+        if not span.words or (span.only_places and before.words and not before.cues):
+            if not before.words and place == 1:
+                _note("yes", is_odd, reading)  # a bare no
+                reading.denies |= is_odd
+                reading.affirms |= not is_odd
+            flips[place - 1] = (before, was_negated != is_odd)
+            flips[place] = (span, False)
+    for span, is_negated in flips:
+        if is_negated:
+            _deny(span, reading)
+        else:
+            _affirm(span.words, reading)
+
+
+def _note(name: str, is_negated: bool, reading: _Reading) -> None:
+    reading.flips.setdefault(name, set()).add(is_negated)
+
+
+def _affirm(words: list[str], reading: _Reading) -> None:
+    """Record words that no cue negates."""
+    meanings = [_meaning(word) for word in words]
+    is_calm = ("changed", True) in meanings or any(
+        (name in CALM and not is_negated) or GONE.fullmatch(name) for name, is_negated in meanings
+    )
+    for word, (name, is_negated) in zip(words, meanings):
+        _note(name, is_negated, reading)
+        for axis, values in _axes(word):
+            reading.axes.setdefault(axis, set()).update(values)
+            if axis in ("degree", "size", "severity") and "same" not in values:
+                reading.findings.add(name)
+        is_finding = not is_negated and FINDING.fullmatch(name) is not None
+        if is_finding or (name == "normal" and is_negated):
+            reading.findings.add(name if is_finding else "abnormal")
+            reading.affirms = True
+        reading.affirms |= not is_negated and not is_calm
+        reading.is_normal |= name in NORMAL and not is_negated
+
+
+def _deny(span: _Span, reading: _Reading) -> None:
+    """Record the words of a negated span: the heads are negated, what stands before them restricts them."""
+    heads, modifiers = span.heads(), list[str]()
+    for place, word in enumerate(span.words):
+        name, is_negated = _meaning(word)
+        for axis, values in _axes(word):
+            if axis in PLACES or values & PLACING_PREFIXES:
                 reading.axes.setdefault(axis, set()).update(values)
+            else:
+                reading.denied.setdefault(axis, set()).update(values)
+                if place in heads:
+                    reading.not_so.setdefault(axis, set()).update(values)
+        if place not in heads:
+            modifiers.append(word)
+            continue
+        _note(name, not is_negated, reading)
+        reading.modifiers.setdefault(name, set()).update(_meaning(modifier) for modifier in modifiers)
+        modifiers = []
+        if name in CALM and not is_negated:
+            reading.affirms = True  # "not normal", "not intact"
+        else:
+            reading.denies = True
 
 
 def _meaning(word: str) -> tuple[str, bool]:
     """The base word, and whether the given word negates it."""
     word, is_negated = _singular(word), False
-    if match := _NON.fullmatch(word):
+    if match := NON.fullmatch(word):
         word, is_negated = match[1], True
-    if word in _OPPOSITES:
-        word, is_negated = _OPPOSITES[word], not is_negated
-    return _SAME.get(word, word), is_negated
+    if word in OPPOSITES:
+        word, is_negated = OPPOSITES[word], not is_negated
+    if word == "negative":
+        return "yes", not is_negated
+    return SAME.get(word, word), is_negated
 
 
 def _singular(word: str) -> str:
@@ -270,11 +352,11 @@ def _singular(word: str) -> str:
     return word[:-1] if is_plural else word
 
 
-def _places(word: str) -> list[tuple[str, frozenset[str]]]:
+def _axes(word: str) -> list[tuple[str, frozenset[str]]]:
     """The axes of a word, with its values."""
-    if word in _PLACES:
-        return _PLACES[word]
-    match = _PREFIX.fullmatch(word)
+    if word in AXES_OF:
+        return AXES_OF[word]
+    match = PREFIX.fullmatch(word)
     if match is None:
         return []
     prefix, rest = match[1] or match[3], match[2] or match[4]
@@ -288,19 +370,20 @@ def _bind(sentence: list[str], reading: _Reading) -> None:
     phrases: list[tuple[set[str], dict[str, set[str]]]] = [(set(), {})]
     for token in sentence:
         words, axes = phrases[-1]
-        if token in _BREAKS or token in (",", "and", "or", "nor"):
+        if token in BREAKS or token in (",", "and", "or", "nor"):
             if words:
                 phrases.append((set(), {}))
             continue
-        for axis, values in _places(token):
+        found = _axes(token)
+        for axis, values in found:
             axes.setdefault(axis, set()).update(values)
-        if not _places(token) and token not in _EMPTY and token not in _CUES and token not in _FILLERS:
+        if not found and token not in EMPTY and token not in CUES and token not in FILLERS:
             words.add(_meaning(token)[0])
     if len(phrases) > 1 and not phrases[-1][0]:
         _, axes = phrases.pop()
-        for axis, found in axes.items():
-            phrases[-1][1].setdefault(axis, set()).update(found)
+        for axis, values_of in axes.items():
+            phrases[-1][1].setdefault(axis, set()).update(values_of)
     for words, axes in phrases:
         for word in words:
-            for axis, found in axes.items():
-                reading.bound.setdefault((axis, word), set()).update(found)
+            for axis, values_of in axes.items():
+                reading.bound.setdefault((axis, word), set()).update(values_of)
