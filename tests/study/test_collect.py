@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,29 @@ def test_unfinished_cells_are_reported_and_excluded(given: dict[str, Any], tmp_p
     assert [test.seed for test in sft.tests] == [0]
     # A measured step takes 2 s: four steps of sft and four questions at 15 s.
     assert forecast(recipe)[recipe.cells[2]] == 4 * 2.0 + 4 * 15
+
+
+def test_work_grows_with_the_number_of_questions_not_with_its_square(given: dict[str, Any], tmp_path: Path) -> None:
+    """Count the calls of Python and C functions for N, 2 N and 4 N questions."""
+
+    def calls(size: int) -> int:
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        recipe = read_recipe(write(folder / "tiny.yaml", given), folder / "study")
+        store(recipe, {key: (flags * size)[:size] for key, flags in OUTCOMES.items()})
+        count = 0
+
+        def profile(*_: Any) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(profile)
+        try:
+            collect(recipe)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    one, two, four = calls(40), calls(80), calls(160)
+    assert four - two < 2.2 * (two - one)
+    assert four < 4 * one

@@ -115,6 +115,7 @@ class EvalRecord:
         return "yes/no" if is_yes_no(self.gold_text) else "other"
 
 
+NAMES = frozenset(item.name for item in fields(EvalRecord))
 REQUIRED = frozenset(
     item.name for item in fields(EvalRecord) if item.default is MISSING and item.default_factory is MISSING
 )
@@ -140,8 +141,7 @@ def parse_record(line: str, where: str) -> EvalRecord:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}): evaluate again.") from error
-    names = {item.name for item in fields(EvalRecord)}
-    if not isinstance(row, dict) or not REQUIRED <= row.keys() <= names:
+    if not isinstance(row, dict) or not REQUIRED <= row.keys() <= NAMES:
         raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
     try:
         sampled = tuple(SampledAnswer(**answer) for answer in row.get("sampled", ()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medvqa_rl.data.stored import garbage_collection_paused
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     McNemar,
@@ -94,10 +95,11 @@ def collect(recipe: Recipe) -> Collected:
             f"No cell of the baseline {recipe.baseline} is finished, so there is nothing to compare with: run the "
             "study first (medvqa-rl study run)."
         )
-    answers = {
-        name: {cell: read_records(cell.tests[index].folder / "samples.jsonl") for cell in finished}
-        for index, name in enumerate(recipe.tests)
-    }
+    with garbage_collection_paused():
+        answers = {
+            name: {cell: read_records(cell.tests[index].folder / "samples.jsonl") for cell in finished}
+            for index, name in enumerate(recipe.tests)
+        }
     primary, primary_answers = recipe.tests.index(recipe.primary), answers[recipe.primary]
     by_arm = _by_arm(finished)
     trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.verb != "none"}
@@ -165,13 +167,19 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
         seed: holm({arm: found[seed].p_value for arm, found in tests.items() if seed in found})
         for seed in {seed for found in tests.values() for seed in found}
     }
+    differences = {
+        arm: [[after - before for before, after in zip(right[one], right[other])] for _, one, other in found]
+        for arm, found in pairs.items()
+    }
+    values: dict[tuple[str, str], Sequence[Sequence[int]]] = {
+        ("accuracy", arm): [right[cell] for cell in cells] for arm, cells in arms.items()
+    }
+    values |= {("gain", arm): found for arm, found in differences.items() if found}
+    intervals = seeds_and_clusters_bootstrap(values, clusters, resamples=RESAMPLES)
     results = []
     for arm, cells in arms.items():
-        differences = [
-            [after - before for before, after in zip(right[one], right[other])] for _, one, other in pairs.get(arm, ())
-        ]
-        gain = seeds_and_clusters_bootstrap(differences, clusters, resamples=RESAMPLES) if differences else None
-        has_changed = any(map(any, differences))
+        gain = intervals.get(("gain", arm))
+        has_changed = any(map(any, differences.get(arm, ())))
         results.append(
             ArmResult(
                 name=arm,
@@ -179,7 +187,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
                 budget=budget(cells[0]),
                 num_questions=len(clusters),
                 num_clusters=len(set(clusters)),
-                accuracy=seeds_and_clusters_bootstrap([right[cell] for cell in cells], clusters, resamples=RESAMPLES),
+                accuracy=intervals["accuracy", arm],
                 gain=gain,
                 detectable=minimum_detectable_effect(gain.standard_error) if gain and has_changed else math.nan,
                 accuracies=tuple(sum(right[cell]) / len(clusters) for cell in cells),

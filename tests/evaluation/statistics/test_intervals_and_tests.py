@@ -6,11 +6,13 @@ Run: pytest tests/evaluation/statistics/test_intervals_and_tests.py
 import itertools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from medvqa_rl.evaluation.statistics import intervals_and_tests
 from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     Method,
     cluster_bootstrap,
@@ -299,16 +301,34 @@ def test_resampling_seeds_and_images_has_the_spread_of_all_draws() -> None:
         for drawn in itertools.product("abc", repeat=3):
             columns = [column for name in drawn for column in members[name]]
             means.append(np.mean([values[seed][column] for seed in seeds for column in columns]))
-    found = seeds_and_clusters_bootstrap(values, clusters, resamples=40_000)
+    found = seeds_and_clusters_bootstrap({"": values}, clusters, resamples=40_000)[""]
     assert found.estimate == pytest.approx(values.mean())
     assert found.standard_error == pytest.approx(np.std(means), rel=0.02)
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
 
 
+def test_several_sets_of_values_share_draws_and_get_the_intervals_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = np.random.default_rng(6)
+    clusters = [str(number // 2) for number in range(60)]
+    values = {f"{seeds} seeds, {arm}": generator.integers(0, 2, (seeds, 60)) for seeds in (1, 3) for arm in range(4)}
+    alone = {name: seeds_and_clusters_bootstrap({name: rows}, clusters)[name] for name, rows in values.items()}
+    drawn, exact = list[tuple[int, ...]](), intervals_and_tests._resampled_means
+
+    def count(sums: Any, sizes: Any, **rest: Any) -> Any:
+        drawn.append(next(iter(sums.values())).shape)
+        return exact(sums, sizes, **rest)
+
+    monkeypatch.setattr(intervals_and_tests, "_resampled_means", count)
+    assert seeds_and_clusters_bootstrap(values, clusters) == alone
+    assert sorted(drawn) == [(1, 30), (3, 30)]  # once per number of seeds, not once per arm
+
+
 def test_one_seed_is_the_bootstrap_of_images() -> None:
     generator = np.random.default_rng(5)
     values, clusters = generator.integers(0, 2, 90), [str(number // 3) for number in range(90)]
-    one = seeds_and_clusters_bootstrap(values[None], clusters, resamples=20_000)
+    one = seeds_and_clusters_bootstrap({"": values[None]}, clusters, resamples=20_000)[""]
     other = cluster_bootstrap(values, clusters, resamples=20_000, method="percentile")
     assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=0.01)
-    assert math.isnan(seeds_and_clusters_bootstrap([[1.0, 0.0]], ["a", "a"]).low)
+    assert math.isnan(seeds_and_clusters_bootstrap({"": [[1.0, 0.0]]}, ["a", "a"])[""].low)

@@ -165,12 +165,12 @@ class SeededInterval(Interval):
 
 
 def seeds_and_clusters_bootstrap(
-    values: ArrayLike,
+    values: Mapping[K, ArrayLike],
     clusters: Sequence[Hashable],
     *,
     resamples: int = 2000,
     seed: int = 0,
-) -> SeededInterval:
+) -> dict[K, SeededInterval]:
     """Mean over training seeds and questions, with an interval from resampling both seeds and whole clusters.
 
     The S seeds and, independently, the K clusters are drawn with replacement (pigeonhole bootstrap, Owen 2007,
@@ -179,28 +179,47 @@ def seeds_and_clusters_bootstrap(
     a factor of (S - 1) / S, so report each seed as well.
 
     Args:
-        values: (S, N) finite numbers, for the same N questions in every seed.
+        values: by name, (S, N) finite numbers for the same N questions in every seed. S may differ between names;
+            names with the same S share their resamples, because drawing takes longest.
         clusters: (N,) cluster of each question, such as its image.
         resamples: see :func:`cluster_bootstrap`, as is seed.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    assert numbers.ndim == 2 and len(numbers), "one row per seed"
-    sums = np.stack([_per_cluster(row, clusters)[0] for row in numbers])  # (S, K)
-    sizes = _per_cluster(numbers[0], clusters)[1]  # (K,)
-    num_seeds, count = sums.shape
-    estimate = float(numbers.mean())
+    numbers = {name: np.asarray(given, dtype=np.float64) for name, given in values.items()}
+    assert all(rows.ndim == 2 and len(rows) for rows in numbers.values()), "one row per seed"
+    sums = {name: np.stack([_per_cluster(row, clusters)[0] for row in rows]) for name, rows in numbers.items()}
+    sizes = _per_cluster(np.zeros(len(clusters)), clusters)[1]
+    means: dict[K, Floats] = {}
+    for num_seeds in {len(rows) for rows in sums.values()}:
+        alike = {name: rows for name, rows in sums.items() if len(rows) == num_seeds}
+        means |= _resampled_means(alike, sizes, resamples=resamples, seed=seed)
+    intervals = {}
+    for name, rows in numbers.items():
+        low, high = np.quantile(means[name], LEVELS)
+        intervals[name] = SeededInterval(float(rows.mean()), float(low), float(high), float(means[name].std(ddof=1)))
+    return intervals
+
+
+def _resampled_means(sums: Mapping[K, Floats], sizes: Floats, *, resamples: int, seed: int) -> dict[K, Floats]:
+    """(R,) means of the drawn clusters in the drawn seeds; NaN for fewer than two clusters.
+
+    Args:
+        sums: (S, K) sums by name, with the same S.
+        sizes: (K,) number of questions of each cluster.
+    """
+    num_seeds, count = next(iter(sums.values())).shape
+    means = {name: np.full(resamples, math.nan) for name in sums}
     if count < 2:
-        return SeededInterval(estimate, math.nan, math.nan, math.nan)
+        return means
     generator = np.random.Generator(np.random.PCG64(seed))
     seed_weights = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=resamples)  # (R, S)
-    means = np.empty(resamples)
     rows = max(1, _DRAWS_AT_ONCE // count)
     for start in range(0, resamples, rows):
-        drawn = generator.multinomial(count, [1 / count] * count, size=min(rows, resamples - start))  # (r, K)
-        totals = np.einsum("rs,sk,rk->r", seed_weights[start : start + rows], sums, drawn, optimize=True)
-        means[start : start + rows] = totals / (num_seeds * (drawn @ sizes))
-    low, high = np.quantile(means, LEVELS)
-    return SeededInterval(estimate, float(low), float(high), float(means.std(ddof=1)))
+        chunk = slice(start, min(start + rows, resamples))
+        drawn = generator.multinomial(count, [1 / count] * count, size=chunk.stop - start).astype(np.float64)  # (r, K)
+        totals = num_seeds * (drawn @ sizes)
+        for name, values in sums.items():
+            means[name][chunk] = (seed_weights[chunk] * (drawn @ values.T)).sum(axis=1) / totals
+    return means
 
 
 def cluster_standard_error(values: ArrayLike, clusters: Sequence[Hashable]) -> float:

@@ -100,19 +100,24 @@ def contrast_rows(
     if len({frozenset(record.sample_id for record in records) for records in cells.values()}) > 1:
         raise ValueError("Two tests of a contrast have different questions: run both again on the same data.")
     outcomes, clusters = shared_outcomes(cells, "a contrast")
-    rows = []
-    for arm in of:
-        pairs = [(outcomes[0, arm, index], outcomes[1, arm, index]) for index in range(len(of[arm]))]
-        values = [[a - b for a, b in zip(one, other, strict=True)] for one, other in pairs]
-        rows.append(
-            ContrastRow(
-                arm=arm,
-                of=fmean(fmean(one) for one, _ in pairs),
-                minus=fmean(fmean(other) for _, other in pairs),
-                difference=seeds_and_clusters_bootstrap(values, clusters, resamples=resamples),
-                differences=tuple(map(fmean, values)),
-            )
+    pairs = {
+        arm: [(outcomes[0, arm, index], outcomes[1, arm, index]) for index in range(len(seeds))]
+        for arm, seeds in of.items()
+    }
+    values = {
+        arm: [[a - b for a, b in zip(one, other, strict=True)] for one, other in seeds] for arm, seeds in pairs.items()
+    }
+    intervals = seeds_and_clusters_bootstrap(values, clusters, resamples=resamples)
+    rows = [
+        ContrastRow(
+            arm=arm,
+            of=fmean(fmean(one) for one, _ in seeds),
+            minus=fmean(fmean(other) for _, other in seeds),
+            difference=intervals[arm],
+            differences=tuple(map(fmean, values[arm])),
         )
+        for arm, seeds in pairs.items()
+    ]
     return tuple(rows)
 
 
