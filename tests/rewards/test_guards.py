@@ -537,4 +537,4 @@ def test_the_reason_names_the_conflict() -> None:
     assert conflict("left lung", "both lungs") == "side: left against left and right"
     assert conflict("left mass and right cyst", "right mass and left cyst") == "side of cyst: left against right"
     assert conflict("normal heart", "cardiomegaly") == "normal against cardiomegaly"
-    assert conflict("not enlarged", "increased") == "degree: more against not more"
+    assert conflict("heart not enlarged", "heart elevated") == "degree: more against not more"

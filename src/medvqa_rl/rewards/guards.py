@@ -105,8 +105,9 @@ def conflict(one: str, other: str) -> str | None:
         if not first.not_so[axis] & second.not_so[axis]:
             return f"{axis}: {_said(first.not_so[axis], second.not_so[axis])}"
     for a, b in both:
-        if denied := [axis for axis in sorted(a.not_so.keys() & b.axes.keys()) if b.axes[axis] <= a.not_so[axis]]:
-            return f"{denied[0]}: {_said(b.axes[denied[0]], {'not ' + value for value in a.not_so[denied[0]]})}"
+        for axis in sorted(a.not_so.keys() & b.axes.keys() - a.axes.keys()):
+            if b.axes[axis] <= a.not_so[axis]:
+                return f"{axis}: {_said(b.axes[axis], {'not ' + value for value in a.not_so[axis]})}"
     for axis, word in sorted(first.bound.keys() & second.bound.keys()):
         values = first.bound[axis, word], second.bound[axis, word]
         is_not_so = axis in first.not_so.keys() | second.not_so.keys()
