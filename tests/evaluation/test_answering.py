@@ -5,6 +5,7 @@ Run: pytest tests/evaluation/test_answering.py
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 
@@ -12,10 +13,11 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import DataConfig, EvalConfig, PrefetchConfig
+from medvqa_rl.data.images import files
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
 from medvqa_rl.data.stored import StoredDataset
-from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
+from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, plan_evaluation
 from medvqa_rl.rollout.decode import RolloutEngine
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=20, num_samples=2)
@@ -64,6 +66,30 @@ def test_a_damaged_file_is_unscored_and_the_others_are_answered(tiny_policy, dat
     assert "An image of sample 'strip' cannot be used: " in str(found.records[5].unscored_reason)
     assert found.results["unscored_rate"] == pytest.approx(2 / 6)
     assert [record.output for record in found.records[1:5]] == [record.output for record in sound.records]
+
+
+def test_an_image_file_is_opened_for_its_size_once_and_to_decode_it_once_per_question(
+    tiny_policy, data, tmp_path, monkeypatch
+):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "shared.png")
+    asked = [replace(data[0], id=str(number), images=(FileImage("shared.png", tmp_path),)) for number in range(4)]
+    opened, exact = [], files._open
+    monkeypatch.setattr(files, "_open", lambda path: opened.append(path.name) or exact(path))
+    found = run(tiny_policy(), StoredDataset("shared", tuple(asked)), workers=2)
+    assert all(record.is_scored for record in found.records)
+    assert opened == ["shared.png"] * 5
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_answers_do_not_depend_on_how_many_share_the_batches(tiny_policy, data, parts):
+    engine = RolloutEngine(tiny_policy())
+    alone = evaluate(engine, data, CONFIG, max_completion_length=6)
+    plan = plan_evaluation(data, CONFIG, max_completion_length=6)
+    shares = [plan.answer(engine, part=slice(part, None, parts)) for part in range(parts)]
+    assert [len(share) for share in shares] == {1: [4], 2: [2, 2], 3: [2, 2, 0], 5: [2, 2, 0, 0, 0]}[parts]
+    together = plan.conclude(record for share in reversed(shares) for record in share)
+    assert together.records == alone.records
+    assert json.dumps(together.results) == json.dumps(alone.results)  # which may hold NaN
 
 
 def test_threads_end_when_the_engine_fails(tiny_policy, data, monkeypatch):

@@ -12,26 +12,11 @@ from typing import Any
 
 import pytest
 
-from medvqa_rl.evaluation.records import EvalRecord, record_line
+from medvqa_rl.evaluation.records import record_line
 from medvqa_rl.evaluation.store import RecordFile
+from tests.records import make_record
 
-RECORD = EvalRecord(
-    sample_id="0",
-    image_key="0.png",
-    question="Is there an effusion?",
-    options=(),
-    gold="yes",
-    output="<think>The costophrenic angle is blunted.</think><answer>yes</answer>",
-    think="The costophrenic angle is blunted.",
-    answer="yes",
-    is_correct=True,
-    is_well_formed=True,
-    has_answer=True,
-    is_truncated=False,
-    num_tokens=20,
-    token_f1=None,
-    answer_type="closed",
-)
+RECORD = make_record(output="<think>The angle is blunted.</think><answer>yes</answer>")
 
 
 class Counting(io.FileIO):

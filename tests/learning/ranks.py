@@ -22,6 +22,7 @@ from toy import ToyData
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import Completion, Group, Sample
+from medvqa_rl.evaluation import answering
 from medvqa_rl.learning import collector, grpo
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.grpo import train
@@ -119,9 +120,23 @@ def share_completions(path: Path, *, write: bool) -> None:
     collector.roll_out = shared
 
 
+def count_answers(path: Path) -> None:
+    """Write the number of questions that this rank answers in evaluations to a file."""
+    exact, count = answering.answer, 0
+
+    def counted(engine: Any, batch: Any, settings: Any) -> Any:
+        nonlocal count
+        count += len(batch)
+        path.write_text(str(count))
+        return exact(engine, batch, settings)
+
+    answering.answer = counted
+
+
 def work(job: dict[str, Any]) -> None:
     """Run one rank of a job."""
     config = Config.model_validate(job["config"])
+    count_answers(Path(config.output_dir) / f"answered-{os.environ.get('RANK', 0)}")
     if "gradient" in job:
         keep_first_gradient(Path(job["gradient"]))
     if "lost" not in job and not job.get("perturb"):

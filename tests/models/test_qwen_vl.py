@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medvqa_rl.config import ModelConfig
 from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.models.loading import load_policy
 from medvqa_rl.models.qwen_vl import (
     Processor,
     backbone,
@@ -111,11 +114,30 @@ def test_unusable_image_names_the_sample(tiny_policy, make_sample, make_image):
         tiny_policy().processor.encode(sample)
 
 
-def test_template_that_drops_images_names_the_sample(tiny_policy, make_sample):
+CHAT_TEMPLATES = {
+    "{{ messages[0]['content'][-1]['text'] }}": "makes 0 image placeholders for 1 images",
+    "{% for part in messages[0]['content'] %}<|image_pad|>{{ part['text'] }}{% endfor %}": "1 image .* for 0 images",
+    "{% for part in messages[0]['content'] if part['type'] == 'image' %}<|image_pad|>{% endfor %}": "leaves out the q",
+    "{{ 'User: ' + messages[0]['content'] }}": "fails on a question with images .*use the chat template that came",
+    "{% if %}": "fails on a question with images",
+}
+
+
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_a_wrong_chat_template_is_found_when_the_processor_is_loaded(tiny_policy, template):
     processor = tiny_policy().processor
-    processor.tokenizer.chat_template = "{{ messages[0]['content'][-1]['text'] }}"
-    with pytest.raises(ValueError, match=r"sample 'row-17' has 0 image placeholders for 1 images"):
-        processor.encode(make_sample("row-17"))
+    processor.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=CHAT_TEMPLATES[template]):
+        Processor(processor.tokenizer, processor.image_processor)
+
+
+def test_a_wrong_chat_template_is_found_before_weights_and_images_are_read(tiny_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("qwen2_vl"), folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][-1]['text'] }}")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="makes 0 image placeholders for 1 images"):
+        load_policy(ModelConfig(path=str(folder), device="cpu"))
 
 
 def test_pixel_limits(tiny_folder, make_sample, make_image):

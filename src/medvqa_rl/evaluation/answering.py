@@ -104,6 +104,7 @@ def answer_all(
     *,
     view: View | None = None,
     done: Collection[str] = (),
+    part: slice = slice(None),
     save: Callable[[Sequence[EvalRecord]], None],
     progress: Progress | None = None,
 ) -> None:
@@ -118,14 +119,15 @@ def answer_all(
         settings: of this pass.
         view: defaults to showing the samples as they are.
         done: ids that already have a record.
+        part: the batches to answer. Every batch is the same whoever answers it, so no answer depends on the division.
         save: called with the new records of each batch.
         progress: called after each batch.
     """
-    count = sum(sample.id in done for sample in samples)
     size = settings.config.batch_size
-    unfinished = [
-        batch for batch in batches(samples, settings.template, size) if any(sample.id not in done for sample in batch)
-    ]
+    own = batches(samples, settings.template, size)[part]
+    unfinished = [batch for batch in own if any(sample.id not in done for sample in batch)]
+    total = sum(map(len, own))
+    count = sum(sample.id in done for batch in own for sample in batch)
     if not unfinished:
         return
     engine = load_engine()
@@ -145,7 +147,7 @@ def answer_all(
             save(missing)
             count += len(missing)
             if progress is not None:
-                progress(count, len(samples))
+                progress(count, total)
 
 
 def prepare(engine: RolloutEngine, sample: Sample, view: View | None = None) -> Question:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +45,56 @@ class Evaluation:
         return flat_metrics(self.results)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The questions of an evaluation and how they are answered."""
+
+    dataset: Dataset
+    samples: Sequence[Sample]
+    settings: AnswerSettings
+
+    def answer(
+        self, engine: RolloutEngine, *, part: slice = slice(None), progress: Progress | None = None
+    ) -> list[EvalRecord]:
+        """Answer the questions.
+
+        Args:
+            part: the batches to answer, so that ranks can share them; no answer depends on who gives it.
+            progress: called after each batch.
+        """
+        records: list[EvalRecord] = []
+        answer_all(lambda: engine, self.samples, self.settings, part=part, save=records.extend, progress=progress)
+        return records
+
+    def conclude(self, records: Iterable[EvalRecord], instruments: Instruments = NOTHING) -> Evaluation:
+        """Measure the answers and compute the results.
+
+        Args:
+            records: of all questions, in any order.
+            instruments: further measures of the outputs.
+        """
+        by_id = {record.sample_id: record for record in records}
+        measured = measure([by_id[sample.id] for sample in self.samples], instruments)
+        return make_evaluation(measured, self.samples, self.dataset, self.settings)
+
+
+def plan_evaluation(
+    dataset: Dataset,
+    config: EvalConfig,
+    *,
+    max_completion_length: int,
+    template: Template = "think_answer",
+    prefetch: PrefetchConfig = PrefetchConfig(),
+) -> Plan:
+    """Choose the questions of an evaluation; see :func:`evaluate`.
+
+    Raises:
+        ValueError: the data set is endless, or its ids are not unique.
+    """
+    samples = [as_asked(sample, template) for sample in chosen_samples(dataset, config)]
+    return Plan(dataset, samples, AnswerSettings(config, max_completion_length, template, dataset.name, prefetch))
+
+
 def evaluate(
     engine: RolloutEngine,
     dataset: Dataset,
@@ -74,16 +124,10 @@ def evaluate(
     Raises:
         ValueError: the data set is endless, has no questions, or its ids are not unique.
     """
-    samples = [as_asked(sample, template) for sample in chosen_samples(dataset, config)]
-    settings = AnswerSettings(config, max_completion_length, template, dataset.name, prefetch)
-    records: dict[str, EvalRecord] = {}
-
-    def save(batch: Sequence[EvalRecord]) -> None:
-        records.update({record.sample_id: record for record in batch})
-
-    answer_all(lambda: engine, samples, settings, save=save, progress=progress)
-    measured = measure([records[sample.id] for sample in samples], instruments)
-    return make_evaluation(measured, samples, dataset, settings)
+    plan = plan_evaluation(
+        dataset, config, max_completion_length=max_completion_length, template=template, prefetch=prefetch
+    )
+    return plan.conclude(plan.answer(engine, progress=progress), instruments)
 
 
 def make_evaluation(

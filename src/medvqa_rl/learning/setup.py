@@ -81,7 +81,7 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
         mixed_precision="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=trains_vision),
-            # Ranks wait while one evaluates or saves, however long that takes; roll_call.py detects lost ranks.
+            # Ranks wait while one scores an evaluation or saves, however long; roll_call.py detects lost ranks.
             InitProcessGroupKwargs(backend="gloo" if is_cpu and uses_zero else None, timeout=timedelta(days=1)),
         ],
     )

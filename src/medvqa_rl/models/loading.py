@@ -64,8 +64,10 @@ def load_policy(config: ModelConfig) -> Policy:
     """
     device = resolve_device(config.device)
     folder = resolve_folder(config.path, config.revision)
-    model = _load_weights(folder, config, device)
+    settings = _read_architecture(folder)
+    # Before the weights, which take longest: a wrong chat template is found at once.
     processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    model = _load_weights(folder, settings, config, device)
     return make_policy(model, processor, config, device)
 
 
@@ -140,8 +142,8 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> Any:
-    """Load a checkpoint's weights; refuse other architectures and weights that do not fit exactly."""
+def _read_architecture(folder: Path) -> Any:
+    """Read a checkpoint's config.json; refuse other architectures."""
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(
@@ -164,6 +166,15 @@ def _load_weights(folder: Path, config: ModelConfig, device: torch.device) -> An
             "or Qwen2.5-VL does): choose another model.path, or set use_sliding_window to false in its config.json."
         )
     refuse_stored(folder, settings)
+    return settings
+
+
+def _load_weights(folder: Path, settings: Any, config: ModelConfig, device: torch.device) -> Any:
+    """Load a checkpoint's weights; refuse those that do not fit exactly.
+
+    Args:
+        settings: from :func:`_read_architecture`.
+    """
     dtype = torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32
     quantized = loading_arguments(folder, settings, dtype, device) if config.load_in_4bit else {}
     try:

@@ -7,13 +7,14 @@ the tokenizer and the Pillow image processor. Saved checkpoints load with the st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from medvqa_rl.core.types import EncodedPrompt, Sample, Template
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 IMAGE_TOKEN = "<|image_pad|>"
+_PROBE = "Is there an effusion?"
+"""A question that the chat template must contain."""
 Side = Literal["left", "right"]
 
 
@@ -39,7 +42,8 @@ class Processor:
             stop_ids: tokens that end a completion, in addition to the tokenizer's end-of-sequence token.
 
         Raises:
-            ValueError: the tokenizer lacks the image token, an end-of-sequence token or a chat template.
+            ValueError: the tokenizer lacks the image token, an end-of-sequence token or a chat template, or the chat
+                template does not place the images.
         """
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -65,6 +69,7 @@ class Processor:
         self.suppressed_ids: tuple[int, ...] = tuple(sorted(control - set(self.stop_ids)))
         """Control tokens except stop tokens; they are never sampled. The rollout engine also suppresses the rows that
         pad the output layer beyond the tokenizer."""
+        self._check_chat_template()
 
     @classmethod
     def from_folder(
@@ -104,24 +109,45 @@ class Processor:
         stop_ids = [stop] if isinstance(stop, int) else stop
         return cls(tokenizer, image_processor, stop_ids=stop_ids)
 
+    def _tokenize(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, NDArray[np.int64]]:
+        """Render messages with the chat template and tokenize them; an image is a single token."""
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+    def _check_chat_template(self) -> None:
+        """Check that the chat template places the question and every image, before any image is decoded.
+
+        Raises:
+            ValueError: it does not.
+        """
+        remedy = "use the chat template that came with the checkpoint"
+        for count in range(3):
+            content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": _PROBE}]
+            try:
+                text, ids = self._tokenize([{"role": "user", "content": content}])
+            except (TemplateError, TypeError) as error:
+                raise ValueError(f"The chat template fails on a question with images ({error}): {remedy}.") from error
+            found = int((ids == self.image_token_id).sum())
+            if found != count:
+                raise ValueError(
+                    f"The chat template makes {found} image placeholders for {count} images: {remedy}, which writes "
+                    f"{IMAGE_TOKEN} once for each."
+                )
+            if _PROBE not in text:
+                raise ValueError(f"The chat template leaves out the question: {remedy}.")
+
     def encode(self, sample: Sample, template: Template = "think_answer") -> EncodedPrompt:
         """Render the prompt, preprocess the images and expand each placeholder to the image's tokens.
 
         Each image is loaded once. An image of h x w patches takes h * w / merge_size**2 tokens.
 
         Raises:
-            ValueError: an image cannot be loaded or used, or the chat template does not place the images; the
-                message names the sample.
+            ValueError: an image cannot be loaded or used; the message names the sample.
         """
         rendered = render_prompt(sample, template)
-        text: str = self.tokenizer.apply_chat_template(rendered.messages, tokenize=False, add_generation_prompt=True)
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        text, ids = self._tokenize(rendered.messages)
         is_image = ids == self.image_token_id
-        if int(is_image.sum()) != len(sample.images):
-            raise ValueError(
-                f"The prompt of sample {sample.id!r} has {int(is_image.sum())} image placeholders for "
-                f"{len(sample.images)} images: use the chat template that came with the checkpoint."
-            )
+        assert int(is_image.sum()) == len(sample.images), "the chat template places images, and texts are neutralised"
         if not sample.images:
             return EncodedPrompt(ids, None, None, text, rendered.neutralised, template)
         try:

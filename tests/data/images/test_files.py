@@ -174,5 +174,7 @@ def test_header_pixels_are_read_without_decoding(tmp_path: Path) -> None:
     Image.new("L", (60, 40)).save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])  # the pixels are missing
     assert FileImage("a.png", tmp_path).header_pixels() == 60 * 40
+    Image.new("L", (30, 20)).save(tmp_path / "a.png")
+    assert FileImage("a.png", tmp_path).header_pixels() == 30 * 20  # the file has changed
     assert FileImage("gone.png", tmp_path).header_pixels() is None
     assert FileImage("x.dcm", tmp_path).header_pixels() is None

@@ -61,7 +61,9 @@ def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = 
             "max_grad_norm": 0.05,  # below the actual norms, so that gradients are clipped
             "weight_decay": 0.01,
         },
-        "train": {"steps": STEPS, "prompts_per_micro_batch": 1, "log_completions_steps": 0} | changes.get("train", {}),
+        "eval": {"batch_size": 1},  # three batches for two ranks
+        "train": {"steps": STEPS, "prompts_per_micro_batch": 1, "log_completions_steps": 0, "eval_steps": STEPS}
+        | changes.get("train", {}),
     }
     config = toy_config(folder, tmp / name, **settings)
     return {
@@ -154,6 +156,17 @@ def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, eng
             assert line[name] == value or line[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_share_an_evaluation_and_answer_as_one(runs: Path, engine: str) -> None:
+    needs(engine)
+    alone, ranks = runs / "full-None", runs / f"full-{engine}"
+    first = "eval/step_000000/samples.jsonl"  # the weights are equal, so every answer is
+    assert (ranks / first).read_bytes() == (alone / first).read_bytes()
+    evaluations = len(list((ranks / "eval").iterdir()))
+    answered = [int((ranks / f"answered-{rank}").read_text()) for rank in range(2)]
+    assert answered == [2 * evaluations, evaluations]
+
+
 def test_wrong_advantages_are_detected(runs: Path) -> None:
     assert distance(weights(runs / "perturbed"), weights(runs / "full-None")) > 2e-5
 
@@ -212,7 +225,9 @@ def test_a_run_resumes_under_another_engine(runs: Path, first: str) -> None:
     needs(first)
     for path in runs.glob(f"resumed-{first}-*"):
         assert distance(weights(path), weights(runs / "full-None")) <= 1e-5, path.name
-        rewards = [[line["reward"] for line in read_metrics(run)] for run in (path, runs / "full-None")]
+        rewards = [
+            [line["reward"] for line in read_metrics(run) if "reward" in line] for run in (path, runs / "full-None")
+        ]
         assert rewards[0] == pytest.approx(rewards[1], rel=1e-4)
 
 

@@ -10,7 +10,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -178,19 +178,21 @@ class FileImage:
     def header_pixels(self) -> int | None:
         """Width times height from the header, without decoding; None for DICOM, NIfTI and unreadable files.
 
-        The file is opened at the first call only.
+        The header of a file is read once per process, however many questions are about it, until the file changes.
         """
-        return self._header_pixels
-
-    @cached_property
-    def _header_pixels(self) -> int | None:
         if medical_kind(self.path):
             return None
         try:
-            with _open(self.file) as image:
-                return image.width * image.height
-        except ValueError:
+            return _header_pixels(self.file, self.file.stat().st_mtime_ns)
+        except (OSError, ValueError):
             return None
+
+
+@lru_cache(maxsize=2**18)
+def _header_pixels(path: Path, changed: int) -> int:
+    """Width times height from the header of a file that was last changed at this time."""
+    with _open(path) as image:
+        return image.width * image.height
 
 
 @dataclass(frozen=True)

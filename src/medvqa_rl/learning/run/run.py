@@ -20,7 +20,7 @@ from accelerate.accelerator import Accelerator
 from medvqa_rl.config import Config
 from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, write_text
 from medvqa_rl.core.types import Dataset, Group
-from medvqa_rl.evaluation.evaluate import evaluate, write_evaluation
+from medvqa_rl.evaluation.evaluate import Evaluation, write_evaluation
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
 from medvqa_rl.evaluation.measures.instruments import NOTHING, load_instruments
 from medvqa_rl.learning.distributed.launch import read_launch
@@ -39,6 +39,7 @@ from medvqa_rl.learning.run.errors import RankLostError, Stopped, TrainingFailed
 from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
+from medvqa_rl.learning.run.validation import validate
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -215,22 +216,20 @@ class Run:
     def evaluate(self) -> None:
         """Evaluate greedily on the validation split, and save the model if it is the best so far. Collective."""
         with self.trained.gathered():
-            if self._logger is not None:
-                self._evaluate(self._logger)
+            evaluation = validate(
+                self.config,
+                self._accelerator,
+                self.engine,
+                self.datasets["val"],
+                instruments=self._instruments,
+                progress=self._show_evaluation_progress,
+            )
+            if self._logger is not None and evaluation is not None:
+                self._record(evaluation, self._logger)
         self._accelerator.wait_for_everyone()
 
-    def _evaluate(self, logger: RunLogger) -> None:
+    def _record(self, evaluation: Evaluation, logger: RunLogger) -> None:
         state = self.state
-        evaluation = evaluate(
-            self.engine,
-            self.datasets["val"],
-            self.config.eval,
-            max_completion_length=self.config.rollout.max_completion_length,
-            template=self.config.prompt.template,
-            progress=self._show_evaluation_progress,
-            prefetch=self.config.prefetch,
-            instruments=self._instruments,
-        )
         folder = self.dir.evaluation(state.step)
         write_evaluation(evaluation, folder)
         metrics = evaluation.metrics
