@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, PrefetchConfig
-from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.images.files import FileImage

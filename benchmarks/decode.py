@@ -43,7 +43,7 @@ from benchmarks.engines import forbid_stopping
 from benchmarks.floors import architecture_of
 from benchmarks.step import PRESETS
 from medvqa_rl.config import RolloutConfig
-from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.cost import decode_bytes, decode_flops

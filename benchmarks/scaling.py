@@ -45,7 +45,7 @@ from benchmarks.common import (
     use_clock,
     write_result,
 )
-from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages

@@ -43,7 +43,7 @@ from benchmarks.common import (
 from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, run_ours, same_work
 from benchmarks.floors import Floor, architecture_of, step_floors
-from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.machine import keep_freed_memory
 
 PRESETS = {
     "embedded": Workload(PHANTOM, prompts=8, generations=8, length=30, side=112),

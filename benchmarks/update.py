@@ -43,7 +43,7 @@ from benchmarks.common import (
 )
 from benchmarks.floors import architecture_of, trained_of
 from benchmarks.step import PRESETS as STEPS
-from medvqa_rl.core.memory import keep_freed_memory
+from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.cost import (

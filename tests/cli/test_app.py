@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,6 +98,33 @@ def test_training_verbs_hand_over_settings(
     assert kwargs == {"resume": True, "dry_run": True, "given": {"train": {"steps": 5, "seed": 3}}}
     assert calls[1][1] == {"resume": False, "dry_run": False, "given": {"train": {"steps": 5}}}
     assert len(cards) == 1  # none for the dry run
+
+
+def test_what_is_resumed_keeps_its_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, config_file: str, tmp_path: Path
+) -> None:
+    """The verbs hand over the files with the number; evaluations also into how many shards they are divided."""
+    threads: dict[str, Any] = {}
+
+    def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path] = ()) -> None:
+        threads.update(processes=processes, records=[path.relative_to(tmp_path) for path in records])
+
+    for module in ("train", "evaluate"):
+        monkeypatch.setattr(f"medvqa_rl.cli.{module}.use_threads", use_threads)
+    for module, name in (
+        *(("learning.grpo", "train"), ("learning.sft", "train_sft")),
+        *(("report.card", "write_cards"), ("evaluation.cells", "run_eval")),
+    ):
+        stand_in(monkeypatch, f"medvqa_rl.{module}", name)
+    for verb in ("train", "sft"):
+        assert invoke(verb, config_file, f"output_dir={tmp_path}/run", "--resume").exit_code == 0
+        assert threads == {"processes": 1, "records": [Path("run/env.json")]}
+        assert invoke(verb, config_file, f"output_dir={tmp_path}/run").exit_code == 0
+        assert threads == {"processes": 1, "records": []}
+    (tmp_path / "out" / "phantom").mkdir(parents=True)
+    (tmp_path / "out" / "phantom" / "evaluation.json").write_text("{}")
+    assert invoke("eval", config_file, "--output", f"{tmp_path}/out", "--shard", "1/3", "--resume").exit_code == 0
+    assert threads == {"processes": 3, "records": [Path("out/phantom/evaluation.json")]}
 
 
 def test_gpus_starts_the_same_command_through_the_launcher(monkeypatch: pytest.MonkeyPatch, config_file: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scipy.stats import binomtest
 
 from medvqa_rl.config import Config, DataConfig, EvalConfig, ModelConfig, RolloutConfig
@@ -100,6 +101,19 @@ def test_a_killed_evaluation_is_resumed_with_the_same_results(
     run_eval(config, output=folder, controls=True, resume=True)
     assert content(folder) == whole
     assert answered.count("q0") + answered.count("q3") <= 4  # answered questions are not generated again
+
+
+def test_the_number_of_threads_is_recorded_and_kept(config: Config, questions: StoredDataset, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    run_eval(config, output=folder)
+    record, results = folder / "evaluation.json", folder / "results.json"
+    found = json.loads(record.read_text())
+    assert found["threads"] == json.loads(results.read_text())["threads"] == torch.get_num_threads()
+    record.write_text(json.dumps(found | {"threads": 99}))
+    results.unlink()
+    (folder / "samples.jsonl").write_text("")
+    run_eval(config, output=folder, resume=True)
+    assert json.loads(results.read_text())["threads"] == 99
 
 
 def test_an_evaluation_is_resumed_only_on_request_and_unchanged(

@@ -19,6 +19,7 @@ import pytest
 from cells import write
 from rich.console import Console
 
+from medvqa_rl.core.machine import SHARE
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
@@ -114,6 +115,20 @@ def test_several_processes_share_a_cell(
     assert [command[7] for command in called[:2]] == ["study", "train"]
     with pytest.raises(ValueError, match="would use the same 4 GPUs: leave one of the two at 1"):
         run_study(recipe, tmp_path / "study", jobs=2, processes=4, console=QUIET)
+
+
+def test_parallel_cells_share_the_cores(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study", only=["zero_shot"])
+    shares: list[str | None] = []
+    monkeypatch.setattr(running.subprocess, "call", lambda command, env, **rest: shares.append(env.get(SHARE)) or 0)
+    monkeypatch.setattr("medvqa_rl.core.machine.own_cores", lambda: range(8))
+    monkeypatch.setattr("medvqa_rl.core.machine.psutil.cpu_count", lambda logical: 8)
+    monkeypatch.delenv(SHARE, raising=False)
+    run_study(recipe, tmp_path / "study", jobs=3, console=QUIET)
+    run_study(recipe, tmp_path / "study", console=QUIET)
+    assert set(shares[: len(shares) // 2]) == {"2"} and set(shares[len(shares) // 2 :]) == {None}
 
 
 def test_a_running_study_is_locked(given: dict[str, Any], tmp_path: Path) -> None:

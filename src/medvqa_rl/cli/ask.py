@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from medvqa_rl.cli.common import verb
+from medvqa_rl.cli.common import use_threads, verb
 from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.tables import TextTable
 
@@ -74,6 +74,7 @@ def run_ask(
     sample = make_question(image, question, options)
     sample.images[0].load()  # report an unreadable image before loading the model
 
+    use_threads(model)
     from medvqa_rl.config import RolloutConfig
     from medvqa_rl.models.checkpoints import model_for
     from medvqa_rl.models.loading import load_policy

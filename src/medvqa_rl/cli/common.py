@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -76,7 +76,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 def prepare_process() -> None:
     """Reuse freed memory, and silence what the libraries below would print into our output. Imports none of them."""
-    from medvqa_rl.core.memory import keep_freed_memory
+    from medvqa_rl.core.machine import keep_freed_memory
 
     keep_freed_memory()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too, when it is imported
@@ -101,6 +101,29 @@ def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> 
     if loaded.config.network == "off":
         forbid_network()
     return loaded
+
+
+def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path] = ()) -> None:
+    """Choose the number of CPU threads before torch is loaded, and print it. A number that the user set is used as is.
+
+    Args:
+        model: ``model.path``; a small model gets few threads. None if it is unknown.
+        processes: number of processes that run side by side on this machine, this one included.
+        records: files of what is resumed, with its number of threads: see :func:`recorded_threads`.
+    """
+    from medvqa_rl.core import machine
+    from medvqa_rl.core.embedded import checkpoint_bytes
+
+    if "torch" in sys.modules:  # too late
+        return
+    if not machine.is_set():
+        size = None if model is None else checkpoint_bytes(model)
+        before = machine.recorded_threads(records)
+        load = machine.measure_load()
+        count = machine.choose_threads(load, machine.own_share(processes), num_bytes=size, before=before)
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        print(machine.describe(count, load, is_kept=count == before), file=sys.stderr)
+    machine.watch_load()
 
 
 def _sentence(error: Exception) -> str:

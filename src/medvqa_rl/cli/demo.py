@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import DryRun, verb
+from medvqa_rl.cli.common import DryRun, use_threads, verb
 
 
 @verb
@@ -17,6 +17,7 @@ def demo(
     dry_run: DryRun = False,
 ) -> None:
     """Adapt the embedded model to an unseen scanner with RL, and report the gain. Takes minutes on a CPU."""
+    use_threads("phantom:instruct")
     from medvqa_rl.phantom.demo import run_demo
 
     run_demo(output, seed, dry_run=dry_run)

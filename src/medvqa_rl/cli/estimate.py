@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Overrides, read_settings, verb
+from medvqa_rl.cli.common import ConfigPath, Overrides, read_settings, use_threads, verb
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -61,10 +61,13 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
 ) -> None:
     """Estimate memory and time of a training step without running it. Exits with 1 if it does not fit."""
+    settings = read_settings(config, overrides or (), purpose="train").config
+    if card is None:
+        use_threads(settings.model.path)  # measures this machine as a run would use it
     from medvqa_rl.learning.estimate.command import run_estimate
 
     fits = run_estimate(
-        read_settings(config, overrides or (), purpose="train").config,
+        settings,
         model_size=model_size,
         device=device,
         card_name=card,

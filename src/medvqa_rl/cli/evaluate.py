@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, verb
+from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, use_threads, verb
 
 RunOrConfig = Annotated[
     Path,
@@ -79,6 +79,9 @@ def evaluate(
     further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
     part = None if shard is None else Shard.parse(shard)
     templates = () if prompts is None else read_templates(prompts)
+    folder = Path(settings.output_dir) / "eval" if output is None else output
+    records = folder.rglob("evaluation.json") if resume else ()
+    use_threads(settings.model.path, processes=1 if part is None else part.count, records=records)
     from medvqa_rl.evaluation.cells import run_eval
 
     run_eval(

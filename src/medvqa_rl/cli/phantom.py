@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import DryRun, verb
+from medvqa_rl.cli.common import DryRun, use_threads, verb
 
 phantom_app = typer.Typer(help="The embedded phantom world: its small models and its images.", no_args_is_help=True)
 
@@ -20,6 +20,7 @@ def build_models(
     dry_run: DryRun = False,
 ) -> None:
     """Train the embedded checkpoints from scratch, by the committed recipe."""
+    use_threads("phantom:instruct")
     from medvqa_rl.phantom.build import build
 
     build(output, seed=seed, dry_run=dry_run)
@@ -33,6 +34,7 @@ def build_judges(
     dry_run: DryRun = False,
 ) -> None:
     """Train the embedded reasoning judges from scratch, by the committed recipe."""
+    use_threads("phantom:instruct")
     from medvqa_rl.phantom.judge import build_judges as build
 
     build(output, names=only or (), dry_run=dry_run)
@@ -45,6 +47,7 @@ def build_lm(
     dry_run: DryRun = False,
 ) -> None:
     """Train the embedded language model, which measures perplexity, from scratch, by the committed recipe."""
+    use_threads("phantom:instruct")
     from medvqa_rl.phantom.lm import build_lm as build
 
     build(output, dry_run=dry_run)

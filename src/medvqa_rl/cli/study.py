@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Overrides, verb
+from medvqa_rl.cli.common import Overrides, use_threads, verb
 from medvqa_rl.core.network import forbid_network
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def answer(
     configs = {Path(folder): build_config(settings, purpose="eval") for folder, settings in given["tests"].items()}
     if any(config.network == "off" for config in configs.values()):
         forbid_network()
+    records = [folder / "evaluation.json" for folder in configs]
+    use_threads(next(iter(configs.values())).model.path, records=records)
     from medvqa_rl.evaluation.cells import run_eval
 
     checkpoint = None if given["checkpoint"] is None else Path(given["checkpoint"])

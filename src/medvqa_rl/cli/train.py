@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, DryRun, Overrides, read_settings, verb
+from medvqa_rl.cli.common import ConfigPath, DryRun, Overrides, read_settings, use_threads, verb
 
 if TYPE_CHECKING:
     from medvqa_rl.config import Config, TrainEngine
@@ -33,7 +33,7 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune with reinforcement learning (GRPO, Dr. GRPO, DAPO or online DPO)."""
-    loaded = _read_or_relaunch("train", context, config, overrides, gpus)
+    loaded = _read_or_relaunch("train", context, config, overrides, gpus, resume=resume)
     from medvqa_rl.learning.grpo import train as run
 
     folder = run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -50,7 +50,7 @@ def sft(
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune with supervision on the same data and prompts, as the baseline."""
-    loaded = _read_or_relaunch("sft", context, config, overrides, gpus)
+    loaded = _read_or_relaunch("sft", context, config, overrides, gpus, resume=resume)
     from medvqa_rl.learning.sft import train_sft
 
     folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
@@ -63,13 +63,18 @@ def _read_or_relaunch(
     config: Path,
     overrides: list[str] | None,
     gpus: int | None,
+    *,
+    resume: bool,
 ) -> Loaded:
-    """Return the checked settings; with ``--gpus``, replace this process by the launcher instead."""
+    """Return the checked settings and choose the number of threads; with ``--gpus``, replace this process by the
+    launcher instead."""
     loaded = read_settings(config, overrides or (), purpose=verb_name)
     if gpus is not None:
         flags = [f"--{name.replace('_', '-')}" for name, value in context.params.items() if value is True]
         command = launch_command(loaded.config, gpus, [verb_name, str(config), *(overrides or ()), *flags])
         os.execv(command[0], command)
+    records = [Path(loaded.config.output_dir).expanduser() / "env.json"] if resume else []
+    use_threads(loaded.config.model.path, records=records)
     return loaded
 
 

@@ -36,3 +36,11 @@ def local_file(path: str, revision: str | None, name: str) -> Path | None:
         return folder / name if (folder / name).is_file() else None
     cached = try_to_load_from_cache(path, name, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
+
+
+def checkpoint_bytes(path: str) -> int | None:
+    """Return the size of the weights of ``model.path``; None if they are not on this machine."""
+    settings = local_file(path, None, "config.json")
+    if settings is None:
+        return None
+    return sum(file.stat().st_size for file in settings.parent.glob("*.safetensors")) or None

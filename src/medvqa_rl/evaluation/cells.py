@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from rich.console import Console
 
@@ -240,7 +241,8 @@ def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, lis
 
     def load_engine() -> RolloutEngine:
         policy = run.policy()
-        agree(folder, identity | {"weights": weights_fingerprint(policy.model)})
+        threads = read_identity(folder).get("threads", torch.get_num_threads())  # may differ when resumed
+        agree(folder, identity | {"weights": weights_fingerprint(policy.model), "threads": threads})
         return RolloutEngine(policy, settings.template)
 
     def answer(name: str, path: Path, samples: Sequence[Sample], view: View | None) -> list[EvalRecord] | None:
@@ -269,6 +271,7 @@ def _make_results(
     results: dict[str, Any] = dict(evaluation.results)
     results["seeds"] = {**results["seeds"], "data": cell.data.seed}
     results["model"] = {**run.model.model_dump(mode="json"), "weights": read_identity(cell.folder).get("weights")}
+    results["threads"] = read_identity(cell.folder).get("threads")
     results["config"] = run.config.model_copy(update={"data": cell.data}).model_dump(mode="json")
     if run.judges:
         results["judges"] = {role: identity.to_json() for role, identity in run.judges.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
+from medvqa_rl.core.machine import SHARE, own_share
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
@@ -190,6 +192,7 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         )
     launcher = ["accelerate.commands.launch", "--num_processes", str(processes), "-m"] if processes > 1 else []
     program = [sys.executable, "-m", *launcher, "medvqa_rl"]
+    environment = os.environ | ({SHARE: str(own_share(jobs))} if jobs > 1 else {})
     output.mkdir(parents=True, exist_ok=True)
     stop, printing = Event(), Lock()
 
@@ -228,7 +231,7 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
             cell.folder.parent.mkdir(parents=True, exist_ok=True)
             log = cell.folder.with_name(f"{cell.folder.name}.log")
             with log.open("ab") as file:
-                code = subprocess.call([*program, *words], stdout=file, stderr=file)
+                code = subprocess.call([*program, *words], stdout=file, stderr=file, env=environment)
             if code:
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]
                 report(f"{cell.label}: failed with exit code {code}, see {log}")

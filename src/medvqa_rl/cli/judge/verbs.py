@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import verb
+from medvqa_rl.cli.common import use_threads, verb
 from medvqa_rl.core.network import is_off
 
 judge_app = typer.Typer(
@@ -47,6 +47,8 @@ def calibrate(
     """Measure a judge against the phantom oracle, and against your own labelled reasoning."""
     from medvqa_rl.config import Config
     from medvqa_rl.config.yaml import build_config
+
+    use_threads(judge)
     from medvqa_rl.rewards.judges.load import notices
 
     given = {
@@ -91,6 +93,7 @@ def judge_eval(
     replace: Annotated[bool, typer.Option("--replace", help="Overwrite earlier results.")] = False,
 ) -> None:
     """Have one or two models judge answers: correctness, reasoning from 0 to 3, agreement and bias of the judges."""
+    use_threads(None)
     from medvqa_rl.cli.judge.evaluate import read_judge, run_judge_eval
 
     configs = [read_judge(text) for text in judge or ()]

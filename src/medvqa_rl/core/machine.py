@@ -1,0 +1,218 @@
+"""How this process uses the machine: memory allocation, the number of CPU threads, and how they wait. No torch.
+
+The number of threads is chosen from the load of the machine before torch is loaded. OpenMP threads spin while they
+wait, so with one thread more than there are free cores a small model takes several times longer than with one less
+(docs/performance.md). The number must not change during a run, because sums would be rounded differently; how threads
+wait may, so :func:`watch_load` lets them sleep while other processes need the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple
+
+import psutil
+
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+"""Environment variables that torch follows. If the user set one, nothing is chosen here."""
+
+SHARE = "MEDVQA_RL_CORES"
+"""Environment variable with the number of cores that this process may use, set by commands that start several."""
+
+SMALL_MODEL = 200_000_000
+"""Bytes of a checkpoint below which more than MAX_THREADS_OF_SMALL threads would mostly wait."""
+MAX_THREADS_OF_SMALL = 4
+
+TOLERANCE = 0.4
+"""How busy a core may be and still get a thread; above, the other threads wait for it longer than it helps."""
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it to the kernel. Does nothing on other systems.
+
+    Training on a CPU frees and allocates the same large tensors at every step. By default glibc returns each one to
+    the kernel and gets it back page by page, which can take most of a step. The cost: the process keeps its peak
+    memory.
+
+    All threads also share one heap. With glibc's heap per thread, images that one thread allocates and another frees
+    fragment every heap and take half as much memory again.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_TOP_PAD, 2**26)
+    mallopt(_M_ARENA_MAX, 1)
+
+
+class Load(NamedTuple):
+    """How busy other processes keep the cores of this machine."""
+
+    cores: int
+    """Cores that this process may use."""
+    busy: float
+    """How many of them are busy with other processes."""
+
+
+class LoadMeter:
+    """Measures the load of other processes since it was made."""
+
+    def __init__(self) -> None:
+        self._cores = own_cores()
+        self._began, self._idle, self._own = time.perf_counter(), _idle_seconds(self._cores), _own_seconds()
+
+    def read(self) -> Load:
+        """The mean load so far, without this process and those that it started and waited for."""
+        seconds = time.perf_counter() - self._began
+        idle = _idle_seconds(self._cores) - self._idle
+        own = _own_seconds() - self._own
+        count = len(self._cores)
+        return Load(count, min(count, max(0.0, count - (idle + own) / seconds)))
+
+
+def own_cores() -> Sequence[int]:
+    """Return the numbers of the CPU cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count() or 1)
+
+
+def _idle_seconds(cores: Sequence[int]) -> float:
+    """Idle seconds of cores since the machine started."""
+    times = psutil.cpu_times(percpu=True)
+    waiting = sum(times[core].iowait for core in cores) if sys.platform == "linux" else 0.0
+    return float(sum(times[core].idle for core in cores) + waiting)
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of the processes that it waited for."""
+    return sum(os.times()[:4])
+
+
+def measure_load(seconds: float = 0.25) -> Load:
+    """Measure the load of other processes. This one computes meanwhile, so that processes that start together see
+    each other."""
+    meter, end = LoadMeter(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+    return meter.read()
+
+
+def choose_threads(load: Load, share: int, *, num_bytes: int | None = None, before: int | None = None) -> int:
+    """Choose the number of threads.
+
+    Args:
+        load: from :func:`measure_load`.
+        share: from :func:`own_share`.
+        num_bytes: size of the model's checkpoint; None if it is unknown.
+        before: number of threads that a resumed run or evaluation was started with. It is kept if there are as many
+            cores, because with another number sums are rounded differently.
+    """
+    if before is not None and before <= load.cores:
+        return before
+    is_small = num_bytes is not None and num_bytes < SMALL_MODEL
+    limit = min(share, MAX_THREADS_OF_SMALL) if is_small else share
+    return max(1, min(limit, int(load.cores - load.busy + TOLERANCE)))
+
+
+def describe(count: int, load: Load, *, is_kept: bool) -> str:
+    """Return a sentence that says how many threads are used and why."""
+    number, cores = _counted(count, "CPU thread"), _counted(load.cores, "core")
+    reason = "it was started with as many" if is_kept else "set OMP_NUM_THREADS to use another number"
+    return f"Using {number}: other processes keep {load.busy:.1f} of {cores} busy ({reason})."
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def is_set() -> bool:
+    """Whether the user has set the number of threads."""
+    return any(os.environ.get(name) for name in VARIABLES)
+
+
+def own_share(processes: int = 1) -> int:
+    """Return the number of physical cores that this process may use.
+
+    Args:
+        processes: number of processes that run side by side on this machine, this one included.
+    """
+    given = os.environ.get(SHARE, "")
+    if given.isdecimal():
+        return max(1, int(given))
+    cores = len(own_cores())
+    return max(1, min(cores, psutil.cpu_count(logical=False) or cores) // processes)
+
+
+def recorded_threads(files: Iterable[Path]) -> int | None:
+    """Return the number of threads that a run or an evaluation was started with; None if it is not recorded.
+
+    Args:
+        files: ``env.json`` of the run, or ``evaluation.json`` of the evaluations; the newest one counts.
+    """
+    newest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return None
+    threads = json.loads(newest.read_text(encoding="utf-8")).get("threads")
+    return threads if isinstance(threads, int) else None
+
+
+def watch_load(seconds: float = 1.0) -> None:
+    """Start a thread that lets torch's threads sleep while they wait, whenever other processes need their cores.
+
+    Spinning is faster on free cores only. libgomp, the OpenMP of torch on Linux, spins briefly and then sleeps while
+    there are more OpenMP threads than cores, so idle ones are added. Results do not change.
+
+    Args:
+        seconds: time between two looks at the load.
+    """
+    if sys.platform == "linux":
+        Thread(target=_watch, args=(seconds,), daemon=True, name="load").start()
+
+
+def _watch(seconds: float) -> None:
+    """The thread of :func:`watch_load`."""
+    while "torch" not in sys.modules:
+        time.sleep(seconds)
+    import torch  # waits until the main thread has imported it
+
+    count = torch.get_num_threads()
+    release: Event | None = None
+    while count > 1:
+        meter = LoadMeter()
+        time.sleep(seconds)
+        load = meter.read()
+        is_crowded = count > load.cores - load.busy + 0.5
+        if is_crowded and release is None:
+            release = _add_idle_threads(count)
+        elif release is not None and not is_crowded:
+            release.set()
+            release = None
+
+
+def _add_idle_threads(count: int) -> Event:
+    """Add OpenMP threads, more than there are cores, that sleep until the event is set.
+
+    Args:
+        count: number of threads that torch uses, which is also the size of each team that is added.
+    """
+    import torch
+
+    release = Event()
+
+    def idle() -> None:
+        torch.ones(count * 2**16).mul_(2)  # large enough for all threads; they remain until this one ends
+        release.wait()
+
+    for _ in range((len(own_cores()) - count) // (count - 1) + 1):  # each adds count - 1 to the count there are
+        Thread(target=idle, daemon=True, name="idle").start()
+    return release

@@ -1,0 +1,78 @@
+"""Commands choose the number of CPU threads before torch is loaded, unless the user did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from medvqa_rl.cli.common import use_threads
+from medvqa_rl.core import machine
+from medvqa_rl.core.machine import SHARE, Load
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A process without torch on a machine with eight cores, of which others keep three busy."""
+    for name in (*machine.VARIABLES, SHARE):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(machine, "own_cores", lambda: range(8))
+    monkeypatch.setattr(machine.psutil, "cpu_count", lambda logical: 8)
+    monkeypatch.setattr(machine, "measure_load", lambda: Load(8, 3.0))
+    monkeypatch.setattr(machine, "watch_load", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "recorded", "environment", "count"),
+    [
+        (None, 1, None, {}, "5"),
+        ("phantom:instruct", 1, None, {}, "4"),
+        (None, 4, None, {}, "2"),
+        (None, 1, None, {SHARE: "3"}, "3"),
+        (None, 1, 7, {}, "7"),
+        (None, 1, 7, {"OMP_NUM_THREADS": "2"}, "2"),
+        (None, 1, 7, {"MKL_NUM_THREADS": "2"}, ""),
+    ],
+)
+def test_the_environment_that_torch_reads(
+    fresh, monkeypatch, tmp_path, capsys, model, processes, recorded, environment, count
+):
+    if recorded is not None:
+        (tmp_path / "env.json").write_text(json.dumps({"threads": recorded}))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    use_threads(model, processes=processes, records=[tmp_path / "env.json"])
+    assert os.environ["OMP_NUM_THREADS"] == count
+    said = capsys.readouterr().err
+    if environment.keys() & set(machine.VARIABLES):
+        assert said == ""
+    else:
+        assert said.startswith(f"Using {count} CPU threads: other processes keep 3.0 of 8 cores busy (")
+        assert ("as many" in said) == (recorded is not None)
+
+
+def test_nothing_is_chosen_once_torch_is_loaded(fresh, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    use_threads(None)
+    assert os.environ["OMP_NUM_THREADS"] == "" and capsys.readouterr().err == ""
+
+
+def test_the_number_reaches_torch():
+    """One thread on a busy machine, where torch would use all cores."""
+    code = """
+from medvqa_rl.cli.common import use_threads
+from medvqa_rl.core import machine
+machine.measure_load = lambda: machine.Load(2, 1.0)
+use_threads("phantom:instruct")
+import torch
+print(torch.get_num_threads())
+"""
+    inherited = {name: value for name, value in os.environ.items() if name not in machine.VARIABLES}
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True)
+    assert process.stdout == "1\n"
+    assert "Using 1 CPU thread: other processes keep 1.0 of 2 cores busy" in process.stderr
