@@ -190,6 +190,23 @@ def serve_vllm(fake_vllm: Any) -> Iterator[Callable[..., Any]]:
         yield lambda folder, **given: stack.enter_context(serving(FakeServer(str(folder), **given)))
 
 
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A proxy on this machine (tests/fakes/proxy.py), which the environment names for every connection."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "fakes"))
+    from proxy import Proxy
+
+    running = Proxy()
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, running.url)
+        monkeypatch.setenv(name.upper(), running.url)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data next to the project; tests that need it are skipped without it."""

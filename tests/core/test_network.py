@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import pytest
 
 from medvqa_rl.config import ConfigError
 from medvqa_rl.config.yaml import build_config
-from medvqa_rl.core.network import VARIABLE, is_loopback
+from medvqa_rl.core import embedded
+from medvqa_rl.core.network import VARIABLE, is_loopback, is_on_this_machine, spare_this_machine, unusable_proxy
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,9 @@ from medvqa_rl.core.network import VARIABLE, is_loopback
         ("localhost", True),
         ("LOCALHOST.", True),
         ("judge.localhost", True),
+        ("::ffff:127.9.9.9", True),
+        ("0.0.0.0", True),
+        ("::", True),
         ("::ffff:192.0.2.1", False),
         ("192.0.2.1", False),
         ("10.0.0.1", False),
@@ -46,6 +52,78 @@ from medvqa_rl.core.network import VARIABLE, is_loopback
 )
 def test_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+def test_urls_of_this_machine() -> None:
+    here = [
+        "http://localhost:8000/v1",
+        "https://user:key@127.9.8.7/",
+        "http://[::1]:80",
+        "http://[::ffff:127.0.0.1]/v1",
+    ]
+    assert all(map(is_on_this_machine, here))
+    assert not any(
+        map(is_on_this_machine, ["http://localhost@example.com/", "http://example.com:80/localhost", "", "x"])
+    )
+
+
+def test_clients_of_other_packages_reach_this_machine_without_the_proxy(
+    proxy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client (a mirror on localhost), urllib as in a user's reward function; other hosts keep the proxy."""
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    monkeypatch.delenv("no_proxy")
+    server = type(proxy)()
+    openai = pytest.importorskip("openai")
+
+    def through_proxy(host: str) -> int:
+        """How many of two requests the proxy gets; it and the server answer all with 502."""
+        url, before = f"http://{host}:{server.http.server_port}/", len(proxy.seen)
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(url, timeout=5)
+        with openai.DefaultHttpxClient() as client:
+            assert client.get(url).status_code == 502
+        return len(proxy.seen) - before
+
+    assert through_proxy("localhost") == 2, "the function is needed"
+    spare_this_machine()
+    spare_this_machine()
+    assert [through_proxy(host) for host in ("localhost", "127.0.0.1", "remote.example")] == [0, 0, 2]
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"]
+    assert os.environ["NO_PROXY"] == "intranet.example,localhost,.localhost,127.0.0.0/8,127.0.0.1,0.0.0.0,::1"
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_telemetry_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    spare_this_machine()
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == os.environ["VLLM_NO_USAGE_STATS"] == "1"
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "True"
+    assert os.environ["NO_PROXY"] == "*"
+
+
+def test_a_hub_download_without_a_usable_proxy_takes_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert unusable_proxy() == "all_proxy (socks5)"
+    with pytest.raises(ValueError, match=r"owner/name is not on this machine, and the proxy .*all_proxy \(socks5\)"):
+        embedded.snapshot("owner/name", ["*.json"])
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--owner--name" / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert embedded.snapshot("owner/name", ["*.json"], revision=commit) == folder
 
 
 SOCKETS = """
@@ -64,10 +142,11 @@ def name(call):
     return "done"
 
 assert not is_off()
-forbid_network()
-forbid_network()
 far, near = ("192.0.2.1", 9), socket.create_server(("127.0.0.1", 0))
 port = near.getsockname()[1]
+os.environ.update({key: f"http://127.0.0.1:{port}" for key in ("http_proxy", "HTTPS_PROXY", "all_proxy", "FTP_PROXY")})
+forbid_network()
+forbid_network()
 
 def serve():
     while True:
@@ -116,6 +195,7 @@ print(json.dumps({
     "outside": {key: name(call) for key, call in outside.items()},
     "inside": {key: name(call) for key, call in inside.items()},
     "offline": [os.environ.get(key) for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MEDVQA_RL_NETWORK")],
+    "proxies": urllib.request.getproxies(),
 }))
 """
 
@@ -135,6 +215,7 @@ def test_every_outgoing_connection_is_refused_and_loopback_works(tmp_path: Path)
     assert found["outside"] == dict.fromkeys(found["outside"], "refused")
     assert found["inside"] == dict.fromkeys(found["inside"], "done")
     assert found["offline"] == ["1", "1", "off"]
+    assert found["proxies"] == {"no": "*"}, "the server on this machine would be asked for example.com"
 
 
 RUN = """

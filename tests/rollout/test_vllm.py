@@ -364,6 +364,11 @@ def test_an_unreachable_server(serve_vllm, tiny_folder):
         check_answers(_at(server.url))
 
 
+def test_the_server_is_asked_without_the_proxy(serve_vllm, tiny_folder, proxy):
+    check_answers(_at(serve_vllm(tiny_folder("qwen2_vl")).url))
+    assert proxy.seen == []
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

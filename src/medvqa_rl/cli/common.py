@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off
+from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
 
 if TYPE_CHECKING:
     from medvqa_rl.config import Purpose
@@ -75,10 +75,12 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def prepare_process() -> None:
-    """Reuse freed memory, and silence what the libraries below would print into our output. Imports none of them."""
+    """Reuse freed memory, keep local requests off proxies, turn telemetry off, and silence what the libraries below
+    would print into our output. Imports none of them."""
     from medvqa_rl.core.machine import keep_freed_memory
 
     keep_freed_memory()
+    spare_this_machine()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too, when it is imported
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()

@@ -1,10 +1,14 @@
-"""Files of checkpoints on this machine: embedded in the package, in a folder, or in the Hub's cache. No torch."""
+"""Files of checkpoints: embedded in the package, in a folder, in the Hub's cache, or downloaded to it. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from huggingface_hub import try_to_load_from_cache
+import huggingface_hub
+
+from medvqa_rl.core.network import unusable_proxy
 
 ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
 
@@ -34,7 +38,7 @@ def local_file(path: str, revision: str | None, name: str) -> Path | None:
         folder = ASSETS / path.removeprefix("phantom:")
     if folder.is_dir() or path.count("/") != 1:
         return folder / name if (folder / name).is_file() else None
-    cached = try_to_load_from_cache(path, name, revision=revision)
+    cached = huggingface_hub.try_to_load_from_cache(path, name, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -44,3 +48,41 @@ def checkpoint_bytes(path: str) -> int | None:
     if settings is None:
         return None
     return sum(file.stat().st_size for file in settings.parent.glob("*.safetensors")) or None
+
+
+def snapshot(
+    repository: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    kind: Literal["model", "dataset"] = "model",
+    is_offline: bool = False,
+) -> Path:
+    """Return the folder with a Hub repository's files; downloads what is missing, unless ``is_offline``.
+
+    If the Hub cannot be reached, the files come from its cache.
+
+    Raises:
+        ValueError: files are missing, and the environment's proxy cannot be used.
+        OSError, HfHubHTTPError, HFValidationError: as ``snapshot_download``.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError  # imports an HTTP client
+
+    proxy = unusable_proxy()
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=list(patterns),
+                local_files_only=is_offline or proxy is not None,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        if is_offline or proxy is None:
+            raise
+        raise ValueError(
+            f"{repository} is not on this machine, and the proxy in the environment's {proxy} cannot be used to "
+            "download it: for SOCKS, install the package socksio and write socks5://, or unset the variable."
+        ) from error

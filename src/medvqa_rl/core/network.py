@@ -1,18 +1,23 @@
-"""A process-wide guard that refuses every connection beyond this machine. Imports no torch.
+"""What may use the network: proxies, telemetry, and a guard against every connection beyond this machine. No torch.
 
-``network: off`` in the settings, or ``medvqa-rl --network off VERB``, installs it before anything else runs. It is an
-audit hook (PEP 578): Python reports every use of a socket to it, and later code cannot remove it. It does not see
-native code, such as the collectives of torch.distributed, or other programs. Child processes of this package inherit
-it through the environment.
+:func:`spare_this_machine` keeps requests to this machine away from the environment's proxies.
+
+``network: off`` in the settings, or ``medvqa-rl --network off VERB``, installs the guard before anything else runs.
+It is an audit hook (PEP 578): Python reports every use of a socket to it, and later code cannot remove it. It does
+not see native code, such as the collectives of torch.distributed, or other programs. Child processes of this package
+inherit it through the environment.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import socket
 import sys
+import urllib.request
 from typing import Any
+from urllib.parse import urlsplit
 
 VARIABLE = "MEDVQA_RL_NETWORK"
 """Environment variable that turns the network off for every verb."""
@@ -22,11 +27,18 @@ _LOCAL_FAMILIES = {getattr(socket, name) for name in ("AF_UNIX", "AF_NETLINK") i
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "WANDB_MODE": "offline",
     VARIABLE: "off",
 }
+NO_TELEMETRY = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Environment variables that turn off the telemetry of the libraries below."""
+_THIS_MACHINE = ("localhost", ".localhost", "127.0.0.0/8", "127.0.0.1", "0.0.0.0", "::1")
+"""Entries of NO_PROXY; some clients take networks, others single addresses only."""
 _is_off = False
 
 
@@ -35,7 +47,8 @@ class NetworkRefused(ConnectionError):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address is a loopback one: 127.0.0.0/8, ::1, localhost and its subdomains.
+    """Whether a host name or address is this machine: 127.0.0.0/8, ::1, localhost and its subdomains, and the
+    unspecified addresses, which connect to this machine.
 
     Names are not resolved; any other name counts as remote.
     """
@@ -46,8 +59,39 @@ def is_loopback(host: str) -> bool:
         number = ipaddress.ip_address(name.partition("%")[0])
     except ValueError:
         return False
-    mapped = getattr(number, "ipv4_mapped", None)
-    return bool((mapped or number).is_loopback)
+    number = getattr(number, "ipv4_mapped", None) or number
+    return number.is_loopback or number.is_unspecified
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Whether a URL's host is this machine, so that no proxy may see the request (:func:`is_loopback`)."""
+    return is_loopback(urlsplit(url).hostname or "")
+
+
+def spare_this_machine() -> None:
+    """Make clients that follow the environment's proxies, here and in child processes, connect to this machine
+    directly, and turn off the telemetry of the libraries below unless the environment asks for it."""
+    for name, value in NO_TELEMETRY.items():
+        os.environ.setdefault(name, value)
+    given = urllib.request.getproxies_environment().get("no", "")
+    entries = [entry.strip() for entry in given.split(",") if entry.strip()]
+    if "*" not in entries:
+        entries += [entry for entry in _THIS_MACHINE if entry not in entries]
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(entries)
+
+
+def unusable_proxy() -> str | None:
+    """The environment's first proxy that HTTP clients in Python refuse (with an exception when they are created), as
+    ``all_proxy (socks5)``, or None: another scheme than HTTP, or SOCKS without the package ``socksio``."""
+    proxies = urllib.request.getproxies()
+    if "*" in (entry.strip() for entry in proxies.get("no", "").split(",")):
+        return None
+    usable = ["http", "https"] + ["socks5", "socks5h"] * (importlib.util.find_spec("socksio") is not None)
+    for name in ("http", "https", "all"):
+        scheme, separator, _ = proxies.get(name, "").partition("://")
+        if separator and scheme.lower() not in usable:
+            return f"{name}_proxy ({scheme.lower()})"
+    return None
 
 
 def is_off() -> bool:
@@ -57,12 +101,15 @@ def is_off() -> bool:
 
 def forbid_network() -> None:
     """Refuse every connection, datagram and name lookup beyond this machine until the process ends, and set the
-    offline switches of the libraries below for this process and its children."""
+    offline switches of the libraries below, without proxies, for this process and its children."""
     global _is_off
     if _is_off:
         return
     _is_off = True
-    os.environ.update(_OFFLINE)
+    # A proxy on this machine would carry requests elsewhere.
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]
+    os.environ.update(_OFFLINE | NO_TELEMETRY | {"NO_PROXY": "*", "no_proxy": "*"})
     sys.addaudithook(_audit)
     # These resolve names before the audit hook is called, so they check the address themselves.
     for name in ("connect", "connect_ex", "sendto"):
@@ -99,9 +146,9 @@ def _check_address(sock: Any, address: Any) -> None:
 
 
 def _check_host(host: Any) -> None:
-    """Raise NetworkRefused for a remote host. No host and the unspecified address are those of listening servers."""
+    """Raise NetworkRefused for a remote host. A listening server may have no host."""
     name = host.decode("ascii", "replace") if isinstance(host, bytes | bytearray) else host
-    if name in (None, "", "0.0.0.0", "::") or (isinstance(name, str) and is_loopback(name)):
+    if name in (None, "") or (isinstance(name, str) and is_loopback(name)):
         return
     raise NetworkRefused(
         f"A connection to {name} was refused because the network is off: put the files on this machine, or set "

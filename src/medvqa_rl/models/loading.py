@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -25,6 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.core.embedded import checkpoint_path, snapshot
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
@@ -119,8 +119,6 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         ValueError: there is no such folder or repository, or it is neither cached nor reachable.
     """
     if path.startswith("phantom:"):
-        from medvqa_rl.core.embedded import checkpoint_path
-
         return checkpoint_path(path.removeprefix("phantom:"))
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -132,7 +130,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
             "Hub id such as Qwen/Qwen2-VL-2B-Instruct, or phantom:base or phantom:instruct for the embedded models."
         )
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_HUB_FILES))
+        return snapshot(path, _HUB_FILES, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(

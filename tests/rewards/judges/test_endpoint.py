@@ -310,3 +310,32 @@ def test_an_endpoint_that_does_not_grade_is_refused_when_loading(server: Server)
     with pytest.raises(ValueError, match=r"does not answer as it should \(the answer is not JSON: 'Yes'\): check"):
         load_judges(config, [COHERENCE, REASONING])
     assert len(server.seen) == 2, "once for each rubric"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]"])
+def test_a_judge_on_this_machine_is_asked_without_the_proxy(server: Server, proxy: Any, host: str) -> None:
+    judge = judge_at(server.url.replace("127.0.0.1", host), max_retries=0)
+    assert judge.grade([REQUEST])[0].score == 1.0
+    assert len(server.seen) == 1 and proxy.seen == []
+
+
+def test_a_judge_elsewhere_is_asked_through_the_proxy(proxy: Any) -> None:
+    (grade,) = judge_at("http://judge.example:8000/v1", max_retries=0).grade([REQUEST])
+    assert grade.reason == "HTTP 502" and not grade.is_scored
+    ((line, body),) = proxy.seen
+    assert line.startswith("POST http://judge.example:8000/v1/chat/completions") and b"Is there a mass?" in body
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks", "ftp"])
+def test_a_proxy_that_the_client_cannot_use(server: Server, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:9")
+    assert judge_at(server.url).grade([REQUEST])[0].score == 1.0
+    with pytest.raises(
+        ValueError, match=rf"on judge\.example, but the proxy .* all_proxy \({scheme}\) cannot be used"
+    ):
+        judge_at("https://judge.example/v1")
+    monkeypatch.setenv("NO_PROXY", "*")
+    judge_at("https://judge.example/v1")

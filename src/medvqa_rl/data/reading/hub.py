@@ -6,11 +6,13 @@ the Hub's cache without network access.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from medvqa_rl.core.embedded import snapshot
 from medvqa_rl.core.files import write_text
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,23 +38,10 @@ def download(repository: str, revision: str, patterns: Sequence[str], cache_dir:
             f"data.revision is {revision}, but must be a commit of {repository}, 40 hexadecimal digits: copy it from "
             "the data set's page 'Files and versions'."
         )
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = list(patterns)
-
-    def fetch(*, is_offline: bool) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=wanted,
-                local_files_only=is_offline,
-            )
-        )
-
-    address = hashlib.sha256(repr((repository, revision, sorted(wanted))).encode()).hexdigest()[:32]
+    fetch = functools.partial(snapshot, repository, patterns, revision=revision, kind="dataset")
+    address = hashlib.sha256(repr((repository, revision, sorted(patterns))).encode()).hexdigest()[:32]
     marker = cache_dir / "hub" / address
     try:
         if marker.is_file():
@@ -60,8 +49,8 @@ def download(repository: str, revision: str, patterns: Sequence[str], cache_dir:
                 return fetch(is_offline=True)
             except LocalEntryNotFoundError:
                 marker.unlink(missing_ok=True)  # the Hub's cache was emptied
-        folder = fetch(is_offline=False)
-        write_text(marker, f"{repository} {revision} {' '.join(wanted)}\n")
+        folder = fetch()
+        write_text(marker, f"{repository} {revision} {' '.join(patterns)}\n")
         return folder
     except HFValidationError as error:
         raise ValueError(f"data.hub is {repository}, which is not a repository name: write owner/name.") from error

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
-from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.models.dtype import uses_bfloat16
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
@@ -113,7 +112,7 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
     dtype = torch.bfloat16 if uses_bfloat16("auto", torch.device(device).type) else torch.float32
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            folder = snapshot(name, _HUB_FILES)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )

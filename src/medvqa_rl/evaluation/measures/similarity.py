@@ -14,6 +14,7 @@ import numpy as np
 
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.core.answers import read_choice, without_tags
+from medvqa_rl.core.network import unusable_proxy
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.evaluation.records import EvalRecord
 
@@ -133,7 +134,9 @@ def load_similarity(name: str, device: str, setting: str = "eval.similarity") ->
             f"'medvqa-rl[similarity]'`, or set {setting}=tfidf."
         ) from error
     try:
-        model = SentenceTransformer(name, device=device, trust_remote_code=False)
+        model = SentenceTransformer(
+            name, device=device, trust_remote_code=False, local_files_only=unusable_proxy() is not None
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"The sentence-transformers model {name} ({setting}) cannot be loaded: {error}") from error
     return EmbeddingSimilarity(name, model)

@@ -21,6 +21,7 @@ from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
 from medvqa_rl.config import Config, shareable
+from medvqa_rl.core.network import NO_TELEMETRY
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
@@ -143,8 +144,7 @@ def _trackio(run: Path, config: Config) -> TrackioTracker:
                 f"{' and '.join(remote)} would make Trackio upload the run, but train.tracker_online is false: "
                 "unset it, or set train.tracker_online=true."
             )
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ |= NO_TELEMETRY
     name = f"{run.resolve().name}-{run_id(run)[:6]}"
     return TrackioTracker(PROJECT, name=name, config=shareable(config), resume="allow")
 

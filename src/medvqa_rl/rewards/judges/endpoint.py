@@ -8,6 +8,7 @@ time-outs, broken connections and replies that are not chat completions are retr
 from __future__ import annotations
 
 import math
+import ssl
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.network import is_on_this_machine, unusable_proxy
 from medvqa_rl.core.randomness import address, uniforms
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
@@ -54,7 +56,7 @@ class EndpointJudge:
             sleep: waits between attempts.
 
         Raises:
-            ValueError: the client's package is missing.
+            ValueError: the client's package is missing, or cannot use the environment's proxy.
         """
         assert config.endpoint is not None
         try:
@@ -71,7 +73,7 @@ class EndpointJudge:
             timeout=config.timeout,
             max_retries=0,
             # A redirect would send the texts to a host that the user did not name.
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, **_proxy_options(config.endpoint)),
         )
         # The client reads these from the environment, whatever the endpoint.
         self._client.organization = self._client.project = None
@@ -155,6 +157,20 @@ class EndpointJudge:
             self._count(prompt_tokens=usage.prompt_tokens or 0, completion_tokens=usage.completion_tokens or 0)
         text: str | None = choices[0].message.content
         return text
+
+
+def _proxy_options(endpoint: str) -> dict[str, Any]:
+    """Options of the HTTP client: the environment's proxy, but never for a server on this machine."""
+    if is_on_this_machine(endpoint):
+        # Not reading the environment leaves out its certificates too; ssl reads them itself.
+        return {"trust_env": False, "verify": ssl.create_default_context()}
+    proxy = unusable_proxy()
+    if proxy is not None:
+        raise ValueError(
+            f"judge.endpoint is on {host_of(endpoint)}, but the proxy in the environment's {proxy} cannot be used: "
+            "for SOCKS, install the package socksio and write socks5://, or unset the variable."
+        )
+    return {}
 
 
 class _MalformedReply(RuntimeError):

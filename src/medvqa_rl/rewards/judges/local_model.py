@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
-from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
@@ -123,7 +122,7 @@ def _folder(config: JudgeConfig) -> Path:
             f"model, a Hugging Face Hub id such as microsoft/biogpt, or {' or '.join(EMBEDDED_JUDGES)}."
         )
     try:
-        return Path(snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES))
+        return snapshot(config.model, _HUB_FILES, revision=config.revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"judge.model is {config.model!r}, which is no folder here, and the Hugging Face Hub did not deliver it "
