@@ -20,6 +20,7 @@ from medvqa_rl.data.findings import (
     SplitFacts,
     dropped_findings,
     overlap_findings,
+    patient_findings,
     skew_findings,
 )
 from medvqa_rl.data.images.budget import ImageBudget
@@ -121,6 +122,7 @@ def check_data(
     findings = [
         *faults.findings(),
         *overlap_findings(overlaps),
+        *patient_findings(_patients(datasets)),
         *skew_findings(splits),
         *dropped_findings(issues),
     ]
@@ -139,6 +141,18 @@ def check_data(
         budget=budget,
         seconds=time.perf_counter() - start,
     )
+
+
+def _patients(datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
+    """For each split of the data set itself, patient -> the id of the patient's first sample."""
+    found: dict[str, dict[str, str]] = {}
+    for split, dataset in datasets.items():
+        if isinstance(dataset, StoredDataset) and OTHER not in split:
+            found[split] = {}
+            for index, patient in enumerate(dataset.patients):
+                if patient and patient not in found[split]:
+                    found[split][patient] = dataset[index].id
+    return found
 
 
 def _read_split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.fingerprints import ImageFacts, measure
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.overlap import twins
+from medvqa_rl.data.patients import as_patient, patient_column, unused_columns
 from medvqa_rl.data.reading.rows import Unusable
 from medvqa_rl.data.reading.tables import TableReport, read_table, write_table
 from medvqa_rl.data.sets.own import image_names
@@ -74,6 +76,18 @@ def images_in(row: Row, number: int, path: Path) -> tuple[str, ...]:
         ) from problem
 
 
+def choose_column(rows: Sequence[Row]) -> tuple[str, str]:
+    """What to divide a table by, and a sentence on columns that look like patients and were not used, or ""."""
+    by = patient_column(rows) or "image"
+    unused = unused_columns(rows) if by == "image" else []
+    if not unused:
+        return by, ""
+    return by, (
+        f"Warning: {first_few(unused)} may identify patients, but rows with the same value were not kept in one "
+        f"split: if it does, divide the table with `medvqa-rl data split --by {shlex.quote(unused[0])}`."
+    )
+
+
 def divide(
     rows: Sequence[Row],
     path: Path,
@@ -113,11 +127,12 @@ def divide(
         links += [(name, ("row", number)) for name in names]
         links += [(name, ("file", split_fragment(name)[0])) for name in names]  # slices of a volume stay together
         if by != "image":
-            value = str(row[by] if row.get(by) is not None else "").strip()
+            value = as_patient(row.get(by))
             if not value:
                 raise ValueError(
-                    f"Row {number} of {path} has no {by}, but the table is to be split by it: fill the column, or "
-                    "split by image; rows are counted from 0."
+                    f"Row {number} of {path} has no {by}, but the table is to be split by it: fill the column (with a "
+                    "value of its own where it is unknown), or divide the table with `medvqa-rl data split --by "
+                    "image`; rows are counted from 0."
                 )
             links.append((names[0], (by, value)))
     known = {name for name, _ in links}
@@ -135,7 +150,8 @@ def divide(
         if shares[split] and not count:
             raise ValueError(
                 f"The {len(rows):,} rows of {path} fall into {len(sizes)} groups that stay together, too few for a "
-                f"{split} split: split by image instead of {by}, or change --val and --test."
+                f"{split} split: add rows of other images{'' if by == 'image' else f' and of other values of {by}'}, "
+                "or divide the table with `medvqa-rl data split` and other --by, --val and --test."
             )
     return division
 

@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -186,6 +187,26 @@ def overlap_findings(overlaps: Sequence[Overlap]) -> Iterator[Finding]:
                 f"{count:,} of the {overlap.num_second:,} images of {second} have almost the same perceptual hash as "
                 f"an image of {first}: they may be copies, neighbouring slices, or merely similar.",
                 tuple(f"{pair.second} ~ {pair.first} ({pair.bits} bits)" for pair in near[:EXAMPLES]),
+            )
+
+
+def patient_findings(patients: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
+    """Findings about patients in two splits. Names samples, not patients.
+
+    Args:
+        patients: for each split, patient -> the id of the patient's first sample.
+    """
+    for (first, one), (second, other) in combinations(patients.items(), 2):
+        shared = [patient for patient in other if patient in one]
+        if shared:
+            yield Finding(
+                "wrong",
+                f"patients in {first} and {second}",
+                len(shared),
+                f"{len(shared):,} of the {len(other):,} patients of {second} are also in {first}, so results on "
+                f"{second} partly measure memorisation: divide the table with `medvqa-rl data split`, which keeps "
+                "patients together.",
+                tuple(f"{other[patient]} is of the patient of {one[patient]}" for patient in shared[:EXAMPLES]),
             )
 
 

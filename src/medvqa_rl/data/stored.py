@@ -36,6 +36,8 @@ class StoredDataset:
     """Counts of dropped and repaired rows by reason, and other counts of the split."""
     issues: tuple[RowIssue, ...] = ()
     """Every dropped or repaired row of all files that were read."""
+    patients: Sequence[str] = ()
+    """The patient of every sample, "" where the table names none; empty for data sets without patients."""
     is_endless: bool = False
 
     def __len__(self) -> int:
@@ -151,7 +153,8 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     name = f"{config.name}/{config.split}/{split}"
     if is_official:
         name = source.names.get(split, name)
-    return StoredDataset(name, Samples(chosen, source.images), notes, tuple(reading.issues))
+    patients = [row.patient for row in chosen]
+    return StoredDataset(name, Samples(chosen, source.images), notes, tuple(reading.issues), patients)
 
 
 def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:

@@ -162,7 +162,7 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     lines = ["image,question,answer,patient"]
     lines += [f"{n % 40}.png,Question {n}?,yes,p{n % 20}" for n in range(120)]
     (tmp_path / "mine.csv").write_text("\n".join(lines) + "\n")
-    code, output = run("split", str(tmp_path / "mine.csv"), "--by", "patient", "--test", "0.2", "--seed", "3")
+    code, output = run("split", str(tmp_path / "mine.csv"), "--test", "0.2", "--seed", "3")
     assert (
         code == 0
         and "20 groups of rows that share an image or patient stay together" in output
@@ -178,6 +178,11 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     assert sum(line.endswith(",test") for line in written) == 24
     code, output = run("split", str(tmp_path / "mine.csv"))
     assert code == 2 and "already exists" in output
+    code, output = run("split", str(tmp_path / "mine.csv"), "--by", "image", "--output", str(tmp_path / "i.csv"))
+    assert code == 0 and "40 groups of rows that share an image stay together" in output
+    (tmp_path / "cases.csv").write_text("\n".join([lines[0].replace("patient", "Case"), *lines[1:]]))
+    code, output = run("split", str(tmp_path / "cases.csv"), "--output", str(tmp_path / "c.csv"))
+    assert code == 0 and "Warning: Case may identify patients" in output and "40 groups" in output
     code, output = run("split", str(tmp_path / "gone.csv"), "--output", str(tmp_path / "x.csv"))
     assert code == 2 and "gone.csv" in output
 

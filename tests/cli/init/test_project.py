@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,9 @@ def test_wrong_data_is_shown_and_nothing_is_written(tmp_path: Path, capsys: pyte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
 
 
-def test_a_split_of_ones_own_is_kept_and_patients_stay_together(tmp_path: Path) -> None:
+def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = closed(60)
     for number, row in enumerate(rows):
         row["split"] = "test" if number < 20 else "val" if number < 30 else "train"
@@ -229,12 +232,22 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(tmp_path: Path) 
             run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
     rows = closed(60)
     for number, row in enumerate(rows):
-        row["patient"] = f"p{number // 6}"
+        row["Patient ID"] = f"p{number // 6}"
     table, images = write_rows(tmp_path / "patients", rows)
     run_init(tmp_path / "theirs", table=table, images=images, gpu_memory=24)
+    assert "Rows with the same Patient ID stay in one split." in capsys.readouterr().out
     found = [json.loads(line) for line in (tmp_path / "theirs" / "data.jsonl").open()]
-    places = {(row["patient"], row["split"]) for row in found}
+    places = {(row["Patient ID"], row["split"]) for row in found}
     assert len(places) == 10 and {split for _, split in places} == {"train", "val", "test"}
+    for number, row in enumerate(rows):
+        row["case"] = row.pop("Patient ID")
+        row["split"] = ("train", "val", "test")[number % 3]
+    table, images = write_rows(tmp_path / "cases", [{k: v for k, v in row.items() if k != "split"} for row in rows])
+    run_init(tmp_path / "unsure", table=table, images=images, gpu_memory=24)
+    assert "Warning: case may identify patients" in capsys.readouterr().out
+    table, images = write_rows(tmp_path / "split", [{**row, "mrn": row["case"]} for row in rows])
+    assert not run_init(tmp_path / "leaky", table=table, images=images, gpu_memory=24)
+    assert "memorisation: divide the table with" in " ".join(re.findall(r"[\w:]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize(

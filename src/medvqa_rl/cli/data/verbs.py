@@ -91,11 +91,12 @@ def data_show(
 def data_split(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, JSON Lines, JSON or parquet.")],
     by: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Keep rows with the same value in one split: image, or a column such as patient (and image)."
+            help="Keep rows with the same value in one split: image, or a column (and image). Default: the column of "
+            "patients, such as patient_id or MRN, if there is one, else image."
         ),
-    ] = "image",
+    ] = None,
     val: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for validation.")] = 0.1,
     test: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the rows for testing.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of the random assignment.")] = 0,
@@ -105,7 +106,7 @@ def data_split(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Table to write. Default: data.* beside TABLE.")] = None,
 ) -> None:
-    """Add a column with train, val or test to your table, so that no image is in two splits."""
+    """Add a column with train, val or test to your table, so that no image and no patient is in two splits."""
     from medvqa_rl.cli.data.write import run_split
 
     run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)

@@ -9,19 +9,20 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data import Split, load_dataset, load_splits
-from medvqa_rl.data.division import divide, equal_images, images_in, read_whole, write_divided
+from medvqa_rl.data.division import choose_column, divide, equal_images, images_in, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
 
 
 def run_split(
-    table: Path, *, output: Path | None, by: str, val: float, test: float, seed: int, images: Path | None
+    table: Path, *, output: Path | None, by: str | None, val: float, test: float, seed: int, images: Path | None
 ) -> None:
     """Assign the rows of a table to splits and write it with a column ``split``.
 
     Args:
         table: CSV, JSON Lines, JSON or parquet file.
         output: the new table; defaults to ``data`` beside the old one, with the same suffix.
-        by: ``image``, or a column whose values must not be in two splits.
+        by: ``image``, or a column whose values must not be in two splits; None takes the column of patients if
+            there is one.
         images: folder of the images; if given, they are decoded and those with equal pixels stay together.
 
     Raises:
@@ -36,6 +37,9 @@ def run_split(
     if images is not None:
         with progress_bar("images") as progress:
             equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
+    warning = ""
+    if by is None:
+        by, warning = choose_column(rows)
     division = divide(rows, table, by=by, val=val, test=test, seed=seed, equal=equal)
     write_divided(division, out)
     shown = []
@@ -52,6 +56,8 @@ def run_split(
     printer.print(
         f"{division.groups:,} groups of rows that share an image{'' if by == 'image' else f' or {by}'} stay together."
     )
+    if warning:
+        printer.print(warning, soft_wrap=True)
     if images is not None:
         renamed = sum(len(group) - 1 for group in equal)
         printer.print(f"{renamed:,} images duplicate another one under another name.")

@@ -27,7 +27,7 @@ from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
-from medvqa_rl.data.division import COLUMN, Division, divide, equal_images, read_whole, write_divided
+from medvqa_rl.data.division import COLUMN, Division, choose_column, divide, equal_images, read_whole, write_divided
 from medvqa_rl.data.findings import DataReport
 from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.learning.estimate.architecture import find_architecture
@@ -155,7 +155,7 @@ def find_gpu() -> tuple[float | None, str]:
 def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
     """Split the table, or keep its own split if it has one.
 
-    No image is in two splits, even under two names, and no patient if there is such a column.
+    No image is in two splits, even under two names, and no patient if a column names them.
 
     Raises:
         ValueError: an image cannot be decoded, a row lacks its image or patient, the table's own split is incomplete,
@@ -174,7 +174,8 @@ def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, se
         return Division(tuple(rows), tuple(own), 0)  # type: ignore[arg-type]
     with progress_bar("images") as progress:
         equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
-    by = "patient" if any(str(row.get("patient") or "").strip() for row in rows) else "image"
+    by, warning = choose_column(rows)
+    print(warning or f"Rows with the same {by} stay in one split.")
     return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
 
 

@@ -48,6 +48,7 @@ class Row(NamedTuple):
     groups: dict[str, str]
     reasoning: str = ""
     description: str = ""
+    patient: str = ""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
+from medvqa_rl.data.patients import patient_of
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.options import as_letter, find_gold, read_options
@@ -138,9 +139,10 @@ def _parse(
         answer = find_gold(options, letter or None, "" if letter else answer, repairs)
     else:
         answer_type = "closed" if kind == "closed" or (not kind and is_yes_no(answer)) else "open"
-    numbers: Repairs = {}  # ids and patients may be numbers
+    numbers: Repairs = {}  # ids may be numbers
     row_id = optional_text(fields, "id", numbers) or str(number)
-    patient = optional_text(fields, "patient", numbers)
+    column, patient = patient_of(fields)
+    patient = clean_text(patient, column, numbers)
     return Row(
         id=f"own/{stem}/{row_id}",
         question=question,
@@ -153,6 +155,7 @@ def _parse(
         groups=read_groups(fields, GROUPS, repairs),
         reasoning=optional_text(fields, "reasoning", repairs),
         description=optional_text(fields, "description", repairs),
+        patient=patient,
     )
 
 
