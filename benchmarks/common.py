@@ -23,6 +23,7 @@ from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.machine import LoadMeter
 from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.loading import resolve_folder
@@ -274,6 +275,9 @@ def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = Non
     return folder
 
 
+NEGLIGIBLE = 0.1
+"""Cores that other processes may use in addition to those that a benchmark leaves free."""
+
 Clock = Literal["wall", "processor"]
 """wall: wall time. processor: CPU time of this process, for a busy machine; with one thread it equals the wall time on
 a dedicated core."""
@@ -346,18 +350,41 @@ def measure_rates(dtype: torch.dtype, *, seconds: float = 2.0, size: int | None 
     return Rates(flops=2 * side**3 / best[0], bytes=2 * source.numel() * source.element_size() / best[1])
 
 
+_meter = LoadMeter()
+"""Measures other processes from the start of a benchmark."""
+
+
 def hardware() -> dict[str, Any]:
-    """Describe hardware and library versions, without host or folder names."""
+    """Describe hardware, load and library versions, without host or folder names. Call it after measuring."""
     found: dict[str, Any] = {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
+        **describe_load(_meter),
         "python": platform.python_version(),
         **{name: version(name).split("+")[0] for name in ("torch", "transformers", "peft")},
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def describe_load(meter: LoadMeter) -> dict[str, float]:
+    """The load of the machine: ``load``, the mean of the last minute; ``cores``, the cores that this process may use;
+    ``busy``, how many of them other processes kept busy while it measured."""
+    cores, busy = meter.read()
+    return {"load": round(os.getloadavg()[0], 2), "cores": cores, "busy": round(busy, 2)}
+
+
+def load_line(machine: Mapping[str, Any], clock: Clock) -> str:
+    """Format the load that :func:`hardware` found, with a warning if it makes the numbers worthless."""
+    cores, busy, threads = machine["cores"], machine["busy"], machine["threads"]
+    line = f"load {machine['load']}, other processes kept {busy:.2f} of {cores} cores busy"
+    if clock == "processor" or busy <= max(cores - threads, 0) + NEGLIGIBLE:
+        return line
+    return (
+        f"{line}\nWORTHLESS: these are wall times on cores shared with other processes. Measure again on an idle "
+        "machine, or the CPU time of one thread (OMP_NUM_THREADS=1 and --clock processor)."
+    )
 
 
 def _cpu_name() -> str:

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, PrefetchConfig
-from medvqa_rl.core.machine import keep_freed_memory
+from medvqa_rl.core.machine import LoadMeter, keep_freed_memory
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.images.files import FileImage
@@ -161,7 +161,7 @@ def main() -> int:
         if root is not None:
             print(json.dumps(measure(root)))
             return 0
-    missed = []
+    missed, meter = [], LoadMeter()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_table(root, options.rows)
@@ -189,6 +189,9 @@ def main() -> int:
             )
         if found["mib"] - without["mib"] > PREFETCH_MIB + found["one_prompt_mib"] + HOLES_MIB:
             missed.append("memory of prefetching")
+    from benchmarks.common import describe_load, load_line  # imports torch, which the measured processes do without
+
+    print(load_line(describe_load(meter) | {"threads": 1 + options.workers}, "wall"))
     if missed:
         print(f"limits exceeded: {', '.join(missed)}")
     return bool(missed)

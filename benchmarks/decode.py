@@ -30,6 +30,7 @@ from benchmarks.common import (
     Rates,
     Workload,
     hardware,
+    load_line,
     make_config,
     make_data,
     measure_rates,
@@ -200,8 +201,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{result['operations_per_token'] / 1e6:.2f} MFLOP; copying moves {rates.bytes / 1e9:.1f} GB/s, "
         f"matrix products do {rates.flops / 1e9:.1f} GFLOP/s. Equal greedy completions: {result['same_greedy']:.0%}."
     )
+    machine = hardware()
+    print(load_line(machine, given.clock))
     settings = {"preset": given.preset, "engine": given.engine, "rounds": given.rounds, "clock": given.clock}
-    write_result(given.json, {"settings": settings, "hardware": hardware(), "rates": vars(rates), **result})
+    write_result(given.json, {"settings": settings, "hardware": machine, "rates": vars(rates), **result})
     print(f"speedup of decoding alone: {result['decode_speedup']:.2f}")
     print(f"speedup: {result['speedup']:.2f}")
     is_exact = workload.dtype == "float32" and not torch.cuda.is_available()

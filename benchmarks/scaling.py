@@ -37,6 +37,7 @@ from benchmarks.common import (
     PHANTOM,
     Workload,
     hardware,
+    load_line,
     make_config,
     make_data,
     now,
@@ -288,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_result(options.output, result)
     machine = result["hardware"]
     print(
-        f"{machine['cpu']}, one thread per rank, {options.engine}, processor clock, load {machine['load']}, "
+        f"{machine['cpu']}, one thread per rank, {options.engine}, processor clock, "
         f"{result['steps'] * result['rounds']} steps"
     )
+    print(load_line(machine, "processor"))
     print(report(result["runs"]))
     for difference in result["differences"]:
         print(f"NOT COMPARABLE: {difference}")

@@ -33,6 +33,7 @@ from benchmarks.common import (
     Rates,
     Workload,
     hardware,
+    load_line,
     measure_rates,
     peak_bytes,
     prepare_model,
@@ -289,10 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine, rates = result["hardware"], result["rates"]
     print(result["work"])
     print(
-        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {options.clock} clock, "
-        f"load {machine['load']}; {rates['flops'] / 1e9:,.0f} GFLOP/s, {rates['bytes'] / 1e9:,.1f} GB/s; "
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {options.clock} clock; "
+        f"{rates['flops'] / 1e9:,.0f} GFLOP/s, {rates['bytes'] / 1e9:,.1f} GB/s; "
         f"{result['steps']} steps measured, in {options.rounds} processes each"
     )
+    print(load_line(machine, options.clock))
     print(report(result["engines"], {phase: Floor(**part) for phase, part in result["floors"].items()}))
     for difference in result["differences"]:
         print(f"NOT COMPARABLE: {difference}")

@@ -32,6 +32,7 @@ from benchmarks.common import (
     Rates,
     Workload,
     hardware,
+    load_line,
     make_config,
     make_data,
     measure_rates,
@@ -349,8 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{workload.model}, {workload.dtype}, {f'LoRA of rank {workload.lora}' if workload.lora else 'all weights'}, "
         f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads, {options.clock} clock, "
-        f"load {machine['load']}, {rates.flops / 1e9:,.0f} GFLOP/s"
+        f"{rates.flops / 1e9:,.0f} GFLOP/s"
     )
+    print(load_line(machine, options.clock))
     if options.scaling:
         print(report_scaling(result["scaling"]))
         ratios = [row["ways"]["separate"]["seconds"] / row["ways"]["default"]["seconds"] for row in result["scaling"]]
