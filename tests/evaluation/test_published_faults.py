@@ -38,7 +38,7 @@ from medvqa_rl.evaluation.evaluate import (
 from medvqa_rl.evaluation.records import read_records
 from medvqa_rl.evaluation.statistics.summary import summarise
 from medvqa_rl.evaluation.statistics.tables import results_table
-from medvqa_rl.rewards.functions import RewardLog, call_function
+from medvqa_rl.rewards.functions import RewardLog, call_functions
 
 CONFIG = EvalConfig(batch_size=4, bootstrap=100)
 SOURCE = Path(__file__).parents[2] / "src" / "medvqa_rl"
@@ -183,13 +183,11 @@ def test_9_a_verdict_is_parsed_exactly_or_fails() -> None:
     assert score_correctness(sample, render_answer("seen", "no")) == 0.0
     group = Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, ""), [Completion((), "yes", False)])
 
-    def verdict(value: Any) -> float:
-        log = RewardLog()
-        values = call_function("f", lambda *_, **__: [value], [group], step=0, log=log)
-        return float(values[0])
+    def verdict(value: Any) -> float | None:
+        return call_functions({"f": lambda *_, **__: [value]}, [group], step=0, log=RewardLog())["f"][0]
 
-    assert verdict(1.0) == 1.0 and verdict(0) == 0.0
-    assert math.isnan(verdict(None)) and math.isnan(verdict(math.inf))
+    assert verdict(1.0) == 1.0 and verdict(0) == 0.0 and verdict(None) is None
+    assert math.isnan(verdict(math.inf) or 0.0)
     for noise in ("0", "0.", "correct", "", ["1"]):
         with pytest.raises(ValueError, match="a reward is a float, or None where it does not apply"):
             verdict(noise)

@@ -3,6 +3,7 @@
 Run: pytest tests/rewards/test_compose.py
 """
 
+import asyncio
 import math
 import sys
 from dataclasses import replace
@@ -133,13 +134,102 @@ def test_images_are_decoded_once_per_prompt_and_only_for_functions_that_name_the
     assert OneImage.loads == 2
 
 
-def test_none_and_numbers_that_are_not_finite_are_unscored(module: ModuleType) -> None:
+def test_none_does_not_apply_and_numbers_that_are_not_finite_are_unscored(module: ModuleType) -> None:
     module.mine = lambda **kwargs: [None, 1, True, math.nan, math.inf, np.float32(0.5)]  # type: ignore[attr-defined]
-    rewards = Rewards(RewardsConfig(functions={"my_rewards.mine": 1.0}))
+    rewards = Rewards(RewardsConfig(format=0.5, functions={"my_rewards.mine": 3.0}))
     scores = rewards.score(GROUPS, step=0)
     np.testing.assert_array_equal(scores.parts["mine"], [[np.nan, 1, 1], [np.nan, np.nan, 0.5]])
-    np.testing.assert_array_equal(scores.total, FORMAT + CORRECT + scores.parts["mine"])
+    np.testing.assert_array_equal(scores.applies["mine"], [[False, True, True], [True, True, True]])
+    assert scores.applies["format"].all()
+    # The first completion: format 1 and correct, without mine.
+    np.testing.assert_array_equal(scores.total, [[1.5, 3.5, 4.0], [np.nan, np.nan, 3.0]])
     np.testing.assert_array_equal(scores.parts["format"], FORMAT)
+
+
+def test_a_completion_that_no_part_applies_to_is_unscored(module: ModuleType) -> None:
+    module.odd = lambda **kwargs: [None, None, 1, 1, 1, 1]  # type: ignore[attr-defined]
+    module.even = lambda **kwargs: [None, 2, None, 2, 2, 2]  # type: ignore[attr-defined]
+    functions = {"my_rewards.odd": 1.0, "my_rewards.even": 1.0}
+    scores = Rewards(RewardsConfig(format=0, correctness=0, functions=functions)).score(GROUPS, step=0)
+    np.testing.assert_array_equal(scores.total, [[np.nan, 2, 1], [3, 3, 3]])
+
+
+def test_totals_equal_those_of_trl(module: ModuleType) -> None:
+    """TRL drops a part that returned None with nansum (GRPOTrainer, _compute_advantages)."""
+    values = [[None, 1.0, 0.5, None, 0.25, 2.0], [1.0, None, 0.5, 0.5, None, -1.0]]
+    module.one = lambda **kwargs: values[0]  # type: ignore[attr-defined]
+    module.two = lambda **kwargs: values[1]  # type: ignore[attr-defined]
+    functions = {"my_rewards.one": 0.5, "my_rewards.two": 2.0}
+    scores = Rewards(RewardsConfig(format=0, correctness=0, functions=functions)).score(GROUPS, step=0)
+    per_function = np.array([[np.nan if value is None else value for value in row] for row in values])
+    np.testing.assert_allclose(scores.total.ravel(), np.nansum(per_function * [[0.5], [2.0]], axis=0))
+
+
+def test_functions_get_the_columns_of_the_data(module: ModuleType) -> None:
+    seen: dict[str, Any] = {}
+
+    def function(difficulty: Any, **kwargs: Any) -> list[float]:
+        seen.update(kwargs, difficulty=difficulty)
+        return [0.0] * 6
+
+    columns: list[dict[str, Any]] = [
+        {"difficulty": 3, "keywords": ["a", "b"], "solution": "worked", "image": "a.png"},
+        {"difficulty": 1, "answer": "not this", "completions": "nor this", "extra": None},
+    ]
+    samples = [replace(group.sample, columns=own) for group, own in zip(GROUPS, columns)]
+    groups = [replace(group, sample=sample) for group, sample in zip(GROUPS, samples)]
+    with_function(module, function).score(groups, step=0)
+    assert seen["difficulty"] == [3] * 3 + [1] * 3
+    assert seen["keywords"] == [["a", "b"]] * 3 + [None] * 3
+    assert seen["solution"] == ["worked"] * 3 + [None] * 3 and seen["extra"] == [None] * 6
+    assert seen["organ"] == ["lung"] * 6 and seen["reasoning"] == [""] * 6
+    assert seen["answer"] == ["B"] * 6 and len(seen["completions"]) == 6
+    assert "image" not in seen
+
+
+def test_async_functions_run_together(module: ModuleType) -> None:
+    """Each waits for the other, so they end only if they run in one loop."""
+    events: dict[str, asyncio.Event] = {}
+
+    async def one(completions: Any, log_metric: Any, **kwargs: Any) -> list[float]:
+        events["one"].set()
+        await asyncio.wait_for(events["two"].wait(), 5)
+        log_metric("waited", 1.0)
+        return [1.0] * len(completions)
+
+    class Two:
+        async def __call__(self, completions: Any, **kwargs: Any) -> list[float | None]:
+            events["two"].set()
+            await asyncio.wait_for(events["one"].wait(), 5)
+            return [None, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+    def three(**kwargs: Any) -> list[float]:
+        events.update(one=asyncio.Event(), two=asyncio.Event())
+        return [4.0] * 6
+
+    module.one, module.two, module.three = one, Two(), three  # type: ignore[attr-defined]
+    functions = {f"my_rewards.{name}": 1.0 for name in ("one", "two", "three")}
+    scores = Rewards(RewardsConfig(format=0, correctness=0, functions=functions)).score(GROUPS, step=0)
+    np.testing.assert_array_equal(scores.total, [[5, 7, 7], [7, 7, 7]])
+    assert scores.extras == {"waited": 1.0}
+
+
+def test_async_functions_work_where_an_event_loop_runs(module: ModuleType) -> None:
+    async def notebook() -> Any:
+        return with_function(module, coroutine).score(GROUPS, step=0)
+
+    np.testing.assert_array_equal(asyncio.run(notebook()).total, np.ones((2, 3)))
+
+
+def test_errors_of_an_async_function_name_the_function(module: ModuleType) -> None:
+    async def function(**kwargs: Any) -> list[float]:
+        raise KeyError("oops")
+
+    with pytest.raises(KeyError, match="oops") as caught:
+        with_function(module, function).score(GROUPS, step=3)
+    assert "This was raised by the reward function 'my_rewards.mine' in step 3." in caught.value.__notes__
+    with pytest.raises(ValueError, match=r"'my_rewards\.mine' returned 1 rewards for 6 completions"):
+        with_function(module, short_coroutine).score(GROUPS, step=3)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +269,12 @@ def test_errors_of_a_function_name_the_function(module: ModuleType) -> None:
     assert caught.value.__notes__ == ["This was raised by the reward function 'my_rewards.mine' in step 3."]
 
 
-async def coroutine(**kwargs: Any) -> list[float]:
-    return []
+async def coroutine(completions: Any, **kwargs: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+async def short_coroutine(**kwargs: Any) -> list[float]:
+    return [1.0]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +283,6 @@ async def coroutine(**kwargs: Any) -> list[float]:
         (3, "is a int"),
         (SimpleNamespace, "is a type"),
         (lambda prompts, completions: [0.0], r"does not take \*\*kwargs"),
-        (coroutine, "is asynchronous"),
     ],
 )
 def test_uncallable_functions_are_refused_when_loading(module: ModuleType, value: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,8 @@ class Sample:
     description: str = ""
     """A description of the image, such as a report. Judges that grade reasoning see it, and SFT uses it as the target
     of prompts that ask for a description. It is never part of a prompt."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data set's table, for the user's reward functions."""
 
     @property
     def image_key(self) -> str:

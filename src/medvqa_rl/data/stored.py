@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,12 +50,14 @@ class StoredDataset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of ids, questions, options, gold answers, image names and descriptions in order, cut to 16
-        hexadecimal digits."""
+        hexadecimal digits. In own data also of the columns for reward functions; published sets have theirs fixed."""
         digest = hashlib.sha256()
         for sample in self.samples:
             parts = (sample.id, sample.answer_type, sample.question, sample.answer, sample.image_key, *sample.options)
             digest.update(repr(parts).encode())
             digest.update(sample.description.encode())
+            if sample.columns and self.name.startswith("own/"):
+                digest.update(json.dumps(sample.columns, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
 
@@ -260,6 +263,7 @@ class Samples(Sequence[Sample]):
             reasoning=row.reasoning,
             groups=row.groups,
             description=row.description,
+            columns=row.columns,
         )
 
 

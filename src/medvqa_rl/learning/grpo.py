@@ -179,7 +179,9 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
     """
     if rate <= config.rewards.max_unscored:
         return
-    failing = [name for name, values in scores.parts.items() if np.isnan(values).any()]
+    failing = [name for name, values in scores.parts.items() if (np.isnan(values) & scores.applies[name]).any()]
+    if not np.any(list(scores.applies.values()), axis=0).all():
+        failing.append("any part, since none applies to some of them")
     bad = [group for group, row in zip(groups, scores.total) if np.isnan(row).any()]
     names = first_few(group.sample.id for group in bad)
     parts = ", ".join(failing) or "another rank"
@@ -207,7 +209,10 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
     experience = learner.prepare(*learning_signal(config, groups, total, advantages))
     metrics, _ = learner.accumulate(experience)
 
-    rows = {f"reward {name}": f"{np.nanmean(values):.3f}" for name, values in scores.parts.items()}
+    rows = {
+        f"reward {name}": "none scored" if np.isnan(values).all() else f"{np.nanmean(values):.3f}"
+        for name, values in scores.parts.items()
+    }
     for index, micro in enumerate(experience.micro_batches):
         rows[f"micro-batch {index}"] = (
             f"{tuple(micro.batch.input_ids.shape)} rows x tokens, {tuple(micro.mask.shape)} completions x tokens"

@@ -6,6 +6,7 @@ To add a part, write a function, add a line to :data:`PARTS`, and add its weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from medvqa_rl.config import RewardsConfig, RolloutConfig
 from medvqa_rl.core.answers import Read, read_group, without_tags
 from medvqa_rl.core.types import Group
-from medvqa_rl.rewards.functions import RewardLog, call_function, load_function
+from medvqa_rl.rewards.functions import RewardLog, call_functions, load_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.length import (
@@ -109,7 +110,7 @@ class Rewards:
         self._config, self._judges, self._similarity = config, dict(judges or {}), similarity
         self._limit = max_completion_length
         self._weights = {name: weight for name, weight in config.weights.items() if weight != 0}
-        self._functions = {}
+        self._functions = {}  # name -> (path, function)
         for path, weight in config.functions.items():
             if weight == 0:
                 continue
@@ -135,7 +136,8 @@ class Rewards:
     def score(self, groups: Sequence[Group], *, step: int, count_tokens: Callable[[str], int] | None = None) -> Scores:
         """Score every completion of P groups of G.
 
-        The total is sum(weight * part) over the enabled parts; it is NaN (unscored) where any of them is NaN.
+        The total is sum(weight * part) over the enabled parts that apply to the completion; it is NaN (unscored) where
+        any of them is NaN, or none applies.
 
         Args:
             groups: P groups with the same number G of completions.
@@ -154,14 +156,26 @@ class Rewards:
         if {"correctness", "reasoning"} & self._weights.keys():
             credit = score_answers(reads, self._config, log, self._similarity, self._judges.get("correctness"))
         batch = Batch(reads, self._config, self._limit, self._judges, credit, log)
-        parts = {}
+        called = call_functions(dict(self._functions.values()), groups, step=step, log=log)
+        parts: dict[str, NDArray[np.float64]] = {}
+        applies = {name: np.ones(shape, dtype=np.bool_) for name in self.names}
         for name in self.names:
+            values: ArrayLike
             if name in self._functions:
-                path, function = self._functions[name]
-                values: ArrayLike = call_function(path, function, groups, step=step, log=log)
+                given = called[self._functions[name][0]]
+                applies[name] = np.array([value is not None for value in given]).reshape(shape)
+                values = [math.nan if value is None else value for value in given]
             else:
                 values = PARTS[name](batch)
             parts[name] = np.asarray(values, dtype=np.float64).reshape(shape)
-        total = np.sum([weight * parts[name] for name, weight in self._weights.items()], axis=0)
+        total = _total(self._weights, parts, applies)
         extras = {name: float(np.mean(values)) for name, values in log.metrics.items()}
-        return Scores(total, parts, extras, log.columns, reads)
+        return Scores(total, parts, applies, extras, log.columns, reads)
+
+
+def _total(
+    weights: Mapping[str, float], parts: Mapping[str, NDArray[np.float64]], applies: Mapping[str, NDArray[np.bool_]]
+) -> NDArray[np.float64]:
+    """(P, G) weighted sum of the parts that apply."""
+    total = np.sum([np.where(applies[name], weight * parts[name], 0.0) for name, weight in weights.items()], axis=0)
+    return np.where(np.any(list(applies.values()), axis=0), total, np.nan)

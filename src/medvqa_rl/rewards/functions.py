@@ -5,27 +5,28 @@ A function that works with TRL's ``GRPOTrainer`` works here::
     def short_reasoning(prompts, completions, completion_ids, **kwargs):
         return [1.0 if len(ids) < 100 else 0.0 for ids in completion_ids]
 
-and in the settings ``rewards.functions: {my_rewards.short_reasoning: 0.5}``.
+and in the settings ``rewards.functions: {my_rewards.short_reasoning: 0.5}``. Asynchronous functions (``async def``) of
+a step are awaited together.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
-
-import numpy as np
-from numpy.typing import NDArray
 
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.types import Group
 
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,6 @@ def _check_signature(path: str, function: object) -> None:
     what = "a function (prompts, completions, completion_ids, **kwargs) that returns one float or None per completion"
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"The reward {path!r} is a {type(function).__name__}, but it must be {what}.")
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"The reward function {path!r} is asynchronous, but it must be {what}; remove its async.")
     parameters = inspect.signature(function).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise ValueError(
@@ -83,12 +82,27 @@ def _check_signature(path: str, function: object) -> None:
         )
 
 
+def _is_async(function: RewardFunction) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+_IMAGE_COLUMNS = ("image", "images")
+"""Columns of the data that hold images; functions that name ``images`` get them decoded."""
+
+
 def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """The samples' fields as TRL passes data set columns, one value per completion. ``solution``, TRL's usual name, is
-    the gold answer."""
+    """The columns of the data as TRL passes them, one value per completion; None where a sample lacks a column.
+
+    ``solution``, TRL's usual name, is the gold answer unless the data has a column of that name.
+    """
     samples = [group.sample for group in groups for _ in group.completions]
+    named = [{**sample.groups, **sample.columns} for sample in samples]
+    own = sorted({name for columns in named for name in columns}.difference(_IMAGE_COLUMNS))
     return {
         "solution": [sample.answer for sample in samples],
+        "reasoning": [sample.reasoning for sample in samples],
+        "description": [sample.description for sample in samples],
+        **{name: [columns.get(name) for columns in named] for name in own},
         "answer": [sample.answer for sample in samples],
         "answer_text": [sample.answer_text for sample in samples],
         "answer_type": [sample.answer_type for sample in samples],
@@ -110,23 +124,29 @@ class RewardLog:
     """(B,) values by column of the sample files."""
 
 
-def call_function(
-    path: str, function: RewardFunction, groups: Sequence[Group], *, step: int, log: RewardLog
-) -> NDArray[np.float64]:
-    """Score completions with a user's function, called as TRL calls it.
+def call_functions(
+    functions: Mapping[str, RewardFunction], groups: Sequence[Group], *, step: int, log: RewardLog
+) -> dict[str, list[float | None]]:
+    """Score completions with the user's functions, called as TRL calls them.
 
-    The function gets lists with one entry per completion, prompt by prompt: ``prompts`` (chat messages),
-    ``completions`` (``[{"role": "assistant", "content": text}]``), ``completion_ids`` (token ids), the columns
-    ``solution answer answer_text answer_type question options id image_key groups``, and ``images`` (decoded) if it
-    names that parameter; further ``log_extra(column, values)``, ``log_metric(name, value)`` and ``trainer_state``
-    (with ``global_step``).
+    A function gets lists with one entry per completion, prompt by prompt: ``prompts`` (chat messages),
+    ``completions`` (``[{"role": "assistant", "content": text}]``), ``completion_ids`` (token ids), the columns of the
+    data (the sample's fields ``question answer answer_text answer_type options reasoning description id image_key
+    groups``, each of its groups by name, ``solution``, and every other column of the user's table), and ``images``
+    (decoded) if it names that parameter; further ``log_extra(column, values)``, ``log_metric(name, value)`` and
+    ``trainer_state`` (with ``global_step``). Columns of the table that have the name of another argument are not
+    passed.
+
+    Args:
+        functions: by dotted path. Asynchronous ones run after the others, concurrently in one event loop.
 
     Returns:
-        (B,) rewards; NaN (unscored) where the function returned None or a number that is not finite.
+        By path: (B,) rewards; None where the function does not apply, NaN (unscored) where it returned a number that
+        is not finite.
 
     Raises:
-        ValueError: the function did not return one float or None per completion; the message names it. Exceptions
-            raised by the function propagate with a note that names it.
+        ValueError: a function did not return one float or None per completion; the message names it. Exceptions
+            raised by a function propagate with a note that names it.
     """
 
     def log_metric(name: str, value: float) -> None:
@@ -135,35 +155,68 @@ def call_function(
     def log_extra(column: str, values: Sequence[Any]) -> None:
         log.columns[column] = list(values)
 
-    columns = _columns(groups)
-    if "images" in inspect.signature(function).parameters:
-        images = [[image.load() for image in group.sample.images] for group in groups]
-        columns["images"] = [loaded for loaded, group in zip(images, groups) for _ in group.completions]
-    prompts = [render_prompt(group.sample, group.template).messages for group in groups for _ in group.completions]
     completions = [completion for group in groups for completion in group.completions]
+    arguments: dict[str, Any] = {
+        **_columns(groups),
+        "prompts": [
+            render_prompt(group.sample, group.template).messages for group in groups for _ in group.completions
+        ],
+        "completions": [[{"role": "assistant", "content": completion.text}] for completion in completions],
+        "completion_ids": [list(completion.token_ids) for completion in completions],
+        "log_extra": log_extra,
+        "log_metric": log_metric,
+        "trainer_state": TrainerState(step),
+    }
+    images: dict[str, Any] = {}
+    names_images = {path for path, function in functions.items() if "images" in inspect.signature(function).parameters}
+    if names_images:
+        decoded = [[image.load() for image in group.sample.images] for group in groups]
+        images["images"] = [loaded for loaded, group in zip(decoded, groups) for _ in group.completions]
+
+    def call(path: str) -> Any:
+        return functions[path](**arguments, **(images if path in names_images else {}))
+
+    async def wait_for(path: str) -> Any:
+        with _named_errors(path, step):
+            return await call(path)
+
+    async def wait_for_all(paths: Sequence[str]) -> list[Any]:
+        return await asyncio.gather(*map(wait_for, paths))
+
+    returned = {}
+    waiting = [path for path, function in functions.items() if _is_async(function)]
+    for path in functions:
+        if path not in waiting:
+            with _named_errors(path, step):
+                returned[path] = call(path)
+            _check_logged(path, log, len(completions))
+    if waiting:
+        with ThreadPoolExecutor(1) as pool:  # a notebook already runs an event loop in this thread
+            returned |= zip(waiting, pool.submit(asyncio.run, wait_for_all(waiting)).result())
+        _check_logged(", ".join(waiting), log, len(completions))
+    return {path: _as_rewards(path, returned[path], len(completions)) for path in functions}
+
+
+@contextmanager
+def _named_errors(path: str, step: int) -> Iterator[None]:
+    """Add a note that names the function to the exceptions that it raises."""
     try:
-        returned = function(
-            prompts=prompts,
-            completions=[[{"role": "assistant", "content": completion.text}] for completion in completions],
-            completion_ids=[list(completion.token_ids) for completion in completions],
-            **columns,
-            log_extra=log_extra,
-            log_metric=log_metric,
-            trainer_state=TrainerState(step),
-        )
+        yield
     except Exception as error:
         error.add_note(f"This was raised by the reward function {path!r} in step {step}.")
         raise
+
+
+def _check_logged(path: str, log: RewardLog, count: int) -> None:
     for column, values in log.columns.items():
-        if len(values) != len(completions):
+        if len(values) != count:
             raise ValueError(
-                f"The reward function {path!r} logged {len(values)} values as {column!r} for {len(completions)} "
-                "completions, but log_extra needs one per completion."
+                f"The reward function {path!r} logged {len(values)} values as {column!r} for {count} completions, but "
+                "log_extra needs one per completion."
             )
-    return _as_rewards(path, returned, len(completions))
 
 
-def _as_rewards(path: str, returned: object, count: int) -> NDArray[np.float64]:
+def _as_rewards(path: str, returned: object, count: int) -> list[float | None]:
     """Check a user function's return value."""
     if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping)):
         raise ValueError(
@@ -176,15 +229,13 @@ def _as_rewards(path: str, returned: object, count: int) -> NDArray[np.float64]:
             f"The reward function {path!r} returned {len(values)} rewards for {count} completions, but it must "
             "return exactly one float or None for each."
         )
-    rewards = np.full(count, np.nan)
+    rewards: list[float | None] = []
     for index, reward in enumerate(values):
-        if reward is None:
-            continue
-        if not isinstance(reward, SupportsFloat):
+        if reward is not None and not isinstance(reward, SupportsFloat):
             raise ValueError(
                 f"The reward function {path!r} returned {reward!r} for completion {index}, but a reward is a float, "
                 "or None where it does not apply."
             )
-        number = float(reward)
-        rewards[index] = number if math.isfinite(number) else np.nan
+        number = None if reward is None else float(reward)
+        rewards.append(math.nan if number is not None and not math.isfinite(number) else number)
     return rewards

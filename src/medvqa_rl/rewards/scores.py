@@ -17,9 +17,11 @@ class Scores:
     """Rewards of P groups of G completions. NaN means unscored: a failure of ours, not of the model."""
 
     total: NDArray[np.float64]
-    """(P, G) weighted sum of the parts; NaN if any enabled part is NaN."""
+    """(P, G) weighted sum of the parts that apply; NaN if one of them is NaN, or none applies."""
     parts: Mapping[str, NDArray[np.float64]]
-    """(P, G) values of each part, before weighting."""
+    """(P, G) values of each part, before weighting; also NaN where a part does not apply."""
+    applies: Mapping[str, NDArray[np.bool_]]
+    """(P, G) for each part, whether it applies: a user's function returns None where it does not."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Scalars that reward functions logged through ``log_metric``."""
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)

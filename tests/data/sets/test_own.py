@@ -3,6 +3,7 @@
 Run: pytest tests/data/sets/test_own.py
 """
 
+import datetime
 import json
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from medvqa_rl.config import DataConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.export import OWN_COLUMNS
+from medvqa_rl.data.reading import index
 from medvqa_rl.data.stored import StoredDataset
 
 ROWS: list[dict[str, Any]] = [
@@ -93,6 +95,32 @@ def test_all_formats_give_the_same_samples(
     assert samples[4].description == "A chest film." and samples[3].description == ""
     assert samples[4].reasoning == "It is small." and samples[1].id == "own/train/1"
     assert all(image.load().size == (8, 8) for sample in samples for image in sample.images)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_other_columns_reach_the_samples(folder: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "MIN_BYTES", 0)
+    row = {"image": "a.png", "question": "Is there air?", "answer": "no", "organ": "lung"}
+    others = {"difficulty": 3, "weight": 0.5, "keywords": ["a", "b"], "report": {"text": "ä", "n": None}, "none": None}
+    if suffix == ".parquet":
+        typed = {"day": datetime.date(2020, 1, 2), "thumbnail": b"\x89"}
+        read = others | {"day": "2020-01-02"}
+    else:
+        typed, read = {}, others
+    write(folder / f"train{suffix}", [row | others | typed, row | {"question": "What?", "difficulty": 4}])
+    for _ in range(2):  # parsed, then from the index
+        first, second = load(folder, cache_dir=str(folder / "cache")).samples
+        assert first.columns == read and first.groups == {"organ": "lung"}
+        assert second.columns["difficulty"] == 4
+
+
+def test_other_columns_belong_to_the_fingerprint(folder: Path) -> None:
+    row = {"image": "a.png", "question": "Is there air?", "answer": "no"}
+    found = []
+    for changes in ({}, {"level": 1}, {"level": 2}, {"organ": "lung"}):
+        write(folder / "train.jsonl", [row | changes])
+        found.append(load(folder).fingerprint)
+    assert found[0] == found[3] and len(set(found)) == 3
 
 
 def test_patients_and_images_stay_in_one_split(folder: Path, write_images: Callable[..., None]) -> None:

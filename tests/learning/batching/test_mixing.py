@@ -75,7 +75,9 @@ def test_metrics_per_template() -> None:
     ]
     reward = np.array([[2.0, 1.0], [1.0, 1.0], [0.0, math.nan]])
     reads = [read for group in groups for read in read_group(group)]
-    records = record_completions(groups, Scores(reward, {"mine": reward}, reads=reads), np.zeros((3, 2)))
+    records = record_completions(
+        groups, Scores(reward, {"mine": reward}, {"mine": reward == reward}, reads=reads), np.zeros((3, 2))
+    )
     assert [record.template for record in records] == ["short"] * 2 + ["think_answer"] * 2 + ["short"] * 2
     assert [record.is_well_formed for record in records] == [True, False, False, True, False, True]
     assert json.loads(json.dumps(records[0].to_json()))["template"] == "short"

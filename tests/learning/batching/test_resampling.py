@@ -29,7 +29,7 @@ def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
     total = np.array(rewards)
     columns = {"note": [f"{note}{index}" for index in range(total.size)]} if note else {}
     reads = [Read(SAMPLE, "direct", Completion((1,), f"{note}{index}", False)) for index in range(total.size)]
-    return Scores(total, {"half": total / 2}, {"metric": 1.0}, columns, reads)
+    return Scores(total, {"half": total / 2}, {"half": total < 2}, {"metric": 1.0}, columns, reads)
 
 
 def test_groups_with_equal_rewards_have_no_signal_unless_unscored():

@@ -25,15 +25,19 @@ def completion(text: str, length: int, is_truncated: bool = False) -> Completion
     return Completion((1,) * length, text, is_truncated)
 
 
+def everywhere(parts):
+    """For each part, that it applies to all completions."""
+    return {name: np.ones(values.shape, dtype=bool) for name, values in parts.items()}
+
+
 def records():
     first = [completion("<think>x</think><answer>B</answer>", 4), completion("<answer>A</answer>", 6)]
     second = [completion("no tags", 8, True), completion("<answer>left</answer>", 2)]
     groups = [Group(SAMPLE, PROMPT, first), Group(SAMPLE, PROMPT, second)]
     parts = {"correctness": np.array([[1.0, 0.0], [0.0, NAN]]), "other": np.array([[0.5, 0.5], [0.5, 0.5]])}
     total = parts["correctness"] + parts["other"]
-    scores = Scores(
-        total, parts, columns={"note": list("abcd")}, reads=[*read_group(groups[0]), *read_group(groups[1])]
-    )
+    reads = [*read_group(groups[0]), *read_group(groups[1])]
+    scores = Scores(total, parts, everywhere(parts), columns={"note": list("abcd")}, reads=reads)
     return record_completions(groups, scores, np.array([[1.0, -1.0], [0.0, 0.0]]))
 
 
@@ -76,6 +80,20 @@ def test_rollout_metrics():
     assert metrics["no_answer_rate"] == 0.25
 
 
+def test_a_part_counts_where_it_applies():
+    group = Group(SAMPLE, PROMPT, [completion("<answer>B</answer>", 3) for _ in range(4)])
+    parts = {"mine": np.array([[1.0, 0.5, NAN, NAN]]), "never": np.full((1, 4), NAN)}
+    applies = {"mine": np.array([[True, True, True, False]]), "never": np.zeros((1, 4), dtype=bool)}
+    found = record_completions(
+        [group], Scores(parts["mine"], parts, applies, reads=read_group(group)), np.zeros((1, 4))
+    )
+    assert [record.to_json()["rewards"] for record in found] == [{"mine": 1.0}, {"mine": 0.5}, {"mine": None}, {}]
+    metrics = rollout_metrics(found, 4)
+    assert metrics["rewards/mine/mean"] == 0.75
+    assert metrics["rewards/mine/std"] == pytest.approx(np.std([1.0, 0.5], ddof=1))
+    assert math.isnan(metrics["rewards/never/mean"]) and metrics["unscored_rate"] == 0.5
+
+
 def test_non_finite_metrics_are_null():
     assert to_json({"a": NAN, "b": math.inf, "c": 1.0}) == {"a": None, "b": None, "c": 1.0}
 
@@ -93,7 +111,8 @@ def test_the_correlation_of_a_part_with_right_answers():
         "against": np.array([[0.0, 1.0, NAN, 1.0]]),
         "constant": np.full((1, 4), 0.1) + np.array([[0, 1e-16, 0, 0]]),
     }
-    found = record_completions([group], Scores(sum(parts.values()), parts, reads=read_group(group)), np.zeros((1, 4)))
+    scores = Scores(sum(parts.values()), parts, everywhere(parts), reads=read_group(group))
+    found = record_completions([group], scores, np.zeros((1, 4)))
     metrics = rollout_metrics(found, 4)
     expected = np.corrcoef([1.0, 0.5, 0.5, 0.25], [1, 0, 1, 0])[0, 1]
     assert metrics["rewards/length/corr_correctness"] == pytest.approx(expected) and 0.6 < expected < 0.8

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ class Row(NamedTuple):
     reasoning: str = ""
     description: str = ""
     patient: str = ""
+    columns: dict[str, Any] = {}
+    """The columns of the table that the package does not read, as JSON values."""
 
 
 @dataclass
@@ -82,6 +85,7 @@ def read_rows(
     id_column: str = "id",
     required: tuple[str, ...] = (),
     columns: tuple[str, ...] = (),
+    known: Collection[str] = (),
     keep_repeated: bool = False,
 ) -> Reading:
     """Read and parse every row of a table.
@@ -95,6 +99,7 @@ def read_rows(
         id_column: the column of ids, named in issues.
         required: columns that a CSV or parquet table must have.
         columns: columns of a ``.txt`` file, which has no header.
+        known: columns that ``parse`` reads; the others become :attr:`Row.columns`.
         keep_repeated: keep rows with repeated content.
 
     Raises:
@@ -114,6 +119,8 @@ def read_rows(
             first = contents.setdefault((row.images, row.question, row.options, row.answer, row.split), number)
             if first != number and not keep_repeated:
                 raise Unusable("repeated row", f"the same as row {first}")
+            if others := _other_columns(fields, known):
+                row = row._replace(columns=others)
         except Unusable as problem:
             report.drop(number, problem.reason, problem.detail)
             continue
@@ -121,6 +128,32 @@ def read_rows(
         for reason, original in repairs.items():
             report.repair(number, reason, original)
     return Reading(rows, report.issues, report.total)
+
+
+def _other_columns(fields: Fields, known: Collection[str]) -> dict[str, Any]:
+    """The columns that are not known, as JSON values; those of bytes are left out.
+
+    Raises:
+        Unusable: a value is nested too deeply.
+    """
+    others = [name for name in fields if name and name not in known and not isinstance(fields[name], bytes)]
+    try:
+        return {sys.intern(name): _json_value(fields[name]) for name in others}
+    except RecursionError:
+        raise Unusable("nested too deeply", ", ".join(others)) from None
+
+
+def _json_value(value: Any) -> Any:
+    """A cell as a JSON value: missing ones are None, and what JSON does not have, such as dates, is text."""
+    if is_missing(value) or isinstance(value, bytes):
+        return None
+    if isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _json_value(item) for name, item in value.items()}
+    return str(value)
 
 
 def is_missing(value: Any) -> bool:

@@ -32,6 +32,7 @@ from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_fold
 
 OPTIONS = ("option_A", "option_B", "option_C", "option_D")
 GROUPS = {"modality": "modality_type", "family": "question_type", "dataset": "dataset"}
+KNOWN = {"question_id", "question", "gt_answer", "image_path", *OPTIONS, *GROUPS.values()}
 
 
 def load_omnimed(config: DataConfig, split: Split) -> StoredDataset:
@@ -66,7 +67,7 @@ def read_omnimed(path: Path, folder: ImageFolder, file: str) -> Reading:
         ValueError: the file is not a JSON list.
     """
     parse = partial(_parse, folder=folder, stem=file.removesuffix(".json"))
-    return read_rows(path, parse, file=file, id_column="question_id")
+    return read_rows(path, parse, file=file, id_column="question_id", known=KNOWN)
 
 
 def _parse(number: int, fields: Fields, repairs: Repairs, *, folder: ImageFolder, stem: str) -> Row:

@@ -1,7 +1,7 @@
 """The user's own questions: a table in JSON Lines, CSV or parquet, and a folder of images. Imports no torch.
 
 The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one file ``data``, which needs a column
-``split`` for ``data.split: official``. docs/data.md lists the columns that are read; others are ignored.
+``split`` for ``data.split: official``. docs/data.md lists the columns that are read; reward functions get the others.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_fold
 
 ANSWER_TYPES: tuple[AnswerType, ...] = ("choice", "closed", "open")
 GROUPS = {"modality": "modality", "organ": "organ", "family": "family"}
+KNOWN = {
+    *("id", "image", "images", "question", "answer", "options", "answer_type", "reasoning", "description"),
+    *GROUPS.values(),
+}
+"""Columns whose values the samples have in their fields; rewards get the others too, such as patient."""
 
 
 def load_own(config: DataConfig, split: Split) -> StoredDataset:
@@ -112,7 +117,7 @@ def read_own(path: Path, folder: ImageFolder, *, split: str, needs_split: bool) 
         ValueError: the table cannot be read, or a required column is missing.
     """
     parse = partial(_parse, folder=folder, stem=path.stem, split=split, needs_split=needs_split)
-    return read_rows(path, parse, required=("question", "answer"))
+    return read_rows(path, parse, required=("question", "answer"), known=KNOWN)
 
 
 def _parse(

@@ -69,7 +69,7 @@ def read_image_parquet(path: Path, images: Path, *, dataset: str, split: Split) 
         ValueError: the file is not parquet with these columns, or pyarrow is not installed.
     """
     parse = partial(_parse, images=images, stem=f"{dataset}/{path.stem}", split=split)
-    return read_rows(path, parse, required=REQUIRED)
+    return read_rows(path, parse, required=REQUIRED, known=REQUIRED)
 
 
 def _parse(number: int, fields: Fields, repairs: Repairs, *, images: Path, stem: str, split: Split) -> Row:

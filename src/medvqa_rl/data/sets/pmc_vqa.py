@@ -73,7 +73,12 @@ def read_pmc_vqa(path: Path, folder: ImageFolder) -> Reading:
         ValueError: the file is not CSV with the columns of PMC-VQA.
     """
     split: Split = "train" if path.stem.startswith("train") else "test"
-    return read_rows(path, partial(_parse, folder=folder, stem=path.stem, split=split), required=REQUIRED)
+    return read_rows(
+        path,
+        partial(_parse, folder=folder, stem=path.stem, split=split),
+        required=REQUIRED,
+        known={*REQUIRED, "Answer_label"},
+    )
 
 
 def _parse(number: int, fields: Fields, repairs: Repairs, *, folder: ImageFolder, stem: str, split: Split) -> Row:

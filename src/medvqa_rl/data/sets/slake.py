@@ -37,6 +37,7 @@ FILES: dict[Split, tuple[str, ...]] = {
 ANSWER_TYPES: dict[str, AnswerType] = {"CLOSED": "closed", "OPEN": "open"}
 CHINESE_YES_NO = ("是", "否", "不是")
 GROUPS = {"modality": "modality", "organ": "location", "family": "content_type"}
+KNOWN = {"q_lang", "answer_type", "qid", "img_name", "question", "answer", *GROUPS.values()}
 OTHER_LANGUAGE = "question in the other language"
 
 
@@ -79,7 +80,9 @@ def read_slake(path: Path, folder: ImageFolder, *, language: str, split: Split) 
     Raises:
         ValueError: the file is not a JSON list.
     """
-    reading = read_rows(path, partial(_parse, folder=folder, language=language, split=split), id_column="qid")
+    reading = read_rows(
+        path, partial(_parse, folder=folder, language=language, split=split), id_column="qid", known=KNOWN
+    )
     issues = [issue for issue in reading.issues if issue.reason != OTHER_LANGUAGE]
     others = len(reading.issues) - len(issues)
     reading.issues = issues

@@ -117,7 +117,7 @@ def read_vqa_med(
         ValueError: the file cannot be read.
     """
     parse = partial(_parse, folder=folder, below=below, split=split, categories=categories)
-    return read_rows(path, parse, columns=COLUMNS[split])
+    return read_rows(path, parse, columns=COLUMNS[split], known=COLUMNS[split])
 
 
 def _parse(

@@ -77,7 +77,7 @@ def read_vqa_rad(path: Path, folder: ImageFolder) -> Reading:
     is_readable = cache(partial(_is_readable, folder.root))
     parse = partial(_parse, folder=folder, is_readable=is_readable)
     # Three rows of the training set repeat others; published counts include them.
-    reading = read_rows(path, parse, id_column="qid", keep_repeated=True)
+    reading = read_rows(path, parse, id_column="qid", known=REQUIRED, keep_repeated=True)
     # A case is named by its first image, which decides its split.
     cases = connected((row.images[0], row.cluster) for row in reading.rows)
     reading.rows = [row._replace(cluster=cases[row.images[0]]) for row in reading.rows]

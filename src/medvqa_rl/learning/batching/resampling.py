@@ -18,6 +18,7 @@ from medvqa_rl.core.types import Group
 from medvqa_rl.rewards.scores import Scores
 
 T = TypeVar("T")
+Value = TypeVar("Value", np.float64, np.bool_)
 
 _MAX_EPOCHS = 2**32
 """Above the number of epochs of any run, so that occurrences of different attempts never collide."""
@@ -89,7 +90,7 @@ def _replace_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]
         return scores
     rows, fresh_rows = (list(indices) for indices in zip(*pairs))
 
-    def merged(own: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    def merged(own: NDArray[Value], other: NDArray[Value]) -> NDArray[Value]:
         own = own.copy()
         own[rows] = other[fresh_rows]
         return own
@@ -107,6 +108,7 @@ def _replace_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]
         scores,
         total=merged(scores.total, fresh.total),
         parts={name: merged(values, fresh.parts[name]) for name, values in scores.parts.items()},
+        applies={name: merged(values, fresh.applies[name]) for name, values in scores.applies.items()},
         columns={name: merged_lists(own, fresh.columns.get(name, unlogged)) for name, own in scores.columns.items()},
         reads=merged_lists(scores.reads, fresh.reads),
     )

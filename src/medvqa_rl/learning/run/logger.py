@@ -143,7 +143,7 @@ def completions_table(step: int, group: Sequence[CompletionRecord]) -> TextTable
     rows = []
     for record in sorted(group, key=lambda record: -record.advantage)[:4]:
         tokens = f"{record.length}{'…' if record.is_truncated else ''}"
-        rewards = [f"{value:.2f}" for value in record.rewards.values()]
+        rewards = ["" if value is None else f"{value:.2f}" for value in record.rewards.values()]
         rows.append((record.completion, *rewards, f"{record.advantage:+.2f}", tokens))
     return TextTable(
         f"Step {step}: {first.question}{options}  [gold: {first.gold}]",

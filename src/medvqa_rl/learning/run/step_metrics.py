@@ -25,8 +25,8 @@ class CompletionRecord:
     options: tuple[str, ...]
     gold: str
     completion: str
-    rewards: dict[str, float]
-    """Unweighted reward parts; NaN is unscored."""
+    rewards: dict[str, float | None]
+    """Unweighted reward parts; NaN is unscored, and None does not apply."""
     reward: float
     advantage: float
     length: int
@@ -46,9 +46,9 @@ class CompletionRecord:
     """Whether it follows the template's format exactly."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values, with non-finite rewards as None."""
+        """The record as JSON values, with non-finite rewards as None, and without the parts that do not apply."""
         record = asdict(self)
-        record["rewards"] = {name: _finite(value) for name, value in self.rewards.items()}
+        record["rewards"] = {name: _finite(value) for name, value in self.rewards.items() if value is not None}
         record["reward"] = _finite(self.reward)
         return record
 
@@ -73,7 +73,10 @@ def record_completions(
                     options=group.sample.options,
                     gold=group.sample.answer,
                     completion=completion.text,
-                    rewards={name: float(values[p, g]) for name, values in scores.parts.items()},
+                    rewards={
+                        name: float(values[p, g]) if scores.applies[name][p, g] else None
+                        for name, values in scores.parts.items()
+                    },
                     reward=float(scores.total[p, g]),
                     advantage=float(advantages[p, g]),
                     length=len(completion.token_ids),
@@ -143,7 +146,7 @@ def rollout_metrics(records: Sequence[CompletionRecord], num_generations: int) -
         "unscored_rate": float(np.isnan(rewards).mean()),
     }
     for name in records[0].rewards:
-        values = [record.rewards[name] for record in records]
+        values = [math.nan if value is None else value for value in (record.rewards[name] for record in records)]
         metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = _mean(values), _std(values)
         if name != "correctness":
             metrics[f"rewards/{name}/corr_correctness"] = _correlation(values, [r.is_correct for r in records])
