@@ -78,6 +78,15 @@ def is_yes_no(answer: str) -> bool:
     return normalise(answer) in ("yes", "no")
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: ``1 row``, ``2 rows``, ``1,000 rows``.
+
+    Args:
+        plural: of the noun; an s is added by default.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def first_few(items: Iterable[object], limit: int = 8) -> str:
     """The first items, separated by commas, and how many more there are: ``3, 5, 8 and 12 more``."""
     texts = list(map(str, items))

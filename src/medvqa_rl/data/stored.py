@@ -134,7 +134,7 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     with garbage_collection_paused():
         for file in files:
             reading.extend(source.read(file))
-    log_issues(reading.issues)
+    log_issues(reading.issues, root)
     refuse_if_too_many_dropped(
         reading.issues, total=reading.total, max_dropped=config.max_dropped, name=source.title, folder=root
     )

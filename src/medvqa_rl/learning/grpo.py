@@ -188,7 +188,7 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
     raise UnscoredError(
         f"Step {step + 1}: {rate:.0%} of the completions could not be scored by {parts} (samples: {names}), but "
         f"rewards.max_unscored is {config.rewards.max_unscored:.0%}: repair the reward, or "
-        "raise the limit.",
+        "resume with a larger rewards.max_unscored.",
         bad,
     )
 

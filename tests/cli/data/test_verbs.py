@@ -166,7 +166,7 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     assert (
         code == 0
         and "20 groups of rows that share an image or patient stay together" in output
-        and "data.name=own" in output
+        and f"data.name=own data.split=official data.path={tmp_path}\n" in output
     )
     written = (tmp_path / "data.csv").read_text().splitlines()
     assert written[0] == "image,question,answer,patient,split" and len(written) == 121
@@ -183,6 +183,8 @@ def test_split_writes_a_table_with_a_column(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text("\n".join([lines[0].replace("patient", "Case"), *lines[1:]]))
     code, output = run("split", str(tmp_path / "cases.csv"), "--output", str(tmp_path / "c.csv"))
     assert code == 0 and "Warning: Case may identify patients" in output and "40 groups" in output
+    code, output = run("split", str(tmp_path / "mine.csv"), "--output", str(tmp_path / "new.csv"))
+    assert code == 0 and "name it data.csv: data.name=own reads no other name" in output
     code, output = run("split", str(tmp_path / "gone.csv"), "--output", str(tmp_path / "x.csv"))
     assert code == 2 and "gone.csv" in output
 

@@ -139,13 +139,33 @@ def test_without_a_gpu_the_settings_are_for_the_embedded_model(
 ) -> None:
     monkeypatch.setattr(init_command, "find_gpu", lambda: (None, ""))
     assert run_init(tmp_path / "mine", table=phantom / "questions.csv", images=phantom / "images")
-    assert "torch finds no GPU on this machine" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch finds no GPU on this machine" in printed
+    assert "--prompts" not in printed  # the embedded model knows one
     config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
     assert (config.model.path, config.model.device, config.data.name) == ("phantom:instruct", "cpu", "own")
     assert config.network == "off"
     monkeypatch.setattr(init_command, "find_gpu", lambda: (39.5, "NVIDIA A100-PCIE-40GB"))
     run_init(tmp_path / "gpu", table=phantom / "questions.csv", images=phantom / "images")
     assert "Sized for a 40 GiB GPU (NVIDIA A100-PCIE-40GB)" in capsys.readouterr().out
+
+
+def test_errors_name_the_users_table_and_no_setting_that_init_does_not_take(tmp_path: Path) -> None:
+    rows = closed(80)
+    for number in (3, 20, 41, 50, 60, 61):
+        rows[number]["answer"] = ""
+    table, images = write_rows(tmp_path / "own", rows)
+    with pytest.raises(ValueError) as error:
+        run_init(tmp_path / "mine", table=table, images=images)
+    assert f"6 of 80 rows of your own data at {table.parent} are unusable (empty answer: rows 3" in str(error.value)
+    assert str(error.value).endswith("of questions.jsonl): fix or remove them.")
+    assert "data.max_dropped" not in str(error.value) and ".mine-" not in str(error.value)
+    for row in rows:
+        del row["question"]
+    other, images = write_rows(tmp_path / "other", rows)
+    with pytest.raises(ValueError, match="no question: rows 0, 1") as error:
+        run_init(tmp_path / "mine", table=other, images=images)
+    assert f"at {other.parent} are" in str(error.value) and ".mine-" not in str(error.value)
 
 
 def closed(count: int, answer: str = "") -> list[dict[str, Any]]:

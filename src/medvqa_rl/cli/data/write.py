@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from medvqa_rl.config import Config
@@ -61,7 +62,17 @@ def run_split(
     if images is not None:
         renamed = sum(len(group) - 1 for group in equal)
         printer.print(f"{renamed:,} images duplicate another one under another name.")
-    printer.print(f"Written: {out}. Load it with data.name=own data.path={out.parent}", soft_wrap=True)
+    printer.print(f"Written: {out}", soft_wrap=True)
+    if out.stem == "data":
+        places = [f"data.path={shlex.quote(str(out.parent))}"]
+        if images is not None and images.resolve() not in (out.parent.resolve() / "images", out.parent.resolve()):
+            places.append(f"data.image_folder={shlex.quote(str(images.absolute()))}")
+        printer.print(
+            f"To use it, add to a command with a config: data.name=own data.split=official {' '.join(places)}",
+            soft_wrap=True,
+        )
+    else:
+        printer.print(f"To use it, name it data{out.suffix}: data.name=own reads no other name.", soft_wrap=True)
 
 
 def run_export(

@@ -30,6 +30,7 @@ from medvqa_rl.data.check import check_data
 from medvqa_rl.data.division import COLUMN, Division, choose_column, divide, equal_images, read_whole, write_divided
 from medvqa_rl.data.findings import DataReport
 from medvqa_rl.data.images.budget import image_budget
+from medvqa_rl.data.reading.issues import TooManyDropped
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
 from medvqa_rl.learning.estimate.hardware import GIB, Machine, Rates
@@ -115,7 +116,7 @@ def run_init(
         data = DataConfig(
             name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=temporary
         )
-        datasets = load_splits(data)
+        datasets = load_staged(data, stage / f"data{suffix}", table)
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
         if problems := find_obstacles(samples, table, open_correctness):
             raise ConfigError(problems)
@@ -150,6 +151,21 @@ def find_gpu() -> tuple[float | None, str]:
         return None, ""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return properties.total_memory / GIB, properties.name
+
+
+def load_staged(data: DataConfig, staged: Path, table: Path) -> Mapping[str, Dataset]:
+    """Load the splits of the copy in the temporary folder; errors name the user's table instead.
+
+    Raises:
+        ValueError: the table cannot be used.
+    """
+    try:
+        return load_splits(data)
+    except ValueError as error:
+        text = f"{error.found}: fix or remove them." if isinstance(error, TooManyDropped) else str(error)
+        for shown, given in ((staged, table), (staged.parent, table.parent), (staged.name, table.name)):
+            text = text.replace(str(shown), str(given))
+        raise ValueError(text) from error
 
 
 def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
@@ -310,4 +326,5 @@ def next_commands(project: Path, *, on_gpu: bool) -> list[str]:
     """Return the three commands to run next."""
     config, run = shlex.quote(str(project / "config.yaml")), shlex.quote(str(project / "run"))
     first = f"medvqa-rl train {config} --dry-run"
-    return [first, f"medvqa-rl train {config}", f"medvqa-rl eval {run} --prompts think_answer,direct"]
+    prompts = " --prompts think_answer,direct" if on_gpu else ""  # the embedded model knows one prompt only
+    return [first, f"medvqa-rl train {config}", f"medvqa-rl eval {run}{prompts}"]

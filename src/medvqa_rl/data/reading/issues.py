@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from medvqa_rl.core.text import first_few
+from medvqa_rl.core.text import count, first_few
 
 Action = Literal["dropped", "repaired"]
 
@@ -43,14 +45,36 @@ def rows_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[str
     return found
 
 
-def log_issues(issues: Sequence[RowIssue]) -> None:
-    """Log dropped rows as warnings and repaired rows as information, one line for each file and reason."""
+def log_issues(issues: Sequence[RowIssue], folder: Path) -> None:
+    """Log dropped rows as warnings and repaired rows as information, one line for each file and reason.
+
+    A line is logged once per process, although each split of a table reads all of it.
+
+    Args:
+        folder: that of the data set.
+    """
     levels: dict[Action, int] = {"dropped": logging.WARNING, "repaired": logging.INFO}
     for action, level in levels.items():
         if not log.isEnabledFor(level):
             continue
         for (file, reason), rows in rows_by_reason(issues, action).items():
-            log.log(level, "%d rows of %s %s, %s: rows %s", len(rows), file, action, reason, first_few(rows, 20))
+            which = f"{'row' if len(rows) == 1 else 'rows'} {first_few(rows, 20)}"
+            _log_once(level, folder, f"{count(len(rows), 'row')} of {file} {action}, {reason}: {which}")
+
+
+@cache
+def _log_once(level: int, folder: Path, line: str) -> None:
+    log.log(level, "%s", line)
+
+
+class TooManyDropped(ValueError):
+    """Raised if too many rows are unusable; ``found`` says how many, and which, without advice."""
+
+    def __init__(self, found: str, max_dropped: float) -> None:
+        super().__init__(
+            f"{found}, more than data.max_dropped = {max_dropped:g} allows: fix the rows, or raise data.max_dropped."
+        )
+        self.found = found
 
 
 def refuse_if_too_many_dropped(
@@ -66,15 +90,14 @@ def refuse_if_too_many_dropped(
         folder: its folder, for the message.
 
     Raises:
-        ValueError: too many rows were dropped; the message lists reasons, files and rows.
+        TooManyDropped: the message lists reasons, files and rows.
     """
     dropped = rows_by_reason(issues, "dropped")
-    count = sum(map(len, dropped.values()))
-    if count > max_dropped * total:
+    number = sum(map(len, dropped.values()))
+    if number > max_dropped * total:
         reasons = "; ".join(
             f"{reason}: rows {first_few(rows, 5)} of {file}" for (file, reason), rows in dropped.items()
         )
-        raise ValueError(
-            f"{count:,} of {total:,} rows of {name} at {folder} are unusable ({reasons}), more than "
-            f"data.max_dropped = {max_dropped:g} allows: fix the rows, or raise data.max_dropped."
+        raise TooManyDropped(
+            f"{number:,} of {total:,} rows of {name} at {folder} are unusable ({reasons})", max_dropped
         )

@@ -73,7 +73,8 @@ ENTRIES = (
     Entry(
         "path_vqa",
         "Path-VQA: questions about pathology images from textbooks",
-        "train 19,654, val 6,259, test 6,719",
+        "train 19,654, val 6,259, test 6,719 in the Hub copy, "
+        "without the duplicates of the original (19,755, 6,279, 6,761)",
         "image, question, answer",
         "MIT according to the Hub copy; images are copyright of the books and the library",
         "https://huggingface.co/datasets/flaviagiammarino/path-vqa",
