@@ -3,6 +3,7 @@
 Run: pytest tests/data/images/test_dicom.py
 """
 
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def test_large_frames_are_refused_before_decoding(tmp_path: Path, monkeypatch: p
             read()
 
 
+@pytest.mark.filterwarnings("ignore:Expected implicit VR")
 @pytest.mark.parametrize("content", [b"", b"no DICOM at all", b"\0" * 128 + b"DICM"])
 def test_files_that_are_not_images_are_reported_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "scan 7.dcm").write_bytes(content)
@@ -165,6 +167,71 @@ def test_files_that_are_not_images_are_reported_by_name(tmp_path: Path, content:
             read()
     with pytest.raises(ValueError, match="does not exist"):
         FileImage("gone.dcm", tmp_path).load()
+
+
+@pytest.mark.parametrize(
+    ("uid", "name"),
+    [
+        ("1.2.840.10008.5.1.4.1.1.88.33", "Comprehensive SR"),
+        ("1.2.840.10008.5.1.4.1.1.481.5", "RT Plan"),
+        ("1.2.840.10008.5.1.4.1.1.9.1.1", "12-lead ECG Waveform"),
+        ("1.2.840.10008.5.1.4.1.1.104.1", "Encapsulated PDF"),
+        ("1.2.3.4", "of an unknown kind"),
+    ],
+)
+def test_objects_without_pixels_are_named(tmp_path: Path, uid: str, name: str) -> None:
+    scan = write(tmp_path / "x.dcm", VALUES, SOPClassUID=uid)
+    data = pydicom.dcmread(tmp_path / "x.dcm")
+    for element in ("Rows", "Columns", "PhotometricInterpretation", "PixelData"):
+        del data[element]
+    data.save_as(tmp_path / "x.dcm")
+    for read in (scan.load, scan.check):
+        with pytest.raises(ValueError, match=rf"x\.dcm is a DICOM object without pixels \({name}\): remove its rows"):
+            read()
+
+
+def test_a_missing_decoder_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydicom.pixels.decoders import JPEGLSLosslessDecoder
+    from pydicom.uid import MPEG2MPML, JPEGExtended12Bit, JPEGLSLossless
+
+    monkeypatch.setattr(JPEGLSLosslessDecoder, "_available", {})
+    scan = write(tmp_path / "x.dcm", VALUES)
+    for syntax, message in (
+        (JPEGLSLossless, r"compressed as JPEG-LS Lossless .*: pip install 'medvqa-rl\[dicom-compressed\]'"),
+        (
+            JPEGExtended12Bit,
+            r"compressed as JPEG Extended .* with 16 bits, .*: pip install pylibjpeg pylibjpeg-",
+        ),
+        (MPEG2MPML, r"compressed as MPEG2 .*, which pydicom does not decode: convert its frames to PNG"),
+    ):
+        data = pydicom.dcmread(tmp_path / "x.dcm")
+        data.file_meta.TransferSyntaxUID = syntax
+        data.PixelData = pydicom.encaps.encapsulate([VALUES.tobytes()])
+        data["PixelData"].is_undefined_length = True
+        data.save_as(tmp_path / "y.dcm")
+        for read in (FileImage("y.dcm", scan.root).load, FileImage("y.dcm", scan.root).check):
+            with pytest.raises(ValueError, match=rf"y\.dcm is {message}"):
+                read()
+
+
+@pytest.mark.parametrize("name", ["IM0001", "1.2.840.113.7", "scan.IMA", "scan.dcm.gz", "scan.gz", "scan.jpg"])
+@pytest.mark.parametrize("preamble", [True, False])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", UNCOMPRESSED])
+def test_dicom_is_recognised_by_its_content(tmp_path: Path, name: str, preamble: bool, syntax: str) -> None:
+    expected = grey(write(tmp_path / "x.dcm", VALUES))
+    data = pydicom.dcmread(tmp_path / "x.dcm")
+    data.file_meta.TransferSyntaxUID = syntax
+    data.save_as(tmp_path / "x.dcm", implicit_vr=syntax != UNCOMPRESSED, little_endian=True)
+    content = (tmp_path / "x.dcm").read_bytes()
+    if not preamble:  # the data set alone, as older systems write it
+        content = content[content.index(b"\x08\x00\x16\x00") :]
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    scan = FileImage(name, tmp_path)
+    scan.check()
+    np.testing.assert_array_equal(grey(scan), expected)
+    window = FileImage(f"{name}#window=500,101", tmp_path)
+    assert window.file == tmp_path / name
+    np.testing.assert_array_equal(grey(window), np.rint(255 * np.clip((VALUES - 499.5) / 100 + 0.5, 0, 1)))
 
 
 def test_messages_contain_no_patient_data(tmp_path: Path) -> None:

@@ -178,3 +178,10 @@ def test_header_pixels_are_read_without_decoding(tmp_path: Path) -> None:
     assert FileImage("a.png", tmp_path).header_pixels() == 30 * 20  # the file has changed
     assert FileImage("gone.png", tmp_path).header_pixels() is None
     assert FileImage("x.dcm", tmp_path).header_pixels() is None
+
+
+def test_fragments_after_other_images_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    for read in (FileImage("x.png#frame=1", tmp_path).load, FileImage("x.png#frame=1", tmp_path).check):
+        with pytest.raises(ValueError, match=r"x\.png is not DICOM, so remove the fragment #frame=1"):
+            read()

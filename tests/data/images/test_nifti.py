@@ -43,6 +43,16 @@ def test_the_middle_axial_slice_in_radiological_view(tmp_path: Path, name: str) 
     scan.check()
 
 
+def test_cifti_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    scalars = nibabel.cifti2.ScalarAxis(["a"])
+    surface = nibabel.cifti2.BrainModelAxis.from_mask(np.ones(5), name="CortexLeft")
+    nibabel.save(nibabel.Cifti2Image(np.zeros((1, 5)), (scalars, surface)), tmp_path / "x.dscalar.nii")
+    scan = FileImage("x.dscalar.nii", tmp_path)
+    for read in (scan.load, scan.check):
+        with pytest.raises(ValueError, match=r"x\.dscalar\.nii is a CIFTI-2 file, .* no slices"):
+            read()
+
+
 def test_axes_and_slices_by_number(tmp_path: Path) -> None:
     write(tmp_path / "x.nii", VOLUME)
     sagittal = grey(FileImage("x.nii#axis=0&slice=0", tmp_path))

@@ -45,18 +45,18 @@ def test_stretching_leaves_padding_out_of_the_range() -> None:
     assert stretch(np.zeros((0,))).size == 0
 
 
-def test_only_medical_names_have_fragments() -> None:
+def test_fragments_and_kinds_of_names() -> None:
     assert split_fragment("a#1.png") == ("a#1.png", None)
     assert split_fragment("a.dcm") == ("a.dcm", None)
+    assert split_fragment("IM#1#frame=2&window=40,400") == ("IM#1", "frame=2&window=40,400")
+    assert split_fragment("IM#slice=2") == ("IM#slice=2", None)
     assert split_fragment("b/c.NII.GZ#slice=3") == ("b/c.NII.GZ", "slice=3")
-    assert [medical_kind(name) for name in ("x.dcm#frame=1", "x.DICOM", "x.nii", "x.nii.gz", "x.gz", "x.png")] == [
-        "dicom",
-        "dicom",
-        "nifti",
-        "nifti",
-        None,
-        None,
-    ]
+    for kind, names in {
+        "dicom": ["x.dcm#frame=1", "x.DICOM", "x.IMA", "x.dcm.gz#window=1,2"],
+        "nifti": ["x.nii", "x.nii.gz"],
+        None: ["x.gz", "x.png", "IM0001"],
+    }.items():
+        assert [medical_kind(name) for name in names] == [kind] * len(names)
 
 
 def test_fragments_are_parsed_or_refused_with_a_clear_error() -> None:

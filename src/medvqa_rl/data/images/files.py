@@ -1,7 +1,7 @@
 """Image files, decoded lazily and safely: any file becomes an RGB image or a ValueError. Imports no torch.
 
-DICOM (.dcm, .dicom) and NIfTI (.nii, .nii.gz) need their extras; a fragment after the name selects frame, slice and
-window (:mod:`medvqa_rl.data.images.windowing`).
+DICOM (.dcm, .dicom, .ima, or any other name) and NIfTI (.nii, .nii.gz) need their extras; a fragment after the name
+selects frame, slice and window (:mod:`medvqa_rl.data.images.windowing`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -139,17 +140,15 @@ class FileImage:
                 extra that is not installed. The message names the file.
         """
         path = self.file
-        if kind := medical_kind(self.path):
-            _must_exist(path)
-            fragment = split_fragment(self.path)[1]
-            if kind == "dicom":
-                from medvqa_rl.data.images.dicom import decode_dicom
+        image = self._open()
+        if image == "dicom":
+            from medvqa_rl.data.images.dicom import decode_dicom
 
-                return decode_dicom(path, fragment, max_pixels=MAX_PIXELS)
+            return decode_dicom(path, split_fragment(self.path)[1], max_pixels=MAX_PIXELS)
+        if image == "nifti":
             from medvqa_rl.data.images.nifti import decode_nifti
 
-            return decode_nifti(path, fragment, max_pixels=MAX_PIXELS)
-        image = _open(path)
+            return decode_nifti(path, split_fragment(self.path)[1], max_pixels=MAX_PIXELS)
         try:
             with image:
                 image.seek(0)
@@ -163,17 +162,40 @@ class FileImage:
         Raises:
             ValueError: as :meth:`load`, except for damaged pixel data.
         """
-        path = self.file
-        if kind := medical_kind(self.path):
-            _must_exist(path)
-            if kind == "dicom":
-                from medvqa_rl.data.images.dicom import check_dicom
+        image = self._open()
+        if image == "dicom":
+            from medvqa_rl.data.images.dicom import check_dicom
 
-                return check_dicom(path, max_pixels=MAX_PIXELS)
+            check_dicom(self.file, max_pixels=MAX_PIXELS)
+        elif image == "nifti":
             from medvqa_rl.data.images.nifti import check_nifti
 
-            return check_nifti(path, max_pixels=MAX_PIXELS)
-        _open(path).close()
+            check_nifti(self.file, max_pixels=MAX_PIXELS)
+        else:
+            image.close()
+
+    def _open(self) -> Image.Image | Literal["dicom", "nifti"]:
+        """Open an ordinary image, or name the medical format: by the suffix, or DICOM by the content.
+
+        Raises:
+            ValueError: the file is missing, of no known format, or too large, or has a fragment but is no DICOM file.
+        """
+        path, fragment = self.file, split_fragment(self.path)[1]
+        if kind := medical_kind(self.path):
+            _must_exist(path)
+            return kind
+        try:
+            image = _open(path)
+        except ValueError:
+            from medvqa_rl.data.images.dicom import looks_like_dicom
+
+            if looks_like_dicom(path):
+                return "dicom"
+            raise
+        if fragment is not None:
+            image.close()
+            raise ValueError(f"The image {path} is not DICOM, so remove the fragment #{fragment} after its name.")
+        return image
 
     def header_pixels(self) -> int | None:
         """Width times height from the header, without decoding; None for DICOM, NIfTI and unreadable files.

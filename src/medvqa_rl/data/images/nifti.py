@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 from typing import Any
+from xml.parsers.expat import ExpatError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,18 +94,24 @@ def _open(path: Path, max_pixels: int) -> tuple[Any, tuple[type[Exception], ...]
     """Open a file without reading its data; also returns the errors that a damaged file may raise."""
     try:
         import nibabel
+        from nibabel.cifti2.cifti2 import Cifti2HeaderError
         from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
+        from nibabel.spatialimages import HeaderDataError, SpatialImage
     except ImportError as error:
         raise ValueError(
             f"The image {path} is a NIfTI file, and nibabel is not installed: pip install 'medvqa-rl[nifti]'."
         ) from error
-    errors = (*_ERRORS, ImageFileError, HeaderDataError)
+    errors = (*_ERRORS, ImageFileError, HeaderDataError, Cifti2HeaderError, ExpatError)
     try:
         image: Any = nibabel.load(path)
         dtype, shape = image.get_data_dtype(), image.shape
     except errors as error:
         raise ValueError(_unreadable(path, error)) from error
+    if not isinstance(image, SpatialImage):  # the other class of nibabel with this suffix
+        raise ValueError(
+            f"The image {path} is a CIFTI-2 file, which holds values on brain surfaces and has no slices: name a "
+            "NIfTI volume instead."
+        )
     if dtype.fields is not None or dtype.kind == "c":
         raise ValueError(f"The image {path} holds colours or complex numbers: convert it to one number per voxel.")
     if len(shape) < 2 or 0 in shape:

@@ -14,17 +14,21 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-_VOLUME = re.compile(r"(.*\.(?:dcm|dicom|nii|nii\.gz))(?:#(.*))?", re.IGNORECASE | re.DOTALL)
+_VOLUME = re.compile(r"(.*\.(?:dcm|dicom|ima|nii)(?:\.gz)?)(?:#(.*))?", re.IGNORECASE | re.DOTALL)
+# DICOM files often have no suffix, so a fragment is also recognised by its form.
+_OTHER = re.compile(r"(.*)#((?:frame|window)=[^#]*)", re.DOTALL)
 
 
 def split_fragment(name: str) -> tuple[str, str | None]:
-    """Split a file name into name and fragment; only DICOM and NIfTI files have one."""
-    match = _VOLUME.fullmatch(name)
+    """Split a file name into name and fragment: anything after # of DICOM and NIfTI files, else only
+    ``frame=...`` and ``window=...``.
+    """
+    match = _VOLUME.fullmatch(name) or _OTHER.fullmatch(name)
     return (match[1], match[2]) if match else (name, None)
 
 
 def medical_kind(name: str) -> Literal["dicom", "nifti"] | None:
-    """Medical format of a file by its suffix (.dcm, .dicom, .nii, .nii.gz), or None for an ordinary image."""
+    """Medical format of a file by its suffix (.dcm, .dicom, .ima, .nii, also with .gz), or None for other names."""
     match = _VOLUME.fullmatch(name)
     if match is None:
         return None
