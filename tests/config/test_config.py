@@ -20,9 +20,10 @@ from medvqa_rl.config import (
     TrainConfig,
     differences,
     digest,
+    leaves,
 )
 from medvqa_rl.config.base import Settings
-from medvqa_rl.config.schema import all_settings, one_of
+from medvqa_rl.config.schema import all_settings, on_resume, one_of
 from medvqa_rl.config.yaml import build_config, load_config, parse_override, read_yaml, show_config, write_yaml
 
 
@@ -310,3 +311,19 @@ def test_every_configuration_in_the_repository_is_sound(path: Path) -> None:
     for line in text.splitlines():
         is_value = ": " in line.partition("#")[0] or line.partition("#")[0].strip().startswith("-")
         assert not is_value or "#" in line, f"{path.name} does not explain: {line}"
+
+
+def test_every_setting_says_what_changing_it_on_resume_does() -> None:
+    kinds = {path: on_resume(path) for path in leaves(Config(model={"lora": {}}, eval_judge={}).model_dump())}
+    assert len(kinds) > 130 and set(kinds.values()) == {"identity", "rounding", "free", "later"}
+    assert {path for path, kind in kinds.items() if kind == "later"} == {"train.steps", "data.skip_images"}
+    assert kinds["train.prompts_per_micro_batch"] == kinds["eval_judge.batch_size"] == "rounding"
+    assert kinds["data.path"] == kinds["model.gradient_checkpointing"] == "free"
+    assert on_resume("rewards.functions.my_rewards.short") == on_resume("model.lora") == "identity"
+
+
+def test_a_setting_that_does_not_say_it_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"Section\.size does not say what changing it on resume does"):
+
+        class Section(Settings):
+            size: int = 1

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from medvqa_rl.config.base import Settings
+from medvqa_rl.config.base import Free, Identity, Settings
 from medvqa_rl.config.inputs import DataConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, OptimizerConfig, SftConfig, TrainConfig
 from medvqa_rl.config.rollout_and_rewards import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
@@ -23,9 +23,9 @@ Purpose = Literal["train", "sft", "eval"]
 class Config(Settings):
     """All settings of a run."""
 
-    output_dir: Annotated[str, Field(min_length=1)] = "runs/run"
+    output_dir: Free[Annotated[str, Field(min_length=1)]] = "runs/run"
     """Folder of the run; must be new, unless --resume continues it."""
-    network: Literal["on", "off"] = "on"
+    network: Free[Literal["on", "off"]] = "on"
     """off blocks every connection that leaves this machine, for the whole process."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -36,7 +36,7 @@ class Config(Settings):
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
     """The reward judge, used by rewards.semantic, rewards.reasoning and rewards.open_correctness."""
-    eval_judge: JudgeConfig | None = None
+    eval_judge: Identity[JudgeConfig | None] = None
     """The evaluation judge, which should differ from the reward judge; None disables it."""
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from medvqa_rl.config.base import Positive, Settings, Share
+from medvqa_rl.config.base import Free, Identity, Positive, Rounding, Settings, Share
 
 EngineName = Literal["eager", "graph", "vllm"]
 _WEIGHT = "weight of a reward part"
@@ -16,91 +16,91 @@ Weight = Annotated[float, Field(ge=0.0), _WEIGHT]
 class RolloutConfig(Settings):
     """How completions are sampled."""
 
-    num_generations: Positive = 8
+    num_generations: Identity[Positive] = 8
     """G, completions per prompt; training needs at least 2."""
-    max_completion_length: Positive = 256
+    max_completion_length: Identity[Positive] = 256
     """Maximum number of tokens per completion, including the end-of-sequence token."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Identity[Annotated[float, Field(gt=0.0)]] = 1.0
     """Sampling temperature; the loss uses log-probabilities at the same temperature."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_p: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 1.0
     """Top-p (nucleus) sampling; 1 disables it."""
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Identity[Annotated[int, Field(ge=0)]] = 0
     """Top-k sampling; 0 disables it."""
-    max_batch: Positive = 64
+    max_batch: Rounding[Positive] = 64
     """Prompts decoded at a time; finished ones are replaced by waiting ones. Bounds the KV cache."""
-    max_resample_times: Annotated[int, Field(ge=0, le=100)] = 0
+    max_resample_times: Identity[Annotated[int, Field(ge=0, le=100)]] = 0
     """Dynamic sampling (DAPO): attempts to replace groups of equal rewards with other prompts; 0 disables it."""
-    engine: EngineName = "eager"
+    engine: Identity[EngineName] = "eager"
     """eager runs on any device, graph decodes with CUDA graphs on a GPU, vllm samples with vLLM."""
 
 
 class VllmConfig(Settings):
     """Rollouts on vLLM (rollout.engine vllm); needs a GPU and the extra ``vllm``, see docs/vllm.md."""
 
-    mode: Literal["colocate", "server"] = "colocate"
+    mode: Identity[Literal["colocate", "server"]] = "colocate"
     """colocate runs vLLM in this process on the training GPU; server connects to a running ``vllm serve``."""
-    server_url: str | None = None
+    server_url: Free[str | None] = None
     """server: its address, such as http://localhost:8000."""
-    weights_dir: str | None = None
+    weights_dir: Free[str | None] = None
     """Folder for handing weights over, which a server must be able to read; None is the system's temporary folder."""
-    timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    timeout: Free[Annotated[float, Field(gt=0.0)]] = 600.0
     """server: timeout in seconds for the completions of one prompt, or for loading weights."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    gpu_memory_utilization: Rounding[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.3
     """colocate: share of GPU memory for vLLM's weights and KV cache."""
-    max_model_length: Positive | None = None
+    max_model_length: Identity[Positive | None] = None
     """colocate: maximum number of tokens of prompt and completion; None uses the model's limit."""
-    sleep: bool = False
+    sleep: Free[bool] = False
     """colocate: release memory between rollouts (vLLM's sleep mode); each rollout starts later."""
-    importance_sampling_correction: bool = True
+    importance_sampling_correction: Identity[bool] = True
     """Weight each token by its truncated importance ratio between training and vLLM."""
-    importance_sampling_clip_max: Annotated[float, Field(ge=1.0)] = 2.0
+    importance_sampling_clip_max: Identity[Annotated[float, Field(ge=1.0)]] = 2.0
     """Upper bound of that weight."""
 
 
 class RewardsConfig(Settings):
     """Weights and parameters of the reward parts; a part with weight 0 is off."""
 
-    format: Weight = 1.0
+    format: Identity[Weight] = 1.0
     """Format reward: 1 if the completion has exactly the requested format, else 0."""
-    correctness: Weight = 1.0
+    correctness: Identity[Weight] = 1.0
     """Correctness reward: 1 if the answer is correct, else 0; open_correctness can give partial credit."""
-    semantic: Weight = 0.0
+    semantic: Identity[Weight] = 0.0
     """Medical semantic reward: 1 if the judge finds the reasoning clinically coherent, else 0."""
-    reasoning: Weight = 0.0
+    reasoning: Identity[Weight] = 0.0
     """Reasoning-aware reward: the judge's grade of the reasoning on a rubric from 0 to 3, divided by 3."""
-    reasoning_gate: Share = 0.5
+    reasoning_gate: Identity[Share] = 0.5
     """reasoning: maximum reward for a wrong answer; 1 sets no limit."""
-    open_correctness: Literal["exact", "token_f1", "similarity", "judge"] | None = None
+    open_correctness: Identity[Literal["exact", "token_f1", "similarity", "judge"] | None] = None
     """How open-ended answers are scored; null is exact, and an error if all training questions are open."""
-    similarity_model: Annotated[str, Field(min_length=1)] = "tfidf"
+    similarity_model: Identity[Annotated[str, Field(min_length=1)]] = "tfidf"
     """open_correctness similarity: tfidf (words only), or a sentence-transformers model (folder or Hub id)."""
-    similarity_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    similarity_threshold: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.8
     """open_correctness similarity: minimum similarity to the gold answer that counts as correct."""
-    ecr: Weight = 0.0
+    ecr: Identity[Weight] = 0.0
     """Extended chain reward: reasoning tokens / length_target, at most 1."""
-    cwr: Weight = 0.0
+    cwr: Identity[Weight] = 0.0
     """Correctness-weighted length reward: as ecr if the answer is correct, else 0."""
-    cosine: Weight = 0.0
+    cosine: Identity[Weight] = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""
-    overlong: Weight = 0.0
+    overlong: Identity[Weight] = 0.0
     """Soft overlong punishment (DAPO): 0, falling to -1 over the last tokens before the limit."""
-    repetition: Weight = 0.0
+    repetition: Identity[Weight] = 0.0
     """Repetition penalty: minus the share of word n-grams that repeat an earlier one."""
-    length_target: Positive = 128
+    length_target: Identity[Positive] = 128
     """ecr and cwr: number of reasoning tokens at which the reward reaches its maximum."""
-    cosine_correct: tuple[float, float] = (1.0, 0.5)
+    cosine_correct: Identity[tuple[float, float]] = (1.0, 0.5)
     """cosine: reward of a correct answer at length 0 and at the token limit."""
-    cosine_wrong: tuple[float, float] = (-1.0, -0.5)
+    cosine_wrong: Identity[tuple[float, float]] = (-1.0, -0.5)
     """cosine: reward of a wrong answer at length 0 and at the token limit."""
-    cosine_exceeded: float = -1.0
+    cosine_exceeded: Identity[float] = -1.0
     """cosine: reward of a truncated completion."""
-    overlong_buffer: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    overlong_buffer: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.2
     """overlong: share of rollout.max_completion_length over which it falls; DAPO uses 4096 of 20480."""
-    repetition_ngram: Positive = 3
+    repetition_ngram: Identity[Positive] = 3
     """repetition: words per n-gram."""
-    functions: dict[str, float] = Field(default_factory=dict)
+    functions: Identity[dict[str, float]] = Field(default_factory=dict)
     """Custom reward functions: dotted path of a function with TRL's signature, and its weight."""
-    max_unscored: Share = 0.2
+    max_unscored: Free[Share] = 0.2
     """Fail if a larger share of a step's completions could not be scored."""
 
     @property
@@ -113,31 +113,31 @@ class RewardsConfig(Settings):
 class JudgeConfig(Settings):
     """A language model that judges reasoning with Yes or No, or grades it."""
 
-    model: str = "phantom:judge"
+    model: Identity[str] = "phantom:judge"
     """``phantom:judge`` or ``phantom:judge_eval`` (embedded), a local folder, a Hub id, or an endpoint's model."""
-    revision: str | None = None
+    revision: Identity[str | None] = None
     """Commit or tag on the Hub; None uses the latest."""
-    template: Literal["auto", "biogpt", "biomistral", "chat", "phantom"] = "auto"
+    template: Identity[Literal["auto", "biogpt", "biomistral", "chat", "phantom"]] = "auto"
     """Prompt format: biogpt is plain text, biomistral Mistral's instruction format, chat the model's chat template."""
-    strictness: float = 0.0
+    strictness: Identity[float] = 0.0
     """Margin in nats by which log P("Yes") must exceed log P("No"); 0 is the paper's rule; endpoints require 0."""
-    device: str = "auto"
+    device: Rounding[str] = "auto"
     """auto, cpu, cuda, or a separate GPU such as cuda:1."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Identity[Literal["auto", "float32", "bfloat16"]] = "auto"
     """auto is bfloat16 on a GPU and float32 on a CPU."""
-    batch_size: Positive = 64
+    batch_size: Rounding[Positive] = 64
     """Prompts per batch."""
-    endpoint: str | None = None
+    endpoint: Identity[str | None] = None
     """Address of an OpenAI-compatible server, such as http://localhost:8000/v1; the judged texts are sent there."""
-    api_key_env: str | None = None
+    api_key_env: Free[str | None] = None
     """Environment variable that holds the endpoint's API key; None sends no key."""
-    timeout: Annotated[float, Field(gt=0.0)] = 60.0
+    timeout: Free[Annotated[float, Field(gt=0.0)]] = 60.0
     """Timeout of a request in seconds."""
-    max_retries: Annotated[int, Field(ge=0)] = 5
+    max_retries: Free[Annotated[int, Field(ge=0)]] = 5
     """Retries after throttling, timeouts and server errors."""
-    concurrency: Positive = 8
+    concurrency: Free[Positive] = 8
     """Maximum number of concurrent requests."""
-    cache: bool = True
+    cache: Rounding[bool] = True
     """Cache verdicts on disk by a hash of judge and text."""
-    cache_dir: str | None = None
+    cache_dir: Free[str | None] = None
     """Folder of the verdict cache; None is medvqa-rl in the user's cache folder."""

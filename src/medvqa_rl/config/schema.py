@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from medvqa_rl.config import Config
+from medvqa_rl.config.base import OnResume
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -118,8 +119,21 @@ def all_settings(schema: Schema = SCHEMA, prefix: str = "") -> Iterator[tuple[st
             yield from all_settings(inner, f"{prefix}{name}.")
 
 
+_SETTINGS = dict(all_settings())
+
+
+def on_resume(path: str) -> OnResume:
+    """Return what changing a setting, given by its dotted path, does to a resumed run."""
+    steps = path.split(".")
+    # From the inside out: a name in rewards.functions has dots of its own.
+    prefixes = (".".join(steps[:depth]) for depth in range(len(steps), 0, -1))
+    kind: OnResume = next(_SETTINGS[prefix]["on_resume"] for prefix in prefixes if prefix in _SETTINGS)
+    return kind
+
+
 def reference_tables() -> str:
-    """Return Markdown tables of every setting: default, allowed values, description. docs/ has a copy."""
+    """Return Markdown tables of every setting: default, allowed values, effect on a resumed run, description. docs/
+    has a copy."""
     lines: list[str] = []
     sections = [("", SCHEMA)] + [(name, resolve(field)) for name, field in all_settings()]
     for name, section in sections:
@@ -129,12 +143,12 @@ def reference_tables() -> str:
             continue
         lines += [f"### {name or 'top level'}", ""]
         lines += [section["description"].replace("``", "`"), ""]
-        lines += ["| setting | default | allowed | what it does |", "|---|---|---|---|"]
+        lines += ["| setting | default | allowed | on resume | what it does |", "|---|---|---|---|---|"]
         for key, field in rows:
             path = f"{name}.{key}".removeprefix(".")
             what = field.get("description", "See below.").replace("``", "`").replace("None ", "null ")
             default = json.dumps(field["default"], ensure_ascii=False) if "default" in field else "{}"
-            lines.append(f"| `{path}` | `{default}` | {allowed(field)} | {what} |")
+            lines.append(f"| `{path}` | `{default}` | {allowed(field)} | {field.get('on_resume', '')} | {what} |")
         lines.append("")
     return "\n".join(lines)
 

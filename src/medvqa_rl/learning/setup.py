@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from medvqa_rl.config import Config
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
+from medvqa_rl.learning.batching.skipping import without_images
 from medvqa_rl.learning.distributed.launch import check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
@@ -193,7 +194,8 @@ def set_up(
     Raises:
         ValueError: either cannot be used.
     """
-    datasets = {"train": load_dataset(config.data, "train") if train_set is None else train_set}
+    train_set = load_dataset(config.data, "train") if train_set is None else train_set
+    datasets = {"train": without_images(train_set, config.data.skip_images)}
     if with_validation and config.train.eval_steps:
         datasets["val"] = load_dataset(config.data, "val") if val_set is None else val_set
     for split, dataset in datasets.items():

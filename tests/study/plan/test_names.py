@@ -15,25 +15,26 @@ from cells import OUTCOMES, store, write
 from pydantic import BaseModel
 
 from medvqa_rl.config import Config, JudgeConfig, LoraConfig, ModelConfig, PromptConfig, RewardsConfig, leaves
+from medvqa_rl.config.base import Identity
 from medvqa_rl.study.plan.names import settings_hash
 from medvqa_rl.study.plan.recipe import read_recipe
 
 
 class LaterLora(LoraConfig):
-    scaling: float = 0.5
+    scaling: Identity[float] = 0.5
 
 
 class LaterModel(ModelConfig):
-    lora: LaterLora | None = None
-    quantized: bool = False
+    lora: Identity[LaterLora | None] = None
+    quantized: Identity[bool] = False
 
 
 class LaterJudge(JudgeConfig):
-    votes: int = 1
+    votes: Identity[int] = 1
 
 
 class LaterRewards(RewardsConfig):
-    novelty: float = 0.0
+    novelty: Identity[float] = 0.0
 
 
 class Later(Config):
@@ -41,9 +42,9 @@ class Later(Config):
 
     model: LaterModel = LaterModel()
     rewards: LaterRewards = LaterRewards()
-    eval_judge: LaterJudge | None = None
+    eval_judge: Identity[LaterJudge | None] = None
     asking: PromptConfig = PromptConfig()
-    comment: str | None = None
+    comment: Identity[str | None] = None
 
 
 @pytest.mark.parametrize(

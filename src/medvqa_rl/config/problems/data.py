@@ -25,6 +25,13 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
                 f"data.{name}",
                 "data.name",
             )
+    if data.skip_images:
+        yield (
+            f"data.skip_images is {list(data.skip_images)}, but data.name is phantom, which reads no files: remove "
+            "data.skip_images.",
+            "data.skip_images",
+            "data.name",
+        )
     if data.split == "image":
         yield (
             "data.split is image, but data.name is phantom, whose splits never share an image: remove data.split.",

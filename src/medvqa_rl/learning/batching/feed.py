@@ -16,7 +16,7 @@ from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config, PrefetchConfig, PromptConfig
 from medvqa_rl.core.prompts import as_asked
-from medvqa_rl.core.types import Dataset, EncodedPrompt, Sample
+from medvqa_rl.core.types import Dataset, EncodedPrompt, ImageSource, Sample
 from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.learning.batching.mixing import template_for
 from medvqa_rl.learning.batching.sampler import DrawnSample, step_samples
@@ -101,10 +101,7 @@ class Feed(AbstractContextManager["Feed"]):
         """
         expected = next(self._steps)
         assert step == expected, f"step {step} was requested, but {expected} is next"
-        try:
-            return list(islice(self._prepared, self._share))
-        except ValueError as error:
-            raise UnusableSampleError(str(error)) from error
+        return list(islice(self._prepared, self._share))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -118,11 +115,23 @@ def _prepare(
     """Draw a sample's template and encode its prompt.
 
     Raises:
-        ValueError: an image cannot be used; the message names the file and the sample.
+        UnusableSampleError: an image cannot be used; the message names the file and the sample.
     """
     template = template_for(draw.sample, config, seed=seed, step=step, occurrence=occurrence)
     asked = as_asked(draw.sample, template)
-    return PreparedPrompt(asked, occurrence, engine.encode(asked, template), draw.position)
+    try:
+        prompt = engine.encode(asked, template)
+    except ValueError as error:
+        raise UnusableSampleError(str(error), [image.key for image in asked.images if not _loads(image)]) from error
+    return PreparedPrompt(asked, occurrence, prompt, draw.position)
+
+
+def _loads(image: ImageSource) -> bool:
+    try:
+        image.load()
+    except ValueError:
+        return False
+    return True
 
 
 def prepare_prompt(setup: Setup, config: Config, draw: DrawnSample, occurrence: int, step: int) -> PreparedPrompt:
@@ -134,10 +143,7 @@ def prepare_prompt(setup: Setup, config: Config, draw: DrawnSample, occurrence: 
     Raises:
         UnusableSampleError: an image cannot be used; the message names the file and the sample.
     """
-    try:
-        return _prepare(setup.engine, draw, occurrence, config.prompt, seed=config.train.seed, step=step)
-    except ValueError as error:
-        raise UnusableSampleError(str(error)) from error
+    return _prepare(setup.engine, draw, occurrence, config.prompt, seed=config.train.seed, step=step)
 
 
 def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: range, num_prompts: int) -> Feed:
