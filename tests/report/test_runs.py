@@ -130,3 +130,15 @@ def test_any_bytes_make_a_page(tmp_path_factory: pytest.TempPathFactory, one: by
     (folder / "samples").mkdir()
     (folder / "samples" / "step_000001.jsonl").write_bytes(three)
     assert "</html>" in render_report([read_run(folder)])
+
+
+def test_resumes_are_read_and_damaged_ones_reported(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    good = {"step": 4, "settings": {"data.path": ["/a/b", "/c/d"]}, "promise": "The results are equal."}
+    (folder / "resumes.jsonl").write_text(json.dumps(good) + '\n{"step": 5}\nx\n', encoding="utf-8")
+    run = read_run(folder)
+    assert run.resumes == [good]
+    assert [problem for problem in run.problems if "resumes" in problem] == [
+        "resumes.jsonl: line 3 cannot be read and is skipped.",
+        "resumes.jsonl: line 2 cannot be read and is skipped.",
+    ]

@@ -129,7 +129,11 @@ def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path
 
 
 def _sentence(error: Exception) -> str:
-    """Return an error's message as a sentence."""
+    """Return an error's message as a sentence, followed by its notes."""
+    return " ".join([_message(error), *getattr(error, "__notes__", ())])
+
+
+def _message(error: Exception) -> str:
     from medvqa_rl.config import ConfigError
 
     if isinstance(error, ConfigError):

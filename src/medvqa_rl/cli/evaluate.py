@@ -60,7 +60,7 @@ def evaluate(
 
     Answers are greedy; sampled answers and bias controls are optional.
     """
-    from medvqa_rl.core.files import find_checkpoint
+    from medvqa_rl.core.files import find_checkpoint, run_config
     from medvqa_rl.core.prompts import read_templates
     from medvqa_rl.evaluation.store import Shard
 
@@ -73,7 +73,7 @@ def evaluate(
         )
     if run is not None and checkpoint is None:
         checkpoint = find_checkpoint(run)
-    settings = read_settings(config if run is None else run / "config.yaml", given, purpose="eval").config
+    settings = read_settings(config if run is None else run_config(run), given, purpose="eval").config
     if run is not None:  # it may have been moved since
         settings = settings.model_copy(update={"output_dir": str(run)})
     further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]

@@ -82,6 +82,13 @@ def cache_folder(given: str | None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medvqa-rl"
 
 
+def run_config(run: Path) -> Path:
+    """The YAML file with a run's current settings: those of the last resume that changed any, else config.yaml."""
+    numbers = [path.stem.removeprefix("config.resume_") for path in run.glob("config.resume_*.yaml")]
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return run / (f"config.resume_{newest}.yaml" if newest else "config.yaml")
+
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     """The folder of a run's checkpoint after ``step`` steps, whether or not it exists."""
     return run / "checkpoints" / f"step_{step:06d}"

@@ -85,7 +85,9 @@ class StoredRun:
 
     path: Path
     config: Mapping[str, Any] = field(default_factory=dict)
-    """config.resolved.json; empty if missing."""
+    """config.resolved.json, the settings of the first start; empty if missing."""
+    resumes: Sequence[Mapping[str, Any]] = ()
+    """Lines of resumes.jsonl: what changed with each resume."""
     env: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
@@ -132,6 +134,7 @@ def read_run(path: Path) -> StoredRun:
     return StoredRun(
         path,
         config=_object(path / "config.resolved.json", problems),
+        resumes=_resumes(path / "resumes.jsonl", problems),
         env=_object(path / "env.json", problems),
         data=_object(path / "data.json", problems),
         status=_object(path / "status.json", problems),
@@ -195,6 +198,16 @@ def _metrics(path: Path, problems: list[str]) -> list[Row]:
     if not rows:
         problems.append("metrics.jsonl has no step.")
     return rows
+
+
+def _resumes(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    rows = list(_lines(path, problems))
+    bad = [number for number, row in rows if not isinstance(row.get("settings"), dict) or "step" not in row]
+    if bad:
+        problems.append(_left_out(path, bad))
+    return [row for number, row in rows if number not in bad]
 
 
 def _is_number(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from filelock import FileLock
 from safetensors import safe_open
 from toy import ToyData, read_metrics, toy_config
 
+from medvqa_rl.config import Config
 from medvqa_rl.config.yaml import load_config
+from medvqa_rl.core.files import run_config
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run import checkpoint
 from medvqa_rl.learning.run.checkpoint import clean_up
 from medvqa_rl.learning.run.errors import Stopped
+from medvqa_rl.learning.run.resume import Resume, promise, read_resumes, still_counts
 from medvqa_rl.learning.sft import train_sft
 from medvqa_rl.models.loading import load_policy
 
@@ -57,7 +61,10 @@ def same_runs(first: Path, second: Path, step: int = 6) -> None:
     assert weights(first, step) == weights(second, step)
     # Compared as text, because NaN != NaN.
     assert json.dumps(read_metrics(first)) == json.dumps(read_metrics(second))
-    names = [sorted(p.relative_to(run).as_posix() for p in run.glob("*/step_*")) for run in (first, second)]
+    names = [
+        sorted(p.relative_to(run).as_posix() for kind in ("samples", "eval") for p in run.glob(f"{kind}/step_*"))
+        for run in (first, second)
+    ]
     assert names[0] == names[1]
 
 
@@ -242,11 +249,124 @@ def test_a_run_that_fails_before_it_starts_leaves_nothing(folder, tmp_path):
     assert (tmp_path / "notes" / "config.yaml").exists()
 
 
-def test_config_yaml_has_the_settings_of_the_last_start(folder, tmp_path):
-    """The printed resume command uses config.yaml, which must include a changed number of steps."""
-    go(toy_config(folder, tmp_path / "run", train={"steps": 1}))
-    go(toy_config(folder, tmp_path / "run", train={"steps": 2}), resume=True)
-    assert load_config(tmp_path / "run" / "config.yaml").config.train.steps == 2
+def change(config, **sections):
+    """A copy of a config: ``train={"steps": 3}``."""
+    updates = {name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
+    return config.model_copy(update=updates)
+
+
+def resumes_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "resumes.jsonl").read_text().splitlines()]
+
+
+def test_the_first_settings_are_kept_and_each_resume_is_recorded(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "run", train={"steps": 1})
+    run = go(config)
+    first = [(run / name).read_bytes() for name in ("config.yaml", "config.resolved.json")]
+    assert run_config(run) == run / "config.yaml" and not (run / "resumes.jsonl").exists()
+    longer = change(config, train={"steps": 2, "save_steps": 1})
+    go(longer, resume=True)
+    go(longer, resume=True)  # nothing to do, and nothing changed since
+    go(change(longer, train={"steps": 3}), resume=True)
+    assert [(run / name).read_bytes() for name in ("config.yaml", "config.resolved.json")] == first
+    assert sorted(path.name for path in run.glob("config.resume_*")) == [
+        "config.resume_1.yaml",
+        "config.resume_3.yaml",
+    ]
+    # The printed resume command uses this file.
+    assert run_config(run) == run / "config.resume_3.yaml" and load_config(run_config(run)).config.train.steps == 3
+    one, two, three = resumes_of(run)
+    assert one["settings"] == two["settings"] == {"train.save_steps": [0, 1], "train.steps": [1, 2]}
+    assert (three["step"], three["checkpoint"]) == (2, "checkpoints/step_000002")
+    assert three["settings"] == {"train.save_steps": [0, 1], "train.steps": [1, 3]} and three["environment"] == []
+
+
+def test_free_settings_change_no_bit(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "parts", train={"steps": 4}, model=LORA)
+    config = change(config, optimizer={"lr_scheduler_type": "constant"})
+    whole = go(change(config.model_copy(update={"output_dir": str(tmp_path / "whole")}), train={"steps": 6}))
+    go(config)
+    free = change(
+        config,
+        train={"steps": 6, "save_steps": 1, "self_check": False, "log_completions_steps": 1},
+        model={"gradient_checkpointing": True},
+        prefetch={"workers": 0},
+        rewards={"max_unscored": 0.5},
+    )
+    run = go(free, resume=True)
+    assert weights(whole, 6) == weights(run, 6)
+    (resume,) = resumes_of(run)
+    assert resume["promise"] == (
+        "From step 5 on, the run has 6 steps in place of 4. Apart from that, the results are equal to those of an "
+        "uninterrupted run bit for bit."
+    )
+
+
+def test_settings_of_batches_change_rounding_only(folder, tmp_path):
+    config = toy_config(folder, tmp_path / "parts", train={"steps": 4, "save_steps": 2})
+    whole = go(config.model_copy(update={"output_dir": str(tmp_path / "whole")}))
+    go(config)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step_000004")
+    other = change(
+        config, train={"prompts_per_micro_batch": 1, "max_tokens_per_micro_batch": 4000}, rollout={"max_batch": 1}
+    )
+    run = go(other, resume=True)
+    assert [line["reward"] for line in read_metrics(run)] == [line["reward"] for line in read_metrics(whole)]
+    norms = [[line["grad_norm"] for line in read_metrics(path)] for path in (run, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    (resume,) = resumes_of(run)
+    assert resume["promise"] == (
+        "The results are equal to those of an uninterrupted run within rounding, because of rollout.max_batch "
+        "(64 -> 1), train.max_tokens_per_micro_batch (null -> 4000), train.prompts_per_micro_batch (2 -> 1)."
+    )
+    # The steps of that resume are kept, so the promise of the next one is no stronger.
+    assert go(change(config, train={"steps": 4}), resume=True)
+    assert resumes_of(run)[1]["settings"] == {} and resumes_of(run)[1]["promise"] == resume["promise"]
+
+
+def resume_at(step, settings=None, environment=()):
+    return Resume(step=step, checkpoint=None, settings=settings or {}, environment=list(environment))
+
+
+@pytest.mark.parametrize(
+    ("starts", "step", "kept"),
+    [([4], 6, [4]), ([4], 4, []), ([4, 4], 6, [4]), ([4, 8, 2], 6, [2]), ([2, 4, 8], 9, [2, 4, 8]), ([], 3, [])],
+)
+def test_a_resume_counts_if_some_of_its_steps_are_kept(starts, step, kept):
+    assert [resume.step for resume in still_counts([resume_at(start) for start in starts], step)] == kept
+
+
+@pytest.mark.parametrize(
+    ("resumes", "config", "is_gpu", "expected"),
+    [
+        ([resume_at(2)], {}, False, "equal to those of an uninterrupted run bit for bit."),
+        ([resume_at(2)], {}, True, "within rounding, because of GPU kernels, which add in no fixed order."),
+        ([resume_at(2, environment=["threads (1 -> 2)"])], {}, False, "within rounding, because of threads (1 -> 2)."),
+        ([resume_at(2)], {"rollout": {"engine": "vllm"}}, True, "similar to those of an uninterrupted run, not equal"),
+        (
+            [resume_at(2, {"train.prompts_per_micro_batch": (8, 4)})],
+            {"model": {"lora": {"dropout": 0.1}}},
+            False,
+            "(8 -> 4); LoRA's dropout draws other masks.",
+        ),
+        (
+            [resume_at(2, {"train.steps": (4, 6)})],
+            {"optimizer": {"lr_scheduler_type": "linear"}},
+            False,
+            "From step 3 on, the run has 6 steps in place of 4, and the linear learning rate follows the new number.",
+        ),
+        ([resume_at(2, {"output_dir": ("a", "b")})], {}, False, "bit for bit."),
+    ],
+)
+def test_a_resumed_run_says_what_it_promises(resumes, config, is_gpu, expected):
+    assert expected in promise(resumes, Config.model_validate(config), is_gpu=is_gpu)
+
+
+def test_damaged_records_of_resumes_are_named(tmp_path):
+    path = tmp_path / "resumes.jsonl"
+    path.write_text(resume_at(1).model_dump_json() + '\n{"step": "x"}\n')
+    with pytest.raises(ValueError, match=r"resumes\.jsonl is damaged: line 2, step: .*integer"):
+        read_resumes(path)
 
 
 def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
@@ -273,7 +393,7 @@ def test_a_full_disk_is_reported_when_logging(folder, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("medvqa_rl.learning.run.logger.RunLogger.log", full)
+    monkeypatch.setattr("medvqa_rl.learning.run.logger.RunLogger.record", full)
     with pytest.raises(ValueError, match=r"No space is left on the device of .*--resume"):
         go(toy_config(folder, tmp_path / "run"))
 

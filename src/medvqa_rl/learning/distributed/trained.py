@@ -42,6 +42,8 @@ class TrainedPolicy:
         """
         self.policy = policy
         self.accelerator = accelerator
+        self.has_moved = False
+        """Whether a step has changed weights since the run set this to False, so that they belong to no whole step."""
         self._max_grad_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
         self._make(config)
 
@@ -91,6 +93,10 @@ class TrainedPolicy:
 
     def step(self, learning_rate: float) -> None:
         """Update the weights, then clear the gradient."""
+        self.has_moved = True
+        self._step(learning_rate)
+
+    def _step(self, learning_rate: float) -> None:
         self._optimizer.step(learning_rate)
 
     def zero_grad(self) -> None:

@@ -81,7 +81,7 @@ class ZeroPolicy(TrainedPolicy):
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def clip_gradients(self, *, fill_missing: bool) -> float:
-        """Return the gradient norm. DeepSpeed clips in :meth:`step` and gives unused parameters zero gradients."""
+        """Return the gradient norm. DeepSpeed clips in its own step and gives unused parameters zero gradients."""
         if not self._is_stage_3:
             norm = float(self._zero.scaled_global_norm())
             return norm if norm >= 0 else float("nan")  # DeepSpeed returns -1 if it is not finite
@@ -90,7 +90,7 @@ class ZeroPolicy(TrainedPolicy):
             squares += safe_get_local_grad(parameter).double().square().sum()
         return float(self.accelerator.reduce(squares, "sum").sqrt())
 
-    def step(self, learning_rate: float) -> None:
+    def _step(self, learning_rate: float) -> None:
         for group in self._zero.param_groups:
             group["lr"] = learning_rate
         self._engine.step()

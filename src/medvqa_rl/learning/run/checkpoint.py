@@ -46,6 +46,8 @@ class TrainState:
     best_step: int | None = None
     metrics_bytes: int = 0
     """Length of metrics.jsonl after this step."""
+    is_evaluated: bool = True
+    """False if the evaluation that is due after this step was not finished."""
 
 
 def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, is_main: bool) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from medvqa_rl.core.types import Group
 
@@ -16,6 +20,10 @@ class TrainingFailed(RuntimeError):
         self.groups = tuple(groups)
         self.has_valid_weights = has_valid_weights
         """Whether the weights are those of the last completed step."""
+
+    def describe_groups(self) -> str:
+        """The groups as JSON Lines."""
+        return "".join(json.dumps(_describe(group)) + "\n" for group in self.groups)
 
 
 class NonFiniteError(TrainingFailed):
@@ -30,8 +38,37 @@ class RankLostError(TrainingFailed):
     """Another rank is dead, unresponsive or has failed."""
 
 
+class OutOfMemory(TrainingFailed):
+    """The GPU or this machine has no memory left for a step."""
+
+    def __init__(self, error: BaseException, step: int, sizes: Sequence[str]) -> None:
+        """
+        Args:
+            error: what was raised.
+            step: counted from 1.
+            sizes: settings of which lower values need less memory.
+        """
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        super().__init__(
+            f"Memory ran out in step {step} ({reason}). Lower {' or '.join(sizes)}, or set "
+            "model.gradient_checkpointing=true: all of them may change when a run is resumed.",
+            (),
+        )
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out: torch's on a GPU or a CPU, or Python's."""
+    is_allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_allocator
+
+
 class UnusableSampleError(ValueError):
-    """A sample's image cannot be used, or the sample is too large. The weights are valid, and the run saves them."""
+    """A sample's image cannot be used, or the sample is too large."""
+
+    def __init__(self, message: str, images: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.images = tuple(images)
+        """Keys of the images that cannot be used."""
 
 
 class Stopped(SystemExit):
@@ -40,3 +77,15 @@ class Stopped(SystemExit):
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(128 + signal_number)
         self.folder = folder
+
+
+def _describe(group: Group) -> dict[str, Any]:
+    """A group as JSON values."""
+    return {
+        "sample_id": group.sample.id,
+        "images": [image.key for image in group.sample.images],
+        "template": group.template,
+        "prompt": group.prompt.text,
+        "gold": group.sample.answer,
+        "completions": [completion.text for completion in group.completions],
+    }

@@ -42,6 +42,8 @@ class RunLogger:
         self._console = open_console(stderr=True)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
+        self._length = self._metrics.tell()
+        """Bytes of complete lines in metrics.jsonl."""
         self._trackers = Trackers(run.path, config, first_step=first_step)
         self._first_step, self._started = first_step, time.perf_counter()
         self._progress = Progress(
@@ -68,24 +70,34 @@ class RunLogger:
         self._log.close()
 
     def flush(self) -> int:
-        """Flush metrics.jsonl to disk and return its length in bytes."""
+        """Flush metrics.jsonl to disk and return the length of its complete lines in bytes."""
         os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        return self._length
 
     def say(self, text: str) -> None:
         """Write a message to the terminal and train.log."""
         self._console.print(Text(text), soft_wrap=True)  # unwrapped, so that a command in it can be copied
-        self._write(text)
+        self.note(text)
 
-    def _write(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Write a message to train.log only."""
         self._log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
         self._log.flush()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step, or of the evaluation after it."""
-        line = json.dumps({"step": step, **to_json(metrics)}) + "\n"
-        self._metrics.write(line.encode())
+        """Record the metrics of a step, or of the evaluation after it, and show them."""
+        self.record(step, metrics)
+        self.show(step, metrics)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics to metrics.jsonl."""
+        line = (json.dumps({"step": step, **to_json(metrics)}) + "\n").encode()
+        self._metrics.write(line)
         self._metrics.flush()
+        self._length += len(line)
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show recorded metrics on the terminal and in train.log, and send them to the trackers."""
         is_evaluation = all(name.startswith("eval/") for name in metrics)
         is_due = is_evaluation or step % self._config.logging_steps == 0 or step == self._config.steps
         if is_due:
@@ -97,7 +109,7 @@ class RunLogger:
         shown = "  ".join(f"{name.rpartition('/')[2]} {metrics[name]:.3f}" for name in HEADLINE if name in metrics)
         left = f"{step_time:.2f} s/step, {duration(step_time * (self._config.steps - step))} left"
         line = f"step {step}/{self._config.steps}  {shown}" + ("" if is_evaluation else f"  {left}")
-        self._write(line)
+        self.note(line)
         if self._progress.disable:
             if is_due:
                 self._console.print(Text(line), soft_wrap=True)

@@ -7,11 +7,11 @@ import json
 import os
 import shlex
 import signal
-import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +20,8 @@ from accelerate.accelerator import Accelerator
 from medvqa_rl.config import Config
 from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, write_text
 from medvqa_rl.core.types import Dataset, Group
-from medvqa_rl.evaluation.evaluate import Evaluation, write_evaluation
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
 from medvqa_rl.evaluation.measures.instruments import NOTHING, load_instruments
-from medvqa_rl.learning.distributed.launch import read_launch
 from medvqa_rl.learning.distributed.roll_call import RollCall
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.run.checkpoint import (
@@ -32,14 +30,21 @@ from medvqa_rl.learning.run.checkpoint import (
     load_checkpoint,
     load_optimizer,
     remove_old_checkpoints,
-    save_best,
     save_checkpoint,
 )
-from medvqa_rl.learning.run.errors import RankLostError, Stopped, TrainingFailed, UnusableSampleError
+from medvqa_rl.learning.run.errors import (
+    OutOfMemory,
+    RankLostError,
+    Stopped,
+    TrainingFailed,
+    UnusableSampleError,
+    is_out_of_memory,
+)
 from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.run_dir import RunDir
+from medvqa_rl.learning.run.signals import StopSignals
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
-from medvqa_rl.learning.run.validation import validate
+from medvqa_rl.learning.run.validation import log_and_keep_best, validate
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -75,9 +80,12 @@ class Run:
         self._is_main = accelerator.is_main_process
         self._kind, self._resume, self._given = kind, resume, given
         self._exits = ExitStack()
-        self._signal: int | None = None
+        self._signals = StopSignals(speaks=self._is_main)
         self._checkpoint: Path | None = None
         """The checkpoint that a resumed run continues from."""
+        self._has_begun = False
+        """Whether weights and optimizer are loaded, so that steps can be saved."""
+        self._is_saving = False
         self._instruments = NOTHING
         self._logger: RunLogger | None = None
         """On the main rank, once the run has started."""
@@ -94,19 +102,8 @@ class Run:
             self._roll_call = RollCall(
                 accelerator.process_index, accelerator.num_processes, timeout, self._report_lost_rank
             )
-        if threading.current_thread() is threading.main_thread():  # others may not set signal handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._exits.callback(signal.signal, number, signal.signal(number, self._request_stop))
+        self._exits.enter_context(self._signals)
         return self
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: stop after the current step, or at once on the second signal."""
-        if self._signal is not None:
-            raise KeyboardInterrupt
-        self._signal = number
-        if self._is_main:
-            # Not through the console: the handler may have interrupted it in the middle of a line.
-            os.write(2, b"\nStopping after this step. Interrupt again to stop at once and lose unsaved steps.\n")
 
     def start(
         self,
@@ -148,19 +145,23 @@ class Run:
         self._logger = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
         if self._resume:
             where = f"step {self.state.step}" if checkpoints else "the beginning, because it has no checkpoint yet"
-            self._logger.say(f"Resuming {self.dir.path} from {where}.")
-        if changes:
-            self._logger.say(
-                f"The environment has changed since the run was started: {', '.join(changes)}. Results can differ by "
-                "rounding from those of an uninterrupted run."
+            resume = self.dir.record_resume(
+                self.config,
+                self._given,
+                step=self.state.step,
+                checkpoint=self._checkpoint,
+                environment=changes,
+                is_gpu=policy.device.type != "cpu",
             )
+            self._logger.say(f"Resuming {self.dir.path} from {where}. {resume.promise}")
 
     def use_trained(self, trained: TrainedPolicy) -> TrainedPolicy:
         """Register the wrapped policy; when resuming, restore the optimizer state, else evaluate before step 1."""
         self.trained = trained
         if self._checkpoint is not None:
             load_optimizer(self._checkpoint, trained)
-        elif self.config.train.eval_steps:
+        self._has_begun = True
+        if self.config.train.eval_steps and (self._checkpoint is None or not self.state.is_evaluated):
             self.evaluate()
         return trained
 
@@ -188,14 +189,19 @@ class Run:
         """
         train, state = self.config.train, self.state
         self.set_phase("logging")
-        state.step += 1
         if self._logger is not None:
-            self._logger.log(state.step, {**metrics, "num_tokens": float(state.num_tokens)})
+            metrics = {**metrics, "num_tokens": float(state.num_tokens)}
+            self._logger.record(state.step + 1, metrics)
+        state.step += 1
+        is_last = state.step >= train.steps
+        state.is_evaluated = not (train.eval_steps and (is_last or state.step % train.eval_steps == 0))
+        self.trained.has_moved = False  # from here on the step is whole
+        if self._logger is not None:
+            self._logger.show(state.step, metrics)
             if records and train.log_completions_steps and state.step % train.log_completions_steps == 0:
                 self._logger.log_samples(state.step, records, groups)
         self._write_status("running")
-        is_last = state.step >= train.steps
-        if train.eval_steps and (is_last or state.step % train.eval_steps == 0):
+        if not state.is_evaluated:
             self.evaluate()
         number = self._agreed_signal()
         if is_last or number or (train.save_steps and state.step % train.save_steps == 0):
@@ -204,7 +210,7 @@ class Run:
             self._write_status("stopped", reason=signal.Signals(number).name)
             self._say(
                 f"Stopped after step {state.step} as requested; a checkpoint is saved. Continue with "
-                f"`{self._resume_command()}`."
+                f"`{self.dir.resume_command(self._kind)}`."
             )
             raise Stopped(number, self.dir.path)
 
@@ -225,28 +231,9 @@ class Run:
                 progress=self._show_evaluation_progress,
             )
             if self._logger is not None and evaluation is not None:
-                self._record(evaluation, self._logger)
+                log_and_keep_best(evaluation, self.dir, self._logger, self.policy, self.state, self.config.eval)
+        self.state.is_evaluated = True
         self._accelerator.wait_for_everyone()
-
-    def _record(self, evaluation: Evaluation, logger: RunLogger) -> None:
-        state = self.state
-        folder = self.dir.evaluation(state.step)
-        write_evaluation(evaluation, folder)
-        metrics = evaluation.metrics
-        logger.log(state.step, metrics)
-        unscored = evaluation.results["unscored_rate"]
-        if unscored:
-            logger.say(
-                f"{unscored:.1%} of the validation questions could not be scored and are excluded: see "
-                f"unscored_reason in {folder / 'samples.jsonl'}."
-            )
-        accuracy = metrics.get("eval/accuracy")
-        # With too many questions unscored, the accuracy is not comparable to that of other steps.
-        if accuracy is None or unscored > self.config.eval.fail_on_unscored:
-            return
-        if state.best_accuracy is None or accuracy > state.best_accuracy:
-            state.best_accuracy, state.best_step = accuracy, state.step
-            save_best(self.dir.best, self.policy, state)
 
     def _show_evaluation_progress(self, done: int, total: int) -> None:
         if self._logger is not None:
@@ -263,14 +250,16 @@ class Run:
         """:meth:`save` without waiting for the other ranks."""
         if self._logger is not None:
             self.state.metrics_bytes = self._logger.flush()
+        self._is_saving = True  # still set if it fails
         folder = checkpoint_folder(self.dir.path, self.state.step)
         save_checkpoint(folder, self.trained, self.state, is_main=self._is_main)
+        self._is_saving = False
         if self._is_main:
             remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)
 
     def _agreed_signal(self) -> int:
         """The signal that any rank received, 0 if none, so that all ranks stop after the same step. Collective."""
-        own = self._signal or 0
+        own = self._signals.number
         if self._accelerator.num_processes == 1:
             return own
         received = self._accelerator.gather(torch.tensor([own], device=self._accelerator.device))
@@ -285,21 +274,12 @@ class Run:
             best = {"best_step": self.state.best_step, "best_accuracy": self.state.best_accuracy}
             self.dir.write_status(state, self.state.step, self.config.train.steps, kind=self._kind, **best, **details)
 
-    def _resume_command(self) -> str:
-        """The command that continues this run, however it was launched."""
-        command = f"medvqa-rl {self._kind} {shlex.quote(str(self.dir.path / 'config.yaml'))} --resume"
-        launch = read_launch(os.environ)
-        if launch.num_ranks == 1:
-            return command
-        is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-        return f"{command} --gpus {launch.num_ranks if is_one_machine else 'N'} train.engine={launch.engine}"
-
     def _resume_hint(self) -> str:
         """A sentence that names the last checkpoint and how to continue from it."""
         checkpoints = list_checkpoints(self.dir.path)
         if not checkpoints:
-            return "No checkpoint was written yet."
-        return f"The last checkpoint is {checkpoints[-1]}: continue with `{self._resume_command()}`."
+            return f"No checkpoint was written yet: start again with `{self.dir.resume_command(self._kind)}`."
+        return f"The last checkpoint is {checkpoints[-1]}: continue with `{self.dir.resume_command(self._kind)}`."
 
     def _report_lost_rank(self, sentence: str, speaks: bool) -> None:
         """Report a lost rank. Runs in a thread of the roll call, because the main thread is blocked.
@@ -315,20 +295,16 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        failure = self._leave_roll_call(error)
         with self._exits:
-            match failure:
+            failure = self._save_completed_steps(error)
+            match self._leave_roll_call(failure):
                 case None | Stopped():
                     return
-                case RankLostError():
-                    pass
                 case _ if self._is_main and self._logger is None:  # failed before the run started
                     self.dir.discard()
                     return
-                case TrainingFailed():
-                    self._save_failed_step(failure)
-                case UnusableSampleError() if self._logger is not None and not self.trained.is_collective:
-                    self._save_completed_steps()  # the other ranks do not take part, because the sample failed here
+                case failure:
+                    pass
             if self._logger is not None:
                 self._logger.has_failed = True
                 state = "stopped" if isinstance(failure, KeyboardInterrupt) else "failed"
@@ -359,34 +335,54 @@ class Run:
         self._roll_call.leave((str(error) or type(error).__name__) if is_failure else None)
         return error
 
-    def _save_failed_step(self, error: TrainingFailed) -> None:
-        """Save the groups that made training fail, and a checkpoint of the last step if the weights are valid."""
-        if self._is_main:
+    def _save_completed_steps(self, error: BaseException | None) -> BaseException | None:
+        """Save a checkpoint of the steps before the one that failed, and say in the error's notes how to go on.
+
+        Returns:
+            The error, or an OutOfMemory in its place.
+        """
+        if error is None or isinstance(error, Stopped | KeyboardInterrupt) or not self._has_begun:
+            return error
+        failure = self._out_of_memory(error) if is_out_of_memory(error) else error
+        notes = []
+        if isinstance(failure, TrainingFailed) and failure.groups and self._is_main:
             path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
-            write_text(path, "".join(json.dumps(_describe(group)) + "\n" for group in error.groups))
-            self._say(f"{error} The samples and their completions are in {path}.")
-        if error.has_valid_weights:
-            self._save()
-            folder = checkpoint_folder(self.dir.path, self.state.step)
-            self._say(f"The weights after the last completed step are in {folder}.")
+            write_text(path, failure.describe_groups())
+            notes.append(f"The samples and their completions are in {path}.")
+        notes.append(self._save_last_whole_step(failure))
+        if isinstance(failure, UnusableSampleError) and failure.images:
+            skipped = shlex.quote(f"data.skip_images={json.dumps([*self.config.data.skip_images, *failure.images])}")
+            notes.append(f"Replace the file first, or leave it out: add {skipped} to the command.")
+        if self._logger is not None:
+            for note in notes:
+                self._logger.note(note)
+                failure.add_note(note)
+        return failure
 
-    def _save_completed_steps(self) -> None:
-        """Save a checkpoint of the steps before one whose data cannot be used, unless there is one."""
-        if not self.state.step:
-            return
-        folder = checkpoint_folder(self.dir.path, self.state.step)
+    def _out_of_memory(self, error: BaseException) -> OutOfMemory:
+        """Free what the failed step still holds, and say what needs less."""
+        traceback.clear_frames(error.__traceback__)
+        self.trained.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        sizes = {
+            "train": ("train.prompts_per_micro_batch", "rollout.max_batch"),
+            "sft": ("sft.samples_per_micro_batch",),
+        }
+        return OutOfMemory(error, self.state.step + 1, sizes[self._kind])
+
+    def _save_last_whole_step(self, error: BaseException) -> str:
+        """Save a checkpoint of the last whole step unless there is one, if this rank can, and say how to go on."""
+        state, trained = self.state, self.trained
+        is_whole = not trained.has_moved and not (isinstance(error, TrainingFailed) and not error.has_valid_weights)
+        is_alone = not trained.is_collective or self._accelerator.num_processes == 1
+        folder = checkpoint_folder(self.dir.path, state.step)
+        if not state.step or not is_whole or not is_alone or self._is_saving:
+            return self._resume_hint()
         if not folder.exists():
-            self._save()
-        self._say(f"Step {self.state.step} and all before it are saved in {folder}: fix the file, then use --resume.")
-
-
-def _describe(group: Group) -> dict[str, Any]:
-    """A group as JSON values."""
-    return {
-        "sample_id": group.sample.id,
-        "images": [image.key for image in group.sample.images],
-        "template": group.template,
-        "prompt": group.prompt.text,
-        "gold": group.sample.answer,
-        "completions": [completion.text for completion in group.completions],
-    }
+            try:
+                self._save()
+            except (ValueError, OSError, RuntimeError, MemoryError) as problem:
+                return f"The steps since the last checkpoint could not be saved ({problem}). {self._resume_hint()}"
+        command = self.dir.resume_command(self._kind)
+        return f"Step {state.step} and all before it are saved in {folder}: continue with `{command}`."

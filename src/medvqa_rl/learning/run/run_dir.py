@@ -1,6 +1,7 @@
 """The folder of a run: settings, environment, data, status and logs. Every table and plot is made from it.
 
 config.yaml (as given) config.resolved.json env.json data.json judge.json status.json metrics.jsonl train.log
+resumes.jsonl config.resume_1.yaml env.resumed_000100.json  (what changed since the first start, resume.py)
 samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
 """
 
@@ -10,10 +11,11 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,10 +25,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from medvqa_rl.config import Config, differences, leaves
+from medvqa_rl.config import Config, leaves
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.core.files import write_json, write_text
+from medvqa_rl.core.files import run_config, write_json, write_text
 from medvqa_rl.core.types import Dataset
+from medvqa_rl.learning.distributed.launch import read_launch
+from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
 from medvqa_rl.rewards.judges import JudgeIdentity
 
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
@@ -36,30 +40,6 @@ OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
 
 GIT_TIMEOUT = 5.0
 """Seconds to wait for an answer of git."""
-
-MAY_CHANGE = (
-    "network",
-    "output_dir",
-    "prefetch.workers",
-    "prefetch.max_mib",
-    "train.steps",
-    "train.engine",
-    "train.rank_timeout",
-    "train.save_steps",
-    "train.save_total_limit",
-    "train.logging_steps",
-    "train.log_completions_steps",
-    "train.trackers",
-    "train.tracker_samples",
-    "train.tracker_online",
-    *(f"vllm.{name}" for name in ("server_url", "weights_dir", "timeout", "gpu_memory_utilization", "sleep")),
-    *(
-        f"{judge}.{name}"
-        for judge in ("judge", "eval_judge")
-        for name in ("api_key_env", "timeout", "max_retries", "concurrency", "cache_dir")
-    ),
-)
-"""Settings that may change on resume. A new number of steps changes the learning-rate schedule from there on."""
 
 
 class RunDir:
@@ -71,6 +51,9 @@ class RunDir:
         self.status = self.path / "status.json"
         self.best = self.path / "best"
         self.log = self.path / "train.log"
+        self.resumes = self.path / "resumes.jsonl"
+        self.changed: Mapping[str, Change] = {}
+        """Settings of a resumed run that differ from those of its first start."""
         self._lock = FileLock(self.path / ".lock")
         self._is_new = False
         """Whether this process created the folder."""
@@ -84,7 +67,7 @@ class RunDir:
         return self.path / "eval" / f"step_{step:06d}"
 
     def open(self, config: Config, given: Mapping[str, Any] | None, *, kind: str, resume: bool) -> None:
-        """Lock the folder and write the settings, for a new run or a resumed one.
+        """Lock the folder, and write the settings of a new run or compare those of a resumed one.
 
         Args:
             config: all settings.
@@ -125,10 +108,57 @@ class RunDir:
                     f"The run in {self.path} was started by `{status['kind']}`, so it cannot be resumed by `{kind}`: "
                     "resume it with the command that started it, or set output_dir to another folder."
                 )
-            check_same_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
-        as_given = config.model_dump(mode="json", exclude_defaults=True) if given is None else given
-        write_text(self.path / "config.yaml", write_yaml(dict(as_given)))
-        write_json(path, config.model_dump(mode="json"))
+            self.changed = changed_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
+        else:
+            write_text(self.path / "config.yaml", write_yaml(_as_given(config, given)))
+            write_json(path, config.model_dump(mode="json"))
+
+    def record_resume(
+        self,
+        config: Config,
+        given: Mapping[str, Any] | None,
+        *,
+        step: int,
+        checkpoint: Path | None,
+        environment: Sequence[str],
+        is_gpu: bool,
+    ) -> Resume:
+        """Add a line to resumes.jsonl, and the settings as given if they differ from those of the last start.
+
+        Args:
+            config: all settings, and ``given`` as the user wrote them, as for :meth:`open`.
+            step: the completed step that the run continues from.
+            checkpoint: its folder.
+            environment: what differs from the environment of the first start.
+            is_gpu: whether the policy is on a GPU.
+        """
+        before = read_resumes(self.resumes)
+        resume = Resume(
+            step=step,
+            checkpoint=None if checkpoint is None else checkpoint.relative_to(self.path).as_posix(),
+            settings=dict(self.changed),
+            environment=list(environment),
+        )
+        text = promise([*still_counts(before, step), resume], config, is_gpu=is_gpu)
+        resume = resume.model_copy(update={"promise": text})
+        if resume.settings != (before[-1].settings if before else {}):
+            path = self.path / f"config.resume_{len(before) + 1}.yaml"
+            write_text(path, write_yaml(_as_given(config, given)))
+        write_text(self.resumes, "".join(line.model_dump_json() + "\n" for line in [*before, resume]))
+        return resume
+
+    def resume_command(self, kind: str) -> str:
+        """The command that continues this run with its current settings, however it was launched.
+
+        Args:
+            kind: the command that runs, ``train`` or ``sft``.
+        """
+        command = f"medvqa-rl {kind} {shlex.quote(str(run_config(self.path)))} --resume"
+        launch = read_launch(os.environ)
+        if launch.num_ranks == 1:
+            return command
+        is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+        return f"{command} --gpus {launch.num_ranks if is_one_machine else 'N'} train.engine={launch.engine}"
 
     def discard(self) -> None:
         """Remove the folder of a run that failed before it started, if this process created it."""
@@ -163,7 +193,9 @@ class RunDir:
         old, new = leaves(before), leaves(now)
         packages = (f"packages.{name}" for name in (*PACKAGES, *OPTIONAL_PACKAGES))
         names = ("source", "threads", "python", "machine", "gpu", *packages)
-        return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
+        changed = [name for name in names if old.get(name) != new.get(name)]
+        changed += ["ranks"] if old.get("ranks", new["ranks"]) != new["ranks"] else []  # not in older files
+        return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in changed]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
         """Write data.json; when resuming, check that the data is the same.
@@ -214,30 +246,15 @@ class RunDir:
         """Remove metrics, samples and evaluations that were written after a checkpoint."""
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
-                file.truncate(metrics_bytes)
+                file.truncate(min(metrics_bytes, self.metrics.stat().st_size))
         for path in [*self.path.glob("samples/step_*.jsonl"), *self.path.glob("eval/step_*")]:
             if int(path.stem.removeprefix("step_")) > step:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-def check_same_settings(before: Config, now: Config) -> None:
-    """Check that only settings in :data:`MAY_CHANGE` differ.
-
-    Raises:
-        ValueError: others differ; the message lists them.
-    """
-    old, new = (leaves(config.model_dump(mode="json")) for config in (before, now))
-    changed = [
-        f"{path} ({json.dumps(old.get(path))} -> {json.dumps(new.get(path))})"
-        for path in differences(before, now)
-        if path not in MAY_CHANGE
-    ]
-    if changed:
-        raise ValueError(
-            f"These settings must not change when a run is resumed: {', '.join(changed)}. Set them back (the run's "
-            "config.yaml contains the old ones), or start a new run in another output_dir. Only the number of steps, "
-            "saving and logging may change."
-        )
+def _as_given(config: Config, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings as the user wrote them, else those that differ from the defaults."""
+    return config.model_dump(mode="json", exclude_defaults=True) if given is None else dict(given)
 
 
 def environment() -> dict[str, Any]:
@@ -249,6 +266,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "ranks": read_launch(os.environ).num_ranks,
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "source": source_digest(Path(__file__).parents[2]),

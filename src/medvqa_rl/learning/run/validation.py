@@ -7,10 +7,14 @@ from collections.abc import Callable
 from accelerate.accelerator import Accelerator
 from accelerate.utils.operations import gather_object
 
-from medvqa_rl.config import Config
+from medvqa_rl.config import Config, EvalConfig
 from medvqa_rl.core.types import Dataset
-from medvqa_rl.evaluation.evaluate import Evaluation, plan_evaluation
+from medvqa_rl.evaluation.evaluate import Evaluation, plan_evaluation, write_evaluation
 from medvqa_rl.evaluation.measures.instruments import Instruments
+from medvqa_rl.learning.run.checkpoint import TrainState, save_best
+from medvqa_rl.learning.run.logger import RunLogger
+from medvqa_rl.learning.run.run_dir import RunDir
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
 
 
@@ -45,3 +49,32 @@ def validate(
     own = slice(accelerator.process_index, None, accelerator.num_processes)
     records = gather_object(plan.answer(engine, part=own, progress=progress))
     return plan.conclude(records, instruments) if accelerator.is_main_process else None
+
+
+def log_and_keep_best(
+    evaluation: Evaluation, run: RunDir, logger: RunLogger, policy: Policy, state: TrainState, config: EvalConfig
+) -> None:
+    """Write an evaluation, save the model if it is the best so far, and log the metrics.
+
+    Args:
+        policy: the evaluated policy with all weights gathered.
+        state: gets the best accuracy and its step.
+    """
+    folder = run.evaluation(state.step)
+    write_evaluation(evaluation, folder)
+    unscored = evaluation.results["unscored_rate"]
+    accuracy = evaluation.metrics.get("eval/accuracy")
+    # With too many questions unscored, the accuracy is not comparable to that of other steps.
+    if unscored > config.fail_on_unscored:
+        accuracy = None
+    if accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy):
+        state.best_accuracy, state.best_step = accuracy, state.step
+        save_best(run.best, policy, state)
+    logger.record(state.step, evaluation.metrics)
+    state.is_evaluated = True  # a tracker that fails below repeats nothing
+    logger.show(state.step, evaluation.metrics)
+    if unscored:
+        logger.say(
+            f"{unscored:.1%} of the validation questions could not be scored and are excluded: see "
+            f"unscored_reason in {folder / 'samples.jsonl'}."
+        )

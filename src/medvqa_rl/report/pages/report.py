@@ -122,6 +122,10 @@ def _facts(run: StoredRun) -> dict[str, str]:
         facts["state"] = f"{status.get('state')}, step {status.get('step')} of {status.get('steps')}"
         if status.get("reason"):
             facts["reason"] = str(status["reason"])
+    for number, resume in enumerate(run.resumes, start=1):
+        changed = ", ".join(sorted(resume["settings"])) or "no setting"
+        promise = resume.get("promise", "")
+        facts[f"resume {number}"] = f"from step {resume['step']}, {changed} changed since the start. {promise}"
     for split, data in run.data.items():
         if isinstance(data, dict):
             samples = data.get("samples")
