@@ -58,14 +58,22 @@ def plain(text: str) -> str:
 def normalise(text: str) -> str:
     """Normalise an answer for comparison.
 
-    :func:`plain`, then: strips punctuation around words, drops leading articles and turns number words up to ten into
-    digits. Words are compared whole, never as substrings, so "abnormal" is not "no". Only a leading article goes, so
-    "hepatitis A" keeps its letter; an answer that consists of articles keeps the last one ("A" is an option).
+    :func:`plain`, then: strips punctuation around words, drops leading articles, turns number words up to ten into
+    digits and drops zeros at the end of decimals ("2.0" is 2). Words are compared whole, never as substrings, so
+    "abnormal" is not "no". Only a leading article goes, so "hepatitis A" keeps its letter; an answer that consists of
+    articles keeps the last one ("A" is an option).
     """
     words = [word.strip(_EDGES) for word in plain(text).split(" ")]
-    words = [_NUMBERS.get(word, word) for word in words if word]
+    words = [_NUMBERS.get(word) or _without_zeros(word) for word in words if word]
     first = next((place for place, word in enumerate(words[:-1]) if word not in _ARTICLES), max(len(words) - 1, 0))
     return " ".join(words[first:])
+
+
+def _without_zeros(word: str) -> str:
+    """A decimal number without the zeros at its end; other words as they are."""
+    if "." in word and word.removeprefix("-").replace(".", "", 1).isdecimal():
+        return word.rstrip("0").rstrip(".")
+    return word
 
 
 def as_written(text: str) -> str:

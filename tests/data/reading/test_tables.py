@@ -19,7 +19,7 @@ from medvqa_rl.core.answers import is_correct, parse_completion
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading.folder import MISSING, OUTSIDE, ImageFolder
-from medvqa_rl.data.reading.tables import LATIN_1, Fields, TableReport, read_table
+from medvqa_rl.data.reading.tables import WINDOWS_1252, Fields, TableReport, read_table
 from medvqa_rl.data.sets.vqa_rad import FILE, REQUIRED
 from medvqa_rl.data.stored import StoredDataset
 
@@ -244,7 +244,7 @@ def test_csv_rows_are_numbered_and_issues_reported(tmp_path: Path) -> None:
     ]
     assert [(issue.row, issue.reason) for issue in report.issues] == [
         (1, "wrong number of cells"),
-        (3, LATIN_1),
+        (3, WINDOWS_1252),
         (5, "broken quotation or endless cell"),
         (7, "broken quotation or endless cell"),
         (8, "wrong number of cells"),
@@ -261,7 +261,7 @@ def test_json_lines_are_numbered_and_issues_reported(tmp_path: Path) -> None:
     assert [(issue.row, issue.reason) for issue in report.issues] == [
         (1, "not JSON"),
         (2, "not a JSON object"),
-        (3, LATIN_1),
+        (3, WINDOWS_1252),
         (5, "not JSON"),
     ]
     assert report.issues[0].detail.startswith("line 3: ") and report.total == 6

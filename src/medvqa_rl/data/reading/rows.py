@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.issues import RowIssue
-from medvqa_rl.data.reading.tables import Fields, TableReport, read_table
+from medvqa_rl.data.reading.tables import Fields, TableReport, from_windows, read_table
 
 MAX_TEXT = 20_000
 """Most characters of a question, option or answer; a longer text is damage."""
@@ -52,6 +54,8 @@ class Row(NamedTuple):
     patient: str = ""
     columns: dict[str, Any] = {}
     """The columns of the table that the package does not read, as JSON values."""
+    alternatives: tuple[str, ...] = ()
+    """Further answers that are as correct."""
 
 
 @dataclass
@@ -116,7 +120,8 @@ def read_rows(
             if row.id in ids:
                 raise Unusable(f"repeated {id_column}", row.id)
             ids.add(row.id)
-            first = contents.setdefault((row.images, row.question, row.options, row.answer, row.split), number)
+            content = (row.images, row.question, row.options, row.answer, row.alternatives, row.split)
+            first = contents.setdefault(content, number)
             if first != number and not keep_repeated:
                 raise Unusable("repeated row", f"the same as row {first}")
             if others := _other_columns(fields, known):
@@ -197,7 +202,10 @@ def read_groups(fields: Fields, columns: Mapping[str, str], repairs: Repairs) ->
 
 
 def clean_text(value: Any, name: str, repairs: Repairs) -> str:
-    """Return a value as text with white space collapsed; numbers are converted.
+    """Return a value as text with white space collapsed; numbers are converted, whole ones without ".0".
+
+    C1 control characters, which no text contains, are what is left of UTF-8 or Windows-1252 read as Latin-1: they are
+    replaced by what they stand for.
 
     Args:
         name: name of the field, for the reason.
@@ -207,6 +215,8 @@ def clean_text(value: Any, name: str, repairs: Repairs) -> str:
             surrogate.
     """
     if isinstance(value, bool | int | float):
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+            value = int(value)  # pandas makes a column of whole numbers with an empty cell one of floats
         try:
             value = str(value)
         except ValueError:  # an integer of thousands of digits
@@ -223,7 +233,35 @@ def clean_text(value: Any, name: str, repairs: Repairs) -> str:
             value.encode()
         except UnicodeEncodeError:
             raise Unusable(f"half a character in {name}", value) from None
+        if _C1.search(value):
+            repairs["control characters of a wrong decoding"] = value
+            value = _decoded_again(value)
     return " ".join(value.split())
+
+
+_C1 = re.compile("[\x80-\x9f]")
+
+
+def _decoded_again(text: str) -> str:
+    """Decode text again that was read as Latin-1: as UTF-8 if it is that, else as Windows-1252."""
+    try:
+        return text.encode("latin-1").decode()
+    except ValueError:
+        return from_windows(text)
+
+
+def without_point_zero(text: str) -> str:
+    """A whole number without the ".0" that pandas writes if its column has an empty cell; other texts as they are."""
+    number = text.removesuffix(".0")
+    return number if number.removeprefix("-").isdecimal() else text
+
+
+def distinct(alternatives: Iterable[str], answer: str) -> tuple[str, ...]:
+    """The further answers that differ from the answer and from each other once normalised."""
+    texts: dict[str, str] = {}
+    for text in (answer, *alternatives):
+        texts.setdefault(normalise(text), text)
+    return tuple(texts.values())[1:]
 
 
 def find_images(names: Sequence[str], folder: ImageFolder, repairs: Repairs) -> tuple[str, ...]:

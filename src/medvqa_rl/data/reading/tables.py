@@ -21,7 +21,7 @@ Fields = Mapping[str, Any]
 READABLE = (".csv", ".jsonl", ".json", ".parquet")
 WRITABLE = (".jsonl", ".csv", ".parquet")
 
-LATIN_1 = "not UTF-8, read as Latin-1"
+WINDOWS_1252 = "not UTF-8, read as Windows-1252"
 
 
 @dataclass
@@ -60,7 +60,7 @@ def read_table(
 ) -> Iterator[tuple[int, Fields]]:
     """Yield the rows of a file with their positions, counted from 0. Unreadable rows go to the report.
 
-    Text that is not UTF-8 is read as Latin-1, row by row, and reported.
+    Text that is not UTF-8 is read as Windows-1252, row by row, and reported.
 
     Args:
         path: a file whose suffix is one of ``READABLE``, or ``.txt`` if ``columns`` are given.
@@ -103,6 +103,18 @@ def _check_columns(path: Path, columns: list[str], required: tuple[str, ...]) ->
         )
 
 
+_FROM_LATIN_1 = {
+    code: character
+    for code in range(0x80, 0xA0)
+    if (character := bytes([code]).decode("cp1252", "ignore"))  # five bytes of Windows-1252 mean nothing
+}
+
+
+def from_windows(text: str) -> str:
+    """Replace the C1 control characters of Windows-1252 text that was read as Latin-1 by what they stand for."""
+    return text.translate(_FROM_LATIN_1)
+
+
 def _refuse_utf16(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(4)
@@ -111,14 +123,14 @@ def _refuse_utf16(path: Path) -> None:
 
 
 def _decode(text: str) -> tuple[str, bool]:
-    """Decode text that was read with surrogate escapes: the text, and whether it is Latin-1 rather than UTF-8."""
+    """Decode text that was read with surrogate escapes: the text, and whether it is Windows-1252 rather than UTF-8."""
     if text.isascii():
         return text, False
     raw = text.encode("utf-8", "surrogateescape")
     try:
         return raw.decode("utf-8"), False
     except UnicodeDecodeError:
-        return raw.decode("latin-1"), True
+        return from_windows(raw.decode("latin-1")), True
 
 
 def _read_csv(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
@@ -156,30 +168,30 @@ def _read_csv(path: Path, report: TableReport, required: tuple[str, ...]) -> Ite
             row = "".join(cells)
             if not row.isascii() and _decode(row)[1]:
                 cells = [_decode(cell)[0] for cell in cells]
-                report.repair(number, LATIN_1, f"line {line}")
+                report.repair(number, WINDOWS_1252, f"line {line}")
             yield number, dict(zip(header, cells))
 
 
 def _read_txt(path: Path, report: TableReport, columns: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Read lines of cells separated by "|"."""
-    for number, (line_number, line, is_latin) in enumerate(_filled_lines(path)):
+    for number, (line_number, line, is_windows) in enumerate(_filled_lines(path)):
         cells = line.rstrip("\r\n").split("|")
         if len(cells) != len(columns):
             report.drop(number, "wrong number of cells", f"line {line_number}: {len(cells)}, not {len(columns)}")
             continue
-        if is_latin:
-            report.repair(number, LATIN_1, f"line {line_number}")
+        if is_windows:
+            report.repair(number, WINDOWS_1252, f"line {line_number}")
         yield number, dict(zip(columns, cells))
 
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield the lines that are not blank: number from 1, text, and whether they are Latin-1."""
+    """Yield the lines that are not blank: number from 1, text, and whether they are Windows-1252."""
     _refuse_utf16(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for line_number, raw in enumerate(file, start=1):
-            line, is_latin = _decode(raw)
+            line, is_windows = _decode(raw)
             if line.strip():
-                yield line_number, line, is_latin
+                yield line_number, line, is_windows
 
 
 def _parse_json(text: str) -> Any:
@@ -196,7 +208,7 @@ def _parse_json(text: str) -> Any:
 
 def _read_jsonl(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Read one JSON object per line."""
-    for number, (line_number, line, is_latin) in enumerate(_filled_lines(path)):
+    for number, (line_number, line, is_windows) in enumerate(_filled_lines(path)):
         try:
             fields = _parse_json(line)
         except ValueError as error:
@@ -205,15 +217,15 @@ def _read_jsonl(path: Path, report: TableReport, required: tuple[str, ...]) -> I
         if not isinstance(fields, dict):
             report.drop(number, "not a JSON object", f"line {line_number}")
             continue
-        if is_latin:
-            report.repair(number, LATIN_1, f"line {line_number}")
+        if is_windows:
+            report.repair(number, WINDOWS_1252, f"line {line_number}")
         yield number, fields
 
 
 def _read_json(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Read a list of JSON objects."""
     _refuse_utf16(path)
-    text, is_latin = _decode(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    text, is_windows = _decode(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     try:
         content = _parse_json(text)
     except ValueError as error:
@@ -224,8 +236,8 @@ def _read_json(path: Path, report: TableReport, required: tuple[str, ...]) -> It
         if not isinstance(fields, dict):
             report.drop(number, "not a JSON object")
             continue
-        if is_latin and any(isinstance(value, str) and not value.isascii() for value in fields.values()):
-            report.repair(number, LATIN_1)
+        if is_windows and any(isinstance(value, str) and not value.isascii() for value in fields.values()):
+            report.repair(number, WINDOWS_1252)
         yield number, fields
 
 
