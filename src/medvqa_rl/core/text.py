@@ -81,9 +81,21 @@ def as_written(text: str) -> str:
     return plain(text).strip(_EDGES)
 
 
+_YES_NO = {
+    *("yes", "no", "true", "false"),
+    *("ja", "nein", "wahr", "falsch"),
+    *("oui", "non", "vrai", "faux"),
+    *("sí", "no", "verdadero", "falso"),
+    *("是", "是的", "不是", "否", "对", "不对", "有", "没有", "能", "不能", "会", "不会", "可以", "不可以"),
+    *("包含", "不包含", "包括", "不包括", "存在", "不存在", "属于", "不属于"),
+}
+"""Answers that mean yes or no whatever the question, normalised; a Chinese answer repeats the verb of its question.
+Words that can mean something else are left out: "si" without its accent (SI joint), 正常 (normal), 无 (none)."""
+
+
 def is_yes_no(answer: str) -> bool:
-    """Whether an answer is yes or no once normalised."""
-    return normalise(answer) in ("yes", "no")
+    """Whether an answer is yes or no once normalised, in English, German, French, Spanish or Chinese."""
+    return normalise(answer) in _YES_NO
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

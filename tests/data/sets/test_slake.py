@@ -110,3 +110,25 @@ def test_families_are_content_types(folder: Path) -> None:
     assert len(load(folder, families=("position",))) == 3
     with pytest.raises(ValueError, match="it has Position"):
         load(folder, families=("Plane",))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "answer_type", "kind"),
+    [
+        ("图中包含肝脏吗？", "包含", "CLOSED", "yes/no"),
+        ("图中包含肝脏吗？", "不包含。", "CLOSED", "yes/no"),
+        ("图像里是否有肿块？", "没有", "CLOSED", "yes/no"),
+        ("肺正常吗？", "不正常", "CLOSED", "yes/no"),
+        ("这是不是CT？", "是的", "CLOSED", "yes/no"),
+        ("肺是正常的还是异常的？", "正常", "CLOSED", "other"),
+        ("肺的状态是什么？", "正常", "OPEN", "other"),
+        ("图像里有什么器官？", "肺", "OPEN", "other"),
+        ("这是CT吗，还是MRI？", "CT", "CLOSED", "other"),
+    ],
+)
+def test_chinese_answers_are_yes_or_no_by_their_words_and_the_question(
+    folder: Path, question: str, answer: str, answer_type: str, kind: str
+) -> None:
+    changes = {"q_lang": "zh", "question": question, "answer": answer, "answer_type": answer_type}
+    (folder / "test.json").write_text(json.dumps([row(20, 4, **changes)]), encoding="utf-8")
+    assert load(folder, "test", "slake_zh")[0].groups["answer_kind"] == kind

@@ -5,12 +5,13 @@ The folder holds train.json, validate.json and test.json, and the images in ``im
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.text import is_yes_no, normalise
+from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.rows import (
@@ -35,7 +36,8 @@ FILES: dict[Split, tuple[str, ...]] = {
 }
 """File names of each split; the Hub copy has another one for validation."""
 ANSWER_TYPES: dict[str, AnswerType] = {"CLOSED": "closed", "OPEN": "open"}
-CHINESE_YES_NO = ("是", "否", "不是")
+_POLAR = re.compile(r"吗|是否|能否|(.)[不没]\1")
+"""Chinese that asks for yes or no: a particle, or a verb beside its negation (是不是). 还是 (or) asks to choose."""
 GROUPS = {"modality": "modality", "organ": "location", "family": "content_type"}
 KNOWN = {"q_lang", "answer_type", "qid", "img_name", "question", "answer", *GROUPS.values()}
 OTHER_LANGUAGE = "question in the other language"
@@ -46,7 +48,8 @@ def load_slake(config: DataConfig, split: Split) -> StoredDataset:
 
     Each language is a data set of its own: mixing them would put 142 test images into training. Rows of the other
     language are left out first and counted in the notes, but not as dropped. Samples have the groups modality, organ,
-    family (the content type) and answer_kind (yes/no or other).
+    family (the content type) and answer_kind: yes/no if the answer is one of these (:func:`is_yes_no`), or if a closed
+    Chinese question asks for one (its answer may be 正常, "normal"), else other.
 
     Raises:
         ValueError: see :func:`medvqa_rl.data.stored.load_split`.
@@ -103,16 +106,18 @@ def _parse(number: int, fields: Fields, repairs: Repairs, *, folder: ImageFolder
         raise Unusable("unknown answer_type", kind)
     qid = required_text(fields, "qid", {})  # a number by design, so not a repair
     name = required_text(fields, "img_name", repairs)
+    question = required_text(fields, "question", repairs)
     answer = required_text(fields, "answer", repairs)
-    is_binary = is_yes_no(answer) or normalise(answer) in CHINESE_YES_NO
+    is_polar = answer_type == "closed" and "还是" not in question and _POLAR.search(question) is not None
     return Row(
         id=f"slake_{language}/{qid}",
-        question=required_text(fields, "question", repairs),
+        question=question,
         answer=answer,
         answer_type=answer_type,
         options=(),
         images=find_images([name], folder, repairs),
         cluster=name,
         split=split,
-        groups={"answer_kind": "yes/no" if is_binary else "other"} | read_groups(fields, GROUPS, repairs),
+        groups={"answer_kind": "yes/no" if is_polar or is_yes_no(answer) else "other"}
+        | read_groups(fields, GROUPS, repairs),
     )
