@@ -73,8 +73,8 @@ def without_tags(text: str) -> str:
 
 
 # A letter, a closing bracket, a separator, text. A bracket, or a separator with punctuation, makes the letter a label.
-_LETTER = re.compile(r"^([a-z])([)\]}]?)(\s*[.:,)]+\s*|\s+-+\s+|-+\s*|\s+|$)(.*)$")
-_LABEL = re.compile(r"[.:,)]|\s-")
+_LETTER = re.compile(r"^([a-z])([)\]}】]?)(\s*[.:,)\]}】、]+\s*|\s+-+\s+|-+\s*|\s+|$)(.*)$")
+_LABEL = re.compile(r"[.:,)\]}】、]|\s-")
 _TEXT_THEN_LETTER = re.compile(r"^(.+?)\s*[(\[]([a-z])$")
 _LEAD_IN = re.compile(
     r"^(?:(?:so )?(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)\b(?: is\b)?[\s:=-]*)+(?=\S)"

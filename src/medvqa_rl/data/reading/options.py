@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from unicodedata import normalize
 
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.answers import read_choice
+from medvqa_rl.core.text import as_written, normalise
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.reading.rows import Repairs, Unusable
 
 QUOTES = "stray quotes removed"
+PREFIXES = 'option prefixes "A:" removed'
 
 _PREFIX = re.compile(r"^\(?([A-Z])\s*[:)]\s*(.*)$", re.DOTALL)
+
+
+_LABELLED = re.compile(
+    r"(?:option|choice)?\s*(?P<opening>[(\[（【]?)\s*(?P<letter>[A-ZＡ-Ｚ])\s*"
+    r"(?P<separator>[.:)\]、．：）】]+|\s[-–—](?=\s))\s*(?P<text>\S.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def without_labels(options: Sequence[str]) -> tuple[str, ...] | None:
+    """The options without the letters in front of them ("A. left", "b) left", "(C) left"), or None.
+
+    None unless every option has its own letter, in order, all in one form, and a text behind it.
+    """
+    found = [_LABELLED.fullmatch(option) for option in options]
+    matches = [match for match in found if match]
+    letters = [normalize("NFKC", match["letter"]) for match in matches]
+    forms = {
+        (letter.isupper(), normalize("NFKC", match["opening"] + match["separator"]))
+        for letter, match in zip(letters, matches)
+    }
+    if "".join(letters).upper() != LETTERS[: len(options)] or len(forms) != 1:
+        return None
+    return tuple(match["text"] for match in matches)
 
 
 def strip_quotes(text: str) -> str:
@@ -41,8 +68,8 @@ class Options:
 def read_options(cells: Sequence[str], repairs: Repairs) -> Options:
     """Clean the options A, B, C ...
 
-    Removes quotation marks around the whole list and unpaired ones. Removes prefixes ("A:", "(A)") if every option has
-    one, or if the prefix is the option's own letter.
+    Removes quotation marks around the whole list and unpaired ones. Removes letters in front of the options: see
+    :func:`without_labels`; "A:" and "(A)" also if every option has any of them, or if it is the option's own letter.
 
     Raises:
         Unusable: fewer than two options, more than 26, or an empty one.
@@ -58,12 +85,16 @@ def read_options(cells: Sequence[str], repairs: Repairs) -> Options:
     if texts != list(cells):
         repairs[QUOTES] = " | ".join(cells)
     allowed = LETTERS[: len(texts)]
+    if labelled := without_labels(texts):
+        repairs[PREFIXES] = ""
+        texts = [strip_quotes(text) for text in labelled]
+        return Options(tuple(texts), tuple(allowed))
     matches = [match if (match := _PREFIX.match(text)) and match[1] in allowed else None for text in texts]
     all_have_prefix = all(matches)
     letters = list(allowed)
     for index, match in enumerate(matches):
         if match and (all_have_prefix or match[1] == letters[index]):
-            repairs['option prefixes "A:" removed'] = ""
+            repairs[PREFIXES] = ""
             letters[index], texts[index] = match[1], strip_quotes(match[2])
     if empty := [letter for letter, text in zip(LETTERS, texts) if not text]:
         raise Unusable("empty option", ", ".join(empty))
@@ -72,7 +103,7 @@ def read_options(cells: Sequence[str], repairs: Repairs) -> Options:
 
 def as_letter(text: str) -> str:
     """The letter that a text consists of, punctuation ignored, or "" if it is no single letter."""
-    letter = text.strip(" .:()").upper()
+    letter = as_written(text).upper()
     return letter if len(letter) == 1 and letter in LETTERS else ""
 
 
@@ -95,7 +126,7 @@ def find_gold(options: Options, letter: str | None, text: str, repairs: Repairs)
     if letter is not None and not given:
         repairs["label taken from the answer's text"] = letter
     if text:
-        named = _named_by_text(options.texts, text, repairs)
+        named = _named_by_text(options, text, repairs, has_label=bool(given))
         if not named:
             raise Unusable("answer is none of the options", text)
         found &= named
@@ -112,24 +143,32 @@ def find_gold(options: Options, letter: str | None, text: str, repairs: Repairs)
     return LETTERS[index]
 
 
-def _named_by_text(options: tuple[str, ...], text: str, repairs: Repairs) -> set[int]:
+def _named_by_text(options: Options, text: str, repairs: Repairs, *, has_label: bool) -> set[int]:
     """Indices of the options equal to the gold text, ignoring case and white space.
 
-    Compares the text first as it is, then without its prefix, and then with every "A:" to "D:" removed from both
-    sides, because PMC-VQA's answers lack these letters even in the middle of a text.
+    Compares the text first as it is, then without its prefix, which must be the option's, then (unless the
+    prefix is all that says which option it is) with every "A:" to "D:" removed from both sides, because PMC-VQA's
+    answers lack these letters even in the middle of a text, and last
+    as the answer of a model is read (:func:`medvqa_rl.core.answers.read_choice`).
     """
     cleaned = strip_quotes(text)
     if cleaned != text:
         repairs.setdefault(QUOTES, text)
     match = _PREFIX.match(cleaned)
-    for wanted in (cleaned, match[2] if match else ""):
-        if found := {index for index, option in enumerate(options) if wanted and _key(option) == _key(wanted)}:
-            return found
-    wanted = _without_letters(cleaned)
-    found = {index for index, option in enumerate(options) if wanted and _without_letters(option) == wanted}
-    if found:
+    if found := _indices(options.texts, cleaned, _key):
+        return found
+    if match and (found := _indices(options.texts, match[2], _key) & options.named_by(match[1])):
+        return found
+    if (has_label or not match) and (found := _indices(options.texts, cleaned, _without_letters)):
         repairs["letters missing from the answer's text"] = text
-    return found
+        return found
+    letter = read_choice(cleaned, options.texts)
+    return set() if letter is None else {LETTERS.index(letter)}
+
+
+def _indices(options: Sequence[str], wanted: str, key: Callable[[str], str]) -> set[int]:
+    """Indices of the options whose key is that of the wanted text, unless it is empty."""
+    return {index for index, option in enumerate(options) if key(wanted) and key(option) == key(wanted)}
 
 
 def _key(text: str) -> str:
