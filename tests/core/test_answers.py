@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strings import PIECES
 
-from medvqa_rl.core.answers import is_correct, parse_completion, read_choice, score_correctness, token_f1
+from medvqa_rl.core.answers import answer_f1, is_correct, parse_completion, read_choice, score_correctness, token_f1
 from medvqa_rl.core.prompts import (
     INSTRUCTIONS,
     SECTIONS,
     TAGS,
+    as_asked,
     render_answer,
 )
 from medvqa_rl.core.text import neutralise, normalise
@@ -426,3 +427,66 @@ def test_a_label_with_the_text_of_another_option_is_wrong(options: tuple[str, ..
     first, second = data.draw(st.permutations(range(len(options))))[:2]
     for form in ("{}: {}", "{}. {}", "({}) {}", "{}) {}", "{} - {}"):
         assert read_choice(form.format(LETTERS[first], options[second]), options) is None
+
+
+@pytest.mark.parametrize("answer", ["B、右", "B．右", "（B）右", "【B】右", "B：右", "[B]右", "右"])
+def test_chinese_separators_of_a_letter(answer: str) -> None:
+    assert read_choice(answer, ("左", "右")) == "B"
+    assert read_choice(answer.replace("B", "A"), ("左", "右")) == ("B" if answer == "右" else None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct"),
+    [("ependymoma", True), ("Brain tumor.", True), ("a brain tumor", True), ("tumor", False), (None, False)],
+)
+def test_any_of_several_answers_is_correct(answer: str | None, correct: bool) -> None:
+    sample = Sample("q", "?", "ependymoma", "open", alternatives=("brain tumor",))
+    assert is_correct(sample, answer) is correct
+
+
+def test_any_of_several_options_is_correct() -> None:
+    sample = Sample("q", "?", "A", "choice", options=LUNGS, alternatives=("C",))
+    assert [is_correct(sample, text) for text in ("A", "B", "heart", "C: heart", "A and C")] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert sample.reference == sample.gold == "A: left lung (also correct: C: heart)"
+    shown = as_asked(sample, "open_ended")
+    assert shown.answers == ("left lung", "heart") and is_correct(shown, "Heart")
+
+
+SETS: list[tuple[str, str, bool]] = [
+    ("Spinal Cord, Lung", "Lung, Spinal Cord", True),
+    ("腹部、肺", "肺、腹部", True),
+    ("Spinal Cord, Lung", "the lung and the spinal cord", True),
+    ("Spinal Cord, Lung", "Lung, Lung, Spinal cord.", True),
+    ("Spinal Cord, Lung", "Lung", False),
+    ("Lung", "Lung, Spinal Cord", False),
+    ("left lung, heart", "left heart, lung", False),
+    ("left lung, heart", "left, lung heart", False),
+    ("no", "no", True),
+    ("?", "?", True),
+    ("?", ",", False),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer", "correct"), SETS)
+def test_sets_are_equal_in_any_order_and_texts_are_not(gold: str, answer: str, correct: bool) -> None:
+    as_set = Sample("q", "?", gold, "open", answers_as="set")
+    assert is_correct(as_set, answer) is correct and is_correct(as_set, gold)
+    assert (answer_f1(answer, [gold], "set") == 1.0) >= correct, "what is correct has an F1 of 1"
+
+
+@pytest.mark.parametrize(("gold", "answer"), [row[:2] for row in SETS[:4]])
+def test_texts_are_equal_in_one_order_only(gold: str, answer: str) -> None:
+    assert not is_correct(Sample("q", "?", gold, "open"), answer)
+
+
+def test_the_f1_of_several_answers_is_that_of_the_closest() -> None:
+    assert token_f1("brain tumor", "ependymoma", "large brain tumor", "cyst") == pytest.approx(0.8)
+    assert answer_f1("lung and heart", ["stone", "liver, lung"], "set") == pytest.approx(0.5)
+    assert answer_f1("lung and heart", ["liver, lung"], "text") == pytest.approx(0.4)
+    assert answer_f1(None, ["lung"], "set") == 0.0

@@ -4,6 +4,7 @@ Run: pytest tests/core/test_text.py
 """
 
 import math
+import random
 import time
 
 import pytest
@@ -24,6 +25,7 @@ from medvqa_rl.core.text import (
     is_yes_no,
     neutralise,
     normalise,
+    parts,
     plain,
 )
 
@@ -54,6 +56,50 @@ def test_percentage_points(value: float | None, sign: str, expected: str) -> Non
 
 def test_yes_and_no_are_recognised_once_normalised() -> None:
     assert is_yes_no("Yes.") and is_yes_no(" no ") and not is_yes_no("abnormal") and not is_yes_no("yes, left")
+    for word in (
+        "Ja",
+        "NEIN.",
+        "Oui",
+        "non",
+        "Sí",
+        "si\u0301",
+        "True",
+        "FALSCH",
+        "是的。",
+        "不包含",
+        "没有",
+        "不可以",
+    ):
+        assert is_yes_no(word), word
+    for word in ("SI", "si", "none", "normal", "正常", "无", "肺", "true lumen", "1", "y", "not seen"):
+        assert not is_yes_no(word), word
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Spinal Cord, Lung", {"spinal cord", "lung"}),
+        ("the lung and the heart", {"lung", "heart"}),
+        ("Lung; heart & liver / spleen,", {"lung", "heart", "liver", "spleen"}),
+        ("- lung\n- heart", {"- lung", "- heart"}),
+        ("腹部、肺和心脏，以及肝", {"腹部", "肺", "心脏", "肝"}),
+        ("1,000 ml, 2", {"1,000 ml", "2"}),
+        ("L1,L2", {"l1", "l2"}),
+        ("1/2", {"1/2"}),
+        ("band, sand", {"band", "sand"}),
+        ("lung, Lung.", {"lung"}),
+        (" , and ", set()),
+    ],
+)
+def test_an_answer_that_is_a_list_has_these_parts(text: str, found: set[str]) -> None:
+    assert parts(text) == found
+
+
+@given(PIECES, st.sampled_from([", ", "; ", " and ", "、", " & ", "\n"]), st.randoms(use_true_random=False))
+def test_parts_do_not_depend_on_their_order(text: str, separator: str, random: random.Random) -> None:
+    found = sorted(parts(text))
+    random.shuffle(found)
+    assert parts(separator.join(found)) == parts(text) or any("\n" in part for part in found)
 
 
 def test_lists_are_shortened() -> None:
@@ -122,11 +168,12 @@ def test_normalising_is_idempotent_for_any_unicode(text: str) -> None:
     assert as_written(as_written(text)) == as_written(text)
 
 
-@pytest.mark.parametrize("unit", ["a.", ". ", "*a ", "\\boxed{", "(", "\ufb01\u0301", "the "])
+@pytest.mark.parametrize("unit", ["a.", "1.0", "0", ", and ", ". ", "*a ", "\\boxed{", "(", "\ufb01\u0301", "the "])
 def test_time_grows_linearly_with_the_text(unit: str) -> None:
     def seconds(count: int) -> float:
         began = time.perf_counter()
         normalise("a" + unit * count + "a")
+        parts("a" + unit * count + "a")
         return time.perf_counter() - began
 
     assert min(seconds(40_000) for _ in range(3)) < 8 * min(seconds(10_000) for _ in range(3)) + 0.01
@@ -174,6 +221,13 @@ def test_neutralised_text_holds_no_special_string_and_keeps_its_length(text: str
         ("abnormal", "abnormal"),
         ("x-ray", "x-ray"),
         ("3.5 cm", "3.5 cm"),
+        ("2.0", "2"),
+        ("2.50 cm", "2.5 cm"),
+        ("-3.0.", "-3"),
+        ("0.0", "0"),
+        ("1.0.0", "1.0.0"),
+        ("v2.0", "v2.0"),
+        ("100", "100"),
         ("**no**", "no"),
         ("<think>", "think"),
         ("?!", ""),

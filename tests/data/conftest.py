@@ -47,12 +47,12 @@ def write_csv() -> Callable[..., Path]:
 
 @pytest.fixture
 def wrong_gold() -> Callable[[StoredDataset], list[str]]:
-    """Ids of the samples whose gold answer, as letter or text and in either format, does not score 1."""
+    """Ids of the samples with a correct answer that, as letter or text and in either format, does not score 1."""
 
     def is_wrong(sample: Sample) -> bool:
         parsed = [
             parse_completion(render_answer("seen", answer, template), template).answer
-            for answer in (sample.answer, sample.answer_text)
+            for answer in (*sample.answers, sample.answer_text)
             for template in TEMPLATES
         ]
         return not all(is_correct(sample, answer) for answer in parsed)

@@ -154,6 +154,17 @@ def test_repeated_questions_are_found() -> None:
     assert kinds["repeated id"].level == "wrong" and kinds["repeated id"].count == 1
 
 
+def test_repeated_questions_with_a_correct_answer_in_common_do_not_contradict() -> None:
+    image = picture(1)
+    several = sample(1, image, question="Q?", answer="mass", answer_type="open", alternatives=("cyst",))
+    one = replace(several, id="s2", answer="cyst", alternatives=())
+    assert "contradiction" not in found(check(stored(several, one)))
+    assert "contradiction" in found(check(stored(several, replace(one, answer="stone"))))
+    sets = [replace(one, id=f"s{n}", answer=a, answers_as="set") for n, a in enumerate(("lung, liver", "liver, lung"))]
+    assert "contradiction" not in found(check(stored(*sets)))
+    assert "gold answer scores below 1" in found(check(stored(replace(several, alternatives=("cyst", "")))))
+
+
 def choices(counts: dict[str, int]) -> StoredDataset:
     image = picture(1)
     options = ("cyst", "stone", "tumour", "none")

@@ -25,6 +25,7 @@ COLUMNS = [
     "prompt",
     "images",
     "solution",
+    "answers",
     "id",
     "answer_type",
     "question",
@@ -64,7 +65,7 @@ def dataset(tmp_path: Path) -> StoredDataset:
         ),
         Sample("b", "Which?", "B", "choice", (turned,), ("cyst", "Größe")),
         Sample("c", "Same?", "yes", "closed", (plain, palette)),
-        Sample("d", "Drawn?", "no", "closed", (memory,)),
+        Sample("d", "Drawn?", "no", "closed", (memory,), alternatives=("none",)),
     )
     return StoredDataset("toy", samples)
 
@@ -75,7 +76,8 @@ def check(rows: list[dict[str, Any]], dataset: StoredDataset, open_image: Any) -
         assert list(row) == COLUMNS
         text = render_prompt(sample).messages[0]["content"][-1]["text"]
         assert row["prompt"] == [{"role": "user", "content": text}]
-        assert is_correct(sample, row["solution"])
+        assert row["answers"] == list(sample.answers) and row["answers"][0] == row["solution"]
+        assert all(is_correct(sample, answer) for answer in row["answers"])
         assert (row["id"], row["answer_type"], row["options"]) == (sample.id, sample.answer_type, list(sample.options))
         assert json.loads(row["groups"]) == dict(sample.groups) and row["reasoning"] == sample.reasoning
         assert row["description"] == sample.description

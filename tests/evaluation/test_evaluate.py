@@ -23,7 +23,7 @@ from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.stored import StoredDataset
-from medvqa_rl.evaluation.answering import batches
+from medvqa_rl.evaluation.answering import _sampled_answer, batches
 from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,
     check_unscored,
@@ -406,7 +406,7 @@ def test_evaluations_of_different_questions_are_refused() -> None:
     records = run().records
     with pytest.raises(ValueError, match="5 and 4, 4 in common"):
         paired_gain(records, records[:4], CONFIG)
-    with pytest.raises(ValueError, match=r"'1' asks 'Which\?' with the gold answer 'B' in one and"):
+    with pytest.raises(ValueError, match=r"'1' asks 'Which\?' with the gold answer 'B: cyst' in one and"):
         paired_gain(records, [replace(records[0], gold="A"), *records[1:]], CONFIG)
     unscored = [replace(record, is_correct=None) for record in records]
     with pytest.raises(ValueError, match="No question is scored in both"):
@@ -462,3 +462,53 @@ def test_a_damaged_line_is_a_record_or_a_clear_error(field: str, value: object, 
 @cache
 def run_once() -> EvalRecord:
     return run().records[0]
+
+
+def test_several_correct_answers_and_sets_by_hand(tmp_path: Path) -> None:
+    samples = (
+        Sample("1", "What?", "ependymoma", "open", image("x"), alternatives=("brain tumor", "large mass")),
+        Sample("2", "What?", "ependymoma", "open", image("x"), alternatives=("large brain tumor",)),
+        Sample("3", "Which?", "A", "choice", image("y"), ("mass", "cyst", "stone"), alternatives=("C",)),
+        Sample("4", "Where?", "spinal cord, lung", "open", image("z"), answers_as="set"),
+        Sample("5", "Where?", "lung and heart", "open", image("z"), answers_as="set"),
+    )
+    answers = {"1": "Brain tumor", "2": "brain tumor", "3": "stone", "4": "Lung; spinal cord", "5": "lung, liver"}
+    texts = {f"_{name}": in_form(answer) for name, answer in answers.items()}
+    config = CONFIG.model_copy(update={"similarity": "tfidf"})
+    evaluation = run(config, StoredDataset("several", samples), **texts)
+    records = {record.sample_id: record for record in evaluation.records}
+    assert [records[name].is_correct for name in "12345"] == [True, False, True, True, False]
+    assert [records[name].token_f1 for name in "1245"] == [1, pytest.approx(0.8), 1, 0.5]
+    assert [records[name].exact_match for name in "1245"] == [1, 0, 1, 0]
+    assert [records[name].rouge_l for name in "1245"] == [1, pytest.approx(0.8), 1, 0.5]
+    assert records["2"].reference == "ependymoma (also correct: large brain tumor)"
+    assert records["3"].reference == "A: mass (also correct: C: stone)"
+    assert records["2"].why == "normalised, 'brain tumor' is not 'ependymoma' or 'large brain tumor'"
+    assert records["3"].why == "the answer names C, the gold"
+    assert records["5"].why == "normalised, 'liver, lung' is not 'heart, lung'"
+    # "ependymoma" is correct in 1 and 2.
+    assert evaluation.results["majority_baseline"] == 2 / 5
+    write_evaluation(evaluation, tmp_path)
+    assert read_records(tmp_path / "samples.jsonl") == list(evaluation.records)
+    with pytest.raises(ValueError, match=r"compares answers as set, the other as text: .* same data\.answers_as"):
+        paired_gain(evaluation.records, [replace(record, answers_as="text") for record in records.values()], CONFIG)
+    with pytest.raises(ValueError, match="also correct: brain tumor; large mass"):
+        paired_gain(evaluation.records, [replace(record, alternatives=()) for record in records.values()], CONFIG)
+    plain = [replace(sample, alternatives=(), answers_as="text") for sample in samples]
+    assert questions_hash(plain) != questions_hash(samples)
+    assert questions_hash(samples[3:]) != questions_hash(plain[3:]) and questions_hash(plain[:0]) != questions_hash(
+        plain
+    )
+
+
+def test_different_correct_answers_vote_together() -> None:
+    sample = Sample("1", "What?", "ependymoma", "open", alternatives=("brain tumor",))
+    texts = ("brain tumor", "Ependymoma", "cyst", "cyst", "tumor")
+    votes = [_sampled_answer(sample, Completion((1,), in_form(text), False), "think_answer") for text in texts]
+    assert [(vote.vote, vote.is_correct) for vote in votes] == [
+        ("ependymoma", True),
+        ("ependymoma", True),
+        ("cyst", False),
+        ("cyst", False),
+        ("tumor", False),
+    ]

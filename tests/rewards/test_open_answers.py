@@ -101,6 +101,28 @@ def test_right_and_contradicting_answers_are_not_compared() -> None:
     np.testing.assert_array_equal(stricter.parts["correctness"], [[1, 0, 0, 0, 0]])
 
 
+@pytest.mark.parametrize(("mode", "credit"), [("token_f1", 0.8), ("similarity", 1.0)])
+def test_the_closest_of_several_gold_answers_counts(mode: str, credit: float) -> None:
+    base = group("mass", "large effusion", "no effusion", "left effusion")
+    several = replace(base.sample, alternatives=("large pleural effusion", "big cyst"))
+    words = Words()
+    scores = scored([replace(base, sample=several)], {"similarity": words.compare}, open_correctness=mode)
+    # "no effusion" contradicts the gold answers that it resembles.
+    assert scores.parts["correctness"][0, 0] == pytest.approx(credit)
+    guards = scores.columns["correctness_guard"]
+    assert guards[0] == "" and guards[1] != "" and scores.parts["correctness"][0, 1] == 0
+    if mode == "similarity":
+        assert [gold for text, gold in words.asked if text == "large effusion"] == ["mass", *several.alternatives]
+
+
+def test_a_gold_answer_that_is_contradicted_gives_no_credit() -> None:
+    base = group("effusion", "no effusion", "left effusion")
+    several = replace(base.sample, alternatives=("no mass",))
+    scores = scored([replace(base, sample=several)], {}, open_correctness="token_f1")
+    # 1/2 with "no mass", not 2/3 with "effusion"; "left effusion" has one word of two.
+    np.testing.assert_allclose(scores.parts["correctness"], [[0.5, 2 / 3]])
+
+
 def test_offline_similarity_does_not_depend_on_the_rest_of_the_step() -> None:
     given = {"open_correctness": "similarity", "similarity_threshold": 0.7}
     one = group("pleural effusion", "effusion", "mass")  # cosine 1/sqrt(2), and 0

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from medvqa_rl.config.base import Free, Identity, Later, Positive, Rounding, Settings, Share
 from medvqa_rl.core.prompts import INSTRUCTIONS
-from medvqa_rl.core.types import Template
+from medvqa_rl.core.types import AnswersAs, Template
 
 
 class LoraConfig(Settings):
@@ -96,6 +96,8 @@ class DataConfig(Settings):
     """phantom: modalities to keep; empty keeps all."""
     letter_skew: Identity[Share] = 0.0
     """phantom: share of choice questions whose answer is moved to B or C, the skew of PMC-VQA."""
+    answers_as: Identity[AnswersAs] = "text"
+    """text compares answers as a whole, set as lists in any order: "lung, heart" is "heart and lung"; docs/data.md."""
     num_train: Identity[Positive | None] = None
     """Number of training samples, a seeded random subset; None uses all."""
     num_val: Identity[Positive | None] = 200

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
-from medvqa_rl.core.text import as_written, normalise
-from medvqa_rl.core.types import LETTERS, Completion, Group, Sample, Template
+from medvqa_rl.core.text import as_written, normalise, parts
+from medvqa_rl.core.types import LETTERS, AnswersAs, Completion, Group, Sample, Template
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,16 @@ def _named_option(answer: str, options: tuple[str, ...]) -> str | None:
     return named[0] if len(named) == 1 else None
 
 
-def is_correct(sample: Sample, answer: str | None) -> bool:
-    """Whether a parsed answer is correct.
+def compared(answer: str, answers_as: AnswersAs = "text") -> str:
+    """The form in which answers that are no choice are compared: normalised, a set's parts sorted."""
+    return ", ".join(sorted(parts(answer))) if answers_as == "set" else normalise(answer)
 
-    Choice questions: the answer names the gold option, by letter or by text (:func:`read_choice`). Closed and open
-    questions: answer and gold answer are equal after :func:`normalise`, never as substrings; if normalisation leaves
+
+def is_correct(sample: Sample, answer: str | None) -> bool:
+    """Whether a parsed answer is one of the correct ones.
+
+    Choice questions: the answer names a gold option, by letter or by text (:func:`read_choice`). Closed and open
+    questions: answer and gold answer are equal after :func:`compared`, never as substrings; if normalisation leaves
     nothing of the gold answer ("?"), they must be equal as written.
 
     Args:
@@ -133,9 +138,12 @@ def is_correct(sample: Sample, answer: str | None) -> bool:
     if answer is None:
         return False
     if sample.answer_type == "choice":
-        return read_choice(answer, sample.options) == sample.answer
-    gold = normalise(sample.answer)
-    return normalise(answer) == gold if gold else answer.strip() == sample.answer.strip()
+        return read_choice(answer, sample.options) in sample.answers
+    given = compared(answer, sample.answers_as)
+    return any(
+        given == gold if (gold := compared(text, sample.answers_as)) else answer.strip() == text.strip()
+        for text in sample.answers
+    )
 
 
 def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
@@ -143,19 +151,29 @@ def score_correctness(sample: Sample, text: str, template: Template = "think_ans
     return float(is_correct(as_asked(sample, template), parse_completion(text, template).answer))
 
 
-def token_f1(prediction: str | None, gold: str) -> float:
-    """Token F1 of two answers: 2 * precision * recall / (precision + recall).
+def token_f1(prediction: str | None, *golds: str) -> float:
+    """Token F1 of an answer and the most similar gold answer: 2 * precision * recall / (precision + recall).
 
     Tokens are the words of the normalised texts, counted with multiplicity (SQuAD, Rajpurkar et al. 2016, with this
     package's normalisation). Two texts without words score 1; one text without words, or no answer, scores 0.
     """
     if prediction is None:
         return 0.0
-    words, gold_words = normalise(prediction).split(), normalise(gold).split()
+    words = normalise(prediction).split()
+    return max(_word_f1(words, normalise(gold).split()) for gold in golds)
+
+
+def _word_f1(words: list[str], gold_words: list[str]) -> float:
     if not words or not gold_words:
         return float(words == gold_words)
     shared = (Counter(words) & Counter(gold_words)).total()
     return 2 * shared / (len(words) + len(gold_words))
+
+
+def answer_f1(answer: str | None, golds: Iterable[str], answers_as: AnswersAs) -> float:
+    """:func:`token_f1` of a parsed answer, in which the words between the parts of a set do not count."""
+    given = None if answer is None else compared(answer, answers_as)
+    return token_f1(given, *(compared(gold, answers_as) for gold in golds))
 
 
 @dataclass(frozen=True)

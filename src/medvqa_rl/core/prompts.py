@@ -115,6 +115,7 @@ def as_asked(sample: Sample, template: Template) -> Sample:
         sample,
         options=(),
         answer=text,
+        alternatives=tuple(sample.options[LETTERS.index(letter)] for letter in sample.alternatives),
         answer_type="closed" if is_closed else "open",
         reasoning=re.sub(rf"\b({re.escape(text)}) {sample.answer}\b", r"\1", sample.reasoning),
     )

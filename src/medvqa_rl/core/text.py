@@ -76,6 +76,18 @@ def _without_zeros(word: str) -> str:
     return word
 
 
+_BETWEEN_PARTS = re.compile(r"[;&、]|以及|[和与及]|\b(?:and|und)\b|(?<!\d),|,(?!\d{3}\b)|(?<!\d)/|/(?!\d)")
+
+
+def parts(text: str) -> frozenset[str]:
+    """The parts of an answer that is a list, each normalised: "Lung, spinal cord and the heart" has three.
+
+    Commas, semicolons, slashes, lines, "and", "und", "和" and the like separate them, except inside numbers.
+    """
+    found = (part for line in text.splitlines() for part in _BETWEEN_PARTS.split(plain(line)))
+    return frozenset(part for part in map(normalise, found) if part)
+
+
 def as_written(text: str) -> str:
     """:func:`plain` without outer punctuation: unlike :func:`normalise`, "A. fumigatus" keeps its A."""
     return plain(text).strip(_EDGES)

@@ -22,6 +22,9 @@ AnswerType = Literal["choice", "closed", "open"]
 Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "choice", "describe_think"]
 """Names of the prompt templates; :mod:`medvqa_rl.core.prompts` has their texts and sections."""
 
+AnswersAs = Literal["text", "set"]
+"""How answers that are no choice are compared: as a text, or as a set of parts in any order."""
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -68,6 +71,25 @@ class Sample:
     of prompts that ask for a description. It is never part of a prompt."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The other columns of the data set's table, for the user's reward functions."""
+    alternatives: tuple[str, ...] = ()
+    """Further answers that are as correct as ``answer``, in the same form."""
+    answers_as: AnswersAs = "text"
+    """How answers are compared, ``data.answers_as``; choice questions are always compared by option."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every correct answer, the gold answer first."""
+        return (self.answer, *self.alternatives)
+
+    @property
+    def reference(self) -> str:
+        """The gold answer as shown to people and judges (:func:`reference_text`)."""
+        return reference_text(self.answers, self.options)
+
+    @property
+    def gold(self) -> str:
+        """The gold answer in records of training: ``answer``, or the reference if there are several."""
+        return self.reference if self.alternatives else self.answer
 
     @property
     def image_key(self) -> str:
@@ -78,6 +100,16 @@ class Sample:
     def answer_text(self) -> str:
         """The gold answer as text; for choice questions, the text of the option."""
         return self.options[LETTERS.index(self.answer)] if self.answer_type == "choice" else self.answer
+
+
+def reference_text(answers: Sequence[str], options: Sequence[str] = ()) -> str:
+    """The correct answers as shown to people and judges: ``B: text`` for options; further ones follow the first."""
+    first, *others = [f"{answer}: {options[LETTERS.index(answer)]}" if options else answer for answer in answers]
+    return f"{first}{ALSO_CORRECT}{'; '.join(others)})" if others else first
+
+
+ALSO_CORRECT = " (also correct: "
+"""Separates the first correct answer from the others in a :func:`reference_text`."""
 
 
 class Dataset(Protocol):

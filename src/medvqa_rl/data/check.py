@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.answers import score_correctness
+from medvqa_rl.core.answers import compared, score_correctness
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import LETTERS, Dataset, ImageSource, Sample, Template
@@ -172,18 +172,18 @@ def _read_split(
         if sample.id in ids:
             faults.add("repeated id", where)
         ids.add(sample.id)
-        is_valid = sample.answer_type != "choice" or sample.answer in list(LETTERS[: len(sample.options)])
+        is_valid = sample.answer_type != "choice" or set(sample.answers) <= {*LETTERS[: len(sample.options)]}
         if not is_valid or not _is_gold_correct(sample, template):
             faults.add("gold answer scores below 1", f"{where} ({sample.answer!r})")
         elif not _is_gold_unique(sample):
             faults.add("gold option not unique", f"{where} ({sample.answer_text!r})")
         question = (sample.image_key, normalise(sample.question), *map(normalise, sample.options))
-        gold = normalise(sample.answer)
+        correct = {compared(answer, sample.answers_as) for answer in sample.answers}
         earlier = golds.setdefault(question, set())
         if earlier:
-            kind = "repeated question" if gold in earlier else "contradiction"
+            kind = "repeated question" if correct & earlier else "contradiction"
             faults.add(kind, f"{where} ({sample.question!r})")
-        earlier.add(gold)
+        earlier |= correct
         _count(facts, sample, sample.answer_text if is_valid else "")
         if (index + 1) % 500 == 0 or index + 1 == total:
             progress(f"{split} questions", index + 1, total)
@@ -209,9 +209,10 @@ class _OtherImage:
 
 
 def _is_gold_correct(sample: Sample, template: Template) -> bool:
-    """Whether the scorer accepts the gold answer in the requested format."""
+    """Whether the scorer accepts every correct answer in the requested format."""
     asked = as_asked(sample, template)
-    return score_correctness(asked, render_answer("seen", asked.answer, template), template) == 1.0
+    completions = [render_answer("seen", answer, template) for answer in asked.answers]
+    return all(score_correctness(asked, completion, template) == 1.0 for completion in completions)
 
 
 def _is_gold_unique(sample: Sample) -> bool:
@@ -230,7 +231,7 @@ def _count(facts: SplitFacts, sample: Sample, answer: str) -> None:
     if sample.answer_type == "choice" and answer:
         facts.letters[len(sample.options), sample.answer] += 1
     elif sample.answer_type == "closed":
-        facts.answers[normalise(sample.answer)] += 1
+        facts.answers[compared(sample.answer, sample.answers_as)] += 1
     for image in sample.images:
         facts.images.setdefault(image.key, image)
     facts.image_uses.append(tuple(image.key for image in sample.images))

@@ -2,7 +2,7 @@
 
 For TRL, ``prompt`` is one user message with the text only (TRL inserts the image placeholders), ``images`` are paths
 relative to the folder or, in parquet, the image files themselves, and ``solution`` is the gold answer that the scorer
-expects: the letter of choice questions, else the text.
+expects: the letter of choice questions, else the text. ``answers`` has every correct answer.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, 
         "prompt": [{"role": "user", "content": text}],
         "images": images,
         "solution": sample.answer,
+        "answers": list(sample.answers),
         "id": sample.id,
         "answer_type": sample.answer_type,
         "question": sample.question,
@@ -134,7 +135,7 @@ def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
         "id": sample.id,
         "image": names[0] if len(names) == 1 else names,
         "question": sample.question,
-        "answer": sample.answer,
+        "answer": list(sample.answers) if sample.alternatives else sample.answer,
         "options": list(sample.options) if sample.options else "",
         "answer_type": sample.answer_type,
         "reasoning": sample.reasoning,
@@ -203,6 +204,7 @@ def _trl_schema(path: Path) -> Any:
         "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),
         "images": pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)])),
         "solution": text,
+        "answers": pyarrow.list_(text),
         "id": text,
         "answer_type": text,
         "question": text,
@@ -215,6 +217,7 @@ def _trl_schema(path: Path) -> Any:
     features: dict[str, Any] = dict.fromkeys(types, value) | {
         "prompt": {"feature": {"role": value, "content": value}, "_type": "List"},
         "images": {"feature": {"_type": "Image"}, "_type": "List"},
+        "answers": {"feature": value, "_type": "List"},
         "options": {"feature": value, "_type": "List"},
     }
     metadata = json.dumps({"info": {"features": features}})

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from medvqa_rl.data.reading.rows import is_missing, without_point_zero
+
 PATIENT_COLUMNS = (
     *("patient", "patients", "patient_id", "id_patient", "patient_uid", "patient_identifier", "patient_key"),
     *("patient_number", "patient_no", "patient_nr", "patient_code", "patient_name", "patient_hash", "pat_id"),
@@ -42,8 +44,7 @@ def patient_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 def as_patient(value: Any) -> str:
     """A patient as text: "17" for 17 and for 17.0, which spreadsheets and pandas make of it; "" for an empty cell."""
-    text = "" if value is None or value != value else " ".join(str(value).split())
-    return text.removesuffix(".0") if text.removesuffix(".0").isdecimal() else text
+    return "" if is_missing(value) else without_point_zero(" ".join(str(value).split()))
 
 
 def patient_of(fields: Mapping[str, Any]) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import overload
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.text import first_few, neutralise
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.types import AnswersAs, Sample
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.hub import download
@@ -49,13 +49,16 @@ class StoredDataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, questions, options, gold answers, image names and descriptions in order, cut to 16
-        hexadecimal digits. In own data also of the columns for reward functions; published sets have theirs fixed."""
+        """SHA-256 of ids, questions, options, gold answers and how they are compared, image names and descriptions in
+        order, cut to 16 hexadecimal digits. In own data also of the columns for reward functions; published sets have
+        theirs fixed."""
         digest = hashlib.sha256()
         for sample in self.samples:
             parts = (sample.id, sample.answer_type, sample.question, sample.answer, sample.image_key, *sample.options)
             digest.update(repr(parts).encode())
             digest.update(sample.description.encode())
+            if sample.alternatives or sample.answers_as != "text":
+                digest.update(repr((sample.alternatives, sample.answers_as)).encode())
             if sample.columns and self.name.startswith("own/"):
                 digest.update(json.dumps(sample.columns, sort_keys=True).encode())
         return digest.hexdigest()[:16]
@@ -157,7 +160,8 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     if is_official:
         name = source.names.get(split, name)
     patients = [row.patient for row in chosen]
-    return StoredDataset(name, Samples(chosen, source.images), notes, tuple(reading.issues), patients)
+    samples = Samples(chosen, source.images, config.answers_as)
+    return StoredDataset(name, samples, notes, tuple(reading.issues), patients)
 
 
 def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
@@ -236,9 +240,10 @@ def garbage_collection_paused() -> Iterator[None]:
 class Samples(Sequence[Sample]):
     """Converts rows to samples on access: converting hundreds of thousands up front takes a second."""
 
-    def __init__(self, rows: Sequence[Row], images: Path) -> None:
+    def __init__(self, rows: Sequence[Row], images: Path, answers_as: AnswersAs = "text") -> None:
         self._rows = rows
         self._images = images
+        self._answers_as = answers_as
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -251,7 +256,7 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | Samples:
         if isinstance(index, slice):
-            return Samples(self._rows[index], self._images)
+            return Samples(self._rows[index], self._images, self._answers_as)
         row = self._rows[index]
         return Sample(
             id=row.id,
@@ -263,6 +268,8 @@ class Samples(Sequence[Sample]):
             reasoning=row.reasoning,
             groups=row.groups,
             description=row.description,
+            alternatives=row.alternatives,
+            answers_as=self._answers_as,
             columns=row.columns,
         )
 

@@ -13,9 +13,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
-from medvqa_rl.core.answers import ParsedAnswer, is_correct, parse_completion, read_choice, token_f1
+from medvqa_rl.core.answers import ParsedAnswer, compared, is_correct, parse_completion, read_choice, token_f1
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.images.prefetch import prefetch_map
@@ -217,6 +216,8 @@ def make_record(
         question=shown.question,
         options=shown.options,
         gold=shown.answer,
+        alternatives=shown.alternatives,
+        answers_as=shown.answers_as,
         output="",
         think=None,
         answer=None,
@@ -240,6 +241,8 @@ def make_record(
     parsed = parse_completion(completion.text, template)
     think = parsed.think or ""
     is_open = shown.answer_type == "open"
+    answer = None if parsed.answer is None else compared(parsed.answer, shown.answers_as)
+    golds = [compared(gold, shown.answers_as) for gold in shown.answers]
     scenes = [image.scene for image in sample.images if isinstance(image, PhantomImage)]
     scene = scenes[0] if len(scenes) == 1 else None
     return replace(
@@ -252,9 +255,9 @@ def make_record(
         has_answer=parsed.answer is not None,
         is_truncated=completion.is_truncated,
         num_tokens=len(completion.token_ids),
-        token_f1=token_f1(parsed.answer, shown.answer) if is_open else None,
-        exact_match=exact_match(parsed.answer, shown.answer) if is_open else None,
-        rouge_l=rouge_l(parsed.answer, shown.answer) if is_open else None,
+        token_f1=token_f1(answer, *golds) if is_open else None,
+        exact_match=exact_match(answer, *golds) if is_open else None,
+        rouge_l=rouge_l(answer, *golds) if is_open else None,
         choice=_letter(shown, parsed.answer),
         why=explain_score(shown, completion, parsed, template),
         prompt_hash=hashlib.sha256(group.prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
@@ -288,10 +291,12 @@ def explain_score(sample: Sample, completion: Completion, parsed: ParsedAnswer, 
         letter = read_choice(parsed.answer, sample.options)
         if letter is None:
             return "the answer names none of the options"
-        return f"the answer names {letter}, " + ("the gold" if letter == sample.answer else f"not {sample.answer}")
-    given, gold = normalise(parsed.answer), normalise(sample.answer)
+        golds = " or ".join(sample.answers)
+        return f"the answer names {letter}, " + ("the gold" if letter in sample.answers else f"not {golds}")
+    given = compared(parsed.answer, sample.answers_as)
+    golds = " or ".join(repr(compared(gold, sample.answers_as)) for gold in sample.answers)
     is_equal = is_correct(sample, parsed.answer)
-    return f"normalised, {given!r} " + ("is the gold answer" if is_equal else f"is not {gold!r}")
+    return f"normalised, {given!r} " + ("is the gold answer" if is_equal else f"is not {golds}")
 
 
 def _letter(sample: Sample, answer: str | None) -> str | None:
@@ -302,14 +307,17 @@ def _letter(sample: Sample, answer: str | None) -> str | None:
 def _sampled_answer(sample: Sample, completion: Completion, template: Template) -> SampledAnswer:
     """Score one sampled completion."""
     answer = parse_completion(completion.text, template).answer
+    is_right = is_correct(sample, answer)
     vote = _letter(sample, answer)
-    if answer is not None and sample.answer_type != "choice":
-        vote = normalise(answer) or answer.strip()
+    if is_right and sample.alternatives:
+        vote = sample.answer  # correct answers vote together
+    if answer is not None and vote is None and sample.answer_type != "choice":
+        vote = compared(answer, sample.answers_as) or answer.strip()
     return SampledAnswer(
         output=completion.text,
         answer=answer,
         vote=vote,
-        is_correct=is_correct(sample, answer),
+        is_correct=is_right,
         num_tokens=len(completion.token_ids),
         is_truncated=completion.is_truncated,
     )

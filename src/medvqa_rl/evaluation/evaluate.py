@@ -166,11 +166,13 @@ def make_evaluation(
 
 
 def questions_hash(samples: Sequence[Sample]) -> str:
-    """Hash the evaluated questions (ids, questions, options, gold answers, image names): 16 hexadecimal digits of
-    SHA-256."""
+    """Hash the evaluated questions (ids, questions, options, gold answers and how they are compared, image names): 16
+    hexadecimal digits of SHA-256."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr((sample.id, sample.question, sample.options, sample.answer, sample.image_key)).encode())
+        if sample.alternatives or sample.answers_as != "text":
+            digest.update(repr((sample.alternatives, sample.answers_as)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from medvqa_rl.core.files import write_text
 from medvqa_rl.core.text import is_yes_no
-from medvqa_rl.core.types import LETTERS, AnswerType, Template
+from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType, Template, reference_text
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,31 @@ class EvalRecord:
     """The judge."""
     description: str = ""
     """The data set's description of the image, for judges that grade; may be empty."""
+    alternatives: tuple[str, ...] = ()
+    """Further answers that are as correct as ``gold``."""
+    answers_as: AnswersAs = "text"
+    """How answers were compared, ``data.answers_as``."""
 
     @property
     def is_scored(self) -> bool:
         return self.is_correct is not None
 
     @property
+    def references(self) -> tuple[str, ...]:
+        """Every correct answer as text, the gold answer first."""
+        golds = (self.gold, *self.alternatives)
+        is_letter = self.answer_type == "choice" and bool(self.options)
+        return tuple(self.options[LETTERS.index(gold)] for gold in golds) if is_letter else golds
+
+    @property
     def gold_text(self) -> str:
         """The gold answer as text: the option's text for choice questions."""
-        is_letter = self.answer_type == "choice" and bool(self.options)
-        return self.options[LETTERS.index(self.gold)] if is_letter else self.gold
+        return self.references[0]
 
     @property
     def reference(self) -> str:
-        """The gold answer as shown to people and graders: for choice questions ``letter: text``."""
-        is_letter = self.answer_type == "choice" and bool(self.options)
-        return f"{self.gold}: {self.gold_text}" if is_letter else self.gold
+        """The gold answer as shown to people and graders (:func:`medvqa_rl.core.types.reference_text`)."""
+        return reference_text((self.gold, *self.alternatives), self.options if self.answer_type == "choice" else ())
 
     @property
     def answer_kind(self) -> str:
@@ -145,7 +154,8 @@ def parse_record(line: str, where: str) -> EvalRecord:
         raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
     try:
         sampled = tuple(SampledAnswer(**answer) for answer in row.get("sampled", ()))
-        return EvalRecord(**{**row, "options": tuple(row["options"]), "sampled": sampled})
+        tuples = {name: tuple(row.get(name, ())) for name in ("options", "alternatives")}
+        return EvalRecord(**{**row, **tuples, "sampled": sampled})
     except TypeError as error:
         raise ValueError(f"{where} is not an evaluation record of this version ({error}): evaluate again.") from error
 

@@ -148,7 +148,7 @@ def _samples(group: StoredGroup, width: int) -> Panel:
     """The completions of the latest stored group, best first, each truncated to two lines."""
     body = Text(printable(group.question))
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", group.options):
-        body.append(f"  {letter}: {printable(option)}", style="bold" if letter == group.gold else "")
+        body.append(f"  {letter}: {printable(option)}", style="bold" if group.gold.partition(":")[0] == letter else "")
     if not group.options:
         body.append(f"  gold: {printable(group.gold)}", style="bold")
     room = max(20, 2 * (width - 8) - 24)

@@ -104,6 +104,7 @@ def _columns(groups: Sequence[Group]) -> dict[str, list[Any]]:
         "description": [sample.description for sample in samples],
         **{name: [columns.get(name) for columns in named] for name in own},
         "answer": [sample.answer for sample in samples],
+        "answers": [list(sample.answers) for sample in samples],
         "answer_text": [sample.answer_text for sample in samples],
         "answer_type": [sample.answer_type for sample in samples],
         "question": [sample.question for sample in samples],
@@ -131,11 +132,11 @@ def call_functions(
 
     A function gets lists with one entry per completion, prompt by prompt: ``prompts`` (chat messages),
     ``completions`` (``[{"role": "assistant", "content": text}]``), ``completion_ids`` (token ids), the columns of the
-    data (the sample's fields ``question answer answer_text answer_type options reasoning description id image_key
-    groups``, each of its groups by name, ``solution``, and every other column of the user's table), and ``images``
-    (decoded) if it names that parameter; further ``log_extra(column, values)``, ``log_metric(name, value)`` and
-    ``trainer_state`` (with ``global_step``). Columns of the table that have the name of another argument are not
-    passed.
+    data (the sample's fields ``question answer answers answer_text answer_type options reasoning description id
+    image_key groups``, each of its groups by name, ``solution``, and every other column of the user's table), and
+    ``images`` (decoded) if it names that parameter; further ``log_extra(column, values)``,
+    ``log_metric(name, value)`` and ``trainer_state`` (with ``global_step``). Columns of the table that have the name
+    of another argument are not passed.
 
     Args:
         functions: by dotted path. Asynchronous ones run after the others, concurrently in one event loop.

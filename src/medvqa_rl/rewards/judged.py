@@ -19,9 +19,8 @@ def judge_request(read: Read) -> JudgeRequest:
     """The case that a judge grades: question, options and gold answer, what the completion says, and the data set's
     description of the image. Reasoning whose tags are missing, unclosed or repeated is empty."""
     sample, parsed = read.sample, read.parsed
-    gold = f"{sample.answer}: {sample.answer_text}" if sample.answer_type == "choice" else sample.answer
     return JudgeRequest(
-        sample.question, sample.options, parsed.think or "", parsed.answer or "", gold, sample.description
+        sample.question, sample.options, parsed.think or "", parsed.answer or "", sample.reference, sample.description
     )
 
 

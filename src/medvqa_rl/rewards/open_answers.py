@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.core.answers import Read, token_f1
+from medvqa_rl.core.answers import Read, answer_f1
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.rewards.functions import RewardLog
 from medvqa_rl.rewards.guards import conflict
@@ -37,7 +37,7 @@ def score_answers(
 
     Correct answers (:func:`medvqa_rl.core.answers.is_correct`) get 1. Other answers to choice or closed questions, and
     missing answers, get 0. Any other answer to an open question gets 0 if it contradicts the gold answer, else by
-    ``rewards.open_correctness``
+    ``rewards.open_correctness``. Of several gold answers, the most similar one that it does not contradict counts.
 
     - ``token_f1``: the token F1 of the two, continuous;
     - ``similarity``: 1 if their similarity is at least ``rewards.similarity_threshold``, else 0;
@@ -57,21 +57,25 @@ def score_answers(
     log.metrics["rewards/correctness/exact"] = [float(credit.mean())]
     guards = [""] * len(reads)
     compared: dict[int, Read] = {}
+    golds: dict[int, list[str]] = {}
     for index, read in enumerate(reads):
         answer = read.parsed.answer
         if read.sample.answer_type == "open" and not read.is_right and answer is not None:
-            guards[index] = conflict(answer, read.sample.answer) or ""
-            if not guards[index]:
+            conflicts = {gold: conflict(answer, gold) for gold in read.sample.answers}
+            golds[index] = [gold for gold, found in conflicts.items() if not found]
+            if golds[index]:
                 compared[index] = read
+            else:
+                guards[index] = conflicts[read.sample.answer] or ""
     log.columns["correctness_guard"] = guards
     if num_open := sum(read.sample.answer_type == "open" for read in reads):
         log.metrics["rewards/correctness/guarded"] = [sum(map(bool, guards)) / num_open]
     if config.open_correctness == "token_f1":
         for index, read in compared.items():
-            credit[index] = token_f1(read.parsed.answer, read.sample.answer)
+            credit[index] = answer_f1(read.parsed.answer, golds[index], read.sample.answers_as)
     elif config.open_correctness == "similarity":
         assert similarity is not None, "open_correctness similarity compares texts: pass similarity"
-        found = _similarities(compared, similarity)
+        found = _similarities(compared, golds, similarity)
         for index, value in found.items():
             credit[index] = float(value >= config.similarity_threshold)
         log.columns["correctness_similarity"] = [
@@ -86,16 +90,18 @@ def score_answers(
     return credit
 
 
-def _similarities(compared: dict[int, Read], similarity: Compare) -> dict[int, float]:
+def _similarities(compared: dict[int, Read], golds: dict[int, list[str]], similarity: Compare) -> dict[int, float]:
     """Similarity of answers to their gold answers, by index. Computed separately for each gold answer, so that an
     answer's credit does not depend on the other questions of its step."""
     by_gold: dict[str, list[int]] = {}
-    for index, read in compared.items():
-        by_gold.setdefault(read.sample.answer, []).append(index)
+    for index in compared:
+        for gold in golds[index]:
+            by_gold.setdefault(gold, []).append(index)
     found: dict[int, float] = {}
     for gold, indices in by_gold.items():
         answers = [compared[index].parsed.answer or "" for index in indices]
-        found.update(zip(indices, similarity(answers, [gold] * len(indices))))
+        for index, value in zip(indices, similarity(answers, [gold] * len(indices))):
+            found[index] = max(value, found.get(index, -math.inf))
     return found
 
 

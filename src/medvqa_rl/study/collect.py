@@ -148,7 +148,10 @@ def _contrast(
 def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: int) -> tuple[ArmResult, ...]:
     """The results of all arms on one test, over the questions that are scored in every finished cell."""
     name = recipe.tests[index]
-    questions = {cell: {(r.sample_id, r.question, r.gold) for r in records} for cell, records in answers.items()}
+    questions = {
+        cell: {(r.sample_id, r.question, r.gold, r.alternatives, r.answers_as) for r in records}
+        for cell, records in answers.items()
+    }
     first = next(iter(answers))
     for cell, asked in questions.items():
         if asked != questions[first]:

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.answers import is_correct
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.export import OWN_COLUMNS
 from medvqa_rl.data.reading import index
+from medvqa_rl.data.reading.folder import ImageFolder
+from medvqa_rl.data.sets.own import read_own
 from medvqa_rl.data.stored import StoredDataset
 
 ROWS: list[dict[str, Any]] = [
@@ -266,3 +269,84 @@ def test_every_column_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     for name in (*OWN_COLUMNS, "images", "split", "patient"):
         assert f"| `{name}` |" in page
+
+
+def one(folder: Path, suffix: str = ".jsonl", **row: Any) -> Sample:
+    """The sample that a row becomes."""
+    settings = {"answers_as": row.pop("answers_as", "text")}
+    write(folder / f"train{suffix}", [{"image": "a.png", "question": "Which?", **row}])
+    write(folder / f"val{suffix}", [{"image": "b.png", "question": "Which?", "answer": "x"}])
+    sample: Sample = load(folder, **settings)[0]
+    (folder / f"train{suffix}").unlink()
+    (folder / f"val{suffix}").unlink()
+    return sample
+
+
+def test_whole_numbers_that_became_decimals(folder: Path) -> None:
+    for suffix in (".jsonl", ".csv"):
+        sample = one(folder, suffix, answer=2.0, id=7.0, patient=3.0)
+        assert (sample.answer, sample.id) == ("2", "own/train/7") and is_correct(sample, "two")
+        sample = one(folder, suffix, answer="2.0", options=["1.0", "2.0", "3.0"])
+        assert (sample.answer, sample.options) == ("B", ("1", "2", "3"))
+        sample = one(folder, suffix, answer="2", options=["1.5", "2.0"])
+        assert (sample.answer, sample.options) == ("B", ("1.5", "2.0")) and is_correct(sample, "2")
+    write(folder / "data.csv", [{"image": n, "question": "Q?", "answer": "no", "patient": p, "split": "train"}
+                                for n, p in (("a.png", "3.0"), ("b.png", 3), ("d é.png", ""))])  # fmt: skip
+    rows = read_own(folder / "data.csv", ImageFolder(folder / "images"), split="", needs_split=True).rows
+    assert [row.cluster for row in rows] == ["patient 3", "patient 3", "d é.png"]
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "answer", "wrong"),
+    [
+        ("Is there a mass?", True, "yes", "no"),
+        ("Is there a mass?", "False", "no", "yes"),
+        ("Gibt es eine Läsion?", "WAHR", "ja", "falsch"),
+        ("True or false: the heart is enlarged.", "False", "False", "true"),
+    ],
+)
+def test_booleans_are_yes_or_no(folder: Path, question: str, given: Any, answer: str, wrong: str) -> None:
+    sample = one(folder, question=question, answer=given)
+    assert (sample.answer, sample.answer_type) == (answer, "closed")
+    assert all(is_correct(sample, text) for text in (answer, str(given))) and not is_correct(sample, wrong)
+    sample = one(folder, question=question, answer=given, options=[wrong, answer])
+    assert sample.answer == "B" and sample.alternatives == ()
+
+
+def test_text_of_windows_is_read_as_such(folder: Path) -> None:
+    row = "image,question,answer\na.png,Q?,Crohn’s disease\n"
+    (folder / "train.csv").write_bytes(row.encode("cp1252"))
+    (folder / "val.jsonl").write_text('{"image": "b.png", "question": "Q?", "answer": "Crohn\\u0092s disease"}\n')
+    for split in ("train", "val"):
+        assert load(folder, split)[0].answer == "Crohn’s disease"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_list_has_several_correct_answers_or_is_a_set(folder: Path, suffix: str) -> None:
+    answer = ["Lung", "spinal cord", "the lung"]
+    sample = one(folder, suffix, answer=answer)
+    assert sample.answers == ("Lung", "spinal cord") and sample.answers_as == "text"
+    assert is_correct(sample, "lung") and not is_correct(sample, "lung, spinal cord")
+    sample = one(folder, suffix, answer=answer, answers_as="set")
+    assert sample.answers == ("Lung, spinal cord, the lung",) and sample.answers_as == "set"
+    assert is_correct(sample, "spinal cord, lung") and not is_correct(sample, "lung")
+    sample = one(folder, suffix, answer=["C", "left"], options=["left", "right", "both"])
+    assert sample.answers == ("C", "A") and is_correct(sample, "left") and not is_correct(sample, "B")
+
+
+def test_lists_of_answers_in_other_forms(folder: Path) -> None:
+    assert one(folder, answer="lung|heart").answers == ("lung", "heart")
+    assert one(folder, answer=["lung", None, " "]).answers == ("lung",)
+    assert one(folder, answer="[unclear]").answers == ("[unclear]",)
+    for answer, reason in ((["", None], "empty answer"), ("['a', 'b']", "answer is not a JSON list")):
+        with pytest.raises(ValueError, match=reason):
+            one(folder, answer=answer)
+
+
+def test_fingerprints_tell_how_answers_are_compared(folder: Path) -> None:
+    write(folder / "val.jsonl", ROWS[:1])
+    prints = set()
+    for answer in ("a, b", ["a", "b"], ["a", "c"]):
+        write(folder / "train.jsonl", [{"image": "a.png", "question": "Q?", "answer": answer}])
+        prints |= {load(folder, answers_as=way).fingerprint for way in ("text", "set")}
+    assert len(prints) == 5, "a list and the text with commas are the same set"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from medvqa_rl.config import DataConfig
+from medvqa_rl.core.answers import is_correct
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.stored import StoredDataset
 
@@ -35,7 +36,7 @@ def vqa_med(tmp_path: Path, write_images: Callable[..., None]) -> Path:
     test.mkdir(exist_ok=True)
     (test / "VQAMed2019_Test_Questions_w_Ref_Answers.txt").write_text(
         "synpic3|modality|what imaging method was used?|us-d - doppler ultrasound\n"
-        "synpic4|abnormality|what is wrong?|ependymoma#brain tumor\n"
+        "synpic4|abnormality|what is wrong?|ependymoma#brain tumor# Ependymoma #glioma\n"
         "synpic4|plane|which plane?|#\n"
     )
     return tmp_path
@@ -53,16 +54,15 @@ def test_vqa_med(vqa_med: Path, wrong_gold: Callable[[StoredDataset], list[str]]
         ("vqa_med/train/2", "Sjögren", "open"),
     ]
     assert [(issue.row, issue.reason, issue.action) for issue in train.issues] == [
-        (2, "not UTF-8, read as Latin-1", "repaired"),
+        (2, "not UTF-8, read as Windows-1252", "repaired"),
         (3, "missing image", "dropped"),
         (4, "wrong number of cells", "dropped"),
     ]
     assert [sample.answer for sample in test.samples] == ["us-d - doppler ultrasound", "ependymoma"]
     assert test[0].groups["family"] == "modality"
-    assert test.notes == {
-        "dropped: empty answer": 1,
-        "repaired: several reference answers, the first counts": 1,
-    }
+    assert [sample.alternatives for sample in test.samples] == [(), ("brain tumor", "glioma")]
+    assert is_correct(test[1], "Glioma.") and is_correct(test[1], "ependymoma") and not is_correct(test[1], "tumor")
+    assert test.notes == {"dropped: empty answer": 1}
     with pytest.raises(ValueError, match=r"has no val split \(train, test only\)"):
         load(vqa_med, "val")
     with pytest.raises(ValueError, match=r"2 of 5 rows of VQA-Med 2019"):

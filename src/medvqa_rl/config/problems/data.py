@@ -32,6 +32,12 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             "data.skip_images",
             "data.name",
         )
+    if data.answers_as == "set":
+        yield (
+            "data.answers_as is set, but data.name is phantom, whose answers are no lists: remove data.answers_as.",
+            "data.answers_as",
+            "data.name",
+        )
     if data.split == "image":
         yield (
             "data.split is image, but data.name is phantom, whose splits never share an image: remove data.split.",

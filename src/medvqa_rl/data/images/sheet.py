@@ -59,7 +59,7 @@ def caption(sample: Sample) -> str:
     lines += textwrap.wrap(sample.question, _WIDTH)
     for letter, option in zip(LETTERS, sample.options):
         lines += textwrap.wrap(f"{letter}: {option}", _WIDTH, subsequent_indent="   ")
-    gold = textwrap.wrap(f"Answer: {sample.answer}", _WIDTH)[:2]
+    gold = textwrap.wrap(f"Answer: {sample.gold}", _WIDTH)[:2]
     if len(lines) + len(gold) > _LINES:
         lines = [*lines[: _LINES - len(gold) - 1], "..."]
     return "\n".join([*lines, *gold])

@@ -111,7 +111,7 @@ def _load(file: Path, version: list[int], images: Path) -> Reading | None:
         if any(modification_time(images / folder) != time for folder, time in content["folders"].items()):
             return None
         columns = dict(zip(Row._fields, content["rows"]))
-        for name in ("options", "images"):  # JSON has no tuples
+        for name in ("options", "images", "alternatives"):  # JSON has no tuples
             columns[name] = map(tuple, columns.get(name, ()))
         return Reading(
             [Row(*cells) for cells in zip(*columns.values())],

@@ -7,36 +7,50 @@ The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one 
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.text import is_yes_no
-from medvqa_rl.core.types import AnswerType
+from medvqa_rl.core.text import is_yes_no, normalise
+from medvqa_rl.core.types import AnswersAs, AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.patients import patient_of
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
-from medvqa_rl.data.reading.options import as_letter, find_gold, read_options
+from medvqa_rl.data.reading.options import Options, as_letter, find_gold, read_options
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,
     Row,
     Unusable,
     clean_text,
+    distinct,
     find_images,
     is_missing,
     optional_text,
     read_groups,
     read_rows,
     required_text,
+    without_point_zero,
 )
 from medvqa_rl.data.reading.tables import WRITABLE, Fields
 from medvqa_rl.data.splits import SPLITS, Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split
 
 ANSWER_TYPES: tuple[AnswerType, ...] = ("choice", "closed", "open")
+BOOLEANS = {
+    "true": "yes",
+    "false": "no",
+    "wahr": "ja",
+    "falsch": "nein",
+    "vrai": "oui",
+    "faux": "non",
+    "verdadero": "sí",
+    "falso": "no",
+}
+"""What pandas and spreadsheets write for yes and no, in the language of the spreadsheet."""
 GROUPS = {"modality": "modality", "organ": "organ", "family": "family"}
 KNOWN = {
     *("id", "image", "images", "question", "answer", "options", "answer_type", "reasoning", "description"),
@@ -75,8 +89,15 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
 
     def read(path: Path) -> Reading:
         file_split = split_of_file.get(path, "")
-        recipe = f"own {file_split} {config.split}"
-        reader = partial(read_own, path, folder, split=file_split, needs_split=config.split == "official")
+        recipe = f"own {file_split} {config.split} {config.answers_as}"
+        reader = partial(
+            read_own,
+            path,
+            folder,
+            split=file_split,
+            needs_split=config.split == "official",
+            answers_as=config.answers_as,
+        )
         return read_indexed(path, folder, recipe, reader, cache_folder(config.cache_dir))
 
     source = Source(
@@ -104,7 +125,9 @@ def find_table(root: Path, stem: str) -> list[Path]:
     return found
 
 
-def read_own(path: Path, folder: ImageFolder, *, split: str, needs_split: bool) -> Reading:
+def read_own(
+    path: Path, folder: ImageFolder, *, split: str, needs_split: bool, answers_as: AnswersAs = "text"
+) -> Reading:
     """Read one table.
 
     Args:
@@ -112,16 +135,25 @@ def read_own(path: Path, folder: ImageFolder, *, split: str, needs_split: bool) 
         folder: the image folder.
         split: the split of all rows, or "" to read the column ``split``.
         needs_split: whether to drop rows without a split.
+        answers_as: ``set`` makes a list of answers one answer; otherwise each of them is correct.
 
     Raises:
         ValueError: the table cannot be read, or a required column is missing.
     """
-    parse = partial(_parse, folder=folder, stem=path.stem, split=split, needs_split=needs_split)
+    parse = partial(_parse, folder=folder, stem=path.stem, split=split, needs_split=needs_split, answers_as=answers_as)
     return read_rows(path, parse, required=("question", "answer"), known=KNOWN)
 
 
 def _parse(
-    number: int, fields: Fields, repairs: Repairs, *, folder: ImageFolder, stem: str, split: str, needs_split: bool
+    number: int,
+    fields: Fields,
+    repairs: Repairs,
+    *,
+    folder: ImageFolder,
+    stem: str,
+    split: str,
+    needs_split: bool,
+    answers_as: AnswersAs,
 ) -> Row:
     question = required_text(fields, "question", repairs)
     if not split and needs_split:
@@ -129,7 +161,7 @@ def _parse(
         if split not in SPLITS:
             raise Unusable("unknown split", split)
     images = find_images(image_names(fields, repairs), folder, repairs)
-    answer = required_text(fields, "answer", repairs)
+    answers = [without_point_zero(answer) for answer in read_answers(fields, repairs)]
     cells = _list(fields.get("options"), "options", repairs)
     kind = optional_text(fields, "answer_type", repairs).lower()
     if kind and kind not in ANSWER_TYPES:
@@ -138,20 +170,23 @@ def _parse(
     answer_type: AnswerType
     if kind == "choice" or (not kind and cells):
         answer_type = "choice"
-        options = read_options(cells, repairs)
+        numbers_only = all(without_point_zero(cell) != cell for cell in cells)
+        options = read_options(list(map(without_point_zero, cells)) if numbers_only else cells, repairs)
         texts = options.texts
-        letter = as_letter(answer)
-        answer = find_gold(options, letter or None, "" if letter else answer, repairs)
+        answers = [_find_letter(options, answer, repairs) for answer in answers]
     else:
-        answer_type = "closed" if kind == "closed" or (not kind and is_yes_no(answer)) else "open"
+        if answers_as == "set":
+            answers = [", ".join(answers)]
+        answers = [text for answer in answers for text in _in_words(answer, question)]
+        answer_type = "closed" if kind == "closed" or (not kind and is_yes_no(answers[0])) else "open"
     numbers: Repairs = {}  # ids may be numbers
-    row_id = optional_text(fields, "id", numbers) or str(number)
+    row_id = without_point_zero(optional_text(fields, "id", numbers)) or str(number)
     column, patient = patient_of(fields)
     patient = clean_text(patient, column, numbers)
     return Row(
         id=f"own/{stem}/{row_id}",
         question=question,
-        answer=answer,
+        answer=answers[0],
         answer_type=answer_type,
         options=texts,
         images=images,
@@ -161,7 +196,55 @@ def _parse(
         reasoning=optional_text(fields, "reasoning", repairs),
         description=optional_text(fields, "description", repairs),
         patient=patient,
+        alternatives=distinct(answers[1:], answers[0]),
     )
+
+
+def read_answers(fields: Fields, repairs: Repairs) -> list[str]:
+    """The answers of a row: one, or a list as in :func:`_list`, without its empty parts.
+
+    Raises:
+        Unusable: there is none, or it is not text.
+    """
+    value = fields.get("answer")
+    if isinstance(value, str) and not ("|" in value or _LIST.match(value)):
+        return [required_text(fields, "answer", repairs)]
+    if isinstance(value, list | tuple):
+        value = [part for part in value if not is_missing(part) and str(part).strip()]
+    elif not isinstance(value, str):
+        return [required_text(fields, "answer", repairs)]
+    answers = _list(value, "answer", repairs)
+    if not answers:
+        raise Unusable("empty answer")
+    return answers
+
+
+_LIST = re.compile(r"\s*\[\s*[\"'\]]")
+"""How a list of texts begins, in JSON or by mistake in Python's form. Other texts may begin with a bracket."""
+
+
+def _find_letter(options: Options, answer: str, repairs: Repairs) -> str:
+    """The letter of the option that an answer names.
+
+    Raises:
+        Unusable: it names none.
+    """
+    letter = as_letter(answer)
+    try:
+        return find_gold(options, letter or None, "" if letter else answer, repairs)
+    except Unusable:
+        if (word := BOOLEANS.get(normalise(answer))) is None:
+            raise
+        return find_gold(options, None, word, repairs)
+
+
+def _in_words(answer: str, question: str) -> tuple[str, ...]:
+    """The answers that a boolean stands for, or the answer itself. The first is the one that the question asks for."""
+    word = BOOLEANS.get(normalise(answer))
+    if word is None:
+        return (answer,)
+    asks_for_it = len(BOOLEANS.keys() & set(normalise(question).split())) > 1
+    return (answer, word) if asks_for_it else (word, answer)
 
 
 def image_names(fields: Fields, repairs: Repairs) -> list[str]:

@@ -15,7 +15,16 @@ from pathlib import Path
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, find_images, read_rows, required_text
+from medvqa_rl.data.reading.rows import (
+    Reading,
+    Repairs,
+    Row,
+    Unusable,
+    distinct,
+    find_images,
+    read_rows,
+    required_text,
+)
 from medvqa_rl.data.reading.tables import Fields, TableReport, read_table
 from medvqa_rl.data.splits import Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, load_split
@@ -133,12 +142,9 @@ def _parse(
     name = required_text(fields, "image", repairs)
     question = required_text(fields, "question", repairs)
     answer = required_text(fields, "answer", repairs)
-    if "#" in answer:
-        alternatives = [part.strip() for part in answer.split("#") if part.strip()]
-        if not alternatives:
-            raise Unusable("empty answer", answer)
-        repairs["several reference answers, the first counts"] = answer
-        answer = alternatives[0]
+    answer, *alternatives = [part.strip() for part in answer.split("#") if part.strip()] or [""]
+    if not answer:
+        raise Unusable("empty answer", "#")
     images = find_images([f"{below}/{name.removesuffix(SUFFIX)}{SUFFIX}"], folder, repairs)
     groups = {"answer_kind": "yes/no" if is_yes_no(answer) else "other"}
     if "category" in fields:
@@ -157,4 +163,5 @@ def _parse(
         cluster=name,
         split=split,
         groups=groups,
+        alternatives=distinct(alternatives, answer),
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from medvqa_rl.core.answers import read_choice
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.text import normalise
-from medvqa_rl.core.types import LETTERS
+from medvqa_rl.core.types import ALSO_CORRECT, LETTERS
 from medvqa_rl.data.phantom.claims import REMARKS
 from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.records import EvalRecord
@@ -117,7 +117,12 @@ def exchanged(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
     """Swap the reference and the answer. Both name an option by letter and text, so that the format does not reveal
     which is which."""
     answer = full_answer(case)
-    return replace(case, gold=answer, answer=case.gold) if answer else None
+    return replace(case, gold=answer, answer=first_reference(case)) if answer else None
+
+
+def first_reference(case: JudgeRequest) -> str:
+    """The reference without further correct answers."""
+    return case.gold.partition(ALSO_CORRECT)[0]
 
 
 def full_answer(case: JudgeRequest) -> str:
@@ -128,7 +133,9 @@ def full_answer(case: JudgeRequest) -> str:
 
 def reordered_options(case: JudgeRequest, draws: Draws) -> JudgeRequest | None:
     """Reverse the options, and adapt the letters of the reference and the answer."""
-    letters = [read_choice(text, case.options) if case.options else None for text in (case.gold, case.answer)]
+    letters = [
+        read_choice(text, case.options) if case.options else None for text in (first_reference(case), case.answer)
+    ]
     if len(case.options) < 2 or None in letters:
         return None
     options = case.options[::-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from medvqa_rl.config import EvalConfig
@@ -83,7 +84,9 @@ def measure(records: Sequence[EvalRecord], instruments: Instruments) -> list[Eva
             for record, found in zip(some, likelihoods)
         ]
     if similarity := instruments.similarity:
-        cosines = similarity.compare(list(map(candidate_text, some)), [record.gold_text for record in some])
+        pairs = [(candidate_text(record), gold) for record in some for gold in record.references]
+        found = iter(similarity.compare([text for text, _ in pairs], [gold for _, gold in pairs]))
+        cosines = [max(islice(found, len(record.references))) for record in some]
         some = [
             replace(record, similarity=cosine, similarity_by=similarity.name) for record, cosine in zip(some, cosines)
         ]

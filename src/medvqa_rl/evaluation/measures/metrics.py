@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import chain
 from math import comb
 from statistics import mean
 
 from medvqa_rl.core.text import normalise
 
 
-def rouge_l(prediction: str | None, gold: str) -> float:
+def rouge_l(prediction: str | None, *golds: str) -> float:
     """ROUGE-L (Lin 2004) with beta = 1: F1 = 2 * L / (words of both) for a longest common subsequence of L words.
 
-    Uses this package's normalisation. Unlike in token F1, word order matters. Two texts without words are equal (1);
-    only one without words, or no answer, gives 0.
+    Of several gold answers, the most similar counts. Uses this package's normalisation. Unlike in token F1, word order
+    matters. Two texts without words are equal (1); only one without words, or no answer, gives 0.
     """
     if prediction is None:
         return 0.0
-    words, gold_words = normalise(prediction).split(), normalise(gold).split()
+    words = normalise(prediction).split()
+    return max(_rouge_l(words, normalise(gold).split()) for gold in golds)
+
+
+def _rouge_l(words: list[str], gold_words: list[str]) -> float:
     if not words or not gold_words:
         return float(words == gold_words)
     longest = [0] * (len(gold_words) + 1)  # common subsequence with the first 0, 1, ... gold words
@@ -35,9 +40,9 @@ def rouge_l(prediction: str | None, gold: str) -> float:
     return 2 * longest[-1] / (len(words) + len(gold_words))
 
 
-def exact_match(prediction: str | None, gold: str) -> float:
-    """1 if both answers are equal after normalisation, else 0; 0 for no answer."""
-    return float(prediction is not None and normalise(prediction) == normalise(gold))
+def exact_match(prediction: str | None, *golds: str) -> float:
+    """1 if an answer equals a gold answer after normalisation, else 0; 0 for no answer."""
+    return float(prediction is not None and normalise(prediction) in map(normalise, golds))
 
 
 def average(values: Iterable[float | None]) -> float:
@@ -51,9 +56,13 @@ def rate(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else float("nan")
 
 
-def majority_share(answers: Sequence[Hashable]) -> float:
-    """Accuracy of always giving the most frequent gold answer (an oracle baseline); NaN without answers."""
-    return max(Counter(answers).values()) / len(answers) if answers else float("nan")
+def majority_share(golds: Sequence[Collection[Hashable]]) -> float:
+    """Accuracy of always giving the answer that is correct most often (an oracle baseline); NaN without questions.
+
+    Args:
+        golds: the correct answers of each question.
+    """
+    return max(Counter(chain.from_iterable(golds)).values()) / len(golds) if golds else float("nan")
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:

@@ -165,7 +165,7 @@ def _flip(one: EvalRecord, other: EvalRecord) -> dict[str, Any]:
         "direction": "improved" if other.is_correct else "worsened",
         "question": one.question,
         "options": list(one.options),
-        "gold": one.gold,
+        "gold": "; ".join((one.gold, *one.alternatives)),
         "before": one.answer,
         "after": other.answer,
         "groups": dict(one.groups),

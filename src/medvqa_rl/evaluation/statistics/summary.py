@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.answers import compared
 from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord
@@ -66,13 +66,16 @@ def _summary(records: Sequence[EvalRecord], config: EvalConfig) -> Numbers:
         "exact_match": average(record.exact_match for record in scored),
         "token_f1": average(record.token_f1 for record in scored),
         "rouge_l": average(record.rouge_l for record in scored),
-        "majority_baseline": majority_share([_gold_key(record) for record in scored]),
+        "majority_baseline": majority_share([_gold_keys(record) for record in scored]),
     }
 
 
-def _gold_key(record: EvalRecord) -> str:
-    """The constant answer that would be correct: a letter for choice questions, else the normalised gold answer."""
-    return record.gold if record.answer_type == "choice" else normalise(record.gold)
+def _gold_keys(record: EvalRecord) -> frozenset[str]:
+    """The constant answers that would be correct: letters for choice questions, else gold answers as compared."""
+    golds = (record.gold, *record.alternatives)
+    return frozenset(
+        golds if record.answer_type == "choice" else (compared(gold, record.answers_as) for gold in golds)
+    )
 
 
 def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
@@ -140,10 +143,10 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
 
 def _majority_per_type(records: Sequence[EvalRecord]) -> float:
     """Accuracy of always giving the most frequent gold answer of the question's answer type (an oracle baseline)."""
-    by_type: dict[str, list[str]] = {}
+    by_type: dict[str, list[frozenset[str]]] = {}
     for record in records:
         if record.is_scored:
-            by_type.setdefault(record.answer_type, []).append(_gold_key(record))
+            by_type.setdefault(record.answer_type, []).append(_gold_keys(record))
     count = sum(map(len, by_type.values()))
     return sum(majority_share(golds) * len(golds) for golds in by_type.values()) / count if count else math.nan
 
@@ -265,8 +268,13 @@ def paired_gain(
 def _is_same_question(one: EvalRecord, other: EvalRecord) -> bool:
     """Whether two records have the same question; a prompt may hide its options."""
     if bool(one.options) != bool(other.options):
-        return (one.question, one.gold_text) == (other.question, other.gold_text)
-    return (one.question, one.options, one.gold) == (other.question, other.options, other.gold)
+        return (one.question, one.references) == (other.question, other.references)
+    return _asked(one) == _asked(other)
+
+
+def _asked(record: EvalRecord) -> tuple[object, ...]:
+    """A question and what answers it."""
+    return record.question, record.options, record.gold, record.alternatives
 
 
 def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tuple[EvalRecord, EvalRecord]]:
@@ -287,8 +295,13 @@ def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tupl
         if not _is_same_question(one, other):
             raise ValueError(
                 f"The two evaluations have different questions: {one.sample_id!r} asks {one.question!r} with the "
-                f"gold answer {one.gold!r} in one and {other.question!r} with {other.gold!r} in the other; evaluate "
-                "both on the same version of the data."
+                f"gold answer {one.reference!r} in one and {other.question!r} with {other.reference!r} in the other; "
+                "evaluate both on the same version of the data."
+            )
+        if one.answers_as != other.answers_as:
+            raise ValueError(
+                f"One evaluation compares answers as {one.answers_as}, the other as {other.answers_as}: evaluate both "
+                "with the same data.answers_as."
             )
     pairs = [(one, other) for one, other in pairs if one.is_scored and other.is_scored]
     if not pairs:

@@ -86,6 +86,6 @@ def _describe(group: Group) -> dict[str, Any]:
         "images": [image.key for image in group.sample.images],
         "template": group.template,
         "prompt": group.prompt.text,
-        "gold": group.sample.answer,
+        "gold": group.sample.gold,
         "completions": [completion.text for completion in group.completions],
     }

@@ -71,7 +71,7 @@ def record_completions(
                     index=g,
                     question=group.sample.question,
                     options=group.sample.options,
-                    gold=group.sample.answer,
+                    gold=group.sample.gold,
                     completion=completion.text,
                     rewards={
                         name: float(values[p, g]) if scores.applies[name][p, g] else None
