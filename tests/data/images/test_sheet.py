@@ -11,6 +11,7 @@ from PIL import Image
 
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.data.images.fonts import Lettering
 from medvqa_rl.data.images.sheet import CELL, GAP, caption, draw_sheet, save_sheet
 
 RED = MemoryImage("red", Image.new("RGB", (40, 20), (200, 0, 0)))
@@ -44,3 +45,14 @@ def test_captions_are_short_and_keep_the_gold_answer() -> None:
     lines = caption(long).splitlines()
     assert len(lines) == 12 and lines[-3] == "..." and lines[-2].startswith("Answer: long answer")
     assert max(map(len, lines)) <= 46
+
+
+def test_wide_characters_take_two_columns() -> None:
+    lines = caption(Sample("a", "肺" * 50 + "?", "yes", "closed", (RED,))).split("\n")
+    assert lines[1:] == ["肺" * 22, "肺" * 22, "肺" * 6 + "?", "Answer: yes"]
+
+
+def test_characters_without_a_font_are_drawn_as_escapes() -> None:
+    sample = Sample("a", "肺 or 部?", "肺", "open", (RED,))
+    lines = caption(sample, Lettering(None, frozenset("肺"))).split("\n")
+    assert lines == ["[a]", r"\u80ba or 部?", r"Answer: \u80ba"]

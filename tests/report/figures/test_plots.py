@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 
 from medvqa_rl.report.figures.panels import moving_average
-from medvqa_rl.report.figures.plots import plot_before_after, plot_training
-from medvqa_rl.report.figures.style import PALETTES, Theme, spread
+from medvqa_rl.report.figures.plots import plot_before_after, plot_training, save_figure
+from medvqa_rl.report.figures.style import PALETTES, Theme, spread, styled
 
 ROWS = [
     {
@@ -107,3 +109,13 @@ def test_labels_are_spread_in_order_and_within_bounds(positions: list[float]) ->
     apart = len(positions) < 2 or np.diff(sorted(positions)).min() >= 0.1
     if apart:
         np.testing.assert_allclose(placed, positions, atol=1e-12)
+
+
+def test_names_without_a_font_are_drawn_as_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    with styled("print"):
+        figure = Figure()
+        axes = figure.subplots()
+        axes.set_title("奖励 β")
+        save_figure(figure, tmp_path / "x.png")
+    assert axes.get_title(loc="left") == r"\u5956\u52b1 β"

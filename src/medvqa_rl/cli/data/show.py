@@ -11,7 +11,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import Split, load_dataset
-from medvqa_rl.data.images.sheet import draw_sheet, save_sheet
+from medvqa_rl.data.images.sheet import caption_lettering, draw_sheet, save_sheet
 from medvqa_rl.data.sets.catalogue import ENTRIES
 from medvqa_rl.data.splits import choose
 
@@ -43,7 +43,10 @@ def run_show(config: Config, *, split: Split, count: int, output: Path) -> None:
         ValueError: the data cannot be found or read.
     """
     samples = _subset(load_dataset(config.data, split), count, config.data.seed)
-    open_console().print(f"Written: {save_sheet(draw_sheet(samples), output)}", soft_wrap=True)
+    out = open_console()
+    out.print(f"Written: {save_sheet(draw_sheet(samples), output)}", soft_wrap=True)
+    if notice := caption_lettering(samples).notice():
+        out.print(notice, soft_wrap=True)
 
 
 def _subset(dataset: Dataset, count: int, seed: int) -> list[Sample]:

@@ -15,9 +15,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
+from medvqa_rl.data.images.fonts import choose_lettering, code_points
 from medvqa_rl.report.figures.panels import (
     Panel,
     find_panels,
@@ -38,10 +41,27 @@ Results = Mapping[str, Any]
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure without a display, without pyplot's global state and without a date."""
     FigureCanvasAgg(figure)
+    _use_fonts_with_glyphs(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     dates: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     figure.savefig(path, metadata=dates.get(path.suffix))
     return path
+
+
+def _use_fonts_with_glyphs(figure: Figure) -> None:
+    """Draw names in any script: with another installed font, or else as escapes."""
+    texts = [text for text in figure.findobj(Text) if isinstance(text, Text) and not text.get_text().isascii()]
+    if not texts:
+        return
+    default = code_points(Path(findfont("DejaVu Sans")))
+    lettering = choose_lettering((text.get_text() for text in texts), default)
+    if lettering.file is not None:
+        fontManager.addfont(lettering.file)
+    for text in texts:
+        text.set_text(lettering.drawable(text.get_text()))
+        if lettering.file is not None:
+            text.set_fontfamily(["DejaVu Sans", FontProperties(fname=lettering.file).get_name()])
+            text.set_fontweight("normal")  # the font may have no other
 
 
 # --- training curves -----------------------------------------------------------------------------------------------
