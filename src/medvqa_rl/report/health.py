@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Literal
 
+from medvqa_rl.learning.run.collapse import ENTROPY_LEFT, HIGH_KL, REWARD_LEFT, WINDOW, Sign, find_collapses
 from medvqa_rl.report.runs import Row
 from medvqa_rl.report.stability import abrupt_changes, largest_change, largest_drop, window_for
 
@@ -32,9 +33,8 @@ RISE = 2.0
 """Standard errors by which the end of a curve must lie above its beginning to have risen."""
 BREAK = 3.0
 """Standard deviations between the means of two adjacent windows of a curve."""
-ENTROPY_LEFT = 0.2
 LENGTH_LEFT = 0.5
-"""Shares of the initial value below which entropy and length have collapsed."""
+"""Share of the initial value below which length has collapsed."""
 MIN_STEPS = 20
 """Minimum number of logged steps for comparing start and end."""
 
@@ -60,7 +60,9 @@ def check_health(rows: Sequence[Row]) -> list[Check]:
         perplexity(rows),
         no_rise(rows),
         broken_curve(rows),
-        collapse(rows, "entropy", "Entropy collapses", "nats per token", ENTROPY_LEFT),
+        reward_to_zero(rows),
+        high_kl(rows),
+        low_entropy(rows),
         collapse(rows, "completions/mean_length", "Length collapses", "tokens", LENGTH_LEFT),
     ]
 
@@ -216,3 +218,42 @@ def collapse(rows: Sequence[Row], metric: str, name: str, unit: str, left: float
     share = f" ({_percent(end / start, 0)})" if start > 0 else ""
     figure = f"{start:.3g} {unit} at the start, {end:.3g} at the end{share}."
     return Check(name, "look" if end < left * start else "fine", rule, figure)
+
+
+def reward_to_zero(rows: Sequence[Row]) -> Check:
+    """A policy that no longer earns anything, or never did."""
+    rule = (
+        f"At some step the mean reward of {WINDOW} steps is at most {_percent(REWARD_LEFT, 0)} of the highest such "
+        "mean before it."
+    )
+    return _as_watched(rows, "reward", "Reward falls to 0", "", rule)
+
+
+def high_kl(rows: Sequence[Row]) -> Check:
+    """A policy far from its reference: the reward may be exploited, and the text may degrade."""
+    rule = f"At some step the median KL divergence of {WINDOW} steps is above {HIGH_KL:g} nats per token."
+    return _as_watched(rows, "kl", "High KL", " nats per token", rule)
+
+
+def low_entropy(rows: Sequence[Row]) -> Check:
+    """A policy that always says the same."""
+    rule = (
+        f"At some step the mean entropy of {WINDOW} steps is below {_percent(ENTROPY_LEFT, 0)} of that of the first "
+        f"{WINDOW}."
+    )
+    return _as_watched(rows, "entropy", "Entropy collapses", " nats per token", rule)
+
+
+def _as_watched(rows: Sequence[Row], sign: Sign, name: str, unit: str, rule: str) -> Check:
+    """Check a metric as the run itself does (:mod:`medvqa_rl.learning.run.collapse`)."""
+    values = series(rows, sign)
+    what = {"reward": "the reward", "kl": "KL", "entropy": "entropy"}[sign]
+    short = _too_short(name, rule, values, what)
+    if short is not None:
+        return short
+    found = find_collapses(rows).get(sign)
+    start, end = fmean(values[:WINDOW]), fmean(values[-WINDOW:])
+    figure = f"{start:.3g} in the first {WINDOW} steps, {end:.3g}{unit} in the last {WINDOW}."
+    if found is not None:
+        figure += f" First seen at step {found.step}."
+    return Check(name, "fine" if found is None else "look", rule, figure)

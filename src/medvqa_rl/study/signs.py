@@ -15,7 +15,6 @@ from typing import Any
 from medvqa_rl.core.answers import without_tags
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.health import (
-    ENTROPY_LEFT,
     HIGH_ACCURACY,
     HIGH_PERPLEXITY,
     LENGTH_LEFT,
@@ -26,6 +25,8 @@ from medvqa_rl.report.health import (
     Verdict,
     broken_curve,
     collapse,
+    high_kl,
+    low_entropy,
     no_rise,
     verbose_and_wrong,
 )
@@ -59,7 +60,8 @@ def cell_signs(
         no_rise(rows),
         replace(verbose_and_wrong(rows), name="Verbose and wrong in training"),
         broken_curve(rows),
-        collapse(rows, "entropy", "Entropy collapses", "nats per token", ENTROPY_LEFT),
+        high_kl(rows),
+        low_entropy(rows),
         collapse(rows, "completions/mean_length", "Length collapses", "tokens", LENGTH_LEFT),
     )
 

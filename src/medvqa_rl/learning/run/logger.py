@@ -19,6 +19,7 @@ from medvqa_rl.core.files import write_text
 from medvqa_rl.core.progress import duration, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
+from medvqa_rl.learning.run.collapse import CollapseWatch
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run.trackers import Trackers
@@ -40,6 +41,10 @@ class RunLogger:
         self._config = config.train
         self._num_generations = config.rollout.num_generations
         self._console = open_console(stderr=True)
+        self._watch = CollapseWatch()
+        if run.metrics.exists():  # of a resumed run, which has reported what they show
+            for row in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()):
+                self._watch.see(row["step"], row)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
         self._length = self._metrics.tell()
@@ -97,7 +102,12 @@ class RunLogger:
         self._length += len(line)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show recorded metrics on the terminal and in train.log, and send them to the trackers."""
+        """Show recorded metrics on the terminal and in train.log, send them to the trackers, and warn of a collapse."""
+        self._show(step, metrics)
+        for collapse in self._watch.see(step, to_json(metrics)):
+            self.say(f"Warning: step {step}: {collapse.text}")
+
+    def _show(self, step: int, metrics: Mapping[str, float]) -> None:
         is_evaluation = all(name.startswith("eval/") for name in metrics)
         is_due = is_evaluation or step % self._config.logging_steps == 0 or step == self._config.steps
         if is_due:
