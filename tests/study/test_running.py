@@ -6,6 +6,7 @@ Run: pytest tests/study/test_running.py
 from __future__ import annotations
 
 import csv
+import io
 import json
 import signal
 import subprocess
@@ -19,12 +20,13 @@ import pytest
 from cells import write
 from rich.console import Console
 
+from medvqa_rl.core import progress
 from medvqa_rl.core.machine import SHARE
 from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
 from medvqa_rl.study.plan.recipe import read_recipe
-from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
+from medvqa_rl.study.running import forecast, is_finished, plan_table, progress_line, run_study
 
 QUIET = Console(quiet=True)
 
@@ -101,6 +103,34 @@ def test_a_killed_cell_is_resumed(
     rows = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert is_finished(cell)
+
+
+def test_a_running_cell_shows_where_it_is(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study", quick=True)
+    sft, log = recipe.cells[1], Path("sft.log")
+    assert progress_line(sft, log, 0, 10.0) == "sft, seed 0: step 0 of 2, see sft.log"
+    sft.folder.mkdir(parents=True)
+    (sft.folder / "status.json").write_text(json.dumps({"state": "running", "step": 1}))
+    # One step took 60 seconds, and one is left.
+    assert progress_line(sft, log, 0, 60.1) == "sft, seed 0: step 1 of 2, 60 s left, see sft.log"
+    assert progress_line(sft, log, 1, 60.1) == "sft, seed 0: step 1 of 2, see sft.log"  # resumed at step 1
+    beats = [10.0 * number + 0.1 for number in range(1, 19)]
+    assert [seconds for seconds in beats if progress_line(sft, log, 0, seconds)] == [10.1, 60.1, 120.1, 180.1]
+    (sft.folder / "status.json").write_text(json.dumps({"state": "finished", "step": 2}))
+    assert progress_line(sft, log, 0, 10.0) == "sft, seed 0: 0 of 1 tests done, see sft.log"
+
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    monkeypatch.setattr(running.subprocess, "call", lambda command, **rest: time.sleep(0.1) or 0)
+    console = Console(file=io.StringIO(), width=1000)
+    run_study(recipe, tmp_path / "study", console=console)
+    lines = console.file.getvalue().splitlines()
+    grpo = tmp_path / "study" / "grpo" / f"{recipe.cells[2].folder.name}.log"
+    (started,) = [line for line in lines if line.startswith("grpo, seed 0: medvqa-rl train ")]
+    assert started.endswith(f", log in {grpo}") and grpo.is_file()
+    assert f"grpo, seed 0: step 0 of 2, see {grpo}" in lines
+    assert lines[-1] == "grpo, seed 0: done, 0 of 3 cells finished"  # nothing was written
 
 
 def test_several_processes_share_a_cell(

@@ -1,10 +1,13 @@
-"""What commands print: tables on standard output, progress bars on standard error if that is a terminal."""
+"""What commands print: tables on standard output, progress on standard error: bars on a terminal, else lines."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +23,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+INTERVAL = 10.0
+"""Seconds between signs of life."""
 PIPED_WIDTH = 10_000
 """Width of output that does not go to a terminal: nothing wraps there."""
 
@@ -44,6 +49,41 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def to_stderr(line: str) -> None:
+    """Print a line on standard error, on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":  # set by launchers
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def heartbeat(line: Callable[[float], str], say: Callable[[str], None] = to_stderr) -> Iterator[None]:
+    """Print a line every :data:`INTERVAL` seconds while the block runs.
+
+    Args:
+        line: takes the seconds since the start; an empty line is not printed.
+        say: prints a line; called in a thread. By default standard error of the first rank.
+    """
+    began, is_over = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(INTERVAL):
+            if text := line(time.monotonic() - began):
+                say(text)
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def waiting(what: str) -> AbstractContextManager[None]:
+    """Print every ten seconds that the block is still busy with something, such as "loading the judge"."""
+    return heartbeat(lambda seconds: f"Still {what} ({duration(seconds)}).")
+
+
 class _Rate(ProgressColumn):
     """Items per second."""
 
@@ -53,13 +93,25 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def _progress(*rate: ProgressColumn) -> Iterator[Progress]:
-    """Bars with the remaining time, on standard error if that is a terminal, removed when the block ends."""
+    """Bars with the remaining time on standard error, removed when the block ends; lines if that is no terminal."""
     columns = (
         *(TextColumn("{task.description}"), MofNCompleteColumn(), BarColumn(bar_width=24), *rate),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        yield progress
+    is_terminal = sys.stderr.isatty()
+    with Progress(*columns, console=open_console(stderr=True), disable=not is_terminal, transient=True) as progress:
+        if is_terminal:
+            yield progress
+            return
+        with heartbeat(lambda _: "\n".join(_as_line(task) for task in progress.tasks if not task.finished)):
+            yield progress
+
+
+def _as_line(task: Task) -> str:
+    """What the bar of a task shows, as text."""
+    done = f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}")
+    left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+    return f"{task.description} {done}, {duration(task.elapsed or 0.0)}{left}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.progress import open_console, progress_bar
+from medvqa_rl.core.progress import open_console, progress_bar, to_stderr
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.data import Split, load_dataset
@@ -38,6 +38,7 @@ from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.models.summary import describe
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, overlap
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -114,8 +115,14 @@ def run_eval(
     cells = plan_cells(config, [config.data, *data], templates, split=split, base=base, model_name=model_name)
     if output is not None and len(cells) == 1:
         cells = [replace(cells[0], folder=output)]
-    policy = cache(lambda: load_policy(model))
     console = open_console()
+
+    @cache
+    def policy() -> Policy:
+        loaded = load_policy(model)
+        to_stderr(describe(loaded))
+        return loaded
+
     if dry_run:
         _dry_run(cells, policy, console)
         return

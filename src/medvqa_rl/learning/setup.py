@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.skipping import without_images
@@ -32,6 +33,7 @@ from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.models.shards import Shards
+from medvqa_rl.models.summary import count_parameters
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import Source, VllmEngine
 from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
@@ -155,18 +157,19 @@ def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> Vllm
     if config.rollout.engine != "vllm":
         return None
     source: Source
-    if config.vllm.mode == "server":
-        source = Server(
-            policy,
-            config.vllm,
-            is_main=accelerator.is_main_process,
-            wait_for_everyone=accelerator.wait_for_everyone,
-        )
-    else:
-        os.environ |= ENVIRONMENT
-        rank, num_ranks = accelerator.process_index, accelerator.num_processes
-        source = Colocated(policy, config.vllm, rank=rank, num_ranks=num_ranks)
-    return VllmEngine(policy, source)
+    with waiting("starting vLLM" if config.vllm.mode == "colocate" else "waiting for the vLLM server"):
+        if config.vllm.mode == "server":
+            source = Server(
+                policy,
+                config.vllm,
+                is_main=accelerator.is_main_process,
+                wait_for_everyone=accelerator.wait_for_everyone,
+            )
+        else:
+            os.environ |= ENVIRONMENT
+            rank, num_ranks = accelerator.process_index, accelerator.num_processes
+            source = Colocated(policy, config.vllm, rank=rank, num_ranks=num_ranks)
+        return VllmEngine(policy, source)
 
 
 def make_reference(config: Config, policy: Policy) -> Reference | None:
@@ -208,18 +211,7 @@ def set_up(
     policy = load_policy(config.model)
     decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
     engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
-    # A uint8 parameter packs two 4-bit weights per element.
-    sizes = [
-        (parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1), parameter.requires_grad)
-        for parameter in policy.model.parameters()
-    ]
-    return Setup(
-        policy,
-        engine,
-        datasets,
-        num_parameters=sum(size for size, _ in sizes),
-        num_trained=sum(size for size, is_trained in sizes if is_trained),
-    )
+    return Setup(policy, engine, datasets, *count_parameters(policy.model))
 
 
 def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, snapshot
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
@@ -63,12 +64,13 @@ def load_policy(config: ModelConfig) -> Policy:
             fit the model.
     """
     device = resolve_device(config.device)
-    folder = resolve_folder(config.path, config.revision)
-    settings = _read_architecture(folder)
-    # Before the weights, which take longest: a wrong chat template is found at once.
-    processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    model = _load_weights(folder, settings, config, device)
-    return make_policy(model, processor, config, device)
+    with waiting(f"loading {config.path}"):
+        folder = resolve_folder(config.path, config.revision)
+        settings = _read_architecture(folder)
+        # Before the weights, which take longest: a wrong chat template is found at once.
+        processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        model = _load_weights(folder, settings, config, device)
+        return make_policy(model, processor, config, device)
 
 
 def make_policy(

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from medvqa_rl.config import VllmConfig
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.types import ImageSource
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.loading import Policy, resolve_folder
@@ -186,7 +187,10 @@ class Server:
         self._wait_for_everyone()
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        with ThreadPoolExecutor(max_workers=min(_MAX_CONCURRENT, len(requests))) as pool:
+        with (
+            waiting(f"waiting for the vLLM server at {self._client.url}"),
+            ThreadPoolExecutor(max_workers=min(_MAX_CONCURRENT, len(requests))) as pool,
+        ):
             return list(pool.map(self._generate, requests))
 
     def rest(self) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from threading import Event, Lock
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.core.machine import SHARE, own_share
+from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
@@ -140,6 +142,24 @@ def plan_table(recipe: Recipe) -> TextTable:
     )
 
 
+def progress_line(cell: Cell, log: Path, first_step: int, seconds: float) -> str:
+    """Where a running cell is: its training step and the time left, or the tests that are done. Empty if nothing is
+    due: a line is printed after ten seconds, then every minute.
+
+    Args:
+        log: of the cell.
+        first_step: completed steps when its command was started.
+        seconds: since then.
+    """
+    if seconds >= 1.5 * INTERVAL and seconds // INTERVAL % 6:
+        return ""
+    if is_trained(cell):
+        return f"{cell.label}: {sum(map(is_tested, cell.tests))} of {len(cell.tests)} tests done, see {log}"
+    done, steps = steps_done(cell), cell.config.train.steps
+    left = f", {duration(seconds / (done - first_step) * (steps - done))} left" if done > first_step else ""
+    return f"{cell.label}: step {done} of {steps}{left}, see {log}"
+
+
 # --- running -------------------------------------------------------------------------------------------------------
 
 
@@ -227,10 +247,11 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         for words in commands(cell, output / "configs"):
             if stop.is_set():
                 return None
-            report(f"{cell.label}: medvqa-rl {' '.join(words)}")
             cell.folder.parent.mkdir(parents=True, exist_ok=True)
             log = cell.folder.with_name(f"{cell.folder.name}.log")
-            with log.open("ab") as file:
+            report(f"{cell.label}: medvqa-rl {' '.join(words)}, log in {log}")
+            line = partial(progress_line, cell, log, steps_done(cell))
+            with log.open("ab") as file, heartbeat(line, report):
                 code = subprocess.call([*program, *words], stdout=file, stderr=file, env=environment)
             if code:
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]
@@ -238,7 +259,8 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
                 return Failure(cell, words, code, lines[-1])
             if cell in has_trained:
                 has_trained[cell].set()  # its first command trains, the next one tests
-        report(f"{cell.label}: done")
+        left = sum(not is_finished(other) for other in recipe.cells)
+        report(f"{cell.label}: done, {len(recipe.cells) - left} of {len(recipe.cells)} cells finished")
         return None
 
     lock = FileLock(output / ".study.lock")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from toy import ToyData, read_metrics, toy_config
 
+from medvqa_rl.core import progress
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.run import logger
+from medvqa_rl.learning.run import logger, validation
+from medvqa_rl.learning.run import run as run_module
 from medvqa_rl.learning.run.logger import RunLogger, completions_table, group_to_show
 from medvqa_rl.learning.run.run_dir import RunDir, source_digest
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
@@ -30,6 +34,34 @@ def test_tensorboard_receives_the_metrics(tiny_folder, tmp_path):
     assert set(rewards) == {2, 3} and set(logged) == {1, 2, 3}  # metrics.jsonl keeps every step
     assert all(rewards[step] == pytest.approx(logged[step]) for step in rewards)
     assert [event.step for event in events.Scalars("eval/accuracy")] == [0, 3]
+
+
+def test_a_run_begins_with_what_is_trained_and_ends_with_the_next_commands(tiny_folder, tmp_path, monkeypatch, capsys):
+    exact = validation.validate
+
+    def slow(*arguments, progress, **rest):
+        progress(1, 3)
+        time.sleep(0.1)
+        return exact(*arguments, progress=progress, **rest)
+
+    monkeypatch.setattr(progress, "INTERVAL", 0.02)
+    monkeypatch.setattr(run_module, "validate", slow)
+    changes = {"steps": 2, "eval_steps": 2, "save_steps": 0}
+    run = train(
+        toy_config(tiny_folder("qwen2_vl"), tmp_path / "my run", train=changes),
+        train_set=ToyData(),
+        val_set=ToyData(3),
+    )
+    lines = capsys.readouterr().err.splitlines()
+    first = lines.index(f"Loaded {tiny_folder('qwen2_vl')} (float32, cpu): 102,208 parameters.")
+    assert lines[first + 1].endswith("%): all weights of the language model, the projector.")
+    assert "evaluating 1/3 questions, 0 s" in lines[first + 2 :]
+    commands = [shlex.split(line[line.index("medvqa-rl") :]) for line in lines if line.startswith("  ")]
+    assert commands == [
+        ["medvqa-rl", "eval", str(run)],
+        ["medvqa-rl", "report", str(run)],
+        ["medvqa-rl", "train", str(run / "config.yaml"), "--resume", "train.steps=4"],
+    ]
 
 
 def test_plain_lines_without_a_terminal(tiny_folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.progress import duration, open_console
+from medvqa_rl.core.progress import duration, heartbeat, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.collapse import CollapseWatch
@@ -61,6 +62,7 @@ class RunLogger:
         )
         self._task = self._progress.add_task("", total=config.train.steps, completed=first_step)
         self._description = ""
+        self._evaluated = ""
 
     def __enter__(self) -> RunLogger:
         self._progress.start()
@@ -131,8 +133,21 @@ class RunLogger:
             self._description = f"{name} {metrics[name]:.3f}  {left}"
         self._progress.update(self._task, completed=step, description=self._description)
 
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Show signs of life while the block evaluates."""
+        self._evaluated = ""
+
+        def show(line: str) -> None:
+            self._progress.update(self._task, description=line)
+            if self._progress.disable:
+                self._console.print(Text(line), soft_wrap=True)
+            self._write(line)
+
+        return heartbeat(lambda seconds: f"evaluating{self._evaluated}, {duration(seconds)}", show)
+
     def show_evaluation_progress(self, done: int, total: int) -> None:
-        """Show how many questions of an evaluation are done."""
+        """Show how many questions of an evaluation are done; with several ranks, of this rank's share."""
+        self._evaluated = f" {done}/{total} questions"
         self._progress.update(self._task, description=f"evaluating {done}/{total}")
 
     def log_samples(self, step: int, records: Sequence[CompletionRecord], groups: Sequence[Group] = ()) -> None:

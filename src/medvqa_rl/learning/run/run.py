@@ -9,7 +9,7 @@ import shlex
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ from medvqa_rl.learning.run.signals import StopSignals
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.learning.run.validation import log_and_keep_best, validate
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.summary import describe, describe_training
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -143,6 +144,8 @@ class Run:
             self.dir.write_environment(seed)
         self._write_status("running")
         self._logger = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
+        self._logger.say(describe(policy))
+        self._logger.say(describe_training(policy))
         if self._resume:
             where = f"step {self.state.step}" if checkpoints else "the beginning, because it has no checkpoint yet"
             resume = self.dir.record_resume(
@@ -218,10 +221,12 @@ class Run:
         """Record that all steps are done."""
         self._write_status("finished")
         self._say(f"Finished after {self.state.step} steps: {self.dir.path}")
+        for line in self.dir.next_commands(self._kind, self.config.train.steps):
+            self._say(line)
 
     def evaluate(self) -> None:
         """Evaluate greedily on the validation split, and save the model if it is the best so far. Collective."""
-        with self.trained.gathered():
+        with self.trained.gathered(), nullcontext() if self._logger is None else self._logger.evaluating():
             evaluation = validate(
                 self.config,
                 self._accelerator,

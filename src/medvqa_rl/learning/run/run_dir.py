@@ -160,6 +160,20 @@ class RunDir:
         is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         return f"{command} --gpus {launch.num_ranks if is_one_machine else 'N'} train.engine={launch.engine}"
 
+    def next_commands(self, kind: str, steps: int) -> list[str]:
+        """What to do with a finished run: lines with a command each.
+
+        Args:
+            kind: see :meth:`resume_command`.
+            steps: of the run.
+        """
+        run = shlex.quote(str(self.path))
+        return [
+            f"  Evaluate on the test split:  medvqa-rl eval {run}",
+            f"  Write the report:            medvqa-rl report {run}",
+            f"  Train longer:                {self.resume_command(kind)} train.steps={2 * steps}",
+        ]
+
     def discard(self) -> None:
         """Remove the folder of a run that failed before it started, if this process created it."""
         if not self._is_new:

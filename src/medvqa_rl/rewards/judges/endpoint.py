@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.network import is_on_this_machine, unusable_proxy
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.randomness import address, uniforms
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
@@ -114,7 +115,10 @@ class EndpointJudge:
             self._counts.update(numbers)
 
     def _ask_all(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
-        with ThreadPoolExecutor(max_workers=self._config.concurrency) as pool:
+        with (
+            waiting(f"waiting for the judge at {self._host}"),
+            ThreadPoolExecutor(max_workers=self._config.concurrency) as pool,
+        ):
             return list(pool.map(self._ask, requests))
 
     def _ask(self, request: JudgeRequest) -> Grade:

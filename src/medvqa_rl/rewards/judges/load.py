@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
 from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.keys import read_key
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.rewards.judges.cache import CachedJudge
 from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
 from medvqa_rl.rewards.judges.endpoint import EndpointJudge, host_of
@@ -48,7 +49,8 @@ def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Jud
     from medvqa_rl.rewards.judges.local import WritingJudge, YesNoJudge
     from medvqa_rl.rewards.judges.local_model import load_judge_model
 
-    loaded = load_judge_model(config)
+    with waiting(f"loading the judge {config.model}"):
+        loaded = load_judge_model(config)
     is_embedded = loaded.prompt is PHANTOM
     coherence: Judge = YesNoJudge(loaded, strictness=config.strictness)
     if is_embedded or COHERENCE in rubrics:
