@@ -15,7 +15,7 @@ from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import write_text
-from medvqa_rl.core.progress import open_console, progress_bar, to_stderr
+from medvqa_rl.core.progress import open_console, progress_bar, to_stderr, waiting
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.data import Split, load_dataset
@@ -145,7 +145,8 @@ def run_eval(
         if answers is None:
             run.print(f"{cell.label}: shard {shard} is done, others are missing.")
             continue
-        complete[cell] = _make_results(cell, run, *answers)
+        with waiting(f"measuring the answers of {cell.label}"):
+            complete[cell] = _make_results(cell, run, *answers)
         _print_results(cell, run, complete[cell])
     if len(complete) == len(cells) and len(templates) > 1:
         _compare_prompts(complete, run, base, model_name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.answers import without_tags
+from medvqa_rl.core.progress import waiting
 from medvqa_rl.evaluation.measures.similarity import Similarity, candidate_text, load_similarity
 from medvqa_rl.evaluation.records import EvalRecord
 
@@ -57,7 +58,8 @@ def load_instruments(config: EvalConfig, device: str, judge: NamedJudge | None =
     if config.perplexity_model is not None:
         from medvqa_rl.evaluation.measures.fluency import load_language_model
 
-        language_model = load_language_model(config.perplexity_model, device)
+        with waiting(f"loading {config.perplexity_model}"):
+            language_model = load_language_model(config.perplexity_model, device)
     similarity = None if config.similarity is None else load_similarity(config.similarity, device)
     return Instruments(language_model, similarity, judge)
 
