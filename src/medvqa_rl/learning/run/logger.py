@@ -104,7 +104,7 @@ class RunLogger:
         self._length += len(line)
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show recorded metrics on the terminal and in train.log, send them to the trackers, and warn of a collapse."""
+        """Show recorded metrics on the terminal, in train.log and in the trackers, and warn of a collapse."""
         self._show(step, metrics)
         for collapse in self._watch.see(step, to_json(metrics)):
             self.say(f"Warning: step {step}: {collapse.text}")
@@ -141,7 +141,7 @@ class RunLogger:
             self._progress.update(self._task, description=line)
             if self._progress.disable:
                 self._console.print(Text(line), soft_wrap=True)
-            self._write(line)
+            self.note(line)
 
         return heartbeat(lambda seconds: f"evaluating{self._evaluated}, {duration(seconds)}", show)
 
