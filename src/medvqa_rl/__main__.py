@@ -1,5 +1,5 @@
 """``python -m medvqa_rl`` is ``medvqa-rl``."""
 
-from medvqa_rl.cli.app import main
+from medvqa_rl.cli import main
 
 main()

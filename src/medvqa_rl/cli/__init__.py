@@ -1,5 +1,30 @@
 """The command ``medvqa-rl``. Imports no torch until a verb runs."""
 
-from medvqa_rl.cli.app import app, main
+from __future__ import annotations
 
-__all__ = ["app", "main"]
+import os
+import signal
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command; the entry point of the installed package."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    from medvqa_rl.cli.app import app
+
+    app(prog_name="medvqa-rl")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C: exit at once while a module is imported, else raise KeyboardInterrupt.
+
+    Modules written in C++ abort the process when an exception passes through them (torch), or report another one.
+    """
+    inner = frame
+    while inner is not None:
+        if inner.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"Stopped.\n")
+            os._exit(130)
+        inner = inner.f_back
+    signal.default_int_handler(number, frame)

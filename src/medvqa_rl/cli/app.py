@@ -66,11 +66,6 @@ for group, name in (
     app.add_typer(group, name=name)
 
 
-def main() -> None:
-    """Run the command; the entry point of the installed package."""
-    app(prog_name="medvqa-rl")
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"medvqa-rl {__version__}")

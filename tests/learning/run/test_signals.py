@@ -1,0 +1,75 @@
+"""Signals stop a run after its current step: Ctrl-C, SIGTERM and the SIGHUP of a closed terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from toy import toy_config
+
+from medvqa_rl.learning.run.signals import StopSignals
+
+TOY = Path(__file__).parents[1] / "toy.py"
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("sent", "number", "is_raised"),
+    [
+        ([INT], INT, False),
+        ([HUP, HUP], HUP, False),  # the kernel and the shell both send it
+        ([TERM, HUP], TERM, False),  # as systemd does
+        ([HUP, TERM], TERM, False),
+        ([INT, INT], INT, True),
+        ([HUP, TERM, INT], TERM, True),
+    ],
+)
+def test_a_second_request_stops_at_once_but_a_hangup_never_does(sent, number, is_raised):
+    before = [signal.getsignal(one) for one in (INT, TERM, HUP)]
+    raised = False
+    with StopSignals(speaks=False) as signals:
+        try:
+            for one in sent:
+                os.kill(os.getpid(), one)
+        except KeyboardInterrupt:
+            raised = True
+    assert (signals.number, raised) == (number, is_raised)
+    assert [signal.getsignal(one) for one in (INT, TERM, HUP)] == before
+
+
+def test_nohup_is_respected():
+    before = signal.signal(HUP, signal.SIG_IGN)
+    try:
+        with StopSignals(speaks=False) as signals:
+            os.kill(os.getpid(), HUP)
+        assert not signals.number and signal.getsignal(HUP) == signal.SIG_IGN
+    finally:
+        signal.signal(HUP, before)
+
+
+@pytest.mark.slow
+def test_closing_the_terminal_saves_the_step(tiny_folder, tmp_path):
+    """On a real terminal, which cannot be written to once it is gone."""
+    config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 100_000, "eval_steps": 0})
+    path = tmp_path / "config.json"
+    path.write_text(config.model_dump_json())
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(
+            sys.executable, [sys.executable, str(TOY), "train", str(path)], os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    seen = b""
+    while b"Step 2:" not in seen:  # the table of samples, which comes after the metrics
+        seen += os.read(terminal, 4096)
+    os.close(terminal)  # the kernel sends SIGHUP
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + HUP
+    state = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (state["state"], state["reason"]) == ("stopped", "SIGHUP")
+    assert (tmp_path / "run" / "checkpoints" / f"step_{state['step']:06d}" / "trainer" / "state.json").exists()
+    assert f"Stopped after step {state['step']} as requested" in (tmp_path / "run" / "train.log").read_text()
