@@ -207,7 +207,7 @@ def test_too_many_unscored_completions_stop_the_run(folder, tmp_path, monkeypatc
     import toy
 
     def half(prompts, completions, completion_ids, **kwargs):
-        return [None if index % 2 else 1.0 for index in range(len(completions))]
+        return [float("nan") if index % 2 else 1.0 for index in range(len(completions))]
 
     monkeypatch.setattr(toy, "half", half, raising=False)
     config = toy_config(folder, tmp_path / "run", rewards={"functions": {"toy.half": 1.0}, "max_unscored": 0.4})

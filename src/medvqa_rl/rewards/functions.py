@@ -17,6 +17,7 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -200,11 +201,17 @@ def call_functions(
 
 @contextmanager
 def _named_errors(path: str, step: int) -> Iterator[None]:
-    """Add a note that names the function to the exceptions that it raises."""
+    """Add a note that names the function and its line to the exceptions that it raises.
+
+    Args:
+        step: counted from 0.
+    """
     try:
         yield
     except Exception as error:
-        error.add_note(f"This was raised by the reward function {path!r} in step {step}.")
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        where = f" ({os.path.basename(own[0].filename)}, line {own[0].lineno})" if own else ""
+        error.add_note(f"This was raised by the reward function {path!r}{where} in step {step + 1}.")
         raise
 
 
