@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from medvqa_rl.core.files import cache_folder, checkpoint_folder, find_checkpoint, write_json, write_text, write_whole
+from medvqa_rl.core.files import (
+    cache_folder,
+    checkpoint_folder,
+    find_checkpoint,
+    remove_partials,
+    write_json,
+    write_text,
+    write_whole,
+)
 
 
 def test_a_file_appears_with_all_its_content(tmp_path: Path) -> None:
@@ -27,6 +37,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         partial.write_text("new")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with write_whole(tmp_path / "shards" / "a.jsonl") as partial:
+        partial.touch()
+        left = partial.with_name(partial.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+        elsewhere = partial.with_name(f".a.jsonl.another-host-{dead.pid}-0a0a0a0a.partial")
+        left.touch()
+        elsewhere.touch()
+        remove_partials(tmp_path)
+        assert partial.exists() and elsewhere.exists() and not left.exists()
 
 
 def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         yield partial
         if durable:
@@ -37,6 +39,22 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", platform.node())
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the partial files below a folder that killed processes of this machine left; see :func:`write_whole`."""
+    for partial in folder.rglob(f".*.{_host()}-*.partial"):
+        pid = int(partial.name.rsplit("-", 2)[1])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # of another user, and alive
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", durable: bool = True) -> Path:

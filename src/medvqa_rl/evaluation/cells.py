@@ -14,7 +14,7 @@ from accelerate.state import PartialState
 from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
-from medvqa_rl.core.files import write_text
+from medvqa_rl.core.files import remove_partials, write_text
 from medvqa_rl.core.progress import open_console, progress_bar, to_stderr, waiting
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
@@ -246,6 +246,7 @@ def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, lis
     settings, folder, shard = cell.settings, cell.folder, run.shard
     identity = _identity(cell, run.model)
     agree(folder, identity, write=False)
+    remove_partials(folder)
 
     def load_engine() -> RolloutEngine:
         policy = run.policy()
