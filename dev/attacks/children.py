@@ -1,0 +1,151 @@
+"""Run the command in forked children of a process that has imported what the command imports. Linux only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+for name, value in {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ[name] = value
+
+Work = Callable[[], object] | Sequence[str]
+"""A function, or the arguments of the command."""
+
+
+def import_all() -> None:
+    """Import what every verb imports, so that a fork starts at once. Loads no model: threads do not survive a fork."""
+    import torch
+
+    torch.set_num_threads(1)
+    import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
+
+    import medvqa_rl.cli.app
+    import medvqa_rl.evaluation.evaluate
+    import medvqa_rl.evaluation.statistics.compare
+    import medvqa_rl.learning.grpo
+    import medvqa_rl.learning.sft
+    import medvqa_rl.report.card
+    import medvqa_rl.report.pages.report
+    import medvqa_rl.study.running  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended."""
+
+    code: int | None
+    """Exit code, negative for a signal; None if it was killed at the time limit."""
+    seconds: float
+    peak_bytes: int
+    """Peak resident memory."""
+    output: str
+
+    @property
+    def is_clean(self) -> bool:
+        """The child ended by itself and printed no traceback."""
+        return self.code is not None and self.code >= 0 and "Traceback (most recent call last)" not in self.output
+
+    @property
+    def last_words(self) -> str:
+        return " / ".join(self.output.strip().splitlines()[-3:])[-300:]
+
+
+def start(
+    work: Work,
+    log: Path,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str | None] | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> int:
+    """Fork a child, whose output goes to a file, and return its process id.
+
+    Args:
+        work: what the child does.
+        log: file that the output is appended to.
+        folder: working folder.
+        environment: variables to set, or to remove if None.
+        prepare: called in the child before the work.
+    """
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, errors="backslashreplace", closefd=False) for n in (1, 2))
+        for name, value in (environment or {}).items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if folder is not None:
+            os.chdir(folder)
+        if prepare is not None:
+            prepare()
+        if callable(work):
+            work()
+        else:
+            from medvqa_rl.cli.app import main
+
+            sys.argv = ["medvqa-rl", *work]
+            main()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:  # noqa: BLE001  (printed as Python would)
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code & 0xFF)
+
+
+def wait(pid: int, log: Path, *, limit: float = 300.0) -> Ended:
+    """Wait for a child, and kill it after ``limit`` seconds."""
+    began = time.monotonic()
+    while True:
+        done, status, usage = os.wait4(pid, os.WNOHANG)
+        if done:
+            code: int | None = os.waitstatus_to_exitcode(status)
+            break
+        if time.monotonic() - began > limit:
+            os.kill(pid, signal.SIGKILL)
+            _, _, usage = os.wait4(pid, 0)
+            code = None
+            break
+        time.sleep(0.005)
+    output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return Ended(code, time.monotonic() - began, usage.ru_maxrss * 1024, output)
+
+
+def run(work: Work, log: Path, *, limit: float = 300.0, **options: object) -> Ended:
+    """Start a child with an empty log and wait for it."""
+    log.unlink(missing_ok=True)
+    return wait(start(work, log, **options), log, limit=limit)  # type: ignore[arg-type]
+
+
+def more_memory(gib: float) -> Callable[[], None]:
+    """For ``prepare``: limit the address space to what it is now and ``gib`` more."""
+
+    def limit() -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        allowed = pages * os.sysconf("SC_PAGE_SIZE") + int(gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, resource.RLIM_INFINITY))
+
+    return limit
