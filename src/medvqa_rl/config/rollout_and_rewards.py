@@ -132,7 +132,7 @@ class JudgeConfig(Settings):
     api_key_env: Free[str | None] = None
     """Environment variable that holds the endpoint's API key; None sends no key."""
     timeout: Free[Annotated[float, Field(gt=0.0)]] = 60.0
-    """Timeout of a request in seconds."""
+    """Time limit of a whole request in seconds."""
     max_retries: Free[Annotated[int, Field(ge=0)]] = 5
     """Retries after throttling, timeouts and server errors."""
     concurrency: Free[Positive] = 8

@@ -23,10 +23,13 @@ from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.randomness import address, uniforms
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
+from medvqa_rl.rewards.judges.replies import MalformedReply, OutOfTime, bounded_client, read_completion
 from medvqa_rl.rewards.judges.rubric import Rubric
 
 MAX_WAIT = 60.0
 """Longest wait between two attempts in seconds, whatever the server requests."""
+MIN_KEY = 8
+"""Shorter keys are placeholders such as "none" or "EMPTY", which are ordinary words in a reply."""
 _RETRIED = (408, 409, 425, 429)
 
 
@@ -74,8 +77,12 @@ class EndpointJudge:
             timeout=config.timeout,
             max_retries=0,
             # A redirect would send the texts to a host that the user did not name.
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, **_proxy_options(config.endpoint)),
+            http_client=bounded_client(
+                openai.DefaultHttpxClient, config.timeout, follow_redirects=False, **_proxy_options(config.endpoint)
+            ),
+            default_headers={"Accept-Encoding": "identity"},
         )
+        self._key = key
         # The client reads these from the environment, whatever the endpoint.
         self._client.organization = self._client.project = None
         self._counts: Counter[str] = Counter()
@@ -127,40 +134,38 @@ class EndpointJudge:
             retry_after: str | None = None
             self._count(requests=1, retries=int(attempt > 0))
             try:
-                reply = self._client.chat.completions.create(
+                reply = self._client.chat.completions.with_raw_response.create(
                     model=self._config.model,
                     messages=[{"role": "user", "content": self._rubric.render(request)}],
                     temperature=0.0,
                     max_tokens=self._rubric.max_tokens,
                 )
-                return self._rubric.parse(self._read(reply))
+                return self._rubric.parse(self._read(reply.http_response.content))
             except openai.APIStatusError as error:
                 reason = f"HTTP {error.status_code}"
                 if error.status_code not in _RETRIED and error.status_code < 500:
-                    return Grade.failed(f"{reason}: {_first_line(error.message)}")
+                    return Grade.failed(f"{reason}: {_first_line(self._without_key(error.message))}")
                 retry_after = error.response.headers.get("retry-after")
-            except openai.APITimeoutError:
+            except (openai.APITimeoutError, OutOfTime):
                 reason = f"no answer within {self._config.timeout:g} seconds"
             except openai.APIConnectionError as error:
                 reason = f"no connection: {_first_line(str(error.__cause__ or error))}"
-            except (openai.APIResponseValidationError, _MalformedReply, ValueError) as error:
-                reason = f"the answer is no chat completion: {_first_line(str(error))}"
+            except MalformedReply as error:
+                reason = f"the answer is no chat completion: {error}"
             if attempt < self._config.max_retries:
                 self._sleep(wait_before(attempt + 1, retry_after))
         tries = self._config.max_retries + 1
         return Grade.failed(f"{reason} (tried {tries} times)" if tries > 1 else reason)
 
-    def _read(self, reply: Any) -> str | None:
-        """The text of a chat completion."""
-        openai = self._openai
-        choices = reply.choices if isinstance(reply, openai.types.chat.ChatCompletion) else None
-        if not choices or choices[0].message is None:
-            raise _MalformedReply("it has no choices")
-        usage = reply.usage
-        if usage is not None:
-            self._count(prompt_tokens=usage.prompt_tokens or 0, completion_tokens=usage.completion_tokens or 0)
-        text: str | None = choices[0].message.content
-        return text
+    def _read(self, body: bytes) -> str | None:
+        """Count the tokens of a chat completion and return its text."""
+        reply = read_completion(body)
+        self._count(prompt_tokens=reply.prompt_tokens, completion_tokens=reply.completion_tokens)
+        return reply.text and self._without_key(reply.text)
+
+    def _without_key(self, text: str) -> str:
+        """The text without the key, which a server may repeat: reasons are stored with the samples."""
+        return text.replace(self._key, "[key]") if len(self._key) >= MIN_KEY else text
 
 
 def _proxy_options(endpoint: str) -> dict[str, Any]:
@@ -177,15 +182,11 @@ def _proxy_options(endpoint: str) -> dict[str, Any]:
     return {}
 
 
-class _MalformedReply(RuntimeError):
-    """A reply that is not a chat completion."""
-
-
 def host_of(url: str) -> str:
     """Host and port of a URL, without user and password."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
 def _first_line(text: str) -> str:
-    lines = text.strip().splitlines()
+    lines = text.strip()[:1000].splitlines()
     return lines[0][:200] if lines else ""
