@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from medvqa_rl.models.qwen_vl import Processor
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 ROOT = Path(__file__).resolve().parents[1]
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a missing package on some CPUs
 SPECIAL_TOKENS = [
     f"<|{name}|>"
     for name in (

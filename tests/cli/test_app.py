@@ -287,6 +287,6 @@ def test_env_prints_versions_and_extras() -> None:
     result = CliRunner().invoke(app, ["env"])
     assert result.exit_code == 0
     assert f"medvqa-rl {__version__}" in " ".join(result.output.split())
-    for name in ("torch", "threads", "GiB", "extras"):
+    for name in ("torch", "torch thread", "GiB", "extras"):
         assert name in result.output
     assert set(installed_extras()) >= {"bench", "dev", "hub", "track", "vllm"}

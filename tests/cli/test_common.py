@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from medvqa_rl.cli.app import app
 from medvqa_rl.cli.common import use_threads
 from medvqa_rl.core import machine
 from medvqa_rl.core.machine import SHARE, Load
@@ -76,3 +78,30 @@ print(torch.get_num_threads())
     process = subprocess.run(command, env=inherited, capture_output=True, text=True, check=True)
     assert process.stdout == "1\n"
     assert "Using 1 CPU thread: other processes keep 1.0 of 2 cores busy" in process.stderr
+
+
+def test_a_setting_given_as_an_option_is_shown_as_it_is_written() -> None:
+    for option, written in {
+        "--steps 4": "--steps is not an option: settings are written without dashes, as train.steps=4.",
+        "--train.steps=4": "--train.steps is not an option: settings are written without dashes, as train.steps=4.",
+        "--learning-rate 1e-5": "as optimizer.learning_rate=1e-5.",
+        "--lr --resume": "as optimizer.learning_rate=VALUE.",
+    }.items():
+        result = CliRunner().invoke(app, ["train", "configs/phantom_cpu.yaml", *option.split()])
+        assert result.exit_code == 2 and written in result.output
+    result = CliRunner().invoke(app, ["train", "configs/phantom_cpu.yaml", "--nonsense", "4"])
+    assert result.exit_code == 2 and "No such option: --nonsense" in result.output
+
+
+def test_flags_show_no_type() -> None:
+    for words in (["train"], ["data", "check"], []):
+        result = CliRunner().invoke(app, [*words, "--help"])
+        assert result.exit_code == 0 and "bool" not in result.output and "--help" in result.output
+
+
+def test_config_check_refuses_a_model_folder_that_does_not_exist() -> None:
+    check = ["config", "check", "configs/phantom_cpu.yaml"]
+    result = CliRunner().invoke(app, [*check, "model.path=./nope"])
+    assert result.exit_code == 2 and "model.path is './nope', but there is no such folder" in result.output
+    result = CliRunner().invoke(app, [*check, "model.path=Qwen/Qwen2-VL-2B-Instruct", "model.dtype=bfloat16"])
+    assert result.exit_code == 0 and result.output == "ok\n"

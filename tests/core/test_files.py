@@ -15,6 +15,7 @@ from medvqa_rl.core.files import (
     cache_folder,
     checkpoint_folder,
     find_checkpoint,
+    json_lines,
     remove_partials,
     write_json,
     write_text,
@@ -67,6 +68,13 @@ def test_lone_surrogates_are_replaced_only_on_request(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "y", "a\ud800b")
     assert not (tmp_path / "y").exists()
+
+
+def test_only_newlines_end_a_line_of_json_lines() -> None:
+    texts = ["a\u2028b", "\u0085", "\x0b\x0c\x1c\u2029", ""]
+    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+    assert [json.loads(line) for line in json_lines(lines)] == texts
+    assert json_lines("") == [] and json_lines("1\n\n2") == ["1", "", "2"]
 
 
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

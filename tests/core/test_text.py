@@ -25,6 +25,7 @@ from medvqa_rl.core.text import (
     is_yes_no,
     neutralise,
     normalise,
+    number_of,
     parts,
     plain,
 )
@@ -247,3 +248,8 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
 def test_normalising_ignores_neutralising_case_and_white_space(text: str) -> None:
     assert normalise(neutralise(text)[0]) == normalise(text)
     assert normalise("  " + text + "\n") == normalise(text)
+
+
+def test_nouns_follow_their_number() -> None:
+    assert [number_of(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
+    assert number_of(1, "query", "queries") == "1 query" and number_of(2, "query", "queries") == "2 queries"

@@ -151,7 +151,7 @@ def test_tables_survive_a_round_trip(tmp_path: Path, suffix: str) -> None:
 def test_a_table_with_damaged_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("image,question,answer\na.png,q,yes\nb.png,too,many,cells\n")
-    with pytest.raises(ValueError, match=r"1 rows of .*in\.csv cannot be read: row 1 \(wrong number of cells\)"):
+    with pytest.raises(ValueError, match=r"1 row of .*in\.csv cannot be read: row 1 \(wrong number of cells\)"):
         read_whole(path)
     path.write_text("image,question,answer\n")
     with pytest.raises(ValueError, match="has no rows"):

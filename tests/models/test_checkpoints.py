@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, ModelConfig
@@ -90,6 +92,18 @@ def test_an_existing_folder_is_replaced(tiny_policy, tmp_path):
             (folder / content).write_text(content)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_the_umask_decides_who_may_read_the_weights(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {mode}
 
 
 def test_a_failure_leaves_the_existing_folder(tmp_path):

@@ -15,7 +15,7 @@ import typer
 
 from medvqa_rl import __version__
 from medvqa_rl.cli.ask import ask
-from medvqa_rl.cli.common import verb
+from medvqa_rl.cli.common import Verbs, verb
 from medvqa_rl.cli.config import config_app
 from medvqa_rl.cli.data.verbs import data_app
 from medvqa_rl.cli.demo import demo
@@ -29,8 +29,9 @@ from medvqa_rl.cli.report import report, watch
 from medvqa_rl.cli.study import study_app
 from medvqa_rl.cli.train import sft, train
 from medvqa_rl.core.network import VARIABLE, forbid_network
+from medvqa_rl.core.text import number_of
 
-app = typer.Typer(
+app = Verbs(
     name="medvqa-rl",
     help="Fine-tune vision-language models for medical visual question answering with reinforcement learning, and "
     "measure whether it helped. Research software, not for clinical use.",
@@ -75,7 +76,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, metavar="", help="Print the version.")
     ] = False,
     network: Annotated[
         Literal["on", "off"],
@@ -103,7 +104,7 @@ def env() -> None:
         rows["torch CUDA"] = str(torch.version.cuda)
     else:
         rows["GPU"] = "none available to torch"
-    rows["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    rows["CPU"] = f"{number_of(os.cpu_count() or 1, 'core')}, {number_of(torch.get_num_threads(), 'torch thread')}"
     rows["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / gib:.1f} GiB"
     extras = installed_extras()
     rows["extras"] = ", ".join(name for name, is_installed in extras.items() if is_installed) or "none"

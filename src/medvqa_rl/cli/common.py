@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
 
@@ -33,6 +34,64 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, run one step, print its shapes and exit.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback on errors.")]
 Split = Literal["train", "val", "test"]
+
+
+class _Verb(TyperCommand):
+    """A command whose flags show no type in ``--help``, and that says how to write a setting given as an option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption) and parameter.is_flag and parameter.metavar is None:
+                _without_type(parameter)
+
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
+        return _without_type(super().get_help_option(ctx))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+        if any(parameter.name == "overrides" for parameter in self.params):
+            for word, following in zip(args, [*args[1:], ""]):
+                option, _, value = word.partition("=")
+                if option.startswith("--") and option not in known and (names := _settings_called(option)):
+                    value = value or (following if following and not following.startswith("-") else "VALUE")
+                    written = " or ".join(f"{name}={value}" for name in names[:3])
+                    _print_error(f"{option} is not an option: settings are written without dashes, as {written}.")
+                    raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+class _Group(TyperGroup):
+    """A group whose ``--help`` shows no type."""
+
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
+        return _without_type(super().get_help_option(ctx))
+
+
+def _without_type(flag: TyperOption | None) -> TyperOption | None:
+    if flag is not None:
+        flag.metavar = ""
+    return flag
+
+
+def _settings_called(option: str) -> list[str]:
+    """The settings that an unknown option may mean: ``--steps`` or ``--train.steps`` is ``train.steps``."""
+    from medvqa_rl.config.other_names import OTHER_NAMES
+    from medvqa_rl.config.schema import all_settings
+
+    given = option.removeprefix("--").replace("-", "_")
+    names = [name for name, _ in all_settings() if given in (name, name.rpartition(".")[2])]
+    return names or [name for other, name in OTHER_NAMES.items() if other == given]
+
+
+class Verbs(typer.Typer):
+    """A group of verbs."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=_Group, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[..., Any]:
+        return super().command(name, cls=_Verb, **settings)
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:

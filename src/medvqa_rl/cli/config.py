@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Overrides, verb
+from medvqa_rl.cli.common import ConfigPath, Overrides, Verbs, verb
 
-config_app = typer.Typer(help="Show and check settings without running anything.", no_args_is_help=True)
+config_app = Verbs(help="Show and check settings without running anything.", no_args_is_help=True)
 
 
 @config_app.command("show")
@@ -32,8 +32,9 @@ def check(
 ) -> None:
     """Print 'ok', or every problem at once."""
     from medvqa_rl.config.yaml import load_config
+    from medvqa_rl.core.embedded import refuse_missing_folder
 
-    load_config(config, overrides or (), purpose=purpose)
+    refuse_missing_folder(load_config(config, overrides or (), purpose=purpose).config.model.path)
     print("ok")
 
 

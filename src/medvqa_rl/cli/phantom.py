@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import DryRun, use_threads, verb
+from medvqa_rl.cli.common import DryRun, Verbs, use_threads, verb
 
-phantom_app = typer.Typer(help="The embedded phantom world: its small models and its images.", no_args_is_help=True)
+phantom_app = Verbs(help="The embedded phantom world: its small models and its images.", no_args_is_help=True)
 
 
 @phantom_app.command("build")

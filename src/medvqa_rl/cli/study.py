@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medvqa_rl.cli.common import Overrides, use_threads, verb
+from medvqa_rl.cli.common import Overrides, Verbs, use_threads, verb
 from medvqa_rl.core.network import forbid_network
 
 if TYPE_CHECKING:
     from medvqa_rl.study.plan.recipe import Recipe
 
-study_app = typer.Typer(
+study_app = Verbs(
     help="Plan, run and collect an experiment: arms x seeds x test sets, defined by a recipe.", no_args_is_help=True
 )
 
@@ -77,6 +77,7 @@ def run(
     """Run all unfinished cells and write the tables. The same command resumes an interrupted study."""
     from rich.console import Console
 
+    from medvqa_rl.core.text import number_of
     from medvqa_rl.study.collect import collect as read_results
     from medvqa_rl.study.output import write_study
     from medvqa_rl.study.plan.leaks import compare_pixels
@@ -88,7 +89,7 @@ def run(
     failures = run_study(study, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
     if failures:
         reasons = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
-        print(f"error: {len(failures)} cells failed: {reasons}", file=sys.stderr)
+        print(f"error: {number_of(len(failures), 'cell')} failed: {reasons}", file=sys.stderr)
         raise typer.Exit(1)
     for path in write_study(read_results(study), folder / "tables"):
         print(path)

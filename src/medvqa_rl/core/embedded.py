@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,22 @@ def checkpoint_path(name: str) -> Path:
             f"The phantom checkpoint '{name}' is not installed in {folder}: run `medvqa-rl phantom build` to make it."
         )
     return folder
+
+
+def refuse_missing_folder(path: str) -> None:
+    """Refuse a ``model.path`` that can only be a folder, which does not exist.
+
+    Raises:
+        ValueError: it is one.
+    """
+    folder = Path(path).expanduser()
+    if path.startswith("phantom:") or folder.is_dir():
+        return
+    if path.startswith((".", "~", os.sep)) or path.count("/") != 1 or folder.parent.is_dir():
+        raise ValueError(
+            f"model.path is {path!r}, but there is no such folder: give the folder of a checkpoint, a Hugging Face "
+            "Hub id such as Qwen/Qwen2-VL-2B-Instruct, or phantom:base or phantom:instruct for the embedded models."
+        )
 
 
 def local_file(path: str, revision: str | None, name: str) -> Path | None:

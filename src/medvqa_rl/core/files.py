@@ -84,6 +84,12 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def json_lines(text: str) -> list[str]:
+    """The lines of JSON Lines. Only a newline ends one: ``str.splitlines`` would also split at characters that JSON
+    texts contain as they are, such as U+2028 and U+0085."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def flush(path: Path) -> None:
     """Force the content of a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)

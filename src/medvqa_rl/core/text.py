@@ -110,7 +110,7 @@ def is_yes_no(answer: str) -> bool:
     return normalise(answer) in _YES_NO
 
 
-def count(number: int, noun: str, plural: str = "") -> str:
+def number_of(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: ``1 row``, ``2 rows``, ``1,000 rows``.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.randomness import address
-from medvqa_rl.core.text import first_few
+from medvqa_rl.core.text import first_few, number_of
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.fingerprints import ImageFacts, measure
 from medvqa_rl.data.images.windowing import split_fragment
@@ -53,8 +53,8 @@ def read_whole(path: Path) -> tuple[Row, ...]:
     rows = tuple(fields for _, fields in read_table(path, report))
     if bad := [f"row {issue.row} ({issue.reason})" for issue in report.issues if issue.action == "dropped"]:
         raise ValueError(
-            f"{len(bad)} rows of {path} cannot be read: {first_few(bad, 5)}; rows are counted from 0. Fix or remove "
-            "them."
+            f"{number_of(len(bad), 'row')} of {path} cannot be read: {first_few(bad, 5)}; rows are counted from 0. "
+            "Fix or remove them."
         )
     if not rows:
         raise ValueError(f"The table {path} has no rows: add your questions.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
-from medvqa_rl.core.files import write_text
+from medvqa_rl.core.files import json_lines, write_text
 from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType, Template, reference_text
 
@@ -170,5 +170,5 @@ def read_records(path: Path) -> list[EvalRecord]:
         raise ValueError(
             f"There are no evaluation records at {path}: name a samples.jsonl that `medvqa-rl eval` wrote."
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = json_lines(path.read_text(encoding="utf-8"))
     return [parse_record(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]

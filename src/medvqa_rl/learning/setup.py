@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import waiting
+from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.skipping import without_images
@@ -224,7 +225,7 @@ def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str
         "device": str(policy.device),
         "parameters": f"{setup.num_parameters:,}, of which {setup.num_trained:,} are trained",
         "training samples": "endless" if setup.datasets["train"].is_endless else f"{len(setup.datasets['train']):,}",
-        "groups": f"{len(groups)} prompts x {len(groups[0].completions)} completions",
+        "groups": f"{number_of(len(groups), 'prompt')} x {number_of(len(groups[0].completions), 'completion')}",
         "prompt tokens": f"{min(prompts)} to {max(prompts)}",
         "cached image tokens": f"{min(images)} to {max(images)}",
         "completion tokens": f"{min(lengths)} to {max(lengths)}",

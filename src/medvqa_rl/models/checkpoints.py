@@ -51,7 +51,10 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        readable = temporary.stat().st_mode & 0o666  # by the umask; safetensors lets only the owner read its files
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file():
+                path.chmod(readable)
             flush(path)
         if target.exists():
             target.rename(old)

@@ -5,7 +5,6 @@ A policy is a plain Hugging Face model, or a PEFT model around it, with the untr
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.embedded import checkpoint_path, snapshot
+from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
@@ -125,12 +124,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
-    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") != 1 or folder.parent.is_dir()
-    if looks_local:
-        raise ValueError(
-            f"model.path is {path!r}, but there is no such folder: give the folder of a checkpoint, a Hugging Face "
-            "Hub id such as Qwen/Qwen2-VL-2B-Instruct, or phantom:base or phantom:instruct for the embedded models."
-        )
+    refuse_missing_folder(path)
     try:
         return snapshot(path, _HUB_FILES, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

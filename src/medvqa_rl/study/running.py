@@ -18,9 +18,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
+from medvqa_rl.core.files import json_lines
 from medvqa_rl.core.machine import SHARE, own_share
 from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.core.text import number_of
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
@@ -77,7 +79,7 @@ def step_seconds(recipe: Recipe) -> dict[str, float]:
     by_verb: dict[str, list[float]] = {}
     for cell in recipe.cells:
         if cell.arm.verb != "none" and is_trained(cell):
-            rows = [json.loads(line) for line in (cell.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+            rows = [json.loads(line) for line in json_lines((cell.folder / "metrics.jsonl").read_text("utf-8"))]
             times = [row["step_time"] for row in rows if row.get("step_time") is not None]
             by_arm.setdefault(cell.arm.name, []).extend(times)
             by_verb.setdefault(cell.arm.verb, []).extend(times)
@@ -133,7 +135,7 @@ def plan_table(recipe: Recipe) -> TextTable:
             )
         )
     return TextTable(
-        f"{recipe.title}: {len(recipe.cells)} cells",
+        f"{recipe.title}: {number_of(len(recipe.cells), 'cell')}",
         ("cell", *from_title, "verb", "steps", "tests", "state", "minutes left", "folder"),
         rows,
         drop=("folder", "verb", *from_title, "tests"),

@@ -226,7 +226,7 @@ def test_written_splits_are_read_and_share_no_image(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("\n".join(lines))
     arguments = ("--by", "patient", "--images", str(tmp_path / "images"), "--val", "0.2", "--test", "0.2")
     code, output = run("split", str(tmp_path / "mine.csv"), *arguments)
-    assert code == 0 and "15 groups of rows" in output and "0 images duplicate another one" in output
+    assert code == 0 and "15 groups of rows" in output and "0 duplicates of another image" in output
     own = (PHANTOM, "data.name=own", f"data.path={tmp_path}", "data.scanner=home", f"data.cache_dir={tmp_path / 'c'}")
     code, output = run("check", *own, "data.answer_types=[closed]")
     assert code == 0 and "0 of the 6 test images" in output, output

@@ -3,6 +3,7 @@
 Run: pytest tests/data/reading/test_unpack.py
 """
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(ValueError, match="leaves its folder"):
         unpack_zips([path], tmp_path / "cache")
     assert not list((tmp_path / "cache" / "unpacked").iterdir()) and not (tmp_path / "evil").exists()
+
+
+def test_others_may_read_what_is_unpacked_if_the_umask_says_so(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        folder = unpack_zips([archive(tmp_path / "a.zip", {"b/c.png": b"1"})], tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "b", folder / "b" / "c.png")] == [
+        *(0o755, 0o755, 0o644),
+    ]
 
 
 def test_missing_and_damaged_archives_are_refused(tmp_path: Path) -> None:

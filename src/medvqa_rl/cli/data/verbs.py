@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Overrides, Split, read_settings, verb
+from medvqa_rl.cli.common import ConfigPath, Overrides, Split, Verbs, read_settings, verb
 
-data_app = typer.Typer(help="Inspect, check, split and export data.", no_args_is_help=True)
+data_app = Verbs(help="Inspect, check, split and export data.", no_args_is_help=True)
 
 
 @data_app.command("list")

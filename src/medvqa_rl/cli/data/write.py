@@ -9,6 +9,7 @@ from pathlib import Path
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.core.text import number_of
 from medvqa_rl.data import Split, load_dataset, load_splits
 from medvqa_rl.data.division import choose_column, divide, equal_images, images_in, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
@@ -61,7 +62,7 @@ def run_split(
         printer.print(warning, soft_wrap=True)
     if images is not None:
         renamed = sum(len(group) - 1 for group in equal)
-        printer.print(f"{renamed:,} images duplicate another one under another name.")
+        printer.print(f"{number_of(renamed, 'duplicate')} of another image, under another name.")
     printer.print(f"Written: {out}", soft_wrap=True)
     if out.stem == "data":
         places = [f"data.path={shlex.quote(str(out.parent))}"]
@@ -104,6 +105,7 @@ def run_export(
                 progress=progress,
             )
         printer.print(
-            f"Written: {done.file}, {done.rows:,} rows, {done.images:,} images ({done.copied:,} copied unchanged)",
+            f"Written: {done.file}, {number_of(done.rows, 'row')}, {number_of(done.images, 'image')} "
+            f"({done.copied:,} copied unchanged)",
             soft_wrap=True,
         )

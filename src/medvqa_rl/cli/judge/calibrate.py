@@ -20,7 +20,7 @@ from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
-from medvqa_rl.evaluation.statistics.tables import format_interval
+from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_interval, format_kappa
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
@@ -120,13 +120,14 @@ def _table(results: Mapping[str, Any], title: str) -> TextTable:
                 f"{row['n']:,}",
                 f"{100 * row['label_yes_rate']:.0f} %",
                 format_interval(row["accuracy"], 100, 1),
-                format_interval(row["kappa"], 1, 2),
+                format_kappa(row["kappa"]),
                 format_interval(row["false_yes_rate"], 100, 1),
                 format_interval(row["false_no_rate"], 100, 1),
                 f"{100 * row['unscored_rate']:.1f}",
             )
             for group, row in results.items()
         ],
+        notes=[KAPPA_NOTE],
         drop=("unscored %", "labelled yes", "false yes %", "false no %"),
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.core.text import number_of
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
-from medvqa_rl.evaluation.statistics.tables import format_decimal, format_interval
+from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_decimal, format_interval, format_kappa
 from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
 
 
@@ -52,8 +53,9 @@ def run_sheet(
     samples = find_samples(evaluations[0].folder, [item.record for item in items]) if images else {}
     write_text(output, render_sheet(key, items, samples))
     write_key(key, key_path)
-    count = len({item.record.sample_id for item in items})
-    print(f"Written: {output} ({len(items)} answers to {count} questions, {output.stat().st_size / 1e6:.1f} MB).")
+    asked = number_of(len({item.record.sample_id for item in items}), "question")
+    size = output.stat().st_size / 1e6
+    print(f"Written: {output} ({number_of(len(items), 'answer')} to {asked}, {size:.1f} MB).")
     print(f"Written: {key_path}. It reveals which model gave which answer: keep it from the raters.")
 
 
@@ -100,7 +102,8 @@ def run_ratings(key_path: Path, paths: Sequence[Path], *, output: Path | None = 
 
 _NOTE = (
     "95 % intervals resample images. An item rated by several raters counts with their mean. Kappa and alpha are "
-    "nominal for right and wrong, and use squared differences for reasoning; 0 is chance, 1 is full agreement."
+    "nominal for right and wrong, and use squared differences for reasoning; 0 is chance, 1 is full agreement. "
+    + KAPPA_NOTE
 )
 
 
@@ -164,7 +167,7 @@ def rating_tables(results: Mapping[str, Any]) -> list[TextTable]:
                         name,
                         str(row["items"]),
                         format_interval(row["same"], 100, 1),
-                        format_interval(row.get("kappa"), 1, 2),
+                        format_kappa(row.get("kappa")),
                         format_interval(row["alpha"], 1, 2),
                     )
                     for name, row in results["agreement"].items()

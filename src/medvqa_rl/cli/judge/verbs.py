@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import use_threads, verb
+from medvqa_rl.cli.common import Verbs, use_threads, verb
 from medvqa_rl.core.network import is_off
 
-judge_app = typer.Typer(
+judge_app = Verbs(
     help="Judge answers and reasoning by models or people, and measure the judges.", no_args_is_help=True
 )
 

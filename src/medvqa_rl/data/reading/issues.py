@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from medvqa_rl.core.text import count, first_few
+from medvqa_rl.core.text import first_few, number_of
 
 Action = Literal["dropped", "repaired"]
 
@@ -59,7 +59,7 @@ def log_issues(issues: Sequence[RowIssue], folder: Path) -> None:
             continue
         for (file, reason), rows in rows_by_reason(issues, action).items():
             which = f"{'row' if len(rows) == 1 else 'rows'} {first_few(rows, 20)}"
-            _log_once(level, folder, f"{count(len(rows), 'row')} of {file} {action}, {reason}: {which}")
+            _log_once(level, folder, f"{number_of(len(rows), 'row')} of {file} {action}, {reason}: {which}")
 
 
 @cache

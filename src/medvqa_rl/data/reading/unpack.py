@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -40,7 +40,8 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()  # with the modes of the umask, unlike mkdtemp: others may share the cache
     try:
         for archive in archives:
             _unpack(archive, temporary)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import beta
 
+from medvqa_rl.core.files import json_lines
 from medvqa_rl.evaluation.judging.intervals import share_interval
 from medvqa_rl.evaluation.statistics.raters import kappa_interval
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
@@ -42,7 +43,7 @@ def read_pairs(path: Path) -> list[LabelledPair]:
         ValueError: a line has another format, which the message names by its number, or there are no lines.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = json_lines(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"The file {path} is not UTF-8 text: save it as UTF-8.") from error
     pairs = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import format_p
-from medvqa_rl.evaluation.statistics.tables import format_interval
+from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_interval, format_kappa
 
 
 def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
@@ -44,7 +44,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     f"{name} ({found['n']:,})",
                     f"{100 * found['label_yes_rate']:.1f}",
                     format_interval(found["accuracy"], 100, 1),
-                    format_interval(found["kappa"], 1, 2),
+                    format_kappa(found["kappa"]),
                     format_interval(found["false_yes_rate"], 100, 1),
                     format_interval(found["false_no_rate"], 100, 1),
                 )
@@ -58,7 +58,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
             "Agreement of the two judges",
             ("of", "answers", "same, %", "kappa"),
             [
-                (of, str(row["n"]), format_interval(row["same"], 100, 1), format_interval(row["kappa"], 1, 2))
+                (of, str(row["n"]), format_interval(row["same"], 100, 1), format_kappa(row["kappa"]))
                 for of, row in (results["agreement"] or {}).items()
             ],
         ),
@@ -99,7 +99,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         *results["warnings"],
         *lines,
         "95 % intervals resample images; p is the exact test of raised against lowered. An unbiased judge does not "
-        "raise its grade for a longer or more confident text, nor change it for the other edits.",
+        "raise its grade for a longer or more confident text, nor change it for the other edits. " + KAPPA_NOTE,
     ]
 
 

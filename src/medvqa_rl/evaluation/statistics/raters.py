@@ -27,12 +27,14 @@ def _distances(levels: int, scale: Scale) -> Floats:
 
 
 def _kappas(tables: Floats, distances: Floats) -> Floats:
-    """Cohen's kappa of (N, K, K) contingency tables."""
+    """Cohen's kappa of (N, K, K) contingency tables; NaN if a rater always gives the same rating."""
     total = tables.sum(axis=(1, 2))
     observed = (tables * distances).sum(axis=(1, 2))
-    expected = np.einsum("ni,ij,nj->n", tables.sum(axis=2), distances, tables.sum(axis=1)) / total
+    first, second = tables.sum(axis=2), tables.sum(axis=1)
+    expected = np.einsum("ni,ij,nj->n", first, distances, second) / total
+    varies = ((first > 0).sum(axis=1) > 1) & ((second > 0).sum(axis=1) > 1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        kappas: Floats = np.where(expected > 0, 1 - observed / expected, np.nan)
+        kappas: Floats = np.where(varies, 1 - observed / expected, np.nan)
     return kappas
 
 
@@ -55,7 +57,8 @@ def kappa_interval(
         clusters: (N,) clusters to resample.
 
     Returns:
-        Kappa, NaN if D_e is 0, that is if both always give the same rating; and the 2.5 and 97.5 % quantiles of
+        Kappa, NaN if a rater always gives the same rating: D_o is then D_e (or both are 0) whatever the other says, so
+        the number 0 would not mean agreement by chance; and the 2.5 and 97.5 % quantiles of
         resampled clusters, NaN for fewer than two.
     """
     index, count = _positions(clusters)

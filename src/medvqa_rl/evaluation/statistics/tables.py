@@ -173,7 +173,23 @@ def format_decimal(value: float, digits: int) -> str:
 
 def format_interval(interval: Mapping[str, float] | None, factor: float, digits: int, sign: str = "") -> str:
     """Format ``estimate [low, high]`` times a factor; a dash if unknown."""
-    if interval is None or math.isnan(interval["estimate"]):
+    if interval is None or _is_missing(interval["estimate"]):
         return "-"
-    estimate, low, high = (f"{factor * interval[key]:{sign}.{digits}f}" for key in ("estimate", "low", "high"))
-    return estimate if math.isnan(interval["low"]) else f"{estimate} [{low}, {high}]"
+    estimate, *bounds = (
+        "" if _is_missing(value := interval[key]) else f"{factor * value:{sign}.{digits}f}"
+        for key in ("estimate", "low", "high")
+    )
+    return f"{estimate} [{', '.join(bounds)}]" if all(bounds) else estimate
+
+
+def _is_missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
+
+
+KAPPA_NOTE = "Kappa is undefined where one side always gives the same verdict."
+
+
+def format_kappa(interval: Mapping[str, float] | None) -> str:
+    """Format a kappa with its interval; undefined if it does not exist, a dash if unknown."""
+    is_undefined = interval is not None and _is_missing(interval["estimate"])
+    return "undefined" if is_undefined else format_interval(interval, 1, 2)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.progress import duration, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.learning.estimate.advice import Change, advise
 from medvqa_rl.learning.estimate.architecture import find_architecture
@@ -135,7 +135,7 @@ def _show(console: Console, result: Estimate, advice: Advice, completion_tokens:
         highlight=False,
     )
     console.print(_memory_table(result))
-    console.print(_seconds_table(result, completion_tokens))
+    console.print(_time_table(result, completion_tokens))
     console.print(
         f"{machine.name}: {machine.rates.flops / 1e12:.3g} TFLOP/s, {machine.rates.bandwidth / 1e9:.0f} GB/s "
         f"({machine.source}). Expected: {EXPECTED_FLOPS:.0%} of the FLOP/s, {EXPECTED_BANDWIDTH:.0%} of the "
@@ -174,12 +174,13 @@ def _memory_table(result: Estimate) -> TextTable:
     return TextTable("Memory in GiB", ("", *titles), rows, bold={len(rows) - 1})
 
 
-def _seconds_table(result: Estimate, completion_tokens: int) -> TextTable:
-    """Seconds by phase, at full and at expected rates."""
+def _time_table(result: Estimate, completion_tokens: int) -> TextTable:
+    """Time by phase, at full and at expected rates."""
     least = least_seconds(result.work, result.machine.rates, completion_tokens=completion_tokens)
     expected = expected_seconds(result.work, result.machine.rates, completion_tokens=completion_tokens)
     rows = [
-        (name, f"{getattr(least, name):.2f}", f"{getattr(expected, name):.2f}")
+        (name, *(f"{value:.2f} s" if value < 90 else duration(value) for value in values))
         for name in ("rollout", "reference", "update", "total")
+        for values in [(getattr(least, name), getattr(expected, name))]
     ]
-    return TextTable("Seconds per step", ("", "at least", "expected"), rows, bold={3})
+    return TextTable("Time per step", ("", "at least", "expected"), rows, bold={3})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.text import number_of
 from medvqa_rl.models.dtype import uses_bfloat16
 
 GIB = 2**30
@@ -149,5 +150,5 @@ def benchmark(device: str, *, is_bfloat16: bool) -> Machine:
     if on_gpu:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Machine(properties.name, rates, properties.total_memory, True, "measured just now")
-    name = f"CPU with {torch.get_num_threads()} threads"
+    name = f"CPU with {number_of(torch.get_num_threads(), 'thread')}"
     return Machine(name, rates, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False, "measured just now")

@@ -9,6 +9,7 @@ from pathlib import Path
 from medvqa_rl.config import leaves
 from medvqa_rl.core.files import write_text
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.core.text import number_of
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
 from medvqa_rl.evaluation.statistics.tables import measured_table
 from medvqa_rl.report.comparisons import accuracy_rows, compare
@@ -129,7 +130,7 @@ def _facts(run: StoredRun) -> dict[str, str]:
     for split, data in run.data.items():
         if isinstance(data, dict):
             samples = data.get("samples")
-            size = "endless" if samples is None else f"{samples:,} samples"
+            size = "endless" if samples is None else number_of(samples, "sample")
             facts[f"{split} data"] = f"{data.get('name')}, {size}, fingerprint {data.get('fingerprint')}"
             if data.get("notes"):
                 facts[f"{split} data, notes"] = ", ".join(f"{key}: {count}" for key, count in data["notes"].items())

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.sampler import step_samples
@@ -70,8 +71,10 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
                 thumbnails.add(samples[group.sample_id], shown, notes)
     if plain and not images:
         notes.append("The page was written without images.")
-    if thumbnails.num_left_out:
-        notes.append(f"{thumbnails.num_left_out} images are left out to keep the page small.")
+    if left_out := thumbnails.num_left_out:
+        notes.append(
+            f"{number_of(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out to keep the page small."
+        )
     return Viewer(plain, thumbnails.uris, notes)
 
 

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from medvqa_rl.core.files import write_json
+from medvqa_rl.core.files import json_lines, write_json
 from medvqa_rl.rewards.judges.protocol import Grade, Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import Rubric
 
@@ -78,7 +78,7 @@ class CachedJudge:
             write_json(self._folder / "identity.json", judge.identity.to_json())
         self._known: dict[str, Grade] = {}
         for path in sorted(self._folder.glob("verdicts-*.jsonl")):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
                 if (found := read_line(line, rubric.top)) is not None:
                     self._known[found[0]] = found[1]
         # Unique after a fork too, and when hosts share a name.
