@@ -231,7 +231,7 @@ def reward_to_zero(rows: Sequence[Row]) -> Check:
 
 def high_kl(rows: Sequence[Row]) -> Check:
     """A policy far from its reference: the reward may be exploited, and the text may degrade."""
-    rule = f"At some step the median KL divergence of {WINDOW} steps is above {HIGH_KL:g} nats per token."
+    rule = f"At some step the median KL divergence of {WINDOW} steps is above {HIGH_KL:g} (nats per token)."
     return _as_watched(rows, "kl", "High KL", " nats per token", rule)
 
 
