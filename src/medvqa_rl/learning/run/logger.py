@@ -44,7 +44,7 @@ class RunLogger:
         self._console = open_console(stderr=True)
         self._watch = CollapseWatch()
         if run.metrics.exists():  # of a resumed run, which has reported what they show
-            for row in map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines()):
+            for row in map(json.loads, run.metrics.read_bytes().splitlines()):
                 self._watch.see(row["step"], row)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
