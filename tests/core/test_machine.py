@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from threading import Event
 
 import pytest
@@ -75,15 +76,29 @@ def test_processes_side_by_side_get_equal_shares(monkeypatch):
 
 
 def test_the_meter_counts_other_processes_only(monkeypatch):
-    """On simulated clocks: 10 s on two cores, 5 s of them idle, 3 s this process."""
-    clocks = {"wall": 100.0, "idle": 50.0, "own": 7.0}
+    """On simulated clocks: 10 s on two cores, which are busy for 15 s, 3 s of them with this process."""
+    clocks = {"wall": 100.0, "busy": 50.0, "own": 7.0}
     monkeypatch.setattr("medvqa_rl.core.machine.time.perf_counter", lambda: clocks["wall"])
-    monkeypatch.setattr("medvqa_rl.core.machine._idle_seconds", lambda cores: clocks["idle"])
+    monkeypatch.setattr("medvqa_rl.core.machine._busy_seconds", lambda cores: clocks["busy"])
     monkeypatch.setattr("medvqa_rl.core.machine._own_seconds", lambda: clocks["own"])
     monkeypatch.setattr("medvqa_rl.core.machine.own_cores", lambda: (0, 1))
     meter = LoadMeter()
-    clocks.update(wall=110.0, idle=55.0, own=10.0)
+    clocks.update(wall=110.0, busy=65.0, own=10.0)
     assert meter.read() == Load(2, pytest.approx(1.2))
+
+
+def test_busy_seconds_are_those_of_the_own_cores(monkeypatch):
+    """As psutil reports them; a guest's seconds are also in user."""
+    monkeypatch.setattr("medvqa_rl.core.machine.sys.platform", "linux")
+    names = "user nice system idle iowait irq softirq steal guest guest_nice"
+    core = namedtuple("core", names)
+    times = [core(100, 0, 10, 500, 5, 1, 2, 3, 40, 0), core(7, 1, 2, 900, 0, 0, 0, 0, 0, 0)]
+    monkeypatch.setattr("medvqa_rl.core.machine.psutil.cpu_times", lambda percpu: times)
+    assert machine._busy_seconds([0]) == 116 and machine._busy_seconds([1]) == 10
+    assert machine._busy_seconds([0, 1]) == 126
+    assert machine._busy_seconds([34, 35]) == 126  # the same two under the numbers of the host
+    times[:] = [core(*[0] * 10)] * 2
+    assert machine._busy_seconds([0, 1]) == 0
 
 
 def test_the_meter_does_not_count_this_process():

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -70,15 +70,13 @@ class LoadMeter:
 
     def __init__(self) -> None:
         self._cores = own_cores()
-        self._began, self._idle, self._own = time.perf_counter(), _idle_seconds(self._cores), _own_seconds()
+        self._began, self._busy, self._own = time.perf_counter(), _busy_seconds(self._cores), _own_seconds()
 
     def read(self) -> Load:
         """The mean load so far, without this process and those that it started and waited for."""
         seconds = time.perf_counter() - self._began
-        idle = _idle_seconds(self._cores) - self._idle
-        own = _own_seconds() - self._own
-        count = len(self._cores)
-        return Load(count, min(count, max(0.0, count - (idle + own) / seconds)))
+        others = _busy_seconds(self._cores) - self._busy - (_own_seconds() - self._own)
+        return Load(len(self._cores), min(len(self._cores), max(0.0, others / seconds)))
 
 
 def own_cores() -> Sequence[int]:
@@ -86,11 +84,18 @@ def own_cores() -> Sequence[int]:
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else range(os.cpu_count() or 1)
 
 
-def _idle_seconds(cores: Sequence[int]) -> float:
-    """Idle seconds of cores since the machine started."""
+def _busy_seconds(cores: Sequence[int]) -> float:
+    """CPU seconds that all processes have used on these cores; 0 where the system does not count them."""
     times = psutil.cpu_times(percpu=True)
-    waiting = sum(times[core].iowait for core in cores) if sys.platform == "linux" else 0.0
-    return float(sum(times[core].idle for core in cores) + waiting)
+    if max(cores) >= len(times):  # some containers list their own cores only, under other numbers
+        cores = range(min(len(cores), len(times)))
+    return float(sum(_busy_part(times[core]) for core in cores))
+
+
+def _busy_part(core: Any) -> float:
+    """The busy seconds of a core's times. Those of guest systems are also in its user and nice seconds."""
+    idle = core.idle + (core.iowait + core.guest + core.guest_nice if sys.platform == "linux" else 0.0)
+    return float(sum(core) - idle)
 
 
 def _own_seconds() -> float:
