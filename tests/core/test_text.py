@@ -28,7 +28,40 @@ from medvqa_rl.core.text import (
     number_of,
     parts,
     plain,
+    printable,
+    shown,
 )
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.just("x\x1b[2J" * 500),
+    lambda inner: st.lists(inner, max_size=9) | st.dictionaries(st.text(), inner, max_size=9),
+)
+
+
+@given(VALUES)
+@example(b"\x89PNG" * 10_000)
+@example({"bytes": b"\x89PNG" * 10_000, "path": None})
+@example("\x89PNG" * 10_000)
+@example(10**5000)
+@example([[[["\x1b]0;title\x07"]]]] * 1000)
+def test_what_is_shown_of_a_value_is_short_and_printable(value: object) -> None:
+    text = shown(value)
+    assert text.isprintable() and 0 < len(text) <= 83
+    cut = printable(str(value) if value != 10**5000 else "")
+    assert cut.isprintable() and len(cut) <= 203
+
+
+def test_short_values_are_shown_as_they_are() -> None:
+    assert [shown(value) for value in ("über", 2.5, None, [1, "a"], b"abc")] == [
+        "'über'",
+        "2.5",
+        "None",
+        "[1, 'a']",
+        "3 bytes",
+    ]
+    assert shown("\x1b[31mred\x07") == r"'\x1b[31mred\x07'"
+    assert printable("a\tb\x9b\u202ec") == r"a\tb\x9b\u202ec"
+    assert printable("abcdef", 3) == "abc..."
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
+from medvqa_rl.core.text import printable
 
 if TYPE_CHECKING:
     from medvqa_rl.config import Purpose
@@ -32,6 +33,8 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Settings that override the config, such as train.steps=100."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Load everything, run one step, print its shapes and exit.")]
+MAX_MESSAGE = 2000
+"""Most characters of a line of an error message, whatever a library put into it."""
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback on errors.")]
 Split = Literal["train", "val", "test"]
 
@@ -209,4 +212,4 @@ def _print_error(message: str) -> None:
     """Print an error message to standard error without wrapping, so that it can be searched for."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="bold red", end=" ")
-    console.print(message, markup=False)
+    console.print("\n".join(printable(line, MAX_MESSAGE) for line in message.split("\n")), markup=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from medvqa_rl.config import Config
 from medvqa_rl.config.base import OnResume
+from medvqa_rl.core.text import printable
 
 SCHEMA: dict[str, Any] = Config.model_json_schema()
 Schema = Mapping[str, Any]
@@ -81,7 +82,7 @@ def one_of(names: Sequence[Any]) -> str:
 def show(value: Any) -> str:
     """Show a given value as the user wrote it, cut to 80 characters."""
     text = f"the text '{value}'" if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return printable(text, 77) if len(text) > 80 else printable(text, 80)
 
 
 def did_you_mean(word: Any, names: Iterable[Any]) -> str:

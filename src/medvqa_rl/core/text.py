@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 
@@ -117,6 +118,36 @@ def number_of(number: int, noun: str, plural: str = "") -> str:
         plural: of the noun; an s is added by default.
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlevel = 2
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """Text of at most ``limit`` characters and "...", all on one line: control characters, among them those that
+    steer a terminal, and lone surrogates are escaped."""
+    if len(text) <= limit and text.isprintable():
+        return text
+    text = text[: limit + 1].encode("utf-8", "backslashreplace").decode()
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A given value in a message: its ``repr``, printable and short, and for bytes only their number.
+
+    Every message that quotes what is in a file or a setting quotes it through this function or :func:`printable`.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value):,} bytes"
+    if isinstance(value, str):
+        return printable(repr(value[: limit + 1]), limit)
+    try:
+        return printable(_REPR.repr(value), limit)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "a number of thousands of digits"
 
 
 def first_few(items: Iterable[object], limit: int = 8) -> str:

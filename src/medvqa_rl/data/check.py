@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.answers import compared, score_correctness
 from medvqa_rl.core.prompts import as_asked, render_answer
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.text import normalise, shown
 from medvqa_rl.core.types import LETTERS, Dataset, ImageSource, Sample, Template
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.findings import (
@@ -174,15 +174,15 @@ def _read_split(
         ids.add(sample.id)
         is_valid = sample.answer_type != "choice" or set(sample.answers) <= {*LETTERS[: len(sample.options)]}
         if not is_valid or not _is_gold_correct(sample, template):
-            faults.add("gold answer scores below 1", f"{where} ({sample.answer!r})")
+            faults.add("gold answer scores below 1", f"{where} ({shown(sample.answer)})")
         elif not _is_gold_unique(sample):
-            faults.add("gold option not unique", f"{where} ({sample.answer_text!r})")
+            faults.add("gold option not unique", f"{where} ({shown(sample.answer_text)})")
         question = (sample.image_key, normalise(sample.question), *map(normalise, sample.options))
         correct = {compared(answer, sample.answers_as) for answer in sample.answers}
         earlier = golds.setdefault(question, set())
         if earlier:
             kind = "repeated question" if correct & earlier else "contradiction"
-            faults.add(kind, f"{where} ({sample.question!r})")
+            faults.add(kind, f"{where} ({shown(sample.question)})")
         earlier |= correct
         _count(facts, sample, sample.answer_text if is_valid else "")
         if (index + 1) % 500 == 0 or index + 1 == total:

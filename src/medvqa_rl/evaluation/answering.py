@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.core.answers import ParsedAnswer, compared, is_correct, parse_completion, read_choice, token_f1
 from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.images.prefetch import prefetch_map
@@ -296,7 +297,7 @@ def explain_score(sample: Sample, completion: Completion, parsed: ParsedAnswer, 
     given = compared(parsed.answer, sample.answers_as)
     golds = " or ".join(repr(compared(gold, sample.answers_as)) for gold in sample.answers)
     is_equal = is_correct(sample, parsed.answer)
-    return f"normalised, {given!r} " + ("is the gold answer" if is_equal else f"is not {golds}")
+    return f"normalised, {shown(given)} " + ("is the gold answer" if is_equal else f"is not {golds}")
 
 
 def _letter(sample: Sample, answer: str | None) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from medvqa_rl.core.files import json_lines, write_text
-from medvqa_rl.core.text import is_yes_no
+from medvqa_rl.core.text import is_yes_no, printable
 from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType, Template, reference_text
 
 
@@ -149,7 +149,7 @@ def parse_record(line: str, where: str) -> EvalRecord:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}): evaluate again.") from error
+        raise ValueError(f"{where} is not JSON ({printable(str(error))}): evaluate again.") from error
     if not isinstance(row, dict) or not REQUIRED <= row.keys() <= NAMES:
         raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
     try:
@@ -157,7 +157,9 @@ def parse_record(line: str, where: str) -> EvalRecord:
         tuples = {name: tuple(row.get(name, ())) for name in ("options", "alternatives")}
         return EvalRecord(**{**row, **tuples, "sampled": sampled})
     except TypeError as error:
-        raise ValueError(f"{where} is not an evaluation record of this version ({error}): evaluate again.") from error
+        raise ValueError(
+            f"{where} is not an evaluation record of this version ({printable(str(error))}): evaluate again."
+        ) from error
 
 
 def read_records(path: Path) -> list[EvalRecord]:

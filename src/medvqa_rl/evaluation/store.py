@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.files import json_lines, write_json
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, write_records
 
 
@@ -42,7 +43,7 @@ class Shard:
         """
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal()) or int(index) >= int(count):
-            raise ValueError(f"The shard {text!r} is not of the format I/N with I from 0 to N - 1, such as 0/4.")
+            raise ValueError(f"The shard {shown(text)} is not of the format I/N with I from 0 to N - 1, such as 0/4.")
         return cls(int(index), int(count))
 
 
@@ -127,7 +128,7 @@ def agree(folder: Path, identity: Mapping[str, Any], *, write: bool = True) -> N
     before = read_identity(folder)
     different = sorted(key for key in before.keys() & given.keys() if before[key] != given[key])
     if different:
-        changes = "; ".join(f"{key} was {before[key]!r} and is {given[key]!r}" for key in different)
+        changes = "; ".join(f"{key} was {shown(before[key])} and is {shown(given[key])}" for key in different)
         raise ValueError(
             f"The folder {folder} holds a different evaluation ({changes}): restore these, or choose another folder "
             "with --output."
@@ -148,7 +149,9 @@ def read_identity(folder: Path) -> dict[str, Any]:
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"The file {path} is damaged ({error}): choose another folder with --output.") from error
+        raise ValueError(
+            f"The file {path} is damaged ({printable(str(error))}): choose another folder with --output."
+        ) from error
     if not isinstance(identity, dict):
         raise ValueError(f"The file {path} is damaged (it is not a JSON object): choose another folder with --output.")
     return identity

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
 from medvqa_rl.core.progress import waiting
+from medvqa_rl.core.text import printable
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
@@ -148,7 +149,9 @@ def _read_architecture(folder: Path) -> Any:
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not of a Qwen2-VL or Qwen2.5-VL model: {error}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} is not of a Qwen2-VL or Qwen2.5-VL model: {printable(str(error), 400)}"
+        ) from error
     if settings.model_type not in ARCHITECTURES:
         raise ValueError(
             f"The checkpoint in {folder} is a {settings.model_type} model, but only Qwen2-VL (qwen2_vl) and "
@@ -184,7 +187,7 @@ def _load_weights(folder: Path, settings: Any, config: ModelConfig, device: torc
             trust_remote_code=False,
         )
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"The weights in {folder} cannot be loaded: {error}") from error
+        raise ValueError(f"The weights in {folder} cannot be loaded: {printable(str(error), 400)}") from error
     model, info = loaded
     wrong = {
         "missing": sorted(info["missing_keys"]),

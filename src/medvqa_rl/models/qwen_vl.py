@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.core.types import EncodedPrompt, Sample, Template
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
@@ -86,7 +87,8 @@ class Processor:
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The tokenizer or the image settings in {folder} cannot be read ({error}): the folder needs "
+                f"The tokenizer or the image settings in {folder} cannot be read "
+                f"({printable(str(error), 400)}): the folder needs "
                 "tokenizer.json, tokenizer_config.json and preprocessor_config.json of a Qwen2-VL checkpoint."
             ) from error
         template = folder / "chat_template.json"
@@ -126,7 +128,9 @@ class Processor:
             try:
                 text, ids = self._tokenize([{"role": "user", "content": content}])
             except (TemplateError, TypeError) as error:
-                raise ValueError(f"The chat template fails on a question with images ({error}): {remedy}.") from error
+                raise ValueError(
+                    f"The chat template fails on a question with images ({printable(str(error), 400)}): {remedy}."
+                ) from error
             found = int((ids == self.image_token_id).sum())
             if found != count:
                 raise ValueError(
@@ -154,7 +158,7 @@ class Processor:
             images = [source.load() for source in sample.images]
             features = self.image_processor(images=images, return_tensors="np")
         except ValueError as error:
-            raise ValueError(f"An image of sample {sample.id!r} cannot be used: {error}") from error
+            raise ValueError(f"An image of sample {shown(sample.id)} cannot be used: {error}") from error
         grid = np.asarray(features["image_grid_thw"], dtype=np.int64)
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = grid.prod(axis=-1) // self.image_processor.merge_size**2

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 from medvqa_rl.core.prompts import render_prompt
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Group
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -50,7 +51,7 @@ def load_function(path: str) -> RewardFunction:
     module_name, _, name = path.rpartition(".")
     if not module_name or not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(
-            f"The reward function {path!r} is not a dotted path: write it as package.module.function, "
+            f"The reward function {shown(path)} is not a dotted path: write it as package.module.function, "
             "for example my_rewards.short_reasoning."
         )
     if os.getcwd() not in sys.path:
@@ -61,11 +62,13 @@ def load_function(path: str) -> RewardFunction:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # something that the user's module imports is missing
         raise ValueError(
-            f"The reward function {path!r} cannot be loaded because there is no module {error.name!r}: "
+            f"The reward function {shown(path)} cannot be loaded because there is no module {shown(error.name)}: "
             "install it, or start from the folder that contains it."
         ) from error
     if name not in vars(module):
-        raise ValueError(f"The reward function {path!r} cannot be loaded: module {module_name!r} has no {name!r}.")
+        raise ValueError(
+            f"The reward function {shown(path)} cannot be loaded: module {shown(module_name)} has no {shown(name)}."
+        )
     function: RewardFunction = vars(module)[name]
     _check_signature(path, function)
     return function
@@ -74,11 +77,11 @@ def load_function(path: str) -> RewardFunction:
 def _check_signature(path: str, function: object) -> None:
     what = "a function (prompts, completions, completion_ids, **kwargs) that returns one float or None per completion"
     if not callable(function) or inspect.isclass(function):
-        raise ValueError(f"The reward {path!r} is a {type(function).__name__}, but it must be {what}.")
+        raise ValueError(f"The reward {shown(path)} is a {type(function).__name__}, but it must be {what}.")
     parameters = inspect.signature(function).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         raise ValueError(
-            f"The reward function {path!r} does not take **kwargs, but it must be {what}: "
+            f"The reward function {shown(path)} does not take **kwargs, but it must be {what}: "
             "add **kwargs to its parameters, since it receives more columns than it names."
         )
 
@@ -211,7 +214,7 @@ def _named_errors(path: str, step: int) -> Iterator[None]:
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         where = f" ({os.path.basename(own[0].filename)}, line {own[0].lineno})" if own else ""
-        error.add_note(f"This was raised by the reward function {path!r}{where} in step {step + 1}.")
+        error.add_note(f"This was raised by the reward function {shown(path)}{where} in step {step + 1}.")
         raise
 
 
@@ -219,7 +222,8 @@ def _check_logged(path: str, log: RewardLog, count: int) -> None:
     for column, values in log.columns.items():
         if len(values) != count:
             raise ValueError(
-                f"The reward function {path!r} logged {len(values)} values as {column!r} for {count} completions, but "
+                f"The reward function {shown(path)} logged {len(values)} values as {shown(column)} for {count} "
+                "completions, but "
                 "log_extra needs one per completion."
             )
 
@@ -228,20 +232,21 @@ def _as_rewards(path: str, returned: object, count: int) -> list[float | None]:
     """Check a user function's return value."""
     if not isinstance(returned, Iterable) or isinstance(returned, (str, bytes, Mapping)):
         raise ValueError(
-            f"The reward function {path!r} returned a {type(returned).__name__}, but it must return a list with "
+            f"The reward function {shown(path)} returned a {type(returned).__name__}, but it must return a list with "
             "one float or None per completion."
         )
     values = list(returned)
     if len(values) != count:
         raise ValueError(
-            f"The reward function {path!r} returned {len(values)} rewards for {count} completions, but it must "
+            f"The reward function {shown(path)} returned {len(values)} rewards for {count} completions, but it must "
             "return exactly one float or None for each."
         )
     rewards: list[float | None] = []
     for index, reward in enumerate(values):
         if reward is not None and not isinstance(reward, SupportsFloat):
             raise ValueError(
-                f"The reward function {path!r} returned {reward!r} for completion {index}, but a reward is a float, "
+                f"The reward function {shown(path)} returned {shown(reward)} for completion {index}, but a "
+                "reward is a float, "
                 "or None where it does not apply."
             )
         number = None if reward is None else float(reward)

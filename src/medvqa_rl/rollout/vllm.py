@@ -26,6 +26,7 @@ from torch import Tensor
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.randomness import address
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
 from medvqa_rl.models.qwen_vl import causal_model, image_features
@@ -180,13 +181,14 @@ class VllmEngine:
         sample, prompt = request.sample, request.prompt
         if list(answer.prompt_ids) != prompt.input_ids.tolist():
             raise VllmError(
-                f"vLLM read the prompt of sample {sample.id!r} as {len(answer.prompt_ids)} tokens, but training reads "
+                f"vLLM read the prompt of sample {shown(sample.id)} as {len(answer.prompt_ids)} tokens, but "
+                "training reads "
                 f"other tokens ({len(prompt.input_ids)}): serve the model that is trained, and resize images as "
                 "training does (for a server, --mm-processor-kwargs as in docs/vllm.md)."
             )
         if len(answer.completions) != num_generations:
             raise VllmError(
-                f"vLLM returned {len(answer.completions)} completions for sample {sample.id!r} instead of "
+                f"vLLM returned {len(answer.completions)} completions for sample {shown(sample.id)} instead of "
                 f"{num_generations}."
             )
         return Group(
@@ -199,7 +201,7 @@ class VllmEngine:
     def _completion(self, sample: Sample, sampled: Sampled) -> Completion:
         if sampled.finish_reason not in ("stop", "length") or not sampled.token_ids:
             raise VllmError(
-                f"vLLM ended a completion for sample {sample.id!r} early, after {len(sampled.token_ids)} tokens "
+                f"vLLM ended a completion for sample {shown(sample.id)} early, after {len(sampled.token_ids)} tokens "
                 f"(reason: {sampled.finish_reason})."
             )
         text = self._policy.processor.decode(sampled.token_ids)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from medvqa_rl.config import VllmConfig
 from medvqa_rl.core.progress import waiting
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.core.types import ImageSource
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.loading import Policy, resolve_folder
@@ -79,7 +80,7 @@ class Client:
                 text = response.read()
                 is_json = response.headers.get_content_type() == "application/json"
         except urllib.error.HTTPError as error:
-            said = error.read(300).decode("utf-8", "replace").strip()
+            said = printable(error.read(300).decode("utf-8", "replace").strip(), 300)
             raise VllmError(f"{where} answers {path} with HTTP {error.code}: {said}") from error
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -87,7 +88,7 @@ class Client:
         try:
             return json.loads(text) if is_json else None
         except ValueError as error:
-            raise VllmError(f"{where} answers {path} with invalid JSON ({error}).") from error
+            raise VllmError(f"{where} answers {path} with invalid JSON ({printable(str(error))}).") from error
 
 
 def check_answers(config: VllmConfig) -> None:
@@ -149,7 +150,7 @@ class Server:
         except (VllmError, KeyError, TypeError) as error:
             raise ValueError(
                 f"vllm.server_url is {self._client.url}, but no vLLM server in development mode answers there "
-                f"({error}): start it with `{command}`."
+                f"({printable(str(error))}): start it with `{command}`."
             ) from error
         if served not in (policy.config.path, _folder(policy)):
             raise ValueError(
@@ -213,7 +214,7 @@ class Server:
             return Answer(answer["prompt_token_ids"], [_sampled(choice) for choice in choices])
         except (KeyError, TypeError, ValueError) as error:
             raise VllmError(
-                f"The vLLM server at {self._client.url} returned an unexpected response ({error!r})."
+                f"The vLLM server at {self._client.url} returned an unexpected response ({shown(error)})."
             ) from error
 
 

@@ -22,7 +22,7 @@ from medvqa_rl.core.files import json_lines
 from medvqa_rl.core.machine import SHARE, own_share
 from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import number_of
+from medvqa_rl.core.text import number_of, printable
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
@@ -66,7 +66,9 @@ def _status(cell: Cell) -> Mapping[str, object]:
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"The file {path} is damaged ({error}): remove the folder of this cell.") from error
+        raise ValueError(
+            f"The file {path} is damaged ({printable(str(error))}): remove the folder of this cell."
+        ) from error
     return status if isinstance(status, dict) else {}
 
 

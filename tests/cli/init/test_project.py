@@ -250,6 +250,10 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
         table.write_text("".join(json.dumps(row) + "\n" for row in changed))
         with pytest.raises(ValueError, match=message):
             run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
+    table.write_text("".join(json.dumps({**row, "split": "\x89PNG\x1b[2J" * 9000}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="in row 0, counted from 0") as error:
+        run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
+    assert len(str(error.value)) < 600 and str(error.value).isprintable()
     rows = closed(60)
     for number, row in enumerate(rows):
         row["Patient ID"] = f"p{number // 6}"

@@ -23,7 +23,7 @@ from medvqa_rl.config.yaml import build_config, read_yaml
 from medvqa_rl.core.embedded import local_file
 from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import normalise
+from medvqa_rl.core.text import normalise, shown
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
@@ -182,7 +182,9 @@ def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, se
         bad = next((number for number, place in enumerate(own) if place not in SPLITS), None)
         missing = [place for place in SPLITS if place not in own]
         if bad is not None or missing:
-            what = f"has no row for {missing[0]}" if bad is None else f"is {own[bad]!r} in row {bad}, counted from 0"
+            what = (
+                f"has no row for {missing[0]}" if bad is None else f"is {shown(own[bad])} in row {bad}, counted from 0"
+            )
             raise ValueError(
                 f"The column {COLUMN} of {table} {what}: give train, val or test in every row and use "
                 "all three, or remove the column to have the questions split for you."
@@ -208,7 +210,7 @@ def find_obstacles(samples: Sequence[Sample], table: Path, open_correctness: str
     if len(answers) == 1:
         (answer,) = answers
         problems.append(
-            f"All {len(samples)} answers in {table} are {answer!r}, so always giving that answer is always right "
+            f"All {len(samples)} answers in {table} are {shown(answer)}, so always giving that answer is always right "
             "and there is nothing to learn: add questions with other answers."
         )
     elif len(letters) == 1 and letters.total() == len(samples):

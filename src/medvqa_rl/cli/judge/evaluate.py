@@ -22,6 +22,7 @@ from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
 from medvqa_rl.core.progress import open_console, print_line
+from medvqa_rl.core.text import printable
 from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
     Judged,
@@ -190,7 +191,7 @@ def _rewarding(folder: Path) -> dict[str, JudgeIdentity]:
         try:
             found |= read_identities(json.loads(path.read_text(encoding="utf-8")).get("judges", {}))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"The file {path} is damaged ({error}): evaluate again.") from error
+            raise ValueError(f"The file {path} is damaged ({printable(str(error))}): evaluate again.") from error
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
+from medvqa_rl.core.text import printable
 from medvqa_rl.data.images.windowing import grey_levels, medical_kind, split_fragment, stretch
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")
@@ -101,12 +102,15 @@ def _open(path: Path) -> Image.Image:
 
 def _must_exist(path: Path) -> None:
     if not path.is_file():
-        raise ValueError(f"The image {path} does not exist: check the data folder, or remove its rows.")
+        raise ValueError(
+            f"The image {printable(str(path), 400)} does not exist: check the data folder, or remove its rows."
+        )
 
 
 def _unreadable(path: Path, error: BaseException) -> str:
     return (
-        f"The image {path} cannot be decoded ({type(error).__name__}: {str(error).rstrip('.') or 'no details'}): "
+        f"The image {printable(str(path), 400)} cannot be decoded ({type(error).__name__}: "
+        f"{printable(str(error)).rstrip('.') or 'no details'}): "
         f"replace the file, or convert it to one of {', '.join(FORMATS)}."
     )
 

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from medvqa_rl.core.text import shown
+
 _VOLUME = re.compile(r"(.*\.(?:dcm|dicom|ima|nii)(?:\.gz)?)(?:#(.*))?", re.IGNORECASE | re.DOTALL)
 # DICOM files often have no suffix, so a fragment is also recognised by its form.
 _OTHER = re.compile(r"(.*)#((?:frame|window)=[^#]*)", re.DOTALL)
@@ -55,7 +57,7 @@ def read_fragment(fragment: str | None, allowed: Collection[str], path: Path) ->
         is_index = name != "window" and len(values) == 1 and values[0] >= 0 and values[0].is_integer()
         if name not in allowed or name in result or not (is_window or is_index):
             raise ValueError(
-                f"The fragment #{fragment} after the image {path} is not understood at {part!r}: join any of "
+                f"The fragment #{fragment} after the image {path} is not understood at {shown(part)}: join any of "
                 f"{', '.join(f'{each}=CENTER,WIDTH' if each == 'window' else f'{each}=NUMBER' for each in allowed)} "
                 "by &, each once; the width is positive, and numbers count from 0."
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.files import write_whole
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.data.reading.issues import RowIssue
 
 Fields = Mapping[str, Any]
@@ -36,20 +37,11 @@ class TableReport:
 
     def drop(self, row: int, reason: str, detail: str = "") -> None:
         """Record that a row was dropped."""
-        self.issues.append(RowIssue(row, self.file, reason, "dropped", _printable(detail)))
+        self.issues.append(RowIssue(row, self.file, reason, "dropped", printable(detail)))
 
     def repair(self, row: int, reason: str, detail: str = "") -> None:
         """Record that a row was repaired."""
-        self.issues.append(RowIssue(row, self.file, reason, "repaired", _printable(detail)))
-
-
-def _printable(text: str, limit: int = 200) -> str:
-    """Escape control characters and lone surrogates, and shorten the text."""
-    if len(text) <= limit and text.isprintable():
-        return text
-    text = text[: limit + 1].encode("utf-8", "backslashreplace").decode()
-    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
-    return text if len(text) <= limit else text[:limit] + "..."
+        self.issues.append(RowIssue(row, self.file, reason, "repaired", printable(detail)))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -80,7 +72,7 @@ def read_table(
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"The table {path} ends in {path.suffix!r}: convert it to one of {', '.join(READABLE)}.")
+        raise ValueError(f"The table {path} ends in {shown(path.suffix)}: convert it to one of {', '.join(READABLE)}.")
     try:
         for number, fields in reader(path, report, required):
             report.total = max(report.total, number + 1)
@@ -94,12 +86,12 @@ def _check_columns(path: Path, columns: list[str], required: tuple[str, ...]) ->
     """Refuse a table with missing or duplicate columns."""
     if missing := [name for name in required if name not in columns]:
         raise ValueError(
-            f"The table {path} has no column {', '.join(missing)}; it has {_printable(', '.join(columns)) or 'none'}: "
+            f"The table {path} has no column {', '.join(missing)}; it has {printable(', '.join(columns)) or 'none'}: "
             "rename its columns, or check that data.path and data.name belong together."
         )
     if repeated := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(
-            f"The table {path} has the column {_printable(', '.join(repeated))} twice: rename one of them."
+            f"The table {path} has the column {printable(', '.join(repeated))} twice: rename one of them."
         )
 
 
@@ -141,7 +133,9 @@ def _read_csv(path: Path, report: TableReport, required: tuple[str, ...]) -> Ite
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise ValueError(f"The header of {path} is not CSV ({error}): fix its first line.") from error
+            raise ValueError(
+                f"The header of {path} is not CSV ({printable(str(error))}): fix its first line."
+            ) from error
         header = [_decode(name)[0].strip() for name in header]
         if not any(header) or any("\0" in name for name in header):
             raise ValueError(f"The table {path} has no header: its first line must name the columns.")
@@ -229,7 +223,7 @@ def _read_json(path: Path, report: TableReport, required: tuple[str, ...]) -> It
     try:
         content = _parse_json(text)
     except ValueError as error:
-        raise ValueError(f"The file {path} is not JSON ({_printable(str(error))}): download it again.") from error
+        raise ValueError(f"The file {path} is not JSON ({printable(str(error))}): download it again.") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"The file {path} is not a list of questions: check that it is the right file.")
     for number, fields in enumerate(content):
@@ -250,9 +244,7 @@ def _read_parquet(path: Path, report: TableReport, required: tuple[str, ...]) ->
             batches = file.iter_batches(batch_size=256)
             yield from enumerate(fields for batch in batches for fields in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is not parquet, or damaged ({_printable(str(error))}): download it again."
-        ) from error
+        raise ValueError(f"{path} is not parquet, or damaged ({printable(str(error))}): download it again.") from error
 
 
 def import_pyarrow(path: Path) -> Any:
@@ -291,7 +283,9 @@ def write_table(path: Path, rows: Iterable[Fields], columns: Sequence[str] = (),
         raise ValueError(f"The file {path} already exists: choose another with --output, or move it away.")
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
-        raise ValueError(f"The file {path} ends in {path.suffix!r}: end its name in one of {', '.join(WRITABLE)}.")
+        raise ValueError(
+            f"The file {path} ends in {shown(path.suffix)}: end its name in one of {', '.join(WRITABLE)}."
+        )
     pyarrow: Any = import_pyarrow(path) if suffix == ".parquet" else None
     with write_whole(path) as partial:
         if suffix == ".jsonl":

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medvqa_rl.core.files import write_whole
+from medvqa_rl.core.text import printable, shown
 
 MAX_BYTES = 200 * 2**30
 """Largest unpacked size of an archive; a larger one is damaged or malicious."""
@@ -33,7 +34,7 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
     stamps = []
     for archive in archives:
         if not archive.is_file():
-            raise ValueError(f"There is no archive {archive.name!r} in {archive.parent}: download it there.")
+            raise ValueError(f"There is no archive {shown(archive.name)} in {archive.parent}: download it there.")
         status = archive.stat()
         stamps.append((str(archive.resolve()), status.st_size, status.st_mtime_ns))
     folder = cache_dir / "unpacked" / hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
@@ -61,11 +62,12 @@ def _unpack(archive: Path, folder: Path) -> None:
             for member in members:
                 if member.filename.startswith("/") or ".." in member.filename.split("/"):
                     raise ValueError(
-                        f"{archive} contains the path {member.filename!r}, which leaves its folder: check the file."
+                        f"{archive} contains the path {shown(member.filename)}, which leaves its folder: check "
+                        "the file."
                     )
             opened.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{archive} cannot be unpacked ({error}): download it again.") from error
+        raise ValueError(f"{archive} cannot be unpacked ({printable(str(error))}): download it again.") from error
 
 
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}

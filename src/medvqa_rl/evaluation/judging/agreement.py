@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import beta
 
 from medvqa_rl.core.files import json_lines
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.evaluation.judging.intervals import share_interval
 from medvqa_rl.evaluation.statistics.raters import kappa_interval
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
@@ -60,12 +61,16 @@ def _read_pair(line: str, where: str, number: str) -> LabelledPair:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error}): write one object with reasoning and label.") from error
+        raise ValueError(
+            f"{where} is not JSON ({printable(str(error))}): write one object with reasoning and label."
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get("reasoning"), str):
         raise ValueError(f"{where} has no text under reasoning: write an object with reasoning and label.")
     label = _LABELS.get(str(row.get("label")).strip().lower())
     if label is None:
-        raise ValueError(f"{where} has the label {row.get('label')!r}: write yes or no, true or false, or 1 or 0.")
+        raise ValueError(
+            f"{where} has the label {shown(row.get('label'))}: write yes or no, true or false, or 1 or 0."
+        )
     options = row.get("options", [])
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{where} has options that are not a list of texts: write a list, or omit them.")

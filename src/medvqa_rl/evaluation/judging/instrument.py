@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.text import printable
 from medvqa_rl.evaluation.measures.instruments import NamedJudge
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity, JudgeRequest
@@ -67,7 +68,9 @@ def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
             try:
                 return read_identities(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"The file {path} is damaged ({error}): restore it, or remove it.") from error
+                raise ValueError(
+                    f"The file {path} is damaged ({printable(str(error))}): restore it, or remove it."
+                ) from error
     return {}
 
 

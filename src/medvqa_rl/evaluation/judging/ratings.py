@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any
 
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.statistics.intervals_and_tests import paired_cluster_bootstrap
 from medvqa_rl.evaluation.statistics.raters import Scale, alpha_interval, kappa_interval
@@ -95,7 +96,9 @@ def read_key(path: Path) -> SheetKey:
         del found["format"]
         key = SheetKey(**{**found, "evaluations": tuple(found["evaluations"]), "items": items})
     except (TypeError, KeyError) as error:
-        raise ValueError(f"The key {path} is damaged ({error}): make the sheet again, or restore its key.") from error
+        raise ValueError(
+            f"The key {path} is damaged ({printable(str(error))}): make the sheet again, or restore its key."
+        ) from error
     if not {name for item in items for name in item.evaluations} <= set(key.evaluations):
         raise ValueError(f"The key {path} is damaged (an item belongs to no evaluation): restore it.")
     return key
@@ -114,7 +117,8 @@ def read_ratings(path: Path, key: SheetKey) -> RaterFile:
         )
     if found["sheet"] != key.sheet:
         raise ValueError(
-            f"The file {path} rates the sheet {found['sheet']!r}, but the key belongs to the sheet {key.sheet!r}: "
+            f"The file {path} rates the sheet {shown(found['sheet'])}, but the key belongs to the sheet "
+            f"{shown(key.sheet)}: "
             "give the key written beside the rated sheet."
         )
     rater = found["rater"]
@@ -128,14 +132,16 @@ def read_ratings(path: Path, key: SheetKey) -> RaterFile:
             raise ValueError(f"{where} does not hold exactly item, correct, reasoning and comment: save it again.")
         item, correct, reasoning, comment = row["item"], row["correct"], row["reasoning"], row["comment"]
         if not isinstance(item, str) or item not in known:
-            raise ValueError(f"{where} is for the item {item!r}, which the sheet does not have: check the key.")
+            raise ValueError(f"{where} is for the item {shown(item)}, which the sheet does not have: check the key.")
         if item in ratings:
-            raise ValueError(f"{where} rates the item {item!r} a second time: keep one of the two.")
+            raise ValueError(f"{where} rates the item {shown(item)} a second time: keep one of the two.")
         if not (correct is None or isinstance(correct, bool)):
-            raise ValueError(f'{where} has {correct!r} under correct: write true, false, or null for "cannot tell".')
+            raise ValueError(
+                f'{where} has {shown(correct)} under correct: write true, false, or null for "cannot tell".'
+            )
         # A bool is an int, but not a score.
         if not (reasoning is None or (type(reasoning) is int and 0 <= reasoning < LEVELS)):
-            raise ValueError(f"{where} has {reasoning!r} under reasoning: write 0, 1, 2, 3, or null.")
+            raise ValueError(f"{where} has {shown(reasoning)} under reasoning: write 0, 1, 2, 3, or null.")
         if not isinstance(comment, str):
             raise ValueError(f"{where} has a comment that is not a text: write a text, which may be empty.")
         ratings[item] = Rating(correct, reasoning, comment)
@@ -152,7 +158,7 @@ def _read_object(path: Path, form: str, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"The file {path} is not JSON ({type(error).__name__}): give {what}.") from error
     if not isinstance(found, dict) or found.get("format") != form:
-        raise ValueError(f"The file {path} is not of the format {form!r}: give {what}.")
+        raise ValueError(f"The file {path} is not of the format {shown(form)}: give {what}.")
     return found
 
 
@@ -175,7 +181,7 @@ def summarise_ratings(key: SheetKey, raters: Sequence[RaterFile], *, seed: int =
     names = [rater.rater for rater in raters]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"Two files are by the rater {twice!r}: give each rater once, or a name of their own.")
+        raise ValueError(f"Two files are by the rater {shown(twice)}: give each rater once, or a name of their own.")
     means = {item.item: _means(item.item, raters) for item in key.items}
     return {
         "items": len(key.items),

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
 from medvqa_rl.core.embedded import ASSETS, snapshot
+from medvqa_rl.core.text import printable
 from medvqa_rl.models.dtype import uses_bfloat16
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
@@ -118,5 +119,7 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The language model {name} (eval.perplexity_model) cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The language model {name} (eval.perplexity_model) cannot be loaded: {printable(str(error), 400)}"
+        ) from error
     return LanguageModel(name, model.to(device), tokenizer)

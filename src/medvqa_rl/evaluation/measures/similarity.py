@@ -15,6 +15,7 @@ import numpy as np
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.core.answers import read_choice, without_tags
 from medvqa_rl.core.network import unusable_proxy
+from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.evaluation.records import EvalRecord
 
@@ -138,5 +139,7 @@ def load_similarity(name: str, device: str, setting: str = "eval.similarity") ->
             name, device=device, trust_remote_code=False, local_files_only=unusable_proxy() is not None
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"The sentence-transformers model {name} ({setting}) cannot be loaded: {error}") from error
+        raise ValueError(
+            f"The sentence-transformers model {name} ({setting}) cannot be loaded: {printable(str(error), 400)}"
+        ) from error
     return EmbeddingSimilarity(name, model)

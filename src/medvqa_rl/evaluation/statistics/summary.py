@@ -11,6 +11,7 @@ from typing import Any
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.answers import compared
+from medvqa_rl.core.text import shown
 from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord
@@ -294,8 +295,10 @@ def pair(before: Sequence[EvalRecord], after: Sequence[EvalRecord]) -> list[tupl
     for one, other in pairs:
         if not _is_same_question(one, other):
             raise ValueError(
-                f"The two evaluations have different questions: {one.sample_id!r} asks {one.question!r} with the "
-                f"gold answer {one.reference!r} in one and {other.question!r} with {other.reference!r} in the other; "
+                f"The two evaluations have different questions: {shown(one.sample_id)} asks "
+                f"{shown(one.question)} with the "
+                f"gold answer {shown(one.reference)} in one and {shown(other.question)} with "
+                f"{shown(other.reference)} in the other; "
                 "evaluate both on the same version of the data."
             )
         if one.answers_as != other.answers_as:

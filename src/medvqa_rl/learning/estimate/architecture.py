@@ -9,6 +9,7 @@ from typing import Any
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import local_file
+from medvqa_rl.core.text import shown
 
 Grid = tuple[int, int]
 """Patches of an image, (rows, columns)."""
@@ -87,7 +88,8 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             where = "vision_config." if section is vision else ""
             raise ValueError(
-                f"The config.json has {value!r} for {where}{name}, but it must be a positive whole number: take the "
+                f"The config.json has {shown(value)} for {where}{name}, but it must be a positive whole number: "
+                "take the "
                 "file from the checkpoint."
             )
         return value
@@ -159,12 +161,12 @@ def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
     """
     if size is not None:
         if size not in SIZES:
-            raise ValueError(f"--model-size is {size!r}, but the known sizes are {', '.join(SIZES)}.")
+            raise ValueError(f"--model-size is {shown(size)}, but the known sizes are {', '.join(SIZES)}.")
         return read_architecture(SIZES[size])
     file = local_file(model.path, model.revision, "config.json")
     if file is None:
         raise ValueError(
-            f"model.path is {model.path!r}, but no config.json of it is on this machine: give the folder of a "
+            f"model.path is {shown(model.path)}, but no config.json of it is on this machine: give the folder of a "
             f"checkpoint, download the model once, or give its size with --model-size ({', '.join(SIZES)})."
         )
     try:

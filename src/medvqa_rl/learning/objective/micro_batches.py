@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.run.errors import UnusableSampleError
@@ -63,7 +64,8 @@ def split(
         largest = computed_tokens([(prompt, [max_completion_length] * len(lengths))], layout)
         if largest > max_tokens:
             raise UnusableSampleError(
-                f"The group of sample {groups[index].sample.id!r} can have {largest} tokens (a prompt of {prompt} and "
+                f"The group of sample {shown(groups[index].sample.id)} can have {largest} tokens (a prompt of "
+                f"{prompt} and "
                 f"{len(lengths)} completions of up to {max_completion_length}), but train.max_tokens_per_micro_batch "
                 f"is {max_tokens} and a group is never split: set it to {largest} or more, or lower "
                 "model.max_pixels, rollout.num_generations or rollout.max_completion_length."

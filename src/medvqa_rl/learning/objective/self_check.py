@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.objective.logprobs import CompletionBatch
 from medvqa_rl.learning.run.errors import TrainingFailed
@@ -56,7 +57,7 @@ def compare(fast: Tensor, plain: Tensor, mask: Tensor, dtype: torch.dtype, group
     if largest <= limit.largest and mean <= limit.mean:
         return
     raise SelfCheckError(
-        f"The self-check failed before the first update: log-probabilities of sample {group.sample.id!r} differ "
+        f"The self-check failed before the first update: log-probabilities of sample {shown(group.sample.id)} differ "
         f"between the shared and the plain computation by up to {largest:.3g} and {mean:.3g} on average, where "
         f"{limit.largest:g} and {limit.mean:g} are allowed in {str(dtype).removeprefix('torch.')}. No weight was "
         "touched. This is a bug of this package with the installed versions of torch and transformers: set "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.checks import check_keys, check_name, section
 
 Verb = Literal["none", "train", "sft"]
@@ -64,15 +65,15 @@ def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
     check_keys(f"{where}, arm {name},", given, _KEYS)
     verb, published, start, once = (given.get(key) for key in ("verb", "published", "from", "once"))
     if verb not in VERBS:
-        raise ValueError(f"{where}, arm {name}, has verb {verb!r}, but must have one of {', '.join(VERBS)}.")
+        raise ValueError(f"{where}, arm {name}, has verb {shown(verb)}, but must have one of {', '.join(VERBS)}.")
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{where} has an arm {name!r}, but names are made of letters, digits, '_', '.' and '-'.")
+        raise ValueError(f"{where} has an arm {shown(name)}, but names are made of letters, digits, '_', '.' and '-'.")
     if published is not None and type(published) not in (int, float):
-        raise ValueError(f"{where}, arm {name}, has published {published!r}, but must have a number in percent.")
+        raise ValueError(f"{where}, arm {name}, has published {shown(published)}, but must have a number in percent.")
     if once is not None and type(once) is not bool:
-        raise ValueError(f"{where}, arm {name}, has once {once!r}, but must have true (one seed only) or false.")
+        raise ValueError(f"{where}, arm {name}, has once {shown(once)}, but must have true (one seed only) or false.")
     if start is not None and not isinstance(start, str):
-        raise ValueError(f"{where}, arm {name}, has from {start!r}, but must name one arm to start from.")
+        raise ValueError(f"{where}, arm {name}, has from {shown(start)}, but must name one arm to start from.")
     settings = section(where, f"arms.{name}.settings", given.get("settings"))
     return Arm(name, cast(Verb, verb), settings, published, start, bool(once) or verb == "none")
 
@@ -83,13 +84,14 @@ def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
     check_name(f"{where}, arm {arm.name}, under from,", "arm", arm.start, arms)
     if arms[arm.start].verb == "none":
         raise ValueError(
-            f"{where}, arm {arm.name}, has from {arm.start!r}, but that arm is not trained (verb none) and has no "
+            f"{where}, arm {arm.name}, has from {shown(arm.start)}, but that arm is not trained (verb none) and "
+            "has no "
             "checkpoint: set model.path instead, or name an arm with verb train or sft."
         )
     own = section(where, f"arms.{arm.name}.settings.model", arm.settings.get("model"))
     if given := [f"model.{key}" for key in _OWN_WEIGHTS if own.get(key) is not None]:
         raise ValueError(
-            f"{where}, arm {arm.name}, has both from {arm.start!r} and {given[0]}, but can start from one "
+            f"{where}, arm {arm.name}, has both from {shown(arm.start)} and {given[0]}, but can start from one "
             "model only: remove one of them."
         )
 

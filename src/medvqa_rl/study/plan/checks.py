@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from medvqa_rl.config.schema import did_you_mean
+from medvqa_rl.core.text import shown
 
 
 def check_name(where: str, what: str, name: str, known: Iterable[str]) -> None:
@@ -19,7 +20,7 @@ def check_name(where: str, what: str, name: str, known: Iterable[str]) -> None:
     """
     if name not in (known := list(known)):
         raise ValueError(
-            f"{where} has the unknown {what} {name!r}: use one of {', '.join(known)}"
+            f"{where} has the unknown {what} {shown(name)}: use one of {', '.join(known)}"
             + (did_you_mean(name, known) or ".")
         )
 
@@ -39,7 +40,7 @@ def section(where: str, key: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"{where} has {value!r} as {key}, but it must be a section (name: value).")
+        raise ValueError(f"{where} has {shown(value)} as {key}, but it must be a section (name: value).")
     return value
 
 
@@ -58,5 +59,5 @@ def sections(where: str, key: str, value: Any, content: str) -> list[Mapping[str
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise ValueError(f"{where} has {value!r} as {key}, but it must be a list of sections with {content}.")
+        raise ValueError(f"{where} has {shown(value)} as {key}, but it must be a list of sections with {content}.")
     return value

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.checks import check_keys, check_name, sections
 
 
@@ -101,7 +102,8 @@ def read_tables(where: str, given: Any, arms: Sequence[str]) -> tuple[FactorTabl
     for number, table in enumerate(tables, start=1):
         if not table.slug or table.slug in [other.slug for other in tables[: number - 1]]:
             raise ValueError(
-                f"{where}, table {number}, has the title {table.title!r}, but files are named after it: give each "
+                f"{where}, table {number}, has the title {shown(table.title)}, but files are named after it: "
+                "give each "
                 "table a unique title with letters or digits."
             )
     return tables
@@ -112,27 +114,29 @@ def _table(where: str, given: Mapping[str, Any], arms: Sequence[str]) -> FactorT
     title = given.get("title")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"{where} has no title: give it one, such as title: Length rewards.")
-    shown = _names(where, "arms", given.get("arms"))
+    chosen = _names(where, "arms", given.get("arms"))
     metrics = _names(where, "metrics", given.get("metrics", ["accuracy"]))
-    for name in shown:
+    for name in chosen:
         check_name(where, "arm", name, arms)
     for name in metrics:
         check_name(where, "metric", name, list(METRICS))
     published = given.get("published") or {}
     if not isinstance(published, dict) or not all(isinstance(figures, dict) for figures in published.values()):
-        raise ValueError(f"{where} has {published!r} as published, but it must have a section of metrics per arm.")
+        raise ValueError(
+            f"{where} has {shown(published)} as published, but it must have a section of metrics per arm."
+        )
     found = {}
     for arm, figures in published.items():
-        check_name(where, "arm", arm, shown)
+        check_name(where, "arm", arm, chosen)
         for metric, figure in figures.items():
             check_name(where, "metric", metric, metrics)
             found[arm, metric] = _figure(f"{where} published.{arm}.{metric}", figure)
-    return FactorTable(title, tuple(shown), tuple(metrics), found, str(given.get("note", "")))
+    return FactorTable(title, tuple(chosen), tuple(metrics), found, str(given.get("note", "")))
 
 
 def _names(where: str, what: str, given: Any) -> list[str]:
     if not isinstance(given, list) or not given or not all(isinstance(name, str) for name in given):
-        raise ValueError(f"{where} has {given!r} as {what}, but must have a list of names.")
+        raise ValueError(f"{where} has {shown(given)} as {what}, but must have a list of names.")
     return given
 
 
@@ -144,7 +148,8 @@ def _figure(where: str, given: Any) -> Published:
     is_valid = is_valid and isinstance(certain, list) and all(name in numbers for name in certain)
     if not is_valid or not figure.keys() <= {"value", "change", "certain"}:
         raise ValueError(
-            f"{where} is {given!r}, but must have a number as value, change or both, and may list under certain those "
+            f"{where} is {shown(given)}, but must have a number as value, change or both, and may list under "
+            "certain those "
             "that the paper's own summary states, such as {value: 59.86, change: 1.82, certain: [change]}."
         )
     return Published(numbers.get("value"), numbers.get("change"), tuple(certain))

@@ -36,6 +36,7 @@ from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpo
 from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
 from medvqa_rl.core.files import checkpoint_folder
+from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.arms import Arm, Verb, read_arms, with_starts
 from medvqa_rl.study.plan.checks import check_keys, check_name, section
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts
@@ -181,7 +182,7 @@ def read_recipe(
         check_name("--arms", "arm", name, arms)
     baseline = given.get("baseline")
     if not isinstance(baseline, str) or baseline not in arms:
-        raise ValueError(f"{where} has baseline {baseline!r}, but must name one of its arms: {', '.join(arms)}.")
+        raise ValueError(f"{where} has baseline {shown(baseline)}, but must name one of its arms: {', '.join(arms)}.")
     seeds = _seeds(where, small.get("seeds", given.get("seeds")))
 
     of_tests = [text for text in overrides if _key(text).startswith("tests.")]
@@ -202,7 +203,7 @@ def read_recipe(
         _check_path(where, name, base, test)
     primary = given.get("primary", next(iter(tests)))
     if primary not in tests:
-        raise ValueError(f"{where} has primary {primary!r}, but must name one of its tests: {', '.join(tests)}.")
+        raise ValueError(f"{where} has primary {shown(primary)}, but must name one of its tests: {', '.join(tests)}.")
 
     made: dict[tuple[str, int], Cell] = {}
 
@@ -240,7 +241,9 @@ def read_recipe(
 
 def _seeds(where: str, given: Any) -> tuple[int, ...]:
     if not isinstance(given, list) or not given or not all(type(seed) is int for seed in given):
-        raise ValueError(f"{where} has seeds {given!r}, but must have a list of whole numbers, such as [0, 1, 2].")
+        raise ValueError(
+            f"{where} has seeds {shown(given)}, but must have a list of whole numbers, such as [0, 1, 2]."
+        )
     if len(set(given)) < len(given):
         raise ValueError(f"{where} names a seed twice in {given}, but each seed is one run: name it once.")
     return tuple(given)
@@ -314,7 +317,7 @@ def _forecast(where: str, given: Any) -> Forecast:
     others = [stated.get("seconds_per_question", 0.1), stated.get("seconds_per_start", 10.0)]
     for rate in (*rates.values(), *others):
         if type(rate) not in (int, float) or rate < 0:
-            raise ValueError(f"{where} forecasts {rate!r} seconds, but must forecast a number of at least 0.")
+            raise ValueError(f"{where} forecasts {shown(rate)} seconds, but must forecast a number of at least 0.")
     return Forecast(rates, *others)
 
 
