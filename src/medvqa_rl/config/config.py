@@ -83,16 +83,6 @@ def is_hub_id(path: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
-def shareable(config: Config) -> dict[str, Any]:
-    """Return the settings by dotted path, with local folders reduced to their last part."""
-    found = leaves(config.model_dump(mode="json"))
-    folders = ["output_dir", "model.path", "model.adapter", "data.path", "eval.perplexity_model", "eval.similarity"]
-    folders += ["rewards.similarity_model", "vllm.weights_dir"]
-    folders += [f"{name}.{key}" for name in ("judge", "eval_judge") for key in ("model", "cache_dir")]
-    cut = {name: Path(found[name]).name for name in folders if found.get(name) and not is_hub_id(found[name])}
-    return found | cut
-
-
 def differences(before: Config, after: Config) -> list[str]:
     """Return the sorted dotted paths of the settings in which two configurations differ."""
     old, new = (leaves(config.model_dump(mode="json")) for config in (before, after))

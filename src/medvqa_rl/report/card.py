@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
+from medvqa_rl.config.sharing import shareable, without_folders
 from medvqa_rl.core.files import find_checkpoint, list_checkpoints
 from medvqa_rl.evaluation.judging.judged_tables import in_short
 from medvqa_rl.evaluation.statistics.summary import paired_gain
@@ -32,8 +33,6 @@ LIMITS = (
 """Limits stated in every card."""
 
 _METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "dpo": "online DPO"}
-_PATHS = ("model.path", "model.adapter", "data.path")
-"""Settings that can contain local paths."""
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -93,7 +92,7 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
         "",
         *(f"- {limit}" for limit in LIMITS),
         *(f"- {warning}" for warning in _warnings(run)),
-        *(f"- Missing when this card was written: {_plain(problem)}" for problem in run.problems),
+        *(f"- Missing when this card was written: {_plain(without_folders(problem))}" for problem in run.problems),
         "",
         "## Versions",
         "",
@@ -123,7 +122,7 @@ def _plain(text: object) -> str:
 def _base(settings: Mapping[str, Any]) -> str:
     """Return the name of the initial model; for a folder, its last part."""
     path = str(settings.get("model.path", "unknown"))
-    return (path if is_hub_id(path) or path.startswith("phantom:") else Path(path).name).replace("`", "")
+    return str(shareable({"model.path": path})["model.path"]).replace("`", "")
 
 
 def _in_4_bits(settings: Mapping[str, Any]) -> str:
@@ -256,11 +255,9 @@ def _settings(settings: Mapping[str, Any]) -> list[str]:
     """Return the settings that differ from the defaults, as YAML paths."""
     defaults = leaves(Config().model_dump(mode="json"))
     lines = []
-    for name, value in settings.items():
-        if name == "output_dir" or (name in defaults and defaults[name] == value):
+    for name, value in shareable(settings).items():
+        if name == "output_dir" or (name in defaults and defaults[name] == settings[name]):
             continue
-        if name in _PATHS and isinstance(value, str) and not is_hub_id(value):
-            value = Path(value).name
         lines.append(f"{name}={json.dumps(value)}".replace("```", ""))
     if not settings:
         return ["The settings are missing."]

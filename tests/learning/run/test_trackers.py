@@ -15,7 +15,8 @@ from accelerate.state import PartialState
 from PIL import Image
 from toy import ToyData, read_metrics, toy_config
 
-from medvqa_rl.config import Config, shareable
+from medvqa_rl.config import Config
+from medvqa_rl.config.sharing import shareable
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run.errors import NonFiniteError
 from medvqa_rl.learning.run.trackers import COLUMNS, Trackers
@@ -185,7 +186,7 @@ def test_shared_settings_contain_no_full_path(tmp_path: Path) -> None:
     config = Config.model_validate(
         {"output_dir": str(tmp_path / "x"), "model": model, "data": {"name": "vqa_rad", "path": str(tmp_path / "rad")}}
     )
-    found = shareable(config)
+    found = shareable(config.model_dump(mode="json"))
     assert [found[name] for name in ("output_dir", "model.path", "model.adapter", "data.path")] == [
         "x",
         "qwen",
@@ -194,7 +195,7 @@ def test_shared_settings_contain_no_full_path(tmp_path: Path) -> None:
     ]
     assert str(tmp_path) not in json.dumps(found)
     hub = Config.model_validate({"model": {"path": "Qwen/Qwen2-VL-2B-Instruct"}})
-    assert shareable(hub)["model.path"] == "Qwen/Qwen2-VL-2B-Instruct"
+    assert shareable(hub.model_dump(mode="json"))["model.path"] == "Qwen/Qwen2-VL-2B-Instruct"
 
 
 def test_only_finite_metrics_are_logged(tmp_path: Path, tracker: tuple[str, Recorder]) -> None:

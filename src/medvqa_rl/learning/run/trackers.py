@@ -20,7 +20,8 @@ import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
 
-from medvqa_rl.config import Config, shareable
+from medvqa_rl.config import Config
+from medvqa_rl.config.sharing import shareable
 from medvqa_rl.core.network import NO_TELEMETRY
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
@@ -129,7 +130,7 @@ def _wandb(run: Path, config: Config) -> WandBTracker:
         id=run_id(run),
         resume="allow",
         dir=str(run),
-        config=shareable(config),
+        config=shareable(config.model_dump(mode="json")),
         mode="online" if config.train.tracker_online else "offline",
         settings=_WANDB_PRIVACY,
     )
@@ -146,7 +147,7 @@ def _trackio(run: Path, config: Config) -> TrackioTracker:
             )
         os.environ |= NO_TELEMETRY
     name = f"{run.resolve().name}-{run_id(run)[:6]}"
-    return TrackioTracker(PROJECT, name=name, config=shareable(config), resume="allow")
+    return TrackioTracker(PROJECT, name=name, config=shareable(config.model_dump(mode="json")), resume="allow")
 
 
 def run_id(run: Path) -> str:

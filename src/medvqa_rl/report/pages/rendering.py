@@ -21,6 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from medvqa_rl.config.sharing import without_folders
 from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.report.figures.style import number
 
@@ -99,6 +100,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "without_folders": without_folders,
         "percent": _percent,
         "points": _points,
         "p_value": _p_value,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medvqa_rl.config import leaves
+from medvqa_rl.config.sharing import shareable, without_folders
 from medvqa_rl.core.files import write_text
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of
@@ -67,7 +67,7 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
     highlights = {} if story is None else story.comparisons
     viewer = build_viewer(runs, images=images)
     rows = accuracy_rows(runs)
-    settings = [{name: _setting(value) for name, value in leaves(run.config).items()} for run in runs]
+    settings = [{name: _setting(value) for name, value in shareable(run.config).items()} for run in runs]
     all_names = list(dict.fromkeys(name for one in settings for name in one))
     return render_with_script(
         "report.html.j2",
@@ -83,9 +83,9 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
         ],
         title=f"Report: {', '.join(run.name for run in runs)}" if story is None else story.title,
         num_groups=len(viewer.groups),
-        viewer_notes=viewer.notes,
+        viewer_notes=list(map(without_folders, viewer.notes)),
         comparisons=[item for item in comparisons if item.name not in highlights],
-        comparison_problems=problems,
+        comparison_problems=list(map(without_folders, problems)),
         tables=[(item, tables) for item in comparisons if (tables := item.breakdown())],
         accuracy=rows,
         measured=measured_table([(f"{run}: {name}", item.results) for run, name, item in rows]),
