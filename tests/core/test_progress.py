@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from medvqa_rl.core import progress
-from medvqa_rl.core.progress import duration, heartbeat, progress_bar, waiting
+from medvqa_rl.core.progress import TerminalConsole, duration, heartbeat, progress_bar, waiting
 
 
 @pytest.mark.parametrize(
@@ -60,3 +63,20 @@ def test_a_line_takes_the_time_since_the_start(monkeypatch: pytest.MonkeyPatch) 
         time.sleep(0.15)
     times = list(map(float, seen))
     assert times == sorted(times) and times[0] >= 0.02 and times[-1] < 10
+
+
+def test_text_cannot_steer_the_terminal() -> None:
+    """Escape sequences in strings, tables and Text are printed as text; the console's own styles remain."""
+    hostile = "a\x1b[2J\x1b]0;title\x07b\x9b1m\rc\u202ed"
+    out = io.StringIO()
+    console = TerminalConsole(file=out, force_terminal=True, color_system="standard", width=60)
+    table = Table("name")
+    table.add_row(hostile)
+    table.add_row(Text(hostile, style="red"))
+    console.print(hostile, markup=False, highlight=False)
+    console.print(table)
+    console.print("good", style="bold red")
+    text = out.getvalue()
+    assert "\x1b[1;31mgood\x1b[0m" in text
+    assert not any(mark in text for mark in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\r", "\u202e"))
+    assert text.count("a[2J]0;titleb1mcd") == 3

@@ -20,6 +20,7 @@ from medvqa_rl.config.yaml import read_yaml, write_yaml
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report import card
 from medvqa_rl.report.card import LIMITS, write_cards
+from medvqa_rl.report.pages.report import write_report
 from medvqa_rl.report.runs import read_run
 
 
@@ -58,6 +59,21 @@ def test_a_card_says_that_the_base_was_in_4_bits(run: Path) -> None:
     path.write_text(json.dumps(settings), encoding="utf-8")
     card = write_cards(run)[0].read_text(encoding="utf-8")
     assert "LoRA adapter for `Qwen2-VL-2B`, whose linear layers were quantized to 4 bits (NF4), fine-tuned" in card
+
+
+def test_cards_and_pages_show_no_folder_and_no_password(run: Path, tmp_path: Path) -> None:
+    path = run / "config.resolved.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    secret = tmp_path / "secret"
+    settings["data"] |= {"name": "own", "path": str(secret / "ours"), "image_folder": str(secret / "scans")}
+    settings["judge"] |= {"endpoint": "https://anna:pass@judge.example/v1", "cache_dir": str(secret / "cache")}
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    card = write_cards(run)[0].read_text(encoding="utf-8")
+    page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert 'data.image_folder="scans"\n' in card and 'judge.endpoint="judge.example"\n' in card
+    assert "scans" in page and "judge.example" in page and "so no images are shown" in page
+    for text in (card, page):
+        assert str(tmp_path) not in text and "secret" not in text and "anna:pass" not in text
 
 
 def test_contents_of_a_card(run: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
+from medvqa_rl.core.progress import TerminalConsole
 from medvqa_rl.core.text import printable
 
 if TYPE_CHECKING:
@@ -210,6 +210,6 @@ def _message(error: Exception) -> str:
 
 def _print_error(message: str) -> None:
     """Print an error message to standard error without wrapping, so that it can be searched for."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = TerminalConsole(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="bold red", end=" ")
     console.print("\n".join(printable(line, MAX_MESSAGE) for line in message.split("\n")), markup=False)

@@ -75,8 +75,8 @@ def run(
     processes: Annotated[int, typer.Option(min=1, help="Number of GPUs per cell.")] = 1,
 ) -> None:
     """Run all unfinished cells and write the tables. The same command resumes an interrupted study."""
-    from rich.console import Console
 
+    from medvqa_rl.core.progress import TerminalConsole
     from medvqa_rl.core.text import number_of
     from medvqa_rl.study.collect import collect as read_results
     from medvqa_rl.study.output import write_study
@@ -86,7 +86,7 @@ def run(
     study, folder = _read(recipe, overrides, output, quick, arms)
     for line in compare_pixels(study.pairs):
         print(line)
-    failures = run_study(study, folder, jobs=jobs, processes=processes, console=Console(stderr=True))
+    failures = run_study(study, folder, jobs=jobs, processes=processes, console=TerminalConsole(stderr=True))
     if failures:
         reasons = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
         print(f"error: {number_of(len(failures), 'cell')} failed: {reasons}", file=sys.stderr)

@@ -6,10 +6,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,7 +21,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
+
+from medvqa_rl.core.text import for_terminal
 
 INTERVAL = 10.0
 """Seconds between signs of life."""
@@ -29,11 +32,19 @@ PIPED_WIDTH = 10_000
 """Width of output that does not go to a terminal: nothing wraps there."""
 
 
+class TerminalConsole(Console):
+    """A console on which text from data, models and files cannot steer the terminal; styles still can."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(for_terminal(segment.text), segment.style)
+
+
 def open_console(*, stderr: bool = False) -> Console:
     """Return a console on standard output or standard error: as wide as the terminal, or without limit if the output
     goes to a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(width=None if stream.isatty() else PIPED_WIDTH, highlight=False, stderr=stderr)
+    return TerminalConsole(width=None if stream.isatty() else PIPED_WIDTH, highlight=False, stderr=stderr)
 
 
 def print_line(console: Console, line: str) -> None:

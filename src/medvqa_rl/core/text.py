@@ -135,6 +135,16 @@ def printable(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+_TERMINAL = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_TERMINAL |= dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+
+
+def for_terminal(text: str) -> str:
+    """Text without the control characters that steer a terminal, and without those that reverse its direction; keeps
+    tabs and line ends. A sequence such as ``ESC [ 2 J`` loses its ESC and is then shown as ``[2J``."""
+    return text.translate(_TERMINAL)
+
+
 def shown(value: object, limit: int = 80) -> str:
     """A given value in a message: its ``repr``, printable and short, and for bytes only their number.
 

@@ -19,12 +19,11 @@ from accelerate.utils.dataclasses import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
 )
-from rich.console import Console
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.progress import waiting
+from medvqa_rl.core.progress import TerminalConsole, waiting
 from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
@@ -233,7 +232,7 @@ def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str
         "memory": memory(policy.device),
     }
     width = max(map(len, lines))
-    console = Console()
+    console = TerminalConsole()
     console.print("Dry run: everything loads, and one step runs. Nothing was written.", highlight=False)
     for name, value in lines.items():
         console.print(f"  {name:<{width}}  {value}", highlight=False, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from medvqa_rl.core.progress import duration
+from medvqa_rl.core.progress import TerminalConsole, duration
 from medvqa_rl.report.figures.panels import LENGTH, MEAN_LENGTH, REWARD, find_panels, series_of
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups, read_run
 
@@ -184,7 +184,7 @@ def watch(
     Raises:
         ValueError: the folder is not a run.
     """
-    shown = Console() if console is None else console
+    shown = TerminalConsole() if console is None else console
     run = read_run(path)
     if once:
         shown.print(frame(run, shown.width, datetime.now(UTC)))
