@@ -25,7 +25,8 @@ MODELS |= {"eval.similarity"}
 """Hub ids and names are shown, folders by their last part."""
 ADDRESSES = {"vllm.server_url", "judge.endpoint"}
 """Shown by host and port, without user, password, path and query."""
-HIDDEN_SETTINGS = {"judge.api_key_env"}
+HIDDEN_SETTINGS = {"judge.api_key_env", "data.skip_images"}
+"""Never shown; file names can be names of patients."""
 
 HIDDEN = "(hidden)"
 _FOLDER = re.compile(r"""(?<![\w:/.~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'"`<>|]+[/\\])+(?=[^\s/\\'"`<>|])""")
