@@ -20,7 +20,8 @@ REPAIR = "control characters of a wrong decoding"
 )
 def test_whole_numbers_have_no_point(value: float, text: str) -> None:
     repairs: Repairs = {}
-    assert clean_text(value, "answer", repairs) == text and repairs == {"number in place of text": f"answer: {text}"}
+    kind = "true or false" if value is True else "number"
+    assert clean_text(value, "answer", repairs) == text and repairs == {f"{kind} in place of text": f"answer: {text}"}
     assert clean_text(math.inf, "answer", {}) == "inf"
 
 

@@ -215,13 +215,15 @@ def clean_text(value: Any, name: str, repairs: Repairs) -> str:
             surrogate.
     """
     if isinstance(value, bool | int | float):
+        is_boolean = isinstance(value, bool)
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
             value = int(value)  # pandas makes a column of whole numbers with an empty cell one of floats
         try:
             value = str(value)
         except ValueError:  # an integer of thousands of digits
             raise Unusable(f"{name} is too long") from None
-        repairs["number in place of text"] = f"{name}: {value}"
+        kind = "true or false" if is_boolean else "number"
+        repairs[f"{kind} in place of text"] = f"{name}: {value}"
     if not isinstance(value, str):
         raise Unusable(f"{name} is not text", f"a {type(value).__name__}")
     if len(value) > MAX_TEXT:
