@@ -467,6 +467,7 @@ SETS: list[tuple[str, str, bool]] = [
     ("Lung", "Lung, Spinal Cord", False),
     ("left lung, heart", "left heart, lung", False),
     ("left lung, heart", "left, lung heart", False),
+    ("heart left, lung", "left lung, heart", False),
     ("no", "no", True),
     ("?", "?", True),
     ("?", ",", False),
