@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.cli.ask import make_question, read_vote
-from medvqa_rl.core.types import Completion, Sample
+from medvqa_rl.core.types import DEFAULT_WORDING, Completion, Sample
 
 MakeFolder = Callable[[str], Path]
 MakeSample = Callable[..., Sample]
@@ -24,7 +24,8 @@ def test_votes(make_sample: MakeSample) -> None:
     choice, free = make_sample(options=("left lung", "right lung")), make_sample()
 
     def vote(sample: Sample, answer: str) -> str:
-        return read_vote(sample, Completion((), f"<think>x</think><answer>{answer}</answer>", False), "think_answer")
+        text = f"<think>x</think><answer>{answer}</answer>"
+        return read_vote(sample, Completion((), text, False), "think_answer", DEFAULT_WORDING)
 
     assert vote(choice, "b.") == vote(choice, "right lung") == "B: right lung"
     assert vote(choice, "C") == vote(choice, "") == "(no answer)"

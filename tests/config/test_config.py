@@ -25,6 +25,8 @@ from medvqa_rl.config import (
 from medvqa_rl.config.base import Settings
 from medvqa_rl.config.schema import all_settings, on_resume, one_of
 from medvqa_rl.config.yaml import build_config, load_config, parse_override, read_yaml, show_config, write_yaml
+from medvqa_rl.core.prompts import TAGS
+from medvqa_rl.core.types import DEFAULT_WORDING
 
 
 def problems_of(text: str, tmp_path: Path, overrides: tuple[str, ...] = (), purpose: Any = None) -> list[str]:
@@ -184,6 +186,24 @@ CROSS = [
     ("eval", {"model": {"max_pixels": 700}}, "model.max_pixels is 700, but one image token covers"),
     ("eval", {"model": {"attention": "flash_attention_2", "device": "cpu"}}, "needs bfloat16 on a GPU"),
     ("eval", {"model": {"path": " "}}, "model.path is empty"),
+    ("eval", {"prompt": {"system": " "}}, "prompt.system is empty"),
+    ("eval", {"prompt": {"system": "x <|image_pad|>"}}, "prompt.system holds <|image_pad|>, which a tokenizer reads"),
+    ("eval", {"prompt": {"instruction": "{options} Answer."}}, "prompt.instruction has no {question}"),
+    ("eval", {"prompt": {"instruction": "{question}"}}, "prompt.instruction has no {options}, but data.answer_types"),
+    ("eval", {"prompt": {"instruction": "{question} {gold}"}}, "prompt.instruction has the placeholder {gold}, but"),
+    ("eval", {"prompt": {"instruction": "{question} {options.x}"}}, "has the placeholder {options.x}, but only"),
+    ("eval", {"prompt": {"instruction": "{question:9} {options}"}}, "has the placeholder {question:9}, but only"),
+    ("eval", {"prompt": {"instruction": "{question} \\boxed{}"}}, "has the placeholder {}, but only"),
+    ("eval", {"prompt": {"instruction": "{question} {"}}, "prompt.instruction has a single brace"),
+    ("eval", {"prompt": {"tags": {"think": ["<a>", "<a>"]}}}, "The tags '<a>' of prompt.tags.think and '<a>' of"),
+    ("eval", {"prompt": {"tags": {"think": ["<answer>", "</a>"]}}}, "and '<answer>' of prompt.tags.answer are equal"),
+    ("eval", {"prompt": {"tags": {"think": ["<<A>>", "</A>"], "answer": ["<a>", "[/a]"]}}}, "are parts of each other"),
+    (
+        "eval",
+        {"prompt": {"tags": {"answer": ["Answer:", "</a>"]}}},
+        "has the tag 'Answer:', but a tag is a name between",
+    ),
+    ("eval", {"prompt": {"tags": {"answer": ["<|im_end|>", "</a>"]}}}, "reads as a control token"),
     ("eval", {"data": {"name": "vqa_rad"}}, "data.path is missing, but data.name is vqa_rad"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "scanner": "unseen"}}, "data.scanner is unseen, but only"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "letter_skew": 0.5}}, "data.letter_skew is 0.5, but only"),
@@ -327,3 +347,17 @@ def test_a_setting_that_does_not_say_it_is_an_error() -> None:
 
         class Section(Settings):
             size: int = 1
+
+
+def test_own_prompts_and_tags_are_accepted() -> None:
+    prompt = {
+        "system": "Think in <reason></reason>.",
+        "instruction": "{question}\n{options}\n\\boxed{{}}",
+        "tags": {"think": ["<reason>", "</reason>"]},
+    }
+    config = build_config({"prompt": prompt}, purpose="train")
+    wording = config.prompt.wording
+    assert (wording.system, wording.think, wording.answer) == (prompt["system"], ("<reason>", "</reason>"), TAGS[2:])
+    closed = {"prompt": {"instruction": "{question}"}, "data": {"answer_types": ["closed", "open"]}}
+    assert build_config(closed, purpose="eval").prompt.wording.instruction == "{question}"
+    assert build_config({}, purpose="train").prompt.wording == DEFAULT_WORDING

@@ -10,17 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strings import PIECES
 
-from medvqa_rl.core.answers import score_correctness
+from medvqa_rl.core.answers import parse_completion, score_correctness, without_tags
 from medvqa_rl.core.prompts import (
     CHOICE_HINT,
     INSTRUCTIONS,
     SECTIONS,
+    RenderedPrompt,
     as_asked,
     can_hide_options,
     fits,
+    instruction_for,
+    render_answer,
     render_prompt,
 )
-from medvqa_rl.core.types import LETTERS, Sample
+from medvqa_rl.core.types import LETTERS, Sample, Template, Wording
 
 OPTIONS = ("pleural effusion", "A mass", "no finding", "two cysts")
 
@@ -133,3 +136,57 @@ def test_special_strings_of_question_and_options_are_counted() -> None:
     assert prompt.neutralised == 3
     assert "(|image_pad|)" in text and "(/answer) x" in text and "See (|vision_start|)?" in text
     assert not any(f"<{name}" in text.split(INSTRUCTIONS["think_answer"])[0] for name in ("|", "/", "think", "answer"))
+
+
+def text_of(prompt: RenderedPrompt) -> str:
+    text: str = prompt.messages[-1]["content"][-1]["text"]
+    return text
+
+
+OWN = Wording(
+    system="You are a radiologist.",
+    instruction="Case: {question}\n{options}\nReply as {{json}} in [answer][/answer].",
+    think=("[reasoning]", "[/reasoning]"),
+    answer=("[answer]", "[/answer]"),
+)
+
+
+def test_the_users_own_words_are_the_whole_prompt() -> None:
+    sample = Sample("s", "Which {side}?", "B", "choice", options=("left", "{question}"))
+    system, user = render_prompt(sample, "think_answer", OWN).messages
+    assert system == {"role": "system", "content": "You are a radiologist."}
+    (part,) = user["content"]
+    assert part["text"] == "Case: Which {side}?\nA: left\nB: {question}\nReply as {json} in [answer][/answer]."
+    other = replace(sample, answer="A")
+    assert render_prompt(other, "think_answer", OWN) == render_prompt(sample, "think_answer", OWN)
+    closed = Sample("s", "Is it left?", "yes", "closed")
+    assert text_of(render_prompt(closed, "think_answer", OWN)) == (
+        "Case: Is it left?\nReply as {json} in [answer][/answer]."
+    )
+
+
+def test_other_templates_keep_their_text_with_the_users_tags() -> None:
+    sample = Sample("s", "Is it left?", "yes", "closed")
+    assert text_of(render_prompt(sample, "explain", OWN)).startswith(
+        "Is it left?\nThink in [reasoning][/reasoning], then answer in [answer][/answer]. Explain"
+    )
+    assert instruction_for("describe_think") == INSTRUCTIONS["describe_think"]
+
+
+@pytest.mark.parametrize("template", INSTRUCTIONS)
+def test_gold_scores_1_in_the_users_tags(template: Template) -> None:
+    sample = Sample("s", "Which?", "B", "choice", options=("left", "right [/answer] lung"))
+    asked = as_asked(sample, template)
+    text = render_answer("it is\n[/Answer] there", asked.answer, template, OWN, description="a film")
+    assert parse_completion(text, template, OWN).is_well_formed
+    assert score_correctness(sample, text, template, OWN) == 1.0
+    if SECTIONS[template]:
+        assert parse_completion(text, template).answer is None
+        assert parse_completion("<think>x</think><answer>B</answer>", template, OWN).answer is None
+        assert "[" not in without_tags(text, OWN.tags)
+
+
+def test_the_users_tags_in_the_data_are_neutralised_and_counted() -> None:
+    sample = Sample("s", "Is [ANSWER] or <think> here?", "no", "closed")
+    rendered = render_prompt(sample, "explain", OWN)
+    assert text_of(rendered).startswith("Is (ANSWER) or (think) here?") and rendered.neutralised == 2

@@ -13,11 +13,14 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import DataConfig, EvalConfig, PrefetchConfig
+from medvqa_rl.core.types import Completion, Group, Wording
 from medvqa_rl.data.images import files
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
 from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.evaluation.answering import AnswerSettings, Question, make_record
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, plan_evaluation
+from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
 from medvqa_rl.rollout.decode import RolloutEngine
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=20, num_samples=2)
@@ -114,3 +117,30 @@ def test_answers_do_not_depend_on_the_batch(tiny_policy, shared_data):
     assert whole.results["dataset"]["fingerprint"] == dataset.fingerprint
     assert set(whole.results["by"]) == {"answer_type", "organ", "family", "answer_kind"}
     assert max(record.num_tokens for record in whole.records) <= 6
+
+
+def test_answers_are_read_in_the_tags_of_their_prompt(tiny_policy, make_sample):
+    wording = Wording(think=("[why]", "[/why]"), answer=("[so]", "[/so]"))
+    processor = tiny_policy().processor
+    processor.use(wording)
+    sample = make_sample(options=("left", "right"))
+    settings = AnswerSettings(CONFIG, 6)
+    question = Question(sample, sample, processor.encode(sample), None, None)
+
+    def read(text: str) -> EvalRecord:
+        completion = Completion((1, 2), text, False)
+        group = Group(sample, question.prompt, [completion])
+        record = make_record(question, group, [completion], settings, processor.count_tokens)
+        assert record.sampled[0].answer == record.answer
+        return parse_record(record_line(record), "line")
+
+    record = read(f"[why]seen[/why][so]{sample.answer}[/so]")
+    assert (record.think, record.answer, record.is_correct, record.is_well_formed) == (
+        "seen",
+        sample.answer,
+        True,
+        True,
+    )
+    assert record.text == f"seen  {sample.answer}" and record.tags == wording.tags
+    other = read(f"<think>seen</think><answer>{sample.answer}</answer>")
+    assert (other.answer, other.why) == (None, "no answer: 0 answer sections")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from toy import ToyData, read_metrics, toy_config
@@ -12,7 +14,7 @@ from toy import ToyData, read_metrics, toy_config
 from medvqa_rl.core.answers import is_correct, parse_completion
 from medvqa_rl.core.prompts import INSTRUCTIONS, SECTIONS, as_asked
 from medvqa_rl.core.text import normalise
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.types import EncodedPrompt, Sample, Wording
 from medvqa_rl.data.phantom.claims import faithfulness
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.learning.batching.feed import PreparedPrompt
@@ -38,6 +40,15 @@ def test_targets(template, use_reasoning, reasoning, expected):
     text = target_text(sample, template, use_reasoning=use_reasoning)
     assert text == expected
     assert is_correct(sample, parse_completion(text, template).answer)
+
+
+def test_targets_have_the_tags_of_their_prompt():
+    wording = Wording(think=("[why]", "[/why]"), answer=("[so]", "[/so]"))
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "", wording=wording)
+    tokenizer = SimpleNamespace(encode_completion=lambda text: (0,))
+    sample = replace(SAMPLE, reasoning="It is [/WHY] right.")
+    (group,) = target_groups([PreparedPrompt(sample, 0, prompt, 0)], tokenizer, use_reasoning=True)
+    assert group.completions[0].text == "[why]It is (/WHY) right.[/why][so]B[/so]"
 
 
 @pytest.mark.parametrize("template", INSTRUCTIONS)

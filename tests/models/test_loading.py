@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medvqa_rl.config import LoraConfig, ModelConfig
-from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.core.types import Wording
+from medvqa_rl.models.checkpoints import model_for, write_model
 from medvqa_rl.models.loading import load_policy, resolve_device, resolve_folder
 from medvqa_rl.models.qwen_vl import backbone, image_features
 from medvqa_rl.models.reference import load_reference
@@ -274,3 +275,40 @@ def test_cuda_without_a_gpu_is_refused():
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match=r"sees no CUDA device"):
         resolve_device("cuda")
+
+
+WORDS = Wording(system="You are a radiologist.", think=("[reason]", "[/reason]"))
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_checkpoint_records_the_users_words(lora, tiny_policy, tiny_folder, tmp_path, make_sample):
+    policy = tiny_policy(lora=lora)
+    write_model(policy, tmp_path / "default")
+    assert not (tmp_path / "default" / "prompt.json").exists()
+    policy.processor.use(WORDS)
+    write_model(policy, tmp_path / "own")
+    found = load_policy(model_for(str(tmp_path / "own"))).processor
+    assert found.wording == WORDS
+    prompt, expected = (processor.encode(make_sample()) for processor in (found, policy.processor))
+    assert "radiologist" in prompt.text and "Think in [reason][/reason]" in prompt.text
+    assert prompt.text == expected.text and prompt.wording == WORDS
+    (tmp_path / "own" / "prompt.json").write_text('{"think": ["<a>"]}')
+    with pytest.raises(ValueError, match=r"prompt\.json, which records the prompt .* is damaged: restore it"):
+        load_policy(model_for(str(tmp_path / "own")))
+
+
+def test_tags_that_the_tokenizer_does_not_keep_are_refused(tiny_policy):
+    processor = tiny_policy().processor
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<eaten>"]})
+    with pytest.raises(ValueError, match=r"prompt\.tags has '<eaten>', but the tokenizer of this model cannot write"):
+        processor.use(Wording(think=("<eaten>", "</eaten>")))
+    assert processor.wording == Wording()
+
+
+def test_a_system_prompt_that_the_chat_template_leaves_out_is_refused(tiny_policy):
+    processor = tiny_policy().processor
+    template = processor.tokenizer.chat_template
+    processor.tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"prompt\.system is set, but the chat template of this model leaves it out"):
+        processor.use(WORDS)
+    processor.tokenizer.chat_template = template

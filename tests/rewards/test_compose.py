@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from medvqa_rl.config import RewardsConfig
-from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Wording
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.compose import PARTS
 
@@ -89,6 +89,21 @@ def test_the_direct_template_is_scored_in_its_own_form() -> None:
     scores = Rewards(RewardsConfig()).score([direct], step=0)
     np.testing.assert_array_equal(scores.parts["format"], [[1, 0, 1]])
     np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 0]])
+
+
+def test_completions_are_scored_in_the_tags_of_their_prompt(module: ModuleType) -> None:
+    seen: list[Any] = []
+    module.mine = lambda prompts, **kwargs: seen.extend(prompts) or [0.0] * 3  # type: ignore[attr-defined]
+    own = group("[why]x y x y[/why][so]B[/so]", "[why]x[/why][so]A[/so]", GOOD)
+    wording = Wording(system="Be brief.", think=("[why]", "[/why]"), answer=("[so]", "[/so]"))
+    own.prompt = replace(own.prompt, wording=wording)
+    config = RewardsConfig(repetition=1, repetition_ngram=2, functions={"my_rewards.mine": 1.0})
+    scores = Rewards(config).score([own], step=0)
+    np.testing.assert_array_equal(scores.parts["format"], [[1, 1, 0]])
+    np.testing.assert_array_equal(scores.parts["correctness"], [[1, 0, 0]])
+    # x y, y x, x y, y B: three of four pairs are distinct.
+    np.testing.assert_array_equal(scores.parts["repetition"], [[-0.25, 0, 0]])
+    assert seen[0][0] == {"role": "system", "content": "Be brief."}
 
 
 def test_a_function_gets_what_trl_would_pass(module: ModuleType) -> None:

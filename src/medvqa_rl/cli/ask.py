@@ -16,7 +16,7 @@ from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.tables import TextTable
 
 if TYPE_CHECKING:
-    from medvqa_rl.core.types import Completion, Group, Sample, Template
+    from medvqa_rl.core.types import Completion, Group, Sample, Template, Wording
 
 NO_ANSWER = "(no answer)"
 
@@ -80,7 +80,11 @@ def run_ask(
     from medvqa_rl.models.loading import load_policy
     from medvqa_rl.rollout.decode import RolloutEngine
 
-    engine = RolloutEngine(load_policy(model_for(model)), template)
+    policy = load_policy(model_for(model))
+    wording = policy.processor.wording
+    if wording.instruction and template != "direct":
+        template = wording.template
+    engine = RolloutEngine(policy, template)
     if samples == 0:
         (group,) = engine.greedy([sample], max_completion_length=max_length, batch_size=1)
     else:
@@ -118,13 +122,13 @@ def make_question(image: Path, question: str, options: Sequence[str]) -> Sample:
     )
 
 
-def read_vote(sample: Sample, completion: Completion, template: Template) -> str:
+def read_vote(sample: Sample, completion: Completion, template: Template, wording: Wording) -> str:
     """Return what a completion votes for: an option as "B: text", a normalised answer, or no answer."""
     from medvqa_rl.core.answers import parse_completion, read_choice
     from medvqa_rl.core.text import normalise
     from medvqa_rl.core.types import LETTERS
 
-    answer = parse_completion(completion.text, template).answer
+    answer = parse_completion(completion.text, template, wording).answer
     if answer is None:
         return NO_ANSWER
     if sample.answer_type != "choice":
@@ -139,7 +143,7 @@ def print_group(console: Console, group: Group, template: Template) -> None:
     rows = []
     votes: Counter[str] = Counter()
     for completion in group.completions:
-        vote = read_vote(group.sample, completion, template)
+        vote = read_vote(group.sample, completion, template, group.wording)
         votes[vote] += 1
         length = f"{len(completion.token_ids)}{' (truncated)' if completion.is_truncated else ''}"
         rows.append((completion.text, vote, length))

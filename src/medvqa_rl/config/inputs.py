@@ -8,7 +8,7 @@ from pydantic import Field
 
 from medvqa_rl.config.base import Free, Identity, Later, Positive, Rounding, Settings, Share
 from medvqa_rl.core.prompts import INSTRUCTIONS
-from medvqa_rl.core.types import AnswersAs, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, AnswersAs, Template, Wording
 
 
 class LoraConfig(Settings):
@@ -156,13 +156,42 @@ class MixConfig(Settings):
         return bool(self.weights)
 
 
+class TagsConfig(Settings):
+    """The opening and the closing tag of each section, for prompts, parser, rewards and SFT targets."""
+
+    describe: Identity[tuple[str, str]] = DEFAULT_WORDING.describe
+    """Tags of the description of the image."""
+    think: Identity[tuple[str, str]] = DEFAULT_WORDING.think
+    """Tags of the reasoning."""
+    answer: Identity[tuple[str, str]] = DEFAULT_WORDING.answer
+    """Tags of the answer."""
+
+
 class PromptConfig(Settings):
-    """Prompt templates."""
+    """Prompt templates, and your own words in them. A checkpoint records these, and evaluations of it use them."""
 
     template: Identity[Template] = "think_answer"
     """think_answer asks for reasoning and an answer in tags, direct for the answer only; docs/method.md lists all."""
     mix: MixConfig = Field(default_factory=MixConfig)
     """Mix of templates for training, drawn by weight; see below."""
+    system: Identity[str | None] = None
+    """System prompt; null leaves it to the model's chat template."""
+    instruction: Identity[str | None] = None
+    """User message with {question} and {options} in place of the text of template; literal braces are doubled."""
+    tags: TagsConfig = Field(default_factory=TagsConfig)
+    """Opening and closing tags of the sections; see below."""
+
+    @property
+    def wording(self) -> Wording:
+        """The user's own words and tags; equal to the default one if there are none."""
+        return Wording(
+            self.system or "",
+            self.instruction or "",
+            self.template if self.instruction else DEFAULT_WORDING.template,
+            self.tags.describe,
+            self.tags.think,
+            self.tags.answer,
+        )
 
     @property
     def templates(self) -> tuple[Template, ...]:

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
 from medvqa_rl.core.text import as_written, normalise, parts
-from medvqa_rl.core.types import LETTERS, AnswersAs, Completion, Group, Sample, Template
+from medvqa_rl.core.types import (
+    DEFAULT_WORDING,
+    LETTERS,
+    AnswersAs,
+    Completion,
+    Group,
+    Sample,
+    Tag,
+    Template,
+    Wording,
+)
 
 
 @dataclass(frozen=True)
@@ -30,16 +40,18 @@ class ParsedAnswer:
     """Text of the describe section, stripped; None as for ``think``."""
 
 
-def _section(text: str, name: str) -> str | None:
+def _section(text: str, tag: Tag) -> str | None:
     """Return the stripped, non-empty text between two tags that occur exactly once and in order, else None."""
-    opening, closing = f"<{name}>", f"</{name}>"
+    opening, closing = tag
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
     return text[start:end].strip() or None if start <= end else None
 
 
-def parse_completion(text: str, template: Template = "think_answer") -> ParsedAnswer:
+def parse_completion(
+    text: str, template: Template = "think_answer", wording: Wording = DEFAULT_WORDING
+) -> ParsedAnswer:
     """Parse a completion.
 
     The answer is read from a unique, non-empty answer section even if the rest is malformed; two answer sections, or
@@ -49,25 +61,29 @@ def parse_completion(text: str, template: Template = "think_answer") -> ParsedAn
     if not names:
         answer = text.strip() or None
         return ParsedAnswer(None, answer, answer is not None)
-    found = {name: _section(text, name) for name in names}
+    tags = {name: wording.tag(name) for name in names}
+    found = {name: _section(text, tag) for name, tag in tags.items()}
     return ParsedAnswer(
-        found.get("think"), found["answer"], all(found.values()) and _has_only(names, text), found.get("describe")
+        found.get("think"),
+        found["answer"],
+        all(found.values()) and _has_only(tags.values(), text),
+        found.get("describe"),
     )
 
 
-def _has_only(names: tuple[str, ...], text: str) -> bool:
+def _has_only(tags: Iterable[Tag], text: str) -> bool:
     """Whether a text is these sections, in this order, with only white space around them."""
-    for name in names:
-        before, _, inside = text.partition(f"<{name}>")
-        _, closing, text = inside.partition(f"</{name}>")
+    for opening, end in tags:
+        before, _, inside = text.partition(opening)
+        _, closing, text = inside.partition(end)
         if before.strip() or not closing:
             return False
     return not text.strip()
 
 
-def without_tags(text: str) -> str:
+def without_tags(text: str, tags: Sequence[str] = ALL_TAGS) -> str:
     """Return the text with every tag replaced by a space, stripped."""
-    for tag in ALL_TAGS:
+    for tag in tags:
         text = text.replace(tag, " ")
     return text.strip()
 
@@ -146,9 +162,11 @@ def is_correct(sample: Sample, answer: str | None) -> bool:
     )
 
 
-def score_correctness(sample: Sample, text: str, template: Template = "think_answer") -> float:
+def score_correctness(
+    sample: Sample, text: str, template: Template = "think_answer", wording: Wording = DEFAULT_WORDING
+) -> float:
     """Return 1.0 if the answer of a completion is correct, else 0.0; no parsable answer is 0.0."""
-    return float(is_correct(as_asked(sample, template), parse_completion(text, template).answer))
+    return float(is_correct(as_asked(sample, template), parse_completion(text, template, wording).answer))
 
 
 def token_f1(prediction: str | None, *golds: str) -> float:
@@ -186,10 +204,16 @@ class Read:
     completion: Completion
     count_tokens: Callable[[str], int] | None = None
     """Counts tokens as the policy's tokenizer does."""
+    wording: Wording = DEFAULT_WORDING
 
     @cached_property
     def parsed(self) -> ParsedAnswer:
-        return parse_completion(self.completion.text, self.template)
+        return parse_completion(self.completion.text, self.template, self.wording)
+
+    @property
+    def text(self) -> str:
+        """The completion without its tags."""
+        return without_tags(self.completion.text, self.wording.tags)
 
     @cached_property
     def is_right(self) -> bool:
@@ -206,4 +230,4 @@ class Read:
 def read_group(group: Group, count_tokens: Callable[[str], int] | None = None) -> list[Read]:
     """The G completions of a group, each to be parsed at most once."""
     sample = as_asked(group.sample, group.template)
-    return [Read(sample, group.template, completion, count_tokens) for completion in group.completions]
+    return [Read(sample, group.template, completion, count_tokens, group.wording) for completion in group.completions]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from medvqa_rl.core.text import is_yes_no, neutralise, normalise
-from medvqa_rl.core.types import LETTERS, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS, Sample, Template, Wording
 
 _THINK_ANSWER = "Think in <think></think>, then answer in <answer></answer>."
 INSTRUCTIONS: dict[Template, str] = {
@@ -60,7 +60,7 @@ def read_templates(text: str) -> tuple[Template, ...]:
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """The tags of think_answer, which are tokens of the embedded models."""
-ALL_TAGS = ("<describe>", "</describe>", *TAGS)
+ALL_TAGS = DEFAULT_WORDING.tags
 """The tags of all templates."""
 
 
@@ -69,7 +69,8 @@ class RenderedPrompt:
     """A prompt before tokenization."""
 
     messages: list[dict[str, Any]]
-    """Chat messages as Hugging Face processors take them: one user turn, images first."""
+    """Chat messages as Hugging Face processors take them: a system prompt if there is one of the user's, then one user
+    turn, images first."""
     neutralised: int
     """Number of special-token strings replaced in the question and the options."""
 
@@ -129,32 +130,72 @@ def fits(sample: Sample, template: Template) -> bool:
     return template != "open_ended" or not sample.options or can_hide_options(sample)
 
 
-def render_prompt(sample: Sample, template: Template = "think_answer") -> RenderedPrompt:
+def _neutralise(text: str, wording: Wording) -> tuple[str, int]:
+    """Neutralise control strings (:func:`medvqa_rl.core.text.neutralise`) and the user's own tags in a text."""
+    text, count = neutralise(text)
+    for tag in set(wording.tags).difference(ALL_TAGS):
+        text, replaced = re.subn(re.escape(tag), lambda match: _bracketed(match[0]), text, flags=re.IGNORECASE)
+        count += replaced
+    return text, count
+
+
+def _bracketed(tag: str) -> str:
+    """A tag between other brackets, so that it is none."""
+    return f"[{tag[1:-1]}]" if tag.startswith("(") else f"({tag[1:-1]})"
+
+
+def instruction_for(template: Template, wording: Wording = DEFAULT_WORDING) -> str:
+    """The last line of a template's prompts, with the tags of the wording."""
+    text = INSTRUCTIONS[template]
+    for section in SECTIONS["describe_think"]:
+        text = text.replace("".join(DEFAULT_WORDING.tag(section)), "".join(wording.tag(section)))
+    return text
+
+
+_OPTIONS_LINE = re.compile(r"^[ \t]*\{options\}[ \t]*\n?", re.M)
+
+
+def render_prompt(
+    sample: Sample, template: Template = "think_answer", wording: Wording = DEFAULT_WORDING
+) -> RenderedPrompt:
     """Render the prompt of a sample. Depends on the question, the options and the images only.
 
     A template that does not fit the question (:func:`fits`) uses the instruction of ``think_answer``: ``open_ended``
-    shows options that cannot be hidden, and ``choice`` does not mention options if there are none.
+    shows options that cannot be hidden, and ``choice`` does not mention options if there are none. An instruction of
+    the user's own is the whole text; a line with only ``{options}`` goes if there are none.
     """
     sample = as_asked(sample, template)
-    question, count = neutralise(sample.question.strip())
-    lines = [question]
+    question, count = _neutralise(sample.question.strip(), wording)
+    options = []
     for letter, option in zip(LETTERS, sample.options):
-        text, replaced = neutralise(option.strip())
+        text, replaced = _neutralise(option.strip(), wording)
         count += replaced
-        lines.append(f"{letter}: {text}")
-    if sample.options:
-        lines.append(CHOICE_HINT)
-    lines.append(INSTRUCTIONS[template if fits(sample, template) else "think_answer"])
+        options.append(f"{letter}: {text}")
+    if wording.instruction and template == wording.template:
+        pattern = wording.instruction if options else _OPTIONS_LINE.sub("", wording.instruction)
+        text = pattern.format(question=question, options="\n".join(options)).strip()
+    else:
+        lines = [question, *options, *([CHOICE_HINT] if options else [])]
+        lines.append(instruction_for(template if fits(sample, template) else "think_answer", wording))
+        text = "\n".join(lines)
     content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-    content.append({"type": "text", "text": "\n".join(lines)})
-    return RenderedPrompt([{"role": "user", "content": content}], count)
+    content.append({"type": "text", "text": text})
+    system: list[dict[str, Any]] = [{"role": "system", "content": wording.system}] if wording.system else []
+    return RenderedPrompt([*system, {"role": "user", "content": content}], count)
 
 
-def render_answer(think: str, answer: str, template: Template = "think_answer", *, description: str = "") -> str:
+def render_answer(
+    think: str,
+    answer: str,
+    template: Template = "think_answer",
+    wording: Wording = DEFAULT_WORDING,
+    *,
+    description: str = "",
+) -> str:
     """Render a reference completion in the requested format, for supervised fine-tuning and the gold check. Sections
     without text are left out."""
     texts = {"describe": description, "think": think, "answer": answer}
-    clean = {name: neutralise(text.strip())[0] for name, text in texts.items()}
+    clean = {name: _neutralise(text.strip(), wording)[0] for name, text in texts.items()}
     if not SECTIONS[template]:
         return clean["answer"]
-    return "".join(f"<{name}>{clean[name]}</{name}>" for name in SECTIONS[template] if clean[name])
+    return "".join(clean[name].join(wording.tag(name)) for name in SECTIONS[template] if clean[name])

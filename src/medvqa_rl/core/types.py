@@ -24,6 +24,34 @@ Template = Literal["think_answer", "direct", "explain", "short", "open_ended", "
 
 AnswersAs = Literal["text", "set"]
 """How answers that are no choice are compared: as a text, or as a set of parts in any order."""
+Tag = tuple[str, str]
+"""The opening and the closing tag of a section."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The user's own words and tags, declared once for prompts, parser, rewards and SFT targets."""
+
+    system: str = ""
+    """System prompt; empty leaves it to the chat template."""
+    instruction: str = ""
+    """User message with ``{question}`` and ``{options}``, in place of the text of ``template``; empty keeps that."""
+    template: Template = "think_answer"
+    """The template whose text the instruction replaces."""
+    describe: Tag = ("<describe>", "</describe>")
+    think: Tag = ("<think>", "</think>")
+    answer: Tag = ("<answer>", "</answer>")
+
+    def tag(self, section: str) -> Tag:
+        """The tags of the section describe, think or answer."""
+        return {"describe": self.describe, "think": self.think, "answer": self.answer}[section]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        return (*self.describe, *self.think, *self.answer)
+
+
+DEFAULT_WORDING = Wording()
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -154,6 +182,8 @@ class EncodedPrompt:
     """Number of special-token strings in the data that were neutralised."""
     template: Template = "think_answer"
     """The format that it asks for."""
+    wording: Wording = DEFAULT_WORDING
+    """With these tags."""
 
     @property
     def nbytes(self) -> int:
@@ -189,3 +219,8 @@ class Group:
     def template(self) -> Template:
         """The format in which completions are parsed: the one that the prompt asks for."""
         return self.prompt.template
+
+    @property
+    def wording(self) -> Wording:
+        """The tags with which completions are parsed."""
+        return self.prompt.wording

@@ -12,7 +12,7 @@ from medvqa_rl.config import DataConfig
 from medvqa_rl.core.answers import compared, score_correctness
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.text import normalise, shown
-from medvqa_rl.core.types import LETTERS, Dataset, ImageSource, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS, Dataset, ImageSource, Sample, Template, Wording
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.findings import (
     DataReport,
@@ -84,6 +84,7 @@ def check_data(
     *,
     budget: ImageBudget,
     template: Template = "think_answer",
+    wording: Wording = DEFAULT_WORDING,
     limit: int | None = None,
     decode: bool = True,
     workers: int = 2,
@@ -97,6 +98,7 @@ def check_data(
             but not by name, and only between different splits: two training splits may share images.
         budget: how the model resizes images.
         template: prompt template; gold answers are rendered in its format.
+        wording: its tags.
         limit: maximum number of samples per split. Defaults to all, or ``ENDLESS_LIMIT`` for an endless split.
         decode: decode the images. If False, they are compared by name only and their sizes are unknown.
         workers: decoding threads.
@@ -104,7 +106,9 @@ def check_data(
     """
     start = time.perf_counter()
     faults = FaultCounter()
-    splits = [_read_split(split, dataset, template, limit, faults, progress) for split, dataset in datasets.items()]
+    splits = [
+        _read_split(split, dataset, template, wording, limit, faults, progress) for split, dataset in datasets.items()
+    ]
     facts = _measure_images(splits, workers, faults, progress) if decode else {}
     for split in splits:
         _add_image_facts(split, facts, budget)
@@ -156,7 +160,13 @@ def _patients(datasets: Mapping[str, Dataset]) -> dict[str, dict[str, str]]:
 
 
 def _read_split(
-    split: str, dataset: Dataset, template: Template, limit: int | None, faults: FaultCounter, progress: Progress
+    split: str,
+    dataset: Dataset,
+    template: Template,
+    wording: Wording,
+    limit: int | None,
+    faults: FaultCounter,
+    progress: Progress,
 ) -> SplitFacts:
     """Check the samples of a split without decoding their images."""
     facts = SplitFacts(split, dataset.name, dataset.fingerprint, 0 if dataset.is_endless else len(dataset))
@@ -173,7 +183,7 @@ def _read_split(
             faults.add("repeated id", where)
         ids.add(sample.id)
         is_valid = sample.answer_type != "choice" or set(sample.answers) <= {*LETTERS[: len(sample.options)]}
-        if not is_valid or not _is_gold_correct(sample, template):
+        if not is_valid or not _is_gold_correct(sample, template, wording):
             faults.add("gold answer scores below 1", f"{where} ({shown(sample.answer)})")
         elif not _is_gold_unique(sample):
             faults.add("gold option not unique", f"{where} ({shown(sample.answer_text)})")
@@ -208,11 +218,11 @@ class _OtherImage:
         return self.source.header_pixels()
 
 
-def _is_gold_correct(sample: Sample, template: Template) -> bool:
+def _is_gold_correct(sample: Sample, template: Template, wording: Wording) -> bool:
     """Whether the scorer accepts every correct answer in the requested format."""
     asked = as_asked(sample, template)
-    completions = [render_answer("seen", answer, template) for answer in asked.answers]
-    return all(score_correctness(asked, completion, template) == 1.0 for completion in completions)
+    completions = [render_answer("seen", answer, template, wording) for answer in asked.answers]
+    return all(score_correctness(asked, completion, template, wording) == 1.0 for completion in completions)
 
 
 def _is_gold_unique(sample: Sample) -> bool:

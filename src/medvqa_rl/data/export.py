@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from medvqa_rl.core.files import write_whole
 from medvqa_rl.core.prompts import as_asked, render_prompt
-from medvqa_rl.core.types import Dataset, ImageSource, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, ImageSource, Sample, Template, Wording
 from medvqa_rl.data.images.files import FileImage, shrink
 from medvqa_rl.data.reading.tables import import_pyarrow, write_table
 
@@ -62,6 +62,7 @@ def export(
     *,
     form: Format = "jsonl",
     template: Template = "think_answer",
+    wording: Wording = DEFAULT_WORDING,
     max_pixels: int | None = None,
     limit: int | None = None,
     progress: Progress = lambda done, total: None,
@@ -77,6 +78,7 @@ def export(
         name: stem of the file name, such as train.
         form: jsonl or parquet for TRL, csv for ``data.name: own``.
         template: prompt template.
+        wording: the user's own words and tags in it.
         max_pixels: shrink larger images to this area.
         limit: maximum number of samples to write.
         progress: called with the number of samples written and their total.
@@ -91,7 +93,7 @@ def export(
     total = min(len(dataset), limit or len(dataset))
     images = _ImageWriter(folder, max_pixels)
     write_image = images.embed if form == "parquet" else images.write
-    row_of = own_row if form == "csv" else partial(trl_row, template=template)
+    row_of = own_row if form == "csv" else partial(trl_row, template=template, wording=wording)
 
     def rows() -> Iterator[dict[str, Any]]:
         for index in range(total):
@@ -107,14 +109,16 @@ def export(
     return Exported(file, total, images.written, images.copied)
 
 
-def trl_row(sample: Sample, images: list[Any], template: Template) -> dict[str, Any]:
+def trl_row(
+    sample: Sample, images: list[Any], template: Template, wording: Wording = DEFAULT_WORDING
+) -> dict[str, Any]:
     """A sample in TRL's columns, with special-token strings neutralised as in training; further columns describe the
     question."""
     sample = as_asked(sample, template)
-    (message,) = render_prompt(sample, template).messages
+    *system, message = render_prompt(sample, template, wording).messages
     text = next(part["text"] for part in message["content"] if part["type"] == "text")
     return {
-        "prompt": [{"role": "user", "content": text}],
+        "prompt": [*system, {"role": "user", "content": text}],
         "images": images,
         "solution": sample.answer,
         "answers": list(sample.answers),

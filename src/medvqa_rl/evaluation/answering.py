@@ -16,7 +16,16 @@ from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.core.answers import ParsedAnswer, compared, is_correct, parse_completion, read_choice, token_f1
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import shown
-from medvqa_rl.core.types import Completion, Dataset, EncodedPrompt, Group, Sample, Template
+from medvqa_rl.core.types import (
+    DEFAULT_WORDING,
+    Completion,
+    Dataset,
+    EncodedPrompt,
+    Group,
+    Sample,
+    Template,
+    Wording,
+)
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.data.phantom.claims import claims, faithfulness
@@ -89,7 +98,7 @@ def batches(samples: Sequence[Sample], template: Template, size: int) -> list[li
     """
 
     def length(sample: Sample) -> float:
-        content = render_prompt(sample, template).messages[0]["content"]
+        content = render_prompt(sample, template).messages[-1]["content"]
         characters = sum(len(part["text"]) for part in content if part["type"] == "text")
         return characters / 4 + sum(source.header_pixels() or 0 for source in sample.images) / 784
 
@@ -239,7 +248,8 @@ def make_record(
     if group is None:
         return record
     completion = group.completions[0]
-    parsed = parse_completion(completion.text, template)
+    wording = group.wording
+    parsed = parse_completion(completion.text, template, wording)
     think = parsed.think or ""
     is_open = shown.answer_type == "open"
     answer = None if parsed.answer is None else compared(parsed.answer, shown.answers_as)
@@ -260,10 +270,11 @@ def make_record(
         exact_match=exact_match(answer, *golds) if is_open else None,
         rouge_l=rouge_l(answer, *golds) if is_open else None,
         choice=_letter(shown, parsed.answer),
-        why=explain_score(shown, completion, parsed, template),
+        why=explain_score(shown, completion, parsed, template, wording),
         prompt_hash=hashlib.sha256(group.prompt.text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         image_hash=question.image_hash,
-        sampled=tuple(_sampled_answer(shown, completion, template) for completion in sampled),
+        sampled=tuple(_sampled_answer(shown, completion, template, wording) for completion in sampled),
+        tags=() if wording.tags == DEFAULT_WORDING.tags else wording.tags,
         think_tokens=0 if parsed.think is None else count_tokens(think),
         num_claims=None if scene is None else len(claims(think)),
         faithfulness=None if scene is None else faithfulness(think, scene),
@@ -279,14 +290,16 @@ def image_hash(images: Iterable[Image]) -> str | None:
     return digest.hexdigest()[:16] if pixels else None
 
 
-def explain_score(sample: Sample, completion: Completion, parsed: ParsedAnswer, template: Template) -> str:
+def explain_score(
+    sample: Sample, completion: Completion, parsed: ParsedAnswer, template: Template, wording: Wording
+) -> str:
     """Explain in words the result of :func:`medvqa_rl.core.answers.is_correct`."""
     if parsed.answer is None:
         if completion.is_truncated:
             return "no answer: the token limit came first"
         if template == "direct":
             return "no answer: the output is empty"
-        count = completion.text.count("<answer>")
+        count = completion.text.count(wording.answer[0])
         return f"no answer: {count} answer sections" if count != 1 else "no answer: its section is empty or unclosed"
     if sample.answer_type == "choice":
         letter = read_choice(parsed.answer, sample.options)
@@ -305,9 +318,9 @@ def _letter(sample: Sample, answer: str | None) -> str | None:
     return read_choice(answer, sample.options) if answer is not None and sample.answer_type == "choice" else None
 
 
-def _sampled_answer(sample: Sample, completion: Completion, template: Template) -> SampledAnswer:
+def _sampled_answer(sample: Sample, completion: Completion, template: Template, wording: Wording) -> SampledAnswer:
     """Score one sampled completion."""
-    answer = parse_completion(completion.text, template).answer
+    answer = parse_completion(completion.text, template, wording).answer
     is_right = is_correct(sample, answer)
     vote = _letter(sample, answer)
     if is_right and sample.alternatives:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import remove_partials, write_text
 from medvqa_rl.core.progress import open_console, progress_bar, to_stderr, waiting
 from medvqa_rl.core.prompts import as_asked
-from medvqa_rl.core.types import Dataset, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Sample, Template, Wording
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.answering import AnswerSettings, View, answer_all, chosen_samples
 from medvqa_rl.evaluation.controls import make_controls, summarise_controls
@@ -37,7 +38,7 @@ from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
-from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.models.loading import Policy, load_policy, resolve_device, trained_wording
 from medvqa_rl.models.summary import describe
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, overlap
@@ -65,6 +66,7 @@ class _Run:
 
     config: Config
     model: ModelConfig
+    wording: Wording
     policy: Callable[[], Policy]
     """Loads the model at the first call only: a complete evaluation is shown without it."""
     shard: Shard
@@ -111,7 +113,10 @@ def run_eval(
     model = config.model if checkpoint is None else with_checkpoint(config.model, checkpoint)
     model_name = "" if output is not None else config.model.path if checkpoint is None else checkpoint.name
     base = Path(config.output_dir) / "eval" if output is None else output
-    templates = tuple(prompts) or (config.prompt.template,)
+    wording = config.prompt.wording
+    if wording == DEFAULT_WORDING:
+        wording = trained_wording(model.adapter, model.path)
+    templates = tuple(prompts) or (wording.template if wording.instruction else config.prompt.template,)
     cells = plan_cells(config, [config.data, *data], templates, split=split, base=base, model_name=model_name)
     if output is not None and len(cells) == 1:
         cells = [replace(cells[0], folder=output)]
@@ -120,6 +125,7 @@ def run_eval(
     @cache
     def policy() -> Policy:
         loaded = load_policy(model)
+        loaded.processor.use(wording)
         to_stderr(describe(loaded))
         return loaded
 
@@ -136,7 +142,7 @@ def run_eval(
     instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
     rewarding = rewarding_judges(checkpoint)
     judges = rewarding | ({} if judge is None else {"evaluation": judge.identity})
-    run = _Run(config, model, policy, shard, instruments, judges, controls, console)
+    run = _Run(config, model, wording, policy, shard, instruments, judges, controls, console)
     for line in _notices(config, judge, rewarding):
         run.print(line)
     complete = {}
@@ -244,7 +250,7 @@ def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, lis
         All records, and those of each control; None while other shards are unfinished.
     """
     settings, folder, shard = cell.settings, cell.folder, run.shard
-    identity = _identity(cell, run.model)
+    identity = _identity(cell, run.model, run.wording)
     agree(folder, identity, write=False)
     remove_partials(folder)
 
@@ -300,7 +306,7 @@ def _print_results(cell: Cell, run: _Run, evaluation: Evaluation) -> None:
     run.print(f"Written: {cell.folder / 'results.json'} and samples.jsonl")
 
 
-def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
+def _identity(cell: Cell, model: ModelConfig, wording: Wording) -> dict[str, Any]:
     """Everything that the answers depend on, except the weights, which are known only once they are loaded."""
     names = {"path", "adapter", "revision", "load_in_4bit", "dtype", "attention", "min_pixels", "max_pixels"}
     config = cell.settings.config
@@ -311,6 +317,7 @@ def _identity(cell: Cell, model: ModelConfig) -> dict[str, Any]:
         "fingerprint": cell.dataset.fingerprint,
         "questions": questions_hash(cell.samples),
         "template": cell.settings.template,
+        **({} if wording == DEFAULT_WORDING else {"prompt": json.loads(json.dumps(asdict(wording)))}),
         "max_completion_length": cell.settings.max_completion_length,
         **{f"eval.{name}": getattr(config, name) for name in ("num_samples", "temperature", "top_p", "seed")},
         **{f"eval.{name}": value for name, value in instruments.items() if value is not None},

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
+from medvqa_rl.core.answers import without_tags
 from medvqa_rl.core.files import json_lines, write_text
+from medvqa_rl.core.prompts import ALL_TAGS
 from medvqa_rl.core.text import is_yes_no, printable
 from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType, Template, reference_text
 
@@ -96,6 +98,8 @@ class EvalRecord:
     """Further answers that are as correct as ``gold``."""
     answers_as: AnswersAs = "text"
     """How answers were compared, ``data.answers_as``."""
+    tags: tuple[str, ...] = ()
+    """The tags of the prompt, if they are the user's own."""
 
     @property
     def is_scored(self) -> bool:
@@ -117,6 +121,11 @@ class EvalRecord:
     def reference(self) -> str:
         """The gold answer as shown to people and graders (:func:`medvqa_rl.core.types.reference_text`)."""
         return reference_text((self.gold, *self.alternatives), self.options if self.answer_type == "choice" else ())
+
+    @property
+    def text(self) -> str:
+        """The output without its tags."""
+        return without_tags(self.output, self.tags or ALL_TAGS)
 
     @property
     def answer_kind(self) -> str:
@@ -154,7 +163,7 @@ def parse_record(line: str, where: str) -> EvalRecord:
         raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
     try:
         sampled = tuple(SampledAnswer(**answer) for answer in row.get("sampled", ()))
-        tuples = {name: tuple(row.get(name, ())) for name in ("options", "alternatives")}
+        tuples = {name: tuple(row.get(name, ())) for name in ("options", "alternatives", "tags")}
         return EvalRecord(**{**row, **tuples, "sampled": sampled})
     except TypeError as error:
         raise ValueError(

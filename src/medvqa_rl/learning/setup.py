@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import TerminalConsole, waiting
 from medvqa_rl.core.text import number_of
-from medvqa_rl.core.types import Dataset, Group
+from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.skipping import without_images
 from medvqa_rl.learning.distributed.launch import check_launch, read_launch
@@ -209,6 +209,8 @@ def set_up(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run shows its own progress
     torch.manual_seed(config.train.seed)  # new adapters have random weights
     policy = load_policy(config.model)
+    if config.prompt.wording != DEFAULT_WORDING:
+        policy.processor.use(config.prompt.wording)
     decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
     engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
     return Setup(policy, engine, datasets, *count_parameters(policy.model))

@@ -19,7 +19,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import first_few
-from medvqa_rl.core.types import Completion, Dataset, Group, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, Completion, Dataset, Group, Sample, Template, Wording
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.layout import Layout
@@ -33,7 +33,7 @@ from medvqa_rl.models.qwen_vl import Processor
 from medvqa_rl.rewards.judges.load import notices
 
 
-def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> str:
+def target_text(sample: Sample, template: Template, wording: Wording = DEFAULT_WORDING, *, use_reasoning: bool) -> str:
     """Render the target completion of a sample: its gold answer in the template's format.
 
     The reference reasoning and the image description fill the template's sections for them, if the sample has them
@@ -43,8 +43,8 @@ def target_text(sample: Sample, template: Template, *, use_reasoning: bool) -> s
     """
     asked = as_asked(sample, template)
     if not use_reasoning:
-        return render_answer("", asked.answer, template)
-    return render_answer(asked.reasoning, asked.answer, template, description=asked.description)
+        return render_answer("", asked.answer, template, wording)
+    return render_answer(asked.reasoning, asked.answer, template, wording, description=asked.description)
 
 
 def target_completion(text: str, processor: Processor) -> Completion:
@@ -56,7 +56,7 @@ def target_groups(prompts: Sequence[PreparedPrompt], processor: Processor, *, us
     """Pair each prompt with its target, as a group of one completion."""
     groups = []
     for sample, _, prompt, _ in prompts:
-        text = target_text(sample, prompt.template, use_reasoning=use_reasoning)
+        text = target_text(sample, prompt.template, prompt.wording, use_reasoning=use_reasoning)
         groups.append(Group(sample, prompt, (target_completion(text, processor),)))
     return groups
 

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -26,10 +27,18 @@ from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
+from medvqa_rl.core.types import DEFAULT_WORDING, Wording
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
-from medvqa_rl.models.qwen_vl import ARCHITECTURES, Processor, backbone, causal_model, vision_is_frozen
+from medvqa_rl.models.qwen_vl import (
+    ARCHITECTURES,
+    WORDING_FILE,
+    Processor,
+    backbone,
+    causal_model,
+    vision_is_frozen,
+)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -69,8 +78,28 @@ def load_policy(config: ModelConfig) -> Policy:
         settings = _read_architecture(folder)
         # Before the weights, which take longest: a wrong chat template is found at once.
         processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        processor.use(trained_wording(config.adapter, folder))
         model = _load_weights(folder, settings, config, device)
         return make_policy(model, processor, config, device)
+
+
+def trained_wording(*folders: str | Path | None) -> Wording:
+    """The words and tags that a checkpoint was trained with: of the first folder that records them, else the default.
+
+    Raises:
+        ValueError: the file that records them is damaged.
+    """
+    for folder in folders:
+        file = Path(folder or "") / WORDING_FILE
+        if folder is not None and file.is_file():
+            try:
+                return TypeAdapter(Wording).validate_json(file.read_bytes())
+            except ValidationError as error:
+                raise ValueError(
+                    f"{file}, which records the prompt that this model was trained with, is damaged: restore it, or "
+                    "remove it and set prompt.system, prompt.instruction and prompt.tags."
+                ) from error
+    return DEFAULT_WORDING
 
 
 def make_policy(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,17 +24,19 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import printable, shown
-from medvqa_rl.core.types import EncodedPrompt, Sample, Template
+from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 IMAGE_TOKEN = "<|image_pad|>"
+WORDING_FILE = "prompt.json"
+"""In the folder of a checkpoint that was trained with the user's own words or tags."""
 _PROBE = "Is there an effusion?"
 """A question that the chat template must contain."""
 Side = Literal["left", "right"]
 
 
 class Processor:
-    """Encodes samples as prompts and decodes token ids; immutable and thread-safe."""
+    """Encodes samples as prompts and decodes token ids; thread-safe."""
 
     def __init__(self, tokenizer: Any, image_processor: Any, *, stop_ids: Iterable[int] = ()) -> None:
         """
@@ -70,7 +73,35 @@ class Processor:
         self.suppressed_ids: tuple[int, ...] = tuple(sorted(control - set(self.stop_ids)))
         """Control tokens except stop tokens; they are never sampled. The rollout engine also suppresses the rows that
         pad the output layer beyond the tokenizer."""
+        self.wording = DEFAULT_WORDING
+        """The words and tags of prompts; see :meth:`use`."""
         self._check_chat_template()
+
+    def use(self, wording: Wording) -> None:
+        """Render the prompts from now on in these words, and with these tags.
+
+        Raises:
+            ValueError: the tokenizer does not keep a tag, or the chat template refuses system prompts.
+        """
+        for tag in wording.tags if wording.tags != DEFAULT_WORDING.tags else ():
+            ids = self.tokenizer(f"a{tag}b", add_special_tokens=False)["input_ids"]
+            if tag not in self.decode(ids) or not set(ids).isdisjoint(self.suppressed_ids):
+                raise ValueError(
+                    f"prompt.tags has {tag!r}, but the tokenizer of this model cannot write it (it reads "
+                    f"{self.decode(ids)!r} for {f'a{tag}b'!r}): choose other tags."
+                )
+        if wording.system:
+            messages = [{"role": "system", "content": wording.system}, {"role": "user", "content": _PROBE}]
+            try:
+                text, _ = self._tokenize(messages)
+            except (TemplateError, TypeError) as error:
+                text = f"({error})"
+            if wording.system.strip() not in text:
+                raise ValueError(
+                    "prompt.system is set, but the chat template of this model leaves it out: write it into "
+                    "prompt.instruction."
+                )
+        self.wording = wording
 
     @classmethod
     def from_folder(
@@ -148,12 +179,12 @@ class Processor:
         Raises:
             ValueError: an image cannot be loaded or used; the message names the sample.
         """
-        rendered = render_prompt(sample, template)
+        rendered = render_prompt(sample, template, self.wording)
         text, ids = self._tokenize(rendered.messages)
         is_image = ids == self.image_token_id
         assert int(is_image.sum()) == len(sample.images), "the chat template places images, and texts are neutralised"
         if not sample.images:
-            return EncodedPrompt(ids, None, None, text, rendered.neutralised, template)
+            return EncodedPrompt(ids, None, None, text, rendered.neutralised, template, self.wording)
         try:
             images = [source.load() for source in sample.images]
             features = self.image_processor(images=images, return_tensors="np")
@@ -163,7 +194,7 @@ class Processor:
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[is_image] = grid.prod(axis=-1) // self.image_processor.merge_size**2
         pixels = np.ascontiguousarray(features["pixel_values"], dtype=np.float32)
-        return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised, template)
+        return EncodedPrompt(np.repeat(ids, repeats), pixels, grid, text, rendered.neutralised, template, self.wording)
 
     def encoding_bytes(self, sample: Sample) -> int:
         """Upper bound of the memory that :meth:`encode` needs for a sample, from the headers of its images.
@@ -216,6 +247,9 @@ class Processor:
         path = folder / "preprocessor_config.json"
         settings = json.loads(path.read_text(encoding="utf-8")) | {"processor_class": "Qwen2VLProcessor"}
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if self.wording != DEFAULT_WORDING:
+            words = json.dumps(asdict(self.wording), indent=2, ensure_ascii=False)
+            (folder / WORDING_FILE).write_text(words + "\n", encoding="utf-8")
 
 
 def causal_model(model: nn.Module) -> Any:

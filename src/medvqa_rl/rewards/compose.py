@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medvqa_rl.config import RewardsConfig, RolloutConfig
-from medvqa_rl.core.answers import Read, read_group, without_tags
+from medvqa_rl.core.answers import Read, read_group
 from medvqa_rl.core.types import Group
 from medvqa_rl.rewards.functions import RewardLog, call_functions, load_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
@@ -76,9 +76,7 @@ PARTS: dict[str, Part] = {
         soft_overlong(len(read.completion.token_ids), batch.limit, batch.config.overlong_buffer * batch.limit)
         for read in batch.reads
     ],
-    "repetition": lambda batch: [
-        repetition_penalty(without_tags(read.completion.text), batch.config.repetition_ngram) for read in batch.reads
-    ],
+    "repetition": lambda batch: [repetition_penalty(read.text, batch.config.repetition_ngram) for read in batch.reads],
 }
 """The built-in parts by name; each has a weight of the same name in the settings."""
 

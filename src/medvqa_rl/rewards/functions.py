@@ -164,7 +164,9 @@ def call_functions(
     arguments: dict[str, Any] = {
         **_columns(groups),
         "prompts": [
-            render_prompt(group.sample, group.template).messages for group in groups for _ in group.completions
+            render_prompt(group.sample, group.template, group.wording).messages
+            for group in groups
+            for _ in group.completions
         ],
         "completions": [[{"role": "assistant", "content": completion.text}] for completion in completions],
         "completion_ids": [list(completion.token_ids) for completion in completions],

@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from medvqa_rl.core.answers import without_tags
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.health import (
     HIGH_ACCURACY,
@@ -93,7 +92,7 @@ def verbose_on_test(results: Results, records: Sequence[EvalRecord], untrained: 
             f"All {every:.0f}, untrained {before:.0f}; accuracy {100 * results['accuracy']:.1f} %, untrained "
             f"{100 * untrained['accuracy']:.1f} %."
         )
-    repeated = [-repetition_penalty(without_tags(r.output), REPETITION) for r in records if r.is_correct is False]
+    repeated = [-repetition_penalty(r.text, REPETITION) for r in records if r.is_correct is False]
     if repeated:
         figures.append(
             f"Of the {REPETITION}-word sequences in wrong answers {100 * fmean(repeated):.0f} % are repeats."

@@ -53,6 +53,7 @@ def run_check(
             load_with_further(config.data, further),
             budget=budget,
             template=config.prompt.template,
+            wording=config.prompt.wording,
             limit=limit,
             decode=decode,
             workers=workers or min(8, os.cpu_count() or 1),

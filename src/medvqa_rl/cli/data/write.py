@@ -100,6 +100,7 @@ def run_export(
                 name,
                 form=form,
                 template=config.prompt.template,
+                wording=config.prompt.wording,
                 max_pixels=max_pixels,
                 limit=limit,
                 progress=progress,

@@ -251,7 +251,7 @@ def size_to(config: Config, memory: float, samples: Sequence[Sample], report: Da
         ValueError: not even the smallest settings fit.
     """
     sizes = [size for split in report.splits for size in zip(split.widths, split.heights)]
-    text = max(sum(len(part.get("text", "")) for part in render_prompt(s).messages[0]["content"]) for s in samples)
+    text = max(sum(len(part.get("text", "")) for part in render_prompt(s).messages[-1]["content"]) for s in samples)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     assumed = Assumptions(question_tokens=32 + text // 3, image_size=largest, ranks=1)
     model, machine = find_architecture(config.model, MODEL_SIZE), Machine("", Rates(1, 1), memory * GIB, True, "")

@@ -16,6 +16,7 @@ from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.config.other_names import OTHER_NAMES
 from medvqa_rl.config.problems.data import data_problems
 from medvqa_rl.config.problems.judge import asked_by, judge_problems, network_problems
+from medvqa_rl.config.problems.prompt import prompt_problems
 from medvqa_rl.config.problems.quantized import quantized_problems
 from medvqa_rl.config.problems.vllm import vllm_problems
 from medvqa_rl.config.schema import all_settings, allowed, did_you_mean, dotted, locate, one_of, resolve, show
@@ -90,6 +91,7 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
     found = [
         *_model_problems(config),
         *data_problems(config.data),
+        *prompt_problems(config),
         *_loss_problems(config),
         *network_problems(config),
         *judge_problems(config),

@@ -12,7 +12,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.core.answers import without_tags
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.evaluation.measures.similarity import Similarity, candidate_text, load_similarity
 from medvqa_rl.evaluation.records import EvalRecord
@@ -80,7 +79,7 @@ def measure(records: Sequence[EvalRecord], instruments: Instruments) -> list[Eva
     indices = [index for index, record in enumerate(records) if record.is_scored]
     some = [records[index] for index in indices]
     if model := instruments.language_model:
-        likelihoods = model.score([without_tags(record.output) for record in some])
+        likelihoods = model.score([record.text for record in some])
         some = [
             replace(record, nll=found.nll, nll_tokens=found.num_tokens, perplexity_by=model.name)
             for record, found in zip(some, likelihoods)

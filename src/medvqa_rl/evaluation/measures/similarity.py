@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medvqa_rl.config import is_hub_id
-from medvqa_rl.core.answers import read_choice, without_tags
+from medvqa_rl.core.answers import read_choice
 from medvqa_rl.core.network import unusable_proxy
 from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import LETTERS
@@ -37,7 +37,7 @@ def candidate_text(record: EvalRecord) -> str:
     """Return reasoning and answer as text, with an option's letter replaced by its text. An output without a parsable
     answer is returned whole, without its tags."""
     if record.answer is None:
-        return without_tags(record.output)
+        return record.text
     answer = record.answer
     if record.answer_type == "choice":
         letter = read_choice(answer, record.options)

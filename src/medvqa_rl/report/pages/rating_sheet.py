@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.answers import without_tags
 from medvqa_rl.core.randomness import addresses
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import Split, load_dataset
@@ -44,7 +43,7 @@ class Item:
         """The reasoning shown: the whole output if no answer could be parsed."""
         if self.record.think is not None:
             return self.record.think
-        return "" if self.record.answer is not None else without_tags(self.record.output)
+        return "" if self.record.answer is not None else self.record.text
 
 
 def choose_items(evaluations: Sequence[Evaluated], count: int, seed: int) -> list[Item]:

@@ -16,7 +16,7 @@ from medvqa_rl.report.comparisons import accuracy_rows, compare
 from medvqa_rl.report.figures.charts import charts
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.pages.rendering import render_with_script
-from medvqa_rl.report.pages.viewer import build_viewer
+from medvqa_rl.report.pages.viewer import build_viewer, section_tags
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
 
 LIMITS = (
@@ -73,7 +73,12 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
         "report.html.j2",
         styles=("_style.css", "_report.css"),
         script="_viewer.js",
-        data={"runs": [run.name for run in runs], "groups": viewer.groups, "images": viewer.images},
+        data={
+            "runs": [run.name for run in runs],
+            "groups": viewer.groups,
+            "images": viewer.images,
+            **section_tags(runs),
+        },
         runs=runs,
         story=story,
         highlights=[

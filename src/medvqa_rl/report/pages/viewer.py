@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from medvqa_rl.config import Config
+from medvqa_rl.config import Config, leaves
 from medvqa_rl.core.text import number_of
-from medvqa_rl.core.types import LETTERS, Sample
+from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.report.pages.rendering import thumbnail_uri
@@ -76,6 +76,16 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
             f"{number_of(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out to keep the page small."
         )
     return Viewer(plain, thumbnails.uris, notes)
+
+
+def section_tags(runs: Sequence[StoredRun]) -> dict[str, list[str]]:
+    """The tags that the runs' completions may have, and the opening ones of answers, for the script."""
+    tags, answers = dict.fromkeys(DEFAULT_WORDING.tags), dict.fromkeys(DEFAULT_WORDING.answer[:1])
+    for name, value in ((name, value) for run in runs for name, value in leaves(run.config).items()):
+        if name.startswith("prompt.tags.") and isinstance(value, list) and all(isinstance(tag, str) for tag in value):
+            tags |= dict.fromkeys(value)
+            answers |= dict.fromkeys(value[:1]) if name == "prompt.tags.answer" else {}
+    return {"tags": list(tags), "answerTags": list(answers)}
 
 
 def evenly(items: Sequence[T], limit: int) -> list[T]:

@@ -1,6 +1,7 @@
 "use strict";
 (() => {
-  const { runs, groups, images } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, groups, images, tags, answerTags } = JSON.parse(document.getElementById("data").textContent);
+  const TAG = new RegExp("(" + tags.map((tag) => tag.replace(/[^\w\s]/g, "\\$&")).join("|") + ")");
   const PAGE = 10;
   const DEFAULTS = { q: "", outcome: "", run: "", modality: "", family: "", sort: "new", page: "1" };
   const $ = (id) => document.getElementById(id);
@@ -106,9 +107,9 @@
     );
     const text = make("div", "text");
     let kind = "";
-    for (const piece of completion.text.split(/(<\/?(?:describe|think|answer)>)/)) {
-      const isTag = /^<\/?(?:describe|think|answer)>$/.test(piece);
-      if (isTag) kind = piece === "<answer>" ? "answer" : "";
+    for (const piece of completion.text.split(TAG)) {
+      const isTag = tags.includes(piece);
+      if (isTag) kind = answerTags.includes(piece) ? "answer" : "";
       if (piece) text.append(make("span", isTag ? "tag" : kind, piece));
     }
     box.append(header, text);
