@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from medvqa_rl.core.files import (
     checkpoint_folder,
     find_checkpoint,
     json_lines,
+    note_on_best,
     remove_partials,
     write_json,
     write_text,
@@ -94,3 +96,24 @@ def test_a_run_resolves_to_its_best_checkpoint_or_its_last(tmp_path: Path) -> No
     (tmp_path / "best").mkdir()
     assert find_checkpoint(tmp_path) == tmp_path / "best"
     assert find_checkpoint(tmp_path, prefer_best=False) == tmp_path / "checkpoints" / "step_000010"
+
+
+@pytest.mark.parametrize(
+    ("step", "best", "start", "note"),
+    [
+        (10, 0.5, 0.4, None),
+        (10, 0.4, 0.4, r"No evaluation .* before it \(40\.0%\): the best checkpoint, of step 10, reaches 40\.0%"),
+        (10, 0.3, 0.4, r"reaches 30\.0%"),
+        (0, 0.4, 0.4, r"best checkpoint of .*run is the model before training"),
+        (10, 0.4, None, None),
+    ],
+)
+def test_a_best_checkpoint_that_is_no_better_is_noted(
+    tmp_path: Path, step: int, best: float, start: float | None, note: str | None
+) -> None:
+    run = tmp_path / "run"
+    assert note_on_best(run) is None
+    write_json(run / "best" / "best.json", {"step": step, "accuracy": best})
+    write_json(run / "eval" / "step_000000" / "results.json", {"accuracy": start})
+    found = note_on_best(run)
+    assert found is None if note is None else found is not None and re.search(note, found)

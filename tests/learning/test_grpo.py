@@ -71,7 +71,9 @@ def test_a_run_folder_is_complete(folder, tmp_path):
     assert "step 4/4" in (run / "train.log").read_text()
     best = json.loads((run / "best" / "best.json").read_text())
     accuracies = {line["step"]: line["eval/accuracy"] for line in read_metrics(run) if "eval/accuracy" in line}
-    assert best == {"step": status["best_step"], "accuracy": max(accuracies.values())}
+    trained = {step: accuracy for step, accuracy in accuracies.items() if step > 0}
+    assert best == {"step": status["best_step"], "accuracy": max(trained.values())}
+    assert best["step"] == min(step for step, accuracy in trained.items() if accuracy == best["accuracy"])
     load_policy(config.model.model_copy(update={"path": str(run / "best")}))
     logged = [line["eval/perplexity"] for line in read_metrics(run) if "eval/perplexity" in line]
     assert len(logged) == 3 and min(logged) > 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, use_threads, verb
+from medvqa_rl.core.progress import open_console, print_line
 
 RunOrConfig = Annotated[
     Path,
@@ -60,7 +62,7 @@ def evaluate(
 
     Answers are greedy; sampled answers and bias controls are optional.
     """
-    from medvqa_rl.core.files import find_checkpoint, run_config
+    from medvqa_rl.core.files import find_checkpoint, note_on_best, run_config
     from medvqa_rl.core.prompts import read_templates
     from medvqa_rl.evaluation.store import Shard
 
@@ -73,6 +75,8 @@ def evaluate(
         )
     if run is not None and checkpoint is None:
         checkpoint = find_checkpoint(run)
+        if (note := note_on_best(run)) and checkpoint.name == "best":
+            print_line(open_console(), note)
     settings = read_settings(config if run is None else run_config(run), given, purpose="eval").config
     if run is not None:  # it may have been moved since
         settings = settings.model_copy(update={"output_dir": str(run)})
@@ -96,6 +100,11 @@ def evaluate(
         shard=part,
         resume=resume,
     )
+    home = Path(settings.output_dir)
+    if not dry_run and (home / "status.json").is_file():
+        is_inside = output is None or output.resolve().is_relative_to(home.resolve() / "eval")
+        where = "" if output is None or is_inside else f" --evals {shlex.quote(str(output))}"
+        print_line(open_console(), f"Next, the report of the run: medvqa-rl report {shlex.quote(str(home))}{where}")
 
 
 @verb

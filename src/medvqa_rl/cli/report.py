@@ -20,6 +20,10 @@ def report(
     figures: Annotated[
         Path | None, typer.Option(help="Write figures for a paper, as PDF and SVG, to this folder instead.")
     ] = None,
+    evals: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of evaluations outside the run, before or after training. May be repeated."),
+    ] = None,
     no_images: Annotated[bool, typer.Option("--no-images", help="Leave out the images of the questions.")] = False,
 ) -> None:
     """Write a self-contained page about one or more runs: comparisons, curves, health checks and samples."""
@@ -38,7 +42,7 @@ def report(
         return
     from medvqa_rl.report.pages.report import write_report
 
-    path = write_report(runs, output, images=not no_images)
+    path = write_report(runs, output, images=not no_images, evals=evals or ())
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

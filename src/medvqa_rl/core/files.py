@@ -123,6 +123,27 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
 
 
+def note_on_best(run: Path) -> str | None:
+    """A sentence if no evaluation during training was more accurate than the one before it; else None."""
+    try:
+        best = json.loads((run / "best" / "best.json").read_text(encoding="utf-8"))
+        step, accuracy = int(best["step"]), float(best["accuracy"])
+        start = json.loads((run / "eval" / "step_000000" / "results.json").read_text(encoding="utf-8"))["accuracy"]
+    except (OSError, ValueError, KeyError, TypeError):  # no evaluations, or of another version
+        return None
+    if step == 0:  # of an older version
+        return (
+            f"The best checkpoint of {run} is the model before training: comparing it with that model shows no "
+            "difference. Name a later one with --checkpoint."
+        )
+    if start is None or accuracy > start:
+        return None
+    return (
+        f"No evaluation during training was more accurate on the validation questions than the model before it "
+        f"({start:.1%}): the best checkpoint, of step {step}, reaches {accuracy:.1%}."
+    )
+
+
 def find_checkpoint(run: Path, *, prefer_best: bool = True) -> Path:
     """The checkpoint that stands for a run: the best one, if evaluation during training chose one, else the last.
 

@@ -71,7 +71,7 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
         f"question answering on medical images by {_method(run, settings)}. "
         f"These are the weights after step {'unknown' if step is None else step}"
         + (
-            ", which had the highest validation accuracy of the run."
+            ", which had the highest validation accuracy of the evaluated steps."
             if is_best
             else ", the last checkpoint of the run."
         ),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.evaluation.statistics.compare import is_same_model
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 
@@ -70,6 +72,7 @@ def pairs(runs: Sequence[StoredRun]) -> Iterator[Pair]:
             before = named.get("before_" + name.removeprefix("after_"))
             if name.startswith("after_") and before is not None:
                 yield Pair(f"{label}{name.removeprefix('after_')}", ("before", "after"), before, after)
+        yield from _standalone(run, label)
     for run in runs[1:]:
         first, other = last_of(runs[0]), last_of(run)
         names = (runs[0].name, run.name)
@@ -81,6 +84,38 @@ def pairs(runs: Sequence[StoredRun]) -> Iterator[Pair]:
                 yield Pair(
                     f"{run.name} against {runs[0].name}: {evaluation.name}", names, own[evaluation.name], evaluation
                 )
+
+
+def _standalone(run: StoredRun, label: str) -> Iterator[Pair]:
+    """Yield evaluations of the run's initial model beside those of its checkpoints, on the same questions."""
+    initial = {name: run.config.get("model", {}).get(name) for name in ("path", "adapter")}
+    before: dict[tuple[object, ...], StoredEvaluation] = {}
+    own = []
+    for evaluation in run.evaluations:
+        model = evaluation.results.get("model")
+        if evaluation.step is not None or not isinstance(model, dict):
+            continue
+        if {name: model.get(name) for name in initial} == initial:
+            before[_questions(evaluation)] = evaluation
+        elif _is_checkpoint(Path(model.get("adapter") or model.get("path") or "."), run.path):
+            own.append(evaluation)
+    for after in own:
+        if earlier := before.get(_questions(after)):
+            same = is_same_model(earlier.results, after.results)
+            note = "Both are evaluations of the same weights." if same else ""
+            yield Pair(f"{label}{_data_name(after)}, {after.name}", ("before", "after"), earlier, after, note)
+
+
+def _questions(evaluation: StoredEvaluation) -> tuple[object, ...]:
+    """What two evaluations must share to be compared: questions, prompt and data set."""
+    dataset, settings = evaluation.results.get("dataset", {}), evaluation.results.get("settings", {})
+    return dataset.get("name"), dataset.get("questions"), settings.get("template")
+
+
+def _is_checkpoint(model: Path, run: Path) -> bool:
+    """Whether a model is a checkpoint of the run; a moved run keeps its name."""
+    folder = model.parent if model.name == "best" else model.parent.parent
+    return model.name.startswith(("best", "step_")) and folder.name == (run.name or run.resolve().name)
 
 
 def _data_name(evaluation: StoredEvaluation) -> str:

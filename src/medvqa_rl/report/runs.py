@@ -118,11 +118,14 @@ def is_evaluation(row: Row) -> bool:
     return all(name.startswith("eval/") for name in row if name != "step")
 
 
-def read_run(path: Path) -> StoredRun:
+def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
     """Read a run, except for its sampled completions.
 
+    Args:
+        evals: folders with further evaluations, outside the run.
+
     Raises:
-        ValueError: the path is not a folder, or has no file of a run.
+        ValueError: the path is not a folder or has no file of a run, or a folder of ``evals`` has no evaluation.
     """
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}: give a run folder, the output_dir of `medvqa-rl train`.")
@@ -139,7 +142,7 @@ def read_run(path: Path) -> StoredRun:
         data=_object(path / "data.json", problems),
         status=_object(path / "status.json", problems),
         metrics=_metrics(path / "metrics.jsonl", problems),
-        evaluations=_evaluations(path / "eval", problems),
+        evaluations=[*_evaluations(path / "eval", problems), *_outside(evals, problems)],
         problems=problems,
     )
 
@@ -215,17 +218,35 @@ def _is_number(value: object) -> bool:
 
 
 def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
+    """The evaluations in the folders of a folder."""
+    return _stored(sorted(folder.glob("*/results.json")), problems)
+
+
+def _stored(paths: Sequence[Path], problems: list[str]) -> list[StoredEvaluation]:
     found = []
-    for path in sorted(folder.glob("*/results.json")):
+    for path in paths:
         own: list[str] = []
         results = _object(path, own)
         if own or not isinstance(results.get("by"), dict) or not results.keys() >= set(_SUMMARY):
-            problems.append(f"eval/{path.parent.name}/results.json is damaged or has another version, and is skipped.")
+            name = f"{path.parent.parent.name}/{path.parent.name}/results.json"
+            problems.append(f"{name} is damaged or has another version, and is skipped.")
         else:
             judged = path.with_name("judged.json")
             said = _object(judged, problems) if judged.is_file() else {}
             found.append(StoredEvaluation(path.parent.name, results, path.with_name("samples.jsonl"), said))
     return sorted(found, key=lambda item: (item.step is None, item.step or 0, item.name))
+
+
+def _outside(folders: Sequence[Path], problems: list[str]) -> list[StoredEvaluation]:
+    """The evaluations in folders or directly below them, named by their paths."""
+    found = []
+    for folder in folders:
+        inside = sorted(path for path in (folder / "results.json", *folder.glob("*/results.json")) if path.is_file())
+        own = _stored(inside, problems)
+        if not own:
+            raise ValueError(f"There is no evaluation in {folder}: give a folder that `medvqa-rl eval` wrote.")
+        found += own
+    return found
 
 
 def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:

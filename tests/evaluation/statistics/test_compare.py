@@ -117,6 +117,21 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert not any(isinstance(value, float) and math.isnan(value) for value in stored[0]["pairs"][0].values())
 
 
+def test_evaluations_of_the_same_weights_are_named(tmp_path: Path) -> None:
+    folders = [save(tmp_path / name, run(name, wrong=(3,))) for name in ("a", "b")]
+    for folder in folders:
+        (folder / "results.json").write_text(json.dumps({"model": {"weights": "abc"}}))
+    out = tmp_path / "out.json"
+    result = CliRunner().invoke(app, ["compare", *map(str, folders), "--output", str(out)])
+    text = " ".join(result.output.split())
+    assert result.exit_code == 0 and text.count("are evaluations of the same weights.") == 1
+    (pair,) = json.loads(out.read_text())["comparisons"][0]["pairs"]
+    bound = 1 - 0.025 ** (1 / pair["num_clusters"])
+    assert pair["same_weights"] and pair["gain_high"] == -pair["gain_low"] == pytest.approx(bound)
+    (folders[1] / "results.json").write_text(json.dumps({"model": {"weights": "other"}}))
+    assert "same weights" not in CliRunner().invoke(app, ["compare", *map(str, folders)]).output
+
+
 def test_different_questions_are_refused_with_exit_code_2(tmp_path: Path) -> None:
     folders = [str(save(tmp_path / "a", A)), str(save(tmp_path / "short", run("short", count=20)))]
     result = CliRunner().invoke(app, ["compare", *folders])

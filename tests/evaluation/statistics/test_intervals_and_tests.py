@@ -23,6 +23,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     holm,
     minimum_detectable_effect,
     paired_cluster_bootstrap,
+    paired_difference_interval,
     proportion_interval,
     seeds_and_clusters_bootstrap,
 )
@@ -149,6 +150,21 @@ def test_equal_answers_do_not_give_a_zero_width_interval() -> None:
     assert (interval.estimate, interval.low, interval.high) == (0.0, 0.0, pytest.approx(1 - theirs.low))
     mixed = [True] * 59 + [False]
     assert proportion_interval(mixed, clusters) == cluster_bootstrap(mixed, clusters)
+
+
+def test_equal_differences_do_not_give_a_zero_width_interval() -> None:
+    """With K images, a share of changed ones with 0.975 probability of showing none of them has (1 - b)^K = 0.025."""
+    flags, clusters = [True, False, True, True, False, False], [0, 0, 1, 1, 2, 2]
+    bound = 1 - 0.025 ** (1 / 3)
+    same = paired_difference_interval(flags, flags, clusters)
+    assert (same.estimate, same.low, same.high) == (0, pytest.approx(-bound), pytest.approx(bound))
+    twelve = paired_difference_interval([True] * 12, [True] * 12, range(12))
+    assert twelve.high == -twelve.low == pytest.approx(scipy_stats.binomtest(0, 12).proportion_ci(0.95, "exact").high)
+    better = paired_difference_interval([False] * 6, [True] * 6, clusters)
+    assert (better.estimate, better.low, better.high) == (1, pytest.approx(1 - 2 * bound), 1)
+    swapped = paired_difference_interval([True, False] * 3, [False, True] * 3, clusters)  # one up, one down per image
+    assert (swapped.low, swapped.high) == (pytest.approx(-bound), pytest.approx(bound))
+    assert math.isnan(paired_difference_interval(flags, flags, [0] * 6).low)
 
 
 def test_intervals_depend_on_the_seed_alone() -> None:

@@ -279,3 +279,38 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert result.exit_code == 2 and "There is no folder" in result.output
+
+
+def standalone(folder: Path, correct: list[bool], model: str, weights: str) -> Path:
+    """An evaluation as ``medvqa-rl eval`` writes it."""
+    results = write_eval(folder, correct)
+    results["dataset"] = {"name": "phantom/home/test", "questions": "abc"}
+    results["settings"] = {"template": "think_answer"}
+    results["model"] = {"path": model, "adapter": None, "weights": weights}
+    write(folder / "results.json", results)
+    return folder
+
+
+def test_evaluations_outside_the_run_give_before_and_after(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    model = json.loads((run / "config.resolved.json").read_text())["model"]["path"]
+    before = standalone(tmp_path / "before", [True] * 5 + [False] * 15, model, "old")
+    after = standalone(tmp_path / "evals" / "after", [True] * 15 + [False] * 5, str(run / "best"), "new")
+    out = tmp_path / "page.html"
+    arguments = ["report", str(run), "--output", str(out), "--evals", str(before), "--evals", str(after.parent)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    (made,) = [item for item in compare([read_run(run, [before, after])])[0] if "test" in item.name]
+    assert (made.before["accuracy"], made.after["accuracy"], made.gain["gain"]) == (0.25, 0.75, 0.5)
+    assert made.name == "phantom/home/test, after" and "+50.0 points" in out.read_text()
+    (home,) = compare([read_run(run)])[0]
+    assert "val" in home.name
+    standalone(before, [True] * 5 + [False] * 15, model, "new")
+    (made,) = [item for item in compare([read_run(run, [before, after])])[0] if "test" in item.name]
+    assert made.note == "Both are evaluations of the same weights."
+
+
+def test_evals_need_one_run_and_an_evaluation(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no evaluation in .*nothing"):
+        read_run(run, [tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="--evals is given with 2 runs"):
+        write_report([run, run], tmp_path / "page.html", evals=[tmp_path])

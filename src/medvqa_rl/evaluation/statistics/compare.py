@@ -3,6 +3,7 @@ the questions that flipped. Imports no torch."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,7 +12,7 @@ from typing import Any
 
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.files import write_json
-from medvqa_rl.core.progress import open_console
+from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.statistics.comparison_tables import show
 from medvqa_rl.evaluation.statistics.intervals_and_tests import holm
@@ -104,7 +105,8 @@ def compare(
     Returns:
         ``baseline``: its name. ``dataset``. ``runs``: for each ``name``, ``template``, ``n``, ``accuracy`` with its
         interval, ``detectable_difference`` and the output of :func:`measured_summary`. ``pairs``: for each the names
-        ``baseline`` and ``run``, the output of :func:`paired_gain`, ``holm_p`` and ``mcnemar_holm_p`` (p-values of the
+        ``baseline`` and ``run``, the output of :func:`paired_gain`, ``same_weights`` (whether both name the
+        same), ``holm_p`` and ``mcnemar_holm_p`` (p-values of the
         permutation test and of McNemar's test adjusted for the number of pairs, Holm 1979), ``by`` (the same by group,
         adjusted for the number of values of a key) and ``flipped``, the questions that improved or worsened.
 
@@ -127,10 +129,26 @@ def compare(
     ]
     _adjust(pairs)
     for row, (first, run) in zip(pairs, chosen):
+        row["same_weights"] = is_same_model(_results(first), _results(run))
         row["by"] = _gains_by_group(first.records, run.records, config)
         shared = pair(first.records, run.records)
         row["flipped"] = [_flip(one, other) for one, other in shared if one.is_correct != other.is_correct]
     return {"baseline": baseline.name, "dataset": baseline.cell[0], "runs": overall, "pairs": pairs}
+
+
+def _results(run: Evaluated) -> Mapping[str, Any]:
+    """The content of results.json; empty if it cannot be read."""
+    try:
+        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
+
+
+def is_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two results.json name the same weights."""
+    first, second = (model.get("weights") for model in (one.get("model") or {}, other.get("model") or {}))
+    return first is not None and first == second
 
 
 def _adjust(rows: Sequence[dict[str, Any]]) -> None:
@@ -192,6 +210,9 @@ def run_compare(paths: Sequence[Path], *, output: Path | None = None, flips: int
     comparisons = [compare(runs) for runs in match(paths)]
     for comparison in comparisons:
         show(comparison, console, flips)
+        for row in comparison["pairs"]:
+            if row["same_weights"]:
+                print_line(console, f"{row['baseline']} and {row['run']} are evaluations of the same weights.")
     if output is not None:
         write_comparisons(comparisons, output)
         console.print(f"Written: {output}", highlight=False, soft_wrap=True)

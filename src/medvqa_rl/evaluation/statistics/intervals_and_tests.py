@@ -156,6 +156,29 @@ def paired_cluster_bootstrap(
     return cluster_bootstrap(difference, clusters, resamples=resamples, seed=seed, method=method)
 
 
+def paired_difference_interval(
+    before: Sequence[bool],
+    after: Sequence[bool],
+    clusters: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+    method: Method = "bca",
+) -> Interval:
+    """Difference of two rates on the same questions, with the interval of :func:`paired_cluster_bootstrap`.
+
+    If all clusters have the same mean difference d, as without any change, the bootstrap interval would have zero
+    width. By Clopper and Pearson (1934), with clusters as independent trials, at most b = 1 - 0.025 ** (1 / K) of all
+    clusters differ from d; as their differences lie in [-1, 1], the interval is d - b (d + 1) to d + b (1 - d).
+    """
+    interval = paired_cluster_bootstrap(before, after, clusters, resamples=resamples, seed=seed, method=method)
+    sums, sizes = _per_cluster(np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64), clusters)
+    if len(sums) < 2 or np.ptp(sums / sizes) > 0:
+        return interval
+    d, share = interval.estimate, 1 - float(beta.ppf(LEVELS[0], len(sums), 1))
+    return Interval(d, d - share * (d + 1), d + share * (1 - d))
+
+
 @dataclass(frozen=True)
 class SeededInterval(Interval):
     """Result of :func:`seeds_and_clusters_bootstrap`."""

@@ -22,7 +22,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     effective_n,
     exact_mcnemar,
     minimum_detectable_effect,
-    paired_cluster_bootstrap,
+    paired_difference_interval,
     proportion_interval,
 )
 
@@ -233,9 +233,10 @@ def paired_gain(
 
     Returns:
         ``n``, ``num_clusters``, ``accuracy_before``, ``accuracy_after``, ``gain`` = after - before with its 95 %
-        paired interval ``gain_low`` to ``gain_high`` (images resampled), ``improved`` and ``worsened`` (numbers of
-        questions), ``mcnemar_p`` (exact, treats questions as independent), ``permutation_p`` (flips the signs of whole
-        images) and ``detectable_gain`` (detected with 80 % power at this number of questions and changes; NaN without
+        paired interval ``gain_low`` to ``gain_high`` (:func:`paired_difference_interval`), ``improved`` and
+        ``worsened`` (numbers of questions), ``mcnemar_p`` (exact, treats questions as independent),
+        ``permutation_p`` (flips the signs of whole images) and ``detectable_gain`` (detected with 80 % power at this
+        number of questions and changes; NaN without
         changes).
 
     Raises:
@@ -244,7 +245,7 @@ def paired_gain(
     pairs = pair(before, after)
     then, now = [bool(one.is_correct) for one, _ in pairs], [bool(other.is_correct) for _, other in pairs]
     clusters = [one.image_key for one, _ in pairs]
-    gain = paired_cluster_bootstrap(
+    gain = paired_difference_interval(
         then, now, clusters, resamples=config.bootstrap, seed=config.seed, method=config.interval
     )
     test = exact_mcnemar(then, now)

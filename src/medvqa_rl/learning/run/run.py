@@ -18,7 +18,7 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, write_text
+from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, note_on_best, write_text
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
 from medvqa_rl.evaluation.measures.instruments import NOTHING, load_instruments
@@ -221,6 +221,8 @@ class Run:
         """Record that all steps are done."""
         self._write_status("finished")
         self._say(f"Finished after {self.state.step} steps: {self.dir.path}")
+        if note := note_on_best(self.dir.path):
+            self._say(note)
         for line in self.dir.next_commands(self._kind, self.config.train.steps):
             self._say(line)
 

@@ -67,7 +67,10 @@ def log_and_keep_best(
     # With too many questions unscored, the accuracy is not comparable to that of other steps.
     if unscored > config.fail_on_unscored:
         accuracy = None
-    if accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy):
+    # As in transformers' Trainer: the earliest of equals, and never the model before training. A best step of 0 is
+    # from an older version.
+    is_best = state.best_accuracy is None or state.best_step == 0 or (accuracy or 0.0) > state.best_accuracy
+    if accuracy is not None and state.step > 0 and is_best:
         state.best_accuracy, state.best_step = accuracy, state.step
         save_best(run.best, policy, state)
     logger.record(state.step, evaluation.metrics)

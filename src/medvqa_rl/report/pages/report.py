@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medvqa_rl.config.sharing import shareable, without_folders
-from medvqa_rl.core.files import write_text
+from medvqa_rl.core.files import note_on_best, write_text
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
@@ -40,17 +40,28 @@ class Story:
     limits: Sequence[str] = ()
 
 
-def write_report(paths: Sequence[Path], out: Path, *, images: bool = True, story: Story | None = None) -> Path:
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    images: bool = True,
+    story: Story | None = None,
+    evals: Sequence[Path] = (),
+) -> Path:
     """Read runs and write their page; its folder is created.
 
     Args:
         images: show the images of the sampled questions; otherwise no image file is opened.
         story: an introduction.
+        evals: folders of evaluations outside the run, which must then be the only one.
 
     Raises:
-        ValueError: a folder is not a run, or two runs have the same name.
+        ValueError: a folder is not a run or an evaluation, evaluations are given with several runs, or two runs have
+            the same name.
     """
-    runs = [read_run(path) for path in paths]
+    if evals and len(paths) > 1:
+        raise ValueError(f"--evals is given with {len(paths)} runs, but belongs to a single one: report them apart.")
+    runs = [read_run(path, evals) for path in paths]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -124,6 +135,8 @@ def _facts(run: StoredRun) -> dict[str, str]:
     """Return state, data and versions of a run."""
     status, env = run.status, run.env
     facts = {}
+    if note := note_on_best(run.path):
+        facts["best checkpoint"] = note.replace(str(run.path), run.name)
     if status:
         facts["state"] = f"{status.get('state')}, step {status.get('step')} of {status.get('steps')}"
         if status.get("reason"):
