@@ -10,6 +10,7 @@ import time
 from collections import namedtuple
 from threading import Event
 
+import psutil
 import pytest
 import torch
 
@@ -206,3 +207,26 @@ print(count() - before)
     added, left = map(int, process.stdout.split())
     # Each helper adds itself and one OpenMP thread; with the two that torch has they exceed the cores.
     assert left == 0 and 2 + added / 2 > cores
+
+
+CHILD = (
+    "from medvqa_rl.core.machine import end_with_parent; import time; end_with_parent(seconds=0.05); time.sleep(60)"
+)
+STARTER = """
+import os, subprocess, sys, time
+from medvqa_rl.core.machine import PARENT
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], env=os.environ | {PARENT: str(os.getpid())})
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_ends_those_that_it_started():
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, CHILD], stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    child = psutil.Process(int(starter.stdout.readline()))
+    assert child.is_running()
+    starter.kill()
+    starter.wait()
+    child.wait(timeout=10)  # raises if it is still running
+    starter.stdout.close()

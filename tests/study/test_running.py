@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,6 +167,20 @@ def test_a_running_study_is_locked(given: dict[str, Any], tmp_path: Path) -> Non
     (tmp_path / "study").mkdir()
     with running.FileLock(tmp_path / "study" / ".study.lock"), pytest.raises(ValueError, match="by another process"):
         run_study(recipe, tmp_path / "study", console=QUIET)
+
+
+def test_a_cell_waits_for_the_process_that_still_trains_it(
+    given: dict[str, Any], in_process: list[list[str]], tmp_path: Path
+) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study", quick=True)
+    cell = recipe.cells[1]
+    cell.folder.mkdir(parents=True)
+    lock, out = running.FileLock(cell.folder / ".lock", thread_local=False), io.StringIO()
+    lock.acquire()
+    threading.Timer(1.5, lock.release).start()
+    assert run_study(recipe, tmp_path / "study", console=Console(file=out)) == []
+    assert out.getvalue().count("sft, seed 0: waiting for the process that still trains") == 1
+    assert is_finished(cell)
 
 
 def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None:

@@ -137,10 +137,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def prepare_process() -> None:
-    """Reuse freed memory, keep local requests off proxies, turn telemetry off, and silence what the libraries below
-    would print into our output. Imports none of them."""
-    from medvqa_rl.core.machine import keep_freed_memory
+    """End with the process that started this one, reuse freed memory, keep local requests off proxies, turn telemetry
+    off, and silence what the libraries below would print into our output. Imports none of them."""
+    from medvqa_rl.core.machine import end_with_parent, keep_freed_memory
 
+    end_with_parent()
     keep_freed_memory()
     spare_this_machine()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too, when it is imported

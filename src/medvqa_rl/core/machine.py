@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,9 @@ VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 SHARE = "MEDVQA_RL_CORES"
 """Environment variable with the number of cores that this process may use, set by commands that start several."""
+
+PARENT = "MEDVQA_RL_PARENT"
+"""Environment variable with the process whose end also ends this one, set by commands that start others."""
 
 SMALL_MODEL = 200_000_000
 """Bytes of a checkpoint below which more than MAX_THREADS_OF_SMALL threads would mostly wait."""
@@ -221,3 +225,21 @@ def _add_idle_threads(count: int) -> Event:
     for _ in range((len(own_cores()) - count) // (count - 1) + 1):  # each adds count - 1 to the count there are
         Thread(target=idle, daemon=True, name="idle").start()
     return release
+
+
+def end_with_parent(*, seconds: float = 1.0) -> None:
+    """Terminate this process (SIGTERM, so training saves a checkpoint) when the process in :data:`PARENT` has ended,
+    also if that one was killed. Checks every ``seconds``; does nothing if the variable is not set."""
+    if PARENT not in os.environ:
+        return
+
+    def watch() -> None:
+        try:
+            parent = psutil.Process(int(os.environ[PARENT]))
+            while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(seconds)
+        except psutil.NoSuchProcess:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=watch, name="end with parent", daemon=True).start()

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.core.files import json_lines
-from medvqa_rl.core.machine import SHARE, own_share
+from medvqa_rl.core.machine import PARENT, SHARE, own_share
 from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of, printable
@@ -216,7 +216,7 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         )
     launcher = ["accelerate.commands.launch", "--num_processes", str(processes), "-m"] if processes > 1 else []
     program = [sys.executable, "-m", *launcher, "medvqa_rl"]
-    environment = os.environ | ({SHARE: str(own_share(jobs))} if jobs > 1 else {})
+    environment = os.environ | {PARENT: str(os.getpid())} | ({SHARE: str(own_share(jobs))} if jobs > 1 else {})
     output.mkdir(parents=True, exist_ok=True)
     stop, printing = Event(), Lock()
 
@@ -247,7 +247,24 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         report(f"{cell.label}: {reason}")
         return Failure(cell, (), 1, reason)
 
+    def wait_for_other_process(cell: Cell) -> None:
+        """Wait while another process trains in the cell's folder: after a kill of the study, that is saving."""
+        lock = FileLock(cell.folder / ".lock")
+        if not Path(lock.lock_file).exists():
+            return
+        is_reported = False
+        while not stop.is_set():
+            try:
+                lock.acquire(timeout=1 if is_reported else 0)
+                lock.release()
+                return
+            except Timeout:
+                if not is_reported:
+                    report(f"{cell.label}: waiting for the process that still trains in {cell.folder}")
+                is_reported = True
+
     def do(cell: Cell) -> Failure | None:
+        wait_for_other_process(cell)
         for words in commands(cell, output / "configs"):
             if stop.is_set():
                 return None
