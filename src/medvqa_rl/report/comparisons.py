@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +143,16 @@ def accuracy_rows(runs: Sequence[StoredRun]) -> list[tuple[str, str, StoredEvalu
     for run in runs:
         steps = [evaluation for evaluation in run.evaluations if evaluation.step is not None]
         shown = {evaluation.name for evaluation in (*steps[:1], *steps[-1:])}
-        for evaluation in run.evaluations:
+        for evaluation in sorted(run.evaluations, key=_before_first):
             if evaluation.step is None or evaluation.name in shown:
                 name = evaluation.name if evaluation.step is None else f"step {evaluation.step}"
                 rows.append((run.name, f"{name} ({_data_name(evaluation)})", evaluation))
     return rows
+
+
+def _before_first(evaluation: StoredEvaluation) -> tuple[int, str, bool]:
+    """Sort evaluations of steps by step, then the others by name, each ``before_x`` in front of its ``after_x``."""
+    if evaluation.step is not None:
+        return evaluation.step, "", False
+    name = evaluation.name.removeprefix("before").removeprefix("after")
+    return sys.maxsize, name, evaluation.name.startswith("after")

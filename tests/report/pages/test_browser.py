@@ -157,3 +157,16 @@ def test_it_fits_the_window(page: Page, report: Path, tmp_path: Path, width: int
     background = page.run("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 29)"}[theme]
     page.screenshot(tmp_path / "page.png")
+
+
+def test_it_opens_with_groups_whose_rewards_differ(tab: Page, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    newest = max((run / "samples").iterdir())
+    rows = [json.loads(line) for line in newest.read_text().splitlines()]
+    newest.write_text("".join(json.dumps(row | {"reward": 1.0}) + "\n" for row in rows))
+    tab.open(write_report([run], tmp_path / "report.html"))
+    assert tab.run(STEPS) == [20] * 4 + [40] * 4
+    tab.run("document.getElementById('sort').value = 'new'")
+    tab.run("document.getElementById('sort').dispatchEvent(new Event('input', {bubbles: true}))")
+    tab.run("document.getElementById('sort').dispatchEvent(new Event('change', {bubbles: true}))")
+    assert tab.run(STEPS) == [40] * 4 + [20] * 4

@@ -3,7 +3,7 @@
   const { runs, groups, images, tags, answerTags } = JSON.parse(document.getElementById("data").textContent);
   const TAG = new RegExp("(" + tags.map((tag) => tag.replace(/[^\w\s]/g, "\\$&")).join("|") + ")");
   const PAGE = 10;
-  const DEFAULTS = { q: "", outcome: "", run: "", modality: "", family: "", sort: "new", page: "1" };
+  const DEFAULTS = { q: "", outcome: "", run: "", modality: "", family: "", sort: "mixed", page: "1" };
   const $ = (id) => document.getElementById(id);
   const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
   const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer" };
@@ -18,6 +18,7 @@
   }
   const last = (value) => (Number.isNaN(value) ? -Infinity : value);
   const ORDERS = {
+    mixed: (a, b) => (b.spread > 0) - (a.spread > 0) || b.step - a.step, // equal rewards teach nothing
     new: (a, b) => b.step - a.step,
     old: (a, b) => a.step - b.step,
     best: (a, b) => last(b.mean) - last(a.mean),
