@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from medvqa_rl.config.yaml import Loaded
 
 Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir from its last checkpoint.")]
+ResumeFrom = Annotated[
+    int | None,
+    typer.Option("--resume-from", min=1, metavar="STEP", help="Resume from the checkpoint of this step instead."),
+]
 Gpus = Annotated[
     int | None,
     typer.Option("--gpus", min=1, help="Number of processes to start on this machine, each with its own GPU."),
@@ -30,13 +35,14 @@ def train(
     overrides: Overrides = None,
     gpus: Gpus = None,
     resume: Resume = False,
+    resume_from: ResumeFrom = None,
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune with reinforcement learning (GRPO, Dr. GRPO, DAPO or online DPO)."""
-    loaded = _read_or_relaunch("train", context, config, overrides, gpus, resume=resume)
+    loaded = _read_or_relaunch("train", context, config, overrides, gpus, resume=resume or resume_from is not None)
     from medvqa_rl.learning.grpo import train as run
 
-    folder = run(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+    folder = run(loaded.config, resume=resume, resume_from=resume_from, dry_run=dry_run, given=loaded.given)
     _write_cards(folder, dry_run)
 
 
@@ -47,13 +53,14 @@ def sft(
     overrides: Overrides = None,
     gpus: Gpus = None,
     resume: Resume = False,
+    resume_from: ResumeFrom = None,
     dry_run: DryRun = False,
 ) -> None:
     """Fine-tune with supervision on the same data and prompts, as the baseline."""
-    loaded = _read_or_relaunch("sft", context, config, overrides, gpus, resume=resume)
+    loaded = _read_or_relaunch("sft", context, config, overrides, gpus, resume=resume or resume_from is not None)
     from medvqa_rl.learning.sft import train_sft
 
-    folder = train_sft(loaded.config, resume=resume, dry_run=dry_run, given=loaded.given)
+    folder = train_sft(loaded.config, resume=resume, resume_from=resume_from, dry_run=dry_run, given=loaded.given)
     _write_cards(folder, dry_run)
 
 
@@ -69,13 +76,37 @@ def _read_or_relaunch(
     """Return the checked settings and choose the number of threads; with ``--gpus``, replace this process by the
     launcher instead."""
     loaded = read_settings(config, overrides or (), purpose=verb_name)
+    if resume:
+        loaded = _follow_moved_run(loaded, config.parent)
     if gpus is not None:
         flags = [f"--{name.replace('_', '-')}" for name, value in context.params.items() if value is True]
+        if (step := context.params["resume_from"]) is not None:
+            flags.append(f"--resume-from={step}")
         command = launch_command(loaded.config, gpus, [verb_name, str(config), *(overrides or ()), *flags])
         os.execv(command[0], command)
     records = [Path(loaded.config.output_dir).expanduser() / "env.json"] if resume else []
     use_threads(loaded.config.model.path, records=records)
     return loaded
+
+
+def _follow_moved_run(loaded: Loaded, folder: Path) -> Loaded:
+    """Resume the run whose folder holds the config, if it was moved or renamed since it started.
+
+    Raises:
+        ValueError: the run was copied, so it is not clear which one is meant.
+    """
+    recorded = Path(loaded.config.output_dir).expanduser()
+    is_run = (folder / "status.json").is_file() and (folder / "config.resolved.json").is_file()
+    if "output_dir" in loaded.overridden or not is_run or folder.resolve() == recorded.resolve():
+        return loaded
+    if (recorded / "status.json").is_file():
+        raise ValueError(
+            f"The config is in the run folder {folder}, but its output_dir is {recorded}, which holds a run too: add "
+            f"output_dir={folder} or output_dir={recorded} to say which one to resume."
+        )
+    print(f"The run in {folder} was moved: its output_dir was {recorded}.", file=sys.stderr)
+    config = loaded.config.model_copy(update={"output_dir": str(folder)})
+    return replace(loaded, config=config, given={**loaded.given, "output_dir": str(folder)})
 
 
 def _write_cards(run: Path, dry_run: bool) -> None:

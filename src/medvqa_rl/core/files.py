@@ -118,9 +118,18 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step:06d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint, an evaluation or a file of samples; None for what a user put beside them,
+    such as ``step_final``."""
+    number = path.name.partition(".")[0].removeprefix("step_")
+    is_ours = path.name in (f"step_{number}", f"step_{number}.jsonl") and number.isdecimal() and number.isascii()
+    return int(number) if is_ours else None
+
+
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"))
+    found = {step: path for path in (run / "checkpoints").glob("step_*") if (step := step_of(path)) is not None}
+    return [found[step] for step in sorted(found)]
 
 
 def note_on_best(run: Path) -> str | None:

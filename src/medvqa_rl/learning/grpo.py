@@ -55,6 +55,7 @@ def train(
     config: Config,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     dry_run: bool = False,
     given: Mapping[str, Any] | None = None,
     train_set: Dataset | None = None,
@@ -65,6 +66,7 @@ def train(
     Args:
         config: all settings.
         resume: continue the run in ``config.output_dir``; the result equals that of an uninterrupted run.
+        resume_from: continue it from the checkpoint of this step instead of the newest.
         dry_run: load everything, run one step without an optimizer step, print its shapes, and write nothing.
         given: the settings as the user wrote them, saved next to the resolved ones.
         train_set: training samples; defaults to those of ``config.data``.
@@ -91,7 +93,7 @@ def train(
     rewards = make_rewards(config, judges)
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)
-    with Run(config, accelerator, kind="train", resume=resume, given=given) as run:
+    with Run(config, accelerator, kind="train", resume=resume, given=given, resume_from=resume_from) as run:
         setup = set_up(config, train_set, val_set)
         reference = make_reference(config, setup.policy)  # before run.start, which may load a checkpoint
         run.start(setup.policy, setup.engine, setup.datasets, roles(judges))

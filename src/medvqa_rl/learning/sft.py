@@ -143,6 +143,7 @@ def train_sft(
     config: Config,
     *,
     resume: bool = False,
+    resume_from: int | None = None,
     dry_run: bool = False,
     given: Mapping[str, Any] | None = None,
     train_set: Dataset | None = None,
@@ -161,7 +162,7 @@ def train_sft(
         metrics = learner.accumulate(groups)
         report_dry_run(setup, groups, {name: f"{value:.4f}" for name, value in metrics.items()})
         return Path(config.output_dir)
-    with Run(config, accelerator, kind="sft", resume=resume, given=given) as run:
+    with Run(config, accelerator, kind="sft", resume=resume, given=given, resume_from=resume_from) as run:
         setup = set_up(config, train_set, val_set)
         run.start(setup.policy, setup.engine, setup.datasets)
         trained = run.use_trained(wrap(config, accelerator, setup.policy))

@@ -1,15 +1,17 @@
 """Checkpoints: the model in standard format, and in trainer/ the state needed to resume exactly.
 
-A checkpoint gets its name only when it is complete and on disk; the next run removes partial ones. There is no
+A checkpoint gets its name only when it is complete and on disk; the next run removes partial ones. Its manifest, which
+is written last, has the checksums of its files, and a run continues only from a checkpoint that fits it. There is no
 random-generator state to save, because random numbers are pure functions of their address (core/randomness.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,17 +19,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medvqa_rl.core.files import list_checkpoints, write_json
+from medvqa_rl.core.files import list_checkpoints, step_of, write_json
 from medvqa_rl.learning.distributed.trained import LazyTensors, TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
 
 BYTES_PER_FILE = 4 * 2**30
 """Size limit of an optimizer file, and of the optimizer state that the writing process holds in memory."""
+
+MANIFEST = "manifest.json"
 
 _LEFTOVER = re.compile(r"\.(?P<name>best|step_\d+)\.\d+\.(?P<kind>tmp|old)")
 """Temporary folders of :func:`medvqa_rl.models.checkpoints.atomic_folder`."""
@@ -76,6 +81,132 @@ def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, 
         for number, tensors in enumerate(_chunks(trained.state_tensors())):
             save_file(tensors, trainer / f"optimizer{f'_{number}' if number else ''}.safetensors")
         write_json(trainer / "state.json", asdict(state))
+        _write_manifest(temporary)
+
+
+def _write_manifest(folder: Path) -> None:
+    """Write manifest.json, last: size and SHA-256 of every file in the checkpoint."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+    }
+    write_json(folder / MANIFEST, {"files": described})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """Compare a checkpoint with its manifest, and return what is wrong; None if it is sound.
+
+    Files that the manifest does not list, such as a model card, are ignored. A checkpoint of an older version has no
+    manifest; only its training state can be checked.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists() and not list((folder / "trainer").glob("optimizer*.safetensors")):
+        return "it has no trainer/optimizer.safetensors"
+    try:
+        for name, expected in _read_manifest(manifest).items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _digest(path) != expected["sha256"]:
+                return f"the content of {name} has changed since it was written (its checksum differs)"
+        state = read_state(folder)
+    except ValueError as error:
+        return str(error)
+    if state.step != step_of(folder):
+        return f"trainer/state.json is of step {state.step}"
+    return None
+
+
+def _read_manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
+    """Read the files listed in a manifest; a missing manifest lists none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {str(name): {"bytes": int(own["bytes"]), "sha256": str(own["sha256"])} for name, own in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} cannot be read ({type(error).__name__})") from error
+
+
+def read_state(folder: Path) -> TrainState:
+    """Read the progress of the run at a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or damaged; the message names the file and the field.
+    """
+    try:
+        given = {"is_evaluated": True, **json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))}
+        if wrong := sorted(given.keys() ^ asdict(TrainState()).keys()):
+            raise ValueError(f"trainer/state.json has a missing or an unknown field, {wrong[0]}")
+        return TypeAdapter(TrainState).validate_python(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ValueError(f"trainer/state.json, {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"trainer/state.json cannot be read ({type(error).__name__})") from error
+
+
+def choose_checkpoint(run: Path, wanted: int | None, command: str, *, is_main: bool) -> Path | None:
+    """Return the checkpoint to resume from: that of the step ``wanted``, else the newest; None if there is none.
+
+    Args:
+        command: continues the run, for messages.
+        is_main: whether this process is the one that reads all files to check them.
+
+    Raises:
+        ValueError: it does not exist or is damaged; the message names the file and a sound checkpoint.
+    """
+    checkpoints = list_checkpoints(run)
+    steps = [step_of(path) for path in checkpoints]
+    if wanted is not None and wanted not in steps:
+        raise ValueError(
+            f"--resume-from is {wanted}, but {run} has no checkpoint of that step: give one of "
+            f"{', '.join(map(str, steps)) or 'none, since it has no checkpoint; use --resume to start over'}."
+        )
+    if not checkpoints:
+        return None
+    chosen = checkpoints[-1 if wanted is None else steps.index(wanted)]
+    damage = find_damage(chosen) if is_main else None
+    if damage is None:
+        return chosen
+    sound = next((path for path in reversed(checkpoints) if path != chosen and find_damage(path) is None), None)
+    raise ValueError(
+        f"The checkpoint {chosen} is damaged: {damage}. "
+        + (
+            f"Continue from the newest sound one with `{command} --resume-from {step_of(sound)}`."
+            if sound is not None
+            else f"No other checkpoint is sound: move {run / 'checkpoints'} away to start over with `{command}`."
+        )
+    )
+
+
+def describe_start(checkpoint: Path | None, wanted: int | None) -> str:
+    """Say where a resumed run starts and why, and rename newer checkpoints, so that no later resume takes them.
+
+    Args:
+        checkpoint, wanted: as for :func:`choose_checkpoint`.
+    """
+    if checkpoint is None:
+        return "the beginning, because it has no checkpoint yet"
+    why = "the newest checkpoint" if wanted is None else "given by --resume-from"
+    checkpoints = list_checkpoints(checkpoint.parents[1])
+    for path in checkpoints[checkpoints.index(checkpoint) + 1 :]:
+        target = path.with_name(f"{path.name}.unused")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        why += f"; the newer {path.name} is renamed to {target.name}"
+    return f"step {step_of(checkpoint)} ({why})"
 
 
 def _chunks(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -138,7 +269,7 @@ def load_checkpoint(folder: Path, policy: Policy) -> TrainState:
         with torch.no_grad():
             for name, tensor in saved.model.state_dict().items():
                 current[name].copy_(tensor)
-    return TrainState(**json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8")))
+    return read_state(folder)
 
 
 def load_optimizer(folder: Path, trained: TrainedPolicy) -> None:

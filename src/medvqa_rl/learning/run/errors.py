@@ -41,16 +41,20 @@ class RankLostError(TrainingFailed):
 class OutOfMemory(TrainingFailed):
     """The GPU or this machine has no memory left for a step."""
 
-    def __init__(self, error: BaseException, step: int, sizes: Sequence[str]) -> None:
+    def __init__(self, error: BaseException, step: int, kind: str) -> None:
         """
         Args:
             error: what was raised.
             step: counted from 1.
-            sizes: settings of which lower values need less memory.
+            kind: the command that runs, ``train`` or ``sft``.
         """
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        sizes = {
+            "train": "train.prompts_per_micro_batch or rollout.max_batch",
+            "sft": "sft.samples_per_micro_batch",
+        }
         super().__init__(
-            f"Memory ran out in step {step} ({reason}). Lower {' or '.join(sizes)}, or set "
+            f"Memory ran out in step {step} ({reason}). Lower {sizes[kind]}, or set "
             "model.gradient_checkpointing=true: all of them may change when a run is resumed.",
             (),
         )

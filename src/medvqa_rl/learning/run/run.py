@@ -26,7 +26,9 @@ from medvqa_rl.learning.distributed.roll_call import RollCall
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.run.checkpoint import (
     TrainState,
+    choose_checkpoint,
     clean_up,
+    describe_start,
     load_checkpoint,
     load_optimizer,
     remove_old_checkpoints,
@@ -61,12 +63,20 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, *, kind: str, resume: bool, given: Mapping[str, Any] | None
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        *,
+        kind: str,
+        resume: bool,
+        given: Mapping[str, Any] | None,
+        resume_from: int | None = None,
     ) -> None:
         """
         Args:
             kind: the command that runs, ``train`` or ``sft``.
             resume: continue the run in ``config.output_dir``.
+            resume_from: continue it from the checkpoint of this step instead of the newest.
             given: the settings as the user wrote them.
         """
         self.config = config
@@ -79,7 +89,8 @@ class Run:
         self.trained: TrainedPolicy
         self._accelerator = accelerator
         self._is_main = accelerator.is_main_process
-        self._kind, self._resume, self._given = kind, resume, given
+        self._kind, self._given = kind, given
+        self._resume, self._resume_from = resume or resume_from is not None, resume_from
         self._exits = ExitStack()
         self._signals = StopSignals(speaks=self._is_main)
         self._checkpoint: Path | None = None
@@ -123,9 +134,10 @@ class Run:
             ValueError: when resuming, the data or a judge has changed.
         """
         self.policy, self.engine, self.datasets = policy, engine, datasets
-        checkpoints = list_checkpoints(self.dir.path) if self._resume else []
-        if checkpoints:
-            self._checkpoint = checkpoints[-1]
+        if self._resume:
+            command = self.dir.resume_command(self._kind)
+            self._checkpoint = choose_checkpoint(self.dir.path, self._resume_from, command, is_main=self._is_main)
+        if self._checkpoint is not None:
             self.state = load_checkpoint(self._checkpoint, policy)
         if not self._is_main:
             return
@@ -147,7 +159,7 @@ class Run:
         self._logger.say(describe(policy))
         self._logger.say(describe_training(policy))
         if self._resume:
-            where = f"step {self.state.step}" if checkpoints else "the beginning, because it has no checkpoint yet"
+            where = describe_start(self._checkpoint, self._resume_from)
             resume = self.dir.record_resume(
                 self.config,
                 self._given,
@@ -350,7 +362,13 @@ class Run:
         """
         if error is None or isinstance(error, Stopped | KeyboardInterrupt) or not self._has_begun:
             return error
-        failure = self._out_of_memory(error) if is_out_of_memory(error) else error
+        failure = error
+        if is_out_of_memory(error):
+            failure = OutOfMemory(error, self.state.step + 1, self._kind)
+            traceback.clear_frames(error.__traceback__)  # they hold what the step computed
+            self.trained.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         notes = []
         if isinstance(failure, TrainingFailed) and failure.groups and self._is_main:
             path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
@@ -365,18 +383,6 @@ class Run:
                 self._logger.note(note)
                 failure.add_note(note)
         return failure
-
-    def _out_of_memory(self, error: BaseException) -> OutOfMemory:
-        """Free what the failed step still holds, and say what needs less."""
-        traceback.clear_frames(error.__traceback__)
-        self.trained.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        sizes = {
-            "train": ("train.prompts_per_micro_batch", "rollout.max_batch"),
-            "sft": ("sft.samples_per_micro_batch",),
-        }
-        return OutOfMemory(error, self.state.step + 1, sizes[self._kind])
 
     def _save_last_whole_step(self, error: BaseException) -> str:
         """Save a checkpoint of the last whole step unless there is one, if this rank can, and say how to go on."""

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from medvqa_rl.config import Config, leaves
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.core.files import run_config, write_json, write_text
+from medvqa_rl.core.files import run_config, step_of, write_json, write_text
 from medvqa_rl.core.types import Dataset
 from medvqa_rl.learning.distributed.launch import read_launch
 from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
@@ -260,9 +260,11 @@ class RunDir:
         """Remove metrics, samples and evaluations that were written after a checkpoint."""
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
-                file.truncate(min(metrics_bytes, self.metrics.stat().st_size))
+                kept = file.read(metrics_bytes)
+                file.truncate(kept.rfind(b"\n") + 1)  # it may be shorter than it was, but only whole lines stay
         for path in [*self.path.glob("samples/step_*.jsonl"), *self.path.glob("eval/step_*")]:
-            if int(path.stem.removeprefix("step_")) > step:
+            own = step_of(path)
+            if own is not None and own > step:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
