@@ -159,7 +159,6 @@ class Run:
         self._logger.say(describe(policy))
         self._logger.say(describe_training(policy))
         if self._resume:
-            where = describe_start(self._checkpoint, self._resume_from)
             resume = self.dir.record_resume(
                 self.config,
                 self._given,
@@ -168,7 +167,8 @@ class Run:
                 environment=changes,
                 is_gpu=policy.device.type != "cpu",
             )
-            self._logger.say(f"Resuming {self.dir.path} from {where}. {resume.promise}")
+            start = describe_start(self._checkpoint, self._resume_from)
+            self._logger.say(f"Resuming {self.dir.path} from {start}. {resume.promise}")
 
     def use_trained(self, trained: TrainedPolicy) -> TrainedPolicy:
         """Register the wrapped policy; when resuming, restore the optimizer state, else evaluate before step 1."""
@@ -362,8 +362,7 @@ class Run:
         """
         if error is None or isinstance(error, Stopped | KeyboardInterrupt) or not self._has_begun:
             return error
-        failure = error
-        if is_out_of_memory(error):
+        if is_out_of_memory(failure := error):
             failure = OutOfMemory(error, self.state.step + 1, self._kind)
             traceback.clear_frames(error.__traceback__)  # they hold what the step computed
             self.trained.zero_grad()
@@ -388,10 +387,10 @@ class Run:
         """Save a checkpoint of the last whole step unless there is one, if this rank can, and say how to go on."""
         state, trained = self.state, self.trained
         is_whole = not trained.has_moved and not (isinstance(error, TrainingFailed) and not error.has_valid_weights)
-        is_alone = not trained.is_collective or self._accelerator.num_processes == 1
-        folder = checkpoint_folder(self.dir.path, state.step)
-        if not state.step or not is_whole or not is_alone or self._is_saving:
+        needs_all = trained.is_collective and self._accelerator.num_processes > 1
+        if not state.step or not is_whole or needs_all or self._is_saving:
             return self._resume_hint()
+        folder = checkpoint_folder(self.dir.path, state.step)
         if not folder.exists():
             try:
                 self._save()
