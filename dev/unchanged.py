@@ -75,7 +75,7 @@ def record_verbs(folder: Path) -> Any:
     """Every verb: its parameters with names, types, defaults; help texts may change."""
     code = (
         "import json, typer\n"
-        "from medvqa_rl.cli import app\n"
+        "from medvqa_rl.cli.app import app\n"
         "def show(command):\n"
         "    if hasattr(command, 'commands'):\n"
         "        return {name: show(one) for name, one in sorted(command.commands.items())}\n"

@@ -146,7 +146,7 @@ def test_exit_code_2_if_not_even_one_group_fits():
     ],
 )
 def test_bad_input(args, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("medvqa_rl.core.embedded.try_to_load_from_cache", lambda *args, **kwargs: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: None)
     result = run(*args)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -195,7 +195,7 @@ def test_cards_are_plausible():
 
 def test_a_named_card_needs_no_torch():
     code = (
-        "import sys\nfrom medvqa_rl.cli import app\n"
+        "import sys\nfrom medvqa_rl.cli.app import app\n"
         f"args = ['estimate', {PAPER!r}, 'data.path=x', '--model-size', '2b', '--card', 'h100', '--json']\n"
         "app(args, standalone_mode=False)\nassert 'torch' not in sys.modules\n"
     )

@@ -222,7 +222,7 @@ RUN = """
 import json, socket, sys, urllib.request
 from pathlib import Path
 from typer.testing import CliRunner
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.core.network import NetworkRefused
 
 Path("phone.py").write_text('''
@@ -328,7 +328,7 @@ def test_the_option_before_the_verb_holds_for_every_verb(tmp_path: Path) -> None
     code = """
 import json
 from typer.testing import CliRunner
-from medvqa_rl.cli import app
+from medvqa_rl.cli.app import app
 from medvqa_rl.core.network import is_off
 assert not is_off()
 result = CliRunner().invoke(app, ["--network", "off", "config", "check", "none.yaml"])
