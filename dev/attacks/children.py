@@ -100,7 +100,7 @@ def start(
         if callable(work):
             work()
         else:
-            from medvqa_rl.cli.app import main
+            from medvqa_rl.cli import main
 
             sys.argv = ["medvqa-rl", *work]
             main()

@@ -16,7 +16,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +38,7 @@ from medvqa_rl.models.qwen_vl import (
     causal_model,
     vision_is_frozen,
 )
+from medvqa_rl.models.untrusted import FILE_ERRORS
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -177,7 +177,7 @@ def _read_architecture(folder: Path) -> Any:
         raise ValueError(f"{folder} has no config.json, so it is not a model's checkpoint: give the folder of one.")
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except FILE_ERRORS as error:
         raise ValueError(
             f"{folder / 'config.json'} is not of a Qwen2-VL or Qwen2.5-VL model: {printable(str(error), 400)}"
         ) from error
@@ -215,7 +215,7 @@ def _load_weights(folder: Path, settings: Any, config: ModelConfig, device: torc
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+    except FILE_ERRORS as error:
         raise ValueError(f"The weights in {folder} cannot be loaded: {printable(str(error), 400)}") from error
     model, info = loaded
     wrong = {
@@ -328,7 +328,11 @@ def read_adapter(folder: Path) -> PeftLoraConfig:
             f"model.adapter is {str(folder)!r}, but that folder does not hold adapter_config.json and {ADAPTER_FILE}: "
             "give the folder of a checkpoint that was trained with model.lora."
         )
-    settings = PeftLoraConfig.from_pretrained(str(folder))
+    try:
+        settings = PeftLoraConfig.from_pretrained(str(folder))
+    except FILE_ERRORS as error:
+        why = printable(str(error), 400)
+        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {why}") from error
     if not isinstance(settings, PeftLoraConfig):
         raise ValueError(f"The adapter in {folder} is of type {settings.peft_type}, but only LoRA is supported.")
     settings.inference_mode = False
@@ -343,9 +347,9 @@ def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
     """
     try:
         result: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=name)
-    except (RuntimeError, KeyError, SafetensorError) as error:
+    except FILE_ERRORS as error:
         raise ValueError(
-            f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]} It was trained on another "
+            f"The adapter in {folder} does not fit the model: {printable(str(error), 400)} It was trained on another "
             "model: set model.path to the one in its adapter_config.json."
         ) from error
     own = (".lora_A.", ".lora_B.", "modules_to_save.")

@@ -15,16 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from peft import PeftModel
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import printable, shown
 from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
+from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, load_tokenizer
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 IMAGE_TOKEN = "<|image_pad|>"
@@ -94,7 +94,7 @@ class Processor:
             messages = [{"role": "system", "content": wording.system}, {"role": "user", "content": _PROBE}]
             try:
                 text, _ = self._tokenize(messages)
-            except (TemplateError, TypeError) as error:
+            except FILE_ERRORS as error:
                 text = f"({error})"
             if wording.system.strip() not in text:
                 raise ValueError(
@@ -114,17 +114,22 @@ class Processor:
         """
         folder = Path(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = load_tokenizer(folder)
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="np")
+            template = folder / "chat_template.json"
+            if tokenizer.chat_template is None and template.exists():
+                tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+            generation = folder / "generation_config.json"
+            settings = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+            stop = settings.get("eos_token_id")
+        except FILE_ERRORS as error:
             raise ValueError(
                 f"The tokenizer or the image settings in {folder} cannot be read "
-                f"({printable(str(error), 400)}): the folder needs "
-                "tokenizer.json, tokenizer_config.json and preprocessor_config.json of a Qwen2-VL checkpoint."
+                f"({printable(str(error), 400)}): the folder needs tokenizer.json, tokenizer_config.json, "
+                "preprocessor_config.json and a chat template of a Qwen2-VL checkpoint."
             ) from error
-        template = folder / "chat_template.json"
-        if tokenizer.chat_template is None and template.exists():
-            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        check_effort(tokenizer)
         size = {
             "shortest_edge": min_pixels or image_processor.size["shortest_edge"],
             "longest_edge": max_pixels or image_processor.size["longest_edge"],
@@ -135,11 +140,11 @@ class Processor:
                 "model.min_pixels below model.max_pixels (they default to the checkpoint's own values)."
             )
         image_processor.size = size
-        stop: int | list[int] = []
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            stop = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") or []
-        stop_ids = [stop] if isinstance(stop, int) else stop
+        stop_ids = [stop] if isinstance(stop, int) else stop or []
+        if not all(type(id) is int for id in stop_ids):
+            raise ValueError(
+                f"{generation} has eos_token_id {shown(stop)}, but a token id or a list of ids is needed."
+            )
         return cls(tokenizer, image_processor, stop_ids=stop_ids)
 
     def _tokenize(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, NDArray[np.int64]]:
@@ -158,7 +163,7 @@ class Processor:
             content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": _PROBE}]
             try:
                 text, ids = self._tokenize([{"role": "user", "content": content}])
-            except (TemplateError, TypeError) as error:
+            except FILE_ERRORS as error:
                 raise ValueError(
                     f"The chat template fails on a question with images ({printable(str(error), 400)}): {remedy}."
                 ) from error

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
 from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
@@ -117,8 +118,8 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_tokenizer(folder)
+    except FILE_ERRORS as error:
         raise ValueError(
             f"The language model {name} (eval.perplexity_model) cannot be loaded: {printable(str(error), 400)}"
         ) from error

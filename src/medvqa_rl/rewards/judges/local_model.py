@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.core.embedded import ASSETS, snapshot
+from medvqa_rl.core.text import printable
 from medvqa_rl.models.dtype import uses_bfloat16
 from medvqa_rl.models.fingerprint import weights_fingerprint
+from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "pytorch_model*.bin"]
@@ -69,7 +70,7 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
     device = _device(config.device)
     folder = _folder(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32,
@@ -82,10 +83,9 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
             f"The judge {config.model!r} needs a package that is missing ({str(error).strip().splitlines()[0]}): "
             "install the extra with `pip install 'medvqa-rl[judge]'`."
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except FILE_ERRORS as error:
         raise ValueError(
-            f"The judge {config.model!r} cannot be loaded as a causal language model: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"The judge {config.model!r} cannot be loaded as a causal language model: {printable(str(error), 400)}"
         ) from error
     prompt = _prompt(config, model, tokenizer)
     return JudgeModel(config.model, model.to(device).eval(), tokenizer, prompt, config.batch_size)

@@ -1,0 +1,110 @@
+"""Files of downloaded checkpoints, which are not trusted: what reading them raises, and limits for chat templates."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+FILE_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and PEFT raise for damaged files. Catch them around their calls only."""
+SECONDS = 5
+"""Processor time that a chat template may take for one question; real ones take a millisecond."""
+_MEMORY = 2**30
+_MAX_CHARACTERS = 1_000_000
+_PROGRAM = """
+import json, resource, sys
+given = json.load(sys.stdin)
+for limit, value in ((resource.RLIMIT_CPU, given["seconds"]), (resource.RLIMIT_AS, given["memory"])):
+    try:
+        resource.setrlimit(limit, (value, value))
+    except (OSError, ValueError):
+        pass  # not every system has both limits
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+def refuse(message):
+    raise TemplateError(message)
+environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
+try:
+    text = environment.from_string(given["template"]).render(messages=given["messages"], add_generation_prompt=True)
+except (MemoryError, OverflowError):
+    sys.exit(3)
+except Exception:
+    sys.exit(0)  # an error: the processor reports it when it renders the template itself
+sys.exit(3 if len(text) > given["characters"] else 0)
+"""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a checkpoint; opens no connection.
+
+    Raises:
+        ValueError: a file is missing or damaged, or its chat template takes too long.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the package tokenizers raises nothing more specific
+        raise ValueError(str(error)) from error
+    check_effort(tokenizer)
+    return tokenizer
+
+
+def check_effort(tokenizer: Any) -> None:
+    """Render a tokenizer's chat template once in a process with little time and memory. A template is a program: this
+    one comes with the checkpoint, and its loops may have no end.
+
+    Raises:
+        ValueError: it takes too long, or writes too much.
+    """
+    if tokenizer.chat_template is not None:
+        _render_within_limits(tokenizer.get_chat_template())
+
+
+@cache
+def _render_within_limits(template: str) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "Is there a mass?"}]
+    given = {
+        "template": re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template),  # a tag that transformers adds
+        "messages": [{"role": "user", "content": content}],
+        "seconds": SECONDS,
+        "memory": _MEMORY,
+        "characters": _MAX_CHARACTERS,
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _PROGRAM],
+            input=json.dumps(given).encode(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        is_cheap = done.returncode == 0
+    except subprocess.TimeoutExpired:
+        is_cheap = False
+    if not is_cheap:
+        raise ValueError(
+            f"The chat template needs more than {SECONDS} seconds, 1 GiB or {_MAX_CHARACTERS:,} characters for one "
+            "question: use the chat template that came with the checkpoint."
+        )
