@@ -20,6 +20,7 @@ from rich.console import Console
 
 from medvqa_rl.config import EvalConfig, RolloutConfig
 from medvqa_rl.core.files import without_nan
+from medvqa_rl.core.prompts import DEFAULT_WORDING
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.stored import StoredDataset
@@ -504,7 +505,8 @@ def test_several_correct_answers_and_sets_by_hand(tmp_path: Path) -> None:
 def test_different_correct_answers_vote_together() -> None:
     sample = Sample("1", "What?", "ependymoma", "open", alternatives=("brain tumor",))
     texts = ("brain tumor", "Ependymoma", "cyst", "cyst", "tumor")
-    votes = [_sampled_answer(sample, Completion((1,), in_form(text), False), "think_answer") for text in texts]
+    completions = [Completion((1,), in_form(text), False) for text in texts]
+    votes = [_sampled_answer(sample, completion, "think_answer", DEFAULT_WORDING) for completion in completions]
     assert [(vote.vote, vote.is_correct) for vote in votes] == [
         ("ependymoma", True),
         ("ependymoma", True),

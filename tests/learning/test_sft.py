@@ -125,4 +125,4 @@ def test_it_learns_the_targets(tiny_folder, tmp_path, model):
 def test_dry_run_leaves_nothing_behind(tiny_folder, tmp_path, capsys):
     train_sft(toy_config(tiny_folder("qwen2_vl"), tmp_path / "run"), train_set=ToyData(), dry_run=True)
     assert not (tmp_path / "run").exists()
-    assert "4 prompts x 1 completions" in capsys.readouterr().out
+    assert "4 prompts x 1 completion\n" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from medvqa_rl.config import is_hub_id, leaves
 from medvqa_rl.config.schema import Schema, locate, resolve
 
 PLAIN = {"model.revision", "model.lora.targets", "data.revision", "data.families", "data.modalities"}
-PLAIN |= {"judge.revision", "judge.device"}
-"""Text that names nothing of the user's: shown as it is."""
+PLAIN |= {"judge.revision", "judge.device", "prompt.system", "prompt.instruction"}
+"""Shown as it is: text that names nothing of the user's, and prompts, without which no result can be repeated."""
 FOLDERS = {"output_dir", "model.adapter", "data.path", "data.image_folder", "data.cache_dir", "vllm.weights_dir"}
 FOLDERS |= {"judge.cache_dir"}
 """Shown by their last part."""

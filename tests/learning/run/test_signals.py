@@ -18,6 +18,14 @@ TOY = Path(__file__).parents[1] / "toy.py"
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
+@pytest.fixture(autouse=True)
+def without_nohup():
+    """These tests must not depend on how pytest was started."""
+    before = signal.signal(HUP, signal.SIG_DFL)
+    yield
+    signal.signal(HUP, before)
+
+
 @pytest.mark.parametrize(
     ("sent", "number", "is_raised"),
     [
