@@ -88,7 +88,7 @@ def check(rows: list[dict[str, Any]], dataset: StoredDataset, open_image: Any) -
 
 def test_json_lines_with_image_files(tmp_path: Path, dataset: StoredDataset) -> None:
     told: list[tuple[int, int]] = []
-    done = export(dataset, tmp_path / "out", "train", progress=lambda *step: told.append(step))
+    done = export(dataset, tmp_path / "out", "train", keep_metadata=True, progress=lambda *step: told.append(step))
     rows = [json.loads(line) for line in done.file.read_text(encoding="utf-8").splitlines()]
     check(rows, dataset, lambda name: Image.open(tmp_path / "out" / name))
     assert "(|image_pad|)" in rows[0]["prompt"][0]["content"] and "Größe" in rows[1]["prompt"][0]["content"]
@@ -138,7 +138,7 @@ def test_datasets_and_trl_read_exports(tmp_path: Path, dataset: StoredDataset) -
 
 
 def test_images_shrink_to_a_limit(tmp_path: Path, dataset: StoredDataset) -> None:
-    done = export(dataset, tmp_path / "out", "train", max_pixels=150)
+    done = export(dataset, tmp_path / "out", "train", max_pixels=150, keep_metadata=True)
     rows = [json.loads(line) for line in done.file.read_text().splitlines()]
     with Image.open(tmp_path / "out" / rows[0]["images"][0]) as image:
         assert image.size == (15, 10) and image.format == "PNG"
@@ -165,7 +165,7 @@ def test_animations_are_written_as_their_first_frame(tmp_path: Path) -> None:
     frames = [Image.fromarray(pixels(seed)) for seed in (5, 6)]
     frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
     sample = Sample("m", "Q?", "yes", "closed", (FileImage("moving.png", tmp_path),))
-    done = export(StoredDataset("toy", [sample]), tmp_path / "out", "test")
+    done = export(StoredDataset("toy", [sample]), tmp_path / "out", "test", keep_metadata=True)
     (row,) = [json.loads(line) for line in done.file.read_text().splitlines()]
     assert done.copied == 0
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / row["images"][0])), pixels(5))

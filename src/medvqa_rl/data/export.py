@@ -65,12 +65,12 @@ def export(
     wording: Wording = DEFAULT_WORDING,
     max_pixels: int | None = None,
     limit: int | None = None,
+    keep_metadata: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Exported:
     """Write samples to ``name.jsonl`` or ``name.csv`` with image files, or to ``name.parquet`` with embedded images.
 
-    The bytes of PNG and JPEG files that every reader decodes alike (8 bits, grey or RGB, upright, one frame) are
-    copied. Other images are written as PNG, as decoded by this package.
+    Images are written as PNG, as decoded by this package, and hold pixels only.
 
     Args:
         dataset: the samples.
@@ -81,6 +81,8 @@ def export(
         wording: the user's own words and tags in it.
         max_pixels: shrink larger images to this area.
         limit: maximum number of samples to write.
+        keep_metadata: copy the bytes of PNG and JPEG files that every reader decodes alike (8 bits, grey or RGB,
+            upright, one frame), with all the metadata in them.
         progress: called with the number of samples written and their total.
 
     Raises:
@@ -91,7 +93,7 @@ def export(
         raise ValueError(f"The data set {dataset.name} is endless: set the number of samples to write with --limit.")
     file = folder / f"{name}.{form}"
     total = min(len(dataset), limit or len(dataset))
-    images = _ImageWriter(folder, max_pixels)
+    images = _ImageWriter(folder, max_pixels, keep_metadata=keep_metadata)
     write_image = images.embed if form == "parquet" else images.write
     row_of = own_row if form == "csv" else partial(trl_row, template=template, wording=wording)
 
@@ -151,9 +153,10 @@ def own_row(sample: Sample, images: list[Any]) -> dict[str, Any]:
 class _ImageWriter:
     """Writes each distinct image once, or returns its encoded bytes."""
 
-    def __init__(self, folder: Path, max_pixels: int | None) -> None:
+    def __init__(self, folder: Path, max_pixels: int | None, *, keep_metadata: bool) -> None:
         self.folder = folder
         self.max_pixels = max_pixels
+        self.keep_metadata = keep_metadata
         self.names: dict[str, str] = {}
         self.written = 0
         self.copied = 0
@@ -177,7 +180,8 @@ class _ImageWriter:
         image = source.load()
         small = image if self.max_pixels is None else shrink(image, self.max_pixels)
         self.written += 1
-        if small is image and isinstance(source, FileImage) and (suffix := _plain_suffix(source.file)):
+        can_copy = self.keep_metadata and small is image and isinstance(source, FileImage)
+        if can_copy and (suffix := _plain_suffix(source.file)):
             self.copied += 1
             return source.file.read_bytes(), suffix
         buffer = io.BytesIO()

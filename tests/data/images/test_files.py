@@ -4,6 +4,7 @@ Run: pytest tests/data/images/test_files.py
 """
 
 import io
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from medvqa_rl.data.images.files import MAX_PIXELS, FileImage, MemoryImage, shrink
 
@@ -185,3 +187,29 @@ def test_fragments_after_other_images_are_refused(tmp_path: Path) -> None:
     for read in (FileImage("x.png#frame=1", tmp_path).load, FileImage("x.png#frame=1", tmp_path).check):
         with pytest.raises(ValueError, match=r"x\.png is not DICOM, so remove the fragment #frame=1"):
             read()
+
+
+NAME = b"DOE^JANE"
+
+
+def named_everywhere(folder: Path, name: str) -> FileImage:
+    """An image file with a patient's name in each place that its format has for metadata."""
+    exif = Image.Exif()
+    exif[0x010E] = exif[0x9C9B] = NAME.decode()
+    texts = PngInfo()
+    texts.add_text("Patient", NAME.decode())
+    texts.add_itxt("XML:com.adobe.xmp", NAME.decode())
+    options = {"exif": exif, "xmp": NAME, "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + NAME}
+    options |= {"comment": NAME, "pnginfo": texts} if not name.endswith(".webp") else {}
+    source = saved(folder, Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)), name, **options)
+    assert NAME in source.file.read_bytes()
+    return source
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp", "x.tiff", "x.gif"])
+def test_decoded_images_hold_pixels_only(tmp_path: Path, name: str) -> None:
+    image = named_everywhere(tmp_path, name).load()
+    for form in ("PNG", "JPEG", "WEBP", "TIFF", "GIF"):
+        buffer = io.BytesIO()
+        image.save(buffer, form)
+        assert NAME not in buffer.getvalue(), form

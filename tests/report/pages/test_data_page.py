@@ -3,6 +3,7 @@
 Run: pytest tests/report/pages/test_data_page.py
 """
 
+import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,11 +14,14 @@ from PIL import Image
 
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.check import check_data
+from medvqa_rl.data.export import export
 from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
+from medvqa_rl.data.images.sheet import draw_sheet, save_sheet
 from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.report.pages.data_page import MAX_ISSUES, histograms, write_data_page
+from medvqa_rl.rollout.vllm_server import as_url
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 
@@ -101,3 +105,27 @@ def test_bars_count_every_value_and_share_their_scale() -> None:
     assert [label for _, label in train.ticks] == ["1", "10", "100"]
     (single,) = histograms("x", [[7, 7, 7]], "words")
     assert sum(single.counts) == 3
+
+
+def test_names_in_metadata_reach_no_page_sheet_or_export(tmp_path: Path) -> None:
+    """The shared image is shown on the page, small and large; its bytes are searched in every output."""
+    name, out, samples = b"DOE^JANE", tmp_path / "out", []
+    exif = Image.Exif()
+    exif[0x010E], exif[0x0112] = name.decode(), 6
+    for side in (16, 600):
+        path = tmp_path / f"{side}.jpg"
+        source = picture(side, "")
+        source.image.resize((side, side)).save(path, exif=exif, comment=name, icc_profile=name, xmp=name)
+        assert path.read_bytes().count(name) == 4
+        samples.append(Sample(str(side), "Where?", "left", "open", (FileImage(path.name, tmp_path),)))
+    splits = [StoredDataset(split, samples) for split in ("train", "test")]
+    html, _ = page(out, *splits)
+    found = [base64.b64decode(code) for code in re.findall(r"data:image/\w+;base64,([^\"]+)", html)]
+    assert len(found) == 2 and {data[:2] for data in found} == {b"\x89P", b"\xff\xd8"}
+    found += [base64.b64decode(as_url(sample.images[0]).partition(",")[2]) for sample in samples]
+    save_sheet(draw_sheet(samples), out / "sheet.png")
+    for form in ("jsonl", "csv", "parquet"):
+        export(splits[0], out, form, form=form)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) == 1 + 1 + 3 + 2
+    assert not any(name in data for data in [*found, *(path.read_bytes() for path in files)])

@@ -127,9 +127,24 @@ def data_export(
     ] = "jsonl",
     max_pixels: Annotated[int | None, typer.Option(min=1, help="Downscale larger images to this many pixels.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Write at most this many samples per split.")] = None,
+    keep_metadata: Annotated[
+        bool,
+        typer.Option(
+            "--keep-metadata",
+            help="Copy the bytes of plain PNG and JPEG files, with EXIF, comments and whatever else is in them.",
+        ),
+    ] = False,
 ) -> None:
     """Export a data set with TRL's columns (prompt, images, solution), or as a CSV table."""
     loaded = read_settings(config, overrides or (), purpose="eval")
     from medvqa_rl.cli.data.write import run_export
 
-    run_export(loaded.config, output=output, split=split, form=form, max_pixels=max_pixels, limit=limit)
+    run_export(
+        loaded.config,
+        output=output,
+        split=split,
+        form=form,
+        max_pixels=max_pixels,
+        limit=limit,
+        keep_metadata=keep_metadata,
+    )

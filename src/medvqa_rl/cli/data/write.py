@@ -84,6 +84,7 @@ def run_export(
     form: Format,
     max_pixels: int | None,
     limit: int | None,
+    keep_metadata: bool,
 ) -> None:
     """Write one split, or all of them, with TRL's columns or as a table for ``data.name=own``.
 
@@ -103,10 +104,11 @@ def run_export(
                 wording=config.prompt.wording,
                 max_pixels=max_pixels,
                 limit=limit,
+                keep_metadata=keep_metadata,
                 progress=progress,
             )
+        copied = f" ({done.copied:,} copied unchanged, with their metadata)" if keep_metadata else ""
         printer.print(
-            f"Written: {done.file}, {number_of(done.rows, 'row')}, {number_of(done.images, 'image')} "
-            f"({done.copied:,} copied unchanged)",
+            f"Written: {done.file}, {number_of(done.rows, 'row')}, {number_of(done.images, 'image')}{copied}",
             soft_wrap=True,
         )

@@ -44,13 +44,19 @@ _DECODE_ERRORS = (
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB.
+    """Convert an image of any mode to 8-bit RGB that holds nothing but pixels.
 
     Applies the EXIF orientation, composites transparency over white, takes the current frame of an animation, and
     stretches grey values of more than 8 bits linearly from the image's range to 0 to 255 (medical images often use
-    12 of 16 bits, and clipping would blank them).
+    12 of 16 bits, and clipping would blank them). Comments, EXIF, XMP, ICC profiles and texts are dropped, since Pillow
+    writes some of them into every file it saves, and patients are named there.
     """
-    image = ImageOps.exif_transpose(image)
+    rgb = _as_rgb(ImageOps.exif_transpose(image))  # always a copy
+    rgb.info = {}
+    return rgb
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(grey_levels(stretch(np.asarray(image)))).convert("RGB")
     if image.has_transparency_data:
