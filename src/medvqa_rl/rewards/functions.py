@@ -12,7 +12,7 @@ a step are awaited together.
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
 import inspect
 import math
 import os
@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
+from medvqa_rl.core.progress import to_stderr
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import shown
+from medvqa_rl.core.text import printable, shown
 from medvqa_rl.core.types import Group
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -42,7 +43,8 @@ class TrainerState:
 def load_function(path: str) -> RewardFunction:
     """Import a reward function by its dotted path, such as ``my_rewards.short_reasoning``.
 
-    Modules in the working directory are found too, after installed ones.
+    Modules in the working directory are found too, after installed ones. The first import of a module is announced
+    on standard error with its file, since it runs code that a setting names.
 
     Raises:
         ValueError: the path is not dotted, the module or the name does not exist, or the object cannot be called with
@@ -56,6 +58,7 @@ def load_function(path: str) -> RewardFunction:
         )
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    _announce(path, module_name.partition(".")[0])
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -72,6 +75,17 @@ def load_function(path: str) -> RewardFunction:
     function: RewardFunction = vars(module)[name]
     _check_signature(path, function)
     return function
+
+
+def _announce(path: str, package: str) -> None:
+    """Say which file is about to run, unless its module is loaded already. A package is named by its ``__init__``,
+    which runs first."""
+    if package in sys.modules:
+        return
+    spec = importlib.util.find_spec(package)
+    if spec is not None:
+        file = spec.origin or ", ".join(spec.submodule_search_locations or ())
+        to_stderr(f"Importing Python from the settings: {path} runs {printable(file, 400)}")
 
 
 def _check_signature(path: str, function: object) -> None:

@@ -4,7 +4,6 @@ Run: pytest tests/data/images/test_files.py
 """
 
 import io
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -199,8 +198,10 @@ def named_everywhere(folder: Path, name: str) -> FileImage:
     texts = PngInfo()
     texts.add_text("Patient", NAME.decode())
     texts.add_itxt("XML:com.adobe.xmp", NAME.decode())
-    options = {"exif": exif, "xmp": NAME, "icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + NAME}
-    options |= {"comment": NAME, "pnginfo": texts} if not name.endswith(".webp") else {}
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + NAME
+    options: dict[str, object] = {"exif": exif, "xmp": NAME, "icc_profile": profile, "pnginfo": texts}
+    if not name.endswith(".webp"):
+        options["comment"] = NAME
     source = saved(folder, Image.fromarray(np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)), name, **options)
     assert NAME in source.file.read_bytes()
     return source

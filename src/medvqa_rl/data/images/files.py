@@ -48,8 +48,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Applies the EXIF orientation, composites transparency over white, takes the current frame of an animation, and
     stretches grey values of more than 8 bits linearly from the image's range to 0 to 255 (medical images often use
-    12 of 16 bits, and clipping would blank them). Comments, EXIF, XMP, ICC profiles and texts are dropped, since Pillow
-    writes some of them into every file it saves, and patients are named there.
+    12 of 16 bits, and clipping would blank them). EXIF, comments, XMP, ICC profiles and texts are dropped: they name
+    patients, and Pillow writes some of them into every file it saves.
     """
     rgb = _as_rgb(ImageOps.exif_transpose(image))  # always a copy
     rgb.info = {}
