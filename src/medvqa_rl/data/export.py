@@ -180,8 +180,8 @@ class _ImageWriter:
         image = source.load()
         small = image if self.max_pixels is None else shrink(image, self.max_pixels)
         self.written += 1
-        can_copy = self.keep_metadata and small is image and isinstance(source, FileImage)
-        if can_copy and (suffix := _plain_suffix(source.file)):
+        keeps_bytes = self.keep_metadata and small is image
+        if keeps_bytes and isinstance(source, FileImage) and (suffix := _plain_suffix(source.file)):
             self.copied += 1
             return source.file.read_bytes(), suffix
         buffer = io.BytesIO()
