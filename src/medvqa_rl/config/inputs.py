@@ -110,6 +110,8 @@ class DataConfig(Settings):
     """Loading fails if a larger share of the rows is unusable."""
     skip_images: Later[tuple[str, ...]] = ()
     """Damaged images, as named by the message about them: in training, other questions take the place of theirs."""
+    hide_names: Identity[bool] = False
+    """Replace ids and image names by short hashes in samples, records, pages, sheets and exports; docs/security.md."""
     cache_dir: Free[str | None] = None
     """Folder for cached table indexes and unpacked images; None is medvqa-rl in the user's cache folder."""
 

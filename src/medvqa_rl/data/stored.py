@@ -15,7 +15,7 @@ from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.text import first_few, neutralise
 from medvqa_rl.core.types import AnswersAs, Sample
-from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.data.images.files import FileImage, hidden
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.hub import download
 from medvqa_rl.data.reading.issues import RowIssue, count_issues, log_issues, refuse_if_too_many_dropped
@@ -160,8 +160,11 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     if is_official:
         name = source.names.get(split, name)
     patients = [row.patient for row in chosen]
-    samples = Samples(chosen, source.images, config.answers_as)
-    return StoredDataset(name, samples, notes, tuple(reading.issues), patients)
+    samples = Samples(chosen, source.images, config.answers_as, hides_names=config.hide_names)
+    issues = reading.issues
+    if config.hide_names:
+        issues = [issue._replace(detail="") for issue in issues]
+    return StoredDataset(name, samples, notes, tuple(issues), patients)
 
 
 def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
@@ -240,10 +243,13 @@ def garbage_collection_paused() -> Iterator[None]:
 class Samples(Sequence[Sample]):
     """Converts rows to samples on access: converting hundreds of thousands up front takes a second."""
 
-    def __init__(self, rows: Sequence[Row], images: Path, answers_as: AnswersAs = "text") -> None:
+    def __init__(
+        self, rows: Sequence[Row], images: Path, answers_as: AnswersAs = "text", *, hides_names: bool = False
+    ) -> None:
         self._rows = rows
         self._images = images
         self._answers_as = answers_as
+        self._hides_names = hides_names
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -256,14 +262,14 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, index: int | slice) -> Sample | Samples:
         if isinstance(index, slice):
-            return Samples(self._rows[index], self._images, self._answers_as)
+            return Samples(self._rows[index], self._images, self._answers_as, hides_names=self._hides_names)
         row = self._rows[index]
         return Sample(
-            id=row.id,
+            id=hidden(row.id) if self._hides_names else row.id,
             question=row.question,
             answer=row.answer,
             answer_type=row.answer_type,
-            images=tuple(FileImage(path, self._images) for path in row.images),
+            images=tuple(FileImage(path, self._images, self._hides_names) for path in row.images),
             options=row.options,
             reasoning=row.reasoning,
             groups=row.groups,

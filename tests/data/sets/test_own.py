@@ -4,6 +4,7 @@ Run: pytest tests/data/sets/test_own.py
 """
 
 import datetime
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -16,11 +17,15 @@ from medvqa_rl.config import DataConfig
 from medvqa_rl.core.answers import is_correct
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.data.export import OWN_COLUMNS
+from medvqa_rl.data.check import check_data
+from medvqa_rl.data.export import OWN_COLUMNS, export
+from medvqa_rl.data.images.budget import ImageBudget
+from medvqa_rl.data.images.files import hidden
 from medvqa_rl.data.reading import index
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.sets.own import read_own
 from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.report.pages.data_page import write_data_page
 
 ROWS: list[dict[str, Any]] = [
     {"image": "a.png", "question": "Is there a mass?", "answer": "No", "patient": 1, "organ": "lung"},
@@ -350,3 +355,38 @@ def test_fingerprints_tell_how_answers_are_compared(folder: Path) -> None:
         write(folder / "train.jsonl", [{"image": "a.png", "question": "Q?", "answer": answer}])
         prints |= {load(folder, answers_as=way).fingerprint for way in ("text", "set")}
     assert len(prints) == 5, "a list and the text with commas are the same set"
+
+
+def test_hidden_names_are_hashes_everywhere_and_the_questions_are_the_same(
+    folder: Path, write_images: Callable[..., None]
+) -> None:
+    """Split and subset are chosen by the real names; ids and images, also damaged or missing ones, hide theirs."""
+    names = [f"doe_{number}.png" for number in range(12)]
+    write_images(folder / "images", *names)
+    (folder / "images" / "doe_3.png").write_bytes(b"no image")
+    rows = [{"id": name[:-4], "image": name, "question": f"{name[4:-4]}?", "answer": "no"} for name in names]
+    write(folder / "train.jsonl", [*rows, {"image": "doe_gone.png", "question": "Q?", "answer": "no"}])
+    settings: dict[str, Any] = {
+        "max_dropped": 1.0,
+        "num_val": None,
+        "num_train": 8,
+        "cache_dir": str(folder / "cache"),
+    }
+    plain, hiding = load(folder, **settings), load(folder, hide_names=True, **settings)
+    assert [one.question for one in plain.samples] == [one.question for one in hiding.samples]
+    digest = [hashlib.sha256(one.id.encode()).hexdigest()[:16] for one in plain.samples]
+    assert [one.id for one in hiding.samples] == digest == [one.id for one in hiding.samples[:]]
+    assert [one.image_key for one in hiding.samples] == [
+        hashlib.sha256(one.image_key.encode()).hexdigest()[:16] for one in plain.samples
+    ]
+    assert "doe_gone.png" in str(plain.issues) and "gone" not in str(hiding.issues) and len(hiding.issues) == 1
+    split = load_dataset(
+        DataConfig(name="own", path=str(folder), hide_names=True, **settings | {"num_train": None}), "train"
+    )
+    report = check_data({"train": split, "test": split}, budget=ImageBudget(max_pixels=112 * 112))
+    page = write_data_page(folder / "out" / "page.html", report, "of a model").read_text(encoding="utf-8")
+    assert "doe" not in page and "cannot be read. data.hide_names hides its name" in page
+    readable = StoredDataset("own", [one for one in split.samples if one.images[0].key != hidden("doe_3.png")])
+    for form in ("jsonl", "csv"):
+        assert "doe" not in export(readable, folder / "out", form, form=form).file.read_text(encoding="utf-8")  # type: ignore[arg-type]
+    assert "doe" not in str(list((folder / "out").rglob("*")))

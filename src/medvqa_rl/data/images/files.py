@@ -6,6 +6,7 @@ selects frame, slice and window (:mod:`medvqa_rl.data.images.windowing`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 import zlib
@@ -121,6 +122,11 @@ def _unreadable(path: Path, error: BaseException) -> str:
     )
 
 
+def hidden(name: str) -> str:
+    """The hash that stands for the name of a sample or an image with ``data.hide_names``."""
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class FileImage:
     """An image file of a data set; ``path`` is relative to ``root``, the data set's folder.
@@ -131,11 +137,13 @@ class FileImage:
 
     path: str
     root: Path
+    is_hidden: bool = False
+    """Whether the key and messages hide the name (``data.hide_names``)."""
 
     @property
     def key(self) -> str:
-        """The relative path, which is the same on every machine."""
-        return self.path
+        """The relative path, which is the same on every machine, or its hash."""
+        return hidden(self.path) if self.is_hidden else self.path
 
     @property
     def file(self) -> Path:
@@ -149,6 +157,17 @@ class FileImage:
             ValueError: the file is missing, damaged, truncated, too large or not an image, or its format needs an
                 extra that is not installed. The message names the file.
         """
+        if not self.is_hidden:
+            return self._load()
+        try:
+            return self._load()
+        except ValueError:
+            raise ValueError(
+                f"The image {self.key} cannot be read. data.hide_names hides its name: `medvqa-rl data check` with "
+                "data.hide_names=false gives it, and the reason."
+            ) from None
+
+    def _load(self) -> Image.Image:
         path = self.file
         image = self._open()
         if image == "dicom":
