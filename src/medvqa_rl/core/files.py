@@ -11,7 +11,13 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from medvqa_rl.core.text import printable, shown
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -88,6 +94,45 @@ def json_lines(text: str) -> list[str]:
     """The lines of JSON Lines. Only a newline ends one: ``str.splitlines`` would also split at characters that JSON
     texts contain as they are, such as U+2028 and U+0085."""
     return text.removesuffix("\n").split("\n") if text else []
+
+
+def parse_json(schema: TypeAdapter[T], text: str | bytes, where: str, remedy: str) -> T:
+    """Parse JSON of a schema: no value is converted, so that 7 is neither a text nor true.
+
+    Args:
+        where: names the file, and the line; begins the message.
+        remedy: ends the message.
+
+    Raises:
+        ValueError: the text is not JSON, or a field is missing or has another type; the message names the first.
+    """
+    try:
+        if isinstance(text, str):
+            text = text.encode("utf-8", "replace")
+        return schema.validate_json(text, strict=True)
+    except ValidationError as errors:
+        error = errors.errors(include_url=False, include_context=False)[0]
+    name = printable(".".join(map(str, error["loc"])))
+    if error["type"] == "json_invalid":
+        found = f"is not JSON ({printable(error['msg'].removeprefix('Invalid JSON: '))})"
+    elif error["type"] == "missing":
+        found = f"has no field {name}"
+    elif error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        found = f"has the unknown field {name}"
+    else:
+        under = f" under {name}" if name else ""
+        found = f"has {shown(error['input'])}{under} ({printable(error['msg'].removeprefix('Input '))})"
+    raise ValueError(f"{where} {found}: {remedy}.")
+
+
+def read_json(schema: TypeAdapter[T], path: Path, remedy: str) -> T:
+    """Read a JSON file of a schema, as :func:`parse_json`.
+
+    Raises:
+        ValueError: the file is damaged; the message names it, and the field.
+        OSError: it cannot be read.
+    """
+    return parse_json(schema, path.read_bytes(), f"The file {path}", remedy)
 
 
 def flush(path: Path) -> None:

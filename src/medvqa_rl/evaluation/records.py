@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from medvqa_rl.core.answers import without_tags
-from medvqa_rl.core.files import json_lines, write_text
+from medvqa_rl.core.files import parse_json, write_text
 from medvqa_rl.core.prompts import ALL_TAGS
-from medvqa_rl.core.text import is_yes_no, printable
+from medvqa_rl.core.text import is_yes_no, shown
 from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType, Template, reference_text
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class SampledAnswer:
     """One of the k sampled answers to a question."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     output: str
     answer: str | None
     vote: str | None
     """Its vote in a majority vote: an option's letter, or the normalised answer; None abstains."""
     is_correct: bool
-    num_tokens: int
+    num_tokens: Count
     is_truncated: bool
 
 
 @dataclass(frozen=True)
 class EvalRecord:
     """One question with the model's greedy answer: a line of ``samples.jsonl``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     sample_id: str
     image_key: str
@@ -49,16 +59,16 @@ class EvalRecord:
     has_answer: bool
     is_truncated: bool
     """The token limit was reached before the end-of-sequence token."""
-    num_tokens: int
-    token_f1: float | None
+    num_tokens: Count
+    token_f1: Share | None
     """Open questions only; None for others and if unscored."""
     answer_type: AnswerType
     """As the data set annotates it."""
     groups: Mapping[str, str] = field(default_factory=dict)
     unscored_reason: str | None = None
-    exact_match: float | None = None
+    exact_match: Share | None = None
     """As ``token_f1``."""
-    rouge_l: float | None = None
+    rouge_l: Share | None = None
     """As ``token_f1``."""
     choice: str | None = None
     """Choice questions only: the letter of the option that the answer names; None if it names none."""
@@ -72,15 +82,15 @@ class EvalRecord:
     """The same for the decoded pixels of the images shown; None without images."""
     sampled: tuple[SampledAnswer, ...] = ()
     """The k sampled answers, if any, besides the greedy one."""
-    think_tokens: int | None = None
+    think_tokens: Count | None = None
     """Tokens of the reasoning under the policy's tokenizer, 0 if the section is unclosed; None if not counted."""
-    num_claims: int | None = None
+    num_claims: Count | None = None
     """Number of checkable claims in the reasoning; PhantomVQA only."""
-    faithfulness: float | None = None
+    faithfulness: Share | None = None
     """Share of these claims that are true of the scene; None without claims."""
     nll: float | None = None
     """Negative log-likelihood in nats of the output, tags removed, under ``perplexity_by``."""
-    nll_tokens: int | None = None
+    nll_tokens: Count | None = None
     """Number of tokens that ``nll`` sums over."""
     perplexity_by: str | None = None
     """The language model; None if perplexity was not measured."""
@@ -133,15 +143,15 @@ class EvalRecord:
         return "yes/no" if is_yes_no(self.gold_text) else "other"
 
 
-NAMES = frozenset(item.name for item in fields(EvalRecord))
-REQUIRED = frozenset(
-    item.name for item in fields(EvalRecord) if item.default is MISSING and item.default_factory is MISSING
-)
+_SCHEMA = TypeAdapter(EvalRecord)
 
 
 def record_line(record: EvalRecord) -> str:
     """Format a record as one line of ASCII JSON, so that no character of an output can break the file."""
-    return json.dumps(asdict(record)) + "\n"
+    line = json.dumps(asdict(record))
+    if "\\ud" in line:  # perhaps half a character, which JSON must not hold
+        line = json.dumps(json.loads(json.dumps(asdict(record), ensure_ascii=False).encode(errors="replace")))
+    return line + "\n"
 
 
 def write_records(records: Iterable[EvalRecord], path: Path) -> None:
@@ -149,37 +159,39 @@ def write_records(records: Iterable[EvalRecord], path: Path) -> None:
     write_text(path, "".join(map(record_line, records)))
 
 
-def parse_record(line: str, where: str) -> EvalRecord:
+def parse_record(line: str | bytes, where: str) -> EvalRecord:
     """Parse one line. Fields that an older version did not write get their defaults.
 
     Raises:
-        ValueError: the line is not an evaluation record; the message begins with ``where``.
+        ValueError: the line is not an evaluation record; the message begins with ``where`` and names the field.
     """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({printable(str(error))}): evaluate again.") from error
-    if not isinstance(row, dict) or not REQUIRED <= row.keys() <= NAMES:
-        raise ValueError(f"{where} is not an evaluation record of this version: evaluate again.")
-    try:
-        sampled = tuple(SampledAnswer(**answer) for answer in row.get("sampled", ()))
-        tuples = {name: tuple(row.get(name, ())) for name in ("options", "alternatives", "tags")}
-        return EvalRecord(**{**row, **tuples, "sampled": sampled})
-    except TypeError as error:
-        raise ValueError(
-            f"{where} is not an evaluation record of this version ({printable(str(error))}): evaluate again."
-        ) from error
+    record = parse_json(_SCHEMA, line, where, "evaluate again, or restore the file")
+    letters = LETTERS[: len(record.options)]
+    for gold in (record.gold, *record.alternatives) if record.answer_type == "choice" and letters else ():
+        if len(gold) != 1 or gold not in letters:
+            raise ValueError(
+                f"{where} has the gold answer {shown(gold)}, but its options are {', '.join(letters)}: evaluate "
+                "again, or restore the file."
+            )
+    return record
 
 
 def read_records(path: Path) -> list[EvalRecord]:
     """Read a ``samples.jsonl``.
 
     Raises:
-        ValueError: the file is missing, or a line is not an evaluation record.
+        ValueError: the file is missing, a line is not an evaluation record, or two are of the same question.
     """
     if not path.is_file():
         raise ValueError(
             f"There are no evaluation records at {path}: name a samples.jsonl that `medvqa-rl eval` wrote."
         )
-    lines = json_lines(path.read_text(encoding="utf-8"))
-    return [parse_record(line, f"Line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    records: dict[str, EvalRecord] = {}
+    # Only a newline ends a line: texts contain the other characters that str.splitlines splits at.
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+        if not line and number == 1:
+            break
+        record = parse_record(line, where := f"Line {number} of {path}")
+        if records.setdefault(record.sample_id, record) is not record:
+            raise ValueError(f"{where} has the sample_id {shown(record.sample_id)} a second time: evaluate again.")
+    return list(records.values())

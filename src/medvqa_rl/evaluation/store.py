@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.core.files import json_lines, write_json
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.text import printable, shown
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, write_records
 
@@ -78,9 +78,8 @@ class RecordFile:
         records: dict[str, EvalRecord] = {}
         for path in [self.path, *self._parts()]:
             if path.is_file():
-                text = path.read_text(encoding="utf-8")
-                complete = text[: text.rfind("\n") + 1]
-                for number, line in enumerate(json_lines(complete), start=1):
+                *complete, _ = path.read_bytes().split(b"\n")
+                for number, line in enumerate(complete, start=1):
                     record = parse_record(line, f"Line {number} of {path}")
                     records.setdefault(record.sample_id, record)
         return records
