@@ -15,6 +15,7 @@ from medvqa_rl.config.base import Free, Identity, Settings
 from medvqa_rl.config.inputs import DataConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, OptimizerConfig, SftConfig, TrainConfig
 from medvqa_rl.config.rollout_and_rewards import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
+from medvqa_rl.core.text import printable
 
 Purpose = Literal["train", "sft", "eval"]
 """The verb that a configuration is checked for: some combinations are wrong for one verb only."""
@@ -47,12 +48,12 @@ class Config(Settings):
 
 
 class ConfigError(ValueError):
-    """Invalid settings: one complete sentence per problem, one per line."""
+    """Invalid settings: one complete sentence per problem, one printable line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         assert problems
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
+        self.problems = tuple(printable(problem, 1_500) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 def digest(config: Config) -> str:

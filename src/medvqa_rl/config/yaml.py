@@ -18,14 +18,25 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode
+from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.tokens import AliasToken
 
 from medvqa_rl.config import Config, ConfigError, Purpose, leaves
 from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem
 from medvqa_rl.config.schema import is_nullable, locate, resolve, show
+from medvqa_rl.core.text import printable, shown
 
-_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+_TAGS = ("null", "bool", "float", "str", "seq", "map")
+MAX_DIGITS = 30
+"""Most characters of a whole number, separators included."""
+
+
+def _unusable(text: str) -> str:
+    """What in a text neither a file's name nor a prompt can hold; empty if there is nothing."""
+    if "\0" in text:
+        return "a text holds the character NUL"
+    return "" if text.isascii() or text == text.encode(errors="replace").decode() else "a text is not valid Unicode"
 
 
 class _Constructor(SafeConstructor):
@@ -33,10 +44,22 @@ class _Constructor(SafeConstructor):
 
     yaml_constructors = {
         **{f"tag:yaml.org,2002:{tag}": SafeConstructor.yaml_constructors[f"tag:yaml.org,2002:{tag}"] for tag in _TAGS},
+        "tag:yaml.org,2002:int": lambda self, node: self.construct_yaml_int(node),
         "tag:yaml.org,2002:timestamp": SafeConstructor.construct_yaml_str,
         "tag:yaml.org,2002:value": SafeConstructor.construct_yaml_str,  # a lone =
         None: SafeConstructor.construct_undefined,
     }
+
+    def construct_scalar(self, node: ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and (problem := _unusable(value)):
+            raise ConstructorError(None, None, problem, node.start_mark)
+        return value
+
+    def construct_yaml_int(self, node: ScalarNode) -> Any:
+        if len(node.value) > MAX_DIGITS:
+            raise ConstructorError(None, None, f"a number has more than {MAX_DIGITS} digits", node.start_mark)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> Any:
         for key, _ in node.value:
@@ -73,12 +96,16 @@ def read_yaml(text: str) -> Any:
     """Return the plain data in YAML text.
 
     Raises:
-        YAMLError: the text is not YAML, or has duplicate keys, aliases or unknown tags.
+        YAMLError: the text is not YAML, is nested too deeply, or has duplicate keys, aliases, unknown tags, long
+            numbers or text that is not valid Unicode.
     """
-    for token in _parser().scan(text):
-        if isinstance(token, AliasToken):
-            raise ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
-    return _parser().load(text)
+    try:
+        for token in _parser().scan(text):
+            if isinstance(token, AliasToken):
+                raise ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
+        return _parser().load(text)
+    except RecursionError as error:
+        raise YAMLError("its lists and sections are nested too deeply") from error
 
 
 def write_yaml(data: Any, *, inline: bool = False) -> str:
@@ -96,6 +123,8 @@ def _sentence(error: YAMLError) -> str:
         mark = error.problem_mark
         context = f"{error.context}, " if error.context else ""
         return f"line {mark.line + 1}, column {mark.column + 1}: {context}{error.problem}"
+    if isinstance(error, ReaderError):
+        return f"it holds the control character {error.character:#06x}"
     return str(error)
 
 
@@ -136,13 +165,15 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     Raises:
         ConfigError: ``=``, key or value is missing, or the value is not YAML.
     """
+    if problem := _unusable(text):
+        raise ConfigError([f"The override {shown(text)} cannot be used ({problem}): write it in UTF-8, without NUL."])
     key, equals, value = text.partition("=")
     key, value = key.strip().removeprefix("--"), value.strip()
     if not equals or not key or not all(key.split(".")):
-        raise ConfigError([f"The override '{text}' is not of the form key=value, such as train.steps=100."])
+        raise ConfigError([f"The override '{printable(text)}' is not of the form key=value, such as train.steps=100."])
     if not value:
         raise ConfigError(
-            [f"The override '{text}' has no value: write {key}=null for null, {key}='\"\"' for empty text."]
+            [f"The override '{printable(text)}' has no value: write {key}=null for null, {key}='\"\"' for empty text."]
         )
     path = split_path(key)
     try:
@@ -154,7 +185,9 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
     if is_text and not isinstance(data, str) and not (data is None and is_nullable(schema)):
         return path, value
     if isinstance(data, YAMLError):
-        raise ConfigError([f"The value in the override '{text}' is not valid YAML, {_sentence(data)}."]) from data
+        raise ConfigError(
+            [f"The value in the override '{printable(text)}' is not valid YAML, {_sentence(data)}."]
+        ) from data
     return path, data
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial = partial_path(path)
     try:
         yield partial
         if durable:
@@ -47,18 +48,31 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
 
 
+def partial_path(path: Path) -> Path:
+    """A path beside ``path`` for what this process writes, which :func:`remove_partials` knows."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
 def _host() -> str:
     return re.sub(r"[^\w.]", "_", platform.node())
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the partial files below a folder that killed processes of this machine left; see :func:`write_whole`."""
-    for partial in folder.rglob(f".*.{_host()}-*.partial"):
+def remove_partials(folder: Path, *, below: bool = True) -> None:
+    """Remove the partial files and folders that killed processes of this machine left; see :func:`write_whole`.
+
+    Args:
+        below: look into the folders below too.
+    """
+    pattern = f".*.{_host()}-*.partial"
+    for partial in list(folder.rglob(pattern) if below else folder.glob(pattern)):
         pid = int(partial.name.rsplit("-", 2)[1])
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            partial.unlink(missing_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
         except PermissionError:
             pass  # of another user, and alive
 

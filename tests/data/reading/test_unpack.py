@@ -4,11 +4,13 @@ Run: pytest tests/data/reading/test_unpack.py
 """
 
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from medvqa_rl.core.files import partial_path
 from medvqa_rl.data.reading.unpack import store_image, unpack_zips
 
 
@@ -67,3 +69,39 @@ def test_equal_images_get_equal_names(tmp_path: Path) -> None:
     names = [store_image(data, tmp_path) for data in (b"\x89PNG1", b"\x89PNG1", b"\xff\xd8\xff2", b"other")]
     assert names[0] == names[1] and [name[-4:] for name in names] == [".png", ".png", ".jpg", ".bin"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "contains an entry without a name"),
+        ("./", "contains an entry without"),
+        ("x" * 5000, "File name too long"),
+    ],
+)
+def test_entries_without_a_usable_name_are_refused_in_a_short_sentence(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr(zipfile.ZipInfo(name), b"x")
+    with pytest.raises(ValueError, match=message) as caught:
+        unpack_zips([archive], tmp_path / "cache")
+    assert len(str(caught.value)) < 500
+    assert list((tmp_path / "cache" / "unpacked").iterdir()) == []
+
+
+def test_what_a_killed_process_unpacked_is_removed(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("a.png", b"x")
+    folder = unpack_zips([archive], tmp_path / "cache")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    name = partial_path(folder).name
+    left = folder.with_name(name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    own = folder.with_name(name)
+    for made in (left, own):
+        (made / "inside").mkdir(parents=True)
+    assert unpack_zips([archive], tmp_path / "cache") == folder
+    assert own.is_dir() and not left.exists()

@@ -116,3 +116,25 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path):
     result = CliRunner().invoke(app, ["train", str(tmp_path / "config.yaml"), "--gpus", "2"])
     assert result.exit_code == 2
     assert "train.engine is the text 'zero1', but must be auto, ddp, zero2, zero3 or fsdp2" in result.output
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "^The environment variable WORLD_SIZE is 'x', but must be a whole number: unset it"),
+        ({"WORLD_SIZE": "2.0", "RANK": "0"}, "WORLD_SIZE is '2.0'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1'"),
+        ({"WORLD_SIZE": "\u0663"}, "WORLD_SIZE is"),
+        ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK is 'one'"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0 do not name"),
+        ({"RANK": "3"}, "RANK=3 and WORLD_SIZE=1 do not name one of the processes of a launch: unset both"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 do not name"),
+    ],
+)
+def test_variables_that_name_no_process_are_refused(environ, message):
+    with pytest.raises(ValueError, match=message):
+        read_launch(environ)
+
+
+def test_the_first_rank_of_one_process_is_a_single_process():
+    assert read_launch({"RANK": "0", "WORLD_SIZE": "1"}) == read_launch({"RANK": "0"}) == Launch(None, 1)

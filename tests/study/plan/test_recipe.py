@@ -111,3 +111,14 @@ def test_shipped_recipes_are_valid_and_fit_their_budget(quick: bool, limit: floa
         ValueError, match="There is no folder 'images'"
     ):  # every setting is sound, the data is not there
         read_recipe(find_recipe("four_factors_pmc_vqa"), tmp_path, quick=quick, overrides=overrides)
+
+
+@pytest.mark.parametrize("name", ["../../..", "..", ".", "a/b", "/etc", "", "a b", "x\n", "a\\b", "x" * 101])
+@pytest.mark.parametrize("section", ["tests", "arms"])
+def test_a_name_stays_inside_the_folder(given: dict[str, Any], section: str, name: str, tmp_path: Path) -> None:
+    first = next(iter(given[section].values()))
+    given[section] = {**given[section], name: first}
+    with pytest.raises(ValueError, match=r"has an arm |has a test ") as caught:
+        read_recipe(write(tmp_path / "recipe.yaml", given), tmp_path / "out")
+    assert "but names are made of letters, digits, '_', '.' and '-'" in str(caught.value)
+    assert not (tmp_path / "out").exists()

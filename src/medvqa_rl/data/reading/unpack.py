@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from medvqa_rl.core.files import write_whole
+from medvqa_rl.core.files import partial_path, remove_partials, write_whole
 from medvqa_rl.core.text import printable, shown
 
 MAX_BYTES = 200 * 2**30
@@ -38,10 +37,11 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
         status = archive.stat()
         stamps.append((str(archive.resolve()), status.st_size, status.st_mtime_ns))
     folder = cache_dir / "unpacked" / hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder.parent, below=False)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = partial_path(folder)
     temporary.mkdir()  # with the modes of the umask, unlike mkdtemp: others may share the cache
     try:
         for archive in archives:
@@ -60,6 +60,8 @@ def _unpack(archive: Path, folder: Path) -> None:
             if sum(member.file_size for member in members) > MAX_BYTES:
                 raise ValueError(f"{archive} would unpack to more than {MAX_BYTES / 2**30:.0f} GiB: check the file.")
             for member in members:
+                if not member.filename.strip("/."):
+                    raise ValueError(f"{archive} contains an entry without a name: make the archive again without it.")
                 if member.filename.startswith("/") or ".." in member.filename.split("/"):
                     raise ValueError(
                         f"{archive} contains the path {shown(member.filename)}, which leaves its folder: check "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from medvqa_rl.config import Config, TrainEngine
 from medvqa_rl.config.problems.quantized import refuse_sharded
+from medvqa_rl.core.text import shown
 
 
 class Launch(NamedTuple):
@@ -31,7 +32,13 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     def is_on(name: str) -> bool:
         return environ.get(name, "false").lower() in ("true", "1")
 
-    num_ranks = int(environ.get("WORLD_SIZE", "1"))
+    num_ranks = _number(environ, "WORLD_SIZE", "1")
+    if num_ranks < 1 or not 0 <= _number(environ, "RANK", "0") < num_ranks:
+        raise ValueError(
+            f"The environment variables RANK={environ.get('RANK', '0')} and WORLD_SIZE={num_ranks} do not name one of "
+            "the processes of a launch: unset both to train in one process, or let `accelerate launch` or --gpus set "
+            "them."
+        )
     if is_on("ACCELERATE_USE_DEEPSPEED"):
         return Launch(_zero_engine(environ), num_ranks)
     if is_on("ACCELERATE_USE_FSDP"):
@@ -47,6 +54,16 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         if is_on(name):
             raise _unsupported(what, "one of the launch files in configs/launch")
     return Launch("ddp" if num_ranks > 1 else None, num_ranks)
+
+
+def _number(environ: Mapping[str, str], name: str, default: str) -> int:
+    text = environ.get(name, default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ValueError(
+            f"The environment variable {name} is {shown(text)}, but must be a whole number: unset it to train in one "
+            "process, or let `accelerate launch` or --gpus set it."
+        )
+    return int(text)
 
 
 def _zero_engine(environ: Mapping[str, str]) -> TrainEngine:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from medvqa_rl.core.text import shown
-from medvqa_rl.study.plan.checks import check_keys, check_name, section
+from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, section
 
 Verb = Literal["none", "train", "sft"]
 """``none`` evaluates the model without training it."""
@@ -62,12 +61,11 @@ def read_arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
 
 
 def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
+    check_folder_name(where, "an arm", name)
     check_keys(f"{where}, arm {name},", given, _KEYS)
     verb, published, start, once = (given.get(key) for key in ("verb", "published", "from", "once"))
     if verb not in VERBS:
         raise ValueError(f"{where}, arm {name}, has verb {shown(verb)}, but must have one of {', '.join(VERBS)}.")
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{where} has an arm {shown(name)}, but names are made of letters, digits, '_', '.' and '-'.")
     if published is not None and type(published) not in (int, float):
         raise ValueError(f"{where}, arm {name}, has published {shown(published)}, but must have a number in percent.")
     if once is not None and type(once) is not bool:

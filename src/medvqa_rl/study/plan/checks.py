@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,14 @@ def check_name(where: str, what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(
             f"{where} has the unknown {what} {shown(name)}: use one of {', '.join(known)}"
             + (did_you_mean(name, known) or ".")
+        )
+
+
+def check_folder_name(where: str, what: str, name: str) -> None:
+    """Raise ValueError if a name cannot be part of the name of a folder."""
+    if not re.fullmatch(r"[\w.-]{1,100}", name) or set(name) == {"."}:
+        raise ValueError(
+            f"{where} has {what} {shown(name)}, but names are made of letters, digits, '_', '.' and '-', at most 100."
         )
 
 

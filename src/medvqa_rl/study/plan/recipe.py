@@ -38,7 +38,7 @@ from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
 from medvqa_rl.core.files import checkpoint_folder
 from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.arms import Arm, Verb, read_arms, with_starts
-from medvqa_rl.study.plan.checks import check_keys, check_name, section
+from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, section
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts
 from medvqa_rl.study.plan.factors import FactorTable, read_tables
 from medvqa_rl.study.plan.leaks import Pair, check_names
@@ -193,6 +193,8 @@ def read_recipe(
     tests = section(where, "tests", given.get("tests"))
     if not tests:
         raise ValueError(f"{where} has no tests: name at least one, such as tests: {{home: {{}}}}.")
+    for name in tests:
+        check_folder_name(where, "a test", name)
     small_tests = section(where, "quick.tests", small.get("tests"))
     tests = {
         name: _overlay(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()
