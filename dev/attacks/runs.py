@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,18 @@ def contents(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if name.startswith(CHANGING):
-            continue
+        if name.startswith(CHANGING) or path.name == "manifest.json":
+            continue  # a manifest has the checksum of the state, which has times
         if path.is_dir():
             found[f"{name}/"] = ""
             continue
         data = path.read_bytes()
-        if path.suffix == ".json" and name.split("/")[-1] != "manifest.json":
+        if path.suffix == ".json":
             data = json.dumps(without_times(json.loads(data)), sort_keys=True).encode()
         elif path.suffix == ".jsonl" and b"\0" not in data:
-            rows = [without_times(json.loads(line)) for line in data.split(b"\n") if line]
-            data = json.dumps(rows, sort_keys=True).encode()
+            with suppress(ValueError):  # a file that an attack put there
+                rows = [without_times(json.loads(line)) for line in data.split(b"\n") if line]
+                data = json.dumps(rows, sort_keys=True).encode()
         elif path.suffix == ".md":  # a card is headed by the name of the run
             data = data.replace(f"# {run.name}, ".replace("_", r"\_").encode(), b"# RUN, ")
         data = data.replace(str(run).encode(), b"RUN")
