@@ -312,7 +312,8 @@ def test_results_are_recomputed_from_the_files(tmp_path: Path) -> None:
     write_evaluation(evaluation, tmp_path / "eval")
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["results.json", "samples.jsonl"]
     records = read_records(tmp_path / "eval" / "samples.jsonl")
-    assert records == list(evaluation.records)
+    half = evaluation.records[4]
+    assert records == [*evaluation.records[:4], replace(half, output=half.output.replace("\ud800", "?"))]
     stored = json.loads((tmp_path / "eval" / "results.json").read_text())
     again = summarise(records, CONFIG)
     assert again.keys() < stored.keys()

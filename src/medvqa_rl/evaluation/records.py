@@ -148,10 +148,17 @@ _SCHEMA = TypeAdapter(EvalRecord)
 
 def record_line(record: EvalRecord) -> str:
     """Format a record as one line of ASCII JSON, so that no character of an output can break the file."""
-    line = json.dumps(asdict(record))
-    if "\\ud" in line:  # perhaps half a character, which JSON must not hold
-        line = json.dumps(json.loads(json.dumps(asdict(record), ensure_ascii=False).encode(errors="replace")))
-    return line + "\n"
+    return _without_halves(json.dumps(asdict(record))) + "\n"
+
+
+def _without_halves(line: str) -> str:
+    """A line of JSON with a question mark for half a character (a lone surrogate), which older versions wrote."""
+    if "\\ud" not in line:
+        return line
+    try:
+        return json.dumps(json.loads(json.dumps(json.loads(line), ensure_ascii=False).encode(errors="replace")))
+    except (ValueError, RecursionError):  # the parser says what is wrong
+        return line
 
 
 def write_records(records: Iterable[EvalRecord], path: Path) -> None:
@@ -165,7 +172,10 @@ def parse_record(line: str | bytes, where: str) -> EvalRecord:
     Raises:
         ValueError: the line is not an evaluation record; the message begins with ``where`` and names the field.
     """
-    record = parse_json(_SCHEMA, line, where, "evaluate again, or restore the file")
+    text = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
+    record = parse_json(
+        _SCHEMA, _without_halves(text).encode("utf-8", "surrogateescape"), where, "evaluate again, or restore the file"
+    )
     letters = LETTERS[: len(record.options)]
     for gold in (record.gold, *record.alternatives) if record.answer_type == "choice" and letters else ():
         if len(gold) != 1 or gold not in letters:
