@@ -6,6 +6,7 @@ Run: pytest tests/core/test_text.py
 import math
 import random
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -30,6 +31,7 @@ from medvqa_rl.core.text import (
     plain,
     printable,
     shown,
+    size_of,
 )
 
 VALUES = st.recursive(
@@ -286,3 +288,11 @@ def test_normalising_ignores_neutralising_case_and_white_space(text: str) -> Non
 def test_nouns_follow_their_number() -> None:
     assert [number_of(number, "row") for number in (0, 1, 2, 1000)] == ["0 rows", "1 row", "2 rows", "1,000 rows"]
     assert number_of(1, "query", "queries") == "1 query" and number_of(2, "query", "queries") == "2 queries"
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 kB"), (1, "1 kB"), (12_001, "13 kB"), (99_999, "100 kB"), (100_000, "0.1 MB")]
+)
+def test_sizes_of_files(tmp_path: Path, size: int, text: str) -> None:
+    (tmp_path / "file").write_bytes(b"x" * size)
+    assert size_of(tmp_path / "file") == text

@@ -119,8 +119,10 @@ def test_invalid_tables_and_shares_are_refused(changes: dict[str, str], options:
 def test_few_groups_still_fill_every_split() -> None:
     counts = divide(table(40, per_image=10), TABLE).counts()
     assert sorted(counts.values()) == [10, 10, 20] and counts["train"] == 20
-    with pytest.raises(ValueError, match="2 groups that stay together, too few for a train split"):
+    with pytest.raises(ValueError, match="form 2 such groups, too few for a train split"):
         divide(table(20, per_image=10), TABLE)
+    with pytest.raises(ValueError, match="form 1 such group, too few for a train split"):
+        divide(table(10, per_image=10), TABLE)
     assert divide(table(20, per_image=10), TABLE, val=0.0).counts() == {"train": 10, "val": 0, "test": 10}
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,10 +169,25 @@ def test_averages_by_hand() -> None:
         "macro_modality": pytest.approx((1 / 2 + 2 / 3) / 2),
         "macro_family": pytest.approx((2 / 3 + 1) / 2),
     }
-    # 80 % power at the 5 % level, if a quarter of the answers differ.
-    assert results["detectable_difference"] == pytest.approx(
-        2.8016 * math.sqrt(0.25 / results["effective_n"]), rel=1e-4
-    )
+
+
+def test_detectable_differences_count_no_more_questions_than_there_are() -> None:
+    """80 % power at the 5 % level, if a quarter of the answers differ."""
+    record = run().records[0]
+
+    def summary(right: str) -> dict[str, Any]:
+        """Two questions per image."""
+        records = [
+            replace(record, sample_id=str(number), image_key=str(number // 2), is_correct=mark == "1")
+            for number, mark in enumerate(right)
+        ]
+        return summarise(records, EvalConfig(bootstrap=200))
+
+    alike, unlike = summary("110011000011"), summary("1010100110111")
+    assert alike["effective_n"] < 12 and unlike["effective_n"] > 2 * 13
+    for results, count in ((alike, alike["effective_n"]), (unlike, 13)):
+        assert results["detectable_difference"] == pytest.approx(2.8016 * math.sqrt(0.25 / count), rel=1e-4)
+        assert f"Equivalent to {count:.0f} independent questions." in " ".join(results_table(results).notes)
 
 
 def test_scores_by_annotation_and_by_yes_or_no() -> None:
@@ -402,6 +418,9 @@ def test_the_paired_gain_by_hand() -> None:
     assert gain["permutation_p"] == cluster_permutation([0, 0, 0, 0, 0], [-1, 1, 0, 1, 0], clusters) == 1.0
     error = cluster_standard_error([-1, 1, 0, 1, 0], clusters)
     assert gain["detectable_gain"] == pytest.approx(minimum_detectable_effect(error))
+    wrong = [replace(record, is_correct=False) for record in before.records]
+    right = [replace(record, is_correct=True) for record in before.records]
+    assert math.isnan(paired_gain(wrong, right, CONFIG)["detectable_gain"])  # equal differences say nothing of others
 
 
 def test_evaluations_of_different_questions_are_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from medvqa_rl.cli.common import verb
+from medvqa_rl.core.text import size_of
 
 
 @verb
@@ -43,7 +44,7 @@ def report(
     from medvqa_rl.report.pages.report import write_report
 
     path = write_report(runs, output, images=not no_images, evals=evals or ())
-    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"Written: {path} ({size_of(path)})")
 
 
 @verb

@@ -7,6 +7,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterable
+from pathlib import Path
 
 _SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
 
@@ -123,6 +124,12 @@ def number_of(number: int, noun: str, plural: str = "") -> str:
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 _REPR.maxlevel = 2
+
+
+def size_of(path: Path) -> str:
+    """The size of a file, in kB or, from a tenth of it, in MB."""
+    size = path.stat().st_size
+    return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{math.ceil(size / 1e3)} kB"
 
 
 def printable(text: str, limit: int = 200) -> str:

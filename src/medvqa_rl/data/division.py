@@ -149,8 +149,9 @@ def divide(
     for split, count in division.counts().items():
         if shares[split] and not count:
             raise ValueError(
-                f"The {len(rows):,} rows of {path} fall into {len(sizes)} groups that stay together, too few for a "
-                f"{split} split: add rows of other images{'' if by == 'image' else f' and of other values of {by}'}, "
+                f"Rows that share an image or equal pixels{'' if by == 'image' else f', or a value of {by},'} stay in "
+                f"one split. The {len(rows):,} rows of {path} form {number_of(len(sizes), 'such group')}, too few for "
+                f"a {split} split: add rows of other images{'' if by == 'image' else f' and other values of {by}'}, "
                 "or divide the table with `medvqa-rl data split` and other --by, --val and --test."
             )
     return division

@@ -182,7 +182,6 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
     results = []
     for arm, cells in arms.items():
         gain = intervals.get(("gain", arm))
-        has_changed = any(map(any, differences.get(arm, ())))
         results.append(
             ArmResult(
                 name=arm,
@@ -192,7 +191,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
                 num_clusters=len(set(clusters)),
                 accuracy=intervals["accuracy", arm],
                 gain=gain,
-                detectable=minimum_detectable_effect(gain.standard_error) if gain and has_changed else math.nan,
+                detectable=minimum_detectable_effect(gain.standard_error) if gain else math.nan,
                 accuracies=tuple(sum(right[cell]) / len(clusters) for cell in cells),
                 tests=tuple(SeedTest(seed, found, adjusted[seed][arm]) for seed, found in tests.get(arm, {}).items()),
                 results=tuple(_results(cell.tests[index].folder) for cell in cells),

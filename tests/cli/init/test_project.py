@@ -145,6 +145,8 @@ def test_without_a_gpu_the_settings_are_for_the_embedded_model(
     config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
     assert (config.model.path, config.model.device, config.data.name) == ("phantom:instruct", "cpu", "own")
     assert config.network == "off"
+    lines = (tmp_path / "mine" / "config.yaml").read_text().splitlines()
+    assert {line.index(" # ") for line in lines if " # " in line} == {34}
     monkeypatch.setattr(init_command, "find_gpu", lambda: (39.5, "NVIDIA A100-PCIE-40GB"))
     run_init(tmp_path / "gpu", table=phantom / "questions.csv", images=phantom / "images")
     assert "Sized for a 40 GiB GPU (NVIDIA A100-PCIE-40GB)" in capsys.readouterr().out

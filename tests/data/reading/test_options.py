@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.core.types import LETTERS
-from medvqa_rl.data.reading.options import find_gold, read_options, without_labels
+from medvqa_rl.data.reading.options import find_gold, option_columns, read_options, without_labels
 from medvqa_rl.data.reading.rows import Repairs, Unusable
 
 FORMS = (
@@ -40,6 +40,31 @@ def test_letters_are_removed_and_golds_in_the_same_form_found(form: str, letters
 def test_any_options_in_any_form_lose_their_letters_only(texts: list[str], form: str) -> None:
     assert without_labels([form.format(letter, text) for letter, text in zip(LETTERS, texts)]) == tuple(texts)
     assert without_labels(texts) is None
+
+
+def test_letters_in_several_forms_are_removed_together() -> None:
+    options = ("A. left", "B) right", "(C) none", "Option D: both")
+    assert read_options(options, {}).texts == ("left", "right", "none", "both")
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ("image,option_a,option_b,Option_C", "option_a,option_b,Option_C"),
+        ("Choice B,Choice A,answer", "Choice A,Choice B"),
+        ("opa,opb,opc,opd,cop", "opa,opb,opc,opd"),
+        ("Option 1,Option 2,Option 10", "Option 1,Option 2"),
+        ("D,A,question,B,C", "A,B,C,D"),
+        ("a,b,question", ""),
+        ("A,answer", ""),
+        ("B,C", ""),
+        ("option_b,option_c", ""),
+        ("option_a,choice_b", ""),
+        ("optional,options,operator", ""),
+    ],
+)
+def test_columns_of_one_option_each(columns: str, found: str) -> None:
+    assert ",".join(option_columns(tuple(columns.split(",")))) == found
 
 
 @pytest.mark.parametrize(

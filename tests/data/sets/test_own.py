@@ -390,3 +390,20 @@ def test_hidden_names_are_hashes_everywhere_and_the_questions_are_the_same(
     for form in ("jsonl", "csv"):
         assert "doe" not in export(readable, folder / "out", form, form=form).file.read_text(encoding="utf-8")  # type: ignore[arg-type]
     assert "doe" not in str(list((folder / "out").rglob("*")))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_options_in_columns_of_their_own(folder: Path, suffix: str) -> None:
+    sample = one(folder, suffix, option_a="A. left", option_b="B) right", option_c="", answer="B. right")
+    assert (sample.answer_type, sample.options, sample.answer) == ("choice", ("left", "right"), "B")
+    sample = one(folder, suffix, A="", B="", answer="right")
+    assert (sample.answer_type, sample.options, sample.answer) == ("open", (), "right")
+    sample = one(folder, suffix, A="1", B="2", options="left|right", answer="right")
+    assert (sample.options, sample.answer) == (("left", "right"), "B")
+
+
+def test_an_empty_option_between_others_shifts_no_letters(folder: Path) -> None:
+    rows = [{"image": "a.png", "question": "Which?", "A": "left", "B": "", "C": "right", "answer": "C"}]
+    write(folder / "train.jsonl", rows)
+    reading = read_own(folder / "train.jsonl", ImageFolder(folder / "images"), split="train", needs_split=False)
+    assert not reading.rows and [issue.reason for issue in reading.issues] == ["empty option"]

@@ -296,6 +296,7 @@ def test_effective_n() -> None:
 
 
 def test_minimum_detectable_effect_agrees_with_statsmodels_and_holds_its_power() -> None:
+    assert math.isnan(minimum_detectable_effect(0.0)) and math.isnan(minimum_detectable_effect(math.nan))
     power = pytest.importorskip("statsmodels.stats.power")
     theirs = power.NormalIndPower(ddof=0).solve_power(nobs1=451, alpha=0.05, power=0.8, ratio=0)
     assert minimum_detectable_effect(1 / math.sqrt(451)) == pytest.approx(theirs, rel=1e-4)

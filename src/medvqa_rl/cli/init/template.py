@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from string import Template
 from typing import Any
@@ -110,8 +111,12 @@ train:
 )
 
 
+_COMMENTED = re.compile(r"^( *\w+: \S+) +# ", re.MULTILINE)
+
+
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """Fill in a template, with folders quoted as YAML and booleans in lower case."""
+    """Fill in a template, with folders quoted as YAML, booleans in lower case and comments in one column."""
     plain = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
     quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "images")}
-    return Template(template).substitute(plain | quoted)
+    filled = Template(template).substitute(plain | quoted)
+    return _COMMENTED.sub(lambda line: f"{line[1]:<34} # ", filled)

@@ -12,7 +12,7 @@ from typing import Any
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import number_of
+from medvqa_rl.core.text import number_of, size_of
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_decimal, format_interval, format_kappa
@@ -54,8 +54,7 @@ def run_sheet(
     write_text(output, render_sheet(key, items, samples))
     write_key(key, key_path)
     asked = number_of(len({item.record.sample_id for item in items}), "question")
-    size = output.stat().st_size / 1e6
-    print(f"Written: {output} ({number_of(len(items), 'answer')} to {asked}, {size:.1f} MB).")
+    print(f"Written: {output} ({number_of(len(items), 'answer')} to {asked}, {size_of(output)}).")
     print(f"Written: {key_path}. It reveals which model gave which answer: keep it from the raters.")
 
 

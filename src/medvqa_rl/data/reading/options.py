@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
 from unicodedata import normalize
 
 from medvqa_rl.core.answers import read_choice
@@ -17,6 +19,7 @@ PREFIXES = 'option prefixes "A:" removed'
 
 _PREFIX = re.compile(r"^\(?([A-Z])\s*[:)]\s*(.*)$", re.DOTALL)
 
+_OPTION_COLUMN = re.compile(r"(?P<kind>option|choice|op)s?[\s_.-]*(?P<mark>[a-z]|\d\d?)", re.IGNORECASE)
 
 _LABELLED = re.compile(
     r"(?:option|choice)?\s*(?P<opening>[(\[（【]?)\s*(?P<letter>[A-ZＡ-Ｚ])\s*"
@@ -28,18 +31,35 @@ _LABELLED = re.compile(
 def without_labels(options: Sequence[str]) -> tuple[str, ...] | None:
     """The options without the letters in front of them ("A. left", "b) left", "(C) left"), or None.
 
-    None unless every option has its own letter, in order, all in one form, and a text behind it.
+    None unless every option has its own letter, in order, all in one case, and a text behind it.
     """
     found = [_LABELLED.fullmatch(option) for option in options]
     matches = [match for match in found if match]
     letters = [normalize("NFKC", match["letter"]) for match in matches]
-    forms = {
-        (letter.isupper(), normalize("NFKC", match["opening"] + match["separator"]))
-        for letter, match in zip(letters, matches)
-    }
-    if "".join(letters).upper() != LETTERS[: len(options)] or len(forms) != 1:
+    in_order = "".join(letters)
+    if in_order not in (LETTERS[: len(options)], LETTERS[: len(options)].lower()):
         return None
     return tuple(match["text"] for match in matches)
+
+
+@cache
+def option_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns with one option each, in order: "option_a", "Choice B", "opc", "Option 1", or "A", "B" ...
+
+    Empty unless they start with A or 1, follow each other and are at least two. Names differ in one way only.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for column in columns:
+        if match := _OPTION_COLUMN.fullmatch(column.strip()):
+            found.setdefault(match["kind"].lower(), {})[match["mark"].upper()] = column
+        elif column in LETTERS:
+            found.setdefault("", {})[column] = column
+    for marks in found.values():
+        for expected in (LETTERS, [str(number) for number in range(1, len(LETTERS) + 1)]):
+            named = tuple(marks[mark] for mark in takewhile(marks.__contains__, expected))
+            if len(named) > 1:
+                return named
+    return ()
 
 
 def strip_quotes(text: str) -> str:

@@ -19,7 +19,7 @@ from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.patients import patient_of
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
-from medvqa_rl.data.reading.options import Options, as_letter, find_gold, read_options
+from medvqa_rl.data.reading.options import Options, as_letter, find_gold, option_columns, read_options
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,
@@ -162,7 +162,7 @@ def _parse(
             raise Unusable("unknown split", split)
     images = find_images(image_names(fields, repairs), folder, repairs)
     answers = [without_point_zero(answer) for answer in read_answers(fields, repairs)]
-    cells = _list(fields.get("options"), "options", repairs)
+    cells = _list(fields.get("options"), "options", repairs) or _option_cells(fields, repairs)
     kind = optional_text(fields, "answer_type", repairs).lower()
     if kind and kind not in ANSWER_TYPES:
         raise Unusable("unknown answer_type", kind)
@@ -257,6 +257,14 @@ def image_names(fields: Fields, repairs: Repairs) -> list[str]:
         if names := _list(fields.get(column), column, repairs):
             return names
     raise Unusable("no image")
+
+
+def _option_cells(fields: Fields, repairs: Repairs) -> list[str]:
+    """The options of a row that has each in a column of its own, without the empty ones at the end."""
+    cells = [optional_text(fields, column, repairs) for column in option_columns(tuple(fields))]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
 
 
 def _list(value: object, name: str, repairs: Repairs) -> list[str]:

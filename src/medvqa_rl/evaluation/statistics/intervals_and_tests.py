@@ -277,8 +277,11 @@ def minimum_detectable_effect(standard_error: float, *, alpha: float = 0.05, pow
     """The smallest true difference that a two-sided test at level alpha detects with the given power.
 
     (z(1 - alpha / 2) + z(power)) * standard error (normal approximation). With the cluster standard error of the
-    paired differences it holds for clustered questions.
+    paired differences it holds for clustered questions. NaN if the standard error is 0 (or rounding), as when all
+    clusters of a few have equal differences: that says nothing about others.
     """
+    if standard_error < 1e-12:
+        return math.nan
     return float((norm.ppf(1 - alpha / 2) + norm.ppf(power)) * standard_error)
 
 

@@ -133,7 +133,11 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
     return {
         **overall,
         "averages": averages,
-        "detectable_difference": minimum_detectable_effect(math.sqrt(CHANGED / overall["effective_n"])),
+        "detectable_difference": minimum_detectable_effect(
+            math.sqrt(
+                CHANGED / min(overall["effective_n"], overall["num_scored"])
+            )  # above it by chance, in few images
+        ),
         "letters": _letters(records),
         "majority_per_type": _majority_per_type(records),
         "sampled": _sampled(records, config),
@@ -263,7 +267,7 @@ def paired_gain(
         "worsened": test.worsened,
         "mcnemar_p": test.p_value,
         "permutation_p": cluster_permutation(then, now, clusters, seed=config.seed),
-        "detectable_gain": minimum_detectable_effect(error) if any(differences) else math.nan,
+        "detectable_gain": minimum_detectable_effect(error),
     }
 
 

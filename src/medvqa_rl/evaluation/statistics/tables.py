@@ -41,8 +41,9 @@ def results_table(results: Mapping[str, Any], title: str = "") -> TextTable:
     ]
     notes = _further(results)
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
+        number = min(effective, results["num_scored"])
         notes.append(
-            f"Equivalent to {effective:,.0f} independent questions. If another model answers a quarter of them "
+            f"Equivalent to {number:,.0f} independent questions. If another model answers a quarter of them "
             f"differently, a true difference of {format_points(results['detectable_difference'])} points is detected "
             "with 80 % power."
         )
