@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.cli.common import use_threads
+from medvqa_rl.cli.common import use_threads, verb
 from medvqa_rl.core import machine
 from medvqa_rl.core.machine import SHARE, Load
 
@@ -66,7 +67,7 @@ def test_nothing_is_chosen_once_torch_is_loaded(fresh, monkeypatch, capsys):
 def test_the_number_reaches_torch():
     """One thread on a busy machine, where torch would use all cores."""
     code = """
-from medvqa_rl.cli.common import use_threads
+from medvqa_rl.cli.common import use_threads, verb
 from medvqa_rl.core import machine
 machine.measure_load = lambda: machine.Load(2, 1.0)
 use_threads("phantom:instruct")
@@ -105,3 +106,17 @@ def test_config_check_refuses_a_model_folder_that_does_not_exist() -> None:
     assert result.exit_code == 2 and "model.path is './nope', but there is no such folder" in result.output
     result = CliRunner().invoke(app, [*check, "model.path=Qwen/Qwen2-VL-2B-Instruct", "model.dtype=bfloat16"])
     assert result.exit_code == 0 and result.output == "ok\n"
+
+
+@pytest.mark.parametrize("text", ["x" * 2000, "x" * 2001, "\x1b[2J" * 900, "\ud800" * 900, "é" * 50_000])
+def test_a_message_is_cut_and_cannot_steer_the_terminal(text, capsys):
+    @verb
+    def fail():
+        raise ValueError(f"{text}\nHow to fix it.")
+
+    with pytest.raises(typer.Exit) as exit_:
+        fail()
+    first, second, rest = capsys.readouterr().err.split("\n")
+    escaped = "".join(part if part.isprintable() else ascii(part)[1:-1] for part in text)
+    assert first == "error: " + (escaped if len(escaped) <= 2000 else escaped[:2000] + "...")
+    assert (second, rest, exit_.value.exit_code) == ("How to fix it.", "", 2)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medvqa_rl.core import progress
-from medvqa_rl.core.progress import TerminalConsole, duration, heartbeat, progress_bar, waiting
+from medvqa_rl.core.progress import TerminalConsole, duration, heartbeat, progress_bar, to_stderr, waiting
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,8 @@ def test_text_cannot_steer_the_terminal() -> None:
     assert "\x1b[1;31mgood\x1b[0m" in text
     assert not any(mark in text for mark in ("\x1b[2J", "\x1b]", "\x07", "\x9b", "\r", "\u202e"))
     assert text.count("a[2J]0;titleb1mcd") == 3
+
+
+def test_plain_lines_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    to_stderr("a\x1b[2Jb\x9b1m\tc")
+    assert capsys.readouterr().err == "a[2Jb1m\tc\n"

@@ -10,6 +10,7 @@ import typer
 
 from medvqa_rl.cli.common import Overrides, Verbs, use_threads, verb
 from medvqa_rl.core.network import forbid_network
+from medvqa_rl.core.text import for_terminal, number_of
 
 if TYPE_CHECKING:
     from medvqa_rl.study.plan.recipe import Recipe
@@ -59,7 +60,7 @@ def plan(
 
     study, _ = _read(recipe, overrides, output, quick, arms)
     for line in compare_pixels(study.pairs):
-        print(line)
+        print(for_terminal(line))
     open_console().print(plan_table(study))
 
 
@@ -77,7 +78,6 @@ def run(
     """Run all unfinished cells and write the tables. The same command resumes an interrupted study."""
 
     from medvqa_rl.core.progress import TerminalConsole
-    from medvqa_rl.core.text import number_of
     from medvqa_rl.study.collect import collect as read_results
     from medvqa_rl.study.output import write_study
     from medvqa_rl.study.plan.leaks import compare_pixels
@@ -85,11 +85,11 @@ def run(
 
     study, folder = _read(recipe, overrides, output, quick, arms)
     for line in compare_pixels(study.pairs):
-        print(line)
+        print(for_terminal(line))
     failures = run_study(study, folder, jobs=jobs, processes=processes, console=TerminalConsole(stderr=True))
     if failures:
         reasons = "; ".join(f"{failure.cell.label} ({failure.last_line})" for failure in failures)
-        print(f"error: {number_of(len(failures), 'cell')} failed: {reasons}", file=sys.stderr)
+        print(for_terminal(f"error: {number_of(len(failures), 'cell')} failed: {reasons}"), file=sys.stderr)
         raise typer.Exit(1)
     for path in write_study(read_results(study), folder / "tables"):
         print(path)

@@ -104,7 +104,9 @@ def _follow_moved_run(loaded: Loaded, folder: Path) -> Loaded:
             f"The config is in the run folder {folder}, but its output_dir is {recorded}, which holds a run too: add "
             f"output_dir={folder} or output_dir={recorded} to say which one to resume."
         )
-    print(f"The run in {folder} was moved: its output_dir was {recorded}.", file=sys.stderr)
+    from medvqa_rl.core.progress import to_stderr
+
+    to_stderr(f"The run in {folder} was moved: its output_dir was {recorded}.")
     config = loaded.config.model_copy(update={"output_dir": str(folder)})
     return replace(loaded, config=config, given={**loaded.given, "output_dir": str(folder)})
 

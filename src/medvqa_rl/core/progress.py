@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 def to_stderr(line: str) -> None:
     """Print a line on standard error, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":  # set by launchers
-        print(line, file=sys.stderr, flush=True)
+        print(for_terminal(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -258,15 +258,15 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
     assert len(str(error.value)) < 600 and str(error.value).isprintable()
     rows = closed(60)
     for number, row in enumerate(rows):
-        row["Patient ID"] = f"p{number // 6}"
+        row["Patient ID\x1b"] = f"p{number // 6}"
     table, images = write_rows(tmp_path / "patients", rows)
     run_init(tmp_path / "theirs", table=table, images=images, gpu_memory=24)
     assert "Rows with the same Patient ID stay in one split." in capsys.readouterr().out
     found = [json.loads(line) for line in (tmp_path / "theirs" / "data.jsonl").open()]
-    places = {(row["Patient ID"], row["split"]) for row in found}
+    places = {(row["Patient ID\x1b"], row["split"]) for row in found}
     assert len(places) == 10 and {split for _, split in places} == {"train", "val", "test"}
     for number, row in enumerate(rows):
-        row["case"] = row.pop("Patient ID")
+        row["case"] = row.pop("Patient ID\x1b")
         row["split"] = ("train", "val", "test")[number % 3]
     table, images = write_rows(tmp_path / "cases", [{k: v for k, v in row.items() if k != "split"} for row in rows])
     run_init(tmp_path / "unsure", table=table, images=images, gpu_memory=24)

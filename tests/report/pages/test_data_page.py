@@ -111,7 +111,7 @@ def test_names_in_metadata_reach_no_page_sheet_or_export(tmp_path: Path) -> None
     """The shared image is shown on the page, small and large; its bytes are searched in every output."""
     name, out, samples = b"DOE^JANE", tmp_path / "out", []
     exif = Image.Exif()
-    exif[0x010E], exif[0x0112] = name.decode(), 6
+    exif[0x010E] = name.decode()
     for side in (16, 600):
         path = tmp_path / f"{side}.jpg"
         source = picture(side, "")

@@ -23,7 +23,7 @@ from medvqa_rl.config.yaml import build_config, read_yaml
 from medvqa_rl.core.embedded import local_file
 from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import normalise, shown
+from medvqa_rl.core.text import for_terminal, normalise, shown
 from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
@@ -193,7 +193,7 @@ def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, se
     with progress_bar("images") as progress:
         equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
     by, warning = choose_column(rows)
-    print(warning or f"Rows with the same {by} stay in one split.")
+    print(for_terminal(warning or f"Rows with the same {by} stay in one split."))
     return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
 
 
