@@ -217,6 +217,35 @@ def test_other_data_is_refused(folder, tmp_path):
         train(toy_config(folder, tmp_path / "run", train={"steps": 2}), train_set=OtherData(), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("status.json", "{", r"status\.json is not JSON"),
+        ("status.json", "[]", r"status\.json has \[\]"),
+        ("status.json", "{}", r"status\.json has no field kind"),
+        ("status.json", '{"kind": "train", "state": "x", "step": "1", "steps": 2}', r"has '1' under step"),
+        ("data.json", '{"train": 3}', r"data\.json has 3 under train"),
+        ("data.json", '{"train": {"fingerprint": 3}}', r"has 3 under train\.fingerprint"),
+        ("env.json", "[]", r"env\.json has \[\]"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(folder, tmp_path, name, text, message):
+    config = toy_config(folder, tmp_path / "run", train={"steps": 1})
+    go(config)
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{message}.*: restore the file, or start a new run"):
+        go(config, resume=True)
+
+
+def test_a_resume_removes_checkpoints_that_a_killed_process_left(folder, tmp_path):
+    """A process can be killed between saving a checkpoint and removing the oldest."""
+    config = toy_config(folder, tmp_path / "run", train={"steps": 3, "save_steps": 1, "save_total_limit": 2})
+    checkpoints = go(config) / "checkpoints"
+    shutil.copytree(checkpoints / "step_000002", checkpoints / "step_000001")
+    go(config, resume=True)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000002", "step_000003"]
+
+
 def test_a_folder_in_use_is_refused(folder, tmp_path):
     config = toy_config(folder, tmp_path / "run", train={"steps": 1})
     with pytest.raises(ValueError, match="There is no run to resume"):

@@ -108,12 +108,10 @@ class Run:
             self.dir.open(self.config, self._given, kind=self._kind, resume=self._resume)
             self._exits.callback(self.dir.close)
             clean_up(self.dir.path)
-        accelerator = self._accelerator
-        if accelerator.num_processes > 1:
+        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
+        if ranks > 1:
             timeout = self.config.train.rank_timeout
-            self._roll_call = RollCall(
-                accelerator.process_index, accelerator.num_processes, timeout, self._report_lost_rank
-            )
+            self._roll_call = RollCall(rank, ranks, timeout, self._report_lost_rank)
         self._exits.enter_context(self._signals)
         return self
 
@@ -143,6 +141,7 @@ class Run:
             return
         if self._resume:
             self.dir.cut_back(self.state.step, self.state.metrics_bytes)
+            remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)  # if killed before it did
         self.dir.check_data(datasets, resume=self._resume)
         used = dict(judges or {})
         if self.config.train.eval_steps:

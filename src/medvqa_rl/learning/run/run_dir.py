@@ -8,7 +8,6 @@ samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
@@ -24,10 +23,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.config import Config, leaves
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.core.files import run_config, step_of, write_json, write_text
+from medvqa_rl.core.files import read_json, run_config, step_of, write_json, write_text
 from medvqa_rl.core.types import Dataset
 from medvqa_rl.learning.distributed.launch import read_launch
 from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
@@ -37,6 +37,27 @@ PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safeten
 
 OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
 """Recorded if installed."""
+
+_RESTORE = "restore the file, or start a new run in another output_dir"
+
+
+class _Status(BaseModel):
+    """What is read again of status.json; it has more."""
+
+    kind: str
+    state: str
+    step: int
+    steps: int
+
+
+class _Data(BaseModel):
+    """What is read again of a data set in data.json; it has more."""
+
+    fingerprint: str
+
+
+_STATUS, _DATA = TypeAdapter(_Status), TypeAdapter(dict[str, _Data])
+_ENVIRONMENT, _JUDGES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, dict[str, Any]])
 
 GIT_TIMEOUT = 5.0
 """Seconds to wait for an answer of git."""
@@ -79,11 +100,11 @@ class RunDir:
             ValueError: the folder contains a run and ``resume`` is false, or no run and ``resume`` is true; another
                 process is using it; a setting was changed that must not change on resume.
         """
-        status = json.loads(self.status.read_text(encoding="utf-8")) if self.status.exists() else None
+        status = read_json(_STATUS, self.status, _RESTORE) if self.status.exists() else None
         if not resume and status is not None:
             raise ValueError(
-                f"The output folder {self.path} already contains a run ({status['state']} at step {status['step']} of "
-                f"{status['steps']}): continue it with --resume, or set output_dir to another folder."
+                f"The output folder {self.path} already contains a run ({status.state} at step {status.step} of "
+                f"{status.steps}): continue it with --resume, or set output_dir to another folder."
             )
         if resume and status is None:
             raise ValueError(
@@ -103,9 +124,9 @@ class RunDir:
         path = self.path / "config.resolved.json"
         if resume:
             assert status is not None
-            if status["kind"] != kind:
+            if status.kind != kind:
                 raise ValueError(
-                    f"The run in {self.path} was started by `{status['kind']}`, so it cannot be resumed by `{kind}`: "
+                    f"The run in {self.path} was started by `{status.kind}`, so it cannot be resumed by `{kind}`: "
                     "resume it with the command that started it, or set output_dir to another folder."
                 )
             self.changed = changed_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
@@ -203,7 +224,7 @@ class RunDir:
         now = environment() | {"seed": seed}
         write_json(self.path / f"env.resumed_{step:06d}.json", now)
         path = self.path / "env.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+        before = read_json(_ENVIRONMENT, path, _RESTORE) if path.exists() else now
         old, new = leaves(before), leaves(now)
         packages = (f"packages.{name}" for name in (*PACKAGES, *OPTIONAL_PACKAGES))
         names = ("source", "threads", "python", "machine", "gpu", *packages)
@@ -228,8 +249,8 @@ class RunDir:
             for split, data in datasets.items()
         }
         if resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [s for s in described if before.get(s, {}).get("fingerprint") != described[s]["fingerprint"]]
+            before = {split: data.fingerprint for split, data in read_json(_DATA, path, _RESTORE).items()}
+            changed = [split for split in described if before.get(split) != described[split]["fingerprint"]]
             if changed:
                 raise ValueError(
                     f"The {' and '.join(changed)} data has changed since this run was started (its fingerprint is not "
@@ -247,7 +268,7 @@ class RunDir:
         path = self.path / "judge.json"
         described = {role: identity.to_json() for role, identity in judges.items()}
         if resume and path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_json(_JUDGES, path, _RESTORE)
             if before != described:
                 raise ValueError(
                     f"The judge has changed since this run was started ({path} identifies its weights and prompt): "
