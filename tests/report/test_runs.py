@@ -142,3 +142,28 @@ def test_resumes_are_read_and_damaged_ones_reported(tmp_path: Path) -> None:
         "resumes.jsonl: line 3 cannot be read and is skipped.",
         "resumes.jsonl: line 2 cannot be read and is skipped.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "found"),
+    [
+        ("env.json", {"packages": {"torch": 2}}, "has 2 under packages.torch (should be a valid string): it is left"),
+        ("status.json", {"step": "4"}, "has '4' under step (should be a valid integer): it is left out."),
+        ("eval/step_000040/results.json", {"accuracy": "1"}, "has '1' under accuracy"),
+        ("eval/step_000040/results.json", {"mean_length": "x"}, "has 'x' under mean_length"),
+        ("eval/step_000040/results.json", {"by": {"modality": {"CT": {}}}}, "has no field by.modality.CT.accuracy"),
+    ],
+)
+def test_a_field_of_another_type_is_named(copy: Path, name: str, changed: dict[str, object], found: str) -> None:
+    path = copy / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    (problem,) = read_run(copy).problems
+    assert problem.startswith(name) and found in problem
+
+
+def test_a_completion_whose_correctness_is_a_number_is_left_out(copy: Path) -> None:
+    path = copy / "samples" / "step_000020.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["is_correct"] = 7
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_groups(read_run(copy))[1] == ["step_000020.jsonl: line 1 cannot be read and is skipped."]

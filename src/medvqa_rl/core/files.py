@@ -197,6 +197,7 @@ def note_on_best(run: Path) -> str | None:
         best = json.loads((run / "best" / "best.json").read_text(encoding="utf-8"))
         step, accuracy = int(best["step"]), float(best["accuracy"])
         start = json.loads((run / "eval" / "step_000000" / "results.json").read_text(encoding="utf-8"))["accuracy"]
+        start = None if start is None else float(start)
     except (OSError, ValueError, KeyError, TypeError):  # no evaluations, or of another version
         return None
     if step == 0:  # of an older version

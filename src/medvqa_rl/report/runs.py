@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
+
+from medvqa_rl.core.files import parse_json
 from medvqa_rl.core.text import first_few
 from medvqa_rl.evaluation.records import EvalRecord, read_records
+from medvqa_rl.evaluation.results import check_results
 
 Row = Mapping[str, float]
 """The finite numbers in a line of metrics.jsonl, including ``step``."""
 
-_SUMMARY = ("accuracy", "accuracy_low", "accuracy_high", "num_scored", "num_clusters", "majority_baseline")
 _FILES = ("status.json", "metrics.jsonl", "config.resolved.json")
 
 
@@ -147,20 +150,68 @@ def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
     )
 
 
+class _Status(BaseModel):
+    kind: str = ""
+    state: str = ""
+    step: int = 0
+    steps: int = 0
+    updated: str = ""
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    reason: str | None = None
+
+
+class _Environment(BaseModel):
+    packages: dict[str, str] = {}
+    git: dict[str, Any] | None = None
+
+
+class _CompletionLine(BaseModel):
+    step: int
+    sample_id: str
+    index: int
+    question: str
+    options: list[str]
+    gold: str
+    completion: str
+    is_correct: bool
+    has_answer: bool
+    is_truncated: bool
+    length: int
+    rewards: dict[str, float | None]
+    reward: float | None
+    advantage: float
+    groups: dict[str, Any] = {}
+
+
+_SCHEMAS: dict[str, TypeAdapter[Any]] = {
+    "status.json": TypeAdapter(_Status),
+    "env.json": TypeAdapter(_Environment),
+    "config.resolved.json": TypeAdapter(dict[str, Any]),
+}
+_COMPLETION = TypeAdapter(_CompletionLine)
+
+
 def _object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Read a JSON object; if that fails, note the problem and return an empty one."""
+    """Read a JSON object; if that fails, or a field has another type, note the problem and return an empty one."""
     if not path.is_file():
         problems.append(f"{path.name} is missing.")
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{path.name} cannot be read ({type(error).__name__}).")
         return {}
-    if isinstance(value, dict):
-        return value
-    problems.append(f"{path.name} does not hold a JSON object.")
-    return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} does not hold a JSON object.")
+        return {}
+    try:
+        if path.name in _SCHEMAS:
+            parse_json(_SCHEMAS[path.name], path.read_bytes(), path.name, "it is left out")
+    except ValueError as error:
+        problems.append(str(error))
+        return {}
+    return value
 
 
 def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -169,7 +220,7 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
-        except ValueError:  # JSON or UTF-8
+        except (ValueError, RecursionError):  # JSON or UTF-8
             row = None
         if isinstance(row, dict):
             yield number, row
@@ -225,11 +276,11 @@ def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
 def _stored(paths: Sequence[Path], problems: list[str]) -> list[StoredEvaluation]:
     found = []
     for path in paths:
-        own: list[str] = []
-        results = _object(path, own)
-        if own or not isinstance(results.get("by"), dict) or not results.keys() >= set(_SUMMARY):
-            name = f"{path.parent.parent.name}/{path.parent.name}/results.json"
-            problems.append(f"{name} is damaged or has another version, and is skipped.")
+        name = f"{path.parent.parent.name}/{path.parent.name}/results.json is damaged or has another version: it"
+        try:
+            results = check_results(path.read_bytes(), name, "it is skipped")
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
         else:
             judged = path.with_name("judged.json")
             said = _object(judged, problems) if judged.is_file() else {}
@@ -259,6 +310,7 @@ def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:
         bad = []
         for number, line in _lines(path, problems):
             try:
+                _COMPLETION.validate_python(line, strict=True)
                 completion, position = _completion(line), (str(line["sample_id"]), int(line["index"]))
                 # A prompt can occur twice in a step, at the boundary of two epochs.
                 if previous is None or previous[0] != position[0] or position[1] <= previous[1]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from medvqa_rl.data.stored import garbage_collection_paused
 from medvqa_rl.evaluation.records import EvalRecord, read_records
+from medvqa_rl.evaluation.results import read_results
 from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     McNemar,
     SeededInterval,
@@ -109,11 +108,13 @@ def collect(recipe: Recipe) -> Collected:
     def before(cell: Cell) -> Mapping[str, Any] | None:
         """Results of the model that a cell's training started from."""
         found = cell.start if cell.start in finished else untrained
-        return None if found is None else _results(found.tests[primary].folder)
+        return None if found is None else read_results(found.tests[primary].folder / "results.json")
 
     signs = {
         name: {
-            cell.seed: cell_signs(rows, _results(cell.tests[primary].folder), primary_answers[cell], before(cell))
+            cell.seed: cell_signs(
+                rows, read_results(cell.tests[primary].folder / "results.json"), primary_answers[cell], before(cell)
+            )
             for cell, rows in zip(cells, curves[name])
         }
         for name, cells in trained.items()
@@ -194,7 +195,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
                 detectable=minimum_detectable_effect(gain.standard_error) if gain else math.nan,
                 accuracies=tuple(sum(right[cell]) / len(clusters) for cell in cells),
                 tests=tuple(SeedTest(seed, found, adjusted[seed][arm]) for seed, found in tests.get(arm, {}).items()),
-                results=tuple(_results(cell.tests[index].folder) for cell in cells),
+                results=tuple(read_results(cell.tests[index].folder / "results.json") for cell in cells),
             )
         )
     return tuple(results)
@@ -219,8 +220,3 @@ def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cel
     if arm[0].arm.once:
         return [(seed, cell, arm[0]) for seed, cell in one.items()]
     return [(seed, one[seed], other[seed]) for seed in one if seed in other]
-
-
-def _results(folder: Path) -> Mapping[str, Any]:
-    results: Mapping[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return results

@@ -147,14 +147,14 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
 def _markdown(content: Content, folder: Path) -> str:
     """Format the page as Markdown, with links relative to a folder."""
     accuracy, *others = content.figures
-    lines = [f"# {content.title}\n", *_figure_lines(accuracy, folder)]
+    lines = [f"# {_text(content.title)}\n", *_figure_lines(accuracy, folder)]
     for section in content.tests:
         lines += _section_lines(section, "##")
     if content.contrasts:
         lines.append("## Contrasts: the same questions in two conditions\n")
     for section in content.contrasts:
         lines += _section_lines(section, "###")
-    lines += [f"{note}\n" for note in content.notes]
+    lines += [f"{_text(note)}\n" for note in content.notes]
     if content.factors:
         lines.append("## The paper's tables\n")
     for section in content.factors:
@@ -180,9 +180,14 @@ def _notes(collected: Collected) -> list[str]:
     return notes
 
 
+def _text(text: str) -> str:
+    """Text of a recipe as one line of Markdown that holds no HTML."""
+    return " ".join(text.replace("<", "&lt;").split())
+
+
 def _section_lines(section: Section, level: str) -> list[str]:
-    notes = [f"{note}\n" for note in section.notes]
-    return [f"{level} {section.heading}\n", as_markdown(section.titles, section.body), *notes]
+    notes = [f"{_text(note)}\n" for note in section.notes]
+    return [f"{level} {_text(section.heading)}\n", as_markdown(section.titles, section.body), *notes]
 
 
 def _figure_lines(figure: FigureFile, folder: Path) -> list[str]:

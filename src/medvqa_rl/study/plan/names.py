@@ -16,7 +16,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from medvqa_rl.config import Config, digest, leaves
+from medvqa_rl.core.files import read_json
 
 
 def settings_hash(config: Config, after: str = "") -> str:
@@ -51,9 +54,11 @@ def check_made(
     """
     if not record.is_file():
         return
-    stored: Any = json.loads(record.read_text(encoding="utf-8"))
+    stored: Any = read_json(TypeAdapter(dict[str, Any]), record, f"remove the folder {folder} to run it again")
     for key in keys:
         stored = stored.get(key, {})
+    if not isinstance(stored, dict):
+        raise ValueError(f"The file {record} holds no settings: remove the folder {folder} to run it again.")
     then, now = leaves(stored), leaves(config.model_dump(mode="json"))
     ignored = ("output_dir", *ignore)
     for path, value in now.items():
