@@ -1,6 +1,7 @@
 # make demo    fine-tune the embedded model on a CPU and show that it got better
 # make test    run the tests
 # make check   lint, formatting, types
+# make attack  damage inputs, kill runs, attack pages and servers; about half an hour
 #
 # Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
 # pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
@@ -12,7 +13,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: demo test check format clean
+.PHONY: demo test check attack format clean
 
 demo: .venv/installed
 	$(BIN)/medvqa-rl demo
@@ -24,6 +25,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+attack: .venv/installed-dev
+	$(BIN)/python -m dev.attacks
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
