@@ -92,8 +92,10 @@ def test_a_project_is_divided_sized_and_says_what_to_run(
     commands = [line.strip() for line in result.output.splitlines() if line.startswith("  medvqa-rl")]
     assert commands == [
         "medvqa-rl train mine/config.yaml --dry-run",
+        "medvqa-rl eval mine/config.yaml --output mine/before",
         "medvqa-rl train mine/config.yaml",
         "medvqa-rl eval mine/run --prompts think_answer,direct",
+        "medvqa-rl report mine/run --evals mine/before",
     ]
     rows = read_rows(tmp_path / "mine" / "data.csv")
     assert [row["id"] for row in rows] == [row["id"] for row in read_rows(table)]

@@ -325,8 +325,13 @@ def placeholders(
 
 
 def next_commands(project: Path, *, on_gpu: bool) -> list[str]:
-    """Return the three commands to run next."""
-    config, run = shlex.quote(str(project / "config.yaml")), shlex.quote(str(project / "run"))
-    first = f"medvqa-rl train {config} --dry-run"
+    """Return the commands to run next: they end with the accuracy before and after training."""
+    config, run, before = (shlex.quote(str(project / name)) for name in ("config.yaml", "run", "before"))
     prompts = " --prompts think_answer,direct" if on_gpu else ""  # the embedded model knows one prompt only
-    return [first, f"medvqa-rl train {config}", f"medvqa-rl eval {run}{prompts}"]
+    return [
+        f"medvqa-rl train {config} --dry-run",
+        f"medvqa-rl eval {config} --output {before}",
+        f"medvqa-rl train {config}",
+        f"medvqa-rl eval {run}{prompts}",
+        f"medvqa-rl report {run} --evals {before}",
+    ]
