@@ -302,8 +302,8 @@ def _images(rows: Sequence[Row], split: str | None = None) -> set[str]:
 def _nothing_left(source: Source, rows: Sequence[Row], config: DataConfig, split: Split, root: Path) -> str:
     if not rows:
         return (
-            f"No question of {source.title} at {root} is in the {split} split: images and patients are split whole, so "
-            f"there must be more of them; or give the {split} split a table of its own."
+            f"No question is left in the {split} split of {source.title} at {root}: its table has none, or there are "
+            "too few images or patients, which are split whole. Add questions about others, or a table for this split."
         )
     types = sorted({row.answer_type for row in rows})
     families = sorted({tag for row in rows for tag in row.groups.get("family", "").split("+") if tag})
