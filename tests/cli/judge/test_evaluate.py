@@ -59,6 +59,14 @@ def write_evaluation(folder: Path, some: Sequence[EvalRecord], results: Mapping[
     return folder
 
 
+def test_notes_on_several_evaluations_are_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_evaluation(tmp_path / name, records(8)) for name in "ab"]
+    run_judge_eval(folders, NO_CACHE[:1], bias_samples=0)
+    printed = capsys.readouterr().out
+    assert printed.count("95 % intervals resample images") == 1
+    assert printed.count("Written:") == 2
+
+
 def test_the_embedded_judges_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = records()
     folder = write_evaluation(tmp_path / "eval", some)

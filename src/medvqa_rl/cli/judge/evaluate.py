@@ -126,6 +126,7 @@ def run_judge_eval(
             "with itself: name two different ones with --judge."
         )
     warnings = [_overlap(one, identities) for one in evaluations]
+    remarks: dict[str, None] = {}  # the same for most evaluations, so each is printed once, at the end
     for one, records, own_warnings in zip(evaluations, chosen, warnings):
         for line in own_warnings:
             print_line(console, line)
@@ -134,9 +135,10 @@ def run_judge_eval(
         _write(one.folder, results, records, judged)
         for table in judged_tables(results):
             console.print(table)
-        for line in notes(results):
-            print_line(console, line)
+        remarks |= dict.fromkeys(line for line in notes(results) if line not in own_warnings)
         print_line(console, f"Written: {one.folder / FILES[0]}, {FILES[1]} and {FILES[2]}")
+    for line in remarks:
+        print_line(console, line)
 
 
 def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) -> list[JudgeConfig]:

@@ -82,7 +82,7 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
     all_names = list(dict.fromkeys(name for one in settings for name in one))
     return render_with_script(
         "report.html.j2",
-        styles=("_style.css", "_report.css"),
+        styles=("_style.css", "_scroll.css", "_report.css"),
         script="_viewer.js",
         data={
             "runs": [run.name for run in runs],
