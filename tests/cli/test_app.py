@@ -93,11 +93,17 @@ def test_training_verbs_hand_over_settings(
     cards = stand_in(monkeypatch, "medvqa_rl.report.card", "write_cards")
     assert invoke(verb, config_file, "train.seed=3", "--resume", "--dry-run").exit_code == 0
     assert invoke(verb, config_file).exit_code == 0
+    assert invoke(verb, config_file, "--resume-from", "4").exit_code == 0
     (config,), kwargs = calls[0]
     assert isinstance(config, Config) and (config.train.steps, config.train.seed) == (5, 3)
-    assert kwargs == {"resume": True, "dry_run": True, "given": {"train": {"steps": 5, "seed": 3}}}
-    assert calls[1][1] == {"resume": False, "dry_run": False, "given": {"train": {"steps": 5}}}
-    assert len(cards) == 1  # none for the dry run
+    assert kwargs == {
+        "resume": True, "resume_from": None, "dry_run": True, "given": {"train": {"steps": 5, "seed": 3}}
+    }  # fmt: skip
+    assert calls[1][1] == {
+        "resume": False, "resume_from": None, "dry_run": False, "given": {"train": {"steps": 5}}
+    }  # fmt: skip
+    assert calls[2][1]["resume"] and calls[2][1]["resume_from"] == 4
+    assert len(cards) == 2  # none for the dry run
 
 
 def test_what_is_resumed_keeps_its_number_of_threads(
