@@ -102,7 +102,7 @@ def test_training_verbs_hand_over_settings(
     assert calls[1][1] == {
         "resume": False, "resume_from": None, "dry_run": False, "given": {"train": {"steps": 5}}
     }  # fmt: skip
-    assert calls[2][1]["resume"] and calls[2][1]["resume_from"] == 4
+    assert calls[2][1]["resume_from"] == 4
     assert len(cards) == 2  # none for the dry run
 
 
