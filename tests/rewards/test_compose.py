@@ -244,7 +244,7 @@ def test_errors_of_an_async_function_name_the_function(module: ModuleType) -> No
         with_function(module, function).score(GROUPS, step=3)
     where = f"(test_compose.py, line {function.__code__.co_firstlineno + 1})"
     assert f"This was raised by the reward function 'my_rewards.mine' {where} in step 4." in caught.value.__notes__
-    with pytest.raises(ValueError, match=r"'my_rewards\.mine' returned 1 rewards for 6 completions"):
+    with pytest.raises(ValueError, match=r"'my_rewards\.mine' returned 1 reward for 6 completions"):
         with_function(module, short_coroutine).score(GROUPS, step=3)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from medvqa_rl.cli.common import ConfigPath, DryRun, Overrides, read_settings, use_threads, verb
+from medvqa_rl.core.text import number_of
 
 if TYPE_CHECKING:
     from medvqa_rl.config import Config, TrainEngine
@@ -154,8 +155,8 @@ def launch_command(config: Config, gpus: int, arguments: Sequence[str]) -> list[
         found = torch.cuda.device_count()
         if found < gpus:
             raise ValueError(
-                f"--gpus is {gpus}, but torch finds {found} GPUs on this machine: give at most {found}, or set "
-                "model.device=cpu to run the processes on the CPU."
+                f"--gpus is {gpus}, but torch finds {number_of(found, 'GPU')} on this machine: "
+                f"give at most {found}, or set model.device=cpu to run the processes on the CPU."
             )
     engine: TrainEngine = "ddp" if config.train.engine == "auto" else config.train.engine
     flags = () if gpus == 1 and engine == "ddp" else LAUNCH_FLAGS[engine]

@@ -18,6 +18,7 @@ from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import remove_partials, write_text
 from medvqa_rl.core.progress import open_console, progress_bar, to_stderr, waiting
 from medvqa_rl.core.prompts import as_asked
+from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Sample, Template, Wording
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.answering import AnswerSettings, View, answer_all, chosen_samples
@@ -218,7 +219,7 @@ def _dry_run(cells: Sequence[Cell], policy: Callable[[], Policy], console: Conso
             prompts = [len(group.prompt.input_ids) for group in groups]
             tokens = [len(group.completions[0].token_ids) for group in groups]
             lines.append(
-                f"  batch: {len(groups)} prompts of {min(prompts)} to {max(prompts)} tokens, "
+                f"  batch: {number_of(len(groups), 'prompt')} of {min(prompts)} to {max(prompts)} tokens, "
                 f"answers of {min(tokens)} to {max(tokens)} tokens"
             )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

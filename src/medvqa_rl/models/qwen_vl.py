@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import printable, shown
+from medvqa_rl.core.text import number_of, printable, shown
 from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, load_tokenizer
 
@@ -170,8 +170,8 @@ class Processor:
             found = int((ids == self.image_token_id).sum())
             if found != count:
                 raise ValueError(
-                    f"The chat template makes {found} image placeholders for {count} images: {remedy}, which writes "
-                    f"{IMAGE_TOKEN} once for each."
+                    f"The chat template makes {number_of(found, 'placeholder')} for "
+                    f"{number_of(count, 'image')}: {remedy}, which writes {IMAGE_TOKEN} once for each."
                 )
             if _PROBE not in text:
                 raise ValueError(f"The chat template leaves out the question: {remedy}.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 from typing import Literal
 
+from medvqa_rl.core.text import number_of
 from medvqa_rl.learning.run.collapse import ENTROPY_LEFT, HIGH_KL, REWARD_LEFT, WINDOW, Sign, find_collapses
 from medvqa_rl.report.runs import Row
 from medvqa_rl.report.stability import abrupt_changes, largest_change, largest_drop, window_for
@@ -86,7 +87,9 @@ def _too_short(name: str, rule: str, values: Sequence[float], what: str) -> Chec
     if len(values) >= MIN_STEPS:
         return None
     found = (
-        f"{what} was not logged." if not values else f"Only {len(values)} steps have {what}, {MIN_STEPS} are needed."
+        f"{what} was logged in {number_of(len(values), 'step')}; {MIN_STEPS} are needed."
+        if values
+        else f"{what} was not logged."
     )
     return Check(name, "not measured", rule, found)
 

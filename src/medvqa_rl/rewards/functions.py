@@ -26,7 +26,7 @@ from typing import Any, SupportsFloat
 
 from medvqa_rl.core.progress import to_stderr
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import printable, shown
+from medvqa_rl.core.text import number_of, printable, shown
 from medvqa_rl.core.types import Group
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -254,8 +254,8 @@ def _as_rewards(path: str, returned: object, count: int) -> list[float | None]:
     values = list(returned)
     if len(values) != count:
         raise ValueError(
-            f"The reward function {shown(path)} returned {len(values)} rewards for {count} completions, but it must "
-            "return exactly one float or None for each."
+            f"The reward function {shown(path)} returned {number_of(len(values), 'reward')} for "
+            f"{number_of(count, 'completion')}, but it must return exactly one float or None for each."
         )
     rewards: list[float | None] = []
     for index, reward in enumerate(values):

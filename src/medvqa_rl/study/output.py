@@ -10,6 +10,7 @@ from statistics import fmean
 
 from medvqa_rl.core.files import write_text
 from medvqa_rl.core.tables import as_csv, as_markdown
+from medvqa_rl.core.text import number_of
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.rendering import render
@@ -228,7 +229,7 @@ def _shortened(label: str, record: EvalRecord) -> dict[str, str]:
     """Format an answer, cutting a long output."""
     end = ", truncated at the token limit" if record.is_truncated else ""
     return {
-        "head": f"{label}, {record.num_tokens} tokens{end}",
+        "head": f"{label}, {number_of(record.num_tokens, 'token')}{end}",
         "question": record.question,
         "gold": record.reference,
         "output": record.output if len(record.output) <= MAX_SHOWN else record.output[:MAX_SHOWN] + " ...",

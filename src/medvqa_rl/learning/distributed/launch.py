@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from medvqa_rl.config import Config, TrainEngine
 from medvqa_rl.config.problems.quantized import refuse_sharded
-from medvqa_rl.core.text import shown
+from medvqa_rl.core.text import number_of, shown
 
 
 class Launch(NamedTuple):
@@ -109,13 +109,13 @@ def _problems(config: Config, launch: Launch, prompts_per_step: int) -> Iterator
         )
     if ranks > prompts_per_step:
         yield (
-            f"There are {ranks} ranks but only {prompts_per_step} prompts per step, and all completions of a prompt "
-            f"are on one rank: set train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}, or "
-            "launch fewer processes."
+            f"There are {ranks} ranks but only {number_of(prompts_per_step, 'prompt')} per step, and all "
+            "completions of a prompt are on one rank: set train.prompts_per_step (sft.batch_size for sft) to a "
+            f"multiple of {ranks}, or launch fewer processes."
         )
     if prompts_per_step % ranks:
         yield (
-            f"A step has {prompts_per_step} prompts, which {ranks} ranks cannot share evenly: set "
+            f"A step has {number_of(prompts_per_step, 'prompt')}, which {ranks} ranks cannot share evenly: set "
             f"train.prompts_per_step (sft.batch_size for sft) to a multiple of {ranks}."
         )
     if given in ("zero2", "zero3", "fsdp2") and config.model.load_in_4bit:
