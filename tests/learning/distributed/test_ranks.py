@@ -279,9 +279,11 @@ def test_a_lost_rank_ends_the_run(losses: Any, name: str) -> None:
         sentence = f"Rank {rank} stopped responding"
         assert f"{sentence} in the" in errors[name] or f"{sentence} at the start" in errors[name]
         assert f"of step {step}:" in errors[name] or f"of step {step - 1}:" in errors[name] or step == 1
-    # A rank lost while logging may or may not have saved the step.
+    # The last whole step is also saved if the main rank sees the connection break before the roll call ends it.
+    regular, last = set(range(2, step, 2)), step if phase == "logging" else step - 1
+    allowed = [sorted(steps)[-2:] for steps in (regular, regular | {last} - {0})]  # train.save_total_limit is 2
     written = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
-    assert len(written) in {(step - 1) // 2, step // 2 if phase == "logging" else (step - 1) // 2}
+    assert [int(name.removeprefix("step_")) for name in written] in allowed
     if written:
         assert f"The last checkpoint is {folder / 'checkpoints' / written[-1]}" in errors[name]
         assert "--gpus 2" in errors[name]
