@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, messages, and that each verb hands over what it was told."""
+"""The command line: help, exit codes, messages, and the arguments that each verb passes on."""
 
 from __future__ import annotations
 

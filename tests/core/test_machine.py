@@ -169,8 +169,13 @@ def test_threads_sleep_only_while_others_need_the_cores(monkeypatch):
 
 
 def test_one_thread_has_nobody_to_wait_for(monkeypatch):
+    """The watch ends at once, before it measures the load."""
+    measured = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(machine, "LoadMeter", lambda *args, **kwargs: measured.append(args))
+    monkeypatch.setattr(machine.time, "sleep", measured.append)
     machine._watch(0.0)
+    assert measured == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp is the OpenMP of torch on Linux")

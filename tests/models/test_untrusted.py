@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,20 @@ def test_a_template_that_takes_too_long_or_too_much_is_refused(template: str, mo
 
 
 @pytest.mark.parametrize("template", ["", "{{", "{{ raise_exception('no') }}", "{% generation %}x{% endgeneration %}"])
-def test_other_templates_pass(template: str) -> None:
+def test_other_templates_are_rendered_once_and_pass(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template in error passes too: the processor reports the error when it renders the template itself."""
+    untrusted._render_within_limits.cache_clear()
+    run, codes = subprocess.run, []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        done = run(*args, **kwargs)
+        codes.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(untrusted.subprocess, "run", recording)
     untrusted._render_within_limits(template)
+    untrusted._render_within_limits(template)
+    assert codes == [0]
 
 
 def test_the_template_of_a_checkpoint_is_tried(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
