@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from ruamel.yaml.error import YAMLError
 
 from medvqa_rl.config import ConfigError
-from medvqa_rl.config.yaml import load_config, read_yaml
+from medvqa_rl.config.yaml import MAX_DEPTH, load_config, read_yaml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom_cpu.yaml"
 
@@ -57,6 +58,16 @@ def test_a_hostile_override_is_refused(override: str, message: str) -> None:
         load_config(CONFIG, [override])
     assert message in str(caught.value)
     assert all(problem.isprintable() and len(problem) < 2_000 for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ("{a: ", "}"), ("- ", "")])
+def test_fifty_levels_are_read_and_no_more(start: str, end: str) -> None:
+    data = read_yaml(start * MAX_DEPTH + "1" + end * MAX_DEPTH)
+    for _ in range(MAX_DEPTH):
+        (data,) = data.values() if isinstance(data, dict) else data
+    assert data == 1
+    with pytest.raises(YAMLError, match="nested too deeply"):
+        read_yaml(start * (MAX_DEPTH + 1) + "1" + end * (MAX_DEPTH + 1))
 
 
 def test_whole_numbers_of_thirty_digits_and_text_of_digits_are_read() -> None:

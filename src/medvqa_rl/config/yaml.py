@@ -20,7 +20,16 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.representer import SafeRepresenter
-from ruamel.yaml.tokens import AliasToken
+from ruamel.yaml.tokens import (
+    AliasToken,
+    BlockEndToken,
+    BlockMappingStartToken,
+    BlockSequenceStartToken,
+    FlowMappingEndToken,
+    FlowMappingStartToken,
+    FlowSequenceEndToken,
+    FlowSequenceStartToken,
+)
 
 from medvqa_rl.config import Config, ConfigError, Purpose, leaves
 from medvqa_rl.config.problems.checks import Problem, cross_checks, field_problem
@@ -30,6 +39,10 @@ from medvqa_rl.core.text import printable, shown
 _TAGS = ("null", "bool", "float", "str", "seq", "map")
 MAX_DIGITS = 30
 """Most characters of a whole number, separators included."""
+MAX_DEPTH = 50
+"""Most lists and sections inside each other. The parser's time grows with the square of the depth."""
+_STARTS = (BlockMappingStartToken, BlockSequenceStartToken, FlowMappingStartToken, FlowSequenceStartToken)
+_ENDS = (BlockEndToken, FlowMappingEndToken, FlowSequenceEndToken)
 
 
 def _unusable(text: str) -> str:
@@ -99,13 +112,14 @@ def read_yaml(text: str) -> Any:
         YAMLError: the text is not YAML, is nested too deeply, or has duplicate keys, aliases, unknown tags, long
             numbers or text that is not valid Unicode.
     """
-    try:
-        for token in _parser().scan(text):
-            if isinstance(token, AliasToken):
-                raise ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
-        return _parser().load(text)
-    except RecursionError as error:
-        raise YAMLError("its lists and sections are nested too deeply") from error
+    depth = 0
+    for token in _parser().scan(text):
+        depth += isinstance(token, _STARTS) - isinstance(token, _ENDS)
+        if depth > MAX_DEPTH:
+            raise YAMLError("its lists and sections are nested too deeply")
+        if isinstance(token, AliasToken):
+            raise ConstructorError(None, None, "aliases (*name) are not supported", token.start_mark)
+    return _parser().load(text)
 
 
 def write_yaml(data: Any, *, inline: bool = False) -> str:
