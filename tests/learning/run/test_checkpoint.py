@@ -126,13 +126,17 @@ def test_what_a_user_adds_is_no_checkpoint_and_blocks_nothing(run, config):
     assert [step_of(path) for path in list_checkpoints(run)] == [2, 4]
     go(config, resume=True)
     assert (run / "samples" / "step_note.jsonl").read_text() == "mine"
+    assert "metrics.jsonl has" not in (run / "train.log").read_text()
 
 
 def test_short_metrics_are_never_filled_up(run, config):
     metrics = run / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes()[:-20])
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole[:-20])
     go(config, resume=True)
     assert [json.loads(line)["step"] for line in metrics.read_bytes().splitlines()] == [1, 2, 3]
+    left, had = f"{len(whole.rpartition(b'{')[0]):,}", f"{len(whole):,}"
+    assert f"metrics.jsonl has {left} of the {had} bytes that it had at step 4" in (run / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ class Run:
         if not self._is_main:
             return
         if self._resume:
-            self.dir.cut_back(self.state.step, self.state.metrics_bytes)
+            missing = self.dir.cut_back(self.state.step, self.state.metrics_bytes)
             remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)  # if killed before it did
         self.dir.check_data(datasets, resume=self._resume)
         used = dict(judges or {})
@@ -167,7 +167,7 @@ class Run:
                 is_gpu=policy.device.type != "cpu",
             )
             start = describe_start(self._checkpoint, self._resume_from)
-            self._logger.say(f"Resuming {self.dir.path} from {start}. {resume.promise}")
+            self._logger.say(f"Resuming {self.dir.path} from {start}. {resume.promise} {missing}".rstrip())
 
     def use_trained(self, trained: TrainedPolicy) -> TrainedPolicy:
         """Register the wrapped policy; when resuming, restore the optimizer state, else evaluate before step 1."""

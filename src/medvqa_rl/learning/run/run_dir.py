@@ -277,16 +277,28 @@ class RunDir:
         elif described:
             write_json(path, described)
 
-    def cut_back(self, step: int, metrics_bytes: int) -> None:
-        """Remove metrics, samples and evaluations that were written after a checkpoint."""
+    def cut_back(self, step: int, metrics_bytes: int) -> str:
+        """Remove metrics, samples and evaluations that were written after a checkpoint.
+
+        Returns:
+            A warning if metrics from before it are missing, else an empty text.
+        """
+        length = 0
         if self.metrics.exists():
             with self.metrics.open("r+b") as file:
                 kept = file.read(metrics_bytes)
-                file.truncate(kept.rfind(b"\n") + 1)  # it may be shorter than it was, but only whole lines stay
+                length = kept.rfind(b"\n") + 1
+                file.truncate(length)  # it may be shorter than it was, but only whole lines stay
         for path in [*self.path.glob("samples/step_*.jsonl"), *self.path.glob("eval/step_*")]:
             own = step_of(path)
             if own is not None and own > step:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
+        if length < metrics_bytes:
+            return (
+                f"{self.metrics} has {length:,} of the {metrics_bytes:,} bytes that it had at step {step}: its curves "
+                "lack steps, while training and its weights are not affected. Restore the file if you have a copy."
+            )
+        return ""
 
 
 def _as_given(config: Config, given: Mapping[str, Any] | None) -> dict[str, Any]:
