@@ -68,8 +68,9 @@ def read_table(
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".parquet": _read_parquet,
-        ".txt": lambda path, report, _: _read_txt(path, report, columns),
     }
+    if columns:
+        readers[".txt"] = lambda path, report, _: _read_txt(path, report, columns)
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"The table {path} ends in {shown(path.suffix)}: convert it to one of {', '.join(READABLE)}.")
