@@ -1,7 +1,8 @@
 # make demo    fine-tune the embedded model on a CPU and show that it got better
 # make test    run the tests
 # make check   lint, formatting, types
-# make attack  damage inputs, kill runs, attack pages and servers; about half an hour
+# make attack  damage inputs, kill runs, attack pages and servers; TIME
+# make attack-short   a part of it with a seed of the commit; two minutes
 #
 # Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
 # pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
@@ -13,7 +14,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
 
-.PHONY: demo test check attack format clean
+.PHONY: demo test check attack attack-short format clean
 
 demo: .venv/installed
 	$(BIN)/medvqa-rl demo
@@ -28,6 +29,9 @@ check: .venv/installed-dev
 
 attack: .venv/installed-dev
 	$(BIN)/python -m dev.attacks
+
+attack-short: .venv/installed-dev
+	$(BIN)/python -m dev.attacks --short --jobs 2
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

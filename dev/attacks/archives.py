@@ -141,7 +141,7 @@ def columns(out: Path) -> Iterator[tuple[str, str]]:
                     with contextlib.suppress(ValueError, OSError):
                         print("READ", image.key, image.load().size)
 
-        ended = children.run(work, out / "column.log", limit=10)
+        ended = children.run(work, out / "column.log", limit=60)
         wrong = "hangs" if ended.code is None else ended.last_words if ended.code else ""
         yield f"image {name!r}", wrong or ("was read" if "READ" in ended.output else "")
 

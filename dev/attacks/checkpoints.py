@@ -10,6 +10,7 @@ import json
 import pickle
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,15 +151,16 @@ def main(options: argparse.Namespace) -> bool:
         shutil.copytree(assets, model)
         change(model)
         command = ["ask", str(out / "a.png"), "Is there a mass?", "--model", str(model), "--max-length", "16"]
-        ended = children.run(
-            command, out / "log", limit=60, environment={"HOME": str(out), "HF_HOME": str(out / "hf")}
-        )
+        homes = {"HOME": str(out), "HF_HOME": str(out / "hf")}
+        ended = children.run(command, out / "log", environment=homes, prepare=children.less_time(60))
         wrong = []
         if marker.exists():
             marker.unlink()
             wrong.append("code ran")
         if ended.code is None:
-            wrong.append("no end in 60 s")
+            wrong.append("no end in 300 s")
+        elif ended.code == -signal.SIGXCPU:
+            wrong.append("took 60 s of CPU time")
         elif not ended.is_clean or ended.code not in (0, 1, 2):
             wrong.append(f"exit code {ended.code}: {ended.last_words}")
         if ended.peak_bytes > 4 * 2**30:

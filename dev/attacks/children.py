@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,10 @@ def import_all() -> None:
     """Import what every verb imports, so that a fork starts at once. Loads no model: threads do not survive a fork."""
     import torch
 
+    from medvqa_rl.cli.common import prepare_process
+
     torch.set_num_threads(1)
+    prepare_process()
     import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
 
     import medvqa_rl.cli.app
@@ -107,6 +110,8 @@ def start(
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code)
     except BaseException:  # noqa: BLE001  (printed as Python would)
         traceback.print_exc()
     finally:
@@ -119,19 +124,39 @@ def start(
 def wait(pid: int, log: Path, *, limit: float = 300.0) -> Ended:
     """Wait for a child, and kill it after ``limit`` seconds."""
     began = time.monotonic()
-    while True:
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if done:
-            code: int | None = os.waitstatus_to_exitcode(status)
-            break
-        if time.monotonic() - began > limit:
-            os.kill(pid, signal.SIGKILL)
-            _, _, usage = os.wait4(pid, 0)
-            code = None
-            break
+    while (ended := _poll(pid, log, began, limit)) is None:
         time.sleep(0.005)
+    return ended
+
+
+def _poll(pid: int, log: Path, began: float, limit: float) -> Ended | None:
+    """How a child ended, which is killed at the limit; None if it runs."""
+    done, status, usage = os.wait4(pid, os.WNOHANG)
+    code: int | None = os.waitstatus_to_exitcode(status)
+    if not done:
+        if time.monotonic() - began <= limit:
+            return None
+        os.kill(pid, signal.SIGKILL)
+        _, _, usage = os.wait4(pid, 0)
+        code = None
     output = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return Ended(code, time.monotonic() - began, usage.ru_maxrss * 1024, output)
+
+
+def run_beside(works: Mapping[str, Work], folder: Path, *, jobs: int, limit: float) -> Iterator[tuple[str, Ended]]:
+    """Run children, up to ``jobs`` at once, each with a log of its name in a folder; yields them as they end."""
+    left, running = list(works), dict[int, tuple[str, Path, float]]()
+    while left or running:
+        while left and len(running) < jobs:
+            name = left.pop(0)
+            log = folder / f"{name}.log"
+            log.unlink(missing_ok=True)
+            running[start(works[name], log)] = name, log, time.monotonic()
+        for pid, (name, log, began) in list(running.items()):
+            if (ended := _poll(pid, log, began, limit)) is not None:
+                del running[pid]
+                yield name, ended
+        time.sleep(0.005)
 
 
 def run(work: Work, log: Path, *, limit: float = 300.0, **options: object) -> Ended:
@@ -149,3 +174,8 @@ def more_memory(gib: float) -> Callable[[], None]:
         resource.setrlimit(resource.RLIMIT_AS, (allowed, resource.RLIM_INFINITY))
 
     return limit
+
+
+def less_time(seconds: int) -> Callable[[], None]:
+    """For ``prepare``: limit the CPU time, which does not depend on what else is running."""
+    return lambda: resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))

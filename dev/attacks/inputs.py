@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from . import children
-from .cases import CASES, ROOT, Case
+from .cases import CASES, Case
 from .command import outcome
 from .seeds import make_run, read_lines
 
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> bool:
     """Attack with ``arguments.inputs`` inputs, print the faults by kind, a summary last; returns whether all held."""
     out = arguments.out / "inputs"
     out.mkdir(parents=True, exist_ok=True)
-    made = children.run(lambda: make_run(out / "seed", ROOT / "configs" / "phantom_cpu.yaml"), out / "seed.log")
+    made = children.run(lambda: make_run(out / "seed"), out / "seed.log")
     if made.code != 0:
         raise SystemExit(f"The run that is damaged could not be made: {made.last_words}")
     totals: Counter[str] = Counter()

@@ -13,6 +13,7 @@ TEXTS = [
     "C:\\scan.png", "a|b|c", "A: x", "(B)", '"', "'", "\\", "%s%n", "{{ 7 * 7 }}", "{question}", "\r\n", "\t", "=1+1",
     "\u0663", "\uff21", "\u0130", "\u00df", "[" * 3000, "scan.dcm#frame=-1", "scan.nii.gz#axis=9", "e\u0301", "\u202e",
 ]  # fmt: skip
+PRINTABLE = [text for text in TEXTS if "\ud800" not in text]
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 10**30, 1e308, float("nan"), float("inf"), [], {}, [None], [[]], {"a": 1}, ["a", 2],
     *TEXTS,
@@ -96,3 +97,18 @@ def mutate_json(rng: random.Random, value: Any, *, depth: int = 0) -> Any:
 
 def json_lines(rows: list[Any]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def damage_rows(rng: random.Random, rows: list[Any]) -> tuple[bytes, int | None]:
+    """JSON Lines with damaged rows, and their number; None if bytes were damaged."""
+    if rng.random() < 0.7:
+        return json_lines([mutate_json(rng, row) if rng.random() < 0.5 else row for row in rows]), len(rows)
+    return mutate_bytes(rng, json_lines(rows)), None
+
+
+def damage_json(rng: random.Random, value: Any) -> bytes:
+    if rng.random() < 0.2:
+        return mutate_bytes(rng, json.dumps(value).encode())
+    for _ in range(rng.randint(1, 4)):
+        value = mutate_json(rng, value)
+    return json.dumps(value).encode()

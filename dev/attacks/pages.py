@@ -20,11 +20,11 @@ from typing import Any
 import typer
 
 from . import children
-from .command import CONTROL, invoke
+from .command import Fault, invoke
 from .mutations import json_lines
+from .runs import STUDY
 from .seeds import make_run, read_lines, write_pngs
 
-CONFIG = Path(__file__).parents[2] / "configs" / "phantom_cpu.yaml"
 _MARK = "ATTACK" + "RAN"
 _RUN = "document.documentElement.setAttribute('data-mark','ATTACK'+'RAN')"
 PAYLOADS = [
@@ -49,6 +49,7 @@ _STRUCTURE = {
     "name",
     "sample_id",
     "dataset",
+    "answers_as",
 }
 """Keys whose texts the readers check against a list, or look files up by. Settings are checked as well."""
 
@@ -123,6 +124,8 @@ def ways_to_run(page: Path) -> Iterator[str]:
 
 
 def _make_pages(out: Path) -> None:
+    from medvqa_rl.config.yaml import read_yaml
+
     for name in ("run", "a", "b"):
         poison_folder(out / "seed" / name, ALL)
     run = out / "<img src=x onerror=document.documentElement.setAttribute('data-mark','ATTACK'+'RAN')>"
@@ -137,6 +140,11 @@ def _make_pages(out: Path) -> None:
     with suppress(typer.Exit):  # the check finds faults, as it should
         invoke(["data", "check", str(config), "--html", str(out / "data.html")])
     invoke(["judge", "sheet", *evaluations, "--output", str(out / "sheet.html")])
+    poison_folder(out / "seed" / "study", ALL)
+    recipe = out / "recipe.yaml"
+    recipe.write_text(json.dumps({**read_yaml(STUDY.read_text()), "title": ALL, "note": ALL}))
+    invoke(["study", "collect", str(recipe), "--output", str(out / "seed" / "study")])
+    shutil.copy(out / "seed" / "study" / "tables" / "study.html", out)
 
 
 def _print_escapes(out: Path) -> None:
@@ -155,10 +163,10 @@ def _print_escapes(out: Path) -> None:
         ["ask", str(out / f"none{ESCAPES}.png"), "Is it?"],
     ):
         try:
-            invoke(words)
-        except Exception as error:  # noqa: BLE001  (its message is checked)
-            if found := CONTROL.search(str(error)):
-                print(f"BAD {words[0]}: prints the control character {found[0]!r}: {str(error)[:80]!r}")
+            with suppress(typer.Exit):
+                invoke(words, debug=False)
+        except Fault as fault:
+            print(f"BAD {fault}")
 
 
 def main(options: argparse.Namespace) -> bool:
@@ -167,7 +175,7 @@ def main(options: argparse.Namespace) -> bool:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     faults = []
-    ended = children.run(lambda: make_run(out / "seed", CONFIG), out / "seed.log")
+    ended = children.run(lambda: make_run(out / "seed"), out / "seed.log")
     if ended.code != 0:
         raise SystemExit(f"The run for the pages could not be made: {ended.last_words}")
     shutil.copytree(out / "seed", out / "escaped")
@@ -177,9 +185,8 @@ def main(options: argparse.Namespace) -> bool:
         if ended.code != 0:
             faults.append(f"{work.__name__} failed: {ended.last_words}")
     pages = [path for path in sorted(out.glob("*.html")) if not path.name.startswith("bare_")]
-    if shutil.which("chromium") is None:
-        faults.append("Chromium is not installed, so no page was opened")
-    else:
+    has_browser = shutil.which("chromium") is not None
+    if has_browser:
         faults += [f"{page.name}: {way}" for page in pages for way in ways_to_run(page)]
     if (out / "card.md").exists():
         card = re.sub(r"(`{3,})text\n.*?\n\1|`[^`]*`", "", (out / "card.md").read_text(), flags=re.DOTALL)
@@ -187,5 +194,6 @@ def main(options: argparse.Namespace) -> bool:
             faults.append(f"card.md: raw HTML {found[0]}")
     for fault in faults:
         print(fault)
-    print(f"{len(pages)} pages with {len(PAYLOADS)} payloads each, {len(faults)} faults")
+    unopened = "" if has_browser else " (not opened: no Chromium)"
+    print(f"{len(pages)} pages with {len(PAYLOADS)} payloads each{unopened}, {len(faults)} faults")
     return not faults

@@ -11,9 +11,9 @@ from typing import Any
 
 from . import children
 from .children import Ended
-from .seeds import SETTINGS
+from .seeds import CONFIG, SETTINGS
 
-CONFIG = Path(__file__).parents[2] / "configs" / "phantom_cpu.yaml"
+STUDY = Path(__file__).with_name("study.yaml")
 _STEPS = [
     "train.steps=8",
     "train.save_steps=2",
@@ -29,6 +29,7 @@ KINDS = {
     ],
     "sft": ["sft", *_STEPS, "sft.batch_size=4", "model.path=phantom:base"],
     "eval": ["eval", "data.num_test=40", "eval.num_samples=2", "--controls"],
+    "study": ["study", "run", str(STUDY)],
 }  # fmt: skip
 """Verb and settings of each kind of run."""
 TIMES = (
@@ -50,6 +51,8 @@ CHANGING = ("env", "status.json", "train.log", "config", "resume", ".lock", "eva
 
 def arguments(kind: str, folder: Path) -> list[str]:
     verb, *rest = KINDS[kind]
+    if verb == "study":
+        return [verb, *rest, "--output", str(folder)]
     settings = [str(CONFIG), *SETTINGS, *rest]
     return [verb, *settings, "--output", str(folder)] if verb == "eval" else [verb, *settings, f"output_dir={folder}"]
 
@@ -61,7 +64,19 @@ def without_times(value: Any) -> Any:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Hash of every file of a run that must not depend on its interruptions, by relative name; folders end in /."""
+    """Hash of every file of a run that must not depend on its interruptions, by relative name; folders end in /.
+
+    Of a study: those of its cells and tables.
+    """
+    if not (run / "tables").is_dir():
+        return _contents(run)
+    cells = sorted({path.parent for path in run.glob("*/*/eval")})
+    found = {f"{cell.relative_to(run)}/{name}": value for cell in cells for name, value in _contents(cell).items()}
+    tables = {path.name: path.read_bytes() for path in (run / "tables").iterdir() if path.suffix in (".csv", ".tex")}
+    return found | {f"tables/{name}": hashlib.sha256(data).hexdigest()[:16] for name, data in tables.items()}
+
+
+def _contents(run: Path) -> dict[str, str]:
     found = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()

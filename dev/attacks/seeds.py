@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+CONFIG = Path(__file__).parents[2] / "configs" / "phantom_cpu.yaml"
 PATIENT = "DOE^JANE"
 """Stands in the DICOM files; no message may show it."""
 SETTINGS = [
@@ -168,19 +170,52 @@ def _dicom(pixels: np.ndarray[Any, Any], syntax: str, kind: str) -> bytes:
     return out.getvalue()
 
 
-def make_run(folder: Path, config: Path) -> None:
-    """Train for four steps and evaluate twice: ``folder/run``, ``folder/a`` and ``folder/b``."""
+def spreadsheet(rows: list[list[str]]) -> bytes:
+    """An Excel workbook of one sheet."""
+    names = "http://schemas.openxmlformats.org"
+    lines = ("".join(f"<c t='inlineStr'><is><t>{escape(cell)}</t></is></c>" for cell in row) for row in rows)
+    cells = "".join(f"<row>{line}</row>" for line in lines)
+    parts = {
+        "[Content_Types].xml": f'<Types xmlns="{names}/package/2006/content-types"/>',
+        "xl/workbook.xml": f'<workbook xmlns="{names}/spreadsheetml/2006/main"><sheets/></workbook>',
+        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{names}/spreadsheetml/2006/main">{cells}</worksheet>',
+    }
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in parts.items():
+            archive.writestr(name, text)
+    return out.getvalue()
+
+
+STEPS = [
+    "train", str(CONFIG), *SETTINGS, "train.steps=4", "train.save_steps=2", "train.eval_steps=2",
+    "train.log_completions_steps=2",
+]  # fmt: skip
+"""Command of the run that the attacks damage, but for its folder."""
+EVALUATED = ["eval", str(CONFIG), *SETTINGS]
+
+
+def make_run(folder: Path) -> None:
+    """Make what the attacks damage: ``run``, evaluations ``a`` and ``b``, ``model``, ``adapter`` and ``study``."""
+    from medvqa_rl.core.embedded import checkpoint_path
+    from medvqa_rl.study.plan.recipe import read_recipe
+    from medvqa_rl.study.running import commands
+
     from .command import invoke
+    from .runs import STUDY
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    steps = ["train.steps=4", "train.save_steps=2", "train.eval_steps=2", "train.log_completions_steps=2"]
-    for arguments in (
-        ["train", str(config), *SETTINGS, *steps, f"output_dir={folder / 'run'}"],
-        ["eval", str(config), *SETTINGS, "--output", str(folder / "a")],
-        ["eval", str(folder / "run"), *SETTINGS, "--output", str(folder / "b")],
-    ):
-        invoke(arguments)
+    invoke([*STEPS, f"output_dir={folder / 'run'}"])
+    invoke([*EVALUATED, "--output", str(folder / "a")])
+    invoke(["eval", str(folder / "run"), *SETTINGS, "--output", str(folder / "b")])
+    shutil.copytree(checkpoint_path("instruct"), folder / "model")
+    lora = ["model.lora.rank=2", "model.train_vision=false"]
+    invoke([*STEPS, *lora, f"output_dir={folder / 'with_adapter'}"])
+    shutil.copytree(folder / "with_adapter" / "checkpoints" / "step_000004", folder / "adapter")
+    for cell in read_recipe(STUDY, folder / "study").cells:
+        for words in commands(cell, folder / "study" / "configs"):
+            invoke(words)
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -23,8 +23,10 @@ from . import children
 from .mutations import mutate_bytes, mutate_json
 
 TIMEOUT, ATTEMPTS = 1.5, 2
-ALLOWED = TIMEOUT * ATTEMPTS + 3.0
-"""Seconds that a request may take, waits aside."""
+ALLOWED = TIMEOUT * ATTEMPTS + 15.0
+"""Seconds that a request may take on a busy machine, waits aside."""
+FOREVER = 60.0
+"""Seconds that a server goes on which does not end."""
 MEMORY = 2**30
 KEY = "sk-secret-4711"
 Reply = Callable[[socket.socket], None]
@@ -57,7 +59,7 @@ def drip(head: bytes, piece: bytes, pause: float) -> Reply:
 
     def act(connection: socket.socket) -> None:
         connection.sendall(head)
-        for _ in range(int(30 / pause)):
+        for _ in range(int(FOREVER / pause)):
             connection.sendall(piece)
             time.sleep(pause)
 
@@ -95,7 +97,7 @@ BEHAVIOURS: dict[str, Reply] = {
     "gzip-of-garbage": send(gzip.compress(b"\xff" * 100), Content_Encoding="gzip"),
     "3-gigabytes": flood(_HEAD + b"Content-Length: 3000000000\r\n\r\n", b"x" * 2**20, 3_000_000_000),
     "slow-body": drip(_HEAD + b"Content-Length: 100000\r\n\r\n", b" ", 0.5),
-    "slow-head": drip(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", 0.5), "silent": lambda connection: time.sleep(20),
+    "slow-head": drip(b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", 0.5), "silent": lambda connection: time.sleep(FOREVER),
     "endless-head": flood(b"HTTP/1.1 200 OK\r\n", b"X-A: " + b"b" * 1000 + b"\r\n", 300_000_000),
     "redirect": send(b"", 307, Location="http://192.0.2.1/v1/chat/completions"),
     "retry-in-30-years": send(b"{}", 429, Retry_After="1e9"), "retry-nan": send(b"{}", 429, Retry_After="nan"),
@@ -126,7 +128,7 @@ def _serve(listener: socket.socket, behaviours: dict[str, Reply]) -> None:
 
     def answer(connection: socket.socket) -> None:
         try:
-            connection.settimeout(30)
+            connection.settimeout(FOREVER)
             data = b""
             while b"\r\n\r\n" not in data:
                 if not (more := connection.recv(65536)):
@@ -207,15 +209,15 @@ def main(options: argparse.Namespace) -> bool:
                 print(json.dumps([name, wrong]), flush=True)
 
     try:
-        groups = [[name] for name in BEHAVIOURS] + [list(mutated)]
-        for names in groups:
-            ended = children.run(partial(ask_all, names), out / "client.log", limit=60 + len(names))
+        groups = {name: [name] for name in BEHAVIOURS} | {"mutated": list(mutated)}
+        works = {name: partial(ask_all, names) for name, names in groups.items()}
+        for group, ended in children.run_beside(works, out, jobs=4, limit=2 * FOREVER + 5 * len(mutated)):
             if ended.code != 0:
-                faults[f"{names[0]}: exit code {ended.code}: {ended.last_words}"] += 1
+                faults[f"{group}: exit code {ended.code}: {ended.last_words}"] += 1
             for line in ended.output.splitlines():
                 if line.startswith("["):
-                    name, wrong = json.loads(line)
-                    faults[f"{name.split('-')[0] if name in mutated else name}: {wrong}"] += 1
+                    _, wrong = json.loads(line)
+                    faults[f"{group}: {wrong}"] += 1
     finally:
         os.kill(server, signal.SIGKILL)
         os.waitpid(server, 0)
