@@ -26,8 +26,9 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.machine import LoadMeter
 from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.data.phantom.questions import draw_sample
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import resolve_folder
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.processor import Processor
 
 PHANTOM = "phantom:instruct"
 
@@ -260,7 +261,7 @@ def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = Non
     """
     if workload.model not in MODELS:
         return resolve_folder(workload.model)
-    processor = Processor.from_folder(resolve_folder(PHANTOM) if tokenizer is None else tokenizer)
+    processor = Processor.from_folder(resolve_folder(PHANTOM) if tokenizer is None else tokenizer, Qwen2VL())
     config = model_config(workload.model, processor)
     dtype, before = getattr(torch, workload.dtype), torch.get_default_dtype()
     torch.manual_seed(0)

@@ -48,8 +48,8 @@ from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.cost import decode_bytes, decode_flops
+from medvqa_rl.models.families.family import backbone
 from medvqa_rl.models.loading import Policy, load_policy
-from medvqa_rl.models.qwen_vl import backbone, pad_prompts
 from medvqa_rl.rollout.decode import RolloutEngine
 
 Roll = Callable[[int], Any]
@@ -74,10 +74,10 @@ def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]
 
 def stock_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
     """Inputs of ``generate`` for prompts padded on the left."""
-    padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device=policy.device, side="left")
+    padded = policy.processor.pad(prompts, policy.device, side="left")
     is_image = (padded.input_ids == backbone(policy.model).config.image_token_id) & padded.mask
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    pixels = [prompt.image_inputs["pixel_values"] for prompt in prompts if prompt.image_inputs]
+    grids = [prompt.image_inputs["image_grid_thw"] for prompt in prompts if prompt.image_inputs]
     return {
         "input_ids": padded.input_ids,
         "attention_mask": padded.mask.long(),

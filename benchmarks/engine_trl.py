@@ -13,7 +13,8 @@ from benchmarks.common import Square, Workload, make_config, now, share_of_vowel
 from benchmarks.engines import Step, Stopwatch, add_noise, forbid_stopping, samples_by_step
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.types import Sample
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.processor import Processor
 
 
 def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: float = 0.0) -> list[Step]:
@@ -45,7 +46,7 @@ def run_trl(workload: Workload, folder: Path, steps: int, *, reference_noise: fl
 
     config = make_config(workload, folder, steps=steps)
     pixels = workload.side**2
-    processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
+    processor = Processor.from_folder(folder, Qwen2VL(), min_pixels=pixels, max_pixels=pixels)
     forbid_stopping(processor)
     processor.tokenizer.padding_side = "left"  # TRL pads on the left; token types follow the padding side
     is_gpu = torch.cuda.is_available()

@@ -24,7 +24,7 @@ from medvqa_rl.learning.collector import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
 from medvqa_rl.learning.update import Learner
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine

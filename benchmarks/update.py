@@ -57,8 +57,10 @@ from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layout_for
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, load_policy
-from medvqa_rl.models.qwen_vl import Processor, backbone, image_features
+from medvqa_rl.models.processor import Processor
 
 Way = Literal["default", "dense", "separate"]
 WAYS: Mapping[Way, str] = {
@@ -96,7 +98,7 @@ def make_groups(policy: Policy, workload: Workload) -> list[Group]:
     samples = make_data(workload.prompts, workload.side).samples
     prompts = [processor.encode(sample) for sample in samples]
     with torch.no_grad():
-        features = image_features(policy.model, prompts, policy.device)
+        features = policy.family.image_features(policy.model, prompts, policy.device)
     return [
         Group(
             sample,
@@ -240,7 +242,7 @@ def measure(
         is_checked: skip the comparison.
     """
     pixels = workload.side**2
-    learner.policy.processor = Processor.from_folder(folder, min_pixels=pixels, max_pixels=pixels)
+    learner.policy.processor = Processor.from_folder(folder, Qwen2VL(), min_pixels=pixels, max_pixels=pixels)
     groups = make_groups(learner.policy, workload)
     equality = {} if is_checked else compare(learner, groups, ways, workload.dtype)
     timed = time_ways(learner, groups, ways, repeats, warmup)

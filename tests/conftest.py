@@ -29,8 +29,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, make_policy
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.processor import Processor
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +153,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     def write(arch: str) -> Path:
         folder = tmp_path_factory.mktemp(arch)
         tiny_model(arch).save_pretrained(folder)
-        Processor(tiny_tokenizer(), Qwen2VLImageProcessorPil(max_pixels=112 * 112)).save(folder)
+        Processor(Qwen2VL(), tiny_tokenizer(), Qwen2VLImageProcessorPil(max_pixels=112 * 112)).save(folder)
         return folder
 
     return write
@@ -164,7 +166,7 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     def make(arch: str = "qwen2_vl", *, seed: int = 0, **settings: Any) -> Policy:
         model = tiny_model(arch, seed)
         folder = tiny_folder(arch)
-        processor = Processor.from_folder(folder)
+        processor = Processor.from_folder(folder, family_of(model))
         return make_policy(model, processor, ModelConfig(path=str(folder), device="cpu", **settings), "cpu")
 
     return make
@@ -289,12 +291,12 @@ def stock_inputs(model: Any, prompt: EncodedPrompt, completion: tuple[int, ...] 
     """What the stock model's forward takes for one prompt and completion: the independent path for comparisons."""
     ids = torch.tensor([[*prompt.input_ids.tolist(), *completion]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.pixel_values is not None:
+    if prompt.image_inputs:
         is_image = ids == model.config.image_token_id
         is_image[:, len(prompt.input_ids) :] = False
         inputs["mm_token_type_ids"] = is_image.int()
-        inputs["pixel_values"] = torch.from_numpy(prompt.pixel_values)
-        inputs["image_grid_thw"] = torch.from_numpy(prompt.image_grid_thw)
+        inputs["pixel_values"] = torch.from_numpy(prompt.image_inputs["pixel_values"])
+        inputs["image_grid_thw"] = torch.from_numpy(prompt.image_inputs["image_grid_thw"])
     return inputs
 
 

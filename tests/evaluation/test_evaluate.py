@@ -46,7 +46,7 @@ from medvqa_rl.evaluation.statistics.tables import results_table
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=500)
 PIXEL = Image.new("RGB", (2, 2))
-PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
 
 
 class ScriptedEngine:

@@ -60,7 +60,7 @@ class ScriptedEngine:
         return len(text.split())
 
     def encode(self, sample: Sample) -> EncodedPrompt:
-        return EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, repr(render_prompt(sample, "direct")))
+        return EncodedPrompt(np.zeros(1, dtype=np.int64), {}, repr(render_prompt(sample, "direct")))
 
     def encoding_bytes(self, sample: Sample) -> int:
         return 0
@@ -181,7 +181,7 @@ def test_9_a_verdict_is_parsed_exactly_or_fails() -> None:
     sample = question("1", "yes")
     assert score_correctness(sample, render_answer("seen", "yes")) == 1.0
     assert score_correctness(sample, render_answer("seen", "no")) == 0.0
-    group = Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, ""), [Completion((), "yes", False)])
+    group = Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), {}, ""), [Completion((), "yes", False)])
 
     def verdict(value: Any) -> float | None:
         return call_functions({"f": lambda *_, **__: [value]}, [group], step=0, log=RewardLog())["f"][0]

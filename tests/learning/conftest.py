@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.processor import Processor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -31,7 +32,7 @@ def wide_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
             folder = tmp_path_factory.mktemp(f"wide-{arch}")
             torch.manual_seed(0)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-            Processor.from_folder(tiny_folder(arch)).save(folder)
+            Processor.from_folder(tiny_folder(arch), Qwen2VL()).save(folder)
             made[arch] = str(folder)
         return made[arch]
 

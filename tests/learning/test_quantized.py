@@ -26,10 +26,9 @@ from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import set_up
 from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.models.families.family import backbone, causal_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy
-from medvqa_rl.models.quantized import NOT_QUANTIZED
-from medvqa_rl.models.qwen_vl import backbone, causal_model
 from medvqa_rl.models.reference import load_reference
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -252,7 +251,7 @@ def test_plain_peft_opens_the_adapter_on_both_bases(wide_folder, tmp_path, make_
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     kwargs = {"quantization_config": settings} if in_4_bits else {}
     base = AutoModelForImageTextToText.from_pretrained(wide_folder(), dtype=torch.float32, **kwargs)

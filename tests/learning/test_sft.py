@@ -44,7 +44,7 @@ def test_targets(template, use_reasoning, reasoning, expected):
 
 def test_targets_have_the_tags_of_their_prompt():
     wording = Wording(think=("[why]", "[/why]"), answer=("[so]", "[/so]"))
-    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "", wording=wording)
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "", wording=wording)
     tokenizer = SimpleNamespace(encode_completion=lambda text: (0,))
     sample = replace(SAMPLE, reasoning="It is [/WHY] right.")
     (group,) = target_groups([PreparedPrompt(sample, 0, prompt, 0)], tokenizer, use_reasoning=True)

@@ -21,7 +21,7 @@ from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.update import LOSSES, Learner, contributing
-from medvqa_rl.models.qwen_vl import backbone, causal_model
+from medvqa_rl.models.families.family import backbone, causal_model
 from medvqa_rl.models.reference import load_reference
 
 
@@ -253,7 +253,7 @@ FROZEN = {
 def test_frozen_tower_runs_once_per_prompt_and_step(folder, tmp_path, name, rounds):
     """It runs in the rollout, and never in the update: not for the reference, nor in a second round."""
     work = Work(folder, tmp_path, FROZEN[name], loss={"num_iterations": rounds})
-    patches = sum(len(group.prompt.pixel_values) for group in work.groups)
+    patches = sum(len(group.prompt.image_inputs["pixel_values"]) for group in work.groups)
     assert sum(work.towers) == patches and len(work.towers) == work.in_rollout
     assert not any(work.features)
     assert all(not group.image_features.requires_grad for group in work.groups)
@@ -264,7 +264,7 @@ def test_frozen_tower_runs_once_per_prompt_and_step(folder, tmp_path, name, roun
 def test_trained_tower_runs_in_every_pass(folder, tmp_path, trained, rounds):
     """Each round makes one pass over each image with gradients, since the weights changed; so does the reference."""
     work = Work(folder, tmp_path, {trained: True}, loss={"num_iterations": rounds})
-    patches = sum(len(group.prompt.pixel_values) for group in work.groups)
+    patches = sum(len(group.prompt.image_inputs["pixel_values"]) for group in work.groups)
     assert all(group.image_features is None for group in work.groups)
     assert sum(work.towers) == patches * (1 + 1 + rounds)  # rollout, reference, rounds
     assert sum(work.features) == 2 * rounds  # two micro-batches

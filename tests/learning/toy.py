@@ -127,7 +127,7 @@ def make_group(prompt: int, lengths: list[int], name: str = "x") -> Group:
     sample = Sample(id=name, question="?", answer="yes", answer_type="closed", images=())
     ids = np.zeros(prompt, dtype=np.int64)
     completions = [Completion((1,) * length, "", False) for length in lengths]
-    return Group(sample, EncodedPrompt(ids, None, None, ""), completions)
+    return Group(sample, EncodedPrompt(ids, {}, ""), completions)
 
 
 def odd_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float]:

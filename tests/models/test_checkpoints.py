@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, ModelConfig
 from medvqa_rl.models.checkpoints import atomic_folder, model_for, with_checkpoint, write_model
+from medvqa_rl.models.families.family import backbone
 from medvqa_rl.models.loading import load_policy
-from medvqa_rl.models.qwen_vl import backbone
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 LORA = LoraConfig(rank=4, alpha=8)

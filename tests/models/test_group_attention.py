@@ -13,8 +13,8 @@ from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective.logprobs import GroupForward, attention_mask, collate
 from medvqa_rl.models import group_attention
+from medvqa_rl.models.families.family import backbone
 from medvqa_rl.models.group_attention import attend, group_layout
-from medvqa_rl.models.qwen_vl import backbone, image_features
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 SETTINGS = {
@@ -51,7 +51,9 @@ def build_groups(policy, make_sample, make_image, shapes, *, cached=False):
         completions = [Completion(ids, "", False) for ids in tokens]
         groups.append(Group(sample, policy.processor.encode(sample), completions))
     if cached:
-        for group, feature in zip(groups, image_features(policy.model, [group.prompt for group in groups], "cpu")):
+        for group, feature in zip(
+            groups, policy.family.image_features(policy.model, [group.prompt for group in groups], "cpu")
+        ):
             group.image_features = feature
     return groups
 

@@ -16,7 +16,7 @@ PROCESSOR = build_processor()
 def test_patches_equal_those_of_the_image_processor():
     samples = [draw_sample(seed=0, split="patches", index=index) for index in range(4)]
     images = np.stack([np.asarray(sample.images[0].load()) for sample in samples])
-    expected = np.concatenate([PROCESSOR.encode(sample).pixel_values for sample in samples])
+    expected = np.concatenate([PROCESSOR.encode(sample).image_inputs["pixel_values"] for sample in samples])
     assert np.abs(patches(images, PROCESSOR.image_processor) - expected).max() < 1e-6
 
 

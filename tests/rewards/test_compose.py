@@ -44,7 +44,7 @@ def group(*texts: str, sample_id: str = "q1") -> Group:
     sample = Sample(
         sample_id, "What?", "B", "choice", (OneImage(),), ("mass", "cyst"), groups={"family": "kind", "organ": "lung"}
     )
-    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
     return Group(sample, prompt, [Completion((index, 7), text, False) for index, text in enumerate(texts)])
 
 

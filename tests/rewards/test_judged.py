@@ -75,7 +75,7 @@ class Digits:
 
 def group(*texts: str) -> Group:
     sample = Sample("q", "What?", "B", "choice", (), ("mass", "cyst"), description="A film.")
-    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
     return Group(sample, prompt, [Completion((1, 2), text, False) for text in texts])
 
 

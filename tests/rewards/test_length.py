@@ -127,7 +127,7 @@ def group() -> Group:
         Completion((0,) * 20, UNCLOSED, True),
         Completion((0,) * 5, TWICE, False),
     ]
-    return Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, ""), completions)
+    return Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), {}, ""), completions)
 
 
 def words(text: str) -> int:

@@ -59,7 +59,7 @@ class Letters:
 
 def group(gold: str, *answers: str, kind: Any = "open", options: tuple[str, ...] = ()) -> Group:
     sample = Sample("q", "What is seen?", gold, kind, (), options)
-    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
     return Group(sample, prompt, [Completion((1,), render_answer("x", answer), False) for answer in answers])
 
 
@@ -173,7 +173,7 @@ def test_a_choice_question_that_hides_its_options_is_an_open_one() -> None:
 
 def test_no_answer_gets_nothing() -> None:
     sample = group("effusion").sample
-    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
     silent = Group(sample, prompt, [Completion((1,), "effusion", False), Completion((1,), "<answer></answer>", False)])
     scores = scored([silent], {}, open_correctness="token_f1")
     np.testing.assert_array_equal(scores.parts["correctness"], [[0, 0]])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medvqa_rl.config import LoraConfig, RolloutConfig
-from medvqa_rl.models import qwen_vl
-from medvqa_rl.models.qwen_vl import backbone
+from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout import decode
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.state import DecodeState
@@ -97,18 +97,19 @@ def test_lora_and_checkpointing_while_training(arch, make_policy, mixed_samples,
 
 def test_shifted_positions_change_the_tokens(make_policy, mixed_samples, model_inputs, monkeypatch):
     """Negative control: other positions after the prompt, such as its number of tokens, give other tokens."""
+    pad = Processor.pad
 
     def wrong(*args, **kwargs):
-        padded = qwen_vl.pad_prompts(*args, **kwargs)
+        padded = pad(*args, **kwargs)
         return padded._replace(next_positions=padded.mask.sum(-1))
 
     def shifted(*args, **kwargs):
-        padded = qwen_vl.pad_prompts(*args, **kwargs)
+        padded = pad(*args, **kwargs)
         return padded._replace(next_positions=padded.next_positions + 1)
 
     images = [sample for sample in mixed_samples if sample.images]
     for change in (wrong, shifted):
-        monkeypatch.setattr(decode, "pad_prompts", change)
+        monkeypatch.setattr(Processor, "pad", change)
         differ = 0
         for seed in range(4):
             policy = make_policy(seed=seed)
@@ -227,7 +228,7 @@ def test_features_are_cached_only_if_the_tower_is_frozen(make_policy, mixed_samp
     groups = RolloutEngine(frozen).rollout(mixed_samples, config, seed=0, stream="train", step=0)
     for group in groups:
         if group.sample.images:
-            (alone,) = qwen_vl.image_features(frozen.model, [group.prompt], "cpu")
+            (alone,) = frozen.family.image_features(frozen.model, [group.prompt], "cpu")
             torch.testing.assert_close(group.image_features, alone)
             assert not group.image_features.requires_grad
         else:
@@ -246,7 +247,7 @@ def test_images_are_encoded_once_per_prompt(make_policy, mixed_samples, monkeypa
     )
     config = RolloutConfig(num_generations=5, max_completion_length=4)
     groups = RolloutEngine(policy).rollout(mixed_samples, config, seed=0, stream="train", step=0)
-    prompts = [group.prompt.pixel_values for group in groups if group.prompt.pixel_values is not None]
+    prompts = [group.prompt.image_inputs["pixel_values"] for group in groups if group.prompt.image_inputs]
     assert patches == [sum(len(pixels) for pixels in prompts)]
     assert [image.loads for sample in mixed_samples for image in sample.images] == [1] * 4
 

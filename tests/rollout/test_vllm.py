@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, RolloutConfig, VllmConfig
 from medvqa_rl.core.types import EncodedPrompt, Group, Sample
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import causal_model
 from medvqa_rl.rollout import vllm as ours
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, max_lora_rank, write_adapter
@@ -300,10 +300,10 @@ def test_prompts_are_collapsed_to_one_placeholder_per_image(tiny_policy, mixed_s
     for sample in mixed_samples:
         prompt = processor.encode(sample)
         plain = processor.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        assert collapsed(prompt, pad, processor.image_processor.merge_size) == plain
+        assert collapsed(prompt, processor) == plain
     grid = np.array([[1, 4, 4], [1, 2, 4]])  # 4 and 2 tokens
     ids = np.array([7, *[pad] * 6, 8])
-    assert collapsed(EncodedPrompt(ids, None, grid, ""), pad, 2) == [7, pad, pad, 8]
+    assert collapsed(EncodedPrompt(ids, {"image_grid_thw": grid}, ""), processor) == [7, pad, pad, 8]
 
 
 def test_unknown_log_probabilities():

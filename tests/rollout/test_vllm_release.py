@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from medvqa_rl.config import LoraConfig, RolloutConfig
-from medvqa_rl.models.qwen_vl import image_features, rope_positions
 from medvqa_rl.rollout.vllm import LORA_RANKS, VllmEngine, collapsed, write_adapter
 from medvqa_rl.rollout.vllm_server import as_url
 
@@ -55,7 +54,7 @@ def test_requests_are_accepted(params, mixed_samples, tiny_policy):
     for sample in mixed_samples:
         prompt = processor.encode(sample)
         body = {
-            "token_ids": collapsed(prompt, processor.image_token_id, 2),
+            "token_ids": collapsed(prompt, processor),
             "sampling_params": params,
             "return_token_ids": True,
             "model": "policy",
@@ -125,13 +124,12 @@ def test_prompts_expand_to_those_of_training(tiny_policy, tiny_folder, mixed_sam
     process = Qwen2VLMultiModalProcessor(info, SimpleNamespace())
     model = SimpleNamespace(config=config)
     model.iter_mm_grid_thw = lambda found: Qwen2VLForConditionalGeneration.iter_mm_grid_thw(model, found)
-    pad = policy.processor.image_token_id
     for sample in (sample for sample in mixed_samples if sample.images):
         prompt = policy.processor.encode(sample)
         with torch.no_grad():
-            (features,) = image_features(policy.model, [prompt], "cpu")
-        given = {"image_embeds": features, "image_grid_thw": torch.from_numpy(prompt.image_grid_thw)}
-        found = process(collapsed(prompt, pad, 2), info.parse_mm_data({"image": given}))
+            (features,) = policy.family.image_features(policy.model, [prompt], "cpu")
+        given = {"image_embeds": features, "image_grid_thw": torch.from_numpy(prompt.image_inputs["image_grid_thw"])}
+        found = process(collapsed(prompt, policy.processor), info.parse_mm_data({"image": given}))
         assert found["prompt_token_ids"] == prompt.input_ids.tolist()
         items, places = found["mm_kwargs"]["image"], found["mm_placeholders"]["image"]
         assert torch.equal(torch.cat([item["image_embeds"].data for item in items]), features)
@@ -142,6 +140,6 @@ def test_prompts_expand_to_those_of_training(tiny_policy, tiny_folder, mixed_sam
         positions, delta = Qwen2VLForConditionalGeneration.get_mrope_input_positions(
             model, found["prompt_token_ids"], specs
         )
-        expected = rope_positions(prompt, image_token_id=pad, merge_size=2)
+        expected = policy.processor.positions(prompt)
         assert np.array_equal(positions.numpy(), expected)
         assert int(delta) == expected.max() + 1 - len(prompt.input_ids)

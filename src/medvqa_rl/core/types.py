@@ -172,10 +172,8 @@ class EncodedPrompt:
 
     input_ids: NDArray[np.int64]
     """(T,) token ids."""
-    pixel_values: NDArray[np.float32] | None
-    """(patches of all images, channels * temporal * patch * patch), or None without images."""
-    image_grid_thw: NDArray[np.int64] | None
-    """(images, 3) patches in time, height and width."""
+    image_inputs: Mapping[str, NDArray[Any]]
+    """The preprocessed images as arguments of the model's forward, such as pixel_values; empty without images."""
     text: str
     """The rendered prompt, with one placeholder per image."""
     neutralised: int = 0
@@ -188,7 +186,7 @@ class EncodedPrompt:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return self.input_ids.nbytes + (0 if self.pixel_values is None else self.pixel_values.nbytes)
+        return self.input_ids.nbytes + sum(array.nbytes for array in self.image_inputs.values())
 
 
 @dataclass(frozen=True)
@@ -213,7 +211,7 @@ class Group:
     prompt: EncodedPrompt
     completions: Sequence[Completion]
     image_features: torch.Tensor | None = None
-    """(image tokens, hidden) features cached from the rollout if the vision tower is frozen, else None."""
+    """(image tokens, width) features cached from the rollout if the vision tower is frozen, else None."""
 
     @property
     def template(self) -> Template:

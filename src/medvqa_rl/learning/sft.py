@@ -29,7 +29,7 @@ from medvqa_rl.learning.run.errors import NonFiniteError
 from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.setup import make_accelerator, report_dry_run, set_up, wrap
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.rewards.judges.load import notices
 
 

@@ -28,7 +28,6 @@ from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
 from medvqa_rl.learning.run.errors import NonFiniteError
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.models.reference import Reference
 
 T = TypeVar("T", Tensor, float)
@@ -125,7 +124,7 @@ class Learner:
         self.policy = policy
         self.reference = reference
         self.trained = trained
-        self.layout = layout_for(backbone(policy.model).language_model.config._attn_implementation)
+        self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
         self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]
         # A group without a preference has no gradient in DPO, not even from beta.

@@ -223,9 +223,15 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
-    assert attention_mask is None and query.shape[0] == 1, "packed groups are one row with a layout, not a mask"
+    assert query.shape[0] == 1, "packed groups are one row"
     query, key, value = (states.transpose(1, 2)[0] for states in (query, key, value))
     return attend(query, key, value, group_layout, scale=scaling, dropout=dropout)[None], None
+
+
+def unused_mask(device: torch.device | str) -> Tensor:
+    """A mask to pass beside a layout: transformers makes no mask of its own if it gets one with four dimensions, and
+    the attention above does not read it."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 AttentionInterface.register(ATTENTION, _attention)

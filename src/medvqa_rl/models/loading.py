@@ -28,16 +28,11 @@ from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import DEFAULT_WORDING, Wording
 from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.families import family_for, family_of, supported
+from medvqa_rl.models.families.family import Family, causal_model
 from medvqa_rl.models.group_attention import use_group_attention
+from medvqa_rl.models.processor import WORDING_FILE, Processor
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
-from medvqa_rl.models.qwen_vl import (
-    ARCHITECTURES,
-    WORDING_FILE,
-    Processor,
-    backbone,
-    causal_model,
-    vision_is_frozen,
-)
 from medvqa_rl.models.untrusted import FILE_ERRORS
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -49,15 +44,20 @@ class Policy:
     """The trained model with its processor."""
 
     model: nn.Module
-    """``Qwen2VLForConditionalGeneration``, ``Qwen2_5_VLForConditionalGeneration``, or a ``PeftModel`` around one."""
+    """The ``...ForConditionalGeneration`` of a family, or a ``PeftModel`` around one."""
     processor: Processor
     device: torch.device
     config: ModelConfig
 
     @property
+    def family(self) -> Family:
+        """The model's architecture."""
+        return self.processor.family
+
+    @property
     def vision_is_frozen(self) -> bool:
-        """True if neither the vision tower nor the merger is trained, so that image features can be cached."""
-        return vision_is_frozen(self.model)
+        """True if neither the vision tower nor the projector is trained, so that image features can be cached."""
+        return self.family.vision_is_frozen(self.model)
 
     @property
     def is_lora(self) -> bool:
@@ -75,11 +75,11 @@ def load_policy(config: ModelConfig) -> Policy:
     device = resolve_device(config.device)
     with waiting(f"loading {config.path}"):
         folder = resolve_folder(config.path, config.revision)
-        settings = _read_architecture(folder)
+        settings, family = _read_architecture(folder)
         # Before the weights, which take longest: a wrong chat template is found at once.
-        processor = Processor.from_folder(folder, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        processor = Processor.from_folder(folder, family, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         processor.use(trained_wording(config.adapter, folder))
-        model = _load_weights(folder, settings, config, device)
+        model = _load_weights(folder, settings, family, config, device)
         return make_policy(model, processor, config, device)
 
 
@@ -108,20 +108,19 @@ def make_policy(
     """Turn a model in memory into a policy: LoRA, freezing, gradient checkpointing and device."""
     device = torch.device(device)
     model.requires_grad_(False)
-    inner = backbone(model)
-    use_group_attention(inner.language_model)
+    family = family_of(model)
+    use_group_attention(family.text(model))
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
     elif not config.load_in_4bit:  # 4-bit weights are for inference only
-        inner.language_model.requires_grad_(True)
+        family.text(model).requires_grad_(True)
         causal_model(model).lm_head.requires_grad_(True)
-        for name, parameter in inner.visual.named_parameters():
-            is_projector = name.startswith("merger.")
+        for _, parameter, is_projector in family.vision_parameters(model):
             parameter.requires_grad_(config.train_projector if is_projector else config.train_vision)
     if config.gradient_checkpointing:
-        _checkpoint_layers(inner.language_model)
-        if config.train_vision:
-            _checkpoint_layers(inner.visual)
+        _checkpoint_layers(family.text(model))
+        for module in family.vision_modules(model) if config.train_vision else ():
+            _checkpoint_layers(module)
     return Policy(model.to(device), processor, device, config)
 
 
@@ -166,8 +165,8 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _read_architecture(folder: Path) -> Any:
-    """Read a checkpoint's config.json; refuse other architectures."""
+def _read_architecture(folder: Path) -> tuple[Any, Family]:
+    """Read a checkpoint's config.json and find its family; refuse what cannot be used."""
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ValueError(
@@ -179,30 +178,29 @@ def _read_architecture(folder: Path) -> Any:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except FILE_ERRORS as error:
         raise ValueError(
-            f"{folder / 'config.json'} is not of a Qwen2-VL or Qwen2.5-VL model: {printable(str(error), 400)}"
+            f"{folder / 'config.json'} cannot be read as a model's configuration: {printable(str(error), 400)}"
         ) from error
-    if settings.model_type not in ARCHITECTURES:
+    family = family_for(settings.model_type)
+    if family is None:
         raise ValueError(
-            f"The checkpoint in {folder} is a {settings.model_type} model, but only Qwen2-VL (qwen2_vl) and "
-            "Qwen2.5-VL (qwen2_5_vl) are supported: choose one of these for model.path."
+            f"The checkpoint in {folder} is a {settings.model_type} model, but only {supported()} are supported: "
+            "choose one of these for model.path."
         )
-    if set(settings.text_config.layer_types) != {"full_attention"}:
-        raise ValueError(
-            f"The checkpoint in {folder} uses sliding-window attention, which is not supported (no published Qwen2-VL "
-            "or Qwen2.5-VL does): choose another model.path, or set use_sliding_window to false in its config.json."
-        )
+    reason = family.unusable(settings)
+    if reason is not None:
+        raise ValueError(f"The checkpoint in {folder} {reason}")
     refuse_stored(folder, settings)
-    return settings
+    return settings, family
 
 
-def _load_weights(folder: Path, settings: Any, config: ModelConfig, device: torch.device) -> Any:
+def _load_weights(folder: Path, settings: Any, family: Family, config: ModelConfig, device: torch.device) -> Any:
     """Load a checkpoint's weights; refuse those that do not fit exactly.
 
     Args:
         settings: from :func:`_read_architecture`.
     """
     dtype = torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32
-    quantized = loading_arguments(folder, settings, dtype, device) if config.load_in_4bit else {}
+    quantized = loading_arguments(folder, settings, family, dtype, device) if config.load_in_4bit else {}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -254,11 +252,9 @@ def _checkpoint_layers(module: nn.Module) -> None:
 
 def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
     """Modules outside the language model that are fully trained and saved with the adapter."""
-    names = ["visual.merger"] if config.train_projector else []
-    if config.train_vision:
-        names += ["visual.patch_embed"]
-        names += [f"visual.blocks.{index}" for index in range(len(backbone(model).visual.blocks))]
-    return names
+    family = family_of(model)
+    names = [*family.projector] if config.train_projector else []
+    return names + (family.tower_modules(model) if config.train_vision else [])
 
 
 def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
@@ -266,7 +262,7 @@ def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
     assert config.lora is not None
     linear = {
         name.rsplit(".", 1)[-1]
-        for name, module in backbone(model).language_model.named_modules()
+        for name, module in family_of(model).text(model).named_modules()
         if isinstance(module, nn.Linear)
     }
     unknown = sorted(set(config.lora.targets) - linear)

@@ -17,19 +17,21 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from medvqa_rl.models.families.family import Family
+
 BLOCK = 64
 """Weights per scale."""
 
-NOT_QUANTIZED = ("model.visual", "lm_head")
-"""Modules of ``...ForConditionalGeneration`` that keep their dtype."""
 
-
-def loading_arguments(folder: Path, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def loading_arguments(
+    folder: Path, config: Any, family: Family, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
     """Arguments that make ``from_pretrained`` quantize weights while it loads them.
 
     Args:
         folder: of the model.
         config: its transformers configuration.
+        family: of the model.
         dtype: of dequantized weights, and of everything else.
         device: to load to.
 
@@ -50,7 +52,7 @@ def loading_arguments(folder: Path, config: Any, dtype: torch.dtype, device: tor
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
+        llm_int8_skip_modules=[*(f"model.{name}" for name in family.vision), "lm_head"],
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
 

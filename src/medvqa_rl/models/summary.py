@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import backbone, causal_model
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -35,9 +35,14 @@ def describe(policy: Policy) -> str:
 def describe_training(policy: Policy) -> str:
     """A sentence with the parts of a policy that are trained, and their share of the parameters."""
     total, trained = count_parameters(policy.model)
-    inner = backbone(policy.model)
-    language = [name for name, parameter in inner.language_model.named_parameters() if parameter.requires_grad]
-    visual = [name for name, parameter in inner.visual.named_parameters() if parameter.requires_grad]
+    family = policy.family
+    language = any(parameter.requires_grad for parameter in family.text(policy.model).parameters())
+    # Of each trained weight of the vision side, whether it belongs to the projector.
+    visual = {
+        is_projector
+        for _, parameter, is_projector in family.vision_parameters(policy.model)
+        if parameter.requires_grad
+    }
     parts = []
     if language and isinstance(policy.model, PeftModel):
         parts.append(
@@ -45,8 +50,8 @@ def describe_training(policy: Policy) -> str:
         )
     elif language:
         parts.append("all weights of the language model")
-    if any("merger." in name for name in visual):
+    if True in visual:
         parts.append("the projector")
-    if not all("merger." in name for name in visual):
+    if False in visual:
         parts.append("the vision tower")
     return f"Training {trained:,} parameters ({trained / total:.1%}): {', '.join(parts)}."

@@ -19,7 +19,8 @@ from medvqa_rl.core.prompts import CHOICE_HINT, INSTRUCTIONS, TAGS
 from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.drawing import SIZE
 from medvqa_rl.data.phantom.questions import draw_sample
-from medvqa_rl.models.qwen_vl import Processor
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.phantom.training import byte_level_bpe
 
 SPECIAL_TOKENS = (
@@ -80,7 +81,7 @@ def build_tokenizer(vocab_size: int = 620) -> PreTrainedTokenizerFast:
 def build_processor() -> Processor:
     """Build the processor of the phantom VLM; images are resized to 112 x 112 pixels, which are 16 image tokens."""
     image_processor = Qwen2VLImageProcessorPil(min_pixels=SIZE * SIZE, max_pixels=SIZE * SIZE)
-    return Processor(build_tokenizer(), image_processor)
+    return Processor(Qwen2VL(), build_tokenizer(), image_processor)
 
 
 def build_model(processor: Processor, seed: int = 0) -> Qwen2VLForConditionalGeneration:

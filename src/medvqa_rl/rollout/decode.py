@@ -22,8 +22,8 @@ from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import backbone, causal_model, embed_prompts, image_features, pad_prompts
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.sampling import Stream, uniform_table
 from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled
@@ -242,16 +242,17 @@ class RolloutEngine:
     def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[Prefilled, list[Tensor | None]]:
         """Prefill prompts, padded on the right; also returns their image features."""
         model, device = self._policy.model, self._policy.device
-        features = image_features(model, prompts, device)
-        padded = pad_prompts(model, prompts, pad_id=self.processor.pad_id, device=device, side="right")
+        family = self._policy.family
+        features = family.image_features(model, prompts, device)
+        padded = self.processor.pad(prompts, device)
         cache = DynamicCache()
-        language_model: Any = backbone(model).language_model
-        hidden = language_model(
-            inputs_embeds=embed_prompts(model, padded.input_ids, padded.mask, features),
-            position_ids=padded.position_ids,
+        hidden = family.hidden_states(
+            model,
+            family.embed(model, padded.input_ids, padded.mask, features),
+            padded.position_ids,
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
+        )
         last = hidden[torch.arange(len(prompts), device=device), padded.mask.sum(dim=-1) - 1]
         layers: Any = cache.layers
         prefilled = Prefilled(

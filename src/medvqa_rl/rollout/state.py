@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvqa_rl.models.qwen_vl import backbone, causal_model
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.family import causal_model
 
 
 class Owner(NamedTuple):
@@ -136,7 +137,7 @@ class DecodeState:
 
         cached: Any = {"dtype": causal_model(model).dtype, "device": device}
         self.layers = []
-        for layer in backbone(model).language_model.layers:
+        for layer in family_of(model).text(model).layers:
             heads, size = layer.self_attn.num_key_value_heads, layer.self_attn.head_dim
             prompt, own = (slots, heads, prompt_length, size), (rows, heads, length, size)
             self.layers.append(LayerCache(*(torch.zeros(sizes, **cached) for sizes in (prompt, prompt, own, own))))
@@ -347,16 +348,14 @@ class DecodeState:
 
 
 def rotary_table(model: nn.Module, count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(count, D) cosines and sines of the text positions 0, 1 ..., from the model's own rotary embedding.
+    """(count, D) cosines and sines of the text positions 0, 1 ...
 
     The first half of the sines is negated, so that x * cos + roll(x, D / 2) * sin rotates x.
     """
-    text = backbone(model).language_model
-    positions = torch.arange(count, device=device).expand(3, 1, -1)
-    cosines, sines = text.rotary_emb(text.embed_tokens.weight[:1], positions)
-    sines = sines[0].clone()
+    cosines, sines = family_of(model).rotary(model, count, device)
+    sines = sines.clone()
     sines[:, : sines.shape[-1] // 2] *= -1
-    return cosines[0].clone(), sines
+    return cosines.clone(), sines
 
 
 def _moves(kept: Sequence[int]) -> tuple[dict[int, int], int]:

@@ -1,7 +1,8 @@
 """One decoding step as tensor arithmetic on a :class:`DecodeState`, run eagerly or captured as a CUDA graph.
 
-The model's own layers are called one by one. Only attention is computed here, because the sequences of a prompt
-share one copy of its keys and values. :mod:`medvqa_rl.rollout.state` explains the layout and names the dimensions.
+The model's own layers are called one by one, as its family arranges them. Only attention is computed here, because
+the sequences of a prompt share one copy of its keys and values. :mod:`medvqa_rl.rollout.state` explains the layout and
+names the dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvqa_rl.models.qwen_vl import backbone, causal_model
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.family import Family, causal_model
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
 from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
@@ -37,16 +39,18 @@ class Picker(NamedTuple):
 
 def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) -> None:
     """Run the model on the newest token of every sequence and pick the next one."""
-    text: Any = backbone(model).language_model
+    family = family_of(model)
+    text = family.text(model)
     rows = slice(shape.rows)
     positions = state.first_position[rows] + state.token_index[rows]
     cosines, sines = state.cosines[positions].unsqueeze(1), state.sines[positions].unsqueeze(1)
     hidden = text.embed_tokens(state.last_token[rows])
     for layer, cache in zip(text.layers, state.layers):
-        hidden = hidden + _attention(
-            layer.self_attn, layer.input_layernorm(hidden), cosines, sines, state, cache, shape
-        )
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+        def attention(module: Any, normed: Tensor, cache: LayerCache = cache) -> Tensor:
+            return _attention(family, module, normed, cosines, sines, state, cache, shape)
+
+        hidden = family.layer(layer, hidden, attention)
     append_tokens(state, rows, causal_model(model).lm_head(text.norm(hidden)), picker)
 
 
@@ -70,12 +74,19 @@ def append_tokens(state: DecodeState, rows: slice, logits: Tensor, picker: Picke
 
 
 def _attention(
-    attention: Any, hidden: Tensor, cosines: Tensor, sines: Tensor, state: DecodeState, cache: LayerCache, shape: Shape
+    family: Family,
+    attention: Any,
+    hidden: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    state: DecodeState,
+    cache: LayerCache,
+    shape: Shape,
 ) -> Tensor:
     """The attention block of one layer, (n, hidden) -> (n, hidden)."""
     size, num_keys = attention.head_dim, attention.num_key_value_heads
     value = attention.v_proj(hidden).view(shape.rows, num_keys, size)
-    states = torch.cat((attention.q_proj(hidden), attention.k_proj(hidden)), dim=-1).view(shape.rows, -1, size)
+    states = family.queries_and_keys(attention, hidden)
     states = states * cosines + states.roll(size // 2, -1) * sines
     query, key = states[:, :-num_keys], states[:, -num_keys:]
     write(key, value, state, cache, shape)

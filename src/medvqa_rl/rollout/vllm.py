@@ -28,8 +28,9 @@ from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
-from medvqa_rl.models.qwen_vl import causal_model, image_features
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
 
@@ -156,7 +157,8 @@ class VllmEngine:
         model, found = self._policy.model, []
         with torch.no_grad(), evaluating(model):
             for start in range(0, len(prompts), batch_size):
-                found += image_features(model, prompts[start : start + batch_size], self._policy.device)
+                batch = prompts[start : start + batch_size]
+                found += self._policy.family.image_features(model, batch, self._policy.device)
         return found
 
     def _params(self, config: RolloutConfig, parts: tuple[int | str, ...]) -> dict[str, Any]:
@@ -208,22 +210,16 @@ class VllmEngine:
         return Completion(sampled.token_ids, text, sampled.finish_reason == "length", sampled.logps)
 
 
-def collapsed(prompt: EncodedPrompt, image_token_id: int, merge_size: int) -> list[int]:
-    """A prompt's tokens with one placeholder per image, which vLLM expands.
-
-    Args:
-        merge_size: an image of n patches has n / merge_size**2 tokens.
-    """
+def collapsed(prompt: EncodedPrompt, processor: Processor) -> list[int]:
+    """A prompt's tokens with one placeholder per image, which vLLM expands."""
     ids: list[int] = prompt.input_ids.tolist()
-    if prompt.image_grid_thw is None:
-        return ids
-    counts = (prompt.image_grid_thw.prod(axis=-1) // merge_size**2).tolist()
+    counts = processor.family.image_lengths(prompt, processor.readers)
     result: list[int] = []
     token = 0
     while token < len(ids):
         result.append(ids[token])
-        token += counts.pop(0) if ids[token] == image_token_id else 1
-    assert not counts, "image tokens and image grids do not match"
+        token += counts.pop(0) if ids[token] == processor.image_token_id else 1
+    assert not counts, "image tokens and images do not match"
     return result
 
 

@@ -12,11 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from medvqa_rl.config import VllmConfig
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy, resolve_folder
-from medvqa_rl.models.qwen_vl import causal_model
 from medvqa_rl.rollout.vllm import (
     Answer,
     Request,
@@ -113,11 +111,11 @@ class Colocated:
 
     def _prompt(self, request: Request) -> Any:
         """Tokens with one placeholder per image, and the features of all images."""
-        prompt, merge_size = request.prompt, self._processor.image_processor.merge_size
-        ids = collapsed(prompt, self._processor.image_token_id, merge_size)
+        prompt = request.prompt
+        ids = collapsed(prompt, self._processor)
         if request.features is None:
             return self._tokens_prompt(prompt_token_ids=ids)
-        images = {"image_embeds": request.features.cpu(), "image_grid_thw": torch.from_numpy(prompt.image_grid_thw)}
+        images = self._processor.family.vllm_images(prompt, request.features.cpu())
         return self._tokens_prompt(prompt_token_ids=ids, multi_modal_data={"image": images})
 
 
@@ -140,7 +138,7 @@ def not_installed(reason: object) -> str:
 
 def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks: int) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``."""
-    size = policy.processor.image_processor.size
+    processor = policy.processor
     arguments: dict[str, Any] = {
         "model": str(resolve_folder(policy.config.path, policy.config.revision)),
         "dtype": str(causal_model(policy.model).lm_head.weight.dtype).removeprefix("torch."),
@@ -152,7 +150,7 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
         "enable_prefix_caching": True,  # completions share their prompt; images are identified by content
         "enable_mm_embeds": True,
         "mm_processor_cache_gb": 0,  # features need no processor
-        "mm_processor_kwargs": {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+        "mm_processor_kwargs": processor.family.vllm_processor_arguments(processor.image_processor),
         "limit_mm_per_prompt": {"video": 0},
     }
     if config.max_model_length is not None:

@@ -198,9 +198,8 @@ class Server:
         """Does nothing: the server's owner decides when it sleeps."""
 
     def _generate(self, request: Request) -> Answer:
-        prompt, merge_size = request.prompt, self._processor.image_processor.merge_size
         body: dict[str, Any] = {
-            "token_ids": collapsed(prompt, self._processor.image_token_id, merge_size),
+            "token_ids": collapsed(request.prompt, self._processor),
             "sampling_params": request.params,
             "return_token_ids": True,
         }
@@ -220,8 +219,8 @@ class Server:
 
 def serve_command(policy: Policy) -> str:
     """The command that starts a matching server."""
-    size = policy.processor.image_processor.size
-    pixels = json.dumps({"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]})
+    processor = policy.processor
+    pixels = json.dumps(processor.family.vllm_processor_arguments(processor.image_processor))
     words = ["VLLM_SERVER_DEV_MODE=1", "VLLM_NO_USAGE_STATS=1", "vllm", "serve", shlex.quote(_folder(policy))]
     words += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
     words += ["--mm-processor-kwargs", shlex.quote(pixels)]

@@ -45,7 +45,7 @@ from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
 from medvqa_rl.evaluation.statistics.tables import measured_table
 from tests.records import make_record
 
-PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), None, None, "")
+PROMPT = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "")
 
 
 def record(number: int, **changes: Any) -> EvalRecord:

@@ -120,7 +120,7 @@ def test_a_feed_follows_the_sampler(tiny_policy):
             for one in found:
                 direct = engine.encode(one.sample)
                 assert (one.prompt.input_ids == direct.input_ids).all()
-                assert (one.prompt.pixel_values == direct.pixel_values).all()
+                assert (one.prompt.image_inputs["pixel_values"] == direct.image_inputs["pixel_values"]).all()
         with pytest.raises(StopIteration):
             feed.prompts(9)
 

@@ -63,7 +63,7 @@ def test_a_template_depends_on_its_address_and_not_on_the_gold_answer() -> None:
 
 
 def group(template: Any, *texts: str) -> Group:
-    prompt = EncodedPrompt(np.arange(3), None, None, "prompt", template=template)
+    prompt = EncodedPrompt(np.arange(3), {}, "prompt", template=template)
     return Group(CHOICE, prompt, [Completion((1,) * (index + 1), text, False) for index, text in enumerate(texts)])
 
 

@@ -18,7 +18,7 @@ from medvqa_rl.rewards.scores import Scores
 
 NAN = float("nan")
 SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"))
-PROMPT = EncodedPrompt(np.arange(3), None, None, "prompt")
+PROMPT = EncodedPrompt(np.arange(3), {}, "prompt")
 
 
 def group(name: str) -> Group:

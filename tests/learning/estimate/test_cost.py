@@ -41,7 +41,7 @@ from medvqa_rl.learning.estimate.cost import (
     vision_pairs,
 )
 from medvqa_rl.learning.objective.logprobs import attention_mask, collate
-from medvqa_rl.models.qwen_vl import backbone, causal_model, image_features
+from medvqa_rl.models.families.family import backbone, causal_model
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 TARGETS = LoraConfig().targets
@@ -153,7 +153,7 @@ def torch_flops(run):
 def a_prompt(policy, make_sample, make_image):
     """An image of 3 x 5 merged patches, whose windows of 56 pixels are cropped at two edges."""
     prompt = policy.processor.encode(make_sample(images=(make_image(140, 84),)))
-    (grid,) = prompt.image_grid_thw[:, 1:].tolist()
+    (grid,) = prompt.image_inputs["image_grid_thw"][:, 1:].tolist()
     return prompt, (tuple(grid),)
 
 
@@ -164,9 +164,10 @@ def test_vision_flops(tiny_policy, make_sample, make_image, arch):
     assert grids == ((6, 10),)
     model = architecture(policy.model)
     with torch.no_grad():
-        counted = torch_flops(lambda: image_features(policy.model, [prompt], "cpu"))
+        counted = torch_flops(lambda: policy.family.image_features(policy.model, [prompt], "cpu"))
     assert tower_flops(model, grids) + projector_flops(model, grids) == counted
-    assert image_tokens(model, grids) == len(image_features(policy.model, [prompt], "cpu")[0]) == 15
+    (features,) = policy.family.image_features(policy.model, [prompt], "cpu")
+    assert image_tokens(model, grids) == len(features) == 15
 
 
 SOME = LoraConfig(rank=3, targets=("q_proj", "down_proj"))

@@ -30,9 +30,9 @@ from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, make_policy
-from medvqa_rl.models.qwen_vl import causal_model
 from medvqa_rl.models.reference import load_reference
 from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -134,10 +134,11 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     measured = phase_peaks(lambda: step(1), base)
 
     model = read_architecture(json.loads(causal_model(policy.model).config.to_json_string(use_diff=False)))
-    _, down, across = prompts[0].image_grid_thw[0].tolist()
+    _, down, across = prompts[0].image_inputs["image_grid_thw"][0].tolist()
     question = len(prompts[0].input_ids) - down * across // 4
     work = plan(config, model, question_tokens=question, grid=(down, across), on_gpu=False)
-    pixels = sum(prompt.pixel_values.nbytes for prompt in prompts[: len(samples)])  # NumPy's, not torch's
+    # NumPy's, not torch's:
+    pixels = sum(prompt.image_inputs["pixel_values"].nbytes for prompt in prompts[: len(samples)])
     moments = {name: sum(parts.values()) - pixels for name, parts in step_memory(work, process=0).items()}
     static = step_memory(work, process=0)["rollout: decode"]
     phases = {

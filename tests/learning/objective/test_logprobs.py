@@ -13,7 +13,7 @@ from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, attention_mask, collate, layout_for, token_statistics
-from medvqa_rl.models.qwen_vl import backbone, image_features
+from medvqa_rl.models.families.family import backbone
 
 TEMPERATURE = 0.7
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
@@ -30,7 +30,7 @@ def make_groups(policy, samples, *, cached=False, with_image_token=False, seed=0
             completions[1] = (policy.processor.image_token_id, *completions[1])
         groups.append(Group(sample, prompt, [Completion(ids, "", False) for ids in completions]))
     if cached:
-        features = image_features(policy.model, [group.prompt for group in groups], "cpu")
+        features = policy.family.image_features(policy.model, [group.prompt for group in groups], "cpu")
         for group, feature in zip(groups, features):
             group.image_features = feature
     return groups
@@ -164,7 +164,7 @@ def test_images_are_encoded_once_per_prompt(tiny_policy, mixed_samples, monkeypa
 
     backbone(policy.model).visual.register_forward_hook(keep)
     GroupForward(policy.model)(collate(groups, policy.processor, "cpu")).logps.sum().backward()
-    patches = sum(0 if g.prompt.pixel_values is None else len(g.prompt.pixel_values) for g in groups)
+    patches = sum(len(g.prompt.image_inputs.get("pixel_values", ())) for g in groups)
     assert seen == [(patches, False)]  # one pass over each image; a frozen tower is not walked back through
     seen.clear()
     cached = make_groups(policy, mixed_samples, cached=True)

@@ -17,7 +17,7 @@ from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.scores import Scores
 
 NAN = float("nan")
-PROMPT = EncodedPrompt(np.arange(7), None, None, "prompt")
+PROMPT = EncodedPrompt(np.arange(7), {}, "prompt")
 SAMPLE = Sample("s", "Which?", "B", "choice", options=("left", "right"))
 
 

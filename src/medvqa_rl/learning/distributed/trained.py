@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from medvqa_rl.config import OptimizerConfig
 from medvqa_rl.learning.objective.logprobs import GroupForward
 from medvqa_rl.learning.objective.optimizer import Optimizer
+from medvqa_rl.models.families import family_of
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.models.qwen_vl import backbone
 from medvqa_rl.models.shards import Shards, filled, hollow_copy
 
 
@@ -175,8 +175,8 @@ class LazyTensors(Mapping[str, Tensor]):
 
 def layer_classes(model: nn.Module) -> list[str]:
     """Class names of the layers that are sharded as units."""
-    inner = backbone(model)
-    layers: Iterable[nn.Module] = [*inner.language_model.layers, *inner.visual.blocks]
+    family = family_of(model)
+    layers: Iterable[nn.Module] = [*family.text(model).layers, *family.vision_layers(model)]
     return sorted({type(layer).__name__ for layer in layers})
 
 

@@ -23,17 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from medvqa_rl.core.types import EncodedPrompt, Group
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.models import group_attention
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.group_attention import GroupLayout, group_layout
-from medvqa_rl.models.qwen_vl import (
-    Processor,
-    backbone,
-    blank_features,
-    causal_model,
-    embed_prompts,
-    image_features,
-    rope_positions,
-    vision_is_frozen,
-)
+from medvqa_rl.models.processor import Processor
 
 LOGITS_PER_CHUNK = 2**25
 """Logits held in memory at a time: 128 MiB in float32. More are computed in chunks, and recomputed in the backward."""
@@ -56,7 +49,7 @@ class CompletionBatch:
     segments: Tensor
     """(R, T) 0 at prompts, 1, 2 ... at the completions of the row, -1 at padding."""
     position_ids: Tensor
-    """(3, R, T) M-RoPE positions; every completion continues from the end of its prompt."""
+    """(axes, R, T) positions; every completion continues from the end of its prompt."""
     prompts_in_rows: tuple[int, ...]
     """Index of each prompt in row order: each appears once, or once per completion in separate rows."""
     predictors: Tensor
@@ -108,15 +101,10 @@ def collate(
     rows = _rows(completions, layout)
     lengths = [len(ids) for group in completions for ids in group]
     width = max(sum(len(prompts[prompt].input_ids if ids is None else ids) for prompt, ids in row) for row in rows)
-    positions = [
-        rope_positions(
-            prompt, image_token_id=processor.image_token_id, merge_size=processor.image_processor.merge_size
-        )
-        for prompt in prompts
-    ]
+    positions = [processor.positions(prompt) for prompt in prompts]
     input_ids = np.full((len(rows), width), processor.pad_id, dtype=np.int64)
     segments = np.full((len(rows), width), _PADDING, dtype=np.int64)
-    position_ids = np.zeros((3, len(rows), width), dtype=np.int64)
+    position_ids = np.zeros((processor.family.num_axes, len(rows), width), dtype=np.int64)
     last = np.zeros(len(prompts), dtype=np.int64)  # index of each prompt's last token
     predictors = []
     for row, pieces in enumerate(rows):
@@ -137,7 +125,7 @@ def collate(
             predictors.append(np.concatenate([last[[prompt]], row * width + np.arange(begin, end - 1)]))
     mask = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
     features = tuple(group.image_features for group in groups)
-    is_cached = all((feature is None) == (prompt.pixel_values is None) for feature, prompt in zip(features, prompts))
+    is_cached = all((feature is None) != bool(prompt.image_inputs) for feature, prompt in zip(features, prompts))
 
     def as_tensor(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
@@ -244,29 +232,30 @@ class GroupForward(nn.Module):
         Raises:
             ValueError: the attention implementation does not support the batch's layout.
         """
-        language_model = backbone(self.model).language_model
+        family = family_of(self.model)
         device = batch.input_ids.device
         features = batch.features
         if features is None:
-            features = tuple(image_features(self.model, batch.prompts, device))
+            features = tuple(family.image_features(self.model, batch.prompts, device))
         blank = None
-        if self._always_sees and all(prompt.pixel_values is None for prompt in batch.prompts):
+        if self._always_sees and not any(prompt.image_inputs for prompt in batch.prompts):
             # Here, where the tower would run: sharded ranks gather weights in the order in which modules run.
-            blank = None if vision_is_frozen(self.model) else blank_features(self.model, device)
-        embeds = embed_prompts(
+            blank = None if family.vision_is_frozen(self.model) else family.blank_features(self.model, device)
+        embedded = family.embed(
             self.model,
             batch.input_ids,
             batch.segments == _PROMPT,
             [features[index] for index in batch.prompts_in_rows],
         )
         if blank is not None:
-            embeds = embeds + 0.0 * blank.sum()
-        hidden: Tensor = language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
+            embedded = embedded._replace(embeds=embedded.embeds + 0.0 * blank.sum())
+        hidden = family.hidden_states(
+            self.model,
+            embedded,
+            batch.position_ids,
             use_cache=False,
-            **self._attention(batch, embeds.dtype),
-        ).last_hidden_state
+            **self._attention(batch, embedded.embeds.dtype),
+        )
         logps, entropy = self._score(
             hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
         )
@@ -278,14 +267,14 @@ class GroupForward(nn.Module):
 
     def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
         """Return the language model's arguments that tell which tokens attend to which."""
-        config = backbone(self.model).language_model.config
+        config = family_of(self.model).text(self.model).config
         match batch.layout, config._attn_implementation:
             case Layout.SEPARATE, _:
                 return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
             case Layout.PACKED, group_attention.ATTENTION:
                 assert batch.packing is not None
                 packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
-                return {"attention_mask": {"full_attention": None}, "group_layout": packing}
+                return {"attention_mask": group_attention.unused_mask(batch.mask.device), "group_layout": packing}
             case Layout.ROWS, group_attention.ATTENTION | "sdpa":
                 return {"attention_mask": attention_mask(batch.segments)}
             case Layout.ROWS, "eager":  # eager attention adds its mask, so a boolean one would be silently wrong

@@ -14,27 +14,22 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.data.images.files import FileImage
+from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import load_policy
-from medvqa_rl.models.qwen_vl import (
-    Processor,
-    backbone,
-    embed_prompts,
-    image_features,
-    pad_prompts,
-    rope_positions,
-)
+from medvqa_rl.models.processor import Processor
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 
 
 def test_real_qwen2_vl_prompt(shared_data, make_sample, make_image):
     folder = shared_data / "qwen2_vl" / "instruct"
-    processor = Processor.from_folder(folder)
+    processor = Processor.from_folder(folder, Qwen2VL())
     sample = make_sample(images=(make_image(640, 480), make_image(300, 200)), options=("left lung", "right lung"))
     prompt = processor.encode(sample)
 
     assert processor.image_processor.size == {"shortest_edge": 3136, "longest_edge": 12845056}
-    tokens = [int(t * h * w) // 4 for t, h, w in prompt.image_grid_thw]
+    tokens = [int(t * h * w) // 4 for t, h, w in prompt.image_inputs["image_grid_thw"]]
     assert tokens == [(480 // 28) * (644 // 28), (196 // 28) * (308 // 28)]  # rounded to multiples of 28
     expanded = prompt.text
     for count in tokens:  # as Qwen2VLProcessor does it: one placeholder after the other, in the text
@@ -48,11 +43,11 @@ def test_real_qwen2_vl_prompt(shared_data, make_sample, make_image):
         "Is there an effusion?\nA: left lung\nB: right lung\nAnswer with the letter.\n"
         "Think in <think></think>, then answer in <answer></answer>.<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert prompt.pixel_values.shape == (sum(tokens) * 4, 3 * 2 * 14 * 14)
+    assert prompt.image_inputs["pixel_values"].shape == (sum(tokens) * 4, 3 * 2 * 14 * 14)
 
 
 def test_real_qwen2_vl_text_prompt_equals_apply_chat_template(shared_data, make_sample):
-    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct")
+    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct", Qwen2VL())
     sample = make_sample(images=(), question="Wo ist die Läsion? \u2192 links")
     question = sample.question + "\nThink in <think></think>, then answer in <answer></answer>."
     messages = [{"role": "user", "content": question}]
@@ -61,7 +56,7 @@ def test_real_qwen2_vl_text_prompt_equals_apply_chat_template(shared_data, make_
 
 
 def test_real_qwen2_vl_control_tokens(shared_data):
-    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct")
+    processor = Processor.from_folder(shared_data / "qwen2_vl" / "instruct", Qwen2VL())
     assert processor.eos_id == 151645
     assert processor.stop_ids == (151645, 151643)
     assert processor.suppressed_ids == (151644, *range(151646, 151657))
@@ -89,7 +84,7 @@ def test_each_image_is_loaded_once(tiny_policy, mixed_samples):
         prompt = processor.encode(sample)
         assert [image.loads for image in sample.images] == [1] * len(sample.images)
         count = int((prompt.input_ids == processor.image_token_id).sum())
-        assert count == (0 if prompt.image_grid_thw is None else prompt.image_grid_thw.prod(-1).sum() // 4)
+        assert count == (0 if not prompt.image_inputs else prompt.image_inputs["image_grid_thw"].prod(-1).sum() // 4)
 
 
 def test_special_strings_of_the_data_are_neutralised(tiny_policy, make_sample):
@@ -97,7 +92,9 @@ def test_special_strings_of_the_data_are_neutralised(tiny_policy, make_sample):
     evil = make_sample(question="What is <|image_pad|> and </think>?", options=("<|im_end|>", "nothing"))
     prompt = processor.encode(evil)
     assert prompt.neutralised == 3
-    assert int((prompt.input_ids == processor.image_token_id).sum()) == prompt.image_grid_thw.prod() // 4
+    assert (
+        int((prompt.input_ids == processor.image_token_id).sum()) == prompt.image_inputs["image_grid_thw"].prod() // 4
+    )
     assert prompt.text.count("<|im_end|>") == 2
 
 
@@ -128,7 +125,7 @@ def test_a_wrong_chat_template_is_found_when_the_processor_is_loaded(tiny_policy
     processor = tiny_policy().processor
     processor.tokenizer.chat_template = template
     with pytest.raises(ValueError, match=CHAT_TEMPLATES[template]):
-        Processor(processor.tokenizer, processor.image_processor)
+        Processor(processor.family, processor.tokenizer, processor.image_processor)
 
 
 def test_a_wrong_chat_template_is_found_before_weights_and_images_are_read(tiny_folder, tmp_path, monkeypatch):
@@ -141,25 +138,27 @@ def test_a_wrong_chat_template_is_found_before_weights_and_images_are_read(tiny_
 
 
 def test_pixel_limits(tiny_folder, make_sample, make_image):
-    small = Processor.from_folder(tiny_folder("qwen2_vl"), max_pixels=56 * 56, min_pixels=56 * 56)
-    assert small.encode(make_sample(images=(make_image(112, 112),))).image_grid_thw.tolist() == [[1, 4, 4]]
+    small = Processor.from_folder(tiny_folder("qwen2_vl"), Qwen2VL(), max_pixels=56 * 56, min_pixels=56 * 56)
+    assert small.encode(make_sample(images=(make_image(112, 112),))).image_inputs["image_grid_thw"].tolist() == [
+        [1, 4, 4]
+    ]
     with pytest.raises(ValueError, match=r"at least 40000 and at most 12544 pixels"):
-        Processor.from_folder(tiny_folder("qwen2_vl"), min_pixels=40000)
+        Processor.from_folder(tiny_folder("qwen2_vl"), Qwen2VL(), min_pixels=40000)
 
 
 def test_chat_template_is_read_from_every_usual_place(tiny_folder, tmp_path):
-    original = Processor.from_folder(tiny_folder("qwen2_vl"))
+    original = Processor.from_folder(tiny_folder("qwen2_vl"), Qwen2VL())
     template = original.tokenizer.chat_template
     original.save(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"no end-of-sequence token or no chat template"):
-        Processor.from_folder(tmp_path)
+        Processor.from_folder(tmp_path, Qwen2VL())
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert Processor.from_folder(tmp_path).tokenizer.chat_template == template
+    assert Processor.from_folder(tmp_path, Qwen2VL()).tokenizer.chat_template == template
     (tmp_path / "chat_template.json").unlink()
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
-    assert Processor.from_folder(tmp_path).tokenizer.chat_template == template
+    assert Processor.from_folder(tmp_path, Qwen2VL()).tokenizer.chat_template == template
 
 
 def test_saved_processor_files_are_standard(tiny_policy, tmp_path, make_sample):
@@ -177,18 +176,18 @@ def test_saved_processor_files_are_standard(tiny_policy, tmp_path, make_sample):
 
 def test_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read"):
-        Processor.from_folder(tmp_path)
+        Processor.from_folder(tmp_path, Qwen2VL())
 
 
 @BOTH
 def test_positions_equal_get_rope_index(arch, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
-    left = pad_prompts(policy.model, prompts, pad_id=0, device="cpu", side="left")
-    right = pad_prompts(policy.model, prompts, pad_id=0, device="cpu", side="right")
+    left = policy.processor.pad(prompts, "cpu", side="left")
+    right = policy.processor.pad(prompts, "cpu")
     for row, prompt in enumerate(prompts):
         length = len(prompt.input_ids)
-        if prompt.image_grid_thw is None:
+        if not prompt.image_inputs:
             expected = torch.arange(length).expand(3, -1)
         else:
             inputs = model_inputs(policy.model, prompt)
@@ -206,7 +205,7 @@ def test_positions_by_hand(tiny_policy, make_sample, make_image):
     processor = tiny_policy().processor
     prompt = processor.encode(make_sample(images=(make_image(84, 56),)))  # 3 x 2 merged patches
     first = int(np.flatnonzero(prompt.input_ids == processor.image_token_id)[0])
-    positions = rope_positions(prompt, image_token_id=processor.image_token_id, merge_size=2)
+    positions = processor.positions(prompt)
     p = first
     assert positions[:, first : first + 6].tolist() == [
         [p] * 6,
@@ -221,11 +220,14 @@ def test_positions_by_hand(tiny_policy, make_sample, make_image):
 def test_batched_embeddings_give_the_same_logits(arch, side, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
-    padded = pad_prompts(policy.model, prompts, pad_id=policy.processor.pad_id, device="cpu", side=side)
-    features = image_features(policy.model, prompts, "cpu")
+    padded = policy.processor.pad(prompts, "cpu", side=side)
+    family = policy.family
+    embedded = family.embed(
+        policy.model, padded.input_ids, padded.mask, family.image_features(policy.model, prompts, "cpu")
+    )
     with torch.no_grad():
         hidden = backbone(policy.model).language_model(
-            inputs_embeds=embed_prompts(policy.model, padded.input_ids, padded.mask, features),
+            inputs_embeds=embedded.embeds,
             attention_mask=padded.mask,
             position_ids=padded.position_ids,
             use_cache=False,
@@ -239,11 +241,11 @@ def test_batched_embeddings_give_the_same_logits(arch, side, tiny_policy, mixed_
 def test_sampled_image_token_takes_no_features(tiny_policy, make_sample):
     policy = tiny_policy()
     prompt = policy.processor.encode(make_sample())
-    features = image_features(policy.model, [prompt], "cpu")
+    features = policy.family.image_features(policy.model, [prompt], "cpu")
     ids = torch.tensor([[*prompt.input_ids, policy.processor.image_token_id]])
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, -1] = False
-    embeds = embed_prompts(policy.model, ids, mask, features)
+    embeds, _ = policy.family.embed(policy.model, ids, mask, features)
     own = backbone(policy.model).language_model.embed_tokens.weight[policy.processor.image_token_id]
     assert torch.equal(embeds[0, -1], own)
     assert torch.equal(embeds[0, ids[0] == policy.processor.image_token_id][:-1], features[0])

@@ -1,0 +1,287 @@
+"""What the rest of the package needs to know about an architecture.
+
+A family describes models that share a structure. Its methods are stateless: they take the model, or the image
+processor of a checkpoint. The defaults serve a model that transformers builds as ``model.language_model`` beside a
+vision tower, with one position per token and causal attention; a family overrides what differs.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor, nn
+
+from medvqa_rl.core.types import EncodedPrompt, Sample
+
+
+class Readers(NamedTuple):
+    """What a checkpoint reads prompts with."""
+
+    tokenizer: Any
+    image_processor: Any
+    """The family's Pillow image processor."""
+    image_token_id: int
+
+
+class Embedded(NamedTuple):
+    """The input of the language model."""
+
+    embeds: Tensor
+    """(R, T, hidden) token embeddings, with image features at their placeholders."""
+    arguments: Mapping[str, Any]
+    """Further arguments of the language model, such as features for later layers."""
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The ``...ForConditionalGeneration`` of a plain or PEFT model; it has ``model`` and ``lm_head``."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model: nn.Module) -> Any:
+    """The model without its output layer; it has ``language_model``."""
+    return causal_model(model).model
+
+
+class Family(ABC):
+    """An architecture."""
+
+    title: ClassVar[str]
+    """The name in messages."""
+    model_types: ClassVar[tuple[str, ...]]
+    """``model_type`` in config.json."""
+    processor_class: ClassVar[str]
+    """The processor of transformers that opens a saved checkpoint."""
+    image_token: ClassVar[str]
+    """The token whose embeddings are replaced by image features."""
+    placeholder: ClassVar[str]
+    """What the chat template writes for an image."""
+    vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
+    """Modules of :func:`backbone` that turn pixels into features."""
+    projector: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
+    """Those of them, or modules inside, between the vision tower and the language model."""
+    num_axes: ClassVar[int] = 1
+    """Positions of a token: 1, or 3 for time, height and width (M-RoPE)."""
+
+    # Prompts
+
+    @abstractmethod
+    def load_image_processor(self, folder: Path) -> Any:
+        """Load the Pillow image processor of a checkpoint folder; opens no connection."""
+
+    @abstractmethod
+    def limit_pixels(self, image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Set the limits of ``model.min_pixels`` and ``model.max_pixels``; None keeps the checkpoint's own.
+
+        Raises:
+            ValueError: they contradict each other, or this family has no such limits.
+        """
+
+    def save_image_processor(self, image_processor: Any, folder: Path) -> None:
+        """Save the image settings so that the stock processor opens the folder."""
+        image_processor.save_pretrained(folder)
+        # Without the class name AutoProcessor silently returns only a tokenizer for a folder with no config.json.
+        path = folder / "preprocessor_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"processor_class": self.processor_class}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @abstractmethod
+    def preprocess(self, image_processor: Any, images: Sequence[Image.Image]) -> dict[str, NDArray[Any]]:
+        """Preprocess the images of a prompt, at least one: arguments of the model's forward by name."""
+
+    @abstractmethod
+    def image_lengths(self, prompt: EncodedPrompt, readers: Readers) -> list[int]:
+        """Number of image tokens of each image of a prompt."""
+
+    @abstractmethod
+    def expand(
+        self, ids: NDArray[np.int64], text: str, image_inputs: Mapping[str, NDArray[Any]], readers: Readers
+    ) -> NDArray[np.int64]:
+        """(T,) token ids of a prompt with images, its placeholders expanded to the images' tokens.
+
+        Args:
+            ids: the tokens of the text, a single placeholder per image.
+            text: the rendered prompt.
+            image_inputs: from :meth:`preprocess`.
+            readers: of the checkpoint.
+        """
+
+    @abstractmethod
+    def expected_tokens(self, sample: Sample, readers: Readers) -> float:
+        """Estimated number of image tokens of a sample, from the headers of its images."""
+
+    @abstractmethod
+    def encoding_bytes(self, sample: Sample, readers: Readers) -> int:
+        """Upper bound of the memory for preprocessing a sample's images, from their headers. Images without a size in
+        their header (DICOM, NIfTI, drawn ones) count as 0."""
+
+    def positions(self, prompt: EncodedPrompt, readers: Readers) -> NDArray[np.int64]:
+        """(axes, T) positions of a prompt's tokens. Completions continue at the maximum + 1, equal in all axes."""
+        return np.arange(len(prompt.input_ids), dtype=np.int64)[None]
+
+    # Parts of the model
+
+    def text(self, model: nn.Module) -> Any:
+        """The language model; it has ``embed_tokens``, ``layers``, ``norm`` and ``rotary_emb``."""
+        return backbone(model).language_model
+
+    def vision_modules(self, model: nn.Module) -> list[nn.Module]:
+        """The modules named in :attr:`vision`."""
+        return [backbone(model).get_submodule(name) for name in self.vision]
+
+    def vision_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Name, parameter, and whether it belongs to the projector, of all parameters of :attr:`vision`."""
+        for part in self.vision:
+            for name, parameter in backbone(model).get_submodule(part).named_parameters(prefix=part):
+                yield name, parameter, name.startswith(tuple(f"{prefix}." for prefix in self.projector))
+
+    def tower_modules(self, model: nn.Module) -> list[str]:
+        """Modules of the vision tower, named from :func:`backbone`, that PEFT trains and saves beside an adapter."""
+        return [name for name in self.vision if name not in self.projector]
+
+    def vision_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers of the vision tower."""
+        layers: Sequence[nn.Module] = self.vision_modules(model)[0].encoder.layers  # type: ignore[union-attr, assignment]
+        return layers
+
+    def vision_is_frozen(self, model: nn.Module) -> bool:
+        """True if neither the vision tower nor the projector is trained, so that image features can be cached."""
+        return not any(parameter.requires_grad for _, parameter, _ in self.vision_parameters(model))
+
+    def unusable(self, config: Any) -> str | None:
+        """Why a checkpoint with this transformers configuration cannot be used, continuing "The checkpoint in FOLDER";
+        None if it can."""
+        return None
+
+    # Forward
+
+    def image_features(
+        self, model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device | str
+    ) -> list[Tensor | None]:
+        """Encode the images of all prompts in one pass of the vision tower.
+
+        Runs under ``no_grad`` if tower and projector are frozen: LoRA with gradient checkpointing makes even frozen
+        features require gradients, and the backward pass would go through the tower for nothing.
+
+        Returns:
+            Per prompt (image tokens, width) in the order of its placeholders, or None for a prompt without images.
+        """
+        with_images = [prompt for prompt in prompts if prompt.image_inputs]
+        if not with_images:
+            return [None] * len(prompts)
+        inputs = {
+            name: torch.from_numpy(np.concatenate([prompt.image_inputs[name] for prompt in with_images])).to(device)
+            for name in with_images[0].image_inputs
+        }
+        with torch.no_grad() if self.vision_is_frozen(model) else nullcontext():
+            features = iter(self.encode(model, inputs))
+        return [
+            torch.cat([next(features) for _ in range(self.num_units(prompt))]) if prompt.image_inputs else None
+            for prompt in prompts
+        ]
+
+    def num_units(self, prompt: EncodedPrompt) -> int:
+        """Number of images, or of tiles, of a prompt with images that :meth:`encode` returns features of."""
+        return len(prompt.image_inputs["pixel_values"])
+
+    @abstractmethod
+    def encode(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """(image tokens, width) features of each image or tile.
+
+        Args:
+            inputs: the image inputs of all prompts, concatenated.
+        """
+
+    @abstractmethod
+    def blank_features(self, model: nn.Module, device: torch.device | str) -> Tensor:
+        """(image tokens, width) features of a blank image of the smallest size, computed by the vision tower."""
+
+    def embed(self, model: nn.Module, input_ids: Tensor, mask: Tensor, features: Sequence[Tensor | None]) -> Embedded:
+        """Embed padded prompts, with image features at their placeholders.
+
+        Args:
+            model: the model.
+            input_ids: (R, T) token ids; may continue beyond the prompts with sampled tokens.
+            mask: (R, T) bool, True at tokens of prompts. Image tokens are placeholders only there, so sampled tokens
+                cannot shift the features.
+            features: per prompt in row order (image tokens, width) or None, from :meth:`image_features`.
+        """
+        embeds: Tensor = self.text(model).embed_tokens(input_ids)
+        present = [feature for feature in features if feature is not None]
+        if not present:
+            return Embedded(embeds, {})
+        placeholders = (input_ids == backbone(model).config.image_token_id) & mask
+        return self.insert(embeds, placeholders, torch.cat(present).to(embeds.dtype))
+
+    def insert(self, embeds: Tensor, placeholders: Tensor, features: Tensor) -> Embedded:
+        """Replace the embeddings at the (R, T) placeholders by (image tokens, width) features."""
+        return Embedded(embeds.masked_scatter(placeholders.unsqueeze(-1), features), {})
+
+    def hidden_states(self, model: nn.Module, embedded: Embedded, position_ids: Tensor, **arguments: Any) -> Tensor:
+        """(R, T, hidden) final hidden states of the language model.
+
+        Args:
+            position_ids: (axes, R, T).
+            arguments: of the language model, such as the attention mask.
+        """
+        hidden: Tensor = self.text(model)(
+            inputs_embeds=embedded.embeds,
+            position_ids=position_ids if self.num_axes > 1 else position_ids[0],
+            **embedded.arguments,
+            **arguments,
+        ).last_hidden_state
+        return hidden
+
+    # vLLM
+
+    def vllm_images(self, prompt: EncodedPrompt, features: Tensor) -> dict[str, Tensor]:
+        """The images of a prompt as vLLM takes features instead of pixels.
+
+        Args:
+            features: (image tokens, width) of all its images.
+        """
+        return {"image_embeds": features}
+
+    def vllm_processor_arguments(self, image_processor: Any) -> dict[str, Any]:
+        """Arguments (``mm_processor_kwargs``) that make vLLM resize images as training does."""
+        return {}
+
+    # One decoding step
+
+    def rotary(self, model: nn.Module, count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """(count, D) cosines and sines of the text positions 0, 1 ..., from the model's own rotary embedding."""
+        text = self.text(model)
+        positions = torch.arange(count, device=device)[None]
+        if self.num_axes > 1:
+            positions = positions.expand(self.num_axes, 1, -1)
+        cosines, sines = text.rotary_emb(text.embed_tokens.weight[:1], positions)
+        return cosines[0], sines[0]
+
+    def layer(self, layer: Any, hidden: Tensor, attention: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """A decoder layer, (n, hidden) -> (n, hidden), with the attention between its projections replaced.
+
+        Args:
+            attention: takes the layer's ``self_attn`` and its normed input.
+        """
+        hidden = hidden + attention(layer.self_attn, layer.input_layernorm(hidden))
+        output: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return output
+
+    def queries_and_keys(self, attention: Any, hidden: Tensor) -> Tensor:
+        """(n, heads + key-value heads, D) queries and keys of new tokens, before rotation.
+
+        Args:
+            attention: a layer's ``self_attn``.
+            hidden: (n, hidden) its input.
+        """
+        states = torch.cat((attention.q_proj(hidden), attention.k_proj(hidden)), dim=-1)
+        return states.view(len(hidden), -1, attention.head_dim)
