@@ -205,6 +205,18 @@ def test_an_incompatible_adapter_is_refused(tiny_policy, tiny_folder, tmp_path):
         load()
     with pytest.raises(ValueError, match=r"does not hold adapter_config.json"):
         load_policy(ModelConfig(path=path, adapter=str(tmp_path)))
+    save_file(weights, file)
+    settings_file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(settings_file.read_bytes())
+    for changed, message in (
+        ({"rank_pattern": "x"}, r"does not fit the model .* 'str' object has no attribute 'keys'"),
+        ({"r": "4"}, r"adapter_config.json has '4' under r \(should be a valid integer\): copy the adapter again"),
+        ({"lora_alpha": None}, r"has None under lora_alpha"),
+        ({"modules_to_save": 3}, r"has 3 under modules_to_save"),
+    ):
+        settings_file.write_text(json.dumps(settings | changed))
+        with pytest.raises(ValueError, match=message):
+            load()
 
 
 def test_missing_folder(tmp_path):

@@ -90,18 +90,18 @@ def write_text(path: Path, text: str, *, errors: str = "strict", durable: bool =
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> Path:
-    """Write a value as indented JSON, whole or not at all, with NaN as null."""
+    """Write a value as indented JSON, whole or not at all, with NaN and infinity as null."""
     text = json.dumps(without_nan(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_text(path, text, durable=durable)
 
 
 def without_nan(value: Any) -> Any:
-    """Replace NaN by None, at any depth: standard JSON has no NaN. Tuples become lists."""
+    """Replace NaN and infinity by None, at any depth: standard JSON has neither. Tuples become lists."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_lines(text: str) -> list[str]:

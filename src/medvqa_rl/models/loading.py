@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
+from medvqa_rl.core.files import read_json
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import DEFAULT_WORDING, Wording
@@ -303,8 +304,9 @@ def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
         )
     try:
         wrapped = _wrap(model, settings, config)
-    except ValueError as error:
-        raise ValueError(f"The adapter in {folder} does not fit the model {config.path!r}: {error}") from error
+    except FILE_ERRORS as error:
+        why = printable(str(error), 400)
+        raise ValueError(f"The adapter in {folder} does not fit the model {config.path!r}: {why}") from error
     fill_adapter(wrapped, folder)
     return wrapped
 
@@ -317,13 +319,30 @@ def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> Pe
     return cast(PeftModel, wrapped)
 
 
+class _AdapterFile(BaseModel):
+    """Settings in adapter_config.json that are used before PEFT checks them; it has more."""
+
+    r: int = 8
+    lora_alpha: float = 8.0
+    lora_dropout: float = 0.0
+    modules_to_save: list[str] | None = None
+
+
+_ADAPTER = TypeAdapter(_AdapterFile)
+
+
 def read_adapter(folder: Path) -> PeftLoraConfig:
-    """Read the settings of a saved LoRA adapter."""
+    """Read the settings of a saved LoRA adapter.
+
+    Raises:
+        ValueError: they are missing, damaged, or those of another kind of adapter.
+    """
     if not (folder / "adapter_config.json").exists() or not (folder / ADAPTER_FILE).exists():
         raise ValueError(
             f"model.adapter is {str(folder)!r}, but that folder does not hold adapter_config.json and {ADAPTER_FILE}: "
             "give the folder of a checkpoint that was trained with model.lora."
         )
+    read_json(_ADAPTER, folder / "adapter_config.json", "copy the adapter again, or give another")
     try:
         settings = PeftLoraConfig.from_pretrained(str(folder))
     except FILE_ERRORS as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ def test_no_text_ends_the_data(html: str) -> None:
 def test_data_survives_the_script_element(value: Any) -> None:
     text = script_json(value)
     assert json.loads(text) == value and not set("<>&") & set(text) and text.isascii()
+
+
+def test_numbers_that_json_has_not_become_null() -> None:
+    assert script_json({"a": [math.inf, -math.inf, math.nan, 1.5]}) == '{"a":[null,null,null,1.5]}'
 
 
 def test_groups_have_their_images_and_tags_from_the_data_set(run: Path, html: str) -> None:

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from medvqa_rl.config.sharing import without_folders
+from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.report.figures.style import number
 
@@ -55,8 +56,9 @@ def render_with_script(template: str, *, styles: Sequence[str], script: str, dat
 
 
 def script_json(value: Any) -> str:
-    """Return JSON for a script element: no character in it can end the element or open a comment."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    """Return JSON for a script element: no character in it can end the element or open a comment. NaN and infinity,
+    which a file of a run may hold, become null."""
+    text = json.dumps(without_nan(value), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
