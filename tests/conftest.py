@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -16,133 +15,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-)
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.core.types import Sample
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, make_policy
 from medvqa_rl.models.processor import Processor
+from tests.models.families.stock import stock_inputs
+from tests.models.families.tiny import BUILDERS, random_model
 
-ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 ROOT = Path(__file__).resolve().parents[1]
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a missing package on some CPUs
-SPECIAL_TOKENS = [
-    f"<|{name}|>"
-    for name in (
-        *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"),
-        *("quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
-    )
-]
-TAG_TOKENS = ["<think>", "</think>", "<answer>", "</answer>"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = (
-    "You are a helpful assistant. system user assistant Is there a pleural effusion in the left lung? "
-    "Answer with the letter. Think in, then answer in. Answer with the answer only. yes no A: B: C: D: "
-    "The chest X-ray shows an opacity in the right lower lobe. Which organ is seen in this image? brain liver kidney"
-)
-
-
-@cache
-def tiny_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of about 330 tokens with Qwen2-VL's special tokens and chat template."""
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    bpe.train_from_iterator([CORPUS], trainer)
-
-    trained = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=None,
-        extra_special_tokens=SPECIAL_TOKENS,
-        chat_template=CHAT_TEMPLATE,
-    )
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAG_TOKENS])
-    return tokenizer
-
-
-def tiny_config(arch: str) -> Qwen2VLConfig | Qwen2_5_VLConfig:
-    """Hidden 32, 2 layers, 4 heads sharing 2 keys; vision depth 2; 10 padding rows in the vocabulary."""
-    tokenizer = tiny_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    text = {
-        "vocab_size": len(tokenizer) + 10,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.3,  # wide, so that tokens, positions and images all show in the logits
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "tie_word_embeddings": True,
-    }
-    shared = {
-        "text_config": text,
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "tie_word_embeddings": True,
-    }
-    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 14, "initializer_range": 0.3}
-    if arch == "qwen2_vl":
-        return Qwen2VLConfig(vision_config=vision | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}, **shared)
-    window = {
-        "hidden_size": 32,
-        "out_hidden_size": 32,
-        "intermediate_size": 48,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
-    return Qwen2_5_VLConfig(vision_config=vision | window, **shared)
-
-
-def tiny_model(arch: str, seed: int = 0) -> Any:
-    """A random model in float32 whose generation settings are plain greedy decoding."""
-    torch.manual_seed(seed)
-    kind = Qwen2VLForConditionalGeneration if arch == "qwen2_vl" else Qwen2_5_VLForConditionalGeneration
-    model = kind(tiny_config(arch)).eval()
-    model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
-    model.generation_config.pad_token_id = tiny_tokenizer().pad_token_id
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -152,8 +35,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     @cache
     def write(arch: str) -> Path:
         folder = tmp_path_factory.mktemp(arch)
-        tiny_model(arch).save_pretrained(folder)
-        Processor(Qwen2VL(), tiny_tokenizer(), Qwen2VLImageProcessorPil(max_pixels=112 * 112)).save(folder)
+        model = random_model(arch)
+        model.save_pretrained(folder)
+        parts = BUILDERS[arch]()
+        Processor(family_of(model), parts.tokenizer, parts.image_processor).save(folder)
         return folder
 
     return write
@@ -164,7 +49,7 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
     """Makes a fresh tiny policy on the CPU: ``tiny_policy("qwen2_vl", seed=1, lora=LoraConfig(rank=2))``."""
 
     def make(arch: str = "qwen2_vl", *, seed: int = 0, **settings: Any) -> Policy:
-        model = tiny_model(arch, seed)
+        model = random_model(arch, seed)
         folder = tiny_folder(arch)
         processor = Processor.from_folder(folder, family_of(model))
         return make_policy(model, processor, ModelConfig(path=str(folder), device="cpu", **settings), "cpu")
@@ -285,19 +170,6 @@ def mixed_samples() -> list[Sample]:
         build_sample("none", images=(), question="Is the liver in the abdomen or in the chest?"),
         build_sample("choice", images=(draw_image(112, 84, seed=4),), options=("left lung", "right lung")),
     ]
-
-
-def stock_inputs(model: Any, prompt: EncodedPrompt, completion: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
-    """What the stock model's forward takes for one prompt and completion: the independent path for comparisons."""
-    ids = torch.tensor([[*prompt.input_ids.tolist(), *completion]])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.image_inputs:
-        is_image = ids == model.config.image_token_id
-        is_image[:, len(prompt.input_ids) :] = False
-        inputs["mm_token_type_ids"] = is_image.int()
-        inputs["pixel_values"] = torch.from_numpy(prompt.image_inputs["pixel_values"])
-        inputs["image_grid_thw"] = torch.from_numpy(prompt.image_inputs["image_grid_thw"])
-    return inputs
 
 
 @pytest.fixture(scope="session")

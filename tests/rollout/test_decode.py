@@ -1,4 +1,4 @@
-"""The engine equals transformers' ``generate``, and its samples do not depend on batching."""
+"""The rollout engine's batching, addressing and errors; tests/models/families compares it with ``generate``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from medvqa_rl.config import LoraConfig, RolloutConfig
+from medvqa_rl.config import RolloutConfig
 from medvqa_rl.models.families.family import backbone
-from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout import decode
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.state import DecodeState
+from tests.models.families.stock import never_sampled, stock_greedy
 
-BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 LENGTH = 24
 
 
@@ -31,27 +30,6 @@ def make_policy(tiny_policy):
     return make
 
 
-def never_sampled(policy):
-    """Control tokens and the rows of the output layer beyond the tokenizer."""
-    rows = backbone(policy.model).config.text_config.vocab_size
-    assert rows > len(policy.processor.tokenizer)
-    return [*policy.processor.suppressed_ids, *range(len(policy.processor.tokenizer), rows)]
-
-
-def stock_greedy(policy, prompt, model_inputs, length=LENGTH):
-    """Greedy tokens of transformers' own ``generate``, one prompt at a time."""
-    processor = policy.processor
-    ids = policy.model.generate(
-        **model_inputs(backbone(policy.model), prompt),
-        max_new_tokens=length,
-        do_sample=False,
-        suppress_tokens=never_sampled(policy),
-        eos_token_id=list(processor.stop_ids),
-        pad_token_id=processor.pad_id,
-    )
-    return tuple(ids[0, len(prompt.input_ids) :].tolist())
-
-
 def sampled(policy, samples, *, seed=0, step=0, stream="train", **settings):
     """Token ids of a rollout by sample id."""
     config = RolloutConfig(**({"num_generations": 4, "max_completion_length": LENGTH} | settings))
@@ -60,84 +38,8 @@ def sampled(policy, samples, *, seed=0, step=0, stream="train", **settings):
     return {group.sample.id: [completion.token_ids for completion in group.completions] for group in groups}
 
 
-@BOTH
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_greedy_equals_generate(arch, attention, make_policy, mixed_samples, model_inputs):
-    lengths = set()
-    for seed in range(4):
-        policy = make_policy(arch, seed=seed, attention=attention)
-        policy.model.set_attn_implementation(attention)  # the model was made in memory, not loaded
-        groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
-        for group, sample in zip(groups, mixed_samples, strict=True):
-            (completion,) = group.completions
-            expected = stock_greedy(policy, group.prompt, model_inputs)
-            assert completion.token_ids == expected
-            assert completion.is_truncated == (expected[-1] not in policy.processor.stop_ids)
-            assert completion.text == policy.processor.decode(expected)
-            assert group.sample is sample
-            lengths.add(len(expected))
-    assert len(lengths) > 2  # some ended early, so rows were finished at different times
-
-
-@BOTH
-def test_lora_and_checkpointing_while_training(arch, make_policy, mixed_samples, model_inputs):
-    policy = make_policy(arch, lora=LoraConfig(rank=4), gradient_checkpointing=True)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    policy.model.train()
-    groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=3))
-    assert policy.model.training
-    assert all(module.training for module in policy.model.modules())
-    policy.model.eval()
-    for group in groups:
-        assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
-
-
-def test_shifted_positions_change_the_tokens(make_policy, mixed_samples, model_inputs, monkeypatch):
-    """Negative control: other positions after the prompt, such as its number of tokens, give other tokens."""
-    pad = Processor.pad
-
-    def wrong(*args, **kwargs):
-        padded = pad(*args, **kwargs)
-        return padded._replace(next_positions=padded.mask.sum(-1))
-
-    def shifted(*args, **kwargs):
-        padded = pad(*args, **kwargs)
-        return padded._replace(next_positions=padded.next_positions + 1)
-
-    images = [sample for sample in mixed_samples if sample.images]
-    for change in (wrong, shifted):
-        monkeypatch.setattr(Processor, "pad", change)
-        differ = 0
-        for seed in range(4):
-            policy = make_policy(seed=seed)
-            for group in RolloutEngine(policy).greedy(images, max_completion_length=LENGTH, batch_size=4):
-                differ += group.completions[0].token_ids != stock_greedy(policy, group.prompt, model_inputs)
-        assert differ >= 6  # of 12
-
-
-def test_a_leaking_mask_changes_the_tokens(make_policy, mixed_samples, model_inputs, monkeypatch):
-    """Negative control: without the mask, sequences attend to the padding of shorter prompts."""
-    shape = DecodeState.shape
-
-    padded = []
-
-    def leaking(state):
-        padded.append(shape(state).is_padded)
-        return shape(state)._replace(is_padded=False)
-
-    monkeypatch.setattr(DecodeState, "shape", leaking)
-    policy = make_policy()
-    groups = list(RolloutEngine(policy).greedy(mixed_samples, max_completion_length=LENGTH, batch_size=4))
-    assert padded[0]
-    assert any(group.completions[0].token_ids != stock_greedy(policy, group.prompt, model_inputs) for group in groups)
-
-
-@BOTH
-def test_sampling_does_not_depend_on_batching(arch, make_policy, mixed_samples):
-    policy = make_policy(arch, seed=3)
+def test_sampling_does_not_depend_on_batching(make_policy, mixed_samples):
+    policy = make_policy(seed=3)
     expected = sampled(policy, mixed_samples, max_batch=64)
     assert len({len(tokens) for group in expected.values() for tokens in group}) > 3
     assert sampled(policy, mixed_samples, max_batch=1) == expected
@@ -183,26 +85,6 @@ def test_a_repeated_sample_gets_new_completions(make_policy, mixed_samples):
     assert together[0] != together[2]
     assert tokens([first, mixed_samples[1], first], max_batch=1) == together
     assert tokens([first])[0] == together[0]
-
-
-@BOTH
-def test_sampled_tokens_follow_the_logits_of_transformers(arch, make_policy, mixed_samples, model_inputs):
-    """Each token is what its uniform picks from a plain forward over the whole sequence."""
-    from medvqa_rl.rollout.sampling import pick_tokens, uniform_table
-
-    policy = make_policy(arch, seed=3)
-    config = RolloutConfig(num_generations=2, max_completion_length=LENGTH, temperature=0.8, top_k=20, top_p=0.9)
-    groups = RolloutEngine(policy).rollout(mixed_samples, config, seed=5, stream="eval", step=2)
-    suppressed = torch.tensor(never_sampled(policy))
-    for group in groups:
-        table = uniform_table(5, "eval", 2, [group.sample.id], [0], 2, LENGTH)
-        for index, completion in enumerate(group.completions):
-            inputs = model_inputs(backbone(policy.model), group.prompt, completion=completion.token_ids)
-            with torch.no_grad():
-                logits = policy.model(**inputs).logits[0, len(group.prompt.input_ids) - 1 : -1]
-            u = torch.from_numpy(table[index, : len(completion.token_ids)])
-            picked = pick_tokens(logits, u, temperature=0.8, top_k=20, top_p=0.9, suppressed=suppressed)
-            assert tuple(picked.tolist()) == completion.token_ids
 
 
 def test_control_tokens_are_never_sampled(make_policy, mixed_samples):
@@ -275,9 +157,8 @@ def many_samples(mixed_samples):
     return [replace(sample, id=f"{sample.id}-{turn}") for turn in range(3) for sample in mixed_samples]
 
 
-@BOTH
-def test_waiting_prompts_take_the_rows_of_finished_sequences(arch, make_policy, mixed_samples, monkeypatch):
-    policy = make_policy(arch, seed=3)
+def test_waiting_prompts_take_the_rows_of_finished_sequences(make_policy, mixed_samples, monkeypatch):
+    policy = make_policy(seed=3)
     samples = many_samples(mixed_samples)
     expected = sampled(policy, samples)
     shapes = watch_shapes(monkeypatch)
@@ -297,9 +178,8 @@ def test_waiting_prompts_take_the_rows_of_finished_sequences(arch, make_policy, 
     assert sum(shape.rows for shape in shapes) < 0.8 * long
 
 
-@BOTH
-def test_greedy_does_not_depend_on_the_batch_size(arch, make_policy, mixed_samples, model_inputs, monkeypatch):
-    policy = make_policy(arch, seed=1)
+def test_greedy_does_not_depend_on_the_batch_size(make_policy, mixed_samples, monkeypatch):
+    policy = make_policy(seed=1)
     samples = many_samples(mixed_samples)
     shapes = watch_shapes(monkeypatch)
     for size in (1, 3, 5):
@@ -307,7 +187,7 @@ def test_greedy_does_not_depend_on_the_batch_size(arch, make_policy, mixed_sampl
         groups = list(RolloutEngine(policy).greedy(iter(samples), max_completion_length=LENGTH, batch_size=size))
         assert [group.sample.id for group in groups] == [sample.id for sample in samples]
         for group in groups[:4]:
-            assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, model_inputs)
+            assert group.completions[0].token_ids == stock_greedy(policy, group.prompt, LENGTH)
         by_id = {group.sample.id: group.completions[0].token_ids for group in groups}
         assert all(by_id[f"{sample.id}-2"] == by_id[f"{sample.id}-0"] for sample in mixed_samples)
         assert size == 1 or any(not shape.is_aligned for shape in shapes)

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from toy import read_metrics, toy_config
 
 from medvqa_rl.learning.distributed.roll_call import PHASES
+from medvqa_rl.models.checkpoints import write_model
+from tests.models.families.tiny import BUILDERS, tiny_policy
 
 RANKS = Path(__file__).parents[1] / "ranks.py"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -165,6 +167,28 @@ def test_two_ranks_share_an_evaluation_and_answer_as_one(runs: Path, engine: str
     evaluations = len(list((ranks / "eval").iterdir()))
     answered = [int((ranks / f"answered-{rank}").read_text()) for rank in range(2)]
     assert answered == [2 * evaluations, evaluations]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_family_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
+    """With the tower, which a rank runs on a blank image where its prompts have none."""
+    write_model(tiny_policy(name), tmp_path / "model")
+    names = {None: "alone", "ddp": "ddp", "fsdp2": "fsdp2"}
+    jobs = [
+        job(tmp_path / "model", tmp_path, to, engine, "mixed", gradient=str(tmp_path / f"{to}.pt"))
+        for engine, to in names.items()
+    ]
+    codes, errors = run(jobs, tmp_path)
+    assert all(code == 0 for ranks in codes.values() for code in ranks), errors
+    expected = torch.load(tmp_path / "alone.pt", weights_only=True)
+    assert all(gradient.norm() > 0 for key, gradient in expected.items() if "visual" in key or "vision" in key)
+    for ranks in ("ddp", "fsdp2"):
+        found = torch.load(tmp_path / f"{ranks}.pt", weights_only=True)
+        assert expected.keys() <= found.keys()
+        for key, gradient in expected.items():
+            difference = (found[key].view_as(gradient) - gradient).norm()
+            assert difference <= 1e-5 * gradient.norm() + 1e-8, (ranks, key)
+        assert distance(weights(tmp_path / ranks), weights(tmp_path / "alone")) <= 2e-5
 
 
 def test_wrong_advantages_are_detected(runs: Path) -> None:

@@ -1,4 +1,4 @@
-"""Log-probabilities and gradients of groups against the stock model's own forward, one completion at a time."""
+"""Statistics, layouts and chunks of groups; tests/models/families has the gradients against the stock forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from medvqa_rl.learning.objective.logprobs import GroupForward, attention_mask, 
 from medvqa_rl.models.families.family import backbone
 
 TEMPERATURE = 0.7
-ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 
 
 def make_groups(policy, samples, *, cached=False, with_image_token=False, seed=0):
@@ -40,12 +39,10 @@ def padded(rows):
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", list(Layout))
-@pytest.mark.parametrize("cached", [True, False])
-def test_equals_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch, layout, cached):
-    policy = tiny_policy(arch)
-    groups = make_groups(policy, mixed_samples, cached=cached)
+def test_statistics_equal_the_stock_forward(tiny_policy, mixed_samples, stock_logps, layout):
+    policy = tiny_policy()
+    groups = make_groups(policy, mixed_samples)
     batch = collate(groups, policy.processor, "cpu", layout=layout)
     assert batch.input_ids.shape[0] == {"packed": 1, "rows": len(groups), "separate": 3 * len(groups)}[layout]
     with torch.no_grad():
@@ -54,25 +51,6 @@ def test_equals_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch,
     assert (stats.logps - logps).abs().max() <= 1e-5
     assert (stats.entropy - entropy).abs().max() <= 1e-5
     assert (stats.logps[~batch.mask] == 0).all()
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("layout", list(Layout))
-@pytest.mark.parametrize("settings", [{"train_vision": True, "train_projector": True}, {}, {"attention": "eager"}])
-def test_gradients_equal_the_stock_forward(tiny_policy, mixed_samples, stock_logps, arch, layout, settings):
-    policy = tiny_policy(arch, **settings)
-    groups = make_groups(policy, mixed_samples)
-    batch = collate(groups, policy.processor, "cpu", layout=layout)
-    weights = torch.randn(batch.mask.shape, generator=torch.Generator().manual_seed(3))
-    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-
-    (padded(stock_logps(policy.model, groups, TEMPERATURE)[0]) * weights * batch.mask).sum().backward()
-    expected = {name: p.grad for name, p in trained.items()}
-    policy.model.zero_grad()
-    (GroupForward(policy.model)(batch, temperature=TEMPERATURE).logps * weights).sum().backward()
-    for name, parameter in trained.items():
-        difference = (parameter.grad - expected[name]).norm()
-        assert difference <= 1e-5 * expected[name].norm() + 1e-8, name
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}])

@@ -1,0 +1,185 @@
+"""Tiny random models of every family, with the tokenizer, chat template and image processor of its checkpoints.
+
+To prove a new family, add a builder to ``BUILDERS``, what its stock forward takes to stock.py, and run this folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from medvqa_rl.config import ModelConfig
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.loading import Policy, make_policy
+from medvqa_rl.models.processor import Processor
+
+CORPUS = (
+    "You are a helpful assistant. system user assistant Is there a pleural effusion in the left lung? "
+    "Answer with the letter. Think in, then answer in. Answer with the answer only. yes no A: B: C: D: "
+    "The chest X-ray shows an opacity in the right lower lobe. Which organ is seen in this image? brain liver kidney"
+)
+WORDS = 320
+"""Tokens of the vocabulary before the special ones."""
+TAG_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+QWEN_TOKENS = tuple(
+    f"<|{name}|>"
+    for name in (
+        *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end"),
+        *("quad_start", "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"),
+    )
+)
+QWEN2_VL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Parts(NamedTuple):
+    """What a family's checkpoint consists of, without the weights."""
+
+    config: Any
+    tokenizer: Any
+    image_processor: Any
+    processor: str
+    """The class of transformers that the published checkpoints name."""
+
+
+@cache
+def qwen_tokenizer(template: str = QWEN2_VL_TEMPLATE) -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of about 340 tokens with the special tokens of Qwen's vision-language models."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    bpe.train_from_iterator([CORPUS], trainer)
+
+    trained = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token=None,
+        extra_special_tokens=list(QWEN_TOKENS),
+        chat_template=template,
+    )
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAG_TOKENS])
+    return tokenizer
+
+
+def qwen_text(tokenizer: Any) -> dict[str, Any]:
+    """Hidden 32, 2 layers, 4 heads that share 2 keys; 10 padding rows in the vocabulary."""
+    return {
+        "vocab_size": len(tokenizer) + 10,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,  # wide, so that tokens, positions and images all show in the logits
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": True,
+    }
+
+
+def qwen_ids(tokenizer: Any) -> dict[str, Any]:
+    """Settings of the whole model that name tokens."""
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names)}
+    return ids | {"tie_word_embeddings": True}
+
+
+def qwen2_vl() -> Parts:
+    tokenizer = qwen_tokenizer()
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 14, "initializer_range": 0.3, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config=qwen_text(tokenizer),
+        vision_config=vision | {"embed_dim": 32, "hidden_size": 32},
+        **qwen_ids(tokenizer),
+    )
+    return Parts(config, tokenizer, Qwen2VLImageProcessorPil(max_pixels=112 * 112), "Qwen2VLProcessor")
+
+
+def qwen2_5_vl() -> Parts:
+    """The first layer of the tower attends within windows of 56 x 56 pixels."""
+    tokenizer = qwen_tokenizer()
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 14,
+        "initializer_range": 0.3,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(text_config=qwen_text(tokenizer), vision_config=vision, **qwen_ids(tokenizer))
+    return Parts(config, tokenizer, Qwen2VLImageProcessorPil(max_pixels=112 * 112), "Qwen2_5_VLProcessor")
+
+
+BUILDERS: dict[str, Callable[[], Parts]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
+
+
+def random_model(name: str, seed: int = 0, attention: str = "sdpa") -> Any:
+    """A random model in float32 whose generation settings are plain greedy decoding."""
+    parts = BUILDERS[name]()
+    torch.manual_seed(seed)
+    model: Any = AutoModelForImageTextToText.from_config(parts.config, attn_implementation=attention).eval()
+    model.generation_config.eos_token_id = parts.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = parts.tokenizer.pad_token_id
+    return model
+
+
+def tiny_policy(name: str, *, seed: int = 0, **settings: Any) -> Policy:
+    """A tiny policy of a family, with ``settings`` of the section ``model``.
+
+    Norms and biases are changed from their initial ones and zeros, and so are the zeros of a LoRA, because a formula
+    that leaves one of them out would go unnoticed. One token in eight ends a completion.
+    """
+    _, tokenizer, image_processor, _ = BUILDERS[name]()
+    config = ModelConfig(path=name, device="cpu", **settings)
+    model = random_model(name, seed, config.attention)
+    shake(model, "", seed)
+    processor = Processor(family_of(model), tokenizer, image_processor, stop_ids=range(0, WORDS, 8))
+    policy = make_policy(model, processor, config, "cpu")
+    shake(policy.model, "lora_B", seed)
+    return policy
+
+
+@torch.no_grad()
+def shake(model: torch.nn.Module, name: str, seed: int) -> None:
+    """Add noise to the vectors of a model, or to the parameters with a name."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if name in key if name else parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
