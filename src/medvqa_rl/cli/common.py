@@ -151,7 +151,8 @@ def prepare_process() -> None:
     # package kernels, or warns that the package is missing.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # PEFT's question to transformers.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> Loaded:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
+from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
@@ -250,8 +251,8 @@ class RolloutEngine:
             model,
             family.embed(model, padded.input_ids, padded.mask, features),
             padded.position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(family.text(model), cache),
         )
         last = hidden[torch.arange(len(prompts), device=device), padded.mask.sum(dim=-1) - 1]
         layers: Any = cache.layers

@@ -27,6 +27,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medvqa_rl.models.cache import cache_argument
+
 RELEASED: dict[str, Any] = json.loads((Path(__file__).parents[1] / "released.json").read_text())
 
 
@@ -196,7 +198,10 @@ class Engine:
         )
         cache = DynamicCache()
         hidden = model.language_model(
-            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=embeds,
+            position_ids=positions,
+            use_cache=True,
+            **cache_argument(model.language_model, cache),
         ).last_hidden_state
         return cache, self.inner.lm_head(hidden[:, -1]).float(), int(positions.max()) + 1
 
@@ -227,8 +232,8 @@ class Engine:
             hidden = language_model(
                 inputs_embeds=language_model.embed_tokens(torch.tensor(picked))[:, None],
                 position_ids=torch.full((3, params.n, 1), position + step),
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(language_model, cache),
             ).last_hidden_state
             logits = self.inner.lm_head(hidden[:, -1]).float()
         return [

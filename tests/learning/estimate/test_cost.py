@@ -18,6 +18,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.vision_utils import get_vision_window_index
 
 from medvqa_rl.config import LoraConfig
@@ -41,6 +42,7 @@ from medvqa_rl.learning.estimate.cost import (
     vision_pairs,
 )
 from medvqa_rl.learning.objective.logprobs import attention_mask, collate
+from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.family import backbone, causal_model
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
@@ -218,17 +220,17 @@ def test_decoding_flops(tiny_policy):
     text = backbone(policy.model).language_model
     ids = torch.zeros(3, 7, dtype=torch.long)
     with torch.no_grad():
-        cache = text(input_ids=ids, use_cache=True).past_key_values
-        counted = torch_flops(
-            lambda: policy.model.lm_head(text(input_ids=ids[:, :1], past_key_values=cache).last_hidden_state)
-        )
+        cache = cache_argument(text, DynamicCache())
+        text(input_ids=ids, use_cache=True, **cache)
+        counted = torch_flops(lambda: policy.model.lm_head(text(input_ids=ids[:, :1], **cache).last_hidden_state))
     assert decode_flops(model, rows=3, keys=8) == counted
 
 
 def test_decoding_reads_the_weights_and_the_cache(tiny_policy):
     policy = tiny_policy()
     text = backbone(policy.model).language_model
-    cache = text(input_ids=torch.zeros(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    cache = DynamicCache()
+    text(input_ids=torch.zeros(3, 7, dtype=torch.long), use_cache=True, **cache_argument(text, cache))
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     weights = count(text.layers) + count(text.norm) + policy.model.lm_head.weight.numel()
     assert decode_bytes(architecture(policy.model), keys=21, bytes_per_number=4) == 4 * (weights + numbers)

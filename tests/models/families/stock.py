@@ -14,7 +14,7 @@ from medvqa_rl.models.loading import Policy
 
 
 def stock_processor(name: str, tokenizer: Any, image_processor: Any) -> Any:
-    """The processor of transformers with this name around these parts. Its video processor needs torchvision and is left out."""
+    """A processor class of transformers around these parts, without its video processor, which needs torchvision."""
     kind = getattr(transformers, name)
     unchecked = type(name, (kind,), {"check_argument_for_proper_class": lambda self, name, given: type(given)})
     return unchecked(

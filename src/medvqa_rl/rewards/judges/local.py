@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.rewards.judges.local_model import JudgeModel, load_judge_model
 from medvqa_rl.rewards.judges.prompts import defused
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
@@ -169,9 +170,9 @@ class YesNoJudge(LocalJudge):
             input_ids=ids[:, skipped:].to(device),
             attention_mask=mask.to(device),
             position_ids=torch.arange(skipped, width, device=device)[None],
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=torch.arange(first - skipped, width - skipped, device=device),
+            **cache_argument(self.loaded.model, cache),
         ).logits
         return [
             logits[row, piece.start - 1 - first : len(piece.tokens) - first].double().log_softmax(-1).cpu()
@@ -183,7 +184,8 @@ class YesNoJudge(LocalJudge):
         if self._prefix_cache is None:
             ids = torch.tensor([self._prefix], device=self.loaded.model.device)
             cache = DynamicCache(config=self.loaded.model.config)
-            self.loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            argument = cache_argument(self.loaded.model, cache)
+            self.loaded.model(input_ids=ids, use_cache=True, logits_to_keep=1, **argument)
             self._prefix_cache = cache
         forked = copy.deepcopy(self._prefix_cache)
         forked.batch_repeat_interleave(count)
