@@ -233,6 +233,15 @@ def test_the_direct_template_takes_the_whole_text() -> None:
     assert (parsed.answer, parsed.is_well_formed) == (None, False)
 
 
+def test_the_direct_template_leaves_out_reasoning_before_the_answer() -> None:
+    """Models that always reason do so whatever the prompt asks for."""
+    assert parse_completion("<think>\nA line.</think>\n\nNo finding.", "direct").answer == "No finding."
+    assert parse_completion("<think>\nToo long to", "direct").answer is None
+    assert parse_completion("No finding. <think>Or is there?</think> A mass", "direct").answer == (
+        "No finding. <think>Or is there?</think> A mass"
+    )
+
+
 @given(PIECES)
 def test_any_text_is_parsed_without_contradiction(text: str) -> None:
     parsed = parse_completion(text)

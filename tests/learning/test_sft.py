@@ -51,6 +51,25 @@ def test_targets_have_the_tags_of_their_prompt():
     assert group.completions[0].text == "[why]It is (/WHY) right.[/why][so]B[/so]"
 
 
+@pytest.mark.parametrize(
+    ("template", "use_reasoning", "added"),
+    [
+        ("think_answer", True, "It is right.</think><answer>B</answer>"),
+        ("think_answer", False, "</think>\n\n<answer>B</answer>"),
+        ("direct", True, "</think>\n\nB"),
+    ],
+)
+def test_a_target_continues_the_reasoning_that_its_prompt_opens(template, use_reasoning, added):
+    prompt = EncodedPrompt(np.zeros(1, dtype=np.int64), {}, "assistant\n<think>\n", template=template)
+    tokenizer = SimpleNamespace(encode_completion=lambda text: (text,))
+    sample = replace(SAMPLE, reasoning="It is right.")
+    (group,) = target_groups([PreparedPrompt(sample, 0, prompt, 0)], tokenizer, use_reasoning=use_reasoning)
+    (completion,) = group.completions
+    assert completion.token_ids == (added,)
+    assert completion.text == f"<think>\n{added}"
+    assert is_correct(sample, parse_completion(completion.text, template).answer)
+
+
 @pytest.mark.parametrize("template", INSTRUCTIONS)
 def test_every_template_is_taught_its_own_form(template):
     """On drawn questions, whose descriptions are true: the sections that it asks for, and no others."""

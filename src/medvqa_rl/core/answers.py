@@ -55,10 +55,13 @@ def parse_completion(
     """Parse a completion.
 
     The answer is read from a unique, non-empty answer section even if the rest is malformed; two answer sections, or
-    none, give no answer. With the ``direct`` template the whole text is the answer.
+    none, give no answer. With the ``direct`` template the whole text is the answer, except for reasoning before it.
     """
     names = SECTIONS[template]
     if not names:
+        opening, closing = wording.think
+        if text.lstrip().startswith(opening):
+            text = text.partition(closing)[2]
         answer = text.strip() or None
         return ParsedAnswer(None, answer, answer is not None)
     tags = {name: wording.tag(name) for name in names}

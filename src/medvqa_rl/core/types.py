@@ -184,6 +184,13 @@ class EncodedPrompt:
     """With these tags."""
 
     @property
+    def opening(self) -> str:
+        """The think tag and the white space after it, if the prompt ends with them: the chat templates of models that
+        always reason open the section, and the completion continues inside it. Else empty."""
+        tag = self.wording.think[0]
+        return self.text[self.text.rindex(tag) :] if self.text.rstrip().endswith(tag) else ""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return self.input_ids.nbytes + sum(array.nbytes for array in self.image_inputs.values())
@@ -196,7 +203,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """The sampled tokens, including the end-of-sequence token if it was reached."""
     text: str
-    """The decoded tokens, without special tokens."""
+    """The decoded tokens, without special tokens, after the opening think tag if it is part of the prompt."""
     is_truncated: bool
     """Whether the token limit was reached before the end-of-sequence token."""
     logps: tuple[float, ...] | None = None

@@ -19,7 +19,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.prompts import as_asked, render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import first_few
-from medvqa_rl.core.types import DEFAULT_WORDING, Completion, Dataset, Group, Sample, Template, Wording
+from medvqa_rl.core.types import DEFAULT_WORDING, Completion, Dataset, EncodedPrompt, Group, Sample, Template, Wording
 from medvqa_rl.learning.batching.feed import PreparedPrompt, make_feed
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
 from medvqa_rl.learning.objective.layout import Layout
@@ -47,9 +47,16 @@ def target_text(sample: Sample, template: Template, wording: Wording = DEFAULT_W
     return render_answer(asked.reasoning, asked.answer, template, wording, description=asked.description)
 
 
-def target_completion(text: str, processor: Processor) -> Completion:
-    """Tokenize a target."""
-    return Completion(processor.encode_completion(text), text, is_truncated=False)
+def target_completion(text: str, prompt: EncodedPrompt, processor: Processor) -> Completion:
+    """Tokenize a target.
+
+    A prompt that ends with the opening think tag (:attr:`EncodedPrompt.opening`) is not given it again, and a target
+    without reasoning closes the section first.
+    """
+    if prompt.opening:
+        start, end = prompt.wording.think
+        text = text.removeprefix(start) if text.startswith(start) else f"{end}\n\n{text}"
+    return Completion(processor.encode_completion(text), prompt.opening + text, is_truncated=False)
 
 
 def target_groups(prompts: Sequence[PreparedPrompt], processor: Processor, *, use_reasoning: bool) -> list[Group]:
@@ -57,7 +64,7 @@ def target_groups(prompts: Sequence[PreparedPrompt], processor: Processor, *, us
     groups = []
     for sample, _, prompt, _ in prompts:
         text = target_text(sample, prompt.template, prompt.wording, use_reasoning=use_reasoning)
-        groups.append(Group(sample, prompt, (target_completion(text, processor),)))
+        groups.append(Group(sample, prompt, (target_completion(text, prompt, processor),)))
     return groups
 
 

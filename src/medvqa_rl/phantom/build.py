@@ -232,10 +232,11 @@ def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[G
     """The samples of one step, as groups with one completion each."""
     lessons = [lesson(stage, seed, step * BATCH + index) for index in range(BATCH)]
     processor = policy.processor
-    return [
-        Group(sample, processor.encode(sample, "think_answer"), (target_completion(text, processor),))
-        for sample, text in lessons
-    ]
+    groups = []
+    for sample, text in lessons:
+        prompt = processor.encode(sample, "think_answer")
+        groups.append(Group(sample, prompt, (target_completion(text, prompt, processor),)))
+    return groups
 
 
 def save(policy: Policy, folder: Path) -> None:

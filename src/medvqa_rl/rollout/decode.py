@@ -8,7 +8,7 @@ in the cache a key is stored.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -227,7 +227,7 @@ class RolloutEngine:
                         num_admitted += 1
                 assert state is not None
                 is_done = self._decode(state, generation)
-                for owner, completion in self._read(state, is_done):
+                for owner, completion in self._read(state, is_done, running):
                     running[owner.prompt].completions[owner.completion] = completion
                 state.remove(is_done)
                 finished = []
@@ -310,7 +310,9 @@ class RolloutEngine:
             )
         return is_done
 
-    def _read(self, state: DecodeState, is_done: Sequence[bool]) -> Iterator[tuple[Owner, Completion]]:
+    def _read(
+        self, state: DecodeState, is_done: Sequence[bool], running: Mapping[int, _Running]
+    ) -> Iterator[tuple[Owner, Completion]]:
         """The completions of the sequences that are done."""
         rows = [row for row, done in enumerate(is_done) if done]
         index = torch.tensor(rows, device=self._policy.device)
@@ -318,7 +320,8 @@ class RolloutEngine:
         owners = state.owners
         for row, tokens, last, is_stopped in zip(rows, *found):
             ids = tuple(tokens[: last + 1])
-            yield owners[row], Completion(ids, self.processor.decode(ids), not is_stopped)
+            text = running[owners[row].prompt].request.prompt.opening + self.processor.decode(ids)
+            yield owners[row], Completion(ids, text, not is_stopped)
 
     def _group(self, prompt: _Running) -> Group:
         """The group of a prompt whose completions are all done."""

@@ -196,17 +196,17 @@ class VllmEngine:
         return Group(
             sample,
             prompt,
-            [self._completion(sample, sampled) for sampled in answer.completions],
+            [self._completion(sample, prompt, sampled) for sampled in answer.completions],
             request.features if self._policy.vision_is_frozen else None,
         )
 
-    def _completion(self, sample: Sample, sampled: Sampled) -> Completion:
+    def _completion(self, sample: Sample, prompt: EncodedPrompt, sampled: Sampled) -> Completion:
         if sampled.finish_reason not in ("stop", "length") or not sampled.token_ids:
             raise VllmError(
                 f"vLLM ended a completion for sample {shown(sample.id)} early, after {len(sampled.token_ids)} tokens "
                 f"(reason: {sampled.finish_reason})."
             )
-        text = self._policy.processor.decode(sampled.token_ids)
+        text = prompt.opening + self._policy.processor.decode(sampled.token_ids)
         return Completion(sampled.token_ids, text, sampled.finish_reason == "length", sampled.logps)
 
 
