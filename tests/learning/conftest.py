@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.families import family_for
 from medvqa_rl.models.processor import Processor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -28,11 +28,13 @@ def wide_folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
             # Keys are 32 wide, so that bitsandbytes could repack them for its kernel on a CPU.
             config.text_config.update({"hidden_size": 64, "intermediate_size": 128})
             config.text_config.update({"num_attention_heads": 8, "num_key_value_heads": 4})
-            config.vision_config.update({"out_hidden_size" if arch == "qwen2_5_vl" else "hidden_size": 64})
+            config.vision_config.update({"hidden_size" if arch == "qwen2_vl" else "out_hidden_size": 64})
             folder = tmp_path_factory.mktemp(f"wide-{arch}")
             torch.manual_seed(0)
             AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-            Processor.from_folder(tiny_folder(arch), Qwen2VL()).save(folder)
+            family = family_for(arch)
+            assert family is not None
+            Processor.from_folder(tiny_folder(arch), family).save(folder)
             made[arch] = str(folder)
         return made[arch]
 

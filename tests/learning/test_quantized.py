@@ -93,7 +93,7 @@ def scored(policy: Policy, model: nn.Module, groups: Any) -> torch.Tensor:
     return GroupForward(model)(collate(groups, policy.processor, "cpu")).logps
 
 
-@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_only_the_language_models_linear_layers_are_in_4_bits(arch, wide_folder):
     policy = load_policy(ModelConfig(path=wide_folder(arch), device="cpu", lora=LORA, load_in_4bit=True))
     quantized = {name for name, module in policy.model.named_modules() if isinstance(module, Linear4bit)}

@@ -254,7 +254,7 @@ def _checkpoint_layers(module: nn.Module) -> None:
 def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
     """Modules outside the language model that are fully trained and saved with the adapter."""
     family = family_of(model)
-    names = [*family.projector] if config.train_projector else []
+    names = family.projector_modules(model) if config.train_projector else []
     return names + (family.tower_modules(model) if config.train_vision else [])
 
 

@@ -138,7 +138,7 @@ class DecodeState:
         cached: Any = {"dtype": causal_model(model).dtype, "device": device}
         self.layers = []
         for layer in family_of(model).text(model).layers:
-            heads, size = layer.self_attn.num_key_value_heads, layer.self_attn.head_dim
+            heads, size = layer.self_attn.config.num_key_value_heads, layer.self_attn.head_dim
             prompt, own = (slots, heads, prompt_length, size), (rows, heads, length, size)
             self.layers.append(LayerCache(*(torch.zeros(sizes, **cached) for sizes in (prompt, prompt, own, own))))
         integers: Any = {"dtype": torch.long, "device": device}

@@ -84,7 +84,7 @@ def _attention(
     shape: Shape,
 ) -> Tensor:
     """The attention block of one layer, (n, hidden) -> (n, hidden)."""
-    size, num_keys = attention.head_dim, attention.num_key_value_heads
+    size, num_keys = attention.head_dim, attention.config.num_key_value_heads
     value = attention.v_proj(hidden).view(shape.rows, num_keys, size)
     states = family.queries_and_keys(attention, hidden)
     states = states * cosines + states.roll(size // 2, -1) * sines

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen3VLConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -48,6 +48,23 @@ QWEN2_VL_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+QWEN3_VL_TEMPLATE = (
+    "{%- if messages[0].role == 'system' %}"
+    "{{- '<|im_start|>system\n' }}"
+    "{%- if messages[0].content is string %}{{- messages[0].content }}{%- else %}"
+    "{%- for part in messages[0].content %}{%- if 'text' in part %}{{- part.text }}{%- endif %}{%- endfor %}"
+    "{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}"
+    "{%- for message in messages if message.role != 'system' %}"
+    "{{- '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}"
+    "{%- for part in message.content %}"
+    "{%- if part.type == 'image' or 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif 'text' in part %}{{- part.text }}{%- endif %}"
+    "{%- endfor %}{%- endif %}{{- '<|im_end|>\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+"""Without a default system prompt."""
+QWEN3_VL_THINKING_TEMPLATE = QWEN3_VL_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
 class Parts(NamedTuple):
@@ -147,7 +164,30 @@ def qwen2_5_vl() -> Parts:
     return Parts(config, tokenizer, Qwen2VLImageProcessorPil(max_pixels=112 * 112), "Qwen2_5_VLProcessor")
 
 
-BUILDERS: dict[str, Callable[[], Parts]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}
+def qwen3_vl(template: str = QWEN3_VL_TEMPLATE) -> Parts:
+    """Two layers of three in the tower and the language model exchange DeepStack features; heads are 12 wide."""
+    tokenizer = qwen_tokenizer(template)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    text = {"num_hidden_layers": 3, "head_dim": 12, "rope_parameters": rope}
+    vision = {
+        "depth": 3,
+        "num_heads": 2,
+        "patch_size": 16,
+        "initializer_range": 0.3,
+        "hidden_size": 32,
+        "out_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    config = Qwen3VLConfig(text_config=qwen_text(tokenizer) | text, vision_config=vision, **qwen_ids(tokenizer))
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=16, min_pixels=32 * 32, max_pixels=128 * 128, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return Parts(config, tokenizer, image_processor, "Qwen3VLProcessor")
+
+
+BUILDERS: dict[str, Callable[[], Parts]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
 
 
 def random_model(name: str, seed: int = 0, attention: str = "sdpa") -> Any:

@@ -6,8 +6,9 @@ from torch import nn
 
 from medvqa_rl.models.families.family import Family, causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL, Qwen25VL
+from medvqa_rl.models.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL())
+FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL())
 
 
 def family_for(model_type: str) -> Family | None:

@@ -148,6 +148,10 @@ class Family(ABC):
         """Modules of the vision tower, named from :func:`backbone`, that PEFT trains and saves beside an adapter."""
         return [name for name in self.vision if name not in self.projector]
 
+    def projector_modules(self, model: nn.Module) -> list[str]:
+        """Modules of the projector, named from :func:`backbone`, that PEFT trains and saves beside an adapter."""
+        return [*self.projector]
+
     def vision_layers(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers of the vision tower."""
         layers: Sequence[nn.Module] = self.vision_modules(model)[0].encoder.layers  # type: ignore[union-attr, assignment]

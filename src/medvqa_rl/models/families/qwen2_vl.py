@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Qwen2VL(Family):
     processor_class = "Qwen2VLProcessor"
     image_token = placeholder = "<|image_pad|>"
     vision = ("visual",)
-    projector = ("visual.merger",)
+    projector: ClassVar[tuple[str, ...]] = ("visual.merger",)
     num_axes = 3
 
     def load_image_processor(self, folder: Path) -> Any:
