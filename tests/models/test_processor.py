@@ -1,4 +1,4 @@
-"""Prompts, positions, image features and logits equal those of transformers."""
+"""Prompts and positions equal those of transformers; wrong files are refused."""
 
 from __future__ import annotations
 
@@ -179,12 +179,11 @@ def test_another_tokenizer_is_refused(tmp_path):
         Processor.from_folder(tmp_path, Qwen2VL())
 
 
-@BOTH
+@pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_positions_equal_get_rope_index(arch, tiny_policy, mixed_samples, model_inputs):
     policy = tiny_policy(arch)
     prompts = [policy.processor.encode(sample) for sample in mixed_samples]
-    left = policy.processor.pad(prompts, "cpu", side="left")
-    right = policy.processor.pad(prompts, "cpu")
+    padded = policy.processor.pad(prompts, "cpu")
     for row, prompt in enumerate(prompts):
         length = len(prompt.input_ids)
         if not prompt.image_inputs:
@@ -195,10 +194,9 @@ def test_positions_equal_get_rope_index(arch, tiny_policy, mixed_samples, model_
                 inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
             )
             expected = positions[:, 0]
-            assert left.next_positions[row] == length + deltas[0, 0]
-        assert torch.equal(left.position_ids[:, row, -length:], expected)
-        assert torch.equal(right.position_ids[:, row, :length], expected)
-        assert left.next_positions[row] == right.next_positions[row] == expected.max() + 1
+            assert padded.next_positions[row] == length + deltas[0, 0]
+        assert torch.equal(padded.position_ids[:, row, :length], expected)
+        assert padded.next_positions[row] == expected.max() + 1
 
 
 def test_positions_by_hand(tiny_policy, make_sample, make_image):
@@ -213,29 +211,6 @@ def test_positions_by_hand(tiny_policy, make_sample, make_image):
         [p, p + 1, p + 2, p, p + 1, p + 2],
     ]
     assert positions[:, first + 6].tolist() == [p + 3] * 3
-
-
-@BOTH
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_batched_embeddings_give_the_same_logits(arch, side, tiny_policy, mixed_samples, model_inputs):
-    policy = tiny_policy(arch)
-    prompts = [policy.processor.encode(sample) for sample in mixed_samples]
-    padded = policy.processor.pad(prompts, "cpu", side=side)
-    family = policy.family
-    embedded = family.embed(
-        policy.model, padded.input_ids, padded.mask, family.image_features(policy.model, prompts, "cpu")
-    )
-    with torch.no_grad():
-        hidden = backbone(policy.model).language_model(
-            inputs_embeds=embedded.embeds,
-            attention_mask=padded.mask,
-            position_ids=padded.position_ids,
-            use_cache=False,
-        )[0]
-        logits = policy.model.lm_head(hidden)
-        for row, prompt in enumerate(prompts):
-            expected = policy.model(**model_inputs(policy.model, prompt)).logits[0]
-            torch.testing.assert_close(logits[row, padded.mask[row]], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_sampled_image_token_takes_no_features(tiny_policy, make_sample):

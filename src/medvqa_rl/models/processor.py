@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ WORDING_FILE = "prompt.json"
 """In the folder of a checkpoint that was trained with the user's own words or tags."""
 _PROBE = "Is there an effusion?"
 """A question that the chat template must contain."""
-Side = Literal["left", "right"]
 
 
 class PaddedPrompts(NamedTuple):
@@ -221,10 +220,8 @@ class Processor:
         """(axes, T) positions of a prompt's tokens. Completions continue at the maximum + 1, equal in all axes."""
         return self.family.positions(prompt, self.readers)
 
-    def pad(
-        self, prompts: Sequence[EncodedPrompt], device: torch.device | str, *, side: Side = "right"
-    ) -> PaddedPrompts:
-        """Pad prompts to a batch with explicit positions."""
+    def pad(self, prompts: Sequence[EncodedPrompt], device: torch.device | str) -> PaddedPrompts:
+        """Pad prompts on the right to a batch with explicit positions."""
         width = max(len(prompt.input_ids) for prompt in prompts)
         ids = np.full((len(prompts), width), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(prompts), width), dtype=bool)
@@ -232,11 +229,10 @@ class Processor:
         following = np.zeros(len(prompts), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             length = len(prompt.input_ids)
-            columns = slice(width - length, width) if side == "left" else slice(0, length)
-            ids[row, columns] = prompt.input_ids
-            mask[row, columns] = True
+            ids[row, :length] = prompt.input_ids
+            mask[row, :length] = True
             own = self.positions(prompt)
-            positions[:, row, columns] = own
+            positions[:, row, :length] = own
             following[row] = own.max() + 1
         return PaddedPrompts(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions, following)))
 
