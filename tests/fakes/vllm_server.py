@@ -15,11 +15,12 @@ from vllm import RELEASED, Engine, SamplingParams, from_url, only, record
 class FakeServer:
     """A running server: its settings, the requests it got, and its engine."""
 
-    def __init__(
-        self, folder: str, *, served: str | None = None, logprobs_mode: str = "processed_logprobs", **pixels: int
-    ) -> None:
+    def __init__(self, folder: str, **pixels: int) -> None:
         self.engine = Engine(folder, **pixels)
-        self.served, self.logprobs_mode = served or folder, logprobs_mode
+        self.model = {"model": folder, "dtype": "torch.float32", "logprobs_mode": "processed_logprobs"}
+        self.model |= {"generation_config": "vllm"}
+        self.instance = "first"
+        self.scales_out = self.updates_lora = True
         self.max_lora_rank: int | None = 16
         self.asked: list[tuple[str, Any]] = []
         self.lock = threading.Lock()
@@ -40,8 +41,24 @@ class FakeServer:
             case "/server_info":
                 rank = self.max_lora_rank
                 lora = None if rank is None else vars(record("LoRAConfig", max_lora_rank=rank))
-                model = vars(record("ModelConfig", model=self.served, logprobs_mode=self.logprobs_mode))
-                return 200, {"vllm_config": vars(record("VllmConfig", model_config=model, lora_config=lora))}
+                model = vars(record("ModelConfig", **self.model))
+                device = vars(record("DeviceConfig", device="cuda"))
+                config = record(
+                    "VllmConfig",
+                    model_config=model,
+                    lora_config=lora,
+                    device_config=device,
+                    instance_id=self.instance,
+                )
+                return 200, {"vllm_config": vars(config)}
+            case "/version":
+                return 200, {"version": RELEASED["version"]}
+            case "/inference/v1/generate" if not self.scales_out:
+                return 403, {"error": {"message": "Scale-out endpoints are disabled.", "code": 403}}
+            case "/v1/load_lora_adapter" if not self.updates_lora:
+                return 404, {"detail": "Not Found"}
+            case "/v1/load_lora_adapter" | "/inference/v1/generate" if not body:
+                return 400, {"error": {"message": "Field required", "code": 400}}
             case "/collective_rpc":
                 assert body.keys() <= {"method", "args", "kwargs", "timeout"} and body["method"] == "reload_weights"
                 engine.reload_weights(**body["kwargs"])

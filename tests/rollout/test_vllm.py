@@ -18,10 +18,12 @@ from medvqa_rl.core.types import EncodedPrompt, Group, Sample
 from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout import vllm as ours
+from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import VllmEngine, VllmError, collapsed, known, max_lora_rank, write_adapter
+from medvqa_rl.rollout.vllm import VllmEngine, check_version, collapsed, known, max_lora_rank, write_adapter
+from medvqa_rl.rollout.vllm_client import check_answers
 from medvqa_rl.rollout.vllm_local import Colocated, engine_arguments
-from medvqa_rl.rollout.vllm_server import Server, check_answers
+from medvqa_rl.rollout.vllm_server import Server
 
 MakePolicy = Callable[..., Policy]
 GREEDY = RolloutConfig(num_generations=2, max_completion_length=8, top_k=1, max_batch=3)
@@ -34,14 +36,16 @@ def make(
 ) -> Callable[..., SimpleNamespace]:
     """Builds a policy and its vLLM engine: ``make("server", lora=LoraConfig(rank=2)).engine``."""
 
-    def make_one(mode: str, arch: str = "qwen2_vl", *, sleep: bool = False, **settings: Any) -> SimpleNamespace:
+    def make_one(
+        mode: str, arch: str = "qwen2_vl", *, sleep: bool = False, serve: Any = None, **settings: Any
+    ) -> SimpleNamespace:
         policy = tiny_policy(arch, **settings)
         if mode == "colocate":
             source: Any = Colocated(policy, VllmConfig(sleep=sleep), rank=0, num_ranks=1)
             return SimpleNamespace(
                 policy=policy, engine=VllmEngine(policy, source), llm=fake_vllm.LLM.made[-1], waits=[]
             )
-        server = serve_vllm(tiny_folder(arch))
+        server = serve or serve_vllm(tiny_folder(arch))
         waits: list[int] = []
         config = VllmConfig(mode="server", server_url=server.url, timeout=20)
         source = Server(policy, config, is_main=True, wait_for_everyone=lambda: waits.append(1))
@@ -338,14 +342,25 @@ def test_a_server_with_other_settings_is_refused(serve_vllm, tiny_policy, tiny_f
             Server(policy, _at(server.url), is_main=True, wait_for_everyone=lambda: None)
         return str(caught.value)
 
-    assert "takes adapters of rank 16 at most, but one of rank 20 is trained" in refused(adapted)
+    assert "(--max-lora-rank is 16, but an adapter of rank 20 is trained): start it with" in refused(adapted)
     assert "--enable-lora --max-lora-rank 32" in refused(adapted)
     server.max_lora_rank = None
-    assert "takes no adapters" in refused(adapted)
-    server.served = "/models/other"
-    assert "serves /models/other, but model.path is" in refused(plain)
-    server.served, server.logprobs_mode = str(tiny_folder("qwen2_vl")), "raw_logprobs"
-    assert "reports raw_logprobs, which are not of the distribution" in refused(plain)
+    assert "(--enable-lora is missing)" in refused(adapted)
+    server.max_lora_rank, server.updates_lora = 32, False
+    assert "(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 is missing)" in refused(adapted)
+    good = server.model
+    for name, value, message in (
+        ("model", "/models/other", "it serves /models/other, but model.path is"),
+        ("logprobs_mode", "raw_logprobs", "(--logprobs-mode is raw_logprobs instead of processed_logprobs)"),
+        ("generation_config", "auto", "(--generation-config is auto instead of vllm)"),
+        ("dtype", "torch.bfloat16", "(--dtype is bfloat16 instead of float32)"),
+    ):
+        server.model = good | {name: value}
+        assert message in refused(plain)
+    server.model, server.scales_out = good | {"dtype": "torch.float16"}, False
+    message = refused(plain)
+    assert "(--dtype is float16 instead of float32; --enable-scale-out is missing)" in message
+    assert "--enable-scale-out --dtype float32" in message and "chunked" not in message
     server.answers["/server_info"] = (404, {"detail": "Not Found"})
     message = refused(plain)
     assert "no vLLM server in development mode answers there" in message and "VLLM_SERVER_DEV_MODE=1" in message
@@ -358,7 +373,10 @@ def test_an_unreachable_server(serve_vllm, tiny_folder):
     with pytest.raises(ValueError, match=r"no vLLM server can be used there: .* does not answer /health: .*refused"):
         check_answers(_at("http://127.0.0.1:9"))
     server = serve_vllm(tiny_folder("qwen2_vl"))
-    check_answers(_at(server.url))
+    assert check_answers(_at(server.url)) == "0.32.0"
+    server.answers["/version"] = (200, {"name": "another service"})
+    with pytest.raises(ValueError, match="Another server answers there: it names no version of vLLM"):
+        check_answers(_at(server.url))
     server.answers["/health"] = (302, "http://192.0.2.1/health")  # nobody named that host
     with pytest.raises(ValueError, match="HTTP 302"):
         check_answers(_at(server.url))
@@ -382,6 +400,92 @@ def test_a_server_that_fails_during_training(make, mixed_samples, answer, messag
     own.server.answers["/inference/v1/generate"] = answer
     with own.engine.fresh(), pytest.raises(VllmError, match=message):
         roll_out(own.engine, own.policy, mixed_samples[:1], GREEDY)
+
+
+@pytest.mark.parametrize("top", [{}, {"top_k": 3}, {"top_p": 0.8}])
+def test_vllm_agrees_with_the_policy_it_has_only(make, mixed_samples, top):
+    """Log-probabilities after suppression, temperature, top-k and top-p, with one image, two and none."""
+    own = make("colocate")
+    config = SAMPLED.model_copy(update=top)
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, config)
+    assert difference(own.policy, groups, config) < 2e-5
+    move(own.policy)
+    assert difference(own.policy, groups, config) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_other_weights_are_noticed_in_the_first_rollout(make, mixed_samples, mode):
+    own = make(mode)
+    engine = own.llm.engine if mode == "colocate" else own.server.engine
+    engine.reload_weights = lambda **given: None
+    move(own.policy)
+    with own.engine.fresh(), pytest.raises(VllmError, match=r"differ from those of training by .* does not explain"):
+        roll_out(own.engine, own.policy, mixed_samples, SAMPLED)
+
+
+def rehearsed(own: SimpleNamespace, samples: Sequence[Sample]) -> Any:
+    def sample(config: RolloutConfig) -> list[Group]:
+        with own.engine.fresh():
+            return roll_out(own.engine, own.policy, samples, config)
+
+    return rehearse(own.policy, GREEDY, sample)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("kind", KINDS, ids=["full", "lora"])
+def test_a_rehearsal_hands_changed_weights_over_and_takes_them_back(make, mixed_samples, mode, kind):
+    own = make(mode, **kind)
+    before = [weight.detach().clone() for weight in own.policy.model.parameters()]
+    found = rehearsed(own, mixed_samples)
+    assert found.before < 1e-4 and found.changed < 1e-4 and found.unchanged > 0.3
+    assert all(map(torch.equal, before, own.policy.model.parameters()))
+    assert tokens(roll_out(own.engine, own.policy, mixed_samples, GREEDY)) == tokens(
+        roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY)
+    )
+
+
+@pytest.mark.parametrize("broken", ["handover", "prefix cache"])
+def test_a_rehearsal_notices_weights_that_are_not_handed_over(make, mixed_samples, monkeypatch, broken):
+    own = make("colocate")
+    if broken == "handover":
+        monkeypatch.setattr(own.llm.engine, "reload_weights", lambda **given: None)
+    else:
+        monkeypatch.setattr(own.llm.engine, "reset_prefix_cache", lambda: True)
+    before = [weight.detach().clone() for weight in own.policy.model.parameters()]
+    with pytest.raises(VllmError, match="did not take over changed weights"):
+        rehearsed(own, mixed_samples)
+    assert all(map(torch.equal, before, own.policy.model.parameters()))
+
+
+def test_an_adapter_lies_on_the_original_weights(make, mixed_samples, tiny_folder, tmp_path, serve_vllm):
+    """Not on those that an earlier run left on the server."""
+    server = serve_vllm(tiny_folder("qwen2_vl"))
+    earlier = make("server", serve=server)
+    move(earlier.policy)
+    with earlier.engine.fresh():
+        pass
+    own = make("server", serve=server, lora=LoraConfig(rank=2))
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    assert tokens(groups) == tokens(roll_out(RolloutEngine(own.policy), own.policy, mixed_samples, GREEDY))
+    served = tiny_folder("qwen2_vl")
+    loads = [body["kwargs"]["weights_path"] for path, body in server.asked if path == "/collective_rpc"]
+    assert loads[-1] == str(served)
+
+
+def test_a_server_that_is_restarted(make, mixed_samples, monkeypatch):
+    """Before a rollout it is checked again; during one, its completions may be of other weights."""
+    own = make("server", lora=LoraConfig(rank=2))
+    own.server.instance = "second"
+    with own.engine.fresh():
+        roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+        own.server.instance = "third"
+        with pytest.raises(VllmError, match="was restarted during the rollout"):
+            roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    own.server.model = own.server.model | {"dtype": "torch.bfloat16"}
+    with pytest.raises(VllmError, match="--dtype is bfloat16 instead of float32"), own.engine.fresh():
+        pass
 
 
 def test_completions_that_vllm_aborts(make, mixed_samples, monkeypatch):
@@ -428,6 +532,15 @@ def test_vllm_that_does_not_start(fake_vllm, tiny_policy, monkeypatch):
     with pytest.raises(ValueError, match="rank 600, but vLLM takes at most 512"):
         max_lora_rank(600)
     assert [max_lora_rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+
+
+def test_versions_outside_what_was_tested():
+    assert check_version("0.32.1") is None and check_version("0.32.0+cpu") is None
+    assert "with vLLM 0.32, not with 0.33.0" in check_version("0.33.0")
+    assert "not with this version" in check_version(None)
+    for version in ("0.31.9", "0.3.2"):
+        with pytest.raises(ValueError, match=rf"vLLM {version} is too old: install 0.32"):
+            check_version(version)
 
 
 def test_docstrings_state_that_the_modules_have_not_run_on_a_gpu():

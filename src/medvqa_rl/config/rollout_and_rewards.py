@@ -35,7 +35,7 @@ class RolloutConfig(Settings):
 
 
 class VllmConfig(Settings):
-    """Rollouts on vLLM (rollout.engine vllm); needs a GPU and the extra ``vllm``, see docs/vllm.md."""
+    """Rollouts on vLLM (rollout.engine vllm); needs the extra ``vllm``, see docs/vllm.md."""
 
     mode: Identity[Literal["colocate", "server"]] = "colocate"
     """colocate runs vLLM in this process on the training GPU; server connects to a running ``vllm serve``."""
@@ -55,6 +55,8 @@ class VllmConfig(Settings):
     """Weight each token by its truncated importance ratio between training and vLLM."""
     importance_sampling_clip_max: Identity[Annotated[float, Field(ge=1.0)]] = 2.0
     """Upper bound of that weight."""
+    max_logp_difference: Free[Annotated[float, Field(gt=0.0)]] = 0.5
+    """Stop if the log-probabilities of training and vLLM differ by more nats per token in the mean of a step."""
 
 
 class RewardsConfig(Settings):

@@ -9,7 +9,7 @@ from functools import partial
 
 from accelerate.utils.operations import gather_object
 
-from medvqa_rl.config import Config
+from medvqa_rl.config import Config, RolloutConfig
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.batching.feed import PreparedPrompt, prepare_prompt
@@ -21,7 +21,7 @@ from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.scores import Scores
-from medvqa_rl.rollout.vllm import VllmError
+from medvqa_rl.rollout.agreement import Rehearsal, VllmError, rehearse
 
 
 class StepClock:
@@ -106,6 +106,28 @@ class Collector:
                     global_indices=partial(indices_over_ranks, prompts),
                 )
         return groups, scores
+
+    def rehearse(self, prompts: Sequence[PreparedPrompt]) -> Rehearsal | None:
+        """Hand changed weights over to vLLM, and compare; see :func:`medvqa_rl.rollout.agreement.rehearse`.
+
+        Args:
+            prompts: P prompts from the feed.
+
+        Returns:
+            What was found; None if vLLM does not sample.
+
+        Raises:
+            TrainingFailed: vLLM did not take over the changed weights.
+        """
+        if self.setup.vllm is None:
+            return None
+
+        def sample(rollout: RolloutConfig) -> list[Group]:
+            with self.setup.sampling():
+                return roll_out(self.config.model_copy(update={"rollout": rollout}), self.setup, 0, prompts)
+
+        with self.trained.gathered(), _vllm_failure_stops_training(0):
+            return rehearse(self.setup.policy, self.config.rollout, sample)
 
     def score(self, step: int, groups: Sequence[Group]) -> Scores:
         """Score every completion of P groups."""

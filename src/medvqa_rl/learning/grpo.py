@@ -25,6 +25,7 @@ from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import Collector, StepClock, gather_records
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.objective.dpo_loss import preference_pairs
+from medvqa_rl.learning.objective.mismatch import DIFFERENCE
 from medvqa_rl.learning.run.errors import UnscoredError
 from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.run.step_metrics import (
@@ -81,9 +82,9 @@ def train(
         UnscoredError: more than ``rewards.max_unscored`` of a step's completions could not be scored.
         Stopped: SIGINT or SIGTERM was received; a checkpoint is saved.
     """
-    check_vllm(config)
+    warnings = check_vllm(config)
     accelerator = make_accelerator(config, config.train.prompts_per_step)
-    for line in notices(config):
+    for line in [*warnings, *notices(config)]:
         accelerator.print(line)
     if train_set is None:
         train_set = load_dataset(config.data, "train")
@@ -205,7 +206,9 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
     learner = Learner(config, accelerator, setup.policy, reference, trained)
     began = time.perf_counter()
     with make_feed(config, accelerator, setup, range(1), config.train.prompts_per_step) as feed:
-        groups, scores = collector.sample(0, feed.prompts(0), StepClock())
+        prompts = feed.prompts(0)
+        rehearsal = collector.rehearse(prompts)
+        groups, scores = collector.sample(0, prompts, StepClock())
     total = torch.from_numpy(scores.total)
     advantages = group_advantages(total, scale=config.advantage.scale)
     experience = learner.prepare(*learning_signal(config, groups, total, advantages))
@@ -221,10 +224,14 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
         )
     if config.rollout.engine == "vllm":
         rows["rollouts on"] = f"vLLM ({config.vllm.mode})"
-    difference = "sampling/sampling_logp_difference"
-    if f"{difference}/mean" in metrics:
-        mean, largest = metrics[f"{difference}/mean"], metrics[f"{difference}/max"]
+    if f"{DIFFERENCE}/mean" in metrics:
+        mean, largest = metrics[f"{DIFFERENCE}/mean"], metrics[f"{DIFFERENCE}/max"]
         rows["log-probabilities"] = f"vLLM differs by {mean:.2g} nats on average, {largest:.2g} at most"
+    if rehearsal is not None:
+        rows["changed weights"] = (
+            f"vLLM differs by {rehearsal.changed:.2g} nats on average from them, by {rehearsal.unchanged:.2g} from "
+            "those before"
+        )
     rows |= {
         "loss": f"{metrics['loss']:.6f}",
         "gradient norm": f"{metrics['grad_norm']:.4f}",

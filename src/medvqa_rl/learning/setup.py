@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -35,9 +36,10 @@ from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.models.summary import count_parameters
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import Source, VllmEngine
+from medvqa_rl.rollout.vllm import Source, VllmEngine, check_version
+from medvqa_rl.rollout.vllm_client import check_answers
 from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
-from medvqa_rl.rollout.vllm_server import Server, check_answers
+from medvqa_rl.rollout.vllm_server import Server
 
 
 @dataclass
@@ -134,18 +136,27 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
             return TrainedPolicy(config.optimizer, accelerator, policy)
 
 
-def check_vllm(config: Config) -> None:
+def check_vllm(config: Config) -> list[str]:
     """Check that vLLM is available if ``rollout.engine`` is vllm, before anything is loaded.
 
+    Returns:
+        Warnings.
+
     Raises:
-        ValueError: it is not installed, or no server answers.
+        ValueError: it is not installed or too old, or no server answers.
     """
     if config.rollout.engine != "vllm":
-        return
+        return []
+    version = None
     if config.vllm.mode == "server":
-        check_answers(config.vllm)
+        version = check_answers(config.vllm)
     elif importlib.util.find_spec("vllm") is None:
         raise ValueError(not_installed("no module named vllm"))
+    else:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version("vllm")
+    warning = check_version(version)
+    return [] if warning is None else [warning]
 
 
 def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> VllmEngine | None:

@@ -81,14 +81,38 @@ def pick_tokens(
     if temperature != 1.0:
         scores = scores / temperature
     mass = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
-    if 0 < top_k < logits.shape[-1] or top_p < 1.0:
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        if 0 < top_k < logits.shape[-1]:
-            ranked[:, top_k:] = -torch.inf
-        share = ranked.softmax(dim=-1)
-        is_kept = (ranked > -torch.inf) & (share.cumsum(dim=-1) - share < top_p)
-        mass = mass * torch.zeros_like(is_kept).scatter(-1, order, is_kept)
+    is_kept = _truncate(scores, top_k, top_p)
+    if is_kept is not None:
+        mass = mass * is_kept
     return _invert_in_order(mass, u) if mass.device.type == "cpu" else _invert(mass, u)
+
+
+def sampling_logps(
+    logits: Tensor, *, temperature: float, top_k: int, top_p: float, suppressed: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities of the distribution that :func:`pick_tokens` samples from.
+
+    Returns:
+        (B, V) float64, minus infinity at tokens that are never picked.
+    """
+    scores = _suppress(logits.double(), suppressed) / temperature
+    is_kept = _truncate(scores, top_k, top_p)
+    if is_kept is not None:
+        scores = scores.masked_fill(~is_kept, -torch.inf)
+    return scores.log_softmax(dim=-1)
+
+
+def _truncate(scores: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """(B, V) bool, True at tokens that top_k and top_p keep; None if both are off."""
+    has_top_k = 0 < top_k < scores.shape[-1]
+    if not has_top_k and top_p >= 1.0:
+        return None
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    if has_top_k:
+        ranked[:, top_k:] = -torch.inf
+    share = ranked.softmax(dim=-1)
+    is_kept = (ranked > -torch.inf) & (share.cumsum(dim=-1) - share < top_p)
+    return torch.zeros_like(is_kept).scatter(-1, order, is_kept)
 
 
 def _invert_in_order(mass: Tensor, u: Tensor) -> Tensor:

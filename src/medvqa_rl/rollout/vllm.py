@@ -1,7 +1,7 @@
 """Rollouts on vLLM, with the policy's weights at each step.
 
-**Not yet run on a GPU.** The code follows the signatures of vLLM 0.32 and 0.33 and is tested with a stand-in that has
-them (tests/fakes/vllm). docs/vllm.md lists what to check in a first run.
+**Not yet run on a GPU.** The code is tested against vLLM 0.32 on a CPU (tests/engines), and with a stand-in that has
+its signatures (tests/fakes/vllm). docs/vllm.md lists what to check in a first run.
 
 vLLM's kernels round differently, so its probabilities differ slightly from those that training computes. The
 log-probability that each token was sampled with is kept (``Completion.logps``) and corrected for
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,20 +29,20 @@ from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
-from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
 from medvqa_rl.models.processor import Processor
+from medvqa_rl.rollout.agreement import VllmError, check_agreement, never_sampled
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
 
 NEVER = -1e9
 """Added to the logits of suppressed tokens, whose probability becomes exactly 0 in float32. JSON has no infinity."""
+TESTED = ("0.32",)
+"""Releases that tests/engines has run."""
+OLDEST = (0, 32)
+"""Earlier releases lack functions that are called."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for ``max_lora_rank``."""
-
-
-class VllmError(RuntimeError):
-    """A call to vLLM failed. The trained weights are intact."""
 
 
 class Request(NamedTuple):
@@ -102,9 +103,8 @@ class VllmEngine:
             source: the engine to send requests to.
         """
         self._policy, self._source = policy, source
-        processor = policy.processor
-        padding = range(len(processor.tokenizer), causal_model(policy.model).lm_head.out_features)
-        self._logit_bias = dict.fromkeys(sorted({*processor.suppressed_ids, *padding}), NEVER)
+        self._logit_bias = dict.fromkeys(never_sampled(policy), NEVER)
+        self._agrees = False
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
@@ -140,7 +140,8 @@ class VllmEngine:
             prompts: the samples' prompts from :meth:`RolloutEngine.encode`.
 
         Raises:
-            VllmError: vLLM fails, reads a prompt differently from training, or ends a completion early.
+            VllmError: vLLM fails, reads a prompt differently from training, ends a completion early, or in the first
+                call reports other log-probabilities than the policy computes.
         """
         features = self._features(prompts, config.max_batch)
         requests = [
@@ -148,7 +149,11 @@ class VllmEngine:
             for sample, prompt, feature, occurrence in zip(samples, prompts, features, occurrences, strict=True)
         ]
         answers = self._source.generate(requests)
-        return [self._group(*pair, config.num_generations) for pair in zip(requests, answers, strict=True)]
+        groups = [self._group(*pair, config.num_generations) for pair in zip(requests, answers, strict=True)]
+        if not self._agrees:
+            check_agreement(self._policy, groups[:1], config)
+            self._agrees = True
+        return groups
 
     def _features(self, prompts: Sequence[EncodedPrompt], batch_size: int) -> list[Tensor | None]:
         """Encode the images of all prompts, for vLLM and, if the vision tower is frozen, for the update."""
@@ -221,6 +226,34 @@ def collapsed(prompt: EncodedPrompt, processor: Processor) -> list[int]:
         token += counts.pop(0) if ids[token] == processor.image_token_id else 1
     assert not counts, "image tokens and images do not match"
     return result
+
+
+def check_version(version: str | None) -> str | None:
+    """Check a release of vLLM.
+
+    Args:
+        version: None if unknown.
+
+    Returns:
+        A warning if it was not tested.
+
+    Raises:
+        ValueError: it is too old.
+    """
+    tested = " and ".join(TESTED)
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    release = tuple(map(int, found.groups())) if found else None
+    if release is not None and release < OLDEST:
+        raise ValueError(
+            f"vLLM {version} is too old: install {tested}, with which rollouts were tested, or set "
+            "rollout.engine=eager."
+        )
+    if release is not None and f"{release[0]}.{release[1]}" in TESTED:
+        return None
+    return (
+        f"Warning: rollouts were tested with vLLM {tested}, not with {version or 'this version'}: run with --dry-run "
+        "first, which compares its log-probabilities and hands weights over."
+    )
 
 
 def known(logp: float | None) -> float:

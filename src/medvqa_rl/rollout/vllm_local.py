@@ -13,19 +13,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from medvqa_rl.config import VllmConfig
+from medvqa_rl.core.text import printable
 from medvqa_rl.models.families.family import causal_model
-from medvqa_rl.models.loading import Policy, resolve_folder
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.rollout.agreement import VllmError
 from medvqa_rl.rollout.vllm import (
     Answer,
     Request,
     Sampled,
-    VllmError,
     adapter_rank,
     collapsed,
     known,
     max_lora_rank,
     write_adapter,
 )
+from medvqa_rl.rollout.vllm_cpu import EXTENSION
+from medvqa_rl.rollout.vllm_serve import dtype_of, model_folder
 
 ADAPTER = "policy"
 """The adapter's name in vLLM."""
@@ -66,9 +69,10 @@ class Colocated:
             self._llm = LLM(**arguments)
         except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"vLLM does not start with these settings ({error}): it needs an NVIDIA GPU with room for "
-                f"vllm.gpu_memory_utilization={config.gpu_memory_utilization:g} of its memory; change that or "
-                "vllm.max_model_length, or set rollout.engine=eager."
+                f"vLLM does not start with these settings ({printable(str(error), 400)}): it needs a GPU, or its CPU "
+                "build and model.device=cpu, with room for vllm.gpu_memory_utilization="
+                f"{config.gpu_memory_utilization:g} of the memory; change that or vllm.max_model_length, or set "
+                "rollout.engine=eager."
             ) from error
 
     def load(self, policy: Policy) -> None:
@@ -78,6 +82,8 @@ class Colocated:
             if self._lora_rank is None:
                 weights = ((name, weight.detach()) for name, weight in causal_model(policy.model).named_parameters())
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+                if policy.device.type == "cpu":
+                    self._llm.collective_rpc("pack_heads")
             else:
                 write_adapter(policy, Path(self._folder.name))
                 self._llm.llm_engine.add_lora(self._adapter(load_inplace=True))
@@ -140,8 +146,8 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
     """Arguments of ``vllm.LLM``."""
     processor = policy.processor
     arguments: dict[str, Any] = {
-        "model": str(resolve_folder(policy.config.path, policy.config.revision)),
-        "dtype": str(causal_model(policy.model).lm_head.weight.dtype).removeprefix("torch."),
+        "model": model_folder(policy),
+        "dtype": dtype_of(policy),
         "seed": rank,
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "enable_sleep_mode": config.sleep,
@@ -160,6 +166,9 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
     lora_rank = adapter_rank(policy)
     if lora_rank is not None:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": max_lora_rank(lora_rank)}
+    if policy.device.type == "cpu":
+        # Its CPU build refuses seeds with chunked prefill. Compiling takes longer than it saves at such speeds.
+        arguments |= {"enable_chunked_prefill": False, "enforce_eager": True, "worker_extension_cls": EXTENSION}
     return arguments
 
 

@@ -41,9 +41,10 @@ SERVER = {"mode": "server", "server_url": "http://localhost:8000"}
             "rollout.engine is vllm and model.load_in_4bit is true, but vLLM",
         ),
         (
-            {"model": {"device": "cpu"}},
-            "rollout.engine is vllm and model.device cpu, but vllm.mode=colocate",
+            {"model": {"device": "cpu"}, "vllm": {"sleep": True}},
+            "vllm.sleep is true and model.device cpu, but only GPU builds",
         ),
+        ({"vllm": {"max_logp_difference": 0}}, "vllm.max_logp_difference is 0, but"),
         (
             {"vllm": SERVER | {"server_url": "http://10.0.0.5:8000"}, "network": "off"},
             "vllm.server_url is on 10.0.0.5, but network is off, so nothing may leave this machine",
@@ -65,7 +66,13 @@ def test_each_incompatible_setting_is_reported(changes: dict[str, Any], sentence
 
 
 def test_compatible_settings_are_accepted() -> None:
-    for changes in ({}, {"vllm": SERVER}, {"vllm": SERVER, "network": "off"}, {"vllm": {"max_model_length": 1024}}):
+    for changes in (
+        {},
+        {"model": {"device": "cpu"}},
+        {"vllm": SERVER},
+        {"vllm": SERVER, "network": "off"},
+        {"vllm": {"max_model_length": 1024}},
+    ):
         assert build_config(VLLM | changes, purpose="train") == Config.model_validate(VLLM | changes)
     # Without rollouts on vLLM, a server without an address is not an error.
     for given, purpose in ((VLLM | {"vllm": {"mode": "server"}}, "sft"), ({"vllm": {"mode": "server"}}, "train")):

@@ -294,7 +294,11 @@ class LLM:
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
         given = bind("LLM.collective_rpc", *args, **kwargs)
-        assert given["method"] == "reload_weights" and "weights" not in self.asleep
+        assert "weights" not in self.asleep
+        if given["method"] == "pack_heads":  # nothing is packed here
+            assert self.given["worker_extension_cls"].rpartition(".")[2] == "PackedHeads"
+            return [None]
+        assert given["method"] == "reload_weights"
         return [self.engine.reload_weights(*given["args"], **(given["kwargs"] or {}))]
 
     def add_lora(self, *args: Any, **kwargs: Any) -> bool:

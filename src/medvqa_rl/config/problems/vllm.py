@@ -82,10 +82,10 @@ def _colocate_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "vllm.server_url",
             "vllm.mode",
         )
-    if config.model.device == "cpu":
+    if config.vllm.sleep and config.model.device == "cpu":
         yield (
-            "rollout.engine is vllm and model.device cpu, but vllm.mode=colocate needs a GPU: set "
-            "rollout.engine=eager, or vllm.mode=server with a server elsewhere.",
-            "rollout.engine",
+            "vllm.sleep is true and model.device cpu, but only GPU builds of vLLM can release memory: set "
+            "vllm.sleep=false.",
+            "vllm.sleep",
             "model.device",
         )

@@ -42,6 +42,10 @@ def importance_weights(logps: Tensor, sampled: Tensor, *, clip_max: float) -> Te
     return torch.exp(torch.nan_to_num(logps - sampled, nan=0.0)).clamp(max=clip_max)
 
 
+DIFFERENCE = "sampling/sampling_logp_difference"
+"""Prefix of the metrics of |log pi - log mu|."""
+
+
 class Mismatch:
     """Accumulates statistics of the mismatch over the tokens of a step."""
 
@@ -72,8 +76,8 @@ class Mismatch:
             return {}
         largest, smallest = ranks[:, 4:6].amax(0).tolist(), float(ranks[:, 6].min())
         return {
-            "sampling/sampling_logp_difference/mean": sums[0] / max(counts[0], 1.0),
-            "sampling/sampling_logp_difference/max": largest[0],
+            f"{DIFFERENCE}/mean": sums[0] / max(counts[0], 1.0),
+            f"{DIFFERENCE}/max": largest[0],
             "sampling/importance_sampling_ratio/min": smallest,
             "sampling/importance_sampling_ratio/mean": sums[1] / counts[1],
             "sampling/importance_sampling_ratio/max": largest[1],
