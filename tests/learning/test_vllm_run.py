@@ -150,6 +150,32 @@ def test_missing_requirements_are_reported_before_the_run_starts(tiny_folder, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_stale_weights_are_noticed(write, fake_vllm, tmp_path, monkeypatch):
+    """A dry run fails. A run warns, and stops before it updates the weights if the difference is above the limit."""
+    loads = []
+    reload = fake_vllm.Engine.reload_weights
+
+    def once(engine: Any, **given: Any) -> None:
+        loads.append(1)
+        if len(loads) == 1:
+            reload(engine, **given)
+
+    monkeypatch.setattr(fake_vllm.Engine, "reload_weights", once)
+    assert "vLLM did not take over changed weights" in train(write("dry", "colocate"), "--dry-run", code=1)
+    loads.clear()
+    settings = ["optimizer.learning_rate=0.1", "optimizer.warmup_steps=0", "train.eval_steps=0", "train.save_steps=0"]
+    limit = "vllm.max_logp_difference=1000"
+    output = train(write("stale", "colocate"), *settings, limit)
+    assert re.search(r"Warning: step 2: The log-probabilities of vLLM and of training differ by [\d.]+ nats", output)
+    gaps = [line["sampling/sampling_logp_difference/mean"] for line in metrics(tmp_path / "stale")]
+    limit = f"vllm.max_logp_difference={(gaps[0] + gaps[1]) / 2}"
+    loads.clear()
+    output = train(write("stopped", "colocate"), *settings, limit, code=1)
+    assert "Step 2: the log-probabilities of vLLM and of training differ by" in output
+    (folder,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert folder.name == "step_000001"
+
+
 @pytest.mark.slow
 def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_folder, tmp_path, serve_vllm):
     """Both ask for their own prompts; the main one alone hands over the weights, which both gather."""
@@ -182,5 +208,5 @@ def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_fold
     assert codes == {"one": [0], "two": [0, 0]}, process.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all((two[name] - one[name]).abs().max() <= 2e-5 for name in one)
-    routes = [route for route, _ in server.asked]
+    routes = [route for route, body in server.asked if body]
     assert (routes.count("/collective_rpc"), routes.count("/inference/v1/generate")) == (2, 2 * 4)

@@ -23,10 +23,10 @@ from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, collate, layout_for
 from medvqa_rl.learning.objective.loss import Loss, LossInputs, LossOutput, StepCounts
 from medvqa_rl.learning.objective.micro_batches import split
-from medvqa_rl.learning.objective.mismatch import Mismatch, importance_weights, sampled_logps
+from medvqa_rl.learning.objective.mismatch import DIFFERENCE, Mismatch, importance_weights, sampled_logps
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
-from medvqa_rl.learning.run.errors import NonFiniteError
+from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.reference import Reference
 
@@ -49,7 +49,7 @@ class MicroBatch:
     ref_logps: Tensor | None
     """(B, Tc) under the reference; None if beta is 0 or no token counts."""
     sampled_logps: Tensor | None = None
-    """(B, Tc) as reported by vLLM, NaN where unknown; None without importance sampling correction."""
+    """(B, Tc) as reported by vLLM, NaN where unknown; None if it did not sample."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class Learner:
         self._loss = LOSSES[config.loss.type]
         # A group without a preference has no gradient in DPO, not even from beta.
         self._skip_beta = 0.0 if self._is_dpo else config.loss.beta
+        self._uses_vllm = config.rollout.engine == "vllm"
         # DPO does not depend on the probabilities that completions were sampled with.
-        uses_vllm = config.rollout.engine == "vllm" and not self._is_dpo
-        self._corrects_mismatch = uses_vllm and config.vllm.importance_sampling_correction
+        self._corrects_mismatch = config.vllm.importance_sampling_correction and not self._is_dpo
         self._needs_self_check = config.train.self_check and self.layout != Layout.SEPARATE
 
     def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
@@ -153,6 +153,7 @@ class Learner:
             UnusableSampleError: a group is larger than ``train.max_tokens_per_micro_batch``.
             SelfCheckError: on the first call, the default layout and separate rows disagree on any rank.
             NonFiniteError: the loss or its gradient is not finite; this round did not change any weight.
+            TrainingFailed: vLLM samples from other weights.
         """
         self.trained.forward.train()
         # Seed torch's generator for dropout by address, so that a resumed run draws the same.
@@ -169,6 +170,8 @@ class Learner:
             if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
                 self.trained.zero_grad()
                 raise self._non_finite(experience, logps, metrics, step, is_first_round=not rounds)
+            if not rounds:
+                self._check_mismatch(experience, metrics, step)
             self.trained.step(learning_rate)
             rounds.append(metrics)
             # The first round's policy is the one that sampled, so its log-probabilities serve all rounds.
@@ -210,7 +213,7 @@ class Learner:
                         advantages=advantages[indices].reshape(-1).float().to(device),
                         mask=batch.mask & counts_in_loss[indices].reshape(-1, 1).to(device),
                         ref_logps=self._reference_logps(reference, batch),
-                        sampled_logps=sampled_logps(own, batch.mask) if self._corrects_mismatch else None,
+                        sampled_logps=sampled_logps(own, batch.mask) if self._uses_vllm else None,
                     )
                 )
         micro_batches += self._idle(micro_batches)
@@ -320,23 +323,42 @@ class Learner:
             "clip_ratio/high_mean": total.high_clipped / num_tokens,
             "clip_ratio/region_mean": total.clipped / num_tokens,
         }
-        if self._corrects_mismatch:
+        if self._uses_vllm:
             metrics |= mismatch.metrics(self.accelerator)
         metrics |= {"grad_norm": grad_norm, "frac_groups_skipped": counts.num_skipped / counts.num_groups}
         return metrics, all_logps
 
     def _importance_weights(self, logps: Tensor, micro: MicroBatch, mismatch: Mismatch) -> Tensor | None:
-        """Compute (B, Tc) importance weights and add them to the statistics; None without correction.
+        """Compute (B, Tc) importance weights, and add them to the statistics of the mismatch.
 
         Args:
             logps: (B, Tc) under the policy that sampled, as training computes it.
+
+        Returns:
+            The weights; None without correction.
         """
         if micro.sampled_logps is None:
             return None
         clip_max = self.config.vllm.importance_sampling_clip_max
         weights = importance_weights(logps, micro.sampled_logps, clip_max=clip_max)
         mismatch.add(logps, micro.sampled_logps, weights, micro.mask)
-        return weights
+        return weights if self._corrects_mismatch else None
+
+    def _check_mismatch(self, experience: Experience, metrics: dict[str, float], step: int) -> None:
+        """Stop if vLLM samples from another distribution than the one that is trained.
+
+        Raises:
+            TrainingFailed: the mean difference of log-probabilities is above ``vllm.max_logp_difference``.
+        """
+        gap, limit = metrics.get(f"{DIFFERENCE}/mean", 0.0), self.config.vllm.max_logp_difference
+        if gap > limit:
+            self.trained.zero_grad()
+            raise TrainingFailed(
+                f"Step {step + 1}: the log-probabilities of vLLM and of training differ by {gap:.2g} nats per token "
+                f"on average, but vllm.max_logp_difference is {limit:g}: vLLM samples from other weights, so run with "
+                "--dry-run, which hands changed weights over and compares, and resume when it passes.",
+                [group for micro in experience.micro_batches for group in micro.groups],
+            )
 
     def _non_finite(
         self,

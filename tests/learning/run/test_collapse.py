@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy import toy_config
 
-from medvqa_rl.learning.run.collapse import ENTROPY_LEFT, HIGH_KL, WINDOW, find_collapses
+from medvqa_rl.learning.run.collapse import ENTROPY_LEFT, HIGH_KL, MISMATCH, WINDOW, find_collapses
 from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.report.health import check_health
@@ -38,6 +38,8 @@ CASES: list[tuple[str, Callable[[int], Row], dict[str, int]]] = [
     ("KL has outliers", lambda step: {"kl": 1e6 if step % 3 == 0 else 0.1}, {}),
     # Mean of steps t-19 to t is 1 - 0.01 * (t - 9.5), that of the first 20 is 0.895: below a fifth from 92 on.
     ("entropy falls", lambda step: {"entropy": 1 - 0.01 * step}, {"entropy": 92}),
+    ("a mismatch with vLLM", lambda step: {MISMATCH: 2e-5 * step**2}, {"mismatch": 8}),  # above 0.001, 5 x 2e-5
+    ("a mismatch in bfloat16", lambda step: {MISMATCH: 0.01 * (1 + step % 5)}, {}),
     (
         "unscored steps are left out",
         lambda step: {"reward": math.nan} if step % 2 else {"reward": 0.0},

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Literal
 
-Sign = Literal["reward", "kl", "entropy"]
+Sign = Literal["reward", "kl", "entropy", "mismatch"]
 """Metric that collapses."""
 
+Windowed = Literal["reward", "kl", "entropy"]
+"""Those that are judged over a window."""
 WINDOW = 20
 """Logged steps that a collapse must last."""
 REWARD_LEFT = 0.05
@@ -23,6 +25,12 @@ HIGH_KL = 1.0
 """Nats per token from which the policy is far from its reference."""
 ENTROPY_LEFT = 0.2
 """Share of the initial entropy below which it has collapsed."""
+MISMATCH = "sampling/sampling_logp_difference/mean"
+"""Nats per token by which the log-probabilities of vLLM and of training differ."""
+MISMATCH_RISE = 5.0
+"""Multiple of the first step's mismatch above which vLLM may no longer sample from the trained weights."""
+MISMATCH_MATTERS = 0.001
+"""Nats per token up to which any rise is rounding."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,14 @@ class CollapseWatch:
     """Reports each sign once, from the rows of metrics.jsonl in order."""
 
     def __init__(self) -> None:
-        self._recent: dict[Sign, deque[float]] = {sign: deque(maxlen=WINDOW) for sign in ("reward", "kl", "entropy")}
+        self._recent: dict[Windowed, deque[float]] = {
+            sign: deque(maxlen=WINDOW) for sign in ("reward", "kl", "entropy")
+        }
         self._best_reward: float | None = None
         """Highest mean reward of a window so far."""
         self._first_entropy: float | None = None
         """Mean entropy of the first window."""
+        self._first_mismatch: float | None = None
         self._seen: set[Sign] = set()
 
     def see(self, step: int, row: Mapping[str, float | None]) -> list[Collapse]:
@@ -60,9 +71,27 @@ class CollapseWatch:
             if text is not None:
                 self._seen.add(sign)
                 found.append(Collapse(sign, step, text))
+        mismatch = row.get(MISMATCH)
+        if mismatch is not None and "mismatch" not in self._seen:
+            text = self._judge_mismatch(mismatch)
+            if text is not None:
+                self._seen.add("mismatch")
+                found.append(Collapse("mismatch", step, text))
         return found
 
-    def _judge(self, sign: Sign) -> str | None:
+    def _judge_mismatch(self, now: float) -> str | None:
+        """Judge a step."""
+        if self._first_mismatch is None:
+            self._first_mismatch = now
+        if now <= max(MISMATCH_RISE * self._first_mismatch, MISMATCH_MATTERS):
+            return None
+        return (
+            f"The log-probabilities of vLLM and of training differ by {now:.2g} nats per token, from "
+            f"{self._first_mismatch:.2g} in the first step: vLLM may keep old weights. Stop the run and try "
+            "--dry-run, which hands changed weights over and compares."
+        )
+
+    def _judge(self, sign: Windowed) -> str | None:
         """Judge a full window."""
         values = self._recent[sign]
         match sign:
