@@ -3,6 +3,8 @@
 # make check   lint, formatting, types
 # make attack  damage inputs, kill runs, attack pages and servers; TIME
 # make attack-short   a part of it with a seed of the commit; two minutes
+# make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 8 minutes with its installation
+# make test-vllm-full  the same with more models, settings and failures; about half an hour
 #
 # Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
 # pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
@@ -13,8 +15,9 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+VLLM := .venv-vllm/bin/python
 
-.PHONY: demo test check attack attack-short format clean
+.PHONY: demo test check attack attack-short test-vllm test-vllm-full format clean
 
 demo: .venv/installed
 	$(BIN)/medvqa-rl demo
@@ -33,15 +36,29 @@ attack: .venv/installed-dev
 attack-short: .venv/installed-dev
 	$(BIN)/python -m dev.attacks --short --jobs 2
 
+test-vllm: .venv-vllm/installed
+	$(VLLM) -m pytest tests/engines -m "not slow"
+
+test-vllm-full: .venv-vllm/installed
+	$(VLLM) -m pytest tests/engines
+
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+# vLLM's CPU build and a torchvision from a package registry, which is built for CUDA: see tests/engines/environment.
+# The CUDA builds of torchaudio and torchcodec cannot be imported beside a CPU torch, and nothing here needs them.
+.venv-vllm/installed: pyproject.toml $(wildcard tests/engines/environment/*)
+	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --disable-pip-version-check $(PIP_FLAGS) pytest ./tests/engines/environment -e '.[vllm]'
+	$(VLLM) -m pip uninstall --disable-pip-version-check --yes torchaudio torchcodec
+	touch $@
 
 .venv/installed: pyproject.toml | .venv/bin/python
 	$(PIP) -e .

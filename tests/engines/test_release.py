@@ -1,4 +1,4 @@
-"""The parts of an installed vLLM that need no GPU, against what is sent to it. Skipped without vLLM."""
+"""The parts of vLLM that need no engine, against what is sent to it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from medvqa_rl.rollout.vllm import LORA_RANKS, VllmEngine, collapsed, write_adap
 from medvqa_rl.rollout.vllm_server import as_url
 
 FAKES = Path(__file__).parents[1] / "fakes"
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs the extra vllm")
 
 
 @pytest.fixture

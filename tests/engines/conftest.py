@@ -1,0 +1,80 @@
+"""Tests against real engines. ``make test-vllm`` runs them, in an environment that has vLLM's CPU build; elsewhere
+they are not collected."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from medvqa_rl.config import ModelConfig
+from medvqa_rl.core.types import Sample
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.processor import Processor
+from tests.conftest import tiny_config, tiny_tokenizer
+
+
+def has_cpu_build() -> bool:
+    """Whether vLLM's CPU build is installed."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+collect_ignore_glob = [] if has_cpu_build() else ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], str]:
+    """Folder of a small random model that vLLM serves: ``model_folder("qwen2_5_vl", tied=False)``. vLLM needs heads of
+    32 or more."""
+    kinds = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+
+    @cache
+    def write(arch: str, tied: bool) -> str:
+        folder = tmp_path_factory.mktemp(f"{arch}-{'tied' if tied else 'untied'}")
+        config = tiny_config(arch)
+        text = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+        for name, value in text.items():
+            setattr(config.text_config, name, value)
+        config.text_config.rope_parameters |= {"mrope_section": [4, 6, 6]}
+        setattr(config.vision_config, "hidden_size" if arch == "qwen2_vl" else "out_hidden_size", 64)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        torch.manual_seed(0)
+        model = kinds[arch](config).eval()
+        model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
+        model.save_pretrained(folder)
+        Processor(Qwen2VL(), tiny_tokenizer(), Qwen2VLImageProcessorPil(max_pixels=112 * 112)).save(folder)
+        return str(folder)
+
+    return write
+
+
+@pytest.fixture
+def policy() -> Callable[..., Policy]:
+    """Loads a policy in float32 on the CPU: ``policy("phantom:instruct", lora=LoraConfig(rank=4))``."""
+
+    def make(path: str, **settings: Any) -> Policy:
+        torch.manual_seed(0)
+        return load_policy(ModelConfig(**{"path": path, "device": "cpu", "dtype": "float32"} | settings))
+
+    return make
+
+
+@pytest.fixture
+def questions(make_sample: Callable[..., Sample], make_image: Callable[..., Any]) -> list[Sample]:
+    """With one image, two of different sizes and none, each longer than a block of the prefix cache."""
+    long = " ".join(f"Is there an effusion in the left lung {index}?" for index in range(20))
+    return [
+        make_sample("one", question=long),
+        make_sample("two", images=(make_image(56, 56, seed=1), make_image(84, 56, seed=2)), question=long),
+        make_sample("none", images=(), question=long),
+    ]

@@ -1,0 +1,125 @@
+"""Real engines for tests: settings, rollouts, and servers that end with the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medvqa_rl.config import RolloutConfig
+from medvqa_rl.core.types import Group, Sample
+from medvqa_rl.models.loading import Policy
+
+GREEDY = RolloutConfig(num_generations=2, max_completion_length=24, top_k=1, max_batch=4)
+SAMPLED = RolloutConfig(num_generations=4, max_completion_length=24, temperature=0.9)
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "KMP_BLOCKTIME": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ |= ENVIRONMENT  # before vLLM is imported
+
+
+def roll_out(engine: Any, policy: Policy, samples: Sequence[Sample], config: RolloutConfig) -> list[Group]:
+    prompts = [policy.processor.encode(sample) for sample in samples]
+    zeros = [0] * len(samples)
+    return engine.rollout(samples, config, seed=3, stream="train", step=0, occurrences=zeros, prompts=prompts)
+
+
+def tokens(groups: Sequence[Group]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group.completions] for group in groups]
+
+
+def move(policy: Policy, seed: int, scale: float = 0.15) -> None:
+    """Change the trained weights enough to change the most likely tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                size = float(parameter.square().mean().sqrt()) or 0.1
+                parameter += scale * size * torch.randn(parameter.shape, generator=generator)
+
+
+class Serving:
+    """A ``vllm serve`` process in a process group of its own."""
+
+    def __init__(
+        self, folder: str, flags: Sequence[str], environment: dict[str, str], log: Path, port: int | None
+    ) -> None:
+        self.port = free_port() if port is None else port
+        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        command = [str(Path(sys.executable).with_name("vllm")), "serve", folder, "--port", str(self.port), *flags]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment,
+                start_new_session=True,
+            )
+
+    def wait(self, seconds: float = 240.0) -> None:
+        """Wait until it answers."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise AssertionError(f"vllm serve does not start:\n{self.log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        """End the server and its workers."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+FLAGS = (
+    *("--enable-scale-out", "--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
+    *("--generation-config", "vllm", "--no-enable-chunked-prefill", "--enforce-eager", "--max-model-len", "2048"),
+    *("--worker-extension-cls", "medvqa_rl.rollout.vllm_cpu.PackedHeads"),
+)
+LORA_FLAGS = ("--enable-lora", "--max-lora-rank", "8")
+SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
+@contextmanager
+def serving(
+    folder: str,
+    log: Path,
+    flags: Sequence[str] = (*FLAGS, *LORA_FLAGS),
+    environment: dict[str, str] | None = None,
+    *,
+    port: int | None = None,
+) -> Iterator[Serving]:
+    """Serve a model until the block ends, at a free port unless one is given."""
+    server = Serving(folder, flags, SERVER_ENVIRONMENT if environment is None else environment, log, port)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
