@@ -248,6 +248,7 @@ def verbs() -> dict[str, set[str]]:
 
 FOREIGN = {
     *("--logprobs-mode", "--generation-config", "--mm-processor-kwargs", "--enable-lora", "--max-lora-rank"),
+    *("--enable-scale-out", "--no-enable-chunked-prefill", "--worker-extension-cls", "--dtype"),
     *("--config_file", "--help"),
 }
 """Options of other programs that messages name."""

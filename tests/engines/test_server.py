@@ -114,8 +114,9 @@ def test_the_command_line_trains(server, tmp_path, kind):
     check_mismatch(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [{}, {"lora": {"rank": 4}}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "kind", [{}, pytest.param({"lora": {"rank": 4}}, marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def test_the_command_line_trains_colocated(tmp_path, kind):
     path = settings(tmp_path, None, **kind)
     train(path)

@@ -414,6 +414,16 @@ def test_vllm_agrees_with_the_policy_it_has_only(make, mixed_samples, top):
     assert difference(own.policy, groups, config) > 0.1
 
 
+def test_tokens_outside_of_the_own_distribution_count(make, mixed_samples):
+    """A greedy choice of other weights has no probability here, which is no agreement."""
+    own = make("colocate")
+    with own.engine.fresh():
+        groups = roll_out(own.engine, own.policy, mixed_samples, GREEDY)
+    assert difference(own.policy, groups, GREEDY) == 0.0
+    move(own.policy)
+    assert difference(own.policy, groups, GREEDY) > 0.3
+
+
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_other_weights_are_noticed_in_the_first_rollout(make, mixed_samples, mode):
     own = make(mode)

@@ -26,7 +26,11 @@ TOLERANCES = {torch.float32: 0.01, torch.bfloat16: 0.2, torch.float16: 0.2}
 less than 1e-5, and those of another short run by 0.06 to 0.11."""
 SHIFT = 0.3
 """Nats per token by which :func:`rehearse` changes the policy at least."""
+OUTSIDE = 1.0
+"""Nats that a token counts which the policy's top-k and top-p leave out; rounding moves a few over the edge."""
 _DOUBLINGS = 12
+_CHUNK = 64
+"""Tokens whose float64 log-probabilities over the vocabulary are held at a time."""
 
 
 class VllmError(RuntimeError):
@@ -71,24 +75,22 @@ def difference(policy: Policy, groups: Sequence[Group], config: RolloutConfig) -
             if features is None:
                 (features,) = policy.family.image_features(policy.model, [group.prompt], policy.device)
             for completion in group.completions:
-                logits = _logits(policy, group, completion, features)
-                logps = sampling_logps(
-                    logits,
-                    temperature=config.temperature,
-                    top_k=config.top_k,
-                    top_p=config.top_p,
-                    suppressed=suppressed,
-                )
-                tokens = torch.tensor(completion.token_ids, device=policy.device)
-                own = logps.gather(-1, tokens[:, None]).squeeze(-1)
+                own = _logps(policy, group, completion, features, config, suppressed)
                 gaps = (own - torch.tensor(completion.logps, dtype=own.dtype, device=policy.device)).abs()
-                gaps = gaps[gaps.isfinite()]  # unknown to vLLM, or at the edge of top-k and top-p
+                gaps = torch.where(own.isneginf(), OUTSIDE, gaps)[~gaps.isnan()]
                 total, count = total + float(gaps.sum()), count + len(gaps)
     return total / count if count else math.nan
 
 
-def _logits(policy: Policy, group: Group, completion: Completion, features: Tensor | None) -> Tensor:
-    """(T, V) logits that a completion's T tokens are sampled from."""
+def _logps(
+    policy: Policy,
+    group: Group,
+    completion: Completion,
+    features: Tensor | None,
+    config: RolloutConfig,
+    suppressed: Tensor,
+) -> Tensor:
+    """(T,) log-probabilities of a completion's tokens under the distribution that they are sampled from."""
     prompt, device, family = group.prompt, policy.device, policy.family
     length, sampled = len(prompt.input_ids), completion.token_ids[:-1]  # nothing is sampled after the last
     ids = torch.tensor([[*prompt.input_ids.tolist(), *sampled]], device=device)
@@ -97,9 +99,19 @@ def _logits(policy: Policy, group: Group, completion: Completion, features: Tens
     following = torch.arange(len(sampled)) + int(own.max()) + 1
     positions = torch.cat([own, following.expand(len(own), -1)], dim=1)[:, None].to(device)
     embedded = family.embed(policy.model, ids, is_prompt, [features])
-    hidden = family.hidden_states(policy.model, embedded, positions, use_cache=False)
-    logits: Tensor = causal_model(policy.model).lm_head(hidden[0, length - 1 :])
-    return logits
+    hidden = family.hidden_states(policy.model, embedded, positions, use_cache=False)[0, length - 1 :]
+    tokens = torch.tensor(completion.token_ids, device=device)
+    found = []
+    for states, picked in zip(hidden.split(_CHUNK), tokens.split(_CHUNK), strict=True):
+        logps = sampling_logps(
+            causal_model(policy.model).lm_head(states),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            suppressed=suppressed,
+        )
+        found.append(logps.gather(-1, picked[:, None]).squeeze(-1))
+    return torch.cat(found)
 
 
 def tolerance(policy: Policy) -> float:
