@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.types import Sample
-from medvqa_rl.models.families.qwen2_vl import Qwen2VL
+from medvqa_rl.models.families import family_of
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor
-from tests.conftest import tiny_config, tiny_tokenizer
+from tests.models.families.tiny import BUILDERS
 
 
 def has_cpu_build() -> bool:
@@ -34,25 +33,24 @@ collect_ignore_glob = [] if has_cpu_build() else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], str]:
-    """Folder of a small random model that vLLM serves: ``model_folder("qwen2_5_vl", tied=False)``. vLLM needs heads of
-    32 or more."""
-    kinds = {"qwen2_vl": Qwen2VLForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
+    """Folder of a small random model of a family: ``model_folder("qwen2_5_vl", False)`` has its own output layer.
+    Heads are 32 wide, the least that vLLM takes on a CPU."""
 
     @cache
     def write(arch: str, tied: bool) -> str:
         folder = tmp_path_factory.mktemp(f"{arch}-{'tied' if tied else 'untied'}")
-        config = tiny_config(arch)
-        text = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-        for name, value in text.items():
-            setattr(config.text_config, name, value)
-        config.text_config.rope_parameters |= {"mrope_section": [4, 6, 6]}
-        setattr(config.vision_config, "hidden_size" if arch == "qwen2_vl" else "out_hidden_size", 64)
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        parts = BUILDERS[arch]()
+        config, text = parts.config, parts.config.text_config
+        text.update({"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1})
+        text.update({"head_dim": 32} if arch == "qwen3_vl" else {})
+        text.rope_parameters |= {"mrope_section": [4, 6, 6]}
+        config.vision_config.update({"hidden_size" if arch == "qwen2_vl" else "out_hidden_size": 64})
+        config.tie_word_embeddings = text.tie_word_embeddings = tied
         torch.manual_seed(0)
-        model = kinds[arch](config).eval()
-        model.generation_config.eos_token_id = tiny_tokenizer().eos_token_id
+        model = AutoModelForImageTextToText.from_config(config)
+        model.generation_config.eos_token_id = parts.tokenizer.eos_token_id
         model.save_pretrained(folder)
-        Processor(Qwen2VL(), tiny_tokenizer(), Qwen2VLImageProcessorPil(max_pixels=112 * 112)).save(folder)
+        Processor(family_of(model), parts.tokenizer, parts.image_processor).save(folder)
         return str(folder)
 
     return write

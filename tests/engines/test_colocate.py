@@ -66,7 +66,7 @@ def stock_gap(policy: Policy, groups: Any, model_inputs: Callable[..., Any]) -> 
 CASES = [("phantom:instruct", {}), ("phantom:instruct", LORA)]
 MATRIX = [
     ((arch, tied), settings)
-    for arch in ("qwen2_vl", "qwen2_5_vl")
+    for arch in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     for tied in (True, False)
     for settings in ({}, LORA)
 ]

@@ -190,7 +190,7 @@ def test_what_is_skipped_is_noticed(server, policy, questions, monkeypatch):
     assert rehearse(own, SAMPLED, sample).changed < 1e-4
 
 
-MATRIX = [(arch, tied) for arch in ("qwen2_vl", "qwen2_5_vl") for tied in (True, False)]
+MATRIX = [(arch, tied) for arch in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl") for tied in (True, False)]
 
 
 @pytest.mark.slow
