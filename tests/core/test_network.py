@@ -151,13 +151,12 @@ forbid_network()
 def serve():
     while True:
         connection, _ = near.accept()
-        connection.settimeout(1)
-        connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhello")
-        connection.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(OSError):  # closing on unread bytes would reset
-            while connection.recv(4096):
+        with connection, contextlib.suppress(OSError):  # a client that has read enough hangs up
+            connection.settimeout(1)
+            connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\nhello")
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):  # closing on unread bytes would reset
                 pass
-        connection.close()
 
 threading.Thread(target=serve, daemon=True).start()
 udp, tcp = (socket.socket(socket.AF_INET, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
