@@ -19,14 +19,16 @@ from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.phantom.questions import full_description
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate
 from medvqa_rl.learning.run.errors import Stopped
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.phantom import demo
 from medvqa_rl.phantom.build import FORMAT_RATE, WORDS, Binding, build, learn, lesson
 from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_model, build_processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
 
-PROCESSOR = build_processor()
+PROCESSOR = Processor.from_folder(ASSETS / "instruct", Qwen2VL())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_words_and_tags_are_one_token_each():
 
 
 def test_shipped_tokenizer_is_the_one_that_the_recipe_builds():
-    built = json.loads(PROCESSOR.tokenizer.backend_tokenizer.to_str())
+    built = json.loads(build_processor().tokenizer.backend_tokenizer.to_str())
     for name in CHECKPOINTS:
         shipped = json.loads((checkpoint_path(name) / "tokenizer.json").read_text(encoding="utf-8"))
         assert shipped["model"]["vocab"] == built["model"]["vocab"]
@@ -104,9 +106,10 @@ def test_lessons_teach_the_gold_answer():
 
 
 def test_a_few_steps_of_the_recipe_lower_the_loss(fresh, monkeypatch):
-    monkeypatch.setattr("medvqa_rl.phantom.build.BATCH", 8)
+    monkeypatch.setattr("medvqa_rl.phantom.build.BATCH", 4)
+    monkeypatch.setattr("medvqa_rl.phantom.training.LOG_STEPS", 20)
     rows = []
-    learn(fresh, "instruct", 100, 0, rows.append)
+    learn(fresh, "instruct", 40, 0, rows.append)
     assert rows[1]["loss"] < 0.5 * rows[0]["loss"]
 
 
