@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from medvqa_rl.config import (
     RolloutConfig,
     TrainConfig,
 )
+from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.learning.estimate import memory
@@ -31,10 +34,12 @@ from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, make_policy
+from medvqa_rl.models.processor import Processor
 from medvqa_rl.models.reference import load_reference
-from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_processor
+from medvqa_rl.phantom.vlm import SPECIAL_TOKENS
 from medvqa_rl.rollout.decode import RolloutEngine
 
 MIB = 2**20
@@ -56,10 +61,10 @@ def questions(count: int, size: int) -> list[Sample]:
     ]
 
 
-def medium_policy(model: ModelConfig, size: int):
-    """28 M parameters, with three query heads per key head as in larger models."""
-    processor = build_processor()
-    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": size * size}
+@cache
+def medium_weights() -> Qwen2VLForConditionalGeneration:
+    """28 M parameters, with three query heads per key head as in larger models. Copy them."""
+    processor = Processor.from_folder(ASSETS / "instruct", Qwen2VL())
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = Qwen2VLConfig(
         text_config={
@@ -76,7 +81,13 @@ def medium_policy(model: ModelConfig, size: int):
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    weights = Qwen2VLForConditionalGeneration(config)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def medium_policy(model: ModelConfig, size: int):
+    processor = Processor.from_folder(ASSETS / "instruct", Qwen2VL())
+    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": size * size}
+    weights = deepcopy(medium_weights())
     return make_policy(weights.to(torch.bfloat16 if model.dtype == "bfloat16" else torch.float32), processor, model)
 
 
@@ -102,7 +113,10 @@ def phase_peaks(run, base: int) -> dict[str, int]:
 
 
 def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]:
-    """(estimated, measured) bytes of each phase of the second step, with completions at the limit."""
+    """(estimated, measured) bytes of each phase of a step with completions at the limit.
+
+    A small step before it makes the state of the optimizer.
+    """
     accelerator = make_accelerator(config, config.train.prompts_per_step)
     reference = load_reference(policy) if config.loss.beta > 0 else None
     trained = wrap(config, accelerator, policy)
@@ -111,34 +125,34 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     learner = Learner(config, accelerator, policy, reference, trained)
     samples = questions(config.train.prompts_per_step, size)
 
-    def step(number: int) -> None:
+    def step(number: int, samples: list[Sample], rollout: RolloutConfig) -> None:
         with record_function("phase:rollout"):
-            groups = engine.rollout(samples, config.rollout, seed=0, stream="train", step=number)
-        advantages = torch.randn(len(groups), config.rollout.num_generations)
+            groups = engine.rollout(samples, rollout, seed=0, stream="train", step=number)
+        advantages = torch.randn(len(groups), rollout.num_generations)
         with record_function("phase:reference"):
             experience = learner.prepare(groups, advantages, torch.ones_like(advantages, dtype=torch.bool))
         with record_function("phase:gradients"):
             learner.accumulate(experience)
         with record_function("phase:optimizer"):
             trained.step(1e-6)
-        prompts.extend(group.prompt for group in groups)
+        prompts[:] = [group.prompt for group in groups]
 
     prompts = []
     policy.model.train()
-    step(0)
+    step(0, samples[:1], RolloutConfig(num_generations=2, max_completion_length=2))
     frozen = [] if reference is None or reference._frozen is None else [reference._frozen]
     weights = [t for model in (policy.model, *frozen) for t in (*model.parameters(), *model.buffers())]
     # The constants of weights in 4 bits are neither.
     weights += [tensor for name, tensor in policy.model.state_dict().items() if ".weight." in name]
     base = storages(weights) + storages(tensor for _, tensor in trained.state_tensors())
-    measured = phase_peaks(lambda: step(1), base)
+    measured = phase_peaks(lambda: step(1, samples, config.rollout), base)
 
     model = read_architecture(json.loads(causal_model(policy.model).config.to_json_string(use_diff=False)))
     _, down, across = prompts[0].image_inputs["image_grid_thw"][0].tolist()
     question = len(prompts[0].input_ids) - down * across // 4
     work = plan(config, model, question_tokens=question, grid=(down, across), on_gpu=False)
     # NumPy's, not torch's:
-    pixels = sum(prompt.image_inputs["pixel_values"].nbytes for prompt in prompts[: len(samples)])
+    pixels = sum(prompt.image_inputs["pixel_values"].nbytes for prompt in prompts)
     moments = {name: sum(parts.values()) - pixels for name, parts in step_memory(work, process=0).items()}
     static = step_memory(work, process=0)["rollout: decode"]
     phases = {
