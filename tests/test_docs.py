@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from medvqa_rl.config import differences
 from medvqa_rl.config.schema import all_settings, reference_tables
 from medvqa_rl.config.yaml import load_config, read_file
 from medvqa_rl.phantom.demo import demo_config
+from tests import forking
 
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -137,7 +137,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     (folder / "steps.json").write_text(json.dumps([step for _, step in STEPS]), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:.", "XDG_CACHE_HOME": str(folder / "cache")}
     script = [sys.executable, str(ROOT / "tests" / "documented.py"), "steps.json"]
-    done = subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+    done = forking.run(script, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["step"] for line in lines] == [step for _, step in STEPS], done.stderr[-2000:]
     return lines

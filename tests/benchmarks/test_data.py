@@ -3,17 +3,21 @@
 Run: pytest tests/benchmarks/test_data.py
 """
 
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import pytest
+
+from benchmarks import data
+from tests import forking
 
 
-def test_the_benchmark_runs_on_a_small_table() -> None:
-    command = [sys.executable, "-m", "benchmarks.data", "--rows", "300", "--images", "16"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_the_benchmark_runs_on_a_small_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data.subprocess, "run", forking.run)
+    monkeypatch.setattr(sys, "argv", ["data", "--rows", "300", "--images", "16"])
+    assert data.main() == 0
+    printed = capsys.readouterr().out
     for part in (
         "table of 300 rows",
         "first load",
@@ -23,4 +27,4 @@ def test_the_benchmark_runs_on_a_small_table() -> None:
         "prompts/s in training",
         "in evaluation, memory grew by",
     ):
-        assert part in result.stdout
+        assert part in printed

@@ -16,6 +16,7 @@ import torch
 from benchmarks import scaling
 from benchmarks.common import use_clock
 from benchmarks.scaling import RankStep, summary, tokens_of
+from tests import forking
 
 STEP = RankStep(rollout=3.0, update=1.0, wall=9.0, tokens={"a": [1, 2], "b": [3]})
 
@@ -100,6 +101,7 @@ def test_one_and_two_ranks_do_the_same_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(scaling.subprocess, "Popen", forking.Popen)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -24,6 +24,7 @@ from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, replay, run_ours, same_work
 from benchmarks.floors import architecture_of, step_floors
 from medvqa_rl.learning.estimate.cost import count_parameters, group_pairs
+from tests import forking
 
 TINY = Workload("tiny", prompts=2, generations=3, length=5, side=56, prompts_per_micro_batch=2, learning_rate=1e-3)
 NOISE = 0.02
@@ -118,8 +119,11 @@ def test_a_decoding_step_takes_the_longer_of_flops_and_bytes(folder: Path) -> No
     assert bound_by_flops.seconds == bound_by_flops.flops
 
 
-def test_the_last_line_is_the_speedup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_line_is_the_speedup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("trl")
+    monkeypatch.setattr(step_benchmark.subprocess, "run", forking.run)
     output = tmp_path / "result.json"
     options = ["--preset", "smoke", "--engine", "both", "--warmup", "0", "--steps", "1", "--rounds", "1"]
     assert step_benchmark.main([*options, "--output", str(output)]) == 0

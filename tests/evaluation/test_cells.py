@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import RolloutEngine
+from tests import forking
 
 MakePolicy = Callable[..., Policy]
 
@@ -361,7 +361,7 @@ def test_kill_9_on_real_processes(config: Config, tmp_path: Path) -> None:
     config = config.model_copy(update={"data": DataConfig(num_test=8)})
     folder = tmp_path / "killed"
     arguments = [sys.executable, "-c", KILLED, config.model_dump_json(), str(folder)]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    result = forking.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
     run_eval(config, output=folder, resume=True)

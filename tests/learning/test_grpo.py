@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from medvqa_rl.learning.run.errors import NonFiniteError, UnscoredError
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.report.health import check_health
 from medvqa_rl.report.runs import read_run
+from tests import forking
 
 TOY = Path(__file__).with_name("toy.py")
 GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_toy.json"
@@ -250,13 +250,11 @@ def test_two_ranks_get_the_gradient_of_one(folder, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [
-        subprocess.Popen(
+        forking.Popen(
             [sys.executable, str(TOY), "ranks", str(tmp_path / "config.json")],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
             | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from medvqa_rl.cli.app import app
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rollout.decode import RolloutEngine
+from tests import forking
 
 STEPS = 3
 
@@ -195,7 +195,7 @@ def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_fold
         jobs.append(job | {"completions": str(tmp_path / "completions.json")})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     path = os.pathsep.join([str(Path(__file__).parents[1] / "fakes"), *sys.path])
-    process = subprocess.run(
+    process = forking.run(
         [sys.executable, str(Path(__file__).with_name("ranks.py")), str(tmp_path / "jobs.json")],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,

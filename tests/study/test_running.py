@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
 from medvqa_rl.study.plan.recipe import read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, progress_line, run_study
+from tests import forking
 
 QUIET = Console(quiet=True)
 
@@ -88,7 +88,7 @@ def test_a_killed_cell_is_resumed(
     called = in_process
 
     def killed(command: Sequence[str], **rest: Any) -> int:
-        process = subprocess.Popen(command, **rest)
+        process = forking.Popen(command, **rest)
         while not list(cell.folder.glob("checkpoints/step_*")) and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -186,7 +186,7 @@ def test_a_cell_waits_for_the_process_that_still_trains_it(
 def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None:
     path = write(tmp_path / "tiny.yaml", given)
     command = [sys.executable, "-m", "medvqa_rl", "study"]
-    shown = subprocess.run(
+    shown = forking.run(
         [*command, "plan", str(path), "train.steps=3", "--output", str(tmp_path / "out")],
         capture_output=True,
         text=True,
@@ -194,7 +194,7 @@ def test_the_verbs_of_the_command(given: dict[str, Any], tmp_path: Path) -> None
     )
     assert shown.returncode == 0, shown.stderr
     assert "0/3" in shown.stdout and "minutes left" in shown.stdout and not (tmp_path / "out").exists()
-    wrong = subprocess.run(
+    wrong = forking.run(
         [*command, "run", str(path), "--arms", "drgrpo"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert (

@@ -11,7 +11,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from toy import read_metrics, toy_config
 
 from medvqa_rl.learning.distributed.roll_call import PHASES
 from medvqa_rl.models.checkpoints import write_model
+from tests import forking
 from tests.models.families.tiny import BUILDERS, tiny_policy
 
 RANKS = Path(__file__).parents[1] / "ranks.py"
@@ -83,7 +83,7 @@ def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], st
     """Exit codes of the ranks of each job, and standard error."""
     path = tmp / "jobs.json"
     path.write_text(json.dumps(jobs))
-    process = subprocess.run(
+    process = forking.run(
         [sys.executable, str(RANKS), str(path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

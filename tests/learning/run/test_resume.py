@@ -28,6 +28,7 @@ from medvqa_rl.learning.run.errors import Stopped
 from medvqa_rl.learning.run.resume import Resume, promise, read_resumes, still_counts
 from medvqa_rl.learning.sft import train_sft
 from medvqa_rl.models.loading import load_policy
+from tests import forking
 
 TOY = Path(__file__).parents[1] / "toy.py"
 STOP = {"steps": 6, "save_steps": 2, "eval_steps": 3}
@@ -125,7 +126,7 @@ def test_resume_starts_from_the_newest_checkpoint(folder, tmp_path, monkeypatch)
 def run_toy(mode: str, config, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json())
-    return subprocess.run(
+    return forking.run(
         [sys.executable, str(TOY), mode, str(path)],
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | environment,
         capture_output=True,

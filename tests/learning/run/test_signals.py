@@ -13,6 +13,7 @@ import pytest
 from toy import toy_config
 
 from medvqa_rl.learning.run.signals import StopSignals
+from tests import forking
 
 TOY = Path(__file__).parents[1] / "toy.py"
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
@@ -60,23 +61,34 @@ def test_nohup_is_respected():
         signal.signal(HUP, before)
 
 
+ON_A_TERMINAL = """
+import os, runpy, signal, sys
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.login_tty(os.open(sys.argv[1], os.O_RDWR))
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A program that runs another one as the leader of a session on the terminal that is its first argument."""
+
+
 @pytest.mark.slow
 def test_closing_the_terminal_saves_the_step(tiny_folder, tmp_path):
     """On a real terminal, which cannot be written to once it is gone."""
     config = toy_config(tiny_folder("qwen2_vl"), tmp_path / "run", train={"steps": 100_000, "eval_steps": 0})
     path = tmp_path / "config.json"
     path.write_text(config.model_dump_json())
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execve(
-            sys.executable, [sys.executable, str(TOY), "train", str(path)], os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+    terminal, its_end = pty.openpty()
+    child = forking.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, os.ttyname(its_end), str(TOY), "train", str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     seen = b""
     while b"Step 2:" not in seen:  # the table of samples, which comes after the metrics
         seen += os.read(terminal, 4096)
+    os.close(its_end)
     os.close(terminal)  # the kernel sends SIGHUP
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + HUP
+    assert child.wait(timeout=60) == 128 + HUP
     state = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (state["state"], state["reason"]) == ("stopped", "SIGHUP")
     assert (tmp_path / "run" / "checkpoints" / f"step_{state['step']:06d}" / "trainer" / "state.json").exists()

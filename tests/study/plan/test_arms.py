@@ -6,7 +6,6 @@ Run: pytest tests/study/plan/test_arms.py
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from medvqa_rl.study import running
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.plan.recipe import Recipe, read_recipe
 from medvqa_rl.study.running import forecast, is_finished, plan_table, run_study
+from tests import forking
 
 QUIET = Console(quiet=True)
 
@@ -170,7 +170,7 @@ def test_jobs_wait_for_a_start_but_not_for_its_tests(
 def test_answer_refuses_other_files(tmp_path: Path) -> None:
     path = write(tmp_path / "tests.yaml", {"tests": {"a": {}}})
     command = [sys.executable, "-m", "medvqa_rl", "study", "answer", str(path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = forking.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2 and "must have the keys checkpoint and tests" in " ".join(found.stderr.split())
 
 
