@@ -142,7 +142,10 @@ def test_exit_code_2_if_not_even_one_group_fits():
         ((PHANTOM, "model.path=phantom:none", "--card", "l4"), "phantom:none"),
         ((PHANTOM, "train.stepz=1"), "train.stepz"),
         ((PHANTOM, "model.lora={targets: [qkv]}", "--card", "l4"), "names qkv"),
-        ((PHANTOM, "model.adapter=nowhere", "--card", "l4"), "does not describe a LoRA adapter"),
+        (
+            (PHANTOM, "model.adapter=nowhere", "--card", "l4"),
+            "there is no file nowhere/adapter_config.json",
+        ),
     ],
 )
 def test_bad_input(args, message, monkeypatch, tmp_path):
@@ -155,8 +158,8 @@ def test_bad_input(args, message, monkeypatch, tmp_path):
 def test_damaged_config_files(tmp_path):
     shutil.copytree(ROOT / "src" / "medvqa_rl" / "phantom" / "assets" / "instruct", tmp_path / "model")
     for text, message in (
-        ("{", "is not valid JSON"),
-        ("[]", "is no model's configuration"),
+        ("{", "is not JSON"),
+        ("[]", "has [] (should be an object): take it from the checkpoint"),
         ("{}", "of a None model"),
     ):
         (tmp_path / "model" / "config.json").write_text(text)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from medvqa_rl.core.files import (
     cache_folder,
@@ -18,6 +19,7 @@ from medvqa_rl.core.files import (
     find_checkpoint,
     json_lines,
     note_on_best,
+    read_json_lines,
     remove_partials,
     write_json,
     write_text,
@@ -117,3 +119,26 @@ def test_a_best_checkpoint_that_is_no_better_is_noted(
     write_json(run / "eval" / "step_000000" / "results.json", {"accuracy": start})
     found = note_on_best(run)
     assert found is None if note is None else found is not None and re.search(note, found)
+
+
+def test_a_damaged_best_checkpoint_is_named_and_not_passed_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start = write_json(run / "eval" / "step_000000" / "results.json", {"accuracy": 0.5})
+    best = write_json(run / "best" / "best.json", {"step": "40", "accuracy": 0.5})
+    with pytest.raises(ValueError, match=r"best\.json has '40' under step .*name a folder of checkpoints/"):
+        note_on_best(run)
+    write_json(best, {"step": 40})  # of an older version
+    assert note_on_best(run) is None
+    start.write_text('{"accuracy"')
+    with pytest.raises(ValueError, match=r"step_000000/results\.json is not JSON"):
+        note_on_best(run)
+
+
+def test_lines_of_json_are_numbered_and_checked(tmp_path: Path) -> None:
+    path, schema = tmp_path / "rows.jsonl", TypeAdapter(dict[str, int])
+    for content, rows in ((b"", []), (b'{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]), (b'{"a": 1}', [{"a": 1}])):
+        path.write_bytes(content)
+        assert read_json_lines(schema, path, "restore it") == rows
+    path.write_bytes(b'{"a": 1}\n{"a": true}\n')
+    with pytest.raises(ValueError, match=r"^Line 2 of .*rows\.jsonl has True under a .*: restore it\.$"):
+        read_json_lines(schema, path, "restore it")

@@ -132,6 +132,9 @@ def test_the_number_of_a_run_is_read_from_its_newest_record(tmp_path):
     assert recorded_threads(files) == 3
     files[2].write_text(json.dumps({"weights": "written before threads were recorded"}))
     assert recorded_threads(files) is None
+    files[2].write_text('{"threads": "many"}')
+    with pytest.raises(ValueError, match=r"new\.json has 'many' under threads .*: restore the file"):
+        recorded_threads(files)
 
 
 def test_the_size_of_a_checkpoint_is_that_of_its_weights(tmp_path):

@@ -53,8 +53,8 @@ def test_a_prompt_that_comes_twice_in_a_step_makes_two_groups(copy: Path) -> Non
     ("name", "content", "expected"),
     [
         ("env.json", None, "env.json is missing."),
-        ("env.json", "{", "env.json cannot be read (JSONDecodeError)."),
-        ("data.json", "[]", "data.json does not hold a JSON object."),
+        ("env.json", "{", "env.json is not JSON (EOF while parsing an object"),
+        ("data.json", "[]", "data.json has [] (should be an object): it is left out."),
         ("metrics.jsonl", None, "metrics.jsonl is missing: there are no curves."),
         ("metrics.jsonl", "", "metrics.jsonl has no step."),
         ("config.resolved.json", None, "config.resolved.json is missing."),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cells import write
+from cells import OUTCOMES, store, write
 from rich.console import Console
 
 from medvqa_rl.core import progress
@@ -132,6 +132,30 @@ def test_a_running_cell_shows_where_it_is(
     assert started.endswith(f", log in {grpo}") and grpo.is_file()
     assert f"grpo, seed 0: step 0 of 2, see {grpo}" in lines
     assert lines[-1] == "grpo, seed 0: done, 0 of 3 cells finished"  # nothing was written
+
+
+def test_damaged_files_of_a_cell_are_named(given: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", given), tmp_path / "out")
+    store(recipe, OUTCOMES)
+    cell = next(cell for cell in recipe.cells if cell.arm.name == "sft")
+    for name, text, expected in (
+        (
+            "metrics.jsonl",
+            '{"step": 1}\n{"step": 2, "step_time": "fast"}\n',
+            "Line 2 of .* has 'fast' under step_time",
+        ),
+        ("metrics.jsonl", "{\n", "Line 1 of .* is not JSON"),
+        ("status.json", '{"state": "finished", "step": "4"}', "has '4' under step"),
+        ("status.json", "[]", r"status\.json has \[\]"),
+    ):
+        before = (cell.folder / name).read_text()
+        (cell.folder / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{expected}.*remove the folder .*{cell.folder.name} to run it again"):
+            forecast(recipe)
+        (cell.folder / name).write_text(before)
+    (cell.tests[0].folder / "results.json").write_text('{"accuracy": 1}')
+    with pytest.raises(ValueError, match=r"results\.json has no field .*: evaluate again, or restore the file"):
+        collect(recipe)
 
 
 def test_several_processes_share_a_cell(

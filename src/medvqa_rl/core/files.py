@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medvqa_rl.core.text import printable, shown
 
@@ -110,12 +110,12 @@ def json_lines(text: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
-def parse_json(schema: TypeAdapter[T], text: str | bytes, where: str, remedy: str) -> T:
+def parse_json(schema: TypeAdapter[T], text: str | bytes, where: str, remedy: str = "") -> T:
     """Parse JSON of a schema: no value is converted, so that 7 is neither a text nor true.
 
     Args:
         where: names the file, and the line; begins the message.
-        remedy: ends the message.
+        remedy: ends the message; if empty, it is a part of a longer one.
 
     Raises:
         ValueError: the text is not JSON, or a field is missing or has another type; the message names the first.
@@ -136,7 +136,7 @@ def parse_json(schema: TypeAdapter[T], text: str | bytes, where: str, remedy: st
     else:
         under = f" under {name}" if name else ""
         found = f"has {shown(error['input'])}{under} ({printable(error['msg'].removeprefix('Input '))})"
-    raise ValueError(f"{where} {found}: {remedy}.")
+    raise ValueError(f"{where} {found}: {remedy}." if remedy else f"{where} {found}")
 
 
 def read_json(schema: TypeAdapter[T], path: Path, remedy: str) -> T:
@@ -147,6 +147,18 @@ def read_json(schema: TypeAdapter[T], path: Path, remedy: str) -> T:
         OSError: it cannot be read.
     """
     return parse_json(schema, path.read_bytes(), f"The file {path}", remedy)
+
+
+def read_json_lines(schema: TypeAdapter[T], path: Path, remedy: str) -> list[T]:
+    """Read a JSON Lines file, each line as :func:`parse_json`.
+
+    Raises:
+        ValueError: a line is damaged; the message names it, and the field.
+        OSError: the file cannot be read.
+    """
+    content = path.read_bytes()
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    return [parse_json(schema, line, f"Line {number} of {path}", remedy) for number, line in enumerate(lines, start=1)]
 
 
 def flush(path: Path) -> None:
@@ -191,14 +203,42 @@ def list_checkpoints(run: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+class Best(BaseModel):
+    """The content of ``best.json``: the checkpoint that the evaluations during training chose."""
+
+    step: int
+    accuracy: float | None = None
+
+
+class _Start(BaseModel):
+    accuracy: float | None
+
+
+_BEST, _START = TypeAdapter(Best), TypeAdapter(_Start)
+
+
+def read_best(path: Path) -> Best:
+    """Read a best.json.
+
+    Raises:
+        ValueError: it is damaged; the message names it, and the field.
+    """
+    return read_json(_BEST, path, "restore the file, or name a folder of checkpoints/ instead")
+
+
 def note_on_best(run: Path) -> str | None:
-    """A sentence if no evaluation during training was more accurate than the one before it; else None."""
-    try:
-        best = json.loads((run / "best" / "best.json").read_text(encoding="utf-8"))
-        step, accuracy = int(best["step"]), float(best["accuracy"])
-        start = json.loads((run / "eval" / "step_000000" / "results.json").read_text(encoding="utf-8"))["accuracy"]
-        start = None if start is None else float(start)
-    except (OSError, ValueError, KeyError, TypeError):  # no evaluations, or of another version
+    """A sentence if no evaluation during training was more accurate than the one before it; else None.
+
+    Raises:
+        ValueError: the file that names the best checkpoint, or the results before training, are damaged.
+    """
+    chosen, results = run / "best" / "best.json", run / "eval" / "step_000000" / "results.json"
+    if not (chosen.is_file() and results.is_file()):
+        return None
+    best = read_best(chosen)
+    step, accuracy = best.step, best.accuracy
+    start = read_json(_START, results, "restore the file, or remove the folder of this evaluation").accuracy
+    if accuracy is None:  # of an older version
         return None
     if step == 0:  # of an older version
         return (

@@ -9,7 +9,6 @@ wait may, so :func:`watch_load` lets them sleep while other processes need the c
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import signal
@@ -21,6 +20,9 @@ from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import psutil
+from pydantic import BaseModel, TypeAdapter
+
+from medvqa_rl.core.files import read_json
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that torch follows. If the user set one, nothing is chosen here."""
@@ -162,6 +164,13 @@ def own_share(processes: int = 1) -> int:
     return max(1, min(cores, psutil.cpu_count(logical=False) or cores) // processes)
 
 
+class _Recorded(BaseModel):
+    threads: int | None = None
+
+
+_RECORDED = TypeAdapter(_Recorded)
+
+
 def recorded_threads(files: Iterable[Path]) -> int | None:
     """Return the number of threads that a run or an evaluation was started with; None if it is not recorded.
 
@@ -171,8 +180,7 @@ def recorded_threads(files: Iterable[Path]) -> int | None:
     newest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         return None
-    threads = json.loads(newest.read_text(encoding="utf-8")).get("threads")
-    return threads if isinstance(threads, int) else None
+    return read_json(_RECORDED, newest, "restore the file, or start again in another folder").threads
 
 
 def watch_load(seconds: float = 1.0) -> None:

@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medvqa_rl.core.files import write_json
-from medvqa_rl.core.text import printable, shown
+from pydantic import TypeAdapter
+
+from medvqa_rl.core.files import read_json, write_json
+from medvqa_rl.core.text import shown
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, write_records
+
+_IDENTITY = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -145,12 +149,4 @@ def read_identity(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation.json"
     if not path.is_file():
         return {}
-    try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"The file {path} is damaged ({printable(str(error))}): choose another folder with --output."
-        ) from error
-    if not isinstance(identity, dict):
-        raise ValueError(f"The file {path} is damaged (it is not a JSON object): choose another folder with --output.")
-    return identity
+    return read_json(_IDENTITY, path, "choose another folder with --output")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,10 +11,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
+from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.files import flush
+from medvqa_rl.core.files import flush, read_json
 from medvqa_rl.models.loading import Policy
+
+
+class _Adapter(BaseModel):
+    base_model_name_or_path: str | None = None
+
+
+_ADAPTER = TypeAdapter(_Adapter)
 
 
 def write_model(policy: Policy, folder: Path) -> None:
@@ -102,7 +109,9 @@ def model_for(path: str) -> ModelConfig:
         with_checkpoint(ModelConfig(), folder)  # raises for the folder of a run, and names its checkpoints
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return ModelConfig(path=path)
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    settings = folder / "adapter_config.json"
+    adapter = read_json(_ADAPTER, settings, "restore the file, or give the folder of another adapter")
+    base = adapter.base_model_name_or_path
     if not base:
         raise ValueError(
             f"The adapter in {folder} does not name the model it was trained on: set base_model_name_or_path in its "

@@ -15,7 +15,7 @@ from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
 from medvqa_rl.config.sharing import shareable, without_folders
-from medvqa_rl.core.files import find_checkpoint, list_checkpoints
+from medvqa_rl.core.files import find_checkpoint, list_checkpoints, read_best
 from medvqa_rl.evaluation.judging.judged_tables import in_short
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.figures.style import percent
@@ -107,11 +107,8 @@ def _step(checkpoint: Path) -> int | None:
     number = checkpoint.name.removeprefix("step_")
     if number != checkpoint.name and number.isdecimal():
         return int(number)
-    try:
-        best = json.loads((checkpoint / "best.json").read_text(encoding="utf-8"))
-        return int(best["step"])
-    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged, or without a step: the card says unknown
-        return None
+    best = checkpoint / "best.json"
+    return read_best(best).step if best.is_file() else None
 
 
 def _plain(text: object) -> str:
@@ -209,11 +206,8 @@ def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
 
 
 def _judged(evaluation: StoredEvaluation) -> list[str]:
-    """Summarise judge results in sentences; empty without judges. A damaged file is reported instead."""
-    try:
-        return in_short(evaluation.judged) if evaluation.judged else []
-    except (KeyError, TypeError, AttributeError):
-        return ["The judge results cannot be read: judged.json is damaged or from another version."]
+    """Summarise judge results in sentences; empty without judges."""
+    return in_short(evaluation.judged) if evaluation.judged else []
 
 
 def _name(evaluation: StoredEvaluation) -> str:

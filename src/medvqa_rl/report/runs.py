@@ -17,6 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.core.files import parse_json
 from medvqa_rl.core.text import first_few
+from medvqa_rl.evaluation.judging.judged_results import JUDGED
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.results import check_results
 
@@ -166,6 +167,13 @@ class _Environment(BaseModel):
     git: dict[str, Any] | None = None
 
 
+class _Data(BaseModel):
+    name: str
+    fingerprint: str
+    samples: int | None = None
+    notes: dict[str, int] = {}
+
+
 class _CompletionLine(BaseModel):
     step: int
     sample_id: str
@@ -188,30 +196,33 @@ _SCHEMAS: dict[str, TypeAdapter[Any]] = {
     "status.json": TypeAdapter(_Status),
     "env.json": TypeAdapter(_Environment),
     "config.resolved.json": TypeAdapter(dict[str, Any]),
+    "data.json": TypeAdapter(dict[str, _Data]),
+    "judged.json": JUDGED,
 }
 _COMPLETION = TypeAdapter(_CompletionLine)
 
 
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Read a JSON object; if that fails, or a field has another type, note the problem and return an empty one."""
+def _object(path: Path, problems: list[str], name: str = "") -> dict[str, Any]:
+    """Read a JSON object; if that fails, or a field has another type, note the problem and return an empty one.
+
+    Args:
+        name: of the file in the problem; its last part by default.
+    """
+    name = name or path.name
     if not path.is_file():
-        problems.append(f"{path.name} is missing.")
+        problems.append(f"{name} is missing.")
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read ({type(error).__name__}).")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} does not hold a JSON object.")
-        return {}
-    try:
-        if path.name in _SCHEMAS:
-            parse_json(_SCHEMAS[path.name], path.read_bytes(), path.name, "it is left out")
+        content = path.read_bytes()
+        parse_json(_SCHEMAS[path.name], content, name, "it is left out")
+    except OSError as error:
+        problems.append(f"{name} cannot be read ({error.strerror}).")
     except ValueError as error:
         problems.append(str(error))
-        return {}
-    return value
+    else:
+        found: dict[str, Any] = json.loads(content)
+        return found
+    return {}
 
 
 def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -283,7 +294,8 @@ def _stored(paths: Sequence[Path], problems: list[str]) -> list[StoredEvaluation
             problems.append(str(error))
         else:
             judged = path.with_name("judged.json")
-            said = _object(judged, problems) if judged.is_file() else {}
+            home = f"{path.parent.parent.name}/{path.parent.name}"
+            said = _object(judged, problems, f"{home}/judged.json") if judged.is_file() else {}
             found.append(StoredEvaluation(path.parent.name, results, path.with_name("samples.jsonl"), said))
     return sorted(found, key=lambda item: (item.step is None, item.step or 0, item.name))
 

@@ -108,12 +108,15 @@ def collect(recipe: Recipe) -> Collected:
     def before(cell: Cell) -> Mapping[str, Any] | None:
         """Results of the model that a cell's training started from."""
         found = cell.start if cell.start in finished else untrained
-        return None if found is None else read_results(found.tests[primary].folder / "results.json")
+        return None if found is None else _results(found, primary)
 
     signs = {
         name: {
             cell.seed: cell_signs(
-                rows, read_results(cell.tests[primary].folder / "results.json"), primary_answers[cell], before(cell)
+                rows,
+                _results(cell, primary),
+                primary_answers[cell],
+                before(cell),
             )
             for cell, rows in zip(cells, curves[name])
         }
@@ -132,6 +135,11 @@ def collect(recipe: Recipe) -> Collected:
             for name, cells in by_arm.items()
         },
     )
+
+
+def _results(cell: Cell, test: int) -> dict[str, Any]:
+    """The results of a cell's test."""
+    return read_results(cell.tests[test].folder / "results.json")
 
 
 def _contrast(
@@ -195,7 +203,7 @@ def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: i
                 detectable=minimum_detectable_effect(gain.standard_error) if gain else math.nan,
                 accuracies=tuple(sum(right[cell]) / len(clusters) for cell in cells),
                 tests=tuple(SeedTest(seed, found, adjusted[seed][arm]) for seed, found in tests.get(arm, {}).items()),
-                results=tuple(read_results(cell.tests[index].folder / "results.json") for cell in cells),
+                results=tuple(_results(cell, index) for cell in cells),
             )
         )
     return tuple(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,14 +14,15 @@ from statistics import fmean
 from threading import Event, Lock
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.core.files import json_lines
+from medvqa_rl.core.files import read_json, read_json_lines
 from medvqa_rl.core.machine import PARENT, SHARE, own_share
 from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import number_of, printable
+from medvqa_rl.core.text import number_of
 from medvqa_rl.data import load_dataset
 from medvqa_rl.study.plan.recipe import Cell, Recipe, Test
 
@@ -38,15 +38,31 @@ class Failure:
     last_line: str
 
 
+class _Status(BaseModel):
+    """What is read of a cell's status.json; it has more."""
+
+    state: str
+    step: int
+
+
+class _Row(BaseModel):
+    """What is read of a line of metrics.jsonl."""
+
+    step_time: float | None = None
+
+
+_STATUS, _ROW = TypeAdapter(_Status), TypeAdapter(_Row)
+
+
 def steps_done(cell: Cell) -> int:
     """Completed training steps according to the cell's status."""
-    step = _status(cell).get("step")
-    return step if isinstance(step, int) else 0
+    status = _status(cell)
+    return 0 if status is None else status.step
 
 
 def is_trained(cell: Cell) -> bool:
     """Whether a cell's training is finished, or it needs none."""
-    return cell.arm.verb == "none" or _status(cell).get("state") == "finished"
+    return cell.arm.verb == "none" or ((status := _status(cell)) is not None and status.state == "finished")
 
 
 def is_tested(test: Test) -> bool:
@@ -59,17 +75,10 @@ def is_finished(cell: Cell) -> bool:
     return is_trained(cell) and all(map(is_tested, cell.tests))
 
 
-def _status(cell: Cell) -> Mapping[str, object]:
+def _status(cell: Cell) -> _Status | None:
+    """What a cell's training wrote last; None if it has not started."""
     path = cell.folder / "status.json"
-    if not path.is_file():
-        return {}
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"The file {path} is damaged ({printable(str(error))}): remove the folder of this cell."
-        ) from error
-    return status if isinstance(status, dict) else {}
+    return read_json(_STATUS, path, f"remove the folder {cell.folder} to run it again") if path.is_file() else None
 
 
 # --- forecast ------------------------------------------------------------------------------------------------------
@@ -81,8 +90,7 @@ def step_seconds(recipe: Recipe) -> dict[str, float]:
     by_verb: dict[str, list[float]] = {}
     for cell in recipe.cells:
         if cell.arm.verb != "none" and is_trained(cell):
-            rows = [json.loads(line) for line in json_lines((cell.folder / "metrics.jsonl").read_text("utf-8"))]
-            times = [row["step_time"] for row in rows if row.get("step_time") is not None]
+            times = _step_times(cell)
             by_arm.setdefault(cell.arm.name, []).extend(times)
             by_verb.setdefault(cell.arm.verb, []).extend(times)
     rates = {}
@@ -90,6 +98,12 @@ def step_seconds(recipe: Recipe) -> dict[str, float]:
         measured = by_arm.get(arm.name) or by_verb.get(arm.verb)
         rates[arm.name] = fmean(measured) if measured else recipe.forecast.seconds_per_step.get(arm.verb, 0.0)
     return rates
+
+
+def _step_times(cell: Cell) -> list[float]:
+    path = cell.folder / "metrics.jsonl"
+    remedy = f"restore the file, or remove the folder {cell.folder} to run it again"
+    return [row.step_time for row in read_json_lines(_ROW, path, remedy) if row.step_time is not None]
 
 
 def forecast(recipe: Recipe) -> dict[Cell, float]:

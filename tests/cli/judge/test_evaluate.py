@@ -120,6 +120,24 @@ def test_the_judge_that_rewarded_is_never_alone(tmp_path: Path, capsys: pytest.C
     run_judge_eval([other], NO_CACHE[1:], bias_samples=0)
 
 
+def test_records_of_judges_are_checked(tmp_path: Path) -> None:
+    identity = {"name": "x", "fingerprint": "f", "prompt_hash": "p", "strictness": 0.0}
+    folder = write_evaluation(tmp_path / "run" / "eval" / "step_000010", records(4))
+    for stored, expected in (
+        ("[]", r"judge\.json has \[\]"),
+        (json.dumps({"reward": identity | {"fingerprint": 7}}), r"has 7 under reward\.fingerprint"),
+        (json.dumps({"reward": {"name": "x"}}), r"has no field reward\.fingerprint"),
+    ):
+        (tmp_path / "run" / "judge.json").write_text(stored)
+        with pytest.raises(ValueError, match=f"{expected}.*: restore it, or remove it"):
+            run_judge_eval([folder], NO_CACHE, bias_samples=0)
+    (tmp_path / "run" / "judge.json").unlink()
+    (folder / "results.json").write_text(json.dumps({"judges": {"reward": 3}}))
+    with pytest.raises(ValueError, match=r"results\.json has 3 under judges\.reward .*: evaluate again"):
+        run_judge_eval([folder], NO_CACHE, bias_samples=0)
+    assert not (folder / "judged.json").exists()
+
+
 class Writer:
     """A grader that finds every answer right and all reasoning fair, and fails where it is told to."""
 

@@ -83,6 +83,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "the index is cut": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: data[:-300]),
     "the index is empty": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b""),
     "the index is noise": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b"\xff" * 99),
+    "a letter of the index": lambda root: rewrite(
+        next((root / "cache" / "index").iterdir()), lambda data: data.replace(b"rter 9?", b"rter X?")
+    ),
     "the index is other JSON": lambda root: rewrite(next((root / "cache" / "index").iterdir()), lambda data: b"[]"),
 }
 

@@ -155,9 +155,18 @@ def test_invalid_keys_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not of the format"):
         read_key(write(tmp_path / "a.json", saved()))
     plain = KEY.to_json()
-    for broken in ({**plain, "items": 3}, {**plain, "more": 1}, {**plain, "items": [{}]}):
-        with pytest.raises(ValueError, match="is damaged"):
-            read_key(write(tmp_path / "b.json", broken))
+    first, *others = plain["items"]
+    for broken, what in (
+        ({"items": 3}, r"b.json has 3 under items .should be a valid array."),
+        ({"items": [{}]}, "b.json has no field items.0.item: make the sheet again"),
+        ({"items": [first | {"is_correct": 7}, *others]}, "has 7 under items.0.is_correct"),
+        ({"items": [first | {"evaluations": "base"}, *others]}, "has 'base' under items.0.evaluations"),
+        ({"items": [first, first, *others]}, "an item is missing, or stands twice"),
+        ({"items": []}, "an item is missing, or stands twice"),
+        ({"seed": "0"}, "has '0' under seed"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            read_key(write(tmp_path / "b.json", plain | broken))
     with pytest.raises(ValueError, match="an item belongs to no evaluation"):
         read_key(write(tmp_path / "c.json", {**plain, "evaluations": ["base"]}))
 

@@ -130,6 +130,9 @@ def test_evaluations_of_the_same_weights_are_named(tmp_path: Path) -> None:
     assert pair["same_weights"] and pair["gain_high"] == -pair["gain_low"] == pytest.approx(bound)
     (folders[1] / "results.json").write_text(json.dumps({"model": {"weights": "other"}}))
     assert "same weights" not in CliRunner().invoke(app, ["compare", *map(str, folders)]).output
+    (folders[1] / "results.json").write_text(json.dumps({"model": 3}))
+    result = CliRunner().invoke(app, ["compare", *map(str, folders)])
+    assert result.exit_code == 2 and "results.json has 3 under model" in " ".join(result.output.split())
 
 
 def test_different_questions_are_refused_with_exit_code_2(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_other_data_is_refused(folder, tmp_path):
         ("data.json", '{"train": 3}', r"data\.json has 3 under train"),
         ("data.json", '{"train": {"fingerprint": 3}}', r"has 3 under train\.fingerprint"),
         ("env.json", "[]", r"env\.json has \[\]"),
+        ("config.resolved.json", '{"train": {"steps": "3"}}', r"config\.resolved\.json has '3' under train\.steps"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(folder, tmp_path, name, text, message):

@@ -48,7 +48,12 @@ def test_reports_and_cards_show_what_judges_said(tmp_path: Path, monkeypatch: py
     card = model_card(read_run(run), run / "best")
     assert "These weights on phantom/home/val, after step 40. Judged by a \\<b\\> judge" in card
     assert "reasoning 3.00 \\[3.00, 3.00\\] of 3, 100.0 \\[" in card and "; 0 unscored." in card
-    write(run / "eval" / "step_000040" / "judged.json", {"judges": [{}]})
+    damaged = run / "eval" / "step_000040" / "judged.json"
+    damaged.write_text(damaged.read_text().replace('"unscored": 0', '"unscored": "none"', 1))
     broken = read_run(run)
-    assert "has another version: run the judges again" in render_report([broken])
-    assert "damaged or from another version" in model_card(broken, run / "best")
+    problem = "eval/step_000040/judged.json has 'none' under judges.0.reasoning.unscored (should be a valid integer)"
+    assert broken.problems == [f"{problem}: it is left out."]
+    page = render_report([broken])
+    assert page.count(", judged</summary>") == 1 and "judges.0.reasoning.unscored" in page
+    card = model_card(broken, run / "best")
+    assert "after step 40. Judged by" not in card and "judges.0.reasoning.unscored" in card.replace("\\", "")

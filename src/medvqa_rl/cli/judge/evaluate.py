@@ -22,7 +22,6 @@ from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
 from medvqa_rl.core.network import is_off
 from medvqa_rl.core.progress import open_console, print_line
-from medvqa_rl.core.text import printable
 from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
 from medvqa_rl.evaluation.judging.judged import (
     Judged,
@@ -35,6 +34,7 @@ from medvqa_rl.evaluation.judging.judged import (
 )
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.results import read_origin
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rewards.judges.endpoint import host_of
@@ -187,14 +187,7 @@ def _overlap(one: Evaluated, identities: Sequence[JudgeIdentity]) -> list[str]:
 
 def _rewarding(folder: Path) -> dict[str, JudgeIdentity]:
     """The judges that rewarded the evaluated weights, according to the evaluation's results or its run."""
-    found = rewarding_judges(folder)
-    path = folder / "results.json"
-    if path.is_file():
-        try:
-            found |= read_identities(json.loads(path.read_text(encoding="utf-8")).get("judges", {}))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"The file {path} is damaged ({printable(str(error))}): evaluate again.") from error
-    return found
+    return rewarding_judges(folder) | read_identities(read_origin(folder))
 
 
 def _results(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import local_file
+from medvqa_rl.core.files import read_json
+
+Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,24 @@ class ImageBudget:
         return (across // unit) * (down // unit)
 
 
+class _Size(BaseModel):
+    shortest_edge: Positive | None = None
+    longest_edge: Positive | None = None
+
+
+class _Preprocessor(BaseModel):
+    """What is read of a preprocessor_config.json."""
+
+    size: _Size | None = None
+    min_pixels: Positive | None = None
+    max_pixels: Positive | None = None
+    patch_size: Positive | None = None
+    merge_size: Positive | None = None
+
+
+_PREPROCESSOR = TypeAdapter(_Preprocessor)
+
+
 def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
     """Image size limits of a model, and their source in words.
 
@@ -71,20 +94,15 @@ def image_budget(model: ModelConfig) -> tuple[ImageBudget, str]:
     where = "as published with Qwen2-VL"
     if file is not None:
         where = f"from {model.path}"
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            size = content.get("size") or {}
-            found = {
-                "min_pixels": size.get("shortest_edge", content.get("min_pixels")),
-                "max_pixels": size.get("longest_edge", content.get("max_pixels")),
-                "patch_size": content.get("patch_size"),
-                "merge_size": content.get("merge_size"),
-            }
-            values = {name: int(value) for name, value in found.items() if value is not None}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"The file {file} cannot be read as image processor settings ({error}): copy it from the checkpoint."
-            ) from error
+        content = read_json(_PREPROCESSOR, file, "copy the file from the checkpoint")
+        size = content.size or _Size()
+        found = {
+            "min_pixels": size.shortest_edge or content.min_pixels,
+            "max_pixels": size.longest_edge or content.max_pixels,
+            "patch_size": content.patch_size,
+            "merge_size": content.merge_size,
+        }
+        values = {name: value for name, value in found.items() if value is not None}
     given = {"min_pixels": model.min_pixels, "max_pixels": model.max_pixels}
     values |= {name: value for name, value in given.items() if value is not None}
     return ImageBudget(**values), where

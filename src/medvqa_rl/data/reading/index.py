@@ -96,8 +96,9 @@ def _save(file: Path, version: list[int], folders: dict[str, int], reading: Read
         "issues": list(zip(*reading.issues)),
     }
     try:
+        data = json.dumps(content).encode()
         with write_whole(file, durable=False) as partial:
-            partial.write_text(json.dumps(content), encoding="utf-8")
+            partial.write_bytes(f"{hashlib.sha256(data).hexdigest()}\n".encode() + data)
     except OSError as error:
         log.warning("The index %s cannot be written (%s): the next load reads the table again.", file, error)
 
@@ -105,19 +106,22 @@ def _save(file: Path, version: list[int], folders: dict[str, int], reading: Read
 def _load(file: Path, version: list[int], images: Path) -> Reading | None:
     """Read an index; None if it is missing, outdated or damaged."""
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
-        if content["version"] != version:
-            return None
-        if any(modification_time(images / folder) != time for folder, time in content["folders"].items()):
-            return None
-        columns = dict(zip(Row._fields, content["rows"]))
-        for name in ("options", "images", "alternatives"):  # JSON has no tuples
-            columns[name] = map(tuple, columns.get(name, ()))
-        return Reading(
-            [Row(*cells) for cells in zip(*columns.values())],
-            [RowIssue(*values) for values in zip(*content["issues"])],
-            content["total"],
-            Counter(content["left_out"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        digest, _, data = file.read_bytes().partition(b"\n")
+    except OSError:
         return None
+    if digest != hashlib.sha256(data).hexdigest().encode():  # damaged, or of an older version
+        return None
+    content: dict[str, Any] = json.loads(data)
+    if content["version"] != version:
+        return None
+    if any(modification_time(images / folder) != time for folder, time in content["folders"].items()):
+        return None
+    columns = dict(zip(Row._fields, content["rows"]))
+    for name in ("options", "images", "alternatives"):  # JSON has no tuples
+        columns[name] = map(tuple, columns.get(name, ()))
+    return Reading(
+        [Row(*cells) for cells in zip(*columns.values())],
+        [RowIssue(*values) for values in zip(*content["issues"])],
+        content["total"],
+        Counter(content["left_out"]),
+    )

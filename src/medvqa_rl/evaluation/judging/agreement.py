@@ -60,7 +60,7 @@ def read_pairs(path: Path) -> list[LabelledPair]:
 def _read_pair(line: str, where: str, number: str) -> LabelledPair:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not JSON ({printable(str(error))}): write one object with reasoning and label."
         ) from error

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from medvqa_rl.config import JudgeConfig
-from medvqa_rl.core.text import printable
+from medvqa_rl.core.files import read_json
 from medvqa_rl.evaluation.measures.instruments import NamedJudge
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
+
+_IDENTITIES = TypeAdapter(dict[str, JudgeIdentity])
 
 
 def judge_request(record: EvalRecord) -> JudgeRequest:
@@ -65,15 +69,11 @@ def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
     for folder in (checkpoint.parent, checkpoint.parent.parent):  # best, or checkpoints/step_000100
         path = folder / "judge.json"
         if path.is_file():
-            try:
-                return read_identities(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"The file {path} is damaged ({printable(str(error))}): restore it, or remove it."
-                ) from error
+            return read_json(_IDENTITIES, path, "restore it, or remove it")
     return {}
 
 
-def read_identities(stored: dict[str, dict[str, object]]) -> dict[str, JudgeIdentity]:
-    """Identities by role, as stored in ``judge.json`` and ``results.json``, without the judge of evaluations."""
-    return {role: JudgeIdentity(**one) for role, one in stored.items() if role != "evaluation"}  # type: ignore[arg-type]
+def read_identities(results: Mapping[str, Any]) -> dict[str, JudgeIdentity]:
+    """The judges that rewarded the evaluated model, by role, from a results.json that was checked."""
+    stored = _IDENTITIES.validate_python(results.get("judges", {}))
+    return {role: identity for role, identity in stored.items() if role != "evaluation"}

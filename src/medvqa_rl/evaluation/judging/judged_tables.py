@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import format_p
+from medvqa_rl.core.text import format_p, format_points
 from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_interval, format_kappa
 
 
@@ -42,7 +42,7 @@ def judged_tables(results: Mapping[str, Any]) -> list[TextTable]:
                     format_interval(part["right"], 100, 1),
                     str(part["unscored"]),
                     f"{name} ({found['n']:,})",
-                    f"{100 * found['label_yes_rate']:.1f}",
+                    format_points(found["label_yes_rate"]) or "-",
                     format_interval(found["accuracy"], 100, 1),
                     format_kappa(found["kappa"]),
                     format_interval(found["false_yes_rate"], 100, 1),

@@ -17,8 +17,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from medvqa_rl.core.files import write_json
-from medvqa_rl.core.text import printable, shown
+from pydantic import TypeAdapter
+
+from medvqa_rl.core.files import read_json, write_json
+from medvqa_rl.core.text import shown
 from medvqa_rl.evaluation.judging.intervals import mean_interval, share_interval
 from medvqa_rl.evaluation.statistics.intervals_and_tests import paired_cluster_bootstrap
 from medvqa_rl.evaluation.statistics.raters import Scale, alpha_interval, kappa_interval
@@ -60,6 +62,9 @@ class SheetKey:
         return {"format": KEY_FORMAT, **asdict(self)}
 
 
+_KEY = TypeAdapter(SheetKey)
+
+
 @dataclass(frozen=True)
 class Rating:
     """One rater's rating of one item; None means "cannot tell"."""
@@ -90,17 +95,12 @@ def read_key(path: Path) -> SheetKey:
     Raises:
         ValueError: the file is not a key, or is damaged.
     """
-    found = _read_object(path, KEY_FORMAT, "the key that `medvqa-rl judge sheet` wrote beside the sheet")
-    try:
-        items = tuple(KeyItem(**{**item, "evaluations": tuple(item["evaluations"])}) for item in found["items"])
-        del found["format"]
-        key = SheetKey(**{**found, "evaluations": tuple(found["evaluations"]), "items": items})
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"The key {path} is damaged ({printable(str(error))}): make the sheet again, or restore its key."
-        ) from error
-    if not {name for item in items for name in item.evaluations} <= set(key.evaluations):
+    _read_object(path, KEY_FORMAT, "the key that `medvqa-rl judge sheet` wrote beside the sheet")
+    key = read_json(_KEY, path, "make the sheet again, or restore its key")
+    if not {name for item in key.items for name in item.evaluations} <= set(key.evaluations):
         raise ValueError(f"The key {path} is damaged (an item belongs to no evaluation): restore it.")
+    if len({item.item for item in key.items}) < len(key.items) or not (key.items and key.evaluations):
+        raise ValueError(f"The key {path} is damaged (an item is missing, or stands twice): restore it.")
     return key
 
 

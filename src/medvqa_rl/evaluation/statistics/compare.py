@@ -3,7 +3,6 @@ the questions that flipped. Imports no torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +13,7 @@ from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.records import EvalRecord, read_records
+from medvqa_rl.evaluation.results import read_origin
 from medvqa_rl.evaluation.statistics.comparison_tables import show
 from medvqa_rl.evaluation.statistics.intervals_and_tests import holm
 from medvqa_rl.evaluation.statistics.summary import by_group, pair, paired_gain, summarise
@@ -129,20 +129,11 @@ def compare(
     ]
     _adjust(pairs)
     for row, (first, run) in zip(pairs, chosen):
-        row["same_weights"] = is_same_model(_results(first), _results(run))
+        row["same_weights"] = is_same_model(read_origin(first.folder), read_origin(run.folder))
         row["by"] = _gains_by_group(first.records, run.records, config)
         shared = pair(first.records, run.records)
         row["flipped"] = [_flip(one, other) for one, other in shared if one.is_correct != other.is_correct]
     return {"baseline": baseline.name, "dataset": baseline.cell[0], "runs": overall, "pairs": pairs}
-
-
-def _results(run: Evaluated) -> Mapping[str, Any]:
-    """The content of results.json; empty if it cannot be read."""
-    try:
-        results = json.loads((run.folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return results if isinstance(results, dict) else {}
 
 
 def is_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

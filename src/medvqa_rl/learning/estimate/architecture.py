@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import local_file
-from medvqa_rl.core.text import shown
+from medvqa_rl.core.files import read_json
+from medvqa_rl.core.text import printable, shown
 
+_CONFIG = TypeAdapter[Mapping[str, Any]](dict[str, Any])
 Grid = tuple[int, int]
 """Patches of an image, (rows, columns)."""
 
@@ -76,11 +79,17 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     kind = config.get("model_type")
     if kind not in ("qwen2_vl", "qwen2_5_vl"):
         raise ValueError(
-            f"The config.json is of a {kind} model, but only Qwen2-VL (qwen2_vl) and Qwen2.5-VL (qwen2_5_vl) are "
-            "supported: choose one of these."
+            f"The config.json is of a {printable(str(kind))} model, but only Qwen2-VL (qwen2_vl) and Qwen2.5-VL "
+            "(qwen2_5_vl) are supported: choose one of these."
         )
-    text: Mapping[str, Any] = config.get("text_config") or config
-    vision: Mapping[str, Any] = config.get("vision_config") or {}
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    blocks: Any = vision.get("fullatt_block_indexes", (7, 15, 23, 31)) if isinstance(vision, Mapping) else None
+    is_list = isinstance(blocks, list | tuple) and all(type(block) is int for block in blocks)
+    if not isinstance(text, Mapping) or not is_list:
+        raise ValueError(
+            "The config.json has another kind of value for text_config, vision_config or fullatt_block_indexes than "
+            "published models: take the file from the checkpoint."
+        )
 
     def size(section: Mapping[str, Any], name: str, default: int | None = None) -> int:
         value = section.get(name)
@@ -110,7 +119,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         vision_intermediate=size(vision, "intermediate_size") if is_gated else width * size(vision, "mlp_ratio", 4),
         vision_is_gated=is_gated,
         window_pixels=size(vision, "window_size", 112) if is_gated else 0,
-        global_layers=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))) if is_gated else (),
+        global_layers=tuple(blocks) if is_gated else (),
         patch_size=size(vision, "patch_size", 14),
         temporal_patch_size=size(vision, "temporal_patch_size", 2),
         merge_size=size(vision, "spatial_merge_size", 2),
@@ -169,10 +178,4 @@ def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
             f"model.path is {shown(model.path)}, but no config.json of it is on this machine: give the folder of a "
             f"checkpoint, download the model once, or give its size with --model-size ({', '.join(SIZES)})."
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"The file {file} is not valid JSON ({error}): take it from the checkpoint.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"The file {file} is no model's configuration: take it from the checkpoint.")
-    return read_architecture(content)
+    return read_architecture(read_json(_CONFIG, file, "take it from the checkpoint"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 from medvqa_rl.config import Config, LoraConfig
+from medvqa_rl.core.files import read_json
+from medvqa_rl.core.text import shown
 from medvqa_rl.learning.estimate.architecture import Architecture, Grid
 from medvqa_rl.learning.estimate.cost import Trained, count_parameters, image_tokens, lora_parameters
 from medvqa_rl.learning.objective.layout import Layout
@@ -165,6 +169,16 @@ def trained_parameters(work: Workload) -> int:
     return language + trained.tower * counts.tower + trained.projector * counts.projector
 
 
+class _Adapter(BaseModel):
+    """What is read of an adapter_config.json."""
+
+    r: Annotated[int, Field(ge=1)]
+    target_modules: Annotated[list[str], Field(min_length=1)] | str
+
+
+_ADAPTER = TypeAdapter(_Adapter)
+
+
 def with_adapter_settings(config: Config) -> Config:
     """Set ``model.lora`` to the rank and targets of ``model.adapter``, if there is one.
 
@@ -174,14 +188,11 @@ def with_adapter_settings(config: Config) -> Config:
     if config.model.adapter is None:
         return config
     file = Path(config.model.adapter).expanduser() / "adapter_config.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        rank, targets = int(content["r"]), content["target_modules"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"model.adapter is {config.model.adapter!r}, but {file} does not describe a LoRA adapter "
-            f"({type(error).__name__}): give the folder of a checkpoint that was trained with model.lora."
-        ) from error
-    names = targets if isinstance(targets, list) else re.findall(r"\w+_proj", str(targets))
-    lora = LoraConfig(rank=rank, targets=tuple(names))
+    remedy = "give the folder of a checkpoint that was trained with model.lora as model.adapter"
+    if not file.is_file():
+        raise ValueError(f"model.adapter is {shown(config.model.adapter)}, but there is no file {file}: {remedy}.")
+    content = read_json(_ADAPTER, file, remedy)
+    targets = content.target_modules
+    names = targets if isinstance(targets, list) else re.findall(r"\w+_proj", targets)
+    lora = LoraConfig(rank=content.r, targets=tuple(names))
     return config.model_copy(update={"model": config.model.model_copy(update={"lora": lora})})

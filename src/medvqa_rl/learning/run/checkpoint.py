@@ -8,7 +8,6 @@ random-generator state to save, because random numbers are pure functions of the
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,12 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medvqa_rl.core.files import list_checkpoints, step_of, write_json
+from medvqa_rl.core.files import list_checkpoints, parse_json, step_of, write_json
 from medvqa_rl.learning.distributed.trained import LazyTensors, TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
@@ -112,9 +111,9 @@ def find_damage(folder: Path) -> str | None:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            if _digest(path) != expected["sha256"]:
+            if path.stat().st_size != expected.bytes:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected.bytes:,}"
+            if _digest(path) != expected.sha256:
                 return f"the content of {name} has changed since it was written (its checksum differs)"
         state = read_state(folder)
     except ValueError as error:
@@ -124,7 +123,30 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _read_manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    files: dict[str, _File]
+
+
+class _State(BaseModel, extra="forbid"):
+    """The fields of :class:`TrainState`, all of which a state.json has; is_evaluated is not in older ones."""
+
+    step: int
+    num_tokens: int
+    best_accuracy: float | None
+    best_step: int | None
+    metrics_bytes: int
+    is_evaluated: bool = True
+
+
+_MANIFEST, _STATE = TypeAdapter(_Manifest), TypeAdapter(_State)
+
+
+def _read_manifest(path: Path) -> Mapping[str, _File]:
     """Read the files listed in a manifest; a missing manifest lists none.
 
     Raises:
@@ -132,11 +154,7 @@ def _read_manifest(path: Path) -> Mapping[str, Mapping[str, Any]]:
     """
     if not path.exists():
         return {}
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {str(name): {"bytes": int(own["bytes"]), "sha256": str(own["sha256"])} for name, own in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} cannot be read ({type(error).__name__})") from error
+    return parse_json(_MANIFEST, path.read_bytes(), path.name).files
 
 
 def read_state(folder: Path) -> TrainState:
@@ -145,16 +163,10 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         ValueError: the file is missing or damaged; the message names the file and the field.
     """
-    try:
-        given = {"is_evaluated": True, **json.loads((folder / "trainer" / "state.json").read_text(encoding="utf-8"))}
-        if wrong := sorted(given.keys() ^ asdict(TrainState()).keys()):
-            raise ValueError(f"trainer/state.json has a missing or an unknown field, {wrong[0]}")
-        return TypeAdapter(TrainState).validate_python(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"trainer/state.json, {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"trainer/state.json cannot be read ({type(error).__name__})") from error
+    path = folder / "trainer" / "state.json"
+    if not path.is_file():
+        raise ValueError("trainer/state.json is missing")
+    return TrainState(**parse_json(_STATE, path.read_bytes(), "trainer/state.json").model_dump())
 
 
 def choose_checkpoint(run: Path, wanted: int | None, command: str, *, is_main: bool) -> Path | None:

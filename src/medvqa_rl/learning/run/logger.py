@@ -12,21 +12,32 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import IO
 
+from pydantic import BaseModel, Field, TypeAdapter
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.files import write_text
+from medvqa_rl.core.files import read_json_lines, write_text
 from medvqa_rl.core.progress import duration, heartbeat, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.collapse import CollapseWatch
-from medvqa_rl.learning.run.run_dir import RunDir
+from medvqa_rl.learning.run.run_dir import RESTORE, RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run.trackers import Trackers
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
 """Metrics shown on a line of the terminal."""
+
+
+class _Row(BaseModel, extra="allow"):
+    """A line of metrics.jsonl."""
+
+    step: int
+    __pydantic_extra__: dict[str, float | None] = Field(init=False)
+
+
+_ROW = TypeAdapter(_Row)
 
 
 class RunLogger:
@@ -44,8 +55,8 @@ class RunLogger:
         self._console = open_console(stderr=True)
         self._watch = CollapseWatch()
         if run.metrics.exists():  # of a resumed run, which has reported what they show
-            for row in map(json.loads, run.metrics.read_bytes().splitlines()):
-                self._watch.see(row["step"], row)
+            for row in read_json_lines(_ROW, run.metrics, RESTORE):
+                self._watch.see(row.step, row.__pydantic_extra__)
         self._log: IO[str] = run.log.open("a", encoding="utf-8")
         self._metrics: IO[bytes] = run.metrics.open("ab")
         self._length = self._metrics.tell()

@@ -38,7 +38,7 @@ PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safeten
 OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
 """Recorded if installed."""
 
-_RESTORE = "restore the file, or start a new run in another output_dir"
+RESTORE = "restore the file, or start a new run in another output_dir"
 
 
 class _Status(BaseModel):
@@ -58,6 +58,7 @@ class _Data(BaseModel):
 
 _STATUS, _DATA = TypeAdapter(_Status), TypeAdapter(dict[str, _Data])
 _ENVIRONMENT, _JUDGES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, dict[str, Any]])
+_CONFIG = TypeAdapter(Config)
 
 GIT_TIMEOUT = 5.0
 """Seconds to wait for an answer of git."""
@@ -100,7 +101,7 @@ class RunDir:
             ValueError: the folder contains a run and ``resume`` is false, or no run and ``resume`` is true; another
                 process is using it; a setting was changed that must not change on resume.
         """
-        status = read_json(_STATUS, self.status, _RESTORE) if self.status.exists() else None
+        status = read_json(_STATUS, self.status, RESTORE) if self.status.exists() else None
         if not resume and status is not None:
             raise ValueError(
                 f"The output folder {self.path} already contains a run ({status.state} at step {status.step} of "
@@ -129,7 +130,7 @@ class RunDir:
                     f"The run in {self.path} was started by `{status.kind}`, so it cannot be resumed by `{kind}`: "
                     "resume it with the command that started it, or set output_dir to another folder."
                 )
-            self.changed = changed_settings(Config.model_validate_json(path.read_text(encoding="utf-8")), config)
+            self.changed = changed_settings(read_json(_CONFIG, path, RESTORE), config)
         else:
             write_text(self.path / "config.yaml", write_yaml(_as_given(config, given)))
             write_json(path, config.model_dump(mode="json"))
@@ -224,7 +225,7 @@ class RunDir:
         now = environment() | {"seed": seed}
         write_json(self.path / f"env.resumed_{step:06d}.json", now)
         path = self.path / "env.json"
-        before = read_json(_ENVIRONMENT, path, _RESTORE) if path.exists() else now
+        before = read_json(_ENVIRONMENT, path, RESTORE) if path.exists() else now
         old, new = leaves(before), leaves(now)
         packages = (f"packages.{name}" for name in (*PACKAGES, *OPTIONAL_PACKAGES))
         names = ("source", "threads", "python", "machine", "gpu", *packages)
@@ -249,7 +250,7 @@ class RunDir:
             for split, data in datasets.items()
         }
         if resume and path.exists():
-            before = {split: data.fingerprint for split, data in read_json(_DATA, path, _RESTORE).items()}
+            before = {split: data.fingerprint for split, data in read_json(_DATA, path, RESTORE).items()}
             changed = [split for split in described if before.get(split) != described[split]["fingerprint"]]
             if changed:
                 raise ValueError(
@@ -268,7 +269,7 @@ class RunDir:
         path = self.path / "judge.json"
         described = {role: identity.to_json() for role, identity in judges.items()}
         if resume and path.exists():
-            before = read_json(_JUDGES, path, _RESTORE)
+            before = read_json(_JUDGES, path, RESTORE)
             if before != described:
                 raise ValueError(
                     f"The judge has changed since this run was started ({path} identifies its weights and prompt): "

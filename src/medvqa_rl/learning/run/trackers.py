@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,13 +18,22 @@ from typing import Any
 import numpy as np
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 from PIL import Image
+from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.config import Config
 from medvqa_rl.config.sharing import shareable
+from medvqa_rl.core.files import read_json
 from medvqa_rl.core.network import NO_TELEMETRY
 from medvqa_rl.core.types import Group
+from medvqa_rl.learning.run.run_dir import RESTORE
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 
+
+class _Environment(BaseModel):
+    started: str
+
+
+_STARTED = TypeAdapter(_Environment)
 PROJECT = "medvqa-rl"
 COLUMNS = ("sample", "prompt", "question", "gold", "completion", "right", "reward", "advantage", "tokens")
 
@@ -152,7 +160,7 @@ def _trackio(run: Path, config: Config) -> TrackioTracker:
 
 def run_id(run: Path) -> str:
     """A unique id of the run, which stays the same when it is resumed."""
-    started = json.loads((run / "env.json").read_text(encoding="utf-8"))["started"]
+    started = read_json(_STARTED, run / "env.json", RESTORE).started
     return hashlib.sha256(f"{run.resolve()} {started}".encode()).hexdigest()[:16]
 
 

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from medvqa_rl.config import Config
+from medvqa_rl.core.files import read_json
 from medvqa_rl.core.randomness import addresses
 from medvqa_rl.core.types import LETTERS, Sample
 from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.judging.ratings import RATINGS_FORMAT, KeyItem, SheetKey
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.results import read_origin
 from medvqa_rl.evaluation.statistics.compare import Evaluated
 from medvqa_rl.evaluation.statistics.summary import pair
 from medvqa_rl.report.pages.rendering import render_with_script, thumbnail_uri
@@ -107,12 +111,13 @@ def find_samples(folder: Path, records: Sequence[EvalRecord]) -> dict[str, Sampl
     Raises:
         ValueError: the settings or the data set are missing, or the data set is not the one that was evaluated.
     """
-    results = _read(folder / "results.json")
-    dataset, config = results.get("dataset"), results.get("config")
-    if not isinstance(config, dict):  # an evaluation during training uses the run's settings
-        config = _read(folder.parent.parent / "config.resolved.json")
     hint = "restore the data, or make the sheet with --no-images"
-    if not isinstance(dataset, dict) or not config:
+    origin = read_origin(folder)
+    dataset, config = origin.get("dataset"), origin.get("config")
+    own = folder.parent.parent / "config.resolved.json"
+    if config is None and own.is_file():  # an evaluation during training uses the run's settings
+        config = read_json(TypeAdapter(dict[str, Any]), own, hint)
+    if dataset is None or config is None:
         raise ValueError(f"The evaluation in {folder} does not name its data set, so its images are unknown: {hint}.")
     try:
         data = Config.model_validate(config).data
@@ -133,14 +138,6 @@ def find_samples(folder: Path, records: Sequence[EvalRecord]) -> dict[str, Sampl
             return samples
     details = f" ({' '.join(problems)})" if problems else ""
     raise ValueError(f"The data of the evaluation in {folder} cannot be found{details}: {hint}.")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sample]) -> str:

@@ -125,17 +125,18 @@ def _judged(evaluation: StoredEvaluation) -> tuple[list[TextTable], list[str]] |
     """Return the judges' results on an evaluation as tables and sentences; None if it was not judged."""
     if not evaluation.judged:
         return None
-    try:
-        return judged_tables(evaluation.judged), notes(evaluation.judged)
-    except (KeyError, TypeError, AttributeError):
-        return [], ["judged.json is damaged or has another version: run the judges again."]
+    return judged_tables(evaluation.judged), notes(evaluation.judged)
 
 
 def _facts(run: StoredRun) -> dict[str, str]:
     """Return state, data and versions of a run."""
     status, env = run.status, run.env
     facts = {}
-    if note := note_on_best(run.path):
+    try:
+        note = note_on_best(run.path)
+    except ValueError as error:  # a page shows what can be read
+        note = str(error)
+    if note is not None:
         facts["best checkpoint"] = note.replace(str(run.path), run.name)
     if status:
         facts["state"] = f"{status.get('state')}, step {status.get('step')} of {status.get('steps')}"

@@ -24,9 +24,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from medvqa_rl.core.files import json_lines, write_json
 from medvqa_rl.rewards.judges.protocol import Grade, Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import Rubric
+
+_LINE = TypeAdapter(tuple[str, int, str | float | None])
 
 
 def request_hash(request: JudgeRequest, rubric: Rubric) -> str:
@@ -41,16 +45,14 @@ def read_line(line: str, top: int) -> tuple[str, Grade] | None:
         top: the rubric's best score.
     """
     try:
-        key, score, detail = json.loads(line)
-    except (ValueError, TypeError):
+        key, score, detail = _LINE.validate_json(line.encode("utf-8", "replace"), strict=True)
+    except ValidationError:
         return None
-    if not (isinstance(key, str) and len(key) == 64 and type(score) is int and 0 <= score <= top):
+    if len(key) != 64 or not 0 <= score <= top:
         return None
     if isinstance(detail, str):
         return key, Grade(float(score), detail)
-    if detail is None or isinstance(detail, int | float):
-        return key, Grade(float(score), margin=math.nan if detail is None else float(detail))
-    return None
+    return key, Grade(float(score), margin=math.nan if detail is None else detail)
 
 
 def write_line(key: str, grade: Grade) -> str:
