@@ -98,6 +98,13 @@ def test_output_to_a_file_never_wraps(capsys: pytest.CaptureFixture[str]) -> Non
     assert len(lines) == 10 and max(map(len, lines)) < 1001
 
 
+def test_cells_of_markdown_are_text() -> None:
+    rows = [("<script>alert(1)</script>", "![x](http://a.example) < 0.001 [0.1, 0.2]")]
+    table = TextTable("<b> [x](y)", ("a", "b"), rows).markdown()
+    assert table.startswith("## \\<b> [x]\\(y)\n")
+    assert "| \\<script>alert(1)\\</script> | ![x]\\(http://a.example) < 0.001 [0.1, 0.2] |" in table
+
+
 def test_markdown_and_csv_hold_every_column() -> None:
     assert as_markdown(("a", "b"), [("x | y", Text("1\n2"))]) == "| a | b |\n| --- | --- |\n| x \\| y | 1 2 |\n"
     assert as_csv(("a", "b"), [("x, y", 1)]) == 'a,b\n"x, y",1\n'

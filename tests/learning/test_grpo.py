@@ -213,8 +213,9 @@ def test_too_many_unscored_completions_stop_the_run(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(toy, "half", half, raising=False)
     config = toy_config(folder, tmp_path / "run", rewards={"functions": {"toy.half": 1.0}, "max_unscored": 0.4})
-    with pytest.raises(UnscoredError, match="Step 1: 50% of the completions could not be scored by half"):
+    with pytest.raises(UnscoredError, match="Step 1: 50% of the completions could not be scored by half") as stopped:
         train(config, train_set=ToyData())
+    assert str(stopped.value).endswith("rewards.max_unscored is 40%: repair the reward, and continue with --resume.")
     config = toy_config(
         folder,
         tmp_path / "tolerant",

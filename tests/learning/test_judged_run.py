@@ -147,5 +147,7 @@ def test_failed_grades_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(CachedJudge, "grade", lambda self, requests: [Grade.failed("down") for _ in requests])
     given = settings(tmp_path)
     given["train"]["eval_steps"] = 0
-    with pytest.raises(UnscoredError, match=r"100% of the completions could not be scored by semantic"):
+    with pytest.raises(UnscoredError, match=r"100% of the completions could not be scored by semantic") as stopped:
         train(build_config(given, purpose="train"))
+    assert "check that the judge phantom:judge answers" in str(stopped.value)
+    assert str(stopped.value).endswith("continue with --resume.")

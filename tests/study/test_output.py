@@ -212,6 +212,30 @@ def test_the_longest_wrong_answers_come_first_and_once_per_question(collected: C
     assert longest_wrong({"grpo": []}) == ()
 
 
+def test_titles_and_notes_of_a_recipe_are_never_markup(given: dict[str, Any], tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)> [x](http://example.com/a) ![y](http://example.com/b.png)\n# heading"
+    given |= {"title": f"title {evil}", "note": f"note {evil}"}
+    given["tables"] = [{**TABLES[0], "title": f"table {evil}", "note": f"remark {evil}"}]
+    given["tests"] = {name: {"data": {"num_test": 6}, "template": name} for name in ("direct", "think_answer")}
+    given["contrasts"] = [{"title": f"contrast {evil}", "of": "think_answer", "minus": "direct"}]
+    recipe = read_recipe(write(tmp_path / "recipe.yaml", given), tmp_path / "out")
+    store(recipe, OUTCOMES)
+    write_study(collect(recipe), tmp_path / "tables")
+    page, text = ((tmp_path / "tables" / f"study.{kind}").read_text() for kind in ("html", "md"))
+    for what in ("title", "note", "table", "remark", "contrast"):
+        assert f"{what} &lt;img src=x onerror=alert(1)&gt; [x](http" in page
+        assert f"{what} \\<img src=x onerror=alert(1)> [x]\\(http" in text
+    assert "<img src=x" not in page and "](http" not in text and "\n# heading" not in text
+
+
+@pytest.mark.parametrize("name", ["<b>", "a b", "../a", "a\n", "..", ""])
+def test_names_of_arms_and_tests_hold_no_markup(given: dict[str, Any], name: str, tmp_path: Path) -> None:
+    for section in ("arms", "tests"):
+        changed = {**given, section: {**given[section], name: next(iter(given[section].values()))}}
+        with pytest.raises(ValueError, match="names are made of letters, digits"):
+            read_recipe(write(tmp_path / "recipe.yaml", changed), tmp_path / "out")
+
+
 def test_model_outputs_are_never_markup(collected: Collected, tmp_path: Path) -> None:
     write_study(collected, tmp_path / "tables")
     page = (tmp_path / "tables" / "study.html").read_text()

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
 from medvqa_rl.core.progress import TerminalConsole
-from medvqa_rl.core.text import printable
+from medvqa_rl.core.text import is_unicode, printable, shown
 
 if TYPE_CHECKING:
     from medvqa_rl.config import Purpose
@@ -110,6 +110,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         prepare_process()
         try:
+            _refuse_other_names(kwargs)
             function(*args, **kwargs)
         except typer.Exit:
             raise
@@ -134,6 +135,22 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {**function.__annotations__, "debug": Debug}
     return run
+
+
+def _refuse_other_names(given: Mapping[str, object]) -> None:
+    """Raise ValueError for arguments, or a working folder, that are not UTF-8: settings, records and pages are, and
+    could not name them. Overrides are checked where they are read."""
+    for name, value in given.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, Path | str) and name != "overrides" and not is_unicode(str(one)):
+                raise ValueError(
+                    f"The argument {shown(str(one))} is not UTF-8: write it in UTF-8, and rename files that are not."
+                )
+    folder = Path.cwd()
+    if not is_unicode(str(folder)):
+        raise ValueError(
+            f"The name of the working folder {shown(str(folder))} is not UTF-8: rename it, or run from another folder."
+        )
 
 
 def prepare_process() -> None:

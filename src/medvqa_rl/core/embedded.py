@@ -81,9 +81,10 @@ def snapshot(
 
     Raises:
         ValueError: files are missing, and the environment's proxy cannot be used.
-        OSError, HfHubHTTPError, HFValidationError: as ``snapshot_download``.
+        OSError, HFValidationError: as ``snapshot_download``; a connection that fails in any way is an OSError.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError  # imports an HTTP client
+    # The base of its HTTP client's errors, whichever client it uses; imports the client.
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     proxy = unusable_proxy()
     try:
@@ -103,3 +104,7 @@ def snapshot(
             f"{repository} is not on this machine, and the proxy in the environment's {proxy} cannot be used to "
             "download it: for SOCKS, install the package socksio and write socks5://, or unset the variable."
         ) from error
+    except HTTPError as error:  # of its HTTP client, such as ProxyError; huggingface_hub makes only some its own
+        if isinstance(error, OSError):
+            raise
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error

@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from medvqa_rl.core.text import as_markdown_text
+
 Cell = str | Text
 
 LONGEST_WORD = 24
@@ -105,13 +107,13 @@ class TextTable:
 
     def markdown(self) -> str:
         """Heading and table, with all columns."""
-        return f"## {self.title}\n\n" + as_markdown(self.header, self.rows).removesuffix("\n")
+        return f"## {as_markdown_text(self.title)}\n\n" + as_markdown(self.header, self.rows).removesuffix("\n")
 
 
 def as_markdown(titles: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     """Format a table as Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
-    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines)
+    cells = ([as_markdown_text(str(cell)).replace("|", "\\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 

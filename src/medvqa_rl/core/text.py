@@ -142,14 +142,25 @@ def printable(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written as UTF-8. A file name that is not UTF-8 has half characters (lone surrogates) in
+    place of its bytes."""
+    return _HALVES.search(text) is None
+
+
 _TERMINAL = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 _TERMINAL |= dict.fromkeys((0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 
 
 def for_terminal(text: str) -> str:
     """Text without the control characters that steer a terminal, and without those that reverse its direction; keeps
-    tabs and line ends. A sequence such as ``ESC [ 2 J`` loses its ESC and is then shown as ``[2J``."""
-    return text.translate(_TERMINAL)
+    tabs and line ends. A sequence such as ``ESC [ 2 J`` loses its ESC and is then shown as ``[2J``; lone surrogates
+    are escaped."""
+    text = text.translate(_TERMINAL)
+    return text if is_unicode(text) else text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -174,6 +185,14 @@ def first_few(items: Iterable[object], limit: int = 8) -> str:
     return ", ".join(texts[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])\(")
+
+
+def as_markdown_text(text: str) -> str:
+    """One line of Markdown in which text from recipes, data and models is neither HTML, a link nor an image."""
+    return _MARKUP.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
+
+
 def format_p(value: float | None) -> str:
     """A p-value with three decimals, ``< 0.001`` below that; empty for None and NaN."""
     if value is None or math.isnan(value):
@@ -188,6 +207,12 @@ def format_points(value: float | None, sign: str = "") -> str:
         sign: ``"+"`` shows the sign of positive numbers too.
     """
     return "" if value is None or math.isnan(value) else f"{100 * value:{sign}.1f}"
+
+
+def format_detectable(value: float | None) -> str:
+    """A detectable difference of shares in points, as :func:`format_points`; ``none`` above 100 points, which no
+    difference exceeds."""
+    return "none" if value is not None and value > 1 else format_points(value)
 
 
 def format_range(low: float | None, high: float | None, sign: str = "") -> str:

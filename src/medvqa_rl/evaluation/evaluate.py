@@ -186,8 +186,8 @@ def check_unscored(results: Mapping[str, Any], config: EvalConfig) -> None:
         count = results["n"] - results["num_scored"]
         raise EvaluationFailed(
             f"{count} of {results['n']} questions of {results['dataset']['name']} could not be scored, more than "
-            f"eval.fail_on_unscored = {config.fail_on_unscored:g} allows: see unscored_reason in samples.jsonl, "
-            "fix the data, or raise the setting."
+            f"eval.fail_on_unscored = {config.fail_on_unscored:g} allows: repair what unscored_reason in "
+            "samples.jsonl names and evaluate again into another folder, with --output."
         )
 
 

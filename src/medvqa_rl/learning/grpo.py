@@ -188,10 +188,15 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
     bad = [group for group, row in zip(groups, scores.total) if np.isnan(row).any()]
     names = first_few(group.sample.id for group in bad)
     parts = ", ".join(failing) or "another rank"
+    judged = {"semantic", "reasoning", *(["correctness"] if config.rewards.open_correctness == "judge" else [])}
+    remedy = (
+        f"check that the judge {config.judge.model} answers (metrics.jsonl counts its failures under judge/)"
+        if judged & set(failing)
+        else "repair the reward"
+    )
     raise UnscoredError(
         f"Step {step + 1}: {rate:.0%} of the completions could not be scored by {parts} (samples: {names}), but "
-        f"rewards.max_unscored is {config.rewards.max_unscored:.0%}: repair the reward, or "
-        "resume with a larger rewards.max_unscored.",
+        f"rewards.max_unscored is {config.rewards.max_unscored:.0%}: {remedy}, and continue with --resume.",
         bad,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.core.files import parse_json
-from medvqa_rl.core.text import first_few
+from medvqa_rl.core.text import first_few, is_unicode, shown
 from medvqa_rl.evaluation.judging.judged_results import JUDGED
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.results import check_results
@@ -287,6 +287,9 @@ def _evaluations(folder: Path, problems: list[str]) -> list[StoredEvaluation]:
 def _stored(paths: Sequence[Path], problems: list[str]) -> list[StoredEvaluation]:
     found = []
     for path in paths:
+        if not is_unicode(str(path)):
+            problems.append(f"The name of the evaluation {shown(path.parent.name)} is not UTF-8: it is skipped.")
+            continue
         name = f"{path.parent.parent.name}/{path.parent.name}/results.json is damaged or has another version: it"
         try:
             results = check_results(path.read_bytes(), name, "it is skipped")

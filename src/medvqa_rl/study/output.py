@@ -10,7 +10,7 @@ from statistics import fmean
 
 from medvqa_rl.core.files import write_text
 from medvqa_rl.core.tables import as_csv, as_markdown
-from medvqa_rl.core.text import number_of
+from medvqa_rl.core.text import as_markdown_text, number_of
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.rendering import render
@@ -148,14 +148,14 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
 def _markdown(content: Content, folder: Path) -> str:
     """Format the page as Markdown, with links relative to a folder."""
     accuracy, *others = content.figures
-    lines = [f"# {_text(content.title)}\n", *_figure_lines(accuracy, folder)]
+    lines = [f"# {as_markdown_text(content.title)}\n", *_figure_lines(accuracy, folder)]
     for section in content.tests:
         lines += _section_lines(section, "##")
     if content.contrasts:
         lines.append("## Contrasts: the same questions in two conditions\n")
     for section in content.contrasts:
         lines += _section_lines(section, "###")
-    lines += [f"{_text(note)}\n" for note in content.notes]
+    lines += [f"{as_markdown_text(note)}\n" for note in content.notes]
     if content.factors:
         lines.append("## The paper's tables\n")
     for section in content.factors:
@@ -181,14 +181,9 @@ def _notes(collected: Collected) -> list[str]:
     return notes
 
 
-def _text(text: str) -> str:
-    """Text of a recipe as one line of Markdown that holds no HTML."""
-    return " ".join(text.replace("<", "&lt;").split())
-
-
 def _section_lines(section: Section, level: str) -> list[str]:
-    notes = [f"{_text(note)}\n" for note in section.notes]
-    return [f"{level} {_text(section.heading)}\n", as_markdown(section.titles, section.body), *notes]
+    notes = [f"{as_markdown_text(note)}\n" for note in section.notes]
+    return [f"{level} {as_markdown_text(section.heading)}\n", as_markdown(section.titles, section.body), *notes]
 
 
 def _figure_lines(figure: FigureFile, folder: Path) -> list[str]:

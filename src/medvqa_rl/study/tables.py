@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from medvqa_rl.core.tables import as_csv
-from medvqa_rl.core.text import format_p, format_points, format_range
+from medvqa_rl.core.text import format_detectable, format_p, format_points, format_range
 from medvqa_rl.evaluation.statistics.tables import MEASURES, format_number
 from medvqa_rl.study.collect import ArmResult
 from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow
@@ -62,7 +62,7 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
             "its interval": "" if arm.gain is None else format_range(arm.gain.low, arm.gain.high, "+"),
             "McNemar p": ", ".join(format_p(test.mcnemar.p_value) for test in arm.tests),
             "Holm p": ", ".join(format_p(test.holm_p) for test in arm.tests),
-            "detectable": format_points(arm.detectable),
+            "detectable": format_detectable(arm.detectable),
             "format": format_points(_mean(arm.results, "format_rate")),
             "length, right": format_number(_mean(arm.results, "lengths", "think", "right", "mean"), ".0f"),
             "length, wrong": format_number(_mean(arm.results, "lengths", "think", "wrong", "mean"), ".0f"),

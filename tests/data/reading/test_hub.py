@@ -3,6 +3,7 @@
 Run: pytest tests/data/reading/test_hub.py
 """
 
+import importlib
 import io
 import json
 import zipfile
@@ -15,9 +16,12 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
-from medvqa_rl.config import DataConfig
+from medvqa_rl.config import DataConfig, JudgeConfig
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.reading import hub
+from medvqa_rl.evaluation.measures.fluency import load_language_model
+from medvqa_rl.models.loading import resolve_folder
+from medvqa_rl.rewards.judges.load import load_judge
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -41,6 +45,32 @@ class FakeHub:
             raise OSError("no network")
         self.is_cached = True
         return str(self.folder)
+
+
+@pytest.mark.parametrize("error", ["ProxyError", "ConnectError", "ReadTimeout", "HfHubHTTPError"])
+def test_whatever_stops_a_download_is_one_sentence(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
+
+    def fail(*arguments: Any, **options: Any) -> str:
+        if error == "HfHubHTTPError":
+            response = client.Response(403, request=client.Request("GET", "https://huggingface.co"))
+            raise huggingface_hub.errors.HfHubHTTPError("403 Forbidden\n\nfor url", response=response)
+        raise getattr(client, error)("403 Forbidden\nby the proxy")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    loads: dict[str, Callable[[], object]] = {
+        "The data set someone/SLAKE at": lambda: load_dataset(config(tmp_path), "train"),
+        "model.path is 'someone/model'": lambda: resolve_folder("someone/model"),
+        "judge.model is 'someone/judge'": lambda: load_judge(JudgeConfig(model="someone/judge")),
+        "The language model someone/lm": lambda: load_language_model("someone/lm", "cpu"),
+    }
+    for start, load in loads.items():
+        with pytest.raises(ValueError, match=f"^{start}") as found:
+            load()
+        reason = error if start.startswith(("model", "judge")) else "403 Forbidden"
+        assert reason in str(found.value) and "\n" not in str(found.value)
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 def environment(arguments: list[str]) -> dict[str, str]:
     """The environment that Accelerate's launcher sets; torchrun adds the number of ranks."""
     args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(arguments))
-    world = {"WORLD_SIZE": str(args.num_processes)}
+    world = {"WORLD_SIZE": str(args.num_processes), "RANK": "0", "LOCAL_RANK": "0"}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     if not args.use_deepspeed:
         return prepare_multi_gpu_env(args) | world
     args.deepspeed_fields_from_accelerate_config = "" if defaults is None else ",".join(defaults.deepspeed_config)
@@ -127,6 +128,15 @@ def test_an_unknown_engine_is_refused_with_the_known_ones(tmp_path):
         ({"WORLD_SIZE": "\u0663"}, "WORLD_SIZE is"),
         ({"WORLD_SIZE": "2", "RANK": "one"}, "RANK is 'one'"),
         ({"WORLD_SIZE": "0"}, "RANK=0 and WORLD_SIZE=0 do not name"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2, but RANK and LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set: start the "
+            "processes with `accelerate launch`, torchrun or --gpus",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "", "MASTER_PORT": "1"},
+            "MASTER_ADDR is not set: .* or unset WORLD_SIZE to run in one process",
+        ),
         ({"RANK": "3"}, "RANK=3 and WORLD_SIZE=1 do not name one of the processes of a launch: unset both"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 do not name"),
     ],

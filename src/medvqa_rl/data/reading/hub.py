@@ -14,6 +14,7 @@ from pathlib import Path
 
 from medvqa_rl.core.embedded import snapshot
 from medvqa_rl.core.files import write_text
+from medvqa_rl.core.text import printable
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -56,6 +57,7 @@ def download(repository: str, revision: str, patterns: Sequence[str], cache_dir:
         raise ValueError(f"data.hub is {repository}, which is not a repository name: write owner/name.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"The data set {repository} at {revision} is not cached and cannot be downloaded ({error}): check "
-            "data.hub, data.revision and the network, or download it elsewhere and set data.path to its folder."
+            f"The data set {repository} at {revision} is not cached and cannot be downloaded "
+            f"({printable(str(error))}): check data.hub, data.revision and the network, or download it elsewhere and "
+            "set data.path to its folder."
         ) from error

@@ -5,7 +5,6 @@ Intervals resample clusters (all texts about one question), as those of accuraci
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json
 from scipy.stats import beta
 
 from medvqa_rl.core.files import json_lines
@@ -59,8 +59,8 @@ def read_pairs(path: Path) -> list[LabelledPair]:
 
 def _read_pair(line: str, where: str, number: str) -> LabelledPair:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = from_json(line.encode("utf-8", "replace"))  # refuses half a character, and deep nesting
+    except ValueError as error:
         raise ValueError(
             f"{where} is not JSON ({printable(str(error))}): write one object with reasoning and label."
         ) from error

@@ -128,6 +128,7 @@ def load_similarity(name: str, device: str, setting: str = "eval.similarity") ->
             "sentence-transformers model, or its id, such as sentence-transformers/all-MiniLM-L6-v2."
         )
     try:
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ValueError(
@@ -138,7 +139,7 @@ def load_similarity(name: str, device: str, setting: str = "eval.similarity") ->
         model = SentenceTransformer(
             name, device=device, trust_remote_code=False, local_files_only=unusable_proxy() is not None
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, HTTPError) as error:
         raise ValueError(
             f"The sentence-transformers model {name} ({setting}) cannot be loaded: {printable(str(error), 400)}"
         ) from error

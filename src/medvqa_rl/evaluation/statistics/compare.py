@@ -12,6 +12,7 @@ from typing import Any
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.progress import open_console, print_line
+from medvqa_rl.core.text import is_unicode, shown
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.results import read_origin
 from medvqa_rl.evaluation.statistics.comparison_tables import show
@@ -51,6 +52,8 @@ def read_evaluations(path: Path) -> list[Evaluated]:
     for file in files:
         if (file.parent / "evaluation.json").is_file() and not (file.parent / "results.json").is_file():
             raise ValueError(f"The evaluation in {file.parent} is not finished: continue it with eval --resume.")
+        if not is_unicode(str(file)):
+            raise ValueError(f"The name of the folder {shown(str(file.parent))} is not UTF-8: rename it.")
         records = read_records(file)
         if not records:
             raise ValueError(f"The file {file} holds no records: evaluate again.")

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from medvqa_rl.core.files import without_nan
 from medvqa_rl.core.tables import TextTable, as_csv
-from medvqa_rl.core.text import format_p, format_points, format_range
+from medvqa_rl.core.text import format_detectable, format_p, format_points, format_range
 from medvqa_rl.evaluation.statistics.tables import measured_table
 
 _NOTE = (
     "Intervals and the permutation test resample whole images; McNemar's test treats questions as independent. Holm: "
-    "{}. Detect.: the difference detectable with 80 % power."
+    "{}. Detect.: the difference detectable with 80 % power; none if these are too few questions to detect any."
 )
 
 
@@ -77,7 +77,7 @@ def pair_table(gains: Mapping[str, Any], baseline: str) -> TextTable:
             *_difference(row),
             format_p(row["permutation_p"]),
             format_p(row["holm_p"]),
-            format_points(row["detectable_gain"]),
+            format_detectable(row["detectable_gain"]),
         )
         for name, row in named
     ]
@@ -100,7 +100,7 @@ def pairs_table(comparison: Mapping[str, Any]) -> TextTable:
             format_p(row["mcnemar_holm_p"]),
             format_p(row["permutation_p"]),
             format_p(row["holm_p"]),
-            format_points(row["detectable_gain"]),
+            format_detectable(row["detectable_gain"]),
         )
         for row in comparison["pairs"]
     ]

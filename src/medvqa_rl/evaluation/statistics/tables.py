@@ -42,10 +42,15 @@ def results_table(results: Mapping[str, Any], title: str = "") -> TextTable:
     notes = _further(results)
     if (effective := results.get("effective_n")) is not None and not math.isnan(effective):
         number = min(effective, results["num_scored"])
+        difference = results["detectable_difference"]
+        found = (
+            "no difference is detectable"
+            if difference is not None and difference > 1
+            else f"a true difference of {format_points(difference)} points is detected"
+        )
         notes.append(
             f"Equivalent to {number:,.0f} independent questions. If another model answers a quarter of them "
-            f"differently, a true difference of {format_points(results['detectable_difference'])} points is detected "
-            "with 80 % power."
+            f"differently, {found} with 80 % power."
         )
     if unscored := results["n"] - results["num_scored"]:
         notes.append(f"{unscored} of {results['n']} questions could not be scored and are excluded.")

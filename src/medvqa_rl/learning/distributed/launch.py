@@ -13,6 +13,9 @@ from medvqa_rl.config import Config, TrainEngine
 from medvqa_rl.config.problems.quantized import refuse_sharded
 from medvqa_rl.core.text import number_of, shown
 
+_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torch needs, besides WORLD_SIZE, so that processes find each other."""
+
 
 class Launch(NamedTuple):
     """What the launcher requests."""
@@ -38,6 +41,13 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
             f"The environment variables RANK={environ.get('RANK', '0')} and WORLD_SIZE={num_ranks} do not name one of "
             "the processes of a launch: unset both to train in one process, or let `accelerate launch` or --gpus set "
             "them."
+        )
+    missing = [name for name in _NEEDED if not environ.get(name)] if num_ranks > 1 else []
+    if missing:
+        raise ValueError(
+            f"The environment variable WORLD_SIZE is {num_ranks}, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set: start the processes with `accelerate launch`, torchrun "
+            "or --gpus, which set all of them, or unset WORLD_SIZE to run in one process."
         )
     if is_on("ACCELERATE_USE_DEEPSPEED"):
         return Launch(_zero_engine(environ), num_ranks)
