@@ -229,6 +229,42 @@ def pairs(rng: random.Random) -> None:
     invoke(["judge", "calibrate", "--pairs", "pairs.jsonl", "--count", "2", "--no-policies", "--output", "out"])
 
 
+def stored(rng: random.Random) -> None:
+    """Damage one file that a later command reads again, and read it as that command does."""
+    from medvqa_rl.config import ModelConfig
+    from medvqa_rl.core.files import note_on_best
+    from medvqa_rl.core.machine import recorded_threads
+    from medvqa_rl.data.images.budget import image_budget
+    from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
+    from medvqa_rl.evaluation.results import read_origin, read_results
+    from medvqa_rl.evaluation.store import read_identity
+    from medvqa_rl.learning.estimate.architecture import find_architecture
+
+    run, a = Path("run"), Path("a")
+    shutil.copytree("../seed/run", run)
+    shutil.copytree("../seed/a", a)
+    (run / "best").mkdir(exist_ok=True)
+    (run / "best" / "best.json").write_text('{"step": 2, "accuracy": 0.5}')
+    judge = {"name": "n", "fingerprint": "f", "prompt_hash": "p", "strictness": 0.0}
+    (run / "judge.json").write_text(json.dumps({"reward": judge}))
+    results = json.loads((a / "results.json").read_bytes())
+    (a / "results.json").write_text(json.dumps({**results, "judges": {"reward": judge}}))
+    checkpoint = run / "checkpoints" / "step_000002"
+    model = ModelConfig(path=str(checkpoint))
+    readers: dict[Path, Callable[[], object]] = {
+        run / "judge.json": lambda: rewarding_judges(run / "best"),
+        run / "best" / "best.json": lambda: note_on_best(run),
+        run / "env.json": lambda: recorded_threads([run / "env.json"]),
+        a / "results.json": lambda: (read_results(a / "results.json"), read_identities(read_origin(a))),
+        a / "evaluation.json": lambda: read_identity(a),
+        checkpoint / "config.json": lambda: find_architecture(model, None),
+        checkpoint / "preprocessor_config.json": lambda: image_budget(model),
+    }
+    path = rng.choice(sorted(readers))
+    path.write_bytes(damage_json(rng, json.loads(path.read_bytes())))
+    readers[path]()
+
+
 WORDS = [
     "yes", "no", "A", "b.", "(C)", "lung", "left", "not", "no evidence of", "mass", "<think>", "</think>", "<answer>",
     "</answer>", "<describe>", "...", "\n", "\u2028", "\0", "\uff21", "\u00b2", "10", "\ud800", "<|im_end|>", "{", '"',
@@ -276,6 +312,6 @@ CASES: dict[Case, float] = {
     own_jsonl: 1.0, own_csv: 1.0, own_parquet: 0.5, table: 1.5, init: 0.5, pmc_vqa: 0.7, vqa_rad: 0.7, slake: 0.7,
     omnimed: 0.5, vqa_med: 0.4, path_vqa: 0.4, archive: 1.0, data_export: 0.4, image: 3.0, settings: 2.0, recipe: 1.0,
     records: 1.5, ratings: 0.8, run_folder: 1.5, study_folder: 0.6, study_tests: 0.2, checkpoint: 1.0, resumed: 0.3,
-    pairs: 0.4, completions: 2.0,
+    pairs: 0.4, stored: 1.0, completions: 2.0,
 }  # fmt: skip
 """Each kind of input with its share of the inputs."""

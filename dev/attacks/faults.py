@@ -275,6 +275,7 @@ def environments(scene: _Scene) -> Iterator[Result]:
         "no PATH": {"environment": {"PATH": ""}},
         "RANK alone": {"environment": {"RANK": "1"}},
         "WORLD_SIZE=x": {"environment": {"WORLD_SIZE": "x"}},
+        "WORLD_SIZE=2": {"environment": {"WORLD_SIZE": "2"}},
     }
     for name, options in cases.items():
         run = scene.out / "environment"

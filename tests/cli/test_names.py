@@ -16,6 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
+from medvqa_rl.cli.common import verb
+from medvqa_rl.core.files import write_json
+from medvqa_rl.evaluation.records import write_records
+from medvqa_rl.evaluation.statistics.compare import read_evaluations
+from medvqa_rl.report.runs import read_run
+from tests.records import make_record
 
 BAD = os.fsdecode(b"scan\xff.yaml")
 
@@ -33,7 +39,9 @@ def takes_text(parameter: Any, annotations: Mapping[str, inspect.Parameter]) -> 
     if parameter.name in ("overrides", "help"):
         return False
     given, *_ = get_args(annotations[parameter.name].annotation)
-    return bool({Path, str} & {given, *get_args(given), *(inner for one in get_args(given) for inner in get_args(one))})
+    return bool(
+        {Path, str} & {given, *get_args(given), *(inner for one in get_args(given) for inner in get_args(one))}
+    )
 
 
 def calls() -> Iterator[list[str]]:
@@ -53,7 +61,9 @@ def calls() -> Iterator[list[str]]:
             yield words
 
 
-@pytest.mark.parametrize("words", list(calls()), ids=lambda words: " ".join(word for word in words if word not in (BAD, "x")))
+@pytest.mark.parametrize(
+    "words", list(calls()), ids=lambda words: " ".join(word for word in words if word not in (BAD, "x"))
+)
 def test_an_argument_that_is_not_utf8_is_refused(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,14 +83,45 @@ def test_a_working_folder_that_is_not_utf8_is_refused(tmp_path: Path, monkeypatc
     assert "etude' is not UTF-8: rename it, or run from another folder." in result.stderr.replace("\\udce9", "e")
 
 
+def test_the_target_of_a_link_is_named_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / os.fsdecode(b"im\xff")
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+
+    def write() -> None:
+        write_json(tmp_path / "data.json", {"folder": str((tmp_path / "link").resolve())})
+
+    with pytest.raises(typer.Exit) as ended:
+        verb(write)()
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == 2 and "error: A name or a text is not UTF-8 and cannot be written" in said
+    assert "im\\udcff" in said and sorted(path.name for path in tmp_path.iterdir()) == [target.name, "link"]
+
+
+def test_an_evaluation_with_such_a_name_is_refused_or_left_out_of_the_report(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "eval" / os.fsdecode(b"x\xff")
+    folder.mkdir(parents=True)
+    write_records([make_record()], folder / "samples.jsonl")
+    (folder / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^The name of the folder '.*x\\udcff' is not UTF-8: rename it\.$"):
+        read_evaluations(tmp_path / "run")
+    found = read_run(tmp_path / "run")
+    assert found.evaluations == [] and "The name of the evaluation 'x\\udcff' is not UTF-8: it is skipped." in (
+        found.problems
+    )
+
+
 @pytest.mark.parametrize("override", ["output_dir=a\udcff", "model.path=\ud800", "data.pat\udcffh=x"])
 def test_an_override_that_is_not_utf8_is_refused(
     override: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    for verb in (["config", "show"], ["train"], ["eval"], ["data", "check"], ["estimate"]):
-        result = CliRunner().invoke(app, [*verb, "config.yaml", override])
+    for words in (["config", "show"], ["train"], ["eval"], ["data", "check"], ["estimate"]):
+        result = CliRunner().invoke(app, [*words, "config.yaml", override])
         assert result.exit_code == 2 and "error: The override" in result.stderr and "UTF-8" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

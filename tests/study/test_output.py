@@ -216,8 +216,8 @@ def test_titles_and_notes_of_a_recipe_are_never_markup(given: dict[str, Any], tm
     evil = "<img src=x onerror=alert(1)> [x](http://example.com/a) ![y](http://example.com/b.png)\n# heading"
     given |= {"title": f"title {evil}", "note": f"note {evil}"}
     given["tables"] = [{**TABLES[0], "title": f"table {evil}", "note": f"remark {evil}"}]
-    given["tests"] = {name: {"data": {"num_test": 6}, "template": name} for name in ("direct", "think_answer")}
-    given["contrasts"] = [{"title": f"contrast {evil}", "of": "think_answer", "minus": "direct"}]
+    given["tests"]["direct"] = given["tests"]["home"] | {"prompt": {"template": "direct"}}
+    given["contrasts"] = [{"title": f"contrast {evil}", "of": "home", "minus": "direct"}]
     recipe = read_recipe(write(tmp_path / "recipe.yaml", given), tmp_path / "out")
     store(recipe, OUTCOMES)
     write_study(collect(recipe), tmp_path / "tables")

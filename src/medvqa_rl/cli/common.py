@@ -144,12 +144,16 @@ def _refuse_other_names(given: Mapping[str, object]) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, Path | str) and name != "overrides" and not is_unicode(str(one)):
                 raise ValueError(
-                    f"The argument {shown(str(one))} is not UTF-8: write it in UTF-8, and rename files that are not."
+                    f"The argument {shown(str(one), 300)} is not UTF-8: write it in UTF-8, and rename files that are "
+                    "not."
                 )
-    folder = Path.cwd()
-    if not is_unicode(str(folder)):
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # it was removed: absolute paths still work
+        return
+    if not is_unicode(folder):
         raise ValueError(
-            f"The name of the working folder {shown(str(folder))} is not UTF-8: rename it, or run from another folder."
+            f"The name of the working folder {shown(folder, 300)} is not UTF-8: rename it, or run from another folder."
         )
 
 
@@ -219,6 +223,13 @@ def _message(error: Exception) -> str:
 
     if isinstance(error, ConfigError):
         return "\nerror: ".join(error.problems)
+    if (
+        isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8"
+    ):  # of a link's target, for one: arguments were checked
+        text = shown(error.object[max(0, error.start - 40) : error.end + 40])
+        return (
+            f"A name or a text is not UTF-8 and cannot be written ({text}): rename the file or folder, or repair it."
+        )
     if not isinstance(error, OSError) or isinstance(error, NetworkRefused):
         return str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
     where = f" ({error.filename})" if error.filename else ""

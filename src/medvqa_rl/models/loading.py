@@ -161,8 +161,8 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(
             f"model.path is {path!r}{at}, which is not a folder here, and downloading it from the Hugging Face Hub "
-            f"failed ({type(error).__name__}): check the spelling and the connection, log in if the repository "
-            "requires it, or download it elsewhere and give its folder."
+            f"failed ({type(error).__name__}: {printable(str(error))}): check the spelling and the connection, log in "
+            "if the repository requires it, or download it elsewhere and give its folder."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 from collections.abc import Sequence
@@ -288,3 +289,15 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
 def test_missing_files_are_named(phantom: Path, tmp_path: Path, table: str, images: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run_init(tmp_path / "mine", table=phantom / table, images=phantom / images, gpu_memory=24)
+
+
+def test_a_full_disk_names_the_project_and_leaves_nothing(
+    phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(division: object, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(init_command, "write_divided", fill_up)
+    with pytest.raises(OSError) as error:
+        run_init(tmp_path / "mine", table=phantom / "questions.csv", images=phantom / "images", gpu_memory=24)
+    assert error.value.filename == str(tmp_path / "mine") and list(tmp_path.iterdir()) == []

@@ -59,6 +59,16 @@ def test_missing_and_damaged_archives_are_refused(tmp_path: Path) -> None:
         unpack_zips([tmp_path / "a.zip"], tmp_path)
 
 
+def test_an_archive_with_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("\u00ff.png", b"x")
+    content = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(content.replace("\u00ff".encode(), b"\xff\xfe"))  # still marked as UTF-8
+    with pytest.raises(ValueError, match=r"a\.zip cannot be unpacked .*invalid start byte"):
+        unpack_zips([tmp_path / "a.zip"], tmp_path / "cache")
+    assert list((tmp_path / "cache" / "unpacked").iterdir()) == []
+
+
 def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("medvqa_rl.data.reading.unpack.MAX_BYTES", 10)
     with pytest.raises(ValueError, match="would unpack to more than"):

@@ -11,7 +11,8 @@ import os
 import shlex
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def run_init(
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
     out = open_console()
     project.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
+    with _staging(project) as temporary:
         stage = Path(temporary) / "project"
         suffix = table.suffix.lower() if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
         write_divided(split_table(rows, table, images, seed), stage / f"data{suffix}")
@@ -141,6 +142,18 @@ def run_init(
     for command in next_commands(project, on_gpu=memory is not None):
         out.print(f"  {command}", soft_wrap=True)
     return True
+
+
+@contextmanager
+def _staging(project: Path) -> Iterator[str]:
+    """A temporary folder beside the project. Errors about files in it name the project."""
+    with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
+        try:
+            yield temporary
+        except OSError as error:
+            if str(error.filename or "").startswith(temporary):
+                error.filename = str(project)
+            raise
 
 
 def find_gpu() -> tuple[float | None, str]:

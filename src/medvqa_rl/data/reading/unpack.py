@@ -68,7 +68,15 @@ def _unpack(archive: Path, folder: Path) -> None:
                         "the file."
                     )
             opened.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        UnicodeDecodeError,  # a name that is marked as UTF-8 and is not
+    ) as error:
         raise ValueError(f"{archive} cannot be unpacked ({printable(str(error))}): download it again.") from error
 
 

@@ -69,11 +69,14 @@ def rewarding_judges(checkpoint: Path | None) -> dict[str, JudgeIdentity]:
     for folder in (checkpoint.parent, checkpoint.parent.parent):  # best, or checkpoints/step_000100
         path = folder / "judge.json"
         if path.is_file():
-            return read_json(_IDENTITIES, path, "restore it, or remove it")
+            return _without_evaluation(read_json(_IDENTITIES, path, "restore it, or remove it"))
     return {}
 
 
 def read_identities(results: Mapping[str, Any]) -> dict[str, JudgeIdentity]:
     """The judges that rewarded the evaluated model, by role, from a results.json that was checked."""
-    stored = _IDENTITIES.validate_python(results.get("judges", {}))
+    return _without_evaluation(_IDENTITIES.validate_python(results.get("judges", {})))
+
+
+def _without_evaluation(stored: dict[str, JudgeIdentity]) -> dict[str, JudgeIdentity]:
     return {role: identity for role, identity in stored.items() if role != "evaluation"}

@@ -53,7 +53,7 @@ def read_evaluations(path: Path) -> list[Evaluated]:
         if (file.parent / "evaluation.json").is_file() and not (file.parent / "results.json").is_file():
             raise ValueError(f"The evaluation in {file.parent} is not finished: continue it with eval --resume.")
         if not is_unicode(str(file)):
-            raise ValueError(f"The name of the folder {shown(str(file.parent))} is not UTF-8: rename it.")
+            raise ValueError(f"The name of the folder {shown(str(file.parent), 300)} is not UTF-8: rename it.")
         records = read_records(file)
         if not records:
             raise ValueError(f"The file {file} holds no records: evaluate again.")

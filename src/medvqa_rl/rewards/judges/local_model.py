@@ -126,8 +126,8 @@ def _folder(config: JudgeConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"judge.model is {config.model!r}, which is no folder here, and the Hugging Face Hub did not deliver it "
-            f"({type(error).__name__}): check the spelling and the connection, or download it elsewhere and give its "
-            "folder."
+            f"({type(error).__name__}: {printable(str(error))}): check the spelling and the connection, or download "
+            "it elsewhere and give its folder."
         ) from error
 
 
