@@ -223,9 +223,7 @@ def _message(error: Exception) -> str:
 
     if isinstance(error, ConfigError):
         return "\nerror: ".join(error.problems)
-    if (
-        isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8"
-    ):  # of a link's target, for one: arguments were checked
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # the target of a link, for one
         text = shown(error.object[max(0, error.start - 40) : error.end + 40])
         return (
             f"A name or a text is not UTF-8 and cannot be written ({text}): rename the file or folder, or repair it."

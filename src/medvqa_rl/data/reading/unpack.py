@@ -17,6 +17,12 @@ MAX_BYTES = 200 * 2**30
 """Largest unpacked size of an archive; a larger one is damaged or malicious."""
 
 
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, RuntimeError, EOFError),
+    UnicodeDecodeError,  # a name that is marked as UTF-8 and is not
+)
+
+
 def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
     """Unpack archives into one folder of the cache, unless they are unpacked there already.
 
@@ -68,15 +74,7 @@ def _unpack(archive: Path, folder: Path) -> None:
                         "the file."
                     )
             opened.extractall(folder)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        OSError,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        UnicodeDecodeError,  # a name that is marked as UTF-8 and is not
-    ) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{archive} cannot be unpacked ({printable(str(error))}): download it again.") from error
 
 
