@@ -18,11 +18,15 @@ from medvqa_rl.core.prompts import (
     TAGS,
 )
 from medvqa_rl.core.text import (
+    as_markdown_text,
     as_written,
     first_few,
+    for_terminal,
+    format_detectable,
     format_p,
     format_points,
     format_range,
+    is_unicode,
     is_yes_no,
     neutralise,
     normalise,
@@ -88,6 +92,40 @@ def test_p_values(value: float | None, expected: str) -> None:
 )
 def test_percentage_points(value: float | None, sign: str, expected: str) -> None:
     assert format_points(value, sign) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, ""), (math.nan, ""), (0.066, "6.6"), (1.0, "100.0"), (1.0001, "none"), (40, "none")]
+)
+def test_no_difference_of_shares_above_one_is_detectable(value: float | None, expected: str) -> None:
+    assert format_detectable(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a\udcff", "a\\udcff"), ("\x1b[2Ja\tb\n", "[2Ja\tb\n"), ("é \u202e", "é "), ("\ud83d", "\\ud83d")],
+)
+def test_text_for_the_terminal_can_be_written(text: str, expected: str) -> None:
+    assert for_terminal(text) == expected
+    assert (
+        for_terminal(text).encode()
+        and is_unicode(expected)
+        and is_unicode(text) == ("\ud83d" not in text and "\udcff" not in text)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<b>x</b>", "\\<b>x\\</b>"),
+        ("p < 0.001, n <5", "p < 0.001, n <5"),
+        ("[0.1, 0.2] (n)", "[0.1, 0.2] (n)"),
+        ("![a](http://b)", "![a]\\(http://b)"),
+        ("<!-- a\nb -->", "\\<!-- a b -->"),
+    ],
+)
+def test_text_in_markdown_is_no_markup(text: str, expected: str) -> None:
+    assert as_markdown_text(text) == expected
 
 
 def test_yes_and_no_are_recognised_once_normalised() -> None:

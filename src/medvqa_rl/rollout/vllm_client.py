@@ -65,7 +65,7 @@ class Client:
             raise VllmError(f"{where} does not answer {path}: {reason or type(error).__name__}.") from error
         try:
             return json.loads(text) if is_json else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise VllmError(f"{where} answers {path} with invalid JSON ({printable(str(error))}).") from error
 
 
