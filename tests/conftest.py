@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,17 @@ from tests.models.families.tiny import BUILDERS, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a missing package on some CPUs
+
+
+@contextmanager
+def limit_files(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: writes fail as on a full disk, in every library."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # Python ignores the signal
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +67,11 @@ def tiny_policy(tiny_folder: Callable[[str], Path]) -> Callable[..., Policy]:
         return make_policy(model, processor, ModelConfig(path=str(folder), device="cpu", **settings), "cpu")
 
     return make
+
+
+@pytest.fixture
+def file_limit() -> Callable[[int], AbstractContextManager[None]]:
+    return limit_files
 
 
 @pytest.fixture

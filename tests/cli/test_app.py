@@ -296,3 +296,11 @@ def test_env_prints_versions_and_extras() -> None:
     for name in ("torch", "torch thread", "GiB", "extras"):
         assert name in result.output
     assert set(installed_extras()) >= {"bench", "dev", "hub", "track", "vllm"}
+
+
+def test_standard_output_that_is_full_is_a_sentence() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "medvqa_rl", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert done.stderr == b"error: Standard output cannot be written (No space left on device).\n"

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
 from medvqa_rl.core.files import (
+    AppendedFile,
     cache_folder,
     checkpoint_folder,
+    describe_os_error,
     find_checkpoint,
     json_lines,
     note_on_best,
+    partial_path,
     read_json_lines,
     remove_partials,
+    temporary_folder,
     write_json,
     write_text,
     write_whole,
+    writing,
 )
 
 
@@ -42,6 +50,95 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         partial.write_text("new")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_best_checkpoint_that_was_removed_is_missed(tmp_path: Path) -> None:
+    for status in ("{}", '{"best_step": null}'):
+        (tmp_path / "status.json").write_text(status)
+        assert note_on_best(tmp_path) is None
+    write_json(tmp_path / "status.json", {"best_step": 40})
+    assert note_on_best(tmp_path) == (
+        f"The best checkpoint of {tmp_path}, of step 40, was removed: the last checkpoint takes its place."
+    )
+
+
+def test_a_file_that_grows_survives_its_removal(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1\n")
+    file = AppendedFile(tmp_path / "x")
+    file.append(b"2\n")
+    assert not file.restore() and file.length == 4
+    (tmp_path / "x").unlink()
+    file.append(b"3\n")
+    assert file.restore() and (tmp_path / "x").read_bytes() == b"1\n2\n3\n"
+    (tmp_path / "x").rename(tmp_path / "y")
+    (tmp_path / "x").write_bytes(b"other\n")
+    assert file.restore() and not file.restore()
+    file.append(b"4\n")
+    file.flush()
+    file.close()
+    assert (tmp_path / "x").read_bytes() == b"1\n2\n3\n4\n" and file.length == 8
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_text("x" * 2000), lambda path: path.open("xb").write(b"")])
+def test_a_failed_write_names_the_file_and_leaves_nothing(
+    tmp_path: Path, file_limit: Any, write: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "x"
+    with pytest.raises(OSError) as caught, file_limit(1000), write_whole(path) as partial:
+        partial.touch()
+        write(partial)
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "name"),
+    [
+        (Exception("File too large (os error 27)"), errno.EFBIG, "new"),  # tokenizers
+        (RuntimeError("Data processing error: I/O error: No space left on device (os error 28)"), errno.ENOSPC, "new"),
+        (OSError(errno.EIO, "Input/output error"), errno.EIO, "new"),
+        (OSError(errno.EACCES, "Permission denied", "other"), errno.EACCES, "other"),
+        (OSError(errno.ENOSPC, "No space left on device", "other", None, "tmp/a"), errno.ENOSPC, "new"),  # a copy
+        (OSError("image file is truncated"), None, None),  # read, not written
+    ],
+)
+def test_errors_of_libraries_name_what_is_written(error: Exception, number: int | None, name: str | None) -> None:
+    with pytest.raises(OSError) as caught, writing(Path("new"), Path("tmp")):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (number, name)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ValueError, match="no number"), writing(Path("new")):
+        raise ValueError("no number")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, r"No space is left on the device \(runs/x\): free some"),
+        (errno.EFBIG, r"A file would exceed the size limit .* \(runs/x\): raise the limit with `ulimit -f unlimited`"),
+        (errno.EACCES, r"Permission denied \(runs/x\): check the path and its permissions\."),
+    ],
+)
+def test_the_reason_of_the_system_is_a_sentence(number: int, message: str) -> None:
+    assert re.match(message, describe_os_error(OSError(number, os.strerror(number), "runs/x")))
+
+
+def test_a_temporary_folder_is_renamed_or_removed(tmp_path: Path, file_limit: Any) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = partial_path(tmp_path / "a")
+    left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    (left / "inside").mkdir(parents=True)
+    (tmp_path / left.name.replace(f"-{dead.pid}-", "-notes-")).mkdir()  # not ours
+    with temporary_folder(tmp_path / "b") as folder:
+        (folder / "x").touch()
+        folder.rename(tmp_path / "b")
+    with pytest.raises(OSError) as caught, file_limit(1000), temporary_folder(tmp_path / "c") as folder:
+        (folder / "x").write_bytes(bytes(2000))
+    assert caught.value.filename == str(tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir() if "notes" not in path.name) == ["b"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
@@ -117,6 +214,7 @@ def test_a_best_checkpoint_that_is_no_better_is_noted(
     assert note_on_best(run) is None
     write_json(run / "best" / "best.json", {"step": step, "accuracy": best})
     write_json(run / "eval" / "step_000000" / "results.json", {"accuracy": start})
+    write_json(run / "status.json", {"best_step": step})
     found = note_on_best(run)
     assert found is None if note is None else found is not None and re.search(note, found)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 from threading import Event
 
 import psutil
@@ -20,7 +21,9 @@ from medvqa_rl.core.machine import (
     SHARE,
     Load,
     LoadMeter,
+    ProcessLock,
     choose_threads,
+    claimed,
     describe,
     is_set,
     own_share,
@@ -238,3 +241,54 @@ def test_a_killed_process_ends_those_that_it_started():
     starter.wait()
     child.wait(timeout=10)  # raises if it is still running
     starter.stdout.close()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from medvqa_rl.core.machine import ProcessLock
+lock = ProcessLock(Path(sys.argv[1]))
+lock.acquire("has it.")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    path = tmp_path / "new" / ".lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        lock = ProcessLock(path)
+        with pytest.raises(ValueError, match=f"^Process {other.pid} is here: go away\\.$"):
+            lock.acquire("is here: go away.")
+        other.kill()
+    lock.acquire("is here: go away.")
+    assert lock.holder.read_text().split()[0] == str(os.getpid())
+    lock.release()
+    assert [file.name for file in path.parent.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [("12 far-away", "Process 12 on far-away"), ("", "Another process"), ("x\x1b[2J y", "Another process")],
+)
+def test_the_holder_is_named_as_far_as_it_is_known(tmp_path: Path, content: str, name: str) -> None:
+    first, second = ProcessLock(tmp_path / "x"), ProcessLock(tmp_path / "x")
+    first.acquire("")
+    first.holder.write_text(content)
+    with pytest.raises(ValueError, match=f"^{name} has it\\.$"):
+        second.acquire("has it.")
+    first.release()
+
+
+def test_an_output_is_claimed_once_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "data.csv"
+    message = f"^Process {os.getpid()} is writing .*data.csv: wait"
+    with claimed(path), pytest.raises(ValueError, match=message), claimed(path):
+        pytest.fail("two claims")
+    assert not list(tmp_path.iterdir())
+    with claimed(path):
+        path.touch()
+    assert list(path.parent.iterdir()) == [path]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation import cells
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
-from medvqa_rl.evaluation.store import Shard
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.store import RecordFile, Shard, hold_shard
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy
@@ -158,6 +160,44 @@ def test_a_refused_model_does_not_claim_the_folder(config: Config, questions: St
         run_eval(config, checkpoint=tmp_path / "bert", output=folder)
     run_eval(config, output=folder)
     assert (folder / "results.json").exists()
+
+
+def test_a_second_process_is_refused_and_named(config: Config, questions: StoredDataset, tmp_path: Path) -> None:
+    folder = tmp_path / "eval"
+    with hold_shard(folder, Shard(1, 2)):
+        with pytest.raises(
+            ValueError, match=f"^Process {os.getpid()} is answering shard 1/2 in {folder}: wait for it"
+        ):
+            run_eval(config, output=folder, shard=Shard(1, 2))
+        run_eval(config, output=folder, shard=Shard(0, 2))
+    with hold_shard(folder, Shard()):
+        before = content(folder)
+        with pytest.raises(ValueError, match="is evaluating in"):
+            run_eval(config, output=folder, resume=True)
+        assert content(folder) == before
+    run_eval(config, output=folder, shard=Shard(1, 2))
+    assert (folder / "results.json").exists()
+    with hold_shard(tmp_path / "new", Shard()):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_records_that_are_removed_during_an_evaluation_are_missed(
+    config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = RecordFile.append
+
+    def remove_first(file: RecordFile, records: Sequence[EvalRecord]) -> None:
+        append(file, records)
+        if not (tmp_path / "removed").exists():
+            file.own.rename(tmp_path / "removed")
+
+    monkeypatch.setattr(RecordFile, "append", remove_first)
+    with pytest.raises(ValueError, match=r"records of 2 of 7 questions are no longer in .*samples\.jsonl.*--resume"):
+        run_eval(config, output=tmp_path / "eval")
+    run_eval(config, output=tmp_path / "eval", resume=True)
+    run_eval(config, output=tmp_path / "whole")
+    assert content(tmp_path / "eval") == content(tmp_path / "whole")
 
 
 def test_two_shards_equal_one_process(

@@ -59,9 +59,13 @@ def test_a_failure_leaves_the_existing_folder(tmp_path):
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["old"]
 
 
-def test_a_full_device_raises_value_error(tmp_path):
-    with pytest.raises(ValueError, match="No space is left to write"), atomic_folder(tmp_path / "best"):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("size", [1000, 20_000])  # the tokenizer's file does not fit, or the weights' file
+def test_weights_or_tokenizer_beyond_the_file_limit_name_the_folder(tiny_policy, file_limit, tmp_path, size):
+    folder, processor = tmp_path / "best", tiny_policy("qwen2_vl").processor
+    with pytest.raises(OSError) as caught, file_limit(size), atomic_folder(folder) as temporary:
+        processor.save(temporary)
+        save_file({"a": torch.zeros(10_000)}, temporary / "model.safetensors")
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(folder))
     assert not list(tmp_path.iterdir())
 
 

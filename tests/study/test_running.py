@@ -189,7 +189,10 @@ def test_parallel_cells_share_the_cores(
 def test_a_running_study_is_locked(given: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study")
     (tmp_path / "study").mkdir()
-    with running.FileLock(tmp_path / "study" / ".study.lock"), pytest.raises(ValueError, match="by another process"):
+    with (
+        running.FileLock(tmp_path / "study" / ".study.lock"),
+        pytest.raises(ValueError, match="is running the study"),
+    ):
         run_study(recipe, tmp_path / "study", console=QUIET)
 
 

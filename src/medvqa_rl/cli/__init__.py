@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 
 
@@ -13,7 +14,18 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt)
     from medvqa_rl.cli.app import app
 
-    app(prog_name="medvqa-rl")
+    try:
+        try:
+            app(prog_name="medvqa-rl")
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:  # of printing: a verb reports its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again at exit
+        if isinstance(error, BrokenPipeError):  # the reader of our output has exited: end quietly
+            raise SystemExit(1) from None
+        print(f"error: Standard output cannot be written ({error.strerror or error}).", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

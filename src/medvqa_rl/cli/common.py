@@ -5,7 +5,6 @@ Exit codes: 0 success, 1 the run failed, 2 invalid input (explained in a sentenc
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import logging
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from medvqa_rl.core.files import describe_os_error
 from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
 from medvqa_rl.core.progress import TerminalConsole
 from medvqa_rl.core.text import is_unicode, printable, shown
@@ -230,10 +230,7 @@ def _message(error: Exception) -> str:
         )
     if not isinstance(error, OSError) or isinstance(error, NetworkRefused):
         return str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"No space is left on the device{where}: free some, or choose another output folder."
-    return f"{error.strerror or error}{where}: check the path and its permissions."
+    return describe_os_error(error)
 
 
 def _print_error(message: str) -> None:

@@ -75,7 +75,7 @@ def evaluate(
         )
     if run is not None and checkpoint is None:
         checkpoint = find_checkpoint(run)
-        if (note := note_on_best(run)) and checkpoint.name == "best":
+        if note := note_on_best(run):
             print_line(open_console(), note)
     settings = read_settings(config if run is None else run_config(run), given, purpose="eval").config
     if run is not None:  # it may have been moved since

@@ -10,6 +10,7 @@ import typer
 
 from medvqa_rl.cli.common import verb
 from medvqa_rl.core.files import find_checkpoint
+from medvqa_rl.core.machine import claimed
 
 _TRAINING_FILES = ("best.json",)
 
@@ -52,11 +53,11 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
 
     is_model = any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json"))
     folder = checkpoint if is_model else find_checkpoint(checkpoint)
-    if output.exists():
-        raise ValueError(f"The output folder {output} exists: give a new one, so that nothing is overwritten.")
     if merge and not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds a whole model, so there is no adapter to merge: leave out --merge.")
-    with atomic_folder(output) as temporary:
+    with claimed(output), atomic_folder(output) as temporary:
+        if output.exists():
+            raise ValueError(f"The output folder {output} exists: give a new one, so that nothing is overwritten.")
         if merge:
             _write_merged(folder, temporary)
         else:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import huggingface_hub
 
+from medvqa_rl.core.files import NO_ROOM, describe_os_error, writing
 from medvqa_rl.core.network import unusable_proxy
 
 ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
@@ -80,23 +81,31 @@ def snapshot(
     If the Hub cannot be reached, the files come from its cache.
 
     Raises:
-        ValueError: files are missing, and the environment's proxy cannot be used.
+        ValueError: files are missing, and the environment's proxy cannot be used; or there is no room for them.
         OSError, HFValidationError: as ``snapshot_download``; a connection that fails in any way is an OSError.
     """
     # The base of its HTTP client's errors, whichever client it uses; imports the client.
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     proxy = unusable_proxy()
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=list(patterns),
-                local_files_only=is_offline or proxy is not None,
+        with writing(cache):
+            return Path(
+                huggingface_hub.snapshot_download(
+                    repository,
+                    repo_type=kind,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    local_files_only=is_offline or proxy is not None,
+                )
             )
-        )
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ValueError(
+            f"{repository} cannot be cached. {describe_os_error(error)} HF_HUB_CACHE sets the folder."
+        ) from error
     except LocalEntryNotFoundError as error:
         if is_offline or proxy is None:
             raise

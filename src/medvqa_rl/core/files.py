@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,6 +20,50 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from medvqa_rl.core.text import printable, shown
 
 T = TypeVar("T")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a device, a quota or a file-size limit that is reached."""
+
+
+@contextmanager
+def writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Name ``path`` in the errors of what writes to it.
+
+    A failed write does not say which file it was for, and libraries in Rust (safetensors, tokenizers, the Hub's
+    downloads) raise error types of their own, with the system's error number in the message.
+
+    Args:
+        partial: the temporary path that stands for ``path`` in the block.
+
+    Raises:
+        OSError: the block cannot write.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        is_partial = partial is not None and any(name.startswith(str(partial)) for name in named)
+        if is_partial or (error.errno is not None and not named):
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say in a sentence what the system refused, for which file, and what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"No space is left on the device{where}: free some, or choose another output folder."
+    if error.errno == errno.EFBIG:
+        return (
+            f"A file would exceed the size limit of this process or file system{where}: raise the limit with "
+            "`ulimit -f unlimited`, or choose an output folder whose file system takes larger files."
+        )
+    return f"{error.strerror or error}{where}: check the path and its permissions."
 
 
 @contextmanager
@@ -34,15 +79,16 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
             small files that can be made again.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
-        yield partial
-        if durable:
-            flush(partial)
-        os.replace(partial, path)
+        with writing(path, partial):
+            yield partial
+            if durable:
+                flush(partial)
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -51,6 +97,26 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
 def partial_path(path: Path) -> Path:
     """A path beside ``path`` for what this process writes, which :func:`remove_partials` knows."""
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside ``path``, which the block fills and renames; what is not renamed is removed.
+
+    Folders that killed processes left are removed first.
+
+    Raises:
+        OSError: something in it cannot be written; names ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(path.parent, below=False)
+    temporary = partial_path(path)
+    try:
+        with writing(path, temporary):
+            temporary.mkdir()  # with the modes of the umask, unlike mkdtemp: others may share it
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _host() -> str:
@@ -65,9 +131,11 @@ def remove_partials(folder: Path, *, below: bool = True) -> None:
     """
     pattern = f".*.{_host()}-*.partial"
     for partial in list(folder.rglob(pattern) if below else folder.glob(pattern)):
-        pid = int(partial.name.rsplit("-", 2)[1])
+        found = re.search(r"-(\d{1,9})-[0-9a-f]{8}\.partial$", partial.name)
+        if found is None:
+            continue  # not ours
         try:
-            os.kill(pid, 0)
+            os.kill(int(found[1]), 0)
         except ProcessLookupError:
             if partial.is_dir():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -75,6 +143,49 @@ def remove_partials(folder: Path, *, below: bool = True) -> None:
                 partial.unlink(missing_ok=True)
         except PermissionError:
             pass  # of another user, and alive
+
+
+class AppendedFile:
+    """A file that only grows. If it is removed or replaced meanwhile, it is written again with what was in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+        self.length = self._file.seek(0, os.SEEK_END)
+        """Bytes that were there or were appended completely."""
+
+    def append(self, data: bytes) -> None:
+        """Append bytes.
+
+        Raises:
+            OSError: they cannot be written; names the file.
+        """
+        with writing(self.path):
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        self.length += len(data)
+
+    def restore(self) -> bool:
+        """Write the file again if it was removed or replaced; return whether it was."""
+        own = os.fstat(self._file.fileno())
+        if self.path.exists() and os.path.samestat(own, self.path.stat()):
+            return False
+        self._file.seek(0)
+        content = self._file.readall()
+        with write_whole(self.path) as partial:
+            partial.write_bytes(content)
+        self._file.close()
+        self._file = self.path.open("a+b", buffering=0)
+        return True
+
+    def flush(self) -> None:
+        """Force the content to disk."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict", durable: bool = True) -> Path:
@@ -214,7 +325,11 @@ class _Start(BaseModel):
     accuracy: float | None
 
 
-_BEST, _START = TypeAdapter(Best), TypeAdapter(_Start)
+class _Progress(BaseModel):
+    best_step: int | None = None
+
+
+_BEST, _START, _PROGRESS = TypeAdapter(Best), TypeAdapter(_Start), TypeAdapter(_Progress)
 
 
 def read_best(path: Path) -> Best:
@@ -227,12 +342,18 @@ def read_best(path: Path) -> Best:
 
 
 def note_on_best(run: Path) -> str | None:
-    """A sentence if no evaluation during training was more accurate than the one before it; else None.
+    """A sentence if the best checkpoint was removed, or if no evaluation during training was more accurate than the
+    one before it; else None.
 
     Raises:
-        ValueError: the file that names the best checkpoint, or the results before training, are damaged.
+        ValueError: the status, the file that names the best checkpoint, or the results before training, are damaged.
     """
     chosen, results = run / "best" / "best.json", run / "eval" / "step_000000" / "results.json"
+    status = run / "status.json"
+    if not (run / "best").is_dir():
+        step = read_json(_PROGRESS, status, "restore the file").best_step if status.is_file() else None
+        removed = f"The best checkpoint of {run}, of step {step}, was removed: the last checkpoint takes its place."
+        return removed if step else None
     if not (chosen.is_file() and results.is_file()):
         return None
     best = read_best(chosen)

@@ -1,4 +1,5 @@
-"""How this process uses the machine: memory allocation, the number of CPU threads, and how they wait. No torch.
+"""How this process uses the machine: memory allocation, the number of CPU threads, how they wait, and locks that keep
+other processes out. No torch.
 
 The number of threads is chosen from the load of the machine before torch is loaded. OpenMP threads spin while they
 wait, so with one thread more than there are free cores a small model takes several times longer than with one less
@@ -14,15 +15,18 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import psutil
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter
 
-from medvqa_rl.core.files import read_json
+from medvqa_rl.core.files import read_json, writing
+from medvqa_rl.core.text import printable
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that torch follows. If the user set one, nothing is chosen here."""
@@ -251,3 +255,81 @@ def end_with_parent(*, seconds: float = 1.0) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+# --- one process at a time -----------------------------------------------------------------------------------------
+
+
+class ProcessLock:
+    """An exclusive lock on a file, and beside it the process that holds it, for the messages of others."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.holder = path.with_name(f"{path.name}.pid")
+        self._lock = FileLock(path)
+
+    def acquire(self, sentence: str) -> None:
+        """Take the lock; its folder is created.
+
+        Args:
+            sentence: says what another process that has it does, and what to do: "is using x: wait for it."
+
+        Raises:
+            ValueError: another process has it; the message names the process.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self._name_holder()} {sentence}") from None
+        try:
+            with writing(self.holder):
+                self.holder.write_text(_this_process(), encoding="utf-8", errors="replace")
+        except BaseException:
+            self.release()
+            raise
+
+    def _name_holder(self) -> str:
+        try:
+            pid, _, host = self.holder.read_text(encoding="utf-8", errors="replace").partition(" ")
+        except OSError:  # of an older version, or about to be written
+            return "Another process"
+        where = "" if host == platform.node() else f" on {printable(host, 100)}"
+        return f"Process {pid}{where}" if pid.isdecimal() else "Another process"
+
+    def is_ours(self) -> bool:
+        """Whether the file beside the lock still names this process."""
+        try:
+            return self.holder.read_text(encoding="utf-8", errors="replace") == _this_process()
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Release the lock. Its file stays: removing it would let two waiting processes in."""
+        if self.is_ours():
+            self.holder.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _this_process() -> str:
+    return f"{os.getpid()} {platform.node()}"
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Let only this process write ``path`` in the block. Check there, not before, that it does not exist yet.
+
+    Raises:
+        ValueError: another process is writing it; the message names the process.
+    """
+    is_new = not path.parent.exists()
+    lock = ProcessLock(path.with_name(f".{path.name}.lock"))
+    lock.acquire(f"is writing {path}: wait for it, or choose another output.")
+    try:
+        yield
+    finally:
+        lock.path.unlink(missing_ok=True)  # whoever comes later finds the output
+        lock.release()
+        if is_new:
+            with suppress(OSError):  # something was written
+                path.parent.rmdir()

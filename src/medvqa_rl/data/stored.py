@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ class Source:
     """Names of the official splits; ``<data.name>/official/<split>`` by default."""
     val_from_train: bool = False
     """Whether a tenth of the training images becomes the validation split, because there is no official one."""
+    is_own: bool = False
+    """Whether ``data split`` can split its table."""
 
 
 def data_folder(config: DataConfig, title: str, patterns: Sequence[str]) -> Path:
@@ -143,6 +146,13 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     )
     splits = _assign_splits(source, reading.rows, config)
     rows = [row for row, assigned in zip(reading.rows, splits) if assigned == split]
+    if (
+        is_official
+        and not source.val_from_train
+        and not rows
+        and (named := [name for name in SPLITS if name in splits])
+    ):
+        raise NoSuchSplit(_no_such_split(source, split, named, root))
     wanted = [row for row in rows if _is_wanted(row, config)]
     if not wanted:
         raise ValueError(_nothing_left(source, rows, config, split, root))
@@ -181,10 +191,7 @@ def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) 
     if is_official:
         wanted = ["train" if split == "val" and source.val_from_train else split]
         if wanted[0] not in available:
-            raise NoSuchSplit(
-                f"{source.title} at {root} has no {split} split ({', '.join(available)} only): set "
-                "data.split=image to make splits that share no image."
-            )
+            raise NoSuchSplit(_no_such_split(source, split, available, root))
     files = list(dict.fromkeys(file for name in wanted for file in source.files[name]))
     if missing := [file for file in files if not file.is_file()]:
         raise ValueError(
@@ -192,6 +199,17 @@ def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) 
             f"{source.title} that holds it."
         )
     return files
+
+
+def _no_such_split(source: Source, split: Split, available: Sequence[str], root: Path) -> str:
+    tables = {file for files in source.files.values() for file in files}
+    remedy = "set data.split=image to make splits that share no image"
+    if source.is_own and len(tables) == 1:
+        (table,) = tables
+        new = root.with_name(f"{root.name}-split") / f"data{table.suffix}"
+        places = f"--images {shlex.quote(str(source.images))} --output {shlex.quote(str(new))}"
+        remedy += f", or write a table that has them with `medvqa-rl data split {shlex.quote(str(table))} {places}`"
+    return f"{source.title} at {root} has no {split} split ({', '.join(available)} only): {remedy}."
 
 
 def _assign_splits(source: Source, rows: Sequence[Row], config: DataConfig) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, write_comparisons
 from medvqa_rl.evaluation.statistics.comparison_tables import pairs_csv, show_pairs
 from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
-from medvqa_rl.evaluation.store import RecordFile, Shard, agree, read_identity
+from medvqa_rl.evaluation.store import RecordFile, Shard, agree, hold_shard, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device, trained_wording
@@ -136,29 +137,31 @@ def run_eval(
     if shard is None:
         state = PartialState(cpu=resolve_device(model.device).type == "cpu")
         shard = Shard(state.process_index, state.num_processes)  # type: ignore[has-type]
-    for cell in cells:
-        _check_folder(cell.folder, shard, resume)
-    # Loaded before the first answer, so that a missing model is reported at once.
-    judge = load_eval_judge(config.eval_judge)
-    instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
-    rewarding = rewarding_judges(checkpoint)
-    judges = rewarding | ({} if judge is None else {"evaluation": judge.identity})
-    run = _Run(config, model, wording, policy, shard, instruments, judges, controls, console)
-    for line in _notices(config, judge, rewarding):
-        run.print(line)
-    complete = {}
-    for cell in cells:
-        answers = _answer_cell(cell, run)
-        if answers is None:
-            run.print(f"{cell.label}: shard {shard} is done, others are missing.")
-            continue
-        with waiting(f"measuring the answers of {cell.label}"):
-            complete[cell] = _make_results(cell, run, *answers)
-        _print_results(cell, run, complete[cell])
-    if len(complete) == len(cells) and len(templates) > 1:
-        _compare_prompts(complete, run, base, model_name)
-    for evaluation in complete.values():
-        check_unscored(evaluation.results, config.eval)
+    with ExitStack() as stack:
+        for cell in cells:
+            stack.enter_context(hold_shard(cell.folder, shard))
+            _check_folder(cell.folder, shard, resume)
+        # Loaded before the first answer, so that a missing model is reported at once.
+        judge = load_eval_judge(config.eval_judge)
+        instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
+        rewarding = rewarding_judges(checkpoint)
+        judges = rewarding | ({} if judge is None else {"evaluation": judge.identity})
+        run = _Run(config, model, wording, policy, shard, instruments, judges, controls, console)
+        for line in _notices(config, judge, rewarding):
+            run.print(line)
+        complete = {}
+        for cell in cells:
+            answers = _answer_cell(cell, run)
+            if answers is None:
+                run.print(f"{cell.label}: shard {shard} is done, others are missing.")
+                continue
+            with waiting(f"measuring the answers of {cell.label}"):
+                complete[cell] = _make_results(cell, run, *answers)
+            _print_results(cell, run, complete[cell])
+        if len(complete) == len(cells) and len(templates) > 1:
+            _compare_prompts(complete, run, base, model_name)
+        for evaluation in complete.values():
+            check_unscored(evaluation.results, config.eval)
 
 
 def _notices(config: Config, judge: Judge | None, rewarding: Mapping[str, JudgeIdentity]) -> list[str]:
@@ -266,7 +269,7 @@ def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, lis
         own = samples[shard.index :: shard.count]
         with progress_bar(f"{cell.dataset.name} {settings.template} {name}".strip()) as progress:
             answer_all(load_engine, own, settings, view=view, done=file.read(), save=file.append, progress=progress)
-        return file.settle([sample.id for sample in samples])
+        return file.settle([sample.id for sample in samples], [sample.id for sample in own])
 
     records = answer("", folder / "samples.jsonl", cell.samples, None)
     controls: dict[str, list[EvalRecord] | None] = {}

@@ -6,6 +6,7 @@ evaluation.json                      what is evaluated, and how; must be unchang
 samples.jsonl                        records, in the order of the questions once all are present
 shards/samples-0-of-4.jsonl          records of the first of four processes
 controls/blank.jsonl                 records of a control; controls/shards/ as above
+.lock, .lock-0-of-4                  held by the process that answers
 results.json                         written last: its presence means that the evaluation is complete
 ```
 """
@@ -14,14 +15,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from medvqa_rl.core.files import read_json, write_json
+from medvqa_rl.core.files import read_json, write_json, writing
+from medvqa_rl.core.machine import ProcessLock
 from medvqa_rl.core.text import shown
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line, write_records
 
@@ -49,6 +53,26 @@ class Shard:
         if not (index.isdecimal() and count.isdecimal()) or int(index) >= int(count):
             raise ValueError(f"The shard {shown(text)} is not of the format I/N with I from 0 to N - 1, such as 0/4.")
         return cls(int(index), int(count))
+
+
+@contextmanager
+def hold_shard(folder: Path, shard: Shard) -> Iterator[None]:
+    """Let only this process answer a shard of the evaluation in ``folder``. If nothing is written in the block, a new
+    folder is removed.
+
+    Raises:
+        ValueError: another process answers it; the message names the process.
+    """
+    is_new = not folder.exists()
+    lock = ProcessLock(folder / (".lock" if shard.count == 1 else f".lock-{shard.index}-of-{shard.count}"))
+    what = "is evaluating" if shard.count == 1 else f"is answering shard {shard}"
+    lock.acquire(f"{what} in {folder}: wait for it, stop it, or choose another folder with --output.")
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and list(folder.iterdir()) == [lock.path]:
+            shutil.rmtree(folder)
 
 
 class RecordFile:
@@ -91,7 +115,7 @@ class RecordFile:
     def append(self, records: Sequence[EvalRecord]) -> None:
         """Append records and flush them to disk."""
         self.own.parent.mkdir(parents=True, exist_ok=True)
-        with self.own.open("ab+") as file:
+        with writing(self.own), self.own.open("ab+") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a killed process left an incomplete line
@@ -101,13 +125,24 @@ class RecordFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def settle(self, ids: Sequence[str]) -> list[EvalRecord] | None:
+    def settle(self, ids: Sequence[str], own: Sequence[str] = ()) -> list[EvalRecord] | None:
         """Once every id has a record, write all records to ``path`` in the order of the ids.
+
+        Args:
+            own: ids that this process has answered.
 
         Returns:
             The records, or None while some are missing.
+
+        Raises:
+            ValueError: records of this process are no longer in the folder.
         """
         records = self.read()
+        if lost := [id for id in own if id not in records]:
+            raise ValueError(
+                f"The records of {len(lost)} of {len(ids)} questions are no longer in {self.own}, which was removed "
+                "or changed during the evaluation: run the command with --resume to answer them again."
+            )
         if not records.keys() >= set(ids):
             return None
         ordered = [records[id] for id in ids]

@@ -28,6 +28,7 @@ from medvqa_rl.core.progress import TerminalConsole, waiting
 from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Group
 from medvqa_rl.data import load_dataset
+from medvqa_rl.data.stored import NoSuchSplit
 from medvqa_rl.learning.batching.skipping import without_images
 from medvqa_rl.learning.distributed.launch import check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
@@ -211,7 +212,11 @@ def set_up(
     train_set = load_dataset(config.data, "train") if train_set is None else train_set
     datasets = {"train": without_images(train_set, config.data.skip_images)}
     if with_validation and config.train.eval_steps:
-        datasets["val"] = load_dataset(config.data, "val") if val_set is None else val_set
+        try:
+            datasets["val"] = load_dataset(config.data, "val") if val_set is None else val_set
+        except NoSuchSplit as error:
+            error.add_note("To train without validation, set train.eval_steps=0.")
+            raise
     for split, dataset in datasets.items():
         if not dataset.is_endless and len(dataset) == 0:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from peft import PeftModel
 from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.files import flush, read_json
+from medvqa_rl.core.files import flush, read_json, temporary_folder
 from medvqa_rl.models.loading import Policy
 
 
@@ -48,15 +47,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     target stays as it was.
 
     Raises:
-        ValueError: no space is left on the device.
+        OSError: a file cannot be written, for lack of space or by a limit; names the target.
     """
     target = Path(folder)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with temporary_folder(target) as temporary:
         yield temporary
         readable = temporary.stat().st_mode & 0o666  # by the umask; safetensors lets only the owner read its files
         for path in [*temporary.rglob("*"), temporary]:
@@ -66,16 +61,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         if target.exists():
             target.rename(old)
         temporary.rename(target)
-        flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or "No space left" in str(error):  # safetensors raises its own error type
-            raise ValueError(
-                f"No space is left to write {target}: free some, or set output_dir to a device with more room."
-            ) from error
-        raise
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def with_checkpoint(model: ModelConfig, folder: Path) -> ModelConfig:

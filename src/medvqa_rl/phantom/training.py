@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medvqa_rl.config import OptimizerConfig
+from medvqa_rl.core.files import writing
 from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.checkpoints import atomic_folder
 
@@ -86,7 +87,7 @@ def curve_log(path: Path) -> Log:
 
     def log(row: dict[str, Any]) -> None:
         row = row | {"seconds": round(time.perf_counter() - began, 1)}
-        with path.open("a", encoding="utf-8") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(
             "  ".join(

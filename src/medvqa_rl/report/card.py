@@ -7,7 +7,6 @@ are published with the weights.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
 from medvqa_rl.config.sharing import shareable, without_folders
-from medvqa_rl.core.files import find_checkpoint, list_checkpoints, read_best
+from medvqa_rl.core.files import find_checkpoint, list_checkpoints, read_best, write_text
 from medvqa_rl.evaluation.judging.judged_tables import in_short
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.figures.style import percent
@@ -47,11 +46,7 @@ def write_cards(run: Path) -> list[Path]:
     stored = read_run(run)
     written = []
     for checkpoint in dict.fromkeys([find_checkpoint(run), *list_checkpoints(run)[-1:]]):
-        path = checkpoint / "README.md"
-        partial = path.with_name(".README.md.partial")
-        partial.write_text(model_card(stored, checkpoint), encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-        written.append(path)
+        written.append(write_text(checkpoint / "README.md", model_card(stored, checkpoint), errors="replace"))
     return written
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medvqa_rl.config import RolloutConfig
+from medvqa_rl.core.files import writing
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
@@ -295,7 +296,8 @@ def write_adapter(policy: Policy, folder: Path) -> None:
     model = cast(PeftModel, policy.model)
     state = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if ".lora_" in name}
-    save_file(own, folder / ADAPTER_FILE, {"format": "pt"})
     settings = copy.copy(_adapter_settings(policy))
     settings.modules_to_save = None
-    settings.save_pretrained(str(folder))
+    with writing(folder):
+        save_file(own, folder / ADAPTER_FILE, {"format": "pt"})
+        settings.save_pretrained(str(folder))

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from medvqa_rl.config import VllmConfig
+from medvqa_rl.core.files import writing
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import ImageSource
@@ -100,7 +101,8 @@ class Server:
         if self._folder is not None:
             folder = Path(self._folder.name).resolve()
             if self._lora_rank is None:
-                write_model(policy, folder)
+                with writing(folder):
+                    write_model(policy, folder)
                 self._reload(str(folder))
             else:
                 write_adapter(policy, folder)

@@ -18,8 +18,8 @@ from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.core.files import read_json, read_json_lines
-from medvqa_rl.core.machine import PARENT, SHARE, own_share
+from medvqa_rl.core.files import read_json, read_json_lines, write_text
+from medvqa_rl.core.machine import PARENT, SHARE, ProcessLock, own_share
 from medvqa_rl.core.progress import INTERVAL, duration, heartbeat
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of
@@ -200,9 +200,7 @@ def commands(cell: Cell, configs: Path) -> list[list[str]]:
 
 
 def _write(path: Path, settings: Mapping[str, object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(write_yaml(dict(settings)), encoding="utf-8")
-    return path
+    return write_text(path, write_yaml(dict(settings)))
 
 
 def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1, console: Console) -> list[Failure]:
@@ -298,16 +296,14 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
         report(f"{cell.label}: done, {len(recipe.cells) - left} of {len(recipe.cells)} cells finished")
         return None
 
-    lock = FileLock(output / ".study.lock")
+    lock = ProcessLock(output / ".study.lock")
+    lock.acquire(f"is running the study in {output}: wait for it, or choose another --output.")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"The study in {output} is being run by another process: wait for it, or choose another --output."
-        ) from None
-    with lock, ThreadPoolExecutor(jobs) as pool:
-        try:
-            return [failure for failure in pool.map(work, unfinished) if failure is not None]
-        except KeyboardInterrupt:
-            stop.set()
-            raise
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                return [failure for failure in pool.map(work, unfinished) if failure is not None]
+            except KeyboardInterrupt:
+                stop.set()
+                raise
+    finally:
+        lock.release()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,15 @@ def test_a_zip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("medvqa_rl.data.reading.unpack.MAX_BYTES", 10)
     with pytest.raises(ValueError, match="would unpack to more than"):
         unpack_zips([archive(tmp_path / "a.zip", {"a": bytes(11)})], tmp_path)
+
+
+def test_a_full_disk_is_not_a_damaged_archive(tmp_path: Path, file_limit: Any) -> None:
+    path = archive(tmp_path / "a.zip", {"a.png": bytes(9000)})
+    cache, message = tmp_path / "cache", r"a\.zip cannot be unpacked in .* \(File too large\): make room"
+    with pytest.raises(ValueError, match=message), file_limit(999):
+        unpack_zips([path], cache)
+    assert not list((cache / "unpacked").iterdir())
+    assert (unpack_zips([path], cache) / "a.png").stat().st_size == 9000
 
 
 def test_equal_images_get_equal_names(tmp_path: Path) -> None:

@@ -6,17 +6,20 @@ Run: pytest tests/data/sets/test_own.py
 import datetime
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from medvqa_rl.config import DataConfig
+from medvqa_rl.cli.app import app
+from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.answers import is_correct
 from medvqa_rl.core.types import Sample
-from medvqa_rl.data import load_dataset
+from medvqa_rl.data import load_dataset, load_splits
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.export import OWN_COLUMNS, export
 from medvqa_rl.data.images.budget import ImageBudget
@@ -24,7 +27,8 @@ from medvqa_rl.data.images.files import hidden
 from medvqa_rl.data.reading import index
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.sets.own import read_own
-from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.data.stored import NoSuchSplit, StoredDataset
+from medvqa_rl.learning.setup import set_up
 from medvqa_rl.report.pages.data_page import write_data_page
 
 ROWS: list[dict[str, Any]] = [
@@ -167,6 +171,28 @@ def test_without_validation_rows_a_tenth_of_the_training_images_is_taken(folder:
     assert len(train) + len(val) == 50 and 0 < len(val) < 15
     with pytest.raises(ValueError, match=r"has no test split \(train only\): set data\.split=image"):
         load(folder, "test")
+
+
+def test_a_table_without_validation_rows_says_how_to_make_them(tmp_path: Path, write_images: Any) -> None:
+    folder = tmp_path / "my data"
+    names = [f"{index}.png" for index in range(20)]
+    write_images(folder / "images", *names)
+    rows = [{"image": name, "question": "Is there a mass?", "answer": "yes"} for name in names]
+    write(folder / "data.csv", [{**row, "split": "test" if row["image"] == "7.png" else "train"} for row in rows])
+    with pytest.raises(NoSuchSplit) as caught:
+        load(folder, "val")
+    message = str(caught.value)
+    assert "has no val split (train, test only): set data.split=image to make splits that share no image" in message
+    command = shlex.split(message.partition("`medvqa-rl ")[2].partition("`")[0])
+    assert command[:3] == ["data", "split", str(folder / "data.csv")]
+    assert CliRunner().invoke(app, command).exit_code == 0  # the command works as it is written
+    new = Path(command[-1]).parent
+    loaded = load_splits(DataConfig(name="own", path=str(new), image_folder=str(folder / "images"), num_val=None))
+    assert list(loaded) == ["train", "val", "test"]
+    config = Config.model_validate({"data": {"name": "own", "path": str(folder)}, "train": {"eval_steps": 1}})
+    with pytest.raises(NoSuchSplit) as refused:
+        set_up(config, None, None)
+    assert refused.value.__notes__ == ["To train without validation, set train.eval_steps=0."]
 
 
 BAD: list[tuple[str, dict[str, Any]]] = [

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from toy import ToyData, read_metrics, toy_config
 
 from medvqa_rl.config import Config
 from medvqa_rl.config.yaml import load_config
-from medvqa_rl.core.files import run_config
+from medvqa_rl.core.files import AppendedFile, checkpoint_folder, run_config
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.run import checkpoint
 from medvqa_rl.learning.run.checkpoint import clean_up
-from medvqa_rl.learning.run.errors import Stopped
+from medvqa_rl.learning.run.errors import RunFolderLost, Stopped
+from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.resume import Resume, promise, read_resumes, still_counts
 from medvqa_rl.learning.sft import train_sft
 from medvqa_rl.models.loading import load_policy
@@ -146,12 +148,12 @@ def test_kill_9_and_resume(folder, tmp_path, death):
     run = tmp_path / "killed"
     assert json.loads((run / "status.json").read_text())["state"] == "running"
     if death == "save:4":
-        assert list((run / "checkpoints").glob(".step_000004.*.tmp"))  # partial, under a temporary name
+        assert list((run / "checkpoints").glob(".step_000004.*.partial"))  # partial, under a temporary name
         assert not (run / "checkpoints" / "step_000004").exists()
     process = run_toy("resume", config, tmp_path)
     assert process.returncode == 0, process.stderr
     same_runs(go(toy_config(folder, tmp_path / "whole", train=STOP)), run)
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.partial"))
 
 
 @pytest.mark.slow
@@ -400,39 +402,115 @@ def test_damaged_records_of_resumes_are_named(tmp_path):
         read_resumes(path)
 
 
-def test_a_full_disk_is_reported_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch):
+def test_a_file_limit_is_reported_and_earlier_checkpoints_stay(folder, tmp_path, monkeypatch, file_limit):
     config = toy_config(folder, tmp_path / "run", train=STOP | {"eval_steps": 0})
     write = checkpoint.save_file
     written = []
 
-    def full(tensors, path):
+    def limited(tensors, path):
         written.append(path)
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(tensors, path)
+        with file_limit(1000) if len(written) == 2 else nullcontext():
+            write(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(ValueError, match="No space is left"):
+    monkeypatch.setattr(checkpoint, "save_file", limited)
+    with pytest.raises(OSError) as caught:
         go(config)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    run = tmp_path / "run"
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(checkpoint_folder(run, 4)))
+    assert f"The last checkpoint is {checkpoint_folder(run, 2)}: continue with" in caught.value.__notes__[-1]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     monkeypatch.setattr(checkpoint, "save_file", write)
     same = go(toy_config(folder, tmp_path / "whole", train=STOP | {"eval_steps": 0}))
     same_runs(same, go(config, resume=True))
 
 
-def test_a_full_disk_is_reported_when_logging(folder, tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("name", ["_metrics", "_log"])
+def test_a_full_disk_is_reported_when_logging(folder, tmp_path, monkeypatch, name):
+    def enter(logger):
+        setattr(logger, name, AppendedFile(Path("/dev/full")))
+        return logger
 
-    monkeypatch.setattr("medvqa_rl.learning.run.logger.RunLogger.record", full)
-    with pytest.raises(ValueError, match=r"No space is left on the device of .*--resume"):
+    monkeypatch.setattr(RunLogger, "__enter__", enter)
+    with pytest.raises(OSError) as caught:
         go(toy_config(folder, tmp_path / "run"))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+
+
+def after_step(monkeypatch, step, act):
+    """Do something to the run's folder after a step, before its evaluation and checkpoint."""
+    show = RunLogger.show
+
+    def shown(logger, now, metrics):
+        show(logger, now, metrics)
+        if now == step and "eval/accuracy" not in metrics:
+            act()
+
+    monkeypatch.setattr(RunLogger, "show", shown)
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    """What must not be lost: the best model, and all but the times of the metrics."""
+    best = {path.name: path.read_bytes() for path in (run / "best").iterdir()}
+    return best | {"metrics": json.dumps(read_metrics(run)).encode()}
+
+
+def test_what_is_removed_during_a_run_is_written_again(folder, tmp_path, monkeypatch):
+    train = {"steps": 5, "save_steps": 2, "eval_steps": 2, "log_completions_steps": 1}
+    whole, run = (go(toy_config(folder, tmp_path / "whole", train=train)), tmp_path / "run")
+
+    def remove():
+        for name in ("best", "samples", "eval"):
+            shutil.rmtree(run / name)
+        (run / "train.log").unlink()
+        (run / "status.json").unlink()
+        (run / "other").write_text("replaced")
+        os.replace(run / "other", run / "metrics.jsonl")
+
+    after_step(monkeypatch, 3, remove)
+    go(toy_config(folder, run, train=train))
+    assert kept(run) == kept(whole)
+    log = (run / "train.log").read_text()
+    for name in ("train.log", "metrics.jsonl"):
+        assert log.count(f"{name} was removed or replaced during the run, and is written again.") == 1
+    assert f"best was removed, and is written again from {checkpoint_folder(run, 2)}" in log
+    assert "step 1/5" in log and "step 5/5" in log
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [
+        "step_000003.jsonl",
+        "step_000004.jsonl",
+        "step_000005.jsonl",
+    ]
+
+
+def test_a_best_checkpoint_that_cannot_be_written_again_is_said_to_be_missing(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    after_step(monkeypatch, 4, lambda: shutil.rmtree(run / "best"))
+    go(toy_config(folder, run, train={"steps": 6, "save_steps": 2, "eval_steps": 3, "save_total_limit": 1}))
+    log = (run / "train.log").read_text()
+    assert log.count("because there is no checkpoint of its step 3: the next evaluation") == 1
+    assert (run / "best").is_dir() or f"The best checkpoint of {run}, of step 3, was removed" in log
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_whose_folder_is_removed_ends_and_leaves_its_place_alone(folder, tmp_path, monkeypatch, is_replaced):
+    run = tmp_path / "run"
+
+    def remove():
+        run.rename(tmp_path / "moved")
+        if is_replaced:
+            run.mkdir()
+
+    after_step(monkeypatch, 3, remove)
+    with pytest.raises(RunFolderLost, match=f"The folder {run} was removed, moved or replaced"):
+        go(toy_config(folder, run, train=STOP))
+    assert run.exists() == is_replaced and not list(run.glob("*"))
+    assert [path.name for path in (tmp_path / "moved" / "checkpoints").iterdir()] == ["step_000002"]
 
 
 def test_leftovers_are_removed_and_a_replaced_folder_is_restored(tmp_path):
     (tmp_path / "checkpoints" / ".step_000002.123.tmp").mkdir(parents=True)
     (tmp_path / ".best.123.old").mkdir()
     (tmp_path / ".best.123.old" / "best.json").write_text("{}")
+    (tmp_path / "checkpoints" / ".step_000004.host-7-0a0a0a0a.partial" / "trainer").mkdir(parents=True)
     (tmp_path / ".status.json.7-0a.partial").touch()
     for name in (".notes.tmp", ".bashrc.old", ".notes.7.old"):  # not ours
         (tmp_path / name).mkdir()

@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_saved_hides_nothing(folder, tmp_path, monke
     with pytest.raises(KeyError) as failure:
         go(toy_config(folder, tmp_path / "run"))
     assert failure.value.__notes__[-1].startswith(
-        "The steps since the last checkpoint could not be saved (No space is left to write the checkpoint"
+        "The steps since the last checkpoint could not be saved. No space is left to write the checkpoint"
     )
 
 

@@ -55,6 +55,17 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
         write_figures([tmp_path], tmp_path / "figures")
 
 
+def test_hundreds_of_runs_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"200 runs are given, but --figures takes at most 40"):
+        write_figures([tmp_path / str(number) for number in range(200)], tmp_path / "figures")
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for run in runs:
+        write(run / "status.json", {})
+    with pytest.raises(ValueError, match="Two of the runs are called run"):
+        write_figures(runs, tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
 @pytest.mark.parametrize("kind", DEFICIENCIES)
 def test_colours_are_told_apart(kind: str) -> None:
     """The colours that share a picture keep a distance of at least 15 in CIE Lab under the deficiency (2 is just

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from PIL import Image
 
 from medvqa_rl.report.figures.panels import moving_average
@@ -109,6 +110,26 @@ def test_labels_are_spread_in_order_and_within_bounds(positions: list[float]) ->
     apart = len(positions) < 2 or np.diff(sorted(positions)).min() >= 0.1
     if apart:
         np.testing.assert_allclose(placed, positions, atol=1e-12)
+
+
+def test_labels_of_many_reward_parts_stay_in_their_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {f"rewards/part_{number:02d}/mean": 0.5 for number in range(24)}
+    drawn: list[Figure] = []
+    monkeypatch.setattr("medvqa_rl.report.figures.plots.save_figure", lambda figure, path: drawn.append(figure))
+    plot_training([{"step": step, **parts} for step in (1, 2)], tmp_path / "x.png")
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    heights = [text.xy[1] for text in axes.texts if isinstance(text, Annotation)]
+    assert len(heights) == 24 and min(np.diff(heights)) > 0 and low - 1e-9 <= heights[0] and heights[-1] <= high
+
+
+@pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path: Path, file_limit: Any, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    with pytest.raises(OSError) as caught, file_limit(500):
+        save_figure(Figure(), path)
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+    assert save_figure(Figure(), path).stat().st_size > 500
 
 
 def test_names_without_a_font_are_drawn_as_escapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

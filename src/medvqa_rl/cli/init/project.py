@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shlex
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig
 from medvqa_rl.config.yaml import build_config, read_yaml
 from medvqa_rl.core.embedded import local_file
+from medvqa_rl.core.files import temporary_folder, write_text
 from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import for_terminal, normalise, shown
@@ -109,13 +108,12 @@ def run_init(
     rows = read_whole(table)
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
     out = open_console()
-    project.parent.mkdir(parents=True, exist_ok=True)
-    with _staging(project) as temporary:
-        stage = Path(temporary) / "project"
+    with temporary_folder(project) as temporary:
+        stage = temporary / "project"
         suffix = table.suffix.lower() if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
         write_divided(split_table(rows, table, images, seed), stage / f"data{suffix}")
         data = DataConfig(
-            name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=temporary
+            name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=str(temporary)
         )
         datasets = load_staged(data, stage / f"data{suffix}", table)
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
@@ -134,7 +132,7 @@ def run_init(
         line = machine_line(memory, where, sized)
         text = fill(template, placeholders(template, project, images, datasets, sized, line, open_correctness))
         build_config(read_yaml(text), purpose="train")
-        (stage / "config.yaml").write_text(text, encoding="utf-8")
+        write_text(stage / "config.yaml", text)
         os.replace(stage, project)
     out.print(f"\nWritten: {project / 'config.yaml'} and {project / f'data{suffix}'}", soft_wrap=True)
     out.print(line, soft_wrap=True)
@@ -142,18 +140,6 @@ def run_init(
     for command in next_commands(project, on_gpu=memory is not None):
         out.print(f"  {command}", soft_wrap=True)
     return True
-
-
-@contextmanager
-def _staging(project: Path) -> Iterator[str]:
-    """A temporary folder beside the project. Errors about files in it name the project."""
-    with tempfile.TemporaryDirectory(prefix=f".{project.name}-", dir=project.parent) as temporary:
-        try:
-            yield temporary
-        except OSError as error:
-            if str(error.filename or "").startswith(temporary):
-                error.filename = str(project)
-            raise
 
 
 def find_gpu() -> tuple[float | None, str]:

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_interval, format_kappa
+from medvqa_rl.report.figures.plots import save_figure
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import load_judge
@@ -76,8 +77,18 @@ def run_calibrate(
     Raises:
         ValueError: the file, the folder or the judge cannot be used.
     """
-    if output is not None and (output / "calibration.json").exists():
-        raise ValueError(f"The folder {output} already holds a calibration: name another with --output.")
+    if output is None:
+        return _calibrate(config, pairs_file, None, count, seed, with_policies)
+    with claimed(output / "calibration.json"):
+        if (output / "calibration.json").exists():
+            raise ValueError(f"The folder {output} already holds a calibration: name another with --output.")
+        return _calibrate(config, pairs_file, output, count, seed, with_policies)
+
+
+def _calibrate(
+    config: JudgeConfig, pairs_file: Path | None, output: Path | None, count: int, seed: int, with_policies: bool
+) -> dict[str, Any]:
+    """:func:`run_calibrate`, for the process that writes to ``output``."""
     sources = {"pairs": read_pairs(pairs_file)} if pairs_file is not None else {}
     judge = load_judge(config)
     sources = {"phantom": phantom_pairs(count, seed, with_policies=with_policies)} | sources
@@ -134,7 +145,6 @@ def _table(results: Mapping[str, Any], title: str) -> TextTable:
 
 def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]], judge: Judge, output: Path) -> None:
     """Write the plot, if the judge gives margins, then the numbers."""
-    output.mkdir(parents=True, exist_ok=True)
     if any(curves.values()):
         plot_calibration(curves, output / "calibration.png", title=judge.identity.name)
     write_json(output / "calibration.json", results)
@@ -145,7 +155,6 @@ def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, t
     1 / (1 + exp(-margin))."""
     with styled("light") as palette:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         margins = [item.margin for bins in curves.values() for item in bins]
         edge = max(1.0, *map(abs, margins))
@@ -173,5 +182,4 @@ def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, t
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(-0.03, 1.03)
         axes.legend(frameon=False)
-        figure.savefig(path)
-    return path
+        return save_figure(figure, path)

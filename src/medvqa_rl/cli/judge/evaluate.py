@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from medvqa_rl.config import JudgeConfig
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.config.yaml import build_config, merge, parse_override
 from medvqa_rl.core.files import write_json, write_text
+from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.network import is_off
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
@@ -98,6 +100,21 @@ def run_judge_eval(
     """
     evaluations = list({one.folder: one for path in paths for one in evaluations_in(path)}.values())
     configs = _configs(evaluations, judges)
+    with ExitStack() as stack:
+        for one in evaluations:
+            stack.enter_context(claimed(one.folder / FILES[0]))
+        _judge_evaluations(evaluations, configs, samples, bias_samples, seed, replace)
+
+
+def _judge_evaluations(
+    evaluations: Sequence[Evaluated],
+    configs: Sequence[JudgeConfig],
+    samples: int | None,
+    bias_samples: int,
+    seed: int,
+    replace: bool,
+) -> None:
+    """:func:`run_judge_eval`, for the process that writes to the evaluations' folders."""
     for one in evaluations:
         if not replace and (one.folder / FILES[0]).exists():
             raise ValueError(f"The evaluation in {one.folder} is judged already: overwrite that with --replace.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.files import write_json, write_text
+from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of, size_of
@@ -37,13 +38,6 @@ def run_sheet(
     """
     if output.suffix != ".html":
         raise ValueError(f"The sheet is an HTML file, but --output is {output}: let its name end in .html.")
-    key_path = output.with_suffix(".key.json")
-    for path in (output, key_path):
-        if path.exists() and not replace:
-            raise ValueError(
-                f"The file {path} exists, and ratings of its sheet need its key: choose another --output, or "
-                "overwrite both with --replace."
-            )
     evaluations = [_single(folder) for folder in folders]
     names = [one.name for one in evaluations]
     if len(set(names)) < len(names):
@@ -51,8 +45,16 @@ def run_sheet(
     items = choose_items(evaluations, questions, seed)
     key = make_key(items, evaluations, seed)
     samples = find_samples(evaluations[0].folder, [item.record for item in items]) if images else {}
-    write_text(output, render_sheet(key, items, samples))
-    write_key(key, key_path)
+    key_path = output.with_suffix(".key.json")
+    with claimed(output):
+        for path in (output, key_path):
+            if path.exists() and not replace:
+                raise ValueError(
+                    f"The file {path} exists, and ratings of its sheet need its key: choose another --output, or "
+                    "overwrite both with --replace."
+                )
+        write_text(output, render_sheet(key, items, samples))
+        write_key(key, key_path)
     asked = number_of(len({item.record.sample_id for item in items}), "question")
     print(f"Written: {output} ({number_of(len(items), 'answer')} to {asked}, {size_of(output)}).")
     print(f"Written: {key_path}. It reveals which model gave which answer: keep it from the raters.")

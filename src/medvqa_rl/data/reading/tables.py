@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.core.files import write_whole
+from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.text import printable, shown
 from medvqa_rl.data.reading.issues import RowIssue
 
@@ -280,15 +281,15 @@ def write_table(path: Path, rows: Iterable[Fields], columns: Sequence[str] = (),
     Raises:
         ValueError: the file exists, its suffix is not supported, or pyarrow is not installed.
     """
-    if path.exists():
-        raise ValueError(f"The file {path} already exists: choose another with --output, or move it away.")
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
         raise ValueError(
             f"The file {path} ends in {shown(path.suffix)}: end its name in one of {', '.join(WRITABLE)}."
         )
     pyarrow: Any = import_pyarrow(path) if suffix == ".parquet" else None
-    with write_whole(path) as partial:
+    with claimed(path), write_whole(path) as partial:
+        if path.exists():
+            raise ValueError(f"The file {path} already exists: choose another with --output, or move it away.")
         if suffix == ".jsonl":
             with partial.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from medvqa_rl.core.files import partial_path, remove_partials, write_whole
+from medvqa_rl.core.files import NO_ROOM, remove_partials, temporary_folder, write_whole
 from medvqa_rl.core.text import printable, shown
 
 MAX_BYTES = 200 * 2**30
@@ -34,7 +33,8 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: an archive is missing, damaged or too large, or contains a path that leaves the folder.
+        ValueError: an archive is missing, damaged or too large, contains a path that leaves the folder, or there is no
+            room to unpack it.
     """
     stamps = []
     for archive in archives:
@@ -43,19 +43,17 @@ def unpack_zips(archives: Sequence[Path], cache_dir: Path) -> Path:
         status = archive.stat()
         stamps.append((str(archive.resolve()), status.st_size, status.st_mtime_ns))
     folder = cache_dir / "unpacked" / hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder.parent, below=False)
     if folder.is_dir():
+        remove_partials(folder.parent, below=False)
         return folder
-    temporary = partial_path(folder)
-    temporary.mkdir()  # with the modes of the umask, unlike mkdtemp: others may share the cache
-    try:
+    with temporary_folder(folder) as temporary:
         for archive in archives:
             _unpack(archive, temporary)
-        if not folder.is_dir():
+        try:
             os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            if not folder.is_dir():  # another process was faster
+                raise
     return folder
 
 
@@ -75,6 +73,12 @@ def _unpack(archive: Path, folder: Path) -> None:
                     )
             opened.extractall(folder)
     except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            why = printable(str(error.strerror))
+            raise ValueError(
+                f"{archive} cannot be unpacked in {folder.parent} ({why}): make room there, or set data.cache_dir "
+                "to a folder elsewhere."
+            ) from error
         raise ValueError(f"{archive} cannot be unpacked ({printable(str(error))}): download it again.") from error
 
 

@@ -107,6 +107,7 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
         images=images,
         names={name: f"own/{root.name}/{name}" for name in SPLITS},
         val_from_train=not files["val"],
+        is_own=True,
     )
     return load_split(source, config, split, root)
 

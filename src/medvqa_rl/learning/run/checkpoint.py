@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medvqa_rl.core.files import list_checkpoints, parse_json, step_of, write_json
+from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, parse_json, step_of, write_json
 from medvqa_rl.learning.distributed.trained import LazyTensors, TrainedPolicy
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
@@ -33,8 +33,8 @@ BYTES_PER_FILE = 4 * 2**30
 
 MANIFEST = "manifest.json"
 
-_LEFTOVER = re.compile(r"\.(?P<name>best|step_\d+)\.\d+\.(?P<kind>tmp|old)")
-"""Temporary folders of :func:`medvqa_rl.models.checkpoints.atomic_folder`."""
+_LEFTOVER = re.compile(r"\.(?P<name>best|step_\d+)\.(\d+\.(tmp|(?P<old>old))|.*\.partial)")
+"""Temporary folders of :func:`medvqa_rl.models.checkpoints.atomic_folder`; those of older versions end in tmp."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, trained: TrainedPolicy, state: TrainState, *, 
         is_main: whether this process writes the files.
 
     Raises:
-        ValueError: no space is left on the device; earlier checkpoints are unchanged.
+        OSError: it cannot be written; earlier checkpoints are unchanged.
     """
     with atomic_folder(folder) if is_main else nullcontext() as temporary:
         with trained.gathered():
@@ -242,8 +242,34 @@ def save_best(folder: Path, policy: Policy, state: TrainState) -> None:
     """
     with atomic_folder(folder) as temporary:
         write_model(policy, temporary)
-        best = {"step": state.best_step, "accuracy": state.best_accuracy}
-        write_json(temporary / "best.json", best)
+        _write_best(temporary, state)
+
+
+def restore_best(run: Path, state: TrainState) -> str | None:
+    """If ``best/`` was removed, write it again from the checkpoint of its step.
+
+    Returns:
+        A sentence on what was done, or cannot be done; None if it was not removed.
+    """
+    best = run / "best"
+    if not state.best_step or best.is_dir():
+        return None
+    source = checkpoint_folder(run, state.best_step)
+    if not source.is_dir():
+        return (
+            f"{best} was removed and cannot be written again, because there is no checkpoint of its step "
+            f"{state.best_step}: the next evaluation with an accuracy above {state.best_accuracy:.1%} writes it."
+        )
+    with atomic_folder(best) as temporary:
+        for path in source.iterdir():
+            if path.is_file() and path.name not in (MANIFEST, "README.md"):
+                shutil.copyfile(path, temporary / path.name)
+        _write_best(temporary, state)
+    return f"{best} was removed, and is written again from {source}."
+
+
+def _write_best(folder: Path, state: TrainState) -> None:
+    write_json(folder / "best.json", {"step": state.best_step, "accuracy": state.best_accuracy})
 
 
 def remove_old_checkpoints(run: Path, keep: int) -> None:
@@ -260,7 +286,7 @@ def clean_up(run: Path) -> None:
             if match is None:
                 continue  # not ours
             target = parent / match["name"]
-            if match["kind"] == "old" and not target.exists():
+            if match["old"] and not target.exists():
                 leftover.rename(target)
             else:
                 shutil.rmtree(leftover)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from medvqa_rl.core.files import describe_os_error, write_text
 from medvqa_rl.core.types import Group
 
 
@@ -21,9 +22,13 @@ class TrainingFailed(RuntimeError):
         self.has_valid_weights = has_valid_weights
         """Whether the weights are those of the last completed step."""
 
-    def describe_groups(self) -> str:
-        """The groups as JSON Lines."""
-        return "".join(json.dumps(_describe(group)) + "\n" for group in self.groups)
+    def write_groups(self, path: Path) -> str:
+        """Write the groups as JSON Lines, and return a sentence that names the file, or says why there is none."""
+        try:
+            write_text(path, "".join(json.dumps(_describe(group)) + "\n" for group in self.groups))
+        except OSError as problem:
+            return f"The samples and their completions could not be written. {describe_os_error(problem)}"
+        return f"The samples and their completions are in {path}."
 
 
 class NonFiniteError(TrainingFailed):
@@ -58,6 +63,10 @@ class OutOfMemory(TrainingFailed):
             "model.gradient_checkpointing=true: all of them may change when a run is resumed.",
             (),
         )
+
+
+class RunFolderLost(ValueError):
+    """The run's folder was removed, moved or replaced. Nothing more is written."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import IO
 
 from pydantic import BaseModel, Field, TypeAdapter
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.files import read_json_lines, write_text
+from medvqa_rl.core.files import AppendedFile, read_json_lines, write_text
 from medvqa_rl.core.progress import duration, heartbeat, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
@@ -57,10 +55,7 @@ class RunLogger:
         if run.metrics.exists():  # of a resumed run, which has reported what they show
             for row in read_json_lines(_ROW, run.metrics, RESTORE):
                 self._watch.see(row.step, row.__pydantic_extra__)
-        self._log: IO[str] = run.log.open("a", encoding="utf-8")
-        self._metrics: IO[bytes] = run.metrics.open("ab")
-        self._length = self._metrics.tell()
-        """Bytes of complete lines in metrics.jsonl."""
+        self._log, self._metrics = AppendedFile(run.log), AppendedFile(run.metrics)
         self._trackers = Trackers(run.path, config, first_step=first_step)
         self._first_step, self._started = first_step, time.perf_counter()
         self._progress = Progress(
@@ -73,6 +68,7 @@ class RunLogger:
         )
         self._task = self._progress.add_task("", total=config.train.steps, completed=first_step)
         self._description = ""
+        self._said: set[str] = set()
         self._evaluated = ""
 
     def __enter__(self) -> RunLogger:
@@ -89,18 +85,30 @@ class RunLogger:
 
     def flush(self) -> int:
         """Flush metrics.jsonl to disk and return the length of its complete lines in bytes."""
-        os.fsync(self._metrics.fileno())
-        return self._length
+        self._restore()
+        self._metrics.flush()
+        return self._metrics.length
+
+    def _restore(self) -> None:
+        self._run.check_folder()
+        for file in (self._log, self._metrics):
+            if file.restore():
+                self.say(f"{file.path} was removed or replaced during the run, and is written again.")
 
     def say(self, text: str) -> None:
         """Write a message to the terminal and train.log."""
         self._console.print(Text(text), soft_wrap=True)  # unwrapped, so that a command in it can be copied
         self.note(text)
 
+    def say_once(self, text: str) -> None:
+        """:meth:`say`, unless it was said before."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
     def note(self, text: str) -> None:
         """Write a message to train.log only."""
-        self._log.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
-        self._log.flush()
+        self._log.append(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n".encode())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step, or of the evaluation after it, and show them."""
@@ -109,10 +117,8 @@ class RunLogger:
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write metrics to metrics.jsonl."""
-        line = (json.dumps({"step": step, **to_json(metrics)}) + "\n").encode()
-        self._metrics.write(line)
-        self._metrics.flush()
-        self._length += len(line)
+        self._restore()
+        self._metrics.append((json.dumps({"step": step, **to_json(metrics)}) + "\n").encode())
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show recorded metrics on the terminal, in train.log and in the trackers, and warn of a collapse."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ import torch
 from accelerate.accelerator import Accelerator
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, note_on_best, write_text
+from medvqa_rl.core.files import checkpoint_folder, describe_os_error, list_checkpoints, note_on_best
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge
 from medvqa_rl.evaluation.measures.instruments import NOTHING, load_instruments
@@ -32,11 +31,13 @@ from medvqa_rl.learning.run.checkpoint import (
     load_checkpoint,
     load_optimizer,
     remove_old_checkpoints,
+    restore_best,
     save_checkpoint,
 )
 from medvqa_rl.learning.run.errors import (
     OutOfMemory,
     RankLostError,
+    RunFolderLost,
     Stopped,
     TrainingFailed,
     UnusableSampleError,
@@ -272,7 +273,9 @@ class Run:
         folder = checkpoint_folder(self.dir.path, self.state.step)
         save_checkpoint(folder, self.trained, self.state, is_main=self._is_main)
         self._is_saving = False
-        if self._is_main:
+        if self._logger is not None:
+            if note := restore_best(self.dir.path, self.state):
+                self._logger.say_once(note)
             remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)
 
     def _agreed_signal(self) -> int:
@@ -316,7 +319,7 @@ class Run:
         with self._exits:
             failure = self._save_completed_steps(error)
             match self._leave_roll_call(failure):
-                case None | Stopped():
+                case None | Stopped() | RunFolderLost():
                     return
                 case _ if self._is_main and self._logger is None:  # failed before the run started
                     self.dir.discard()
@@ -326,15 +329,10 @@ class Run:
             if self._logger is not None:
                 self._logger.has_failed = True
                 state = "stopped" if isinstance(failure, KeyboardInterrupt) else "failed"
-                with suppress(OSError):  # the disk may be full, which is then reported below
+                with suppress(OSError, RunFolderLost):  # the disk may be full, which is then reported below
                     self._write_status(state, reason=str(failure) or type(failure).__name__)
             if failure is not error:
                 raise failure from error
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ValueError(
-                    f"No space is left on the device of {self.dir.path}: free some and continue with --resume from "
-                    "the last checkpoint, which is complete."
-                ) from error
 
     def _leave_roll_call(self, error: BaseException | None) -> BaseException | None:
         """Tell the other ranks how this one ends.
@@ -359,7 +357,7 @@ class Run:
         Returns:
             The error, or an OutOfMemory in its place.
         """
-        if error is None or isinstance(error, Stopped | KeyboardInterrupt) or not self._has_begun:
+        if error is None or isinstance(error, Stopped | KeyboardInterrupt | RunFolderLost) or not self._has_begun:
             return error
         if is_out_of_memory(failure := error):
             failure = OutOfMemory(error, self.state.step + 1, self._kind)
@@ -369,17 +367,16 @@ class Run:
                 torch.cuda.empty_cache()
         notes = []
         if isinstance(failure, TrainingFailed) and failure.groups and self._is_main:
-            path = self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"
-            write_text(path, failure.describe_groups())
-            notes.append(f"The samples and their completions are in {path}.")
+            notes.append(failure.write_groups(self.dir.path / f"failed_step_{self.state.step + 1:06d}.jsonl"))
         notes.append(self._save_last_whole_step(failure))
         if isinstance(failure, UnusableSampleError) and failure.images:
             skipped = shlex.quote(f"data.skip_images={json.dumps([*self.config.data.skip_images, *failure.images])}")
             notes.append(f"Replace the file first, or leave it out: add {skipped} to the command.")
         if self._logger is not None:
             for note in notes:
-                self._logger.note(note)
                 failure.add_note(note)
+                with suppress(OSError):  # the disk may be full
+                    self._logger.note(note)
         return failure
 
     def _save_last_whole_step(self, error: BaseException) -> str:
@@ -394,6 +391,7 @@ class Run:
             try:
                 self._save()
             except (ValueError, OSError, RuntimeError, MemoryError) as problem:
-                return f"The steps since the last checkpoint could not be saved ({problem}). {self._resume_hint()}"
+                why = describe_os_error(problem) if isinstance(problem, OSError) else str(problem)
+                return f"The steps since the last checkpoint could not be saved. {why} {self._resume_hint()}"
         command = self.dir.resume_command(self._kind)
         return f"Step {state.step} and all before it are saved in {folder}: continue with `{command}`."

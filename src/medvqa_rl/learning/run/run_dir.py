@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter
 
 from medvqa_rl.config import Config, leaves
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.core.files import read_json, run_config, step_of, write_json, write_text
+from medvqa_rl.core.machine import ProcessLock
 from medvqa_rl.core.types import Dataset
 from medvqa_rl.learning.distributed.launch import read_launch
+from medvqa_rl.learning.run.errors import RunFolderLost
 from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
 from medvqa_rl.rewards.judges import JudgeIdentity
 
@@ -76,7 +77,9 @@ class RunDir:
         self.resumes = self.path / "resumes.jsonl"
         self.changed: Mapping[str, Change] = {}
         """Settings of a resumed run that differ from those of its first start."""
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = ProcessLock(self.path / ".lock")
+        self._folder: os.stat_result | None = None
+        """The folder itself, set by :meth:`open`."""
         self._is_new = False
         """Whether this process created the folder."""
 
@@ -115,13 +118,18 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir is {str(self.path)!r}, which is a file: name a folder instead.")
         self._is_new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire(f"is using {self.path}: wait for it, stop it, or set output_dir to another folder.")
+        self._folder = self.path.stat()
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"Another process is using {self.path}: wait for it, stop it, or set output_dir to another folder."
-            ) from error
+            self._write_settings(status, config, given, kind=kind, resume=resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _write_settings(
+        self, status: _Status | None, config: Config, given: Mapping[str, Any] | None, *, kind: str, resume: bool
+    ) -> None:
+        """Write the settings of a new run or compare those of a resumed one."""
         path = self.path / "config.resolved.json"
         if resume:
             assert status is not None
@@ -200,11 +208,25 @@ class RunDir:
         """Remove the folder of a run that failed before it started, if this process created it."""
         if not self._is_new:
             return
-        files = ("config.yaml", "config.resolved.json", "env.json", "data.json", "judge.json", "status.json", ".lock")
-        for path in (*(self.path / file for file in files), self.log, self.metrics):
+        files = ("config.yaml", "config.resolved.json", "env.json", "data.json", "judge.json", "status.json")
+        locks = (self._lock.path, self._lock.holder)
+        for path in (*(self.path / file for file in files), *locks, self.log, self.metrics):
             path.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
+
+    def check_folder(self) -> None:
+        """
+        Raises:
+            RunFolderLost: the folder was removed, moved or replaced: another run may use its place, unlocked.
+        """
+        now = self.path.stat() if self.path.exists() else None
+        is_here = self._folder is None or (now is not None and os.path.samestat(self._folder, now))
+        if not is_here and not self._lock.is_ours():  # some file systems renumber their folders
+            raise RunFolderLost(
+                f"The folder {self.path} was removed, moved or replaced during the run, so the run ends: its steps "
+                "since the last checkpoint are lost. If you moved it, continue with --resume where it is now."
+            )
 
     def close(self) -> None:
         """Release the lock."""
@@ -212,6 +234,7 @@ class RunDir:
 
     def write_status(self, state: str, step: int, steps: int, **details: Any) -> None:
         """Write status.json: state (``running``, ``finished``, ``stopped`` or ``failed``), step, process and time."""
+        self.check_folder()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "updated": now, **details}
         write_json(self.status, status, durable=False)  # every step

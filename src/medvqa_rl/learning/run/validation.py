@@ -60,6 +60,7 @@ def log_and_keep_best(
         policy: the evaluated policy with all weights gathered.
         state: gets the best accuracy and its step.
     """
+    run.check_folder()
     folder = run.evaluation(state.step)
     write_evaluation(evaluation, folder)
     unscored = evaluation.results["unscored_rate"]

@@ -6,6 +6,7 @@ The suffix of the file chooses its format: PNG, or PDF and SVG for papers. Every
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
+from medvqa_rl.core.files import write_whole
 from medvqa_rl.data.images.fonts import choose_lettering, code_points
 from medvqa_rl.report.figures.panels import (
     Panel,
@@ -42,9 +44,11 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure without a display, without pyplot's global state and without a date."""
     FigureCanvasAgg(figure)
     _use_fonts_with_glyphs(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
     dates: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    figure.savefig(path, metadata=dates.get(path.suffix))
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix.removeprefix("."), metadata=dates.get(path.suffix))
+    with write_whole(path, durable=False) as partial:
+        partial.write_bytes(content.getvalue())
     return path
 
 
@@ -128,7 +132,8 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], palette: Palette)
     if len(panel.lines) > 1 and ends:
         low, high = axes.get_ylim()
         right = max(step for _, step, _, _ in ends)
-        heights = spread([height for _, _, height, _ in ends], 0.1 * (high - low), low, high)
+        gap = (high - low) / max(10, len(ends) - 1)
+        heights = spread([height for _, _, height, _ in ends], gap, low, high)
         for (label, _, _, color), height in zip(ends, heights):
             axes.annotate(
                 label,
@@ -136,7 +141,7 @@ def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], palette: Palette)
                 xytext=(6, 0),
                 textcoords="offset points",
                 color=color,
-                fontsize=8.5,
+                fontsize=8.5 * min(1.0, 12 / len(ends)),
                 va="center",
                 annotation_clip=False,
             )

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from medvqa_rl.core.files import json_lines, write_json
+from medvqa_rl.core.files import json_lines, write_json, writing
 from medvqa_rl.rewards.judges.protocol import Grade, Judge, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import Rubric
 
@@ -104,7 +104,7 @@ class CachedJudge:
         fresh = {key: grade for key, grade in found.items() if grade.is_scored}
         if fresh:
             data = "".join(write_line(key, grade) for key, grade in fresh.items()).encode()
-            with self._own.open("ab", buffering=0) as file:
+            with writing(self._own), self._own.open("ab", buffering=0) as file:
                 file.write(data)
             self._known |= fresh
         self._counts.update(asked=len(requests), cached=len(requests) - len(missing))
