@@ -80,6 +80,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(ROOT / "tests" / "fakes"))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # restored after the test
     monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     import vllm
 
     yield vllm

@@ -102,7 +102,12 @@ def test_a_dry_run_shows_a_step_and_leaves_nothing(write, fake_vllm, tmp_path):
     assert re.search(r"groups +2 prompts x 3 completions", output) and re.search(r"rollouts on +vLLM", output)
     made = fake_vllm.LLM.made.pop()
     # Weights can be handed over only within this process, without a message.
-    assert made.requests and made.environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    assert made.requests
+    assert made.environment == {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG",  # as it was
+    }
     fake_vllm.LLM.made.clear()
     assert set(tmp_path.iterdir()) == before
 

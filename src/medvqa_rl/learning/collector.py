@@ -127,7 +127,9 @@ class Collector:
                 return roll_out(self.config.model_copy(update={"rollout": rollout}), self.setup, 0, prompts)
 
         with self.trained.gathered(), _vllm_failure_stops_training(0):
-            return rehearse(self.setup.policy, self.config.rollout, sample)
+            return rehearse(
+                self.setup.policy, self.config.rollout, sample, least=lambda value: min(gather_object([value]))
+            )
 
     def score(self, step: int, groups: Sequence[Group]) -> Scores:
         """Score every completion of P groups."""

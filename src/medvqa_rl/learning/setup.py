@@ -179,6 +179,7 @@ def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> Vllm
             )
         else:
             os.environ |= ENVIRONMENT
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # it logs every handover
             rank, num_ranks = accelerator.process_index, accelerator.num_processes
             source = Colocated(policy, config.vllm, rank=rank, num_ranks=num_ranks)
         return VllmEngine(policy, source)

@@ -134,7 +134,12 @@ def check_agreement(policy: Policy, groups: Sequence[Group], config: RolloutConf
         )
 
 
-def rehearse(policy: Policy, config: RolloutConfig, roll_out: Callable[[RolloutConfig], Sequence[Group]]) -> Rehearsal:
+def rehearse(
+    policy: Policy,
+    config: RolloutConfig,
+    roll_out: Callable[[RolloutConfig], Sequence[Group]],
+    least: Callable[[float], float] = float,
+) -> Rehearsal:
     """Hand changed weights over to vLLM, compare its log-probabilities, and hand the policy's weights over again.
 
     All ranks call this together, while the policy's weights are whole. The trained weights get noise, which is doubled
@@ -142,6 +147,7 @@ def rehearse(policy: Policy, config: RolloutConfig, roll_out: Callable[[RolloutC
 
     Args:
         roll_out: hands the policy's weights over and samples groups.
+        least: the smallest of a value over all ranks, whose weights get the same noise.
 
     Raises:
         VllmError: vLLM did not take over the changed weights, or keeps them.
@@ -155,7 +161,7 @@ def rehearse(policy: Policy, config: RolloutConfig, roll_out: Callable[[RolloutC
         needed = max(SHIFT, 10 * before)
         for attempt in range(_DOUBLINGS):
             _perturb(weights, saved, 0.01 * 2**attempt)
-            if not difference(policy, groups, plain) < needed:
+            if not least(difference(policy, groups, plain) - needed) < 0:
                 break
         else:
             raise VllmError("Noise on the trained weights hardly changes any log-probability: is anything trained?")
