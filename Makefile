@@ -3,8 +3,8 @@
 # make check   lint, formatting, types
 # make attack  damage inputs, kill runs, attack pages and servers; TIME
 # make attack-short   a part of it with a seed of the commit; two minutes
-# make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 8 minutes with its installation
-# make test-vllm-full  the same with more models, settings and failures; about half an hour
+# make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 5 minutes with its installation
+# make test-vllm-full  the same with more models, settings and failures; 20 minutes
 #
 # Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
 # pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
