@@ -139,13 +139,14 @@ def work(job: dict[str, Any]) -> None:
     count_answers(Path(config.output_dir) / f"answered-{os.environ.get('RANK', 0)}")
     if "gradient" in job:
         keep_first_gradient(Path(job["gradient"]))
-    if "lost" not in job and not job.get("perturb"):
+    is_dry = job.get("dry_run", False)
+    if "lost" not in job and not job.get("perturb") and not is_dry:
         share_completions(Path(job["completions"]), write=job["ranks"] == 1 and not job.get("resume"))
     if job.get("perturb"):
         exact = grpo.group_advantages
         grpo.group_advantages = lambda total, scale: exact(total, scale=scale) + 0.1 * (total > total.mean())
     data = MixedData(8) if job.get("mixed") else ToyData(8)
-    train(config, train_set=data, val_set=ToyData(3), resume=job.get("resume", False))
+    train(config, train_set=data, val_set=ToyData(3), resume=job.get("resume", False), dry_run=is_dry)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -183,11 +183,13 @@ def test_stale_weights_are_noticed(write, fake_vllm, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_folder, tmp_path, serve_vllm):
-    """Both ask for their own prompts; the main one alone hands over the weights, which both gather."""
+    """Both ask for their own prompts; the main one alone hands over the weights, which both gather. A dry run gives
+    both the same noise."""
     folder = tiny_folder("qwen2_vl")
-    server = serve_vllm(folder)
+    server, tried = serve_vllm(folder), serve_vllm(folder)
+    shared = {"mode": "server", "server_url": server.url}
     jobs = []
-    for name, ranks, vllm in (("one", 1, {}), ("two", 2, {"mode": "server", "server_url": server.url})):
+    for name, ranks, vllm in (("one", 1, {}), ("two", 2, shared), ("dry", 2, shared | {"server_url": tried.url})):
         config = toy_config(
             folder,
             tmp_path / name,
@@ -197,7 +199,7 @@ def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_fold
             train={"steps": 2, "log_completions_steps": 0},
         )
         job = {"name": name, "engine": "fsdp2", "ranks": ranks, "config": config.model_dump(mode="json")}
-        jobs.append(job | {"completions": str(tmp_path / "completions.json")})
+        jobs.append(job | {"completions": str(tmp_path / "completions.json"), "dry_run": name == "dry"})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     path = os.pathsep.join([str(Path(__file__).parents[1] / "fakes"), *sys.path])
     process = forking.run(
@@ -210,7 +212,8 @@ def test_two_ranks_with_sharded_weights_and_a_server_train_as_one_does(tiny_fold
     )
     assert process.returncode == 0, process.stderr
     codes = json.loads(process.stdout.splitlines()[-1])
-    assert codes == {"one": [0], "two": [0, 0]}, process.stderr
+    assert codes == {"one": [0], "two": [0, 0], "dry": [0, 0]}, process.stderr
+    assert "changed weights" in process.stdout + process.stderr
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all((two[name] - one[name]).abs().max() <= 2e-5 for name in one)
     routes = [route for route, body in server.asked if body]
