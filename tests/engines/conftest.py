@@ -12,10 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor
 from tests.models.families.tiny import BUILDERS
 
@@ -54,17 +52,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, boo
         return str(folder)
 
     return write
-
-
-@pytest.fixture
-def policy() -> Callable[..., Policy]:
-    """Loads a policy in float32 on the CPU: ``policy("phantom:instruct", lora=LoraConfig(rank=4))``."""
-
-    def make(path: str, **settings: Any) -> Policy:
-        torch.manual_seed(0)
-        return load_policy(ModelConfig(**{"path": path, "device": "cpu", "dtype": "float32"} | settings))
-
-    return make
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -17,9 +18,10 @@ from typing import Any
 
 import torch
 
-from medvqa_rl.config import RolloutConfig
+from medvqa_rl.config import ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Group, Sample
-from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.rollout.vllm_serve import serve_command
 
 GREEDY = RolloutConfig(num_generations=2, max_completion_length=24, top_k=1, max_batch=4)
 SAMPLED = RolloutConfig(num_generations=4, max_completion_length=24, temperature=0.9)
@@ -33,6 +35,12 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 os.environ |= ENVIRONMENT  # before vLLM is imported
+
+
+def load(path: str, **settings: Any) -> Policy:
+    """Load a policy in float32 on the CPU: ``load("phantom:instruct", lora=LoraConfig(rank=4))``."""
+    torch.manual_seed(0)
+    return load_policy(ModelConfig(**{"path": path, "device": "cpu", "dtype": "float32"} | settings))
 
 
 def roll_out(engine: Any, policy: Policy, samples: Sequence[Sample], config: RolloutConfig) -> list[Group]:
@@ -58,18 +66,24 @@ def move(policy: Policy, seed: int, scale: float = 0.15) -> None:
 class Serving:
     """A ``vllm serve`` process in a process group of its own."""
 
-    def __init__(
-        self, folder: str, flags: Sequence[str], environment: dict[str, str], log: Path, port: int | None
-    ) -> None:
-        self.port = free_port() if port is None else port
-        self.url, self.log = f"http://127.0.0.1:{self.port}", log
-        command = [str(Path(sys.executable).with_name("vllm")), "serve", folder, "--port", str(self.port), *flags]
+    def __init__(self, words: Sequence[str], log: Path, port: int) -> None:
+        """
+        Args:
+            words: of the command, assignments of environment variables first.
+            log: the file to which the server writes.
+            port: of this machine.
+        """
+        self.port, self.url, self.log = port, f"http://127.0.0.1:{port}", log
+        index = words.index("vllm")
+        given = dict(word.split("=", 1) for word in words[:index])
+        # Compiling takes longer than all requests of a test.
+        own = ["--port", str(port), "--enforce-eager", "--max-model-len", "2048"]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command,
+                [str(Path(sys.executable).with_name("vllm")), *words[index + 1 :], *own],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | environment,
+                env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | given,
                 start_new_session=True,
             )
 
@@ -98,26 +112,22 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-FLAGS = (
-    *("--enable-scale-out", "--dtype", "float32", "--logprobs-mode", "processed_logprobs"),
-    *("--generation-config", "vllm", "--no-enable-chunked-prefill", "--enforce-eager", "--max-model-len", "2048"),
-    *("--worker-extension-cls", "medvqa_rl.rollout.vllm_cpu.PackedHeads"),
-)
-LORA_FLAGS = ("--enable-lora", "--max-lora-rank", "8")
-SERVER_ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-
-
 @contextmanager
-def serving(
-    folder: str,
-    log: Path,
-    flags: Sequence[str] = (*FLAGS, *LORA_FLAGS),
-    environment: dict[str, str] | None = None,
-    *,
-    port: int | None = None,
-) -> Iterator[Serving]:
-    """Serve a model until the block ends, at a free port unless one is given."""
-    server = Serving(folder, flags, SERVER_ENVIRONMENT if environment is None else environment, log, port)
+def serving(policy: Policy, log: Path, *, without: Sequence[str] = (), port: int | None = None) -> Iterator[Serving]:
+    """Serve a policy's model until the block ends, with the command that training prints.
+
+    Args:
+        policy: with an adapter, the server takes adapters too.
+        log: the file to which the server writes.
+        without: words of the command to leave out, with their values.
+        port: a free one by default.
+    """
+    words = shlex.split(serve_command(policy, is_cpu=True))
+    for word in without:
+        first = words.index(word)
+        has_value = word.startswith("--") and not [*words, "--"][first + 1].startswith("--")
+        del words[first : first + 1 + has_value]
+    server = Serving(words, log, free_port() if port is None else port)
     try:
         server.wait()
         yield server

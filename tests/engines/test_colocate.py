@@ -19,7 +19,7 @@ from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import VllmEngine
 from medvqa_rl.rollout.vllm_local import Colocated
-from tests.engines.engine import GREEDY, SAMPLED, move, roll_out, tokens
+from tests.engines.engine import GREEDY, SAMPLED, load, move, roll_out, tokens
 
 LORA = {"lora": LoraConfig(rank=4)}
 
@@ -77,9 +77,9 @@ MATRIX = [
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)],
     ids=str,
 )
-def test_three_handovers(policy, model_folder, start, questions, model_inputs, model, settings):
+def test_three_handovers(model_folder, start, questions, model_inputs, model, settings):
     """Before any change and after each of three, with one image, two and none."""
-    own = policy(model if isinstance(model, str) else model_folder(*model), **settings)
+    own = load(model if isinstance(model, str) else model_folder(*model), **settings)
     engine, _ = start(own)
     seen = []
     for step in range(4):
@@ -95,10 +95,10 @@ def test_three_handovers(policy, model_folder, start, questions, model_inputs, m
     assert all(one != two for one, two in pairwise(seen))
 
 
-def test_what_is_skipped_is_noticed(policy, start, questions, monkeypatch):
+def test_what_is_skipped_is_noticed(start, questions, monkeypatch):
     """Each in turn; the last leaves the engine without image features that its scheduler counts on. The cache of
     processed images holds pixels, which no weight changes."""
-    own = policy("phantom:instruct")
+    own = load("phantom:instruct")
     engine, source = start(own)
     with engine.fresh():
         roll_out(engine, own, questions, GREEDY)

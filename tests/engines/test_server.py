@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig, VllmConfig
 from medvqa_rl.config.yaml import write_yaml
-from medvqa_rl.models.loading import Policy, resolve_folder
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.vllm import VllmEngine
 from medvqa_rl.rollout.vllm_client import Client, check_answers
 from medvqa_rl.rollout.vllm_server import Server
-from tests.engines.engine import FLAGS, GREEDY, LORA_FLAGS, SAMPLED, Serving, move, roll_out, serving, tokens
+from tests.engines.engine import GREEDY, SAMPLED, Serving, load, move, roll_out, serving, tokens
 
 LORA = {"lora": LoraConfig(rank=4)}
 STEPS = 3
@@ -32,7 +32,7 @@ STEPS = 3
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Serves the embedded model for all tests of this module; the last ends it."""
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    with serving(str(resolve_folder("phantom:instruct")), log) as started:
+    with serving(load("phantom:instruct", **LORA), log) as started:
         yield started
 
 
@@ -83,18 +83,18 @@ def check_mismatch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "lora"])
-def test_three_handovers(server, policy, questions, kind):
-    own = policy("phantom:instruct", **kind)
+def test_three_handovers(server, questions, kind):
+    own = load("phantom:instruct", **kind)
     check_three_handovers(connect(own, server.url), own, questions)
 
 
-def test_the_weights_of_another_run_are_replaced(server, policy, questions):
+def test_the_weights_of_another_run_are_replaced(server, questions):
     """An adapter lies on the original weights, whatever an earlier run left on the server."""
-    earlier = policy("phantom:instruct")
+    earlier = load("phantom:instruct")
     move(earlier, 0)
     with connect(earlier, server.url).fresh():
         pass
-    own = policy("phantom:instruct", **LORA)
+    own = load("phantom:instruct", **LORA)
     engine = connect(own, server.url)
     with engine.fresh():
         assert difference(own, roll_out(engine, own, questions, SAMPLED), SAMPLED) < 2e-5
@@ -123,7 +123,7 @@ def test_the_command_line_trains_colocated(tmp_path, kind):
     check_mismatch(tmp_path)
 
 
-def test_a_server_that_does_not_fit_is_refused(server, policy, tmp_path):
+def test_a_server_that_does_not_fit_is_refused(server, tmp_path):
     """Another model, another dtype or a larger adapter, in one sentence with the command that fits."""
     start = r"was started with other settings than training needs \({}\): start it with `.*vllm serve .*`\.$"
     for path, changes, wrong in (
@@ -136,7 +136,7 @@ def test_a_server_that_does_not_fit_is_refused(server, policy, tmp_path):
         ),
     ):
         with pytest.raises(ValueError, match=start.format(wrong)) as caught:
-            connect(policy(path, **changes), server.url)
+            connect(load(path, **changes), server.url)
         assert "--enable-scale-out --dtype" in str(caught.value)
     assert "vllm serve" in train(settings(tmp_path, server.url, dtype="bfloat16"), code=2)
 
@@ -165,9 +165,9 @@ def test_another_server_at_the_port(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_skipped_is_noticed(server, policy, questions, monkeypatch):
+def test_what_is_skipped_is_noticed(server, questions, monkeypatch):
     """Prefix cache and weights; see test_colocate.py for the others."""
-    own = policy("phantom:instruct")
+    own = load("phantom:instruct")
     engine = connect(own, server.url)
     ask = Client.ask
 
@@ -195,41 +195,33 @@ MATRIX = [(arch, tied) for arch in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl") for ti
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "tied"), MATRIX)
-def test_other_models(policy, model_folder, questions, tmp_path, arch, tied):
+def test_other_models(model_folder, questions, tmp_path, arch, tied):
     folder = model_folder(arch, tied)
-    with serving(folder, tmp_path / "log.txt") as own_server:
+    with serving(load(folder, **LORA), tmp_path / "log.txt") as own_server:
         for kind in ({}, LORA):
-            own = policy(folder, **kind)
+            own = load(folder, **kind)
             check_three_handovers(connect(own, own_server.url), own, questions)
 
 
-def without(flags: tuple[str, ...], *names: str) -> list[str]:
-    """Flags without some, which have no value."""
-    assert set(names) <= set(flags)
-    return [flag for flag in flags if flag not in names]
-
-
 @pytest.mark.slow
-def test_a_server_without_the_needed_flags_is_refused(policy, tmp_path):
+def test_a_server_without_the_needed_flags_is_refused(tmp_path):
     """All that are missing are named, in one sentence."""
-    folder = str(resolve_folder("phantom:instruct"))
-    flags = without(FLAGS[:-2], "--enable-scale-out", "--no-enable-chunked-prefill")
-    own, adapted = policy("phantom:instruct"), policy("phantom:instruct", **LORA)
-    with serving(folder, tmp_path / "log.txt", flags) as bare:
+    own, adapted, log = load("phantom:instruct"), load("phantom:instruct", **LORA), tmp_path / "log.txt"
+    needed = ("--enable-scale-out", "--no-enable-chunked-prefill", "--worker-extension-cls")
+    with serving(own, log, without=needed) as bare:
         with pytest.raises(
-            ValueError, match="--enable-scale-out is missing; --no-enable-chunked-prefill is miss"
+            ValueError, match=r"\(--enable-scale-out is missing; --no-enable-chunked-prefill is m"
         ) as e:
             connect(own, bare.url)
         assert "--worker-extension-cls is missing" in str(e.value)
         with pytest.raises(ValueError, match="--enable-scale-out is missing; --enable-lora is missing"):
             connect(adapted, bare.url)
-    flags = [*FLAGS, *LORA_FLAGS]
-    with serving(folder, tmp_path / "log.txt", flags, {"VLLM_SERVER_DEV_MODE": "1"}) as bare:
+    with serving(adapted, log, without=["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"]) as bare:
         with pytest.raises(ValueError, match=r"\(VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 is missing\)"):
             connect(adapted, bare.url)
         connect(own, bare.url)
     with (
-        serving(folder, tmp_path / "log.txt", flags, {}) as bare,
+        serving(adapted, log, without=["VLLM_SERVER_DEV_MODE=1"]) as bare,
         pytest.raises(ValueError, match=r"no vLLM server in development mode answers there .*HTTP 404"),
     ):
         connect(own, bare.url)
@@ -245,10 +237,9 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_a_restarted_server(policy, questions, tmp_path):
-    folder = str(resolve_folder("phantom:instruct"))
-    own = policy("phantom:instruct", **LORA)
-    with serving(folder, tmp_path / "log.txt") as first:
+def test_a_run_goes_on_with_a_restarted_server(questions, tmp_path):
+    own = load("phantom:instruct", **LORA)
+    with serving(own, tmp_path / "log.txt") as first:
         engine = connect(own, first.url)
         with engine.fresh():
             roll_out(engine, own, questions, SAMPLED)
@@ -256,7 +247,7 @@ def test_a_run_goes_on_with_a_restarted_server(policy, questions, tmp_path):
         move(own, 0)
         with pytest.raises(VllmError, match="does not answer"), engine.fresh():
             pass
-    with serving(folder, tmp_path / "log.txt", port=first.port), engine.fresh():
+    with serving(own, tmp_path / "log.txt", port=first.port), engine.fresh():
         assert difference(own, roll_out(engine, own, questions, SAMPLED), SAMPLED) < 2e-5
 
 
