@@ -7,6 +7,7 @@ question, the options and the images only, never from the gold answer.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -130,10 +131,11 @@ def fits(sample: Sample, template: Template) -> bool:
     return template != "open_ended" or not sample.options or can_hide_options(sample)
 
 
-def _neutralise(text: str, wording: Wording) -> tuple[str, int]:
-    """Neutralise control strings (:func:`medvqa_rl.core.text.neutralise`) and the user's own tags in a text."""
+def _neutralise(text: str, wording: Wording, controls: Collection[str] = ()) -> tuple[str, int]:
+    """Neutralise control strings (:func:`medvqa_rl.core.text.neutralise`), the user's own tags and special tokens of a
+    tokenizer in a text."""
     text, count = neutralise(text)
-    for tag in set(wording.tags).difference(ALL_TAGS):
+    for tag in {*wording.tags, *controls}.difference(ALL_TAGS):
         text, replaced = re.subn(re.escape(tag), lambda match: _bracketed(match[0]), text, flags=re.IGNORECASE)
         count += replaced
     return text, count
@@ -156,19 +158,24 @@ _OPTIONS_LINE = re.compile(r"^[ \t]*\{options\}[ \t]*\n?", re.M)
 
 
 def render_prompt(
-    sample: Sample, template: Template = "think_answer", wording: Wording = DEFAULT_WORDING
+    sample: Sample,
+    template: Template = "think_answer",
+    wording: Wording = DEFAULT_WORDING,
+    *,
+    controls: Collection[str] = (),
 ) -> RenderedPrompt:
     """Render the prompt of a sample. Depends on the question, the options and the images only.
 
     A template that does not fit the question (:func:`fits`) uses the instruction of ``think_answer``: ``open_ended``
     shows options that cannot be hidden, and ``choice`` does not mention options if there are none. An instruction of
-    the user's own is the whole text; a line with only ``{options}`` goes if there are none.
+    the user's own is the whole text; a line with only ``{options}`` goes if there are none. ``controls`` are special
+    tokens of the tokenizer that the data must not contain.
     """
     sample = as_asked(sample, template)
-    question, count = _neutralise(sample.question.strip(), wording)
+    question, count = _neutralise(sample.question.strip(), wording, controls)
     options = []
     for letter, option in zip(LETTERS, sample.options):
-        text, replaced = _neutralise(option.strip(), wording)
+        text, replaced = _neutralise(option.strip(), wording, controls)
         count += replaced
         options.append(f"{letter}: {text}")
     if wording.instruction and template == wording.template:

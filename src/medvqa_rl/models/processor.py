@@ -83,6 +83,9 @@ class Processor:
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
         }
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._controls = tuple(sorted(token for token in special if token.startswith("<") and token.endswith(">")))
+        """Special tokens that the data must not contain."""
         self.suppressed_ids: tuple[int, ...] = tuple(sorted(control - set(self.stop_ids)))
         """Control tokens except stop tokens; they are never sampled. The rollout engine also suppresses the rows that
         pad the output layer beyond the tokenizer."""
@@ -192,7 +195,7 @@ class Processor:
         Raises:
             ValueError: an image cannot be loaded or used; the message names the sample.
         """
-        rendered = render_prompt(sample, template, self.wording)
+        rendered = render_prompt(sample, template, self.wording, controls=self._controls)
         text, ids = self._tokenize(rendered.messages)
         assert int((ids == self._placeholder_id).sum()) == len(sample.images), (
             "the chat template places images, and texts are neutralised"
@@ -200,10 +203,10 @@ class Processor:
         inputs: dict[str, NDArray[Any]] = {}
         if sample.images:
             try:
-                inputs = self.family.preprocess(self.image_processor, [source.load() for source in sample.images])
+                images = [source.load() for source in sample.images]
+                ids, inputs = self.family.encode_images(ids, text, images, self.readers)
             except ValueError as error:
                 raise ValueError(f"An image of sample {shown(sample.id)} cannot be used: {error}") from error
-            ids = self.family.expand(ids, text, inputs, self.readers)
         return EncodedPrompt(ids, inputs, text, rendered.neutralised, template, self.wording)
 
     def encoding_bytes(self, sample: Sample) -> int:

@@ -22,6 +22,7 @@ def stock_processor(name: str, tokenizer: Any, image_processor: Any) -> Any:
         tokenizer=tokenizer,
         video_processor=SimpleNamespace(model_input_names=[]),
         chat_template=tokenizer.chat_template,
+        **({"image_seq_length": image_processor.image_seq_length} if name == "InternVLProcessor" else {}),
     )
 
 
@@ -34,9 +35,10 @@ def stock_inputs(model: Any, prompt: EncodedPrompt, completion: Sequence[int] = 
     ids = torch.tensor([[*prompt.input_ids.tolist(), *completion]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.image_inputs:
-        is_image = ids == model.config.image_token_id
-        is_image[:, len(prompt.input_ids) :] = False
-        inputs["mm_token_type_ids"] = is_image.int()
+        if model.config.model_type != "internvl":  # which has positions of one axis
+            is_image = ids == model.config.image_token_id
+            is_image[:, len(prompt.input_ids) :] = False
+            inputs["mm_token_type_ids"] = is_image.int()
         inputs |= {name: torch.from_numpy(array) for name, array in prompt.image_inputs.items()}
     return inputs
 

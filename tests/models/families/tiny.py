@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2Tokenizer, Qwen2VLConfig, Qwen3VLConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen3Config,
+    Qwen3VLConfig,
+)
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -65,6 +75,22 @@ QWEN3_VL_TEMPLATE = (
 )
 """Without a default system prompt."""
 QWEN3_VL_THINKING_TEMPLATE = QWEN3_VL_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+INTERNVL_TOKENS = (
+    ("start_image_token", "<img>"),
+    ("end_image_token", "</img>"),
+    ("context_image_token", "<IMG_CONTEXT>"),
+    ("video_token", "<video>"),
+)
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Parts(NamedTuple):
@@ -78,8 +104,9 @@ class Parts(NamedTuple):
 
 
 @cache
-def qwen_tokenizer(template: str = QWEN2_VL_TEMPLATE) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer of about 340 tokens with the special tokens of Qwen's vision-language models."""
+def qwen_tokenizer(template: str = QWEN2_VL_TEMPLATE, named: tuple[tuple[str, str], ...] = ()) -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of about 340 tokens with the special tokens of Qwen's vision-language models, and
+    further ones that the processor finds by name."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -101,7 +128,8 @@ def qwen_tokenizer(template: str = QWEN2_VL_TEMPLATE) -> Qwen2Tokenizer:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,
-        extra_special_tokens=list(QWEN_TOKENS),
+        extra_special_tokens=[*QWEN_TOKENS, *dict(named).values()],
+        **dict(named),
         chat_template=template,
     )
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAG_TOKENS])
@@ -187,7 +215,46 @@ def qwen3_vl(template: str = QWEN3_VL_TEMPLATE) -> Parts:
     return Parts(config, tokenizer, image_processor, "Qwen3VLProcessor")
 
 
-BUILDERS: dict[str, Callable[[], Parts]] = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}
+def internvl(text: type = Qwen2Config, **more: Any) -> Parts:
+    """Tiles of 28 x 28 pixels and 4 tokens; an image has 1 to 7, the thumbnail included."""
+    tokenizer = qwen_tokenizer(INTERNVL_TEMPLATE, INTERNVL_TOKENS)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    vision = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "image_size": [28, 28],
+        "patch_size": [7, 7],
+        "initializer_range": 0.3,
+        "layer_scale_init_value": 0.7,
+    }
+    # With one axis the logits are sharper than with M-RoPE, and gradients of 1,000 are computed less exactly.
+    settings = qwen_text(tokenizer) | {"rope_parameters": rope, "initializer_range": 0.25} | more
+    config = InternVLConfig(
+        text_config=text(**settings).to_dict(),
+        vision_config=vision,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=True,
+    )
+    image_processor = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6, crop_to_patches=True)
+    image_processor.image_seq_length = 4
+    return Parts(config, tokenizer, image_processor, "InternVLProcessor")
+
+
+def internvl_qwen3() -> Parts:
+    """InternVL3.5; heads are 12 wide."""
+    return internvl(Qwen3Config, head_dim=12)
+
+
+BUILDERS: dict[str, Callable[[], Parts]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "internvl_qwen3": internvl_qwen3,
+}
 
 
 def random_model(name: str, seed: int = 0, attention: str = "sdpa") -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.internvl import InternVL
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL, Qwen25VL
 from medvqa_rl.models.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), InternVL())
 
 
 def family_for(model_type: str) -> Family | None:

@@ -102,18 +102,26 @@ class Family(ABC):
     def image_lengths(self, prompt: EncodedPrompt, readers: Readers) -> list[int]:
         """Number of image tokens of each image of a prompt."""
 
-    @abstractmethod
-    def expand(
-        self, ids: NDArray[np.int64], text: str, image_inputs: Mapping[str, NDArray[Any]], readers: Readers
-    ) -> NDArray[np.int64]:
-        """(T,) token ids of a prompt with images, its placeholders expanded to the images' tokens.
+    def encode_images(
+        self, ids: NDArray[np.int64], text: str, images: Sequence[Image.Image], readers: Readers
+    ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+        """(T,) token ids of a prompt with images, its placeholders expanded to the images' tokens, and the images as
+        arguments of the model's forward by name.
 
         Args:
             ids: the tokens of the text, a single placeholder per image.
             text: the rendered prompt.
-            image_inputs: from :meth:`preprocess`.
+            images: of the prompt, at least one.
             readers: of the checkpoint.
         """
+        inputs = self.preprocess(readers.image_processor, images)
+        return self.expand(ids, text, inputs, readers), inputs
+
+    def expand(
+        self, ids: NDArray[np.int64], text: str, image_inputs: Mapping[str, NDArray[Any]], readers: Readers
+    ) -> NDArray[np.int64]:
+        """(T,) token ids as in :meth:`encode_images`, where they follow from the image inputs."""
+        raise NotImplementedError
 
     @abstractmethod
     def expected_tokens(self, sample: Sample, readers: Readers) -> float:
