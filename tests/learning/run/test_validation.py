@@ -33,7 +33,9 @@ def test_the_best_checkpoint_is_the_earliest_of_equals_and_never_step_0(
     monkeypatch.setattr(validation, "save_best", lambda folder, policy, state: saved.append(state.step))
     monkeypatch.setattr(validation, "write_evaluation", lambda *_: None)
     state: Any = SimpleNamespace(step=0, best_accuracy=start[0], best_step=start[1], is_evaluated=False)
-    run: Any = SimpleNamespace(evaluation=lambda step: tmp_path / str(step), best=tmp_path / "best")
+    run: Any = SimpleNamespace(
+        evaluation=lambda step: tmp_path / str(step), best=tmp_path / "best", check_folder=lambda: None
+    )
     nothing: Any = SimpleNamespace(record=lambda *_: None, show=lambda *_: None, say=lambda *_: None)
     for state.step, accuracy in accuracies.items():
         found: Any = SimpleNamespace(results={"unscored_rate": 0.0}, metrics={"eval/accuracy": accuracy})
