@@ -242,7 +242,7 @@ def test_adapter_folder_as_path(tiny_policy, tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"is a llama model, but only Qwen2-VL"):
+    with pytest.raises(ValueError, match=r"is a llama model, a language model that sees no images, but only Qwen2-VL"):
         load_policy(ModelConfig(path=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
     with pytest.raises(ValueError, match=r"cannot be read as a model.s configuration: .*unheard_of"):

@@ -78,13 +78,13 @@ def run_ask(
     from medvqa_rl.config import RolloutConfig
     from medvqa_rl.models.checkpoints import model_for
     from medvqa_rl.models.loading import load_policy
-    from medvqa_rl.rollout.decode import RolloutEngine
+    from medvqa_rl.rollout.stock.generate import make_engine
 
     policy = load_policy(model_for(model))
     wording = policy.processor.wording
     if wording.instruction and template != "direct":
         template = wording.template
-    engine = RolloutEngine(policy, template)
+    engine = make_engine(policy, template)
     if samples == 0:
         (group,) = engine.greedy([sample], max_completion_length=max_length, batch_size=1)
     else:

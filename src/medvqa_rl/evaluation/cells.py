@@ -45,6 +45,7 @@ from medvqa_rl.models.summary import describe
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, overlap
 from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.stock.generate import make_engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +216,7 @@ def _dry_run(cells: Sequence[Cell], policy: Callable[[], Policy], console: Conso
     for cell in cells:
         samples = cell.samples[: cell.settings.config.batch_size]
         length = cell.settings.max_completion_length
-        engine = RolloutEngine(policy(), cell.settings.template)
+        engine = make_engine(policy(), cell.settings.template)
         groups = list(engine.greedy(samples, max_completion_length=length, batch_size=max(1, len(samples))))
         lines.append(f"  {cell.label}: {len(cell.samples):,} of {len(cell.dataset):,} questions")
         if groups:
@@ -262,7 +263,7 @@ def _answer_cell(cell: Cell, run: _Run) -> tuple[list[EvalRecord], dict[str, lis
         policy = run.policy()
         threads = read_identity(folder).get("threads", torch.get_num_threads())  # may differ when resumed
         agree(folder, identity | {"weights": weights_fingerprint(policy.model), "threads": threads})
-        return RolloutEngine(policy, settings.template)
+        return make_engine(policy, settings.template)
 
     def answer(name: str, path: Path, samples: Sequence[Sample], view: View | None) -> list[EvalRecord] | None:
         file = RecordFile(path, shard)

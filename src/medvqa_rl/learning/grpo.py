@@ -40,6 +40,7 @@ from medvqa_rl.learning.setup import (
     make_reference,
     report_dry_run,
     set_up,
+    slower,
     start_vllm,
     wrap,
 )
@@ -96,6 +97,8 @@ def train(
         return _dry_run(config, accelerator, rewards, train_set)
     with Run(config, accelerator, kind="train", resume=resume, given=given, resume_from=resume_from) as run:
         setup = set_up(config, train_set, val_set)
+        for line in slower(setup, config):
+            accelerator.print(line)
         reference = make_reference(config, setup.policy)  # before run.start, which may load a checkpoint
         run.start(setup.policy, setup.engine, setup.datasets, roles(judges))
         setup.vllm = start_vllm(config, accelerator, setup.policy)
@@ -204,6 +207,8 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
 def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_set: Dataset) -> Path:
     """Run one step up to its gradient and print what it looks like; no optimizer step, nothing is written."""
     setup = set_up(config, train_set, None, with_validation=False)
+    for line in slower(setup, config):
+        accelerator.print(line)
     reference = make_reference(config, setup.policy)
     setup.vllm = start_vllm(config, accelerator, setup.policy)
     trained = wrap(config, accelerator, setup.policy)

@@ -37,6 +37,7 @@ from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.models.shards import Shards
 from medvqa_rl.models.summary import count_parameters
 from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.stock.generate import make_engine
 from medvqa_rl.rollout.vllm import Source, VllmEngine, check_version
 from medvqa_rl.rollout.vllm_client import check_answers
 from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
@@ -126,6 +127,12 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
         policy: holds the weights that training starts from. Afterwards its model only serves passes without
             gradients; if weights are sharded, it is empty outside of :meth:`TrainedPolicy.gathered`.
     """
+    shards = read_launch(os.environ).engine not in (None, "ddp")
+    if shards and not policy.family.shares_prompts and not policy.vision_is_frozen:
+        raise ValueError(
+            f"The vision tower and the projector of {policy.family.title} cannot be trained with sharded weights: set "
+            "model.train_vision and model.train_projector to false, or launch with DDP."
+        )
     match read_launch(os.environ).engine:
         case "fsdp2":
             return Fsdp2Policy(config.optimizer, accelerator, policy)
@@ -168,6 +175,11 @@ def start_vllm(config: Config, accelerator: Accelerator, policy: Policy) -> Vllm
     """
     if config.rollout.engine != "vllm":
         return None
+    if not policy.family.has_vllm:
+        raise ValueError(
+            f"rollout.engine is vllm, but {policy.family.title} is not run on vLLM here, which would need its image "
+            "features: set rollout.engine to eager."
+        )
     source: Source
     with waiting("starting vLLM" if config.vllm.mode == "colocate" else "waiting for the vLLM server"):
         if config.vllm.mode == "server":
@@ -229,8 +241,26 @@ def set_up(
     if config.prompt.wording != DEFAULT_WORDING:
         policy.processor.use(config.prompt.wording)
     decoder: Literal["eager", "graph"] = "graph" if config.rollout.engine == "graph" else "eager"
-    engine = RolloutEngine(policy, config.prompt.template, engine=decoder)
+    engine = make_engine(policy, config.prompt.template, engine=decoder)
     return Setup(policy, engine, datasets, *count_parameters(policy.model))
+
+
+def slower(setup: Setup, config: Config) -> list[str]:
+    """What a family without the fast path costs, if the policy's is one.
+
+    The factor is the tokens of a group when its prompt is repeated, over those when it is shared, for the first prompt
+    and the longest completions.
+    """
+    if setup.policy.family.shares_prompts:
+        return []
+    prompt = len(setup.engine.encode(setup.datasets["train"][0]).input_ids)
+    size, length = config.rollout.num_generations, config.rollout.max_completion_length
+    factor = size * (prompt + length) / (prompt + size * length)
+    return [
+        f"{setup.policy.family.title} has no fast path: rollouts use transformers' generate, and every completion is "
+        f"computed with its prompt. With a prompt of {prompt} tokens and {size} completions of {length}, a step "
+        f"computes about {factor:.1f} times as many tokens; shorter completions raise this."
+    ]
 
 
 def report_dry_run(setup: Setup, groups: Sequence[Group], rows: Mapping[str, str]) -> None:

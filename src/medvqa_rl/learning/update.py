@@ -124,7 +124,9 @@ class Learner:
         self.policy = policy
         self.reference = reference
         self.trained = trained
-        self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
+        self.layout = Layout.SEPARATE
+        if policy.family.shares_prompts:
+            self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
         self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]
         # A group without a preference has no gradient in DPO, not even from beta.

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
@@ -110,7 +111,11 @@ def make_policy(
     device = torch.device(device)
     model.requires_grad_(False)
     family = family_of(model)
-    use_group_attention(family.text(model))
+    misfit = family.misfit(model)
+    if misfit is not None:
+        raise ValueError(misfit)
+    if family.shares_prompts:
+        use_group_attention(family.text(model))
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
     elif not config.load_in_4bit:  # 4-bit weights are for inference only
@@ -178,14 +183,22 @@ def _read_architecture(folder: Path) -> tuple[Any, Family]:
     try:
         settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except FILE_ERRORS as error:
+        if b'"auto_map"' in (folder / "config.json").read_bytes():
+            raise ValueError(
+                f"The checkpoint in {folder} brings its own code, which is never run: choose one of the same model "
+                "for transformers (the names of these often end in -hf)."
+            ) from error
         raise ValueError(
             f"{folder / 'config.json'} cannot be read as a model's configuration: {printable(str(error), 400)}"
         ) from error
     family = family_for(settings.model_type)
     if family is None:
+        is_text = settings.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         raise ValueError(
-            f"The checkpoint in {folder} is a {settings.model_type} model, but only {supported()} are supported: "
-            "choose one of these for model.path."
+            f"The checkpoint in {folder} is a {settings.model_type} model"
+            f"{', a language model that sees no images' if is_text else ''}, but only "
+            f"{supported()} and, more slowly, other vision-language models of transformers are supported: choose one "
+            "of these for model.path."
         )
     reason = family.unusable(settings)
     if reason is not None:
@@ -201,6 +214,11 @@ def _load_weights(folder: Path, settings: Any, family: Family, config: ModelConf
         settings: from :func:`_read_architecture`.
     """
     dtype = torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32
+    if config.load_in_4bit and not family.shares_prompts:
+        raise ValueError(
+            f"model.load_in_4bit is true, but {family.title} is not loaded in 4 bits: set it to false, or choose "
+            f"{supported()}."
+        )
     quantized = loading_arguments(folder, settings, family, dtype, device) if config.load_in_4bit else {}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -273,11 +291,13 @@ def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
             f"model are {', '.join(sorted(linear))}: choose among these."
         )
     targets = "|".join(re.escape(name) for name in config.lora.targets)
+    text = family_of(model).text(model)
+    place = next(name for name, module in model.named_modules() if module is text).rpartition(".")[2]
     return PeftLoraConfig(
         r=config.lora.rank,
         lora_alpha=cast(int, config.lora.alpha),
         lora_dropout=config.lora.dropout,
-        target_modules=rf".*language_model\..*\.({targets})",
+        target_modules=rf".*{place}\..*\.({targets})",
         modules_to_save=_trained_alongside(model, config) or None,
         task_type="CAUSAL_LM",
     )

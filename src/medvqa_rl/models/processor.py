@@ -61,7 +61,8 @@ class Processor:
         self.family = family
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        for token in (family.image_token, family.placeholder):
+        image_token, placeholder = family.image_tokens(image_processor)
+        for token in (image_token, placeholder):
             if token not in tokenizer.get_added_vocab():
                 raise ValueError(
                     f"The tokenizer has no {token} token, so it does not belong to a {family.title} model: use the "
@@ -72,9 +73,10 @@ class Processor:
                 "The tokenizer has no end-of-sequence token or no chat template: copy tokenizer_config.json and "
                 f"chat_template.json or chat_template.jinja from a {family.title} checkpoint into its folder."
             )
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(family.image_token)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         self.readers = Readers(tokenizer, image_processor, self.image_token_id)
-        self._placeholder_id: int = tokenizer.convert_tokens_to_ids(family.placeholder)
+        self._placeholder = placeholder
+        self._placeholder_id: int = tokenizer.convert_tokens_to_ids(placeholder)
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.stop_ids: tuple[int, ...] = (self.eos_id, *sorted(set(stop_ids) - {self.eos_id}))
@@ -182,7 +184,7 @@ class Processor:
             if found != count:
                 raise ValueError(
                     f"The chat template makes {number_of(found, 'placeholder')} for "
-                    f"{number_of(count, 'image')}: {remedy}, which writes {self.family.placeholder} once for each."
+                    f"{number_of(count, 'image')}: {remedy}, which writes {self._placeholder} once for each."
                 )
             if _PROBE not in text:
                 raise ValueError(f"The chat template leaves out the question: {remedy}.")

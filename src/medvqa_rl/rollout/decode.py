@@ -32,6 +32,10 @@ from medvqa_rl.rollout.step import Picker, Sampling, advance, append_tokens
 
 COMPACT_SHARE = 0.25
 """Finished sequences are removed from the batch once they are this share of it."""
+DIVERGED = (
+    "The model returned logits that are not finite, so no token can be sampled: its weights have diverged. Go back to "
+    "an earlier checkpoint and lower the learning rate."
+)
 
 
 class _Request(NamedTuple):
@@ -304,10 +308,7 @@ class RolloutEngine:
                 advance(self._policy.model, state, state.shape(), generation.picker)
                 state.count_step()
         if not bool(state.is_finite):
-            raise FloatingPointError(
-                "The model returned logits that are not finite, so no token can be sampled: its weights have "
-                "diverged. Go back to an earlier checkpoint and lower the learning rate."
-            )
+            raise FloatingPointError(DIVERGED)
         return is_done
 
     def _read(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import Qwen3VLMoeConfig
 
-from medvqa_rl.config import LoraConfig, ModelConfig, RolloutConfig
+from medvqa_rl.config import LoraConfig, RolloutConfig
 from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
+from medvqa_rl.models.families import family_for
 from medvqa_rl.models.families.qwen3_vl import Qwen3VL
-from medvqa_rl.models.loading import load_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout.decode import RolloutEngine
 from tests.models.families.stock import stock_greedy
@@ -103,7 +103,8 @@ def test_thinking_variants_are_read_from_inside_the_reasoning(policy, make_sampl
     assert (parsed.think, parsed.answer, parsed.is_well_formed) == ("A line is seen.", "yes", True)
 
 
-def test_mixtures_of_experts_are_refused(tmp_path):
-    Qwen3VLMoeConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="qwen3_vl_moe"):
-        load_policy(ModelConfig(path=str(tmp_path), device="cpu"))
+def test_mixtures_of_experts_have_no_fast_path():
+    family = family_for("qwen3_vl_moe")
+    assert not family.shares_prompts
+    assert family.title == "Qwen3VLMoe"
+    assert family.unusable(Qwen3VLMoeConfig()) is None

@@ -10,8 +10,9 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,7 +184,7 @@ def attention_mask(segments: Tensor) -> Tensor:
 
 
 def token_statistics(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probabilities and entropies from final hidden states.
 
@@ -234,6 +235,20 @@ class GroupForward(nn.Module):
         """
         family = family_of(self.model)
         device = batch.input_ids.device
+        hidden = self._shared(batch) if family.shares_prompts else self._separate(batch)
+        logps, entropy = self._score(
+            hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
+        )
+        table = torch.zeros(batch.mask.shape, dtype=torch.float32, device=device)
+        return TokenStats(
+            table.masked_scatter(batch.mask, logps),
+            table.masked_scatter(batch.mask, entropy) if with_entropy else None,
+        )
+
+    def _shared(self, batch: CompletionBatch) -> Tensor:
+        """(R, T, hidden) states, with each image encoded once."""
+        family = family_of(self.model)
+        device = batch.input_ids.device
         features = batch.features
         if features is None:
             features = tuple(family.image_features(self.model, batch.prompts, device))
@@ -249,21 +264,20 @@ class GroupForward(nn.Module):
         )
         if blank is not None:
             embedded = embedded._replace(embeds=embedded.embeds + 0.0 * blank.sum())
-        hidden = family.hidden_states(
+        return family.hidden_states(
             self.model,
             embedded,
             batch.position_ids,
             use_cache=False,
             **self._attention(batch, embedded.embeds.dtype),
         )
-        logps, entropy = self._score(
-            hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
-        )
-        table = torch.zeros(batch.mask.shape, dtype=torch.float32, device=device)
-        return TokenStats(
-            table.masked_scatter(batch.mask, logps),
-            table.masked_scatter(batch.mask, entropy) if with_entropy else None,
-        )
+
+    def _separate(self, batch: CompletionBatch) -> Tensor:
+        """(R, T, hidden) states of the model's own forward."""
+        assert batch.layout == Layout.SEPARATE
+        prompts = [batch.prompts[index] for index in batch.prompts_in_rows]
+        mask = batch.segments != _PADDING
+        return family_of(self.model).separate_hidden_states(self.model, prompts, batch.input_ids, mask)
 
     def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
         """Return the language model's arguments that tell which tokens attend to which."""
@@ -288,8 +302,8 @@ class GroupForward(nn.Module):
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
         """Run :func:`token_statistics` in chunks, so that a large vocabulary's logits never exist all at once."""
-        head = causal_model(self.model).lm_head
-        size = max(1, LOGITS_PER_CHUNK // head.out_features)
+        size = max(1, LOGITS_PER_CHUNK // causal_model(self.model).lm_head.out_features)
+        head = partial(family_of(self.model).logits, self.model)
         if len(targets) <= size:
             return token_statistics(head, hidden, targets, temperature, with_entropy)
         parts = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.generic import Generic
 from medvqa_rl.models.families.internvl import InternVL
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL, Qwen25VL
 from medvqa_rl.models.families.qwen3_vl import Qwen3VL
@@ -13,8 +17,15 @@ FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), InternVL())
 
 
 def family_for(model_type: str) -> Family | None:
-    """The family of a ``model_type``, None if there is none."""
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+    """The family of a ``model_type``: its own, or a generic one if transformers has such a model that reads images and
+    text and writes text; else None."""
+    own = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if own is None and model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return _generic(model_type)
+    return own
+
+
+_generic = cache(Generic)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -55,11 +55,11 @@ def backbone(model: nn.Module) -> Any:
 class Family(ABC):
     """An architecture."""
 
-    title: ClassVar[str]
+    title: str
     """The name in messages."""
-    model_types: ClassVar[tuple[str, ...]]
+    model_types: tuple[str, ...]
     """``model_type`` in config.json."""
-    processor_class: ClassVar[str]
+    processor_class: str
     """The processor of transformers that opens a saved checkpoint."""
     image_token: ClassVar[str]
     """The token whose embeddings are replaced by image features."""
@@ -71,6 +71,12 @@ class Family(ABC):
     """Those of them, or modules inside, between the vision tower and the language model."""
     num_axes: ClassVar[int] = 1
     """Positions of a token: 1, or 3 for time, height and width (M-RoPE)."""
+    shares_prompts: ClassVar[bool] = True
+    """Prompts and images are computed once per group. Otherwise every completion is computed with its prompt, by the
+    model's own forward and ``generate``, and the methods below that are about features and layers are not called."""
+
+    has_vllm: ClassVar[bool] = True
+    """vLLM takes the features of its images in place of pixels."""
 
     # Prompts
 
@@ -98,9 +104,13 @@ class Family(ABC):
     def preprocess(self, image_processor: Any, images: Sequence[Image.Image]) -> dict[str, NDArray[Any]]:
         """Preprocess the images of a prompt, at least one: arguments of the model's forward by name."""
 
-    @abstractmethod
+    def image_tokens(self, image_processor: Any) -> tuple[str, str]:
+        """The image token, and the placeholder that the chat template writes for an image."""
+        return self.image_token, self.placeholder
+
     def image_lengths(self, prompt: EncodedPrompt, readers: Readers) -> list[int]:
         """Number of image tokens of each image of a prompt."""
+        raise NotImplementedError
 
     def encode_images(
         self, ids: NDArray[np.int64], text: str, images: Sequence[Image.Image], readers: Readers
@@ -174,7 +184,44 @@ class Family(ABC):
         None if it can."""
         return None
 
+    def misfit(self, model: nn.Module) -> str | None:
+        """Why a loaded model cannot be used; None if it can."""
+        return None
+
     # Forward
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """(..., V) logits of final hidden states."""
+        logits: Tensor = causal_model(model).lm_head(hidden)
+        return logits
+
+    def alike(self, prompts: Sequence[EncodedPrompt]) -> list[int]:
+        """Split prompts in order into runs that can share a batch of :meth:`stock_inputs`; the length of each run."""
+        raise NotImplementedError
+
+    def stock_inputs(
+        self, model: nn.Module, prompts: Sequence[EncodedPrompt], width: int, *, is_left: bool = False
+    ) -> dict[str, Tensor]:
+        """Images of rows as the model's own forward takes them, where prompts are not shared.
+
+        Args:
+            prompts: the prompt of each row, from one of the runs of :meth:`alike`.
+            width: tokens of a row.
+            is_left: rows are padded on the left.
+        """
+        raise NotImplementedError
+
+    def separate_hidden_states(
+        self, model: nn.Module, prompts: Sequence[EncodedPrompt], input_ids: Tensor, mask: Tensor
+    ) -> Tensor:
+        """(R, T, hidden) final hidden states of the model's own forward, where prompts are not shared.
+
+        Args:
+            prompts: the prompt of each row.
+            input_ids: (R, T) prompts and completions, padded on the right.
+            mask: (R, T) bool, False at padding.
+        """
+        raise NotImplementedError
 
     def image_features(
         self, model: nn.Module, prompts: Sequence[EncodedPrompt], device: torch.device | str
@@ -205,17 +252,17 @@ class Family(ABC):
         """Number of images, or of tiles, of a prompt with images that :meth:`encode` returns features of."""
         return len(prompt.image_inputs["pixel_values"])
 
-    @abstractmethod
     def encode(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         """(image tokens, width) features of each image or tile.
 
         Args:
             inputs: the image inputs of all prompts, concatenated.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def blank_features(self, model: nn.Module, device: torch.device | str) -> Tensor:
         """(image tokens, width) features of a blank image of the smallest size, computed by the vision tower."""
+        raise NotImplementedError
 
     def embed(self, model: nn.Module, input_ids: Tensor, mask: Tensor, features: Sequence[Tensor | None]) -> Embedded:
         """Embed padded prompts, with image features at their placeholders.

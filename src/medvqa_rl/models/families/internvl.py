@@ -37,6 +37,7 @@ class InternVL(Family):
     model_types = ("internvl",)
     processor_class = "InternVLProcessor"
     image_token = placeholder = "<IMG_CONTEXT>"
+    has_vllm = False
 
     def load_image_processor(self, folder: Path) -> Any:
         image_processor: Any = GotOcr2ImageProcessorPil.from_pretrained(folder, local_files_only=True)

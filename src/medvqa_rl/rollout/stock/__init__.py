@@ -1,0 +1,1 @@
+"""Rollouts through the generation of transformers."""

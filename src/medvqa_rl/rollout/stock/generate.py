@@ -1,0 +1,122 @@
+"""Rollouts by transformers' own ``generate``, for models without the fast path, and the choice between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from medvqa_rl.core.types import Completion, Group, Template
+from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.loading import Policy
+from medvqa_rl.rollout.decode import DIVERGED, RolloutEngine, _Generation, _Request
+from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
+from medvqa_rl.rollout.step import Picker
+
+
+def make_engine(
+    policy: Policy, template: Template = "think_answer", *, engine: Literal["eager", "graph"] = "eager"
+) -> RolloutEngine:
+    """The rollout engine for a policy's family.
+
+    Raises:
+        ValueError: CUDA graphs are requested for a model that has no fast path, or that is not on a GPU.
+    """
+    if policy.family.shares_prompts:
+        return RolloutEngine(policy, template, engine=engine)
+    if engine == "graph":
+        raise ValueError(
+            f"rollout.engine is graph, but {policy.family.title} has no fast path that graphs could be made of: set "
+            "rollout.engine to eager."
+        )
+    return GenerateEngine(policy, template)
+
+
+class GenerateEngine(RolloutEngine):
+    """Computes every completion with its prompt; tokens are picked as in :class:`RolloutEngine`."""
+
+    def _complete(self, requests: Iterable[_Request], generation: _Generation) -> Iterator[list[Group]]:
+        waiting = iter(requests)
+        while batch := list(islice(waiting, generation.max_prompts)):
+            first = 0
+            for count in self._policy.family.alike([request.prompt for request in batch]):
+                yield self._generate(batch[first : first + count], generation)
+                first += count
+
+    def _generate(self, requests: Sequence[_Request], generation: _Generation) -> list[Group]:
+        """The groups of prompts that can share a batch, padded on the left."""
+        model, device = causal_model(self._policy.model), self._policy.device
+        size = generation.num_generations
+        prompts = [request.prompt for request in requests for _ in range(size)]
+        width = max(len(prompt.input_ids) for prompt in prompts)
+        ids = torch.full((len(prompts), width), self.processor.pad_id)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        mask = torch.arange(width) >= width - lengths[:, None]
+        uniforms = None
+        if generation.uniforms is not None:
+            uniforms = torch.from_numpy(generation.uniforms(requests)).to(device)
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=generation.max_length,
+            do_sample=False,
+            eos_token_id=list(self.processor.stop_ids),
+            pad_token_id=self.processor.pad_id,
+        )
+        with _generating(model, settings):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.long().to(device),
+                logits_processor=[_Pick(generation.picker, uniforms, width)],
+                synced_gpus=False,
+                **self._policy.family.stock_inputs(model, prompts, width, is_left=True),
+            )
+        completions = [self._completion(tokens) for tokens in output[:, width:].tolist()]
+        return [
+            Group(request.sample, request.prompt, completions[index * size : (index + 1) * size])
+            for index, request in enumerate(requests)
+        ]
+
+    def _completion(self, tokens: Sequence[int]) -> Completion:
+        """A completion up to its first stop token; padding follows it."""
+        stops = [index for index, token in enumerate(tokens) if token in self.processor.stop_ids]
+        ids = tuple(tokens[: stops[0] + 1] if stops else tokens)
+        return Completion(ids, self.processor.decode(ids), not stops)
+
+
+class _Pick(LogitsProcessor):
+    """Leaves one token possible: the one that the next uniform picks."""
+
+    def __init__(self, picker: Picker, uniforms: Tensor | None, width: int) -> None:
+        """
+        Args:
+            uniforms: (rows, L); None decodes greedily.
+            width: tokens of the padded prompts.
+        """
+        self._picker, self._uniforms, self._width = picker, uniforms, width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not bool(scores.sum(dim=-1).isfinite().all()):
+            raise FloatingPointError(DIVERGED)
+        picker = self._picker
+        if picker.sampling is None or self._uniforms is None:
+            picked = pick_greedy(scores, suppressed=picker.suppressed)
+        else:
+            uniforms = self._uniforms[:, input_ids.shape[1] - self._width]
+            picked = pick_tokens(scores, uniforms, suppressed=picker.suppressed, **picker.sampling._asdict())
+        return torch.full_like(scores, -torch.inf).scatter_(1, picked[:, None], 0.0)
+
+
+@contextmanager
+def _generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Replace a checkpoint's own settings of generation, such as a penalty of repetition, for the block."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
