@@ -38,7 +38,7 @@ DIVERGED = (
 )
 
 
-class _Request(NamedTuple):
+class PromptRequest(NamedTuple):
     """A prompt to complete."""
 
     sample: Sample
@@ -46,7 +46,7 @@ class _Request(NamedTuple):
     occurrence: int
 
 
-class _Generation(NamedTuple):
+class Generation(NamedTuple):
     """Parameters of one call, the same for all its prompts."""
 
     num_generations: int
@@ -58,7 +58,7 @@ class _Generation(NamedTuple):
     more_may_come: bool
     """There may be more prompts than ``max_prompts``."""
     picker: Picker
-    uniforms: Callable[[Sequence[_Request]], NDArray[np.float64]] | None
+    uniforms: Callable[[Sequence[PromptRequest]], NDArray[np.float64]] | None
     """Returns the (P * G, L) uniforms of P requests; None decodes greedily."""
 
 
@@ -66,7 +66,7 @@ class _Generation(NamedTuple):
 class _Running:
     """A prompt whose completions are being decoded."""
 
-    request: _Request
+    request: PromptRequest
     features: Tensor | None
     completions: dict[int, Completion] = field(default_factory=dict)
 
@@ -150,9 +150,9 @@ class RolloutEngine:
         if occurrences is None:
             occurrences = _count_occurrences(samples)
         encoded = zip(self._encoded(samples, prompts), occurrences, strict=True)
-        requests = (_Request(sample, prompt, occurrence) for (sample, prompt), occurrence in encoded)
+        requests = (PromptRequest(sample, prompt, occurrence) for (sample, prompt), occurrence in encoded)
 
-        def uniforms(requests: Sequence[_Request]) -> NDArray[np.float64]:
+        def uniforms(requests: Sequence[PromptRequest]) -> NDArray[np.float64]:
             return uniform_table(
                 seed,
                 stream,
@@ -163,7 +163,7 @@ class RolloutEngine:
                 config.max_completion_length,
             )
 
-        generation = _Generation(
+        generation = Generation(
             config.num_generations,
             config.max_completion_length,
             config.max_batch,
@@ -191,9 +191,9 @@ class RolloutEngine:
             ValueError: an image cannot be used; the message names the sample.
             FloatingPointError: the model returns logits that are not finite.
         """
-        requests = (_Request(sample, prompt, 0) for sample, prompt in self._encoded(samples, prompts))
+        requests = (PromptRequest(sample, prompt, 0) for sample, prompt in self._encoded(samples, prompts))
         picker = Picker(None, self._suppressed, self._stop)
-        finished = self._complete(requests, _Generation(1, max_completion_length, batch_size, True, picker, None))
+        finished = self._complete(requests, Generation(1, max_completion_length, batch_size, True, picker, None))
         while True:
             # Do not leak no_grad into the caller between yields.
             with torch.no_grad(), evaluating(self._policy.model):
@@ -212,7 +212,7 @@ class RolloutEngine:
             return zip(samples, prompts, strict=True)
         return ((sample, self.encode(sample)) for sample in samples)
 
-    def _complete(self, requests: Iterable[_Request], generation: _Generation) -> Iterator[list[Group]]:
+    def _complete(self, requests: Iterable[PromptRequest], generation: Generation) -> Iterator[list[Group]]:
         """Complete all requests with continuous batching; yields groups as they finish, in the requests' order."""
         waiting = iter(requests)
         running: dict[int, _Running] = {}
@@ -269,7 +269,7 @@ class RolloutEngine:
         )
         return prefilled, features
 
-    def _make_state(self, generation: _Generation, num_prompts: int, prompt_length: int) -> DecodeState:
+    def _make_state(self, generation: Generation, num_prompts: int, prompt_length: int) -> DecodeState:
         """Allocate the batch for its first prompts. If more may come, there are slots for twice as many, because the
         last sequences of earlier prompts share the rows with new ones."""
         rows = num_prompts * generation.num_generations
@@ -283,9 +283,9 @@ class RolloutEngine:
         self,
         state: DecodeState,
         prefilled: Prefilled,
-        new: Sequence[_Request],
+        new: Sequence[PromptRequest],
         num_admitted: int,
-        generation: _Generation,
+        generation: Generation,
     ) -> None:
         """Add prompts to the batch and pick the first tokens."""
         size = generation.num_generations
@@ -296,7 +296,7 @@ class RolloutEngine:
         rows = state.admit(prefilled, owners, uniforms)
         append_tokens(state, rows, prefilled.logits.repeat_interleave(size, dim=0), generation.picker)
 
-    def _decode(self, state: DecodeState, generation: _Generation) -> list[bool]:
+    def _decode(self, state: DecodeState, generation: Generation) -> list[bool]:
         """Decode until enough sequences are done for removing them to pay; returns which, by row."""
         while True:
             is_done: list[bool] = state.is_done[: state.num_rows].tolist()

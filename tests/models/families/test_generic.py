@@ -20,11 +20,12 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from medvqa_rl.cli.export import export_model
-from medvqa_rl.config import LoraConfig, ModelConfig, RolloutConfig
+from medvqa_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
+from medvqa_rl.learning.setup import start_vllm
 from medvqa_rl.models import families
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.families.generic import PER_TOKEN, Generic, stock_processor
@@ -331,6 +332,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(saved, tmp_path):
     with pytest.raises(ValueError, match="cannot be set for LlavaOnevision"):
         load(None, max_pixels=200_704)
     policy = load(None)
+    with pytest.raises(ValueError, match=r"rollout\.engine is vllm, but LlavaOnevision is not run on vLLM here"):
+        start_vllm(Config(rollout={"engine": "vllm"}), None, policy)
     with pytest.raises(ValueError, match=r"rollout\.engine is graph, but LlavaOnevision has no fast path"):
         make_engine(policy, engine="graph")
 
@@ -343,3 +346,35 @@ def test_other_settings_of_generation_do_not_change_the_tokens(mixed_samples):
     (after,) = make_engine(policy).greedy(mixed_samples[:1], max_completion_length=LENGTH, batch_size=1)
     assert after.completions == before.completions
     assert policy.model.generation_config is own
+
+
+def test_logits_that_do_not_follow_from_the_hidden_states_are_refused():
+    model = make("llava_onevision").model
+    stock_forward = model.forward
+
+    def scaled(*given, **named):
+        output = stock_forward(*given, **named)
+        output.logits = output.logits * 0.5
+        return output
+
+    family = families.family_of(model)
+    assert family.misfit(model) is None
+    model.forward = scaled
+    assert "LlavaOnevision computes its logits in a way that is not supported" in family.misfit(model)
+
+
+def test_capped_logits():
+    policy = make("llava_onevision")
+    policy.model.config.text_config.final_logit_softcapping = 5.0
+    hidden = torch.randn(3, 32)
+    plain = hidden @ policy.model.lm_head.weight.T
+    assert torch.allclose(policy.family.logits(policy.model, hidden), 5 * torch.tanh(plain / 5), atol=1e-6)
+
+
+def test_a_processor_that_needs_torchvision_is_named(saved, monkeypatch):
+    def absent(*given):
+        raise ImportError("LlavaOnevisionProcessor requires the Torchvision library but it was not found.")
+
+    monkeypatch.setattr("medvqa_rl.models.families.generic.stock_processor", absent)
+    with pytest.raises(ValueError, match=r"requires the Torchvision library .* Install torchvision"):
+        load_policy(ModelConfig(path=str(saved), device="cpu"))

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from transformers import InternVLConfig
 
+from medvqa_rl.config import Config
 from medvqa_rl.data.images.files import MemoryImage
+from medvqa_rl.learning.setup import start_vllm
 from medvqa_rl.models.families import family_for
 from tests.conftest import build_sample, draw_image
 from tests.models.families.tiny import tiny_policy
@@ -77,6 +79,11 @@ def test_other_language_models_and_windows_are_refused():
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     config = InternVLConfig(text_config={"model_type": "qwen2", **text, **windows})
     assert "sliding-window" in family.unusable(config)
+
+
+def test_vllm_is_refused():
+    with pytest.raises(ValueError, match=r"rollout\.engine is vllm, but InternVL is not run on vLLM here"):
+        start_vllm(Config(rollout={"engine": "vllm"}), None, tiny_policy("internvl"))
 
 
 def test_special_tokens_in_the_data_are_neutralised():

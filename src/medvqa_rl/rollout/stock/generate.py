@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from medvqa_rl.core.types import Completion, Group, Template
 from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.decode import DIVERGED, RolloutEngine, _Generation, _Request
+from medvqa_rl.rollout.decode import DIVERGED, Generation, PromptRequest, RolloutEngine
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
 from medvqa_rl.rollout.step import Picker
 
@@ -40,7 +40,7 @@ def make_engine(
 class GenerateEngine(RolloutEngine):
     """Computes every completion with its prompt; tokens are picked as in :class:`RolloutEngine`."""
 
-    def _complete(self, requests: Iterable[_Request], generation: _Generation) -> Iterator[list[Group]]:
+    def _complete(self, requests: Iterable[PromptRequest], generation: Generation) -> Iterator[list[Group]]:
         waiting = iter(requests)
         while batch := list(islice(waiting, generation.max_prompts)):
             first = 0
@@ -48,7 +48,7 @@ class GenerateEngine(RolloutEngine):
                 yield self._generate(batch[first : first + count], generation)
                 first += count
 
-    def _generate(self, requests: Sequence[_Request], generation: _Generation) -> list[Group]:
+    def _generate(self, requests: Sequence[PromptRequest], generation: Generation) -> list[Group]:
         """The groups of prompts that can share a batch, padded on the left."""
         model, device = causal_model(self._policy.model), self._policy.device
         size = generation.num_generations
