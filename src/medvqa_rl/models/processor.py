@@ -21,7 +21,7 @@ from torch import Tensor
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import number_of, printable, shown
 from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
-from medvqa_rl.models.families.family import Family, Readers
+from medvqa_rl.models.families.family import Family, Readers, adds_special_tokens
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, load_tokenizer
 
 WORDING_FILE = "prompt.json"
@@ -159,11 +159,8 @@ class Processor:
     def _tokenize(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, NDArray[np.int64]]:
         """Render messages with the chat template and tokenize them; an image is a single token."""
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, self._ids(text)
-
-    def _ids(self, text: str) -> NDArray[np.int64]:
-        """Token ids of a text, without added special tokens."""
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        ids = self.tokenizer(text, add_special_tokens=adds_special_tokens(self.tokenizer, text))["input_ids"]
+        return text, np.asarray(ids, dtype=np.int64)
 
     def _check_chat_template(self) -> None:
         """Check that the chat template places the question and every image, before any image is decoded.

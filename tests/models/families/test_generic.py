@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Idefics3Config,
     LlamaConfig,
@@ -361,6 +363,24 @@ def test_logits_that_do_not_follow_from_the_hidden_states_are_refused():
     assert family.misfit(model) is None
     model.forward = scaled
     assert "LlavaOnevision computes its logits in a way that is not supported" in family.misfit(model)
+
+
+@pytest.mark.parametrize("in_template", [False, True])
+def test_a_prompt_begins_with_one_bos_token(in_template, mixed_samples):
+    _, tokenizer, images, arguments = llava_onevision()
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}" * in_template + TEMPLATE
+    family = families.family_for("llava_onevision")
+    reader = stock_processor(family.processor_class, tokenizer, images, arguments)
+    processor = Processor(family, tokenizer, reader)
+    for sample in (mixed_samples[0], mixed_samples[2]):  # with an image, and without
+        prompt = processor.encode(sample)
+        assert prompt.input_ids[0] == tokenizer.bos_token_id != prompt.input_ids[1]
+        assert prompt.text.startswith("<|endoftext|>") == in_template
 
 
 def test_capped_logits():

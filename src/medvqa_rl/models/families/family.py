@@ -52,6 +52,12 @@ def backbone(model: nn.Module) -> Any:
     return causal_model(model).model
 
 
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer adds its special tokens to a rendered prompt: not if the chat template wrote the first of
+    them, as in the ``apply_chat_template`` of the stock processors."""
+    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+
+
 class Family(ABC):
     """An architecture."""
 

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
-from medvqa_rl.models.families.family import Family, Readers, backbone, causal_model
+from medvqa_rl.models.families.family import Family, Readers, adds_special_tokens, backbone, causal_model
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 """Outputs of processors with an entry per token of the prompt; 0 is text."""
@@ -255,7 +255,8 @@ def _encode(
     processor: Any, text: str, images: Sequence[Image.Image]
 ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
     """(T,) token ids, and the other arguments of the model's forward."""
-    output = dict(processor(text=[text], images=[list(images)], return_tensors="np", add_special_tokens=False))
+    adds = adds_special_tokens(processor.tokenizer, text)
+    output = dict(processor(text=[text], images=[list(images)], return_tensors="np", add_special_tokens=adds))
     ids = np.asarray(output.pop("input_ids")[0], dtype=np.int64)
     output.pop("attention_mask")
     inputs = {name: np.ascontiguousarray(array) for name, array in output.items()}
