@@ -329,6 +329,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(saved, tmp_path):
         load({"model_type": "florence2"})
     with pytest.raises(ValueError, match="has no placeholder for images"):
         load({"model_type": "git"})
+    with pytest.raises(ValueError, match="GlmOcr model, for which this version of transformers names no processor"):
+        load({"model_type": "glm_ocr"})
     with pytest.raises(ValueError, match="LlavaOnevision is not loaded in 4 bits"):
         load(None, load_in_4bit=True, lora=LoraConfig(rank=2))
     with pytest.raises(ValueError, match="cannot be set for LlavaOnevision"):

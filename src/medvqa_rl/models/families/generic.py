@@ -147,7 +147,11 @@ class Generic(Family):
         settings = config.to_dict()
         if config.is_encoder_decoder or settings.get("text_config", {}).get("is_encoder_decoder"):
             return f"is an encoder-decoder ({self.title}), which is not supported: choose a decoder-only model."
-        if not {"image_token_id", "image_token_index"} & settings.keys() or not self.processor_class:
+        if not self.processor_class:
+            return (
+                f"is a {self.title} model, for which this version of transformers names no processor: choose another."
+            )
+        if not {"image_token_id", "image_token_index"} & settings.keys():
             return (
                 f"is a {self.title} model, which has no placeholder for images in its prompts, so it is not supported"
                 ": choose a model that reads images as tokens."
