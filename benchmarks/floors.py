@@ -15,18 +15,18 @@ from pathlib import Path
 
 from benchmarks.common import Rates, Workload
 from medvqa_rl.config import LoraConfig
-from medvqa_rl.learning.estimate.architecture import Architecture, Grid, read_architecture
 from medvqa_rl.learning.estimate.cost import (
     Shape,
     Trained,
     backward_flops,
-    count_parameters,
     decode_bytes,
     decode_flops,
     forward_flops,
     group_pairs,
     lora_parameters,
 )
+from medvqa_rl.models.dimensions import Architecture, Grid
+from medvqa_rl.models.families.costs import read_architecture
 
 OPTIMIZER_BYTES = 28
 """AdamW traffic per trained float32 parameter: read weight, gradient and two moments, write weight and moments."""
@@ -72,7 +72,7 @@ def step_floors(
     """
     size = 2 if workload.dtype == "bfloat16" else 4
     trained, group = trained_of(workload), [workload.length] * workload.generations
-    parameters = count_parameters(model)
+    parameters = model.parameters
     vision = tuple(grids) if workload.train_vision else ()
 
     def floor(flops: float, moved: float) -> Floor:

@@ -46,7 +46,6 @@ from benchmarks.floors import architecture_of, trained_of
 from benchmarks.step import PRESETS as STEPS
 from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Completion, Group
-from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.cost import (
     Shape,
     backward_flops,
@@ -57,6 +56,7 @@ from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layout_for
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
+from medvqa_rl.models.dimensions import Architecture
 from medvqa_rl.models.families.family import backbone
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, load_policy

@@ -122,6 +122,16 @@ def test_nothing_imports_in_a_circle() -> None:
     assert not graph.keys() - done, f"circular imports among {sorted(graph.keys() - done)}"
 
 
+def test_only_families_and_the_phantom_world_know_an_architecture() -> None:
+    """Outside, the name of an architecture stands only in the Hub ids of suggested models."""
+    names = re.compile(r"qwen|gemma|internvl|deepstack|\.visual\b|\bmerger\b", re.IGNORECASE)
+    hub_id = re.compile(r"[\w.-]+/[\w.-]+")
+    for module, path in MODULES.items():
+        if not module.startswith(("models.families", "phantom")):
+            found = names.search(hub_id.sub("", path.read_text(encoding="utf-8")))
+            assert not found, f"{path} names {found[0]}"
+
+
 def test_light_modules_import_without_torch() -> None:
     light = tuple(name.replace("/", ".") for name in LIGHT)
     names = ["medvqa_rl.cli", *(f"medvqa_rl.{name}" for name in MODULES if name.startswith(light))]

@@ -231,10 +231,11 @@ def pairs(rng: random.Random) -> None:
 
 def stored(rng: random.Random) -> None:
     """Damage one file that a later command reads again, and read it as that command does."""
+    from medvqa_rl.data.images.budget import image_budget
+
     from medvqa_rl.config import ModelConfig
     from medvqa_rl.core.files import note_on_best
     from medvqa_rl.core.machine import recorded_threads
-    from medvqa_rl.data.images.budget import image_budget
     from medvqa_rl.evaluation.judging.instrument import read_identities, rewarding_judges
     from medvqa_rl.evaluation.results import read_origin, read_results
     from medvqa_rl.evaluation.store import read_identity

@@ -23,7 +23,7 @@ from benchmarks.common import Rates, Workload, measure_rates, prepare_model
 from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, replay, run_ours, same_work
 from benchmarks.floors import architecture_of, step_floors
-from medvqa_rl.learning.estimate.cost import count_parameters, group_pairs
+from medvqa_rl.learning.estimate.cost import group_pairs
 from tests import forking
 
 TINY = Workload("tiny", prompts=2, generations=3, length=5, side=56, prompts_per_micro_batch=2, learning_rate=1e-3)
@@ -109,7 +109,7 @@ def test_floors_equal_torchs_count_except_masked_pairs(folder: Path, changes: di
 
 def test_a_decoding_step_takes_the_longer_of_flops_and_bytes(folder: Path) -> None:
     model = architecture_of(folder)
-    sizes = count_parameters(model)
+    sizes = model.parameters
     bound_by_bytes = step_floors(model, TINY, [70, 72], [(4, 4)] * 2, Rates(flops=1e30, bytes=1.0))["rollout"]
     keys = 2 * 2 * 16 * 4  # keys and values, layers, width of one head, float32
     stored = [70 + 72 + 6 * position for position in range(1, 5)]

@@ -17,10 +17,10 @@ from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.findings import DataReport, Finding
-from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.models.dimensions import ResizedImages
 
 
 def picture(seed: int, name: str = "") -> MemoryImage:
@@ -39,7 +39,7 @@ def stored(*samples: Sample, **changes: Any) -> StoredDataset:
 
 def check(train: StoredDataset, test: StoredDataset | None = None, **options: Any) -> DataReport:
     datasets = {"train": train} | ({"test": test} if test else {})
-    return check_data(datasets, budget=ImageBudget(), **options)
+    return check_data(datasets, cost=ResizedImages(), **options)
 
 
 def found(report: DataReport) -> dict[str, Finding]:
@@ -97,7 +97,7 @@ def test_images_shared_with_another_data_set_are_found_by_pixels_but_not_by_name
         "other: train": stored(sample(21, picture(11, "theirs.png")), sample(22, picture(2, "again.png"))),
         "other: test": stored(sample(31, picture(91, "1.png")), sample(32, picture(2, "more.png")), sample(33)),
     }
-    report = check_data(datasets, budget=ImageBudget())
+    report = check_data(datasets, cost=ResizedImages())
     findings = found(report)
     wrong = {name: findings[name].examples for name in findings if findings[name].level == "wrong"}
     assert wrong == {
@@ -211,7 +211,7 @@ def test_limits_and_progress() -> None:
 
 def test_the_phantom_world_is_clean() -> None:
     datasets = {split: load_dataset(DataConfig(num_val=30, num_test=30), split) for split in ("train", "val", "test")}
-    report = check_data(datasets, budget=ImageBudget(), limit=60)
+    report = check_data(datasets, cost=ResizedImages(), limit=60)
     assert not report.is_wrong() and report.splits[0].num_rows == 0 and report.leaked == (0, 15)
 
 
@@ -224,12 +224,12 @@ def vqa_rad(shared_data: Path) -> dict[str, Any]:
 def test_the_leak_of_vqa_rad_is_found(vqa_rad: dict[str, Any]) -> None:
     splits = ("train", "val", "test")
     official = {split: load_dataset(DataConfig(**vqa_rad, split="official"), split) for split in splits}
-    report = check_data(official, budget=ImageBudget())
+    report = check_data(official, cost=ResizedImages())
     assert report.leaked == (202, 203)
     assert {finding.what: finding.count for finding in report.findings if finding.level == "wrong"} == {
         "images in train and test": 181,
         "images in val and test": 21,
     }
     by_image = {split: load_dataset(DataConfig(**vqa_rad, split="image"), split) for split in splits}
-    honest = check_data(by_image, budget=ImageBudget())
+    honest = check_data(by_image, cost=ResizedImages())
     assert honest.leaked is not None and honest.leaked[0] == 0 and not honest.is_wrong()

@@ -17,7 +17,6 @@ from medvqa_rl.config import DataConfig
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.division import choose_column
-from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.patients import (
     PATIENT_COLUMNS,
     POSSIBLE_COLUMNS,
@@ -26,6 +25,7 @@ from medvqa_rl.data.patients import (
     patient_columns,
     unused_columns,
 )
+from medvqa_rl.models.dimensions import ResizedImages
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
 
@@ -86,7 +86,7 @@ def own(folder: Path, column: str, patients: dict[str, list[Any]]) -> DataConfig
 def test_a_patient_in_two_splits_is_wrong(tmp_path: Path) -> None:
     patients = {"train": ["secret-1", 2, 2, "secret-3", None], "val": [4, 4], "test": [2.0, "secret-3", 5, ""]}
     config = own(tmp_path, "Patient ID", patients)
-    report = check_data(load_splits(config), budget=ImageBudget())
+    report = check_data(load_splits(config), cost=ResizedImages())
     (finding,) = [finding for finding in report.findings if "patients" in finding.what]
     assert (finding.level, finding.what, finding.count) == ("wrong", "patients in train and test", 2)
     assert finding.text.startswith("2 of the 3 patients of test are also in train")

@@ -46,7 +46,7 @@ class ModelConfig(Settings):
     train_vision: Identity[bool] = False
     """Train the vision tower (blocks and patch embedding)."""
     train_projector: Identity[bool] = False
-    """Train the projector (the merger between the vision tower and the language model)."""
+    """Train the projector between the vision tower and the language model."""
     gradient_checkpointing: Free[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     min_pixels: Identity[Positive | None] = None

@@ -23,7 +23,7 @@ from medvqa_rl.data.findings import (
     patient_findings,
     skew_findings,
 )
-from medvqa_rl.data.images.budget import ImageBudget
+from medvqa_rl.data.images.cost import ImageCost
 from medvqa_rl.data.images.fingerprints import FLAT, ImageFacts, measure
 from medvqa_rl.data.overlap import Overlap, find_overlap, twins
 from medvqa_rl.data.splits import SPLITS
@@ -82,7 +82,7 @@ def official_overlap(config: DataConfig) -> dict[str, int]:
 def check_data(
     datasets: Mapping[str, Dataset],
     *,
-    budget: ImageBudget,
+    cost: ImageCost,
     template: Template = "think_answer",
     wording: Wording = DEFAULT_WORDING,
     limit: int | None = None,
@@ -96,7 +96,7 @@ def check_data(
         datasets: samples by split. Images are compared between all pairs of splits. The splits of further data
             sets are named like ``slake_en: test``. Across data sets, images are compared by pixels and perceptual hash
             but not by name, and only between different splits: two training splits may share images.
-        budget: how the model resizes images.
+        cost: what images cost the model.
         template: prompt template; gold answers are rendered in its format.
         wording: its tags.
         limit: maximum number of samples per split. Defaults to all, or ``ENDLESS_LIMIT`` for an endless split.
@@ -111,11 +111,11 @@ def check_data(
     ]
     facts = _measure_images(splits, workers, faults, progress) if decode else {}
     for split in splits:
-        _add_image_facts(split, facts, budget)
+        _add_image_facts(split, facts, cost)
         for names in twins(split.images, facts):
             faults.add("one image, several names", f"{split.split}: {' = '.join(names)}", len(names) - 1)
     for key, measured in facts.items():
-        if _tokens(measured, budget) is None:
+        if _tokens(measured, cost) is None:
             faults.add("image too narrow", f"{key} ({measured.width} x {measured.height})")
     overlaps = tuple(
         find_overlap((first.split, first.images), (second.split, second.images), facts)
@@ -142,7 +142,7 @@ def check_data(
             if not note.startswith(("dropped: ", "repaired: "))
         },
         issues=issues,
-        budget=budget,
+        cost=cost,
         seconds=time.perf_counter() - start,
     )
 
@@ -266,19 +266,19 @@ def _measure_images(
     return facts
 
 
-def _add_image_facts(split: SplitFacts, facts: Mapping[str, ImageFacts], budget: ImageBudget) -> None:
+def _add_image_facts(split: SplitFacts, facts: Mapping[str, ImageFacts], cost: ImageCost) -> None:
     """Add sizes and image tokens to the statistics of a split."""
     known = {key: facts[key] for key in split.images if key in facts}
     split.widths = [measured.width for measured in known.values()]
     split.heights = [measured.height for measured in known.values()]
-    tokens = {key: cost for key, measured in known.items() if (cost := _tokens(measured, budget)) is not None}
+    tokens = {key: count for key, measured in known.items() if (count := _tokens(measured, cost)) is not None}
     split.image_tokens = [sum(tokens[key] for key in keys) for keys in split.image_uses if tokens.keys() >= {*keys}]
 
 
-def _tokens(measured: ImageFacts, budget: ImageBudget) -> int | None:
+def _tokens(measured: ImageFacts, cost: ImageCost) -> int | None:
     """Image tokens of an image, or None if the model refuses it because it is too narrow."""
     try:
-        return budget.tokens(measured.width, measured.height)
+        return cost.tokens(measured.width, measured.height)
     except ValueError:
         return None
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import chisquare
 
 from medvqa_rl.core.types import LETTERS, ImageSource
-from medvqa_rl.data.images.budget import ImageBudget
+from medvqa_rl.data.images.cost import ImageCost
 from medvqa_rl.data.images.fingerprints import FLAT
 from medvqa_rl.data.overlap import Overlap
 from medvqa_rl.data.reading.issues import RowIssue
@@ -42,7 +42,7 @@ FAULTS: dict[str, tuple[Level, str]] = {
     ),
     "unreadable image": ("wrong", "The image cannot be decoded: replace the file, or remove its rows."),
     "constant image": ("wrong", "The image has a single colour and shows nothing: replace it."),
-    "image too narrow": ("wrong", "One side is more than 200 times the other, which Qwen2-VL refuses: crop it."),
+    "image too narrow": ("wrong", "One side is more than 200 times the other, which many models refuse: crop it."),
     "flat image": (
         "look",
         f"The grey levels have a standard deviation below {FLAT:g} of 255, so the image is almost uniform.",
@@ -151,7 +151,7 @@ class DataReport:
     notes: Mapping[str, int]
     """Notes from loading, except counts of dropped and repaired rows."""
     issues: tuple[RowIssue, ...]
-    budget: ImageBudget
+    cost: ImageCost
     seconds: float
 
     def is_wrong(self, *, strict: bool = False) -> bool:

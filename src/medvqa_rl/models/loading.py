@@ -29,7 +29,7 @@ from medvqa_rl.core.files import read_json
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import DEFAULT_WORDING, Wording
-from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families import family_for, family_of, supported
 from medvqa_rl.models.families.family import Family, causal_model
 from medvqa_rl.models.group_attention import use_group_attention

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.sets.vqa_rad import FILE
+from medvqa_rl.models.families.costs import image_rule
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "vqa_rad_cpu.yaml")
@@ -128,16 +128,16 @@ def test_show_draws_a_sheet(folder: Path) -> None:
 
 
 def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path, shared_data: Path) -> None:
-    published, where = image_budget(ModelConfig(path=str(shared_data / "qwen2_vl" / "instruct")))
+    published, where = image_rule(ModelConfig(path=str(shared_data / "qwen2_vl" / "instruct")))
     assert (published.min_pixels, published.max_pixels) == (3136, 12_845_056) and where.startswith("from ")
-    assert image_budget(ModelConfig(path="some/model-nobody-has"))[0] == published
+    assert image_rule(ModelConfig(path="some/model-nobody-has"))[0] == published
     content = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 12544}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
-    budget, _ = image_budget(ModelConfig(path=str(tmp_path), max_pixels=6272))
+    budget, _ = image_rule(ModelConfig(path=str(tmp_path), max_pixels=6272))
     assert (budget.min_pixels, budget.max_pixels) == (784, 6272)
     (tmp_path / "preprocessor_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"has \[\] .should be an object.: copy the file from the checkpoint"):
-        image_budget(ModelConfig(path=str(tmp_path)))
+        image_rule(ModelConfig(path=str(tmp_path)))
 
 
 def test_check_looks_for_shared_images_in_other_data_sets(folder: Path, tmp_path: Path) -> None:

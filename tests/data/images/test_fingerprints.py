@@ -16,7 +16,6 @@ from scipy.fft import dctn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.types import ImageSource
-from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.images.fingerprints import (
     BITS,
@@ -30,6 +29,7 @@ from medvqa_rl.data.images.fingerprints import (
     pixel_hash,
 )
 from medvqa_rl.data.overlap import find_overlap, twins
+from medvqa_rl.models.dimensions import ResizedImages
 
 
 def blobs(seed: int, size: tuple[int, int] = (200, 160)) -> Image.Image:
@@ -152,15 +152,15 @@ def test_measuring_preserves_order_and_reports_unreadable_images(tmp_path: Path)
 
 
 BUDGETS = [
-    ImageBudget(),
-    ImageBudget(min_pixels=28 * 28, max_pixels=112 * 112),
-    ImageBudget(min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28),
+    ResizedImages(),
+    ResizedImages(min_pixels=28 * 28, max_pixels=112 * 112),
+    ResizedImages(min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28),
 ]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from(BUDGETS))
-def test_token_counts_equal_those_of_the_processor(width: int, height: int, budget: ImageBudget) -> None:
+def test_token_counts_equal_those_of_the_processor(width: int, height: int, budget: ResizedImages) -> None:
     size = {"shortest_edge": budget.min_pixels, "longest_edge": budget.max_pixels}
     processor = Qwen2VLImageProcessorPil(size=size)
     if max(width, height) > 200 * min(width, height):

@@ -22,13 +22,13 @@ from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset, load_splits
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.export import OWN_COLUMNS, export
-from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import hidden
 from medvqa_rl.data.reading import index
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.sets.own import read_own
 from medvqa_rl.data.stored import NoSuchSplit, StoredDataset
 from medvqa_rl.learning.setup import set_up
+from medvqa_rl.models.dimensions import ResizedImages
 from medvqa_rl.report.pages.data_page import write_data_page
 
 ROWS: list[dict[str, Any]] = [
@@ -409,7 +409,7 @@ def test_hidden_names_are_hashes_everywhere_and_the_questions_are_the_same(
     split = load_dataset(
         DataConfig(name="own", path=str(folder), hide_names=True, **settings | {"num_train": None}), "train"
     )
-    report = check_data({"train": split, "test": split}, budget=ImageBudget(max_pixels=112 * 112))
+    report = check_data({"train": split, "test": split}, cost=ResizedImages(max_pixels=112 * 112))
     page = write_data_page(folder / "out" / "page.html", report, "of a model").read_text(encoding="utf-8")
     assert "doe" not in page and "cannot be read. data.hide_names hides its name" in page
     readable = StoredDataset("own", [one for one in split.samples if one.images[0].key != hidden("doe_3.png")])

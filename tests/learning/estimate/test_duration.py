@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from medvqa_rl.config import Config, LossConfig, ModelConfig
-from medvqa_rl.learning.estimate.architecture import Architecture
 from medvqa_rl.learning.estimate.duration import expected_seconds, least_seconds, update_shape
 from medvqa_rl.learning.estimate.hardware import Rates
 from medvqa_rl.learning.estimate.workload import plan
+from medvqa_rl.models.dimensions import Architecture
 
 MODEL = Architecture(
     **{"vocabulary": 100, "hidden": 8, "intermediate": 16, "layers": 2, "heads": 2, "kv_heads": 1, "is_tied": True},

@@ -26,13 +26,13 @@ from medvqa_rl.core.embedded import ASSETS
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.learning.estimate import memory
-from medvqa_rl.learning.estimate.architecture import read_architecture
 from medvqa_rl.learning.estimate.memory import PARTS, peak, step_memory
 from medvqa_rl.learning.estimate.workload import LAYOUTS, plan, trained_parameters
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.models.families.costs import read_architecture
 from medvqa_rl.models.families.family import causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.group_attention import ATTENTION
@@ -150,7 +150,7 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
     model = read_architecture(json.loads(causal_model(policy.model).config.to_json_string(use_diff=False)))
     _, down, across = prompts[0].image_inputs["image_grid_thw"][0].tolist()
     question = len(prompts[0].input_ids) - down * across // 4
-    work = plan(config, model, question_tokens=question, grid=(down, across), on_gpu=False)
+    work = plan(config, model, question_tokens=question, grids=((down, across),), on_gpu=False)
     # NumPy's, not torch's:
     pixels = sum(prompt.image_inputs["pixel_values"].nbytes for prompt in prompts)
     moments = {name: sum(parts.values()) - pixels for name, parts in step_memory(work, process=0).items()}
@@ -257,12 +257,12 @@ def work():
         **{"model_type": "qwen2_vl", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960},
         **{"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2},
         "tie_word_embeddings": True,
-        "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16},
+        "vision_config": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 1536},
     }
 
     def make(**sections):
         return plan(
-            Config(**sections), read_architecture(config), question_tokens=110, grid=(36, 36), on_gpu=True, ranks=1
+            Config(**sections), read_architecture(config), question_tokens=110, grids=((36, 36),), on_gpu=True, ranks=1
         )
 
     return make
@@ -306,10 +306,10 @@ def test_more_micro_batches_and_checkpointing_need_less(work):
 def test_devices_share_the_prompts(work):
     whole = work()
     model = whole.model
-    half = plan(Config(), model, question_tokens=110, grid=(36, 36), on_gpu=True, ranks=2)
+    half = plan(Config(), model, question_tokens=110, grids=((36, 36),), on_gpu=True, ranks=2)
     assert (whole.prompts, half.prompts) == (8, 4)
     with pytest.raises(ValueError, match="8 prompts, which 3 devices cannot share evenly"):
-        plan(Config(), model, question_tokens=110, grid=None, on_gpu=True, ranks=3)
+        plan(Config(), model, question_tokens=110, grids=(), on_gpu=True, ranks=3)
 
 
 def test_a_token_budget_limits_the_groups(work):

@@ -15,11 +15,11 @@ from PIL import Image
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.export import export
-from medvqa_rl.data.images.budget import ImageBudget
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.images.sheet import draw_sheet, save_sheet
 from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.models.dimensions import ResizedImages
 from medvqa_rl.report.pages.data_page import MAX_ISSUES, histograms, write_data_page
 from medvqa_rl.rollout.vllm_server import as_url
 
@@ -42,7 +42,7 @@ class Reader(HTMLParser):
 
 
 def page(tmp_path: Path, train: StoredDataset, test: StoredDataset) -> tuple[str, Reader]:
-    report = check_data({"train": train, "test": test}, budget=ImageBudget(max_pixels=112 * 112))
+    report = check_data({"train": train, "test": test}, cost=ResizedImages(max_pixels=112 * 112))
     out = write_data_page(tmp_path / "new" / "page.html", report, "of a model")
     reader = Reader()
     html = out.read_text(encoding="utf-8")

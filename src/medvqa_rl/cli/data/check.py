@@ -16,7 +16,6 @@ from medvqa_rl.core.progress import open_console, progress_bars
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, load_with_further, official_overlap
 from medvqa_rl.data.findings import DataReport, SplitFacts
-from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
 from medvqa_rl.data.reading.issues import count_issues
 
@@ -47,11 +46,13 @@ def run_check(
     Raises:
         ValueError: the data cannot be found or read.
     """
-    budget, where = image_budget(config.model)
+    from medvqa_rl.models.families.costs import image_rule
+
+    cost, where = image_rule(config.model)
     with progress_bars() as progress:
         report = check_data(
             load_with_further(config.data, further),
-            budget=budget,
+            cost=cost,
             template=config.prompt.template,
             wording=config.prompt.wording,
             limit=limit,
@@ -87,7 +88,7 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     """Print the report: a table of the splits, notes from loading, the findings, and the verdict.
 
     Args:
-        where: source of the image limits, as from :func:`image_budget`.
+        where: source of the image limits, as from :func:`image_rule`.
     """
     rows: dict[str, Callable[[SplitFacts], str]] = {
         "questions": lambda split: f"{split.num_rows:,}" if split.num_rows else "endless",
@@ -107,11 +108,8 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     header = ["", *(split.split for split in report.splits)]
     cells = [(label, *map(cell, report.splits)) for label, cell in rows.items()]
     out.print(TextTable("Splits", header, cells, prose=header))
-    budget = report.budget
-    side = budget.patch_size * budget.merge_size
     out.print(
-        f"Medians, with ranges in parentheses. Images are resized to {budget.min_pixels:,} to {budget.max_pixels:,} "
-        f"pixels ({where}); each {side} x {side} pixels are one token.",
+        f"Medians, with ranges in parentheses. {report.cost.rule} ({where}).",
         style="dim",
         soft_wrap=True,
     )

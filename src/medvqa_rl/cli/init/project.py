@@ -29,7 +29,6 @@ from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
 from medvqa_rl.data.division import COLUMN, Division, choose_column, divide, equal_images, read_whole, write_divided
 from medvqa_rl.data.findings import DataReport
-from medvqa_rl.data.images.budget import image_budget
 from medvqa_rl.data.reading.issues import TooManyDropped
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
@@ -107,6 +106,8 @@ def run_init(
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
     rows = read_whole(table)
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
+    from medvqa_rl.models.families.costs import image_rule
+
     out = open_console()
     with temporary_folder(project) as temporary:
         stage = temporary / "project"
@@ -124,7 +125,7 @@ def run_init(
             read_yaml(fill(template, placeholders(template, project, images, datasets, None, "", open_correctness)))
         )
         report = run_check(datasets, draft)
-        print_report(report, out, image_budget(draft.model)[1])
+        print_report(report, out, image_rule(draft.model)[1])
         if report.is_wrong():
             out.print("The data check failed (see above), so nothing was written: fix the data and run init again.")
             return False
@@ -229,10 +230,12 @@ def find_obstacles(samples: Sequence[Sample], table: Path, open_correctness: str
 
 def run_check(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
     """Run the data check."""
+    from medvqa_rl.models.families.costs import image_rule
+
     with progress_bars() as progress:
         return check_data(
             datasets,
-            budget=image_budget(config.model)[0],
+            cost=image_rule(config.model)[0],
             template=config.prompt.template,
             workers=min(8, os.cpu_count() or 1),
             progress=progress,

@@ -125,8 +125,8 @@ def _model_problems(config: Config) -> Iterator[tuple[str, ...]]:
         )
     if model.max_pixels is not None and model.max_pixels < 28 * 28:
         yield (
-            f"model.max_pixels is {model.max_pixels}, but one image token covers 28 x 28 = 784 pixels: set it to "
-            "784 or more (401408 is usual for Qwen2-VL).",
+            f"model.max_pixels is {model.max_pixels}, but an image token covers 28 x 28 = 784 pixels or more: "
+            "set it to 784 or more (401408 is usual).",
             "model.max_pixels",
         )
     if model.attention == "flash_attention_2" and (model.device == "cpu" or model.dtype == "float32"):
@@ -217,8 +217,8 @@ def _rl_problems(config: Config) -> Iterator[tuple[str, ...]]:
             )
     if rollout.max_completion_length > 32768:
         yield (
-            f"rollout.max_completion_length is {rollout.max_completion_length}, but Qwen2-VL reads at most 32768 "
-            "tokens including the prompt: lower it (256 to 1024 is usual).",
+            f"rollout.max_completion_length is {rollout.max_completion_length}, but it must be at most 32768: "
+            "lower it (256 to 1024 is usual).",
             "rollout.max_completion_length",
         )
     is_open = config.data.name == "phantom" and set(config.data.answer_types) == {"open"}

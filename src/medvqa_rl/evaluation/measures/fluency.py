@@ -16,7 +16,7 @@ from medvqa_rl.config import is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_LM
 from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
-from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]

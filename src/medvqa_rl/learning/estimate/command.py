@@ -12,7 +12,6 @@ from medvqa_rl.core.progress import duration, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.learning.estimate.advice import Change, advise
 from medvqa_rl.learning.estimate.architecture import find_architecture
-from medvqa_rl.learning.estimate.cost import count_parameters
 from medvqa_rl.learning.estimate.duration import (
     EXPECTED_BANDWIDTH,
     EXPECTED_FLOPS,
@@ -96,7 +95,7 @@ def _as_data(result: Estimate, advice: Advice, completion_tokens: int) -> dict[s
             "memory": machine.memory,
             "source": machine.source,
         },
-        "parameters": count_parameters(work.model)._asdict() | {"trained": trained_parameters(work)},
+        "parameters": work.model.parameters._asdict() | {"trained": trained_parameters(work)},
         "step": {
             "prompts": work.prompts,
             "generations": work.generations,
@@ -123,7 +122,7 @@ def _by_phase(seconds: Seconds) -> dict[str, float]:
 def _show(console: Console, result: Estimate, advice: Advice, completion_tokens: int) -> None:
     """Print the estimate as tables."""
     work, machine = result.work, result.machine
-    counts = count_parameters(work.model)
+    counts = work.model.parameters
     console.print(
         f"{sum(counts) / 1e6:,.1f} M parameters (language model {counts.language / 1e6:,.1f}, vision "
         f"{counts.vision / 1e6:,.1f}), {trained_parameters(work) / 1e6:,.1f} M trained, in "

@@ -1,7 +1,6 @@
 """The cost of a model: parameters, floating-point operations (FLOPs) and bytes. Imports no torch.
 
-The formulas follow the layers of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923) as implemented in
-transformers. A product of (m, k) and (k, n) matrices takes 2 m k n FLOPs; everything else (norms, activations, rotary
+A product of (m, k) and (k, n) matrices takes 2 m k n FLOPs; everything else (norms, activations, rotary
 embedding, softmax) is left out, as usual: a few percent for large models, more for tiny ones. Tests compare parameters
 with real models (equal) and FLOPs with torch's counter.
 
@@ -13,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from medvqa_rl.learning.estimate.architecture import Architecture, Grid
+from medvqa_rl.models.dimensions import Architecture, Grid
 
 BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight in NF4: half a byte, a one-byte scale per 64 weights, and a float32 per 256 scales."""
@@ -21,49 +20,6 @@ BYTES_IN_4BIT = 0.5 + (1 + 4 / 256) / 64
 ATTENTION_BACKWARD = 2.5
 """Backward FLOPs of attention as a multiple of its forward when scores are recomputed (FlashAttention, Dao et al.
 2022, arXiv 2205.14135: five products for two). 2.0 when they are stored."""
-
-
-class Parameters(NamedTuple):
-    """Number of parameters of each part."""
-
-    layers: int
-    """Decoder layers and the final norm."""
-    embedding: int
-    head: int
-    """The output layer; 0 if it shares the embedding's weights."""
-    tower: int
-    """Patch embedding and vision layers."""
-    projector: int
-    """The merger between vision tower and language model."""
-
-    @property
-    def language(self) -> int:
-        """The language model, which full fine-tuning trains."""
-        return self.layers + self.embedding + self.head
-
-    @property
-    def vision(self) -> int:
-        """Tower and projector."""
-        return self.tower + self.projector
-
-
-def count_parameters(model: Architecture) -> Parameters:
-    """Count weights, biases (of queries, keys, values, and all vision linears) and norms."""
-    h, d, m = model.hidden, model.vision_hidden, model.vision_intermediate
-    layer = sum(inputs * outputs for inputs, outputs in model.linears.values())
-    layer += h + 2 * model.kv_hidden  # biases of q, k, v
-    layer += 2 * h  # norms
-    norm = d if model.vision_is_gated else 2 * d
-    mlp = 3 * d * m + 2 * m + d if model.vision_is_gated else 2 * d * m + m + d
-    block = 2 * norm + (3 * d * d + 3 * d) + (d * d + d) + mlp
-    merged = d * model.merge_size**2
-    return Parameters(
-        layers=model.layers * layer + h,
-        embedding=model.vocabulary * h,
-        head=0 if model.is_tied else model.vocabulary * h,
-        tower=model.patch_values * d + model.vision_layers * block,
-        projector=norm + merged * merged + merged + merged * h + h,
-    )
 
 
 def lora_parameters(model: Architecture, rank: int, targets: Sequence[str]) -> int:
@@ -82,8 +38,8 @@ def lora_parameters(model: Architecture, rank: int, targets: Sequence[str]) -> i
 
 
 def image_tokens(model: Architecture, grids: Sequence[Grid]) -> int:
-    """Image tokens in the language model: one per merge_size x merge_size patches."""
-    return sum(down * across for down, across in grids) // model.merge_size**2
+    """Image tokens in the language model."""
+    return sum(down * across for down, across in grids) // model.patches_per_token
 
 
 def group_pairs(prompt: int, completions: Sequence[int]) -> int:
@@ -96,22 +52,15 @@ def vision_pairs(model: Architecture, grids: Sequence[Grid]) -> int:
     """Attention pairs of all vision layers: the square of the patches of each image, or of each window (windows at the
     right and bottom edges are cropped, not padded)."""
     whole = sum((down * across) ** 2 for down, across in grids)
-    if not model.window_pixels:
+    if not model.window:
         return model.vision_layers * whole
-    side = model.window_pixels // model.merge_size // model.patch_size * model.merge_size
 
     def cut(length: int) -> list[int]:
-        return [min(side, length - start) for start in range(0, length, side)]
+        return [min(model.window, length - start) for start in range(0, length, model.window)]
 
     windowed = sum((a * b) ** 2 for down, across in grids for a in cut(down) for b in cut(across))
     num_global = len({layer for layer in model.global_layers if layer < model.vision_layers})
     return num_global * whole + (model.vision_layers - num_global) * windowed
-
-
-def _tower_weights(model: Architecture) -> int:
-    """Weights of the linear layers of all vision layers, each used once per patch."""
-    d, m = model.vision_hidden, model.vision_intermediate
-    return model.vision_layers * (4 * d * d + (3 if model.vision_is_gated else 2) * d * m)
 
 
 def layer_weights(model: Architecture) -> int:
@@ -122,19 +71,18 @@ def layer_weights(model: Architecture) -> int:
 def tower_flops(model: Architecture, grids: Sequence[Grid]) -> int:
     """Forward FLOPs of patch embedding and vision layers: 2 per weight and patch, 4 * width per pair."""
     patches = sum(down * across for down, across in grids)
-    linear = model.patch_values * model.vision_hidden + _tower_weights(model)
+    linear = model.patch_values * model.vision_hidden + model.tower_weights
     return 2 * linear * patches + 4 * model.vision_hidden * vision_pairs(model, grids)
 
 
 def projector_flops(model: Architecture, grids: Sequence[Grid]) -> int:
-    """Forward FLOPs of the merger: two linear layers per image token."""
-    merged = model.vision_hidden * model.merge_size**2
-    return 2 * merged * (merged + model.hidden) * image_tokens(model, grids)
+    """Forward FLOPs of the projector: 2 per weight and image token."""
+    return 2 * model.projector_weights * image_tokens(model, grids)
 
 
 def decoder_flops(model: Architecture, tokens: int, pairs: int) -> int:
-    """Forward FLOPs of the decoder layers: 2 per weight and token, 4 * hidden per pair and layer."""
-    return 2 * layer_weights(model) * tokens + 4 * model.hidden * model.layers * pairs
+    """Forward FLOPs of the decoder layers: 2 per weight and token, 4 * the width of the queries per pair and layer."""
+    return 2 * layer_weights(model) * tokens + 4 * model.query_hidden * model.layers * pairs
 
 
 def head_flops(model: Architecture, tokens: int) -> int:
@@ -210,7 +158,7 @@ def backward_flops(
     if trained.tower:
         patches = sum(down * across for down, across in shape.grids)
         embedding = 2 * model.patch_values * model.vision_hidden * patches  # pixels have no gradient
-        flops += embedding + 4 * _tower_weights(model) * patches
+        flops += embedding + 4 * model.tower_weights * patches
         flops += attention * 4 * model.vision_hidden * vision_pairs(model, shape.grids)
     return flops
 
@@ -257,5 +205,5 @@ def decode_bytes(model: Architecture, keys: int, bytes_per_number: int) -> int:
         keys: cached tokens of all sequences; a shared prompt counts once.
         bytes_per_number: 2 for bfloat16, 4 for float32.
     """
-    weights = count_parameters(model).layers + model.vocabulary * model.hidden
+    weights = model.parameters.layers + model.vocabulary * model.hidden
     return weights * bytes_per_number + keys * kv_bytes(model, bytes_per_number)

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medvqa_rl.config import Config, VllmConfig
-from medvqa_rl.data.images.budget import image_budget
-from medvqa_rl.learning.estimate.architecture import Architecture, Grid
 from medvqa_rl.learning.estimate.hardware import GIB, Machine
 from medvqa_rl.learning.estimate.memory import peak, step_memory
 from medvqa_rl.learning.estimate.workload import Workload, plan
+from medvqa_rl.models.dimensions import Architecture, Grid
 
 PROCESS = {False: 0.55 * GIB, True: 0.6 * GIB}
 """By ``is_gpu``: interpreter and libraries on a CPU, measured; CUDA context and libraries on a GPU, assumed."""
@@ -74,15 +73,16 @@ def estimate(config: Config, model: Architecture, machine: Machine, assumptions:
     Raises:
         ValueError: the ranks cannot share the prompts evenly, or an adapter or image cannot be used.
     """
-    grid: Grid | None = None
+    from medvqa_rl.models.families.costs import image_rule
+
+    grids: tuple[Grid, ...] = ()
     if assumptions.image_size is not None:
-        width, height = image_budget(config.model)[0].resized(*assumptions.image_size)
-        grid = (height // model.patch_size, width // model.patch_size)
+        grids = image_rule(config.model)[0].size(*assumptions.image_size).grids
     work = plan(
         config,
         model,
         question_tokens=assumptions.question_tokens,
-        grid=grid,
+        grids=grids,
         on_gpu=machine.is_gpu,
         ranks=assumptions.ranks,
     )

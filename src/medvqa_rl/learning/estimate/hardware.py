@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.text import number_of
-from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.dimensions import uses_bfloat16
 
 GIB = 2**30
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 from medvqa_rl.learning.estimate.cost import (
     BYTES_IN_4BIT,
-    count_parameters,
     image_tokens,
     kv_bytes,
     layer_weights,
@@ -31,7 +30,7 @@ PARTS = ("process", "weights", "reference", "optimizer", "gradients", "KV cache"
 
 def _static(work: Workload) -> dict[str, float]:
     """Bytes that are allocated all the time."""
-    counts, trained, e = count_parameters(work.model), work.trained, work.bytes
+    counts, trained, e = work.model.parameters, work.trained, work.bytes
     weights = sum(counts) * e - work.is_4bit * layer_weights(work.model) * (e - BYTES_IN_4BIT)
     adapters = 0
     if trained.lora_rank:
@@ -52,11 +51,10 @@ def _static(work: Workload) -> dict[str, float]:
 def _largest_trained(work: Workload) -> int:
     """Number of elements of the largest trained tensor."""
     model, trained = work.model, work.trained
-    merged = model.vision_hidden * model.merge_size**2
     return max(
         trained.lora_rank * model.intermediate if trained.lora_rank else model.vocabulary * model.hidden,
         trained.tower * model.vision_hidden * max(model.vision_intermediate, 3 * model.vision_hidden),
-        trained.projector * merged * max(merged, model.hidden),
+        trained.projector * model.largest_projector_weight,
     )
 
 
@@ -99,12 +97,12 @@ def _saved_attention(work: Workload) -> int:
     """
     model, e = work.model, work.bytes
     tokens = work.rows * work.row_tokens
-    saved = tokens * (2 * model.hidden + 2 * model.kv_hidden) * e + tokens * model.heads * 4
+    saved = tokens * (2 * model.query_hidden + 2 * model.kv_hidden) * e + tokens * model.heads * 4
     if work.layout == Layout.PACKED:
         completions = work.groups_per_micro_batch * work.generations
         saved += completions * (work.prompt_tokens + work.completion_tokens) * 2 * model.kv_hidden * e
         if model.kv_heads != model.heads:
-            saved += completions * work.completion_tokens * model.hidden * e
+            saved += completions * work.completion_tokens * model.query_hidden * e
     if work.layout == Layout.ROWS:
         saved += work.rows * work.row_tokens**2 * (model.heads * (4 + e) + e)
     return saved
@@ -140,7 +138,7 @@ def _saved_vision(work: Workload, images: int) -> int:
     if work.vision_is_frozen or not work.patches:
         return 0
     d, m, e = work.model.vision_hidden, work.model.vision_intermediate, work.bytes
-    saved = 4 * d * e  # the merger: its input, the norm's output, the inputs of both linear layers
+    saved = 4 * d * e  # the projector: its input, the norm's output, the inputs of both linear layers
     if work.trained.tower:
         full = (13 * d + 4 * m) * e if work.model.vision_is_gated else (11 * d + 3 * m) * e
         if work.model.vision_is_gated and work.is_bfloat16:
@@ -197,7 +195,7 @@ def step_memory(work: Workload, *, process: float) -> dict[str, dict[str, float]
     scored = work.groups_per_micro_batch * work.generations * work.completion_tokens
     chunk = min(scored, max(1, LOGITS_PER_CHUNK // words))
     layer = saved_per_layer(work)
-    rotations = 2 * tokens * (h // model.heads) * e
+    rotations = 2 * tokens * model.head_size * e
     saved = rotations + tokens * h * (4 + e * is_full) + scored * h * e  # final norm, hidden states of scored tokens
     saved += model.layers * tokens * h * e if work.trained.checkpointing else model.layers * layer
     saved += _mask_bytes(work)

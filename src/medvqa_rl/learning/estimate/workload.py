@@ -13,10 +13,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 from medvqa_rl.config import Config, LoraConfig
 from medvqa_rl.core.files import read_json
 from medvqa_rl.core.text import shown
-from medvqa_rl.learning.estimate.architecture import Architecture, Grid
-from medvqa_rl.learning.estimate.cost import Trained, count_parameters, image_tokens, lora_parameters
+from medvqa_rl.learning.estimate.cost import Trained, image_tokens, lora_parameters
 from medvqa_rl.learning.objective.layout import Layout
-from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.dimensions import Architecture, Grid, uses_bfloat16
 
 LAYOUTS: Mapping[str, Layout] = {"sdpa": Layout.PACKED, "eager": Layout.ROWS, "flash_attention_2": Layout.SEPARATE}
 
@@ -38,8 +37,8 @@ class Workload:
     """Tokens per prompt, including image tokens."""
     completion_tokens: int
     """Tokens per completion: the limit, so that memory is an upper bound."""
-    grid: Grid | None
-    """Patches of each prompt's image; None for questions without images."""
+    grids: tuple[Grid, ...]
+    """Patches of each prompt's image, or of its tiles; empty for questions without images."""
     prompts_per_rollout_batch: int
     groups_per_micro_batch: int
     has_reference: bool
@@ -59,14 +58,9 @@ class Workload:
         return 2 if self.is_bfloat16 else 4
 
     @property
-    def grids(self) -> tuple[Grid, ...]:
-        """The images of a prompt."""
-        return () if self.grid is None else (self.grid,)
-
-    @property
     def patches(self) -> int:
         """Patches of a prompt's image."""
-        return 0 if self.grid is None else self.grid[0] * self.grid[1]
+        return sum(down * across for down, across in self.grids)
 
     @property
     def row_tokens(self) -> int:
@@ -95,7 +89,7 @@ def plan(
     model: Architecture,
     *,
     question_tokens: int,
-    grid: Grid | None,
+    grids: tuple[Grid, ...],
     on_gpu: bool,
     ranks: int = 1,
 ) -> Workload:
@@ -105,7 +99,7 @@ def plan(
         config: the settings.
         model: the model's dimensions.
         question_tokens: prompt tokens besides the image: template, question, options.
-        grid: patches of a resized image, or None.
+        grids: patches of a resized image or of its tiles, or empty.
         on_gpu: the device is a GPU.
         ranks: devices that share the prompts of a step.
 
@@ -123,7 +117,7 @@ def plan(
     if lora is not None:
         lora_parameters(model, lora.rank, lora.targets)  # raises for unknown layers
     layout, rollout = LAYOUTS[config.model.attention], config.rollout
-    tokens = question_tokens + (0 if grid is None else image_tokens(model, [grid]))
+    tokens = question_tokens + image_tokens(model, grids)
     length = rollout.num_generations * (rollout.max_completion_length + tokens * (layout == Layout.SEPARATE))
     group = length + tokens * (layout != Layout.SEPARATE)
     budget = config.train.max_tokens_per_micro_batch or prompts * group
@@ -148,7 +142,7 @@ def plan(
         generations=rollout.num_generations,
         prompt_tokens=tokens,
         completion_tokens=rollout.max_completion_length,
-        grid=grid,
+        grids=grids,
         prompts_per_rollout_batch=min(prompts // ranks, rollout.max_batch),
         groups_per_micro_batch=min(prompts // ranks, config.train.prompts_per_micro_batch, budget // group),
         has_reference=config.loss.beta > 0,
@@ -162,7 +156,7 @@ def plan(
 
 def trained_parameters(work: Workload) -> int:
     """Parameters that the optimizer updates."""
-    counts, trained = count_parameters(work.model), work.trained
+    counts, trained = work.model.parameters, work.trained
     language = (
         lora_parameters(work.model, trained.lora_rank, trained.lora_targets) if trained.lora_rank else counts.language
     )

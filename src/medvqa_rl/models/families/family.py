@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.models.dimensions import ImageRule, ImageSettings
 
 
 class Readers(NamedTuple):
@@ -305,6 +306,37 @@ class Family(ABC):
             **arguments,
         ).last_hidden_state
         return hidden
+
+    # Costs
+
+    @abstractmethod
+    def image_rule(
+        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> ImageRule:
+        """What images cost.
+
+        Args:
+            settings: of the checkpoint; empty for the published defaults.
+            config: the content of its config.json; empty for the published defaults.
+            min_pixels: ``model.min_pixels``.
+            max_pixels: ``model.max_pixels``.
+        """
+
+    @abstractmethod
+    def patches_per_token(self, config: Any) -> int:
+        """Patches of the vision tower per image token.
+
+        Args:
+            config: the model's transformers configuration.
+        """
+
+    def attention_windows(self, config: Any) -> dict[str, Any]:
+        """``window`` and ``global_layers`` of :class:`Architecture`, if the vision tower attends in windows.
+
+        Args:
+            config: the model's transformers configuration.
+        """
+        return {}
 
     # vLLM
 

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.models.dimensions import ImageRule, ImageSettings
 from medvqa_rl.models.families.family import Family, Readers, adds_special_tokens, backbone, causal_model
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
@@ -96,6 +97,14 @@ class Generic(Family):
         return sum(84 * max(pixels, 2**22) for pixels in stored if pixels)
 
     # Parts of the model
+
+    def image_rule(
+        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> ImageRule:
+        raise NotImplementedError("what images cost is only known for families of their own")
+
+    def patches_per_token(self, config: Any) -> int:
+        raise NotImplementedError("what images cost is only known for families of their own")
 
     def text(self, model: nn.Module) -> Any:
         return causal_model(model).get_decoder()

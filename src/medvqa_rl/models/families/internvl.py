@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,49 @@ from torch import Tensor, nn
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.models.dimensions import ImageSettings, ImageSize
 from medvqa_rl.models.families.family import Family, Readers, backbone
 
 PROCESSOR_FILE = "processor_config.json"
 TILE_TOKENS = 256
 """Tokens of a tile, if the checkpoint does not say otherwise."""
+_DEFAULTS: dict[str, Any] = {
+    "size": {"height": 448, "width": 448},
+    "min_patches": 1,
+    "max_patches": 12,
+    "crop_to_patches": True,
+    "use_thumbnail": True,
+}
+"""Published image settings."""
 _START, _END = "<img>", "</img>"
 """Tokens around the tiles of an image."""
+
+
+@dataclass(frozen=True)
+class TiledImages:
+    """Images that are cut into square tiles."""
+
+    image_processor: Any
+    patches: int
+    """Patches along a side of a tile."""
+    tile_tokens: int
+
+    @property
+    def rule(self) -> str:
+        side, most = self.image_processor.size["height"], self.image_processor.max_patches
+        return (
+            f"Images are cut into up to {most} tiles of {side} x {side} pixels, with a thumbnail beside several; each "
+            f"takes {self.tile_tokens} tokens"
+        )
+
+    def size(self, width: int, height: int) -> ImageSize:
+        """The cost of an image."""
+        tiles = self.image_processor.get_number_of_image_patches(height, width)
+        return ImageSize(((self.patches, self.patches),) * tiles, tiles * self.tile_tokens)
+
+    def tokens(self, width: int, height: int) -> int:
+        """Number of image tokens."""
+        return self.size(width, height).tokens
 
 
 class InternVL(Family):
@@ -126,6 +163,24 @@ class InternVL(Family):
             f"uses sliding-window attention, which is not supported (no published {self.title} does): choose another "
             "model.path, or set use_sliding_window to false in its config.json."
         )
+
+    def image_rule(
+        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> TiledImages:
+        given: dict[str, Any] = {"min_patches": settings.min_patches, "max_patches": settings.max_patches}
+        if settings.size.height is not None:
+            given["size"] = {"height": settings.size.height, "width": settings.size.height}
+        processor = GotOcr2ImageProcessorPil(**_DEFAULTS | {name: value for name, value in given.items() if value})
+        self.limit_pixels(processor, min_pixels, max_pixels)
+        vision = config.get("vision_config") or {}
+        patch = vision.get("patch_size", 14)
+        patch = patch[0] if isinstance(patch, list) else patch
+        return TiledImages(processor, processor.size["height"] // patch, config.get("image_seq_length", TILE_TOKENS))
+
+    def patches_per_token(self, config: Any) -> int:
+        """Neighbouring patches are joined by pixel shuffle."""
+        patches: int = round((1 / config.downsample_ratio) ** 2)
+        return patches
 
     def encode(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         features: Tensor = backbone(model).get_image_features(**inputs, return_dict=True).pooler_output

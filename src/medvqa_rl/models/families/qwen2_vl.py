@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
+from medvqa_rl.models.dimensions import ImageSettings, ResizedImages
 from medvqa_rl.models.families.family import Family, Readers, backbone
 
 
@@ -147,6 +148,21 @@ class Qwen2VL(Family):
             model, {"pixel_values": torch.zeros(side * side, patch, device=device), "image_grid_thw": grid}
         )[0]
 
+    def image_rule(
+        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> ResizedImages:
+        found = {
+            "min_pixels": min_pixels or settings.size.shortest_edge or settings.min_pixels,
+            "max_pixels": max_pixels or settings.size.longest_edge or settings.max_pixels,
+            "patch_size": settings.patch_size,
+            "merge_size": settings.merge_size,
+        }
+        return ResizedImages(**{name: value for name, value in found.items() if value is not None})
+
+    def patches_per_token(self, config: Any) -> int:
+        merge: int = config.vision_config.spatial_merge_size
+        return merge**2
+
     def vllm_images(self, prompt: EncodedPrompt, features: Tensor) -> dict[str, Tensor]:
         return {"image_embeds": features, "image_grid_thw": torch.from_numpy(prompt.image_inputs["image_grid_thw"])}
 
@@ -160,6 +176,12 @@ class Qwen25VL(Qwen2VL):
 
     title = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
+
+    def attention_windows(self, config: Any) -> dict[str, Any]:
+        vision = config.vision_config
+        merge = vision.spatial_merge_size
+        window = vision.window_size // merge // vision.patch_size * merge
+        return {"window": window, "global_layers": tuple(vision.fullatt_block_indexes)}
 
 
 def _lengths(image_inputs: Mapping[str, NDArray[Any]], image_processor: Any) -> NDArray[np.int64]:

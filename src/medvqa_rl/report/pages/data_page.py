@@ -59,20 +59,19 @@ class ShownPair:
     second_image: str
 
 
-def write_data_page(out: Path, report: DataReport, budget_source: str) -> Path:
+def write_data_page(out: Path, report: DataReport, cost_source: str) -> Path:
     """Write the page; its folder is created.
 
     Args:
         out: the file.
         report: the findings of a check.
-        budget_source: where the limits on image sizes come from.
+        cost_source: where the limits on image sizes come from.
     """
     html = render(
         "data.html.j2",
         report=report,
         title=", ".join(dict.fromkeys(split.name.rsplit("/", 1)[0] for split in report.splits)),
-        budget_source=budget_source,
-        unit=report.budget.patch_size * report.budget.merge_size,
+        cost_source=cost_source,
         measures=_measures(report.splits),
         letters=_letters(report.splits),
         pairs=_pairs(report),

@@ -16,7 +16,7 @@ from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
-from medvqa_rl.models.dtype import uses_bfloat16
+from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
