@@ -74,13 +74,17 @@ def decode_floor(model: Architecture, workload: Workload, prompts: Sequence[int]
 
 def stock_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
     """Inputs of ``generate`` for prompts padded on the left."""
-    padded = policy.processor.pad(prompts, policy.device, side="left")
-    is_image = (padded.input_ids == backbone(policy.model).config.image_token_id) & padded.mask
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    missing = [width - len(prompt.input_ids) for prompt in prompts]
+    rows = [np.pad(prompt.input_ids, (count, 0)) for prompt, count in zip(prompts, missing)]
+    ids = torch.from_numpy(np.stack(rows)).to(policy.device)
+    mask = torch.arange(width, device=policy.device) >= torch.tensor(missing, device=policy.device)[:, None]
+    is_image = (ids == policy.processor.image_token_id) & mask
     pixels = [prompt.image_inputs["pixel_values"] for prompt in prompts if prompt.image_inputs]
     grids = [prompt.image_inputs["image_grid_thw"] for prompt in prompts if prompt.image_inputs]
     return {
-        "input_ids": padded.input_ids,
-        "attention_mask": padded.mask.long(),
+        "input_ids": ids.masked_fill(~mask, policy.processor.pad_id),
+        "attention_mask": mask.long(),
         "mm_token_type_ids": is_image.int(),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)).to(policy.device),
         "image_grid_thw": torch.from_numpy(np.concatenate(grids)).to(policy.device),

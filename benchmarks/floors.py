@@ -28,6 +28,8 @@ from medvqa_rl.learning.estimate.cost import (
 from medvqa_rl.models.dimensions import Architecture, Grid
 from medvqa_rl.models.families.costs import read_architecture
 
+PATCH_SIZE = 14
+"""Pixels along a side of a patch, in all models of the benchmarks."""
 OPTIMIZER_BYTES = 28
 """AdamW traffic per trained float32 parameter: read weight, gradient and two moments, write weight and moments."""
 

@@ -43,7 +43,7 @@ from benchmarks.common import (
 )
 from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, run_ours, same_work
-from benchmarks.floors import Floor, architecture_of, step_floors
+from benchmarks.floors import PATCH_SIZE, Floor, architecture_of, step_floors
 from medvqa_rl.core.machine import keep_freed_memory
 
 PRESETS = {
@@ -116,7 +116,7 @@ def summary(steps: Sequence[Step], peak: int, floors: Mapping[str, Floor]) -> di
 def floors_of(workload: Workload, folder: Path, steps: Sequence[Step], rates: Rates) -> dict[str, Floor]:
     """Median over the steps of the lower bound for each phase."""
     model = architecture_of(folder)
-    across = workload.side // model.patch_size
+    across = workload.side // PATCH_SIZE
     found = [
         step_floors(model, workload, list(map(len, step.prompt_ids)), [(across, across)] * workload.prompts, rates)
         for step in steps

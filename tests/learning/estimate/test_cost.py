@@ -133,7 +133,7 @@ def test_unknown_targets_are_refused(tiny_policy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "of a llava model, but only Qwen2-VL"),
+        ({"model_type": "llava"}, "of a llava model, but estimates are for Qwen2-VL"),
         ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
         ({"vision_config": 7}, "describes no Qwen2-VL model"),
         ({"hidden_size": -4}, "describes no Qwen2-VL model"),
