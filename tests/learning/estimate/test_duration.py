@@ -8,11 +8,21 @@ from medvqa_rl.config import Config, LossConfig, ModelConfig
 from medvqa_rl.learning.estimate.duration import expected_seconds, least_seconds, update_shape
 from medvqa_rl.learning.estimate.hardware import Rates
 from medvqa_rl.learning.estimate.workload import plan
-from medvqa_rl.models.dimensions import Architecture
+from medvqa_rl.models.dimensions import Architecture, Parameters
 
 MODEL = Architecture(
-    **{"vocabulary": 100, "hidden": 8, "intermediate": 16, "layers": 2, "heads": 2, "kv_heads": 1, "is_tied": True},
+    **{"vocabulary": 100, "hidden": 8, "intermediate": 16, "layers": 2, "heads": 2, "kv_heads": 1, "head_size": 4},
     **{"vision_layers": 1, "vision_hidden": 4, "vision_intermediate": 8, "vision_is_gated": False},
+    **{"patch_values": 12, "patches_per_token": 4, "tower_weights": 128, "projector_weights": 384},
+    largest_projector_weight=256,
+    linears={
+        **{"q_proj": (8, 8), "k_proj": (8, 4), "v_proj": (8, 4), "o_proj": (8, 8)},
+        **{"gate_proj": (8, 16), "up_proj": (8, 16), "down_proj": (16, 8)},
+    },
+    # Linears, biases of queries, keys and values, and norms of two layers, and the last norm; a tied output layer.
+    parameters=Parameters(
+        layers=1152 + 2 * (8 + 2 * 4) + 2 * 2 * 8 + 8, embedding=800, head=0, tower=200, projector=400
+    ),
 )
 LAYERS = 2 * (8 * 8 + 8 * 4 * 2 + 8 * 8 + 3 * 8 * 16)  # weights of all linears
 
@@ -25,7 +35,7 @@ def work(**changes):
         "train": {"prompts_per_step": 2},
         "loss": {"beta": 0.0},
     } | changes
-    return plan(Config.model_validate(sections), MODEL, question_tokens=5, grid=None, on_gpu=False)
+    return plan(Config.model_validate(sections), MODEL, question_tokens=5, grids=(), on_gpu=False)
 
 
 def test_every_phase_by_hand():
