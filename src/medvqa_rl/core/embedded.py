@@ -100,18 +100,18 @@ def snapshot(
                     local_files_only=is_offline or proxy is not None,
                 )
             )
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise ValueError(
-            f"{repository} cannot be cached. {describe_os_error(error)} HF_HUB_CACHE sets the folder."
-        ) from error
-    except LocalEntryNotFoundError as error:
+    except LocalEntryNotFoundError as error:  # is an OSError too
         if is_offline or proxy is None:
             raise
         raise ValueError(
             f"{repository} is not on this machine, and the proxy in the environment's {proxy} cannot be used to "
             "download it: for SOCKS, install the package socksio and write socks5://, or unset the variable."
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise ValueError(
+            f"{repository} cannot be cached. {describe_os_error(error)} HF_HUB_CACHE sets the folder."
         ) from error
     except HTTPError as error:  # of its HTTP client, such as ProxyError; huggingface_hub makes only some its own
         if isinstance(error, OSError):
