@@ -9,7 +9,10 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-_SPECIAL = re.compile(r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer))>", re.IGNORECASE)
+_SPECIAL = re.compile(
+    r"<(\|[A-Za-z0-9_]+\|)>|<(/?(?:describe|think|answer)|(?:start|end)_of_(?:turn|image)|image_soft_token|[be]os|unused\d+)>",
+    re.IGNORECASE,
+)
 
 
 def neutralise(text: str) -> tuple[str, int]:

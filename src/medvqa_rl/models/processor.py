@@ -41,6 +41,8 @@ class PaddedPrompts(NamedTuple):
     """(axes, P, T) positions, 0 at padding."""
     next_positions: Tensor
     """(P,) the position of the first completion token, equal in all axes."""
+    blocks: Tensor | None
+    """(P, T) from :meth:`Family.blocks`, -1 at padding; None if all tokens of all prompts attend causally."""
 
 
 class Processor:
@@ -62,8 +64,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         image_token, placeholder = family.image_tokens(image_processor)
-        for token in (image_token, placeholder):
-            if token not in tokenizer.get_added_vocab():
+        for token in (image_token, placeholder, family.end_of_turn):
+            if token is not None and token not in tokenizer.get_added_vocab():
                 raise ValueError(
                     f"The tokenizer has no {token} token, so it does not belong to a {family.title} model: use the "
                     "tokenizer files of the checkpoint."
@@ -77,14 +79,15 @@ class Processor:
         self.readers = Readers(tokenizer, image_processor, self.image_token_id)
         self._placeholder = placeholder
         self._placeholder_id: int = tokenizer.convert_tokens_to_ids(placeholder)
-        self.eos_id: int = tokenizer.eos_token_id
+        self.eos_id: int = tokenizer.convert_tokens_to_ids(family.end_of_turn or tokenizer.eos_token)
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.stop_ids: tuple[int, ...] = (self.eos_id, *sorted(set(stop_ids) - {self.eos_id}))
+        self.stop_ids: tuple[int, ...] = (self.eos_id, *sorted({tokenizer.eos_token_id, *stop_ids} - {self.eos_id}))
         control = {
             id
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
         }
+        control |= {self.image_token_id, self._placeholder_id}
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._controls = tuple(sorted(token for token in special if token.startswith("<") and token.endswith(">")))
         """Special tokens that the data must not contain."""
@@ -222,6 +225,10 @@ class Processor:
         """(axes, T) positions of a prompt's tokens. Completions continue at the maximum + 1, equal in all axes."""
         return self.family.positions(prompt, self.readers)
 
+    def blocks(self, prompt: EncodedPrompt) -> NDArray[np.int64] | None:
+        """(T,) the tokens of a prompt that attend in both directions, from :meth:`Family.blocks`."""
+        return self.family.blocks(prompt, self.readers)
+
     def pad(self, prompts: Sequence[EncodedPrompt], device: torch.device | str) -> PaddedPrompts:
         """Pad prompts on the right to a batch with explicit positions."""
         width = max(len(prompt.input_ids) for prompt in prompts)
@@ -229,6 +236,7 @@ class Processor:
         mask = np.zeros((len(prompts), width), dtype=bool)
         positions = np.zeros((self.family.num_axes, len(prompts), width), dtype=np.int64)
         following = np.zeros(len(prompts), dtype=np.int64)
+        blocks = np.full((len(prompts), width), -1, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             length = len(prompt.input_ids)
             ids[row, :length] = prompt.input_ids
@@ -236,7 +244,12 @@ class Processor:
             own = self.positions(prompt)
             positions[:, row, :length] = own
             following[row] = own.max() + 1
-        return PaddedPrompts(*(torch.from_numpy(array).to(device) for array in (ids, mask, positions, following)))
+            block = self.blocks(prompt)
+            if block is not None:
+                blocks[row, :length] = block
+        arrays = (ids, mask, positions, following, blocks)
+        padded = PaddedPrompts(*(torch.from_numpy(array).to(device) for array in arrays))
+        return padded if (blocks >= 0).any() else padded._replace(blocks=None)
 
     def encode_completion(self, text: str) -> tuple[int, ...]:
         """Token ids of an SFT target, including the end-of-sequence token."""

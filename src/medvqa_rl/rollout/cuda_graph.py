@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medvqa_rl.rollout.state import Capacity, DecodeState, Shape
+from medvqa_rl.rollout.state import Capacity, DecodeState, Shape, needs_window
 from medvqa_rl.rollout.step import Picker, Sampling, advance
 
 Run = Callable[[], None]
@@ -94,7 +94,7 @@ class GraphDecoder:
             self._graphs.pop(key, None)
             self._versions[key] = state.version
         graphs = self._graphs.setdefault(key, {})
-        shape = round_shape(state.shape(), state.capacity, STEPS_PER_SYNC)
+        shape = round_shape(state.shape(), state.capacity, STEPS_PER_SYNC, state.window)
         for _ in range(STEPS_PER_SYNC):
             replay = graphs.get((shape, picker.sampling))
             if replay is None:
@@ -105,19 +105,19 @@ class GraphDecoder:
             state.count_step()
 
 
-def round_shape(shape: Shape, capacity: Capacity, steps: int) -> Shape:
+def round_shape(shape: Shape, capacity: Capacity, steps: int, window: int | None = None) -> Shape:
     """The shape to capture for the next steps: rows and slots rounded up to powers of two, no work skipped."""
+    length = min(_round_up(shape.completion_length + steps - 1, LENGTH_MULTIPLE), capacity.completion_length)
     return Shape(
         rows=min(_power(shape.rows), capacity.rows),
         slots=min(_power(shape.slots), capacity.slots),
         rows_per_slot=capacity.rows_per_slot,
         prompt_length=capacity.prompt_length,
-        completion_length=min(
-            _round_up(shape.completion_length + steps - 1, LENGTH_MULTIPLE), capacity.completion_length
-        ),
+        completion_length=length,
         is_aligned=False,
         is_padded=True,
         is_grid=False,
+        is_windowed=needs_window(window, capacity.prompt_length, length),
     )
 
 

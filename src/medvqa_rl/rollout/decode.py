@@ -24,6 +24,7 @@ from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.group_attention import mask_argument
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.sampling import Stream, uniform_table
@@ -250,13 +251,25 @@ class RolloutEngine:
         family = self._policy.family
         features = family.image_features(model, prompts, device)
         padded = self.processor.pad(prompts, device)
-        cache = DynamicCache()
+        embedded = family.embed(model, padded.input_ids, padded.mask, features)
+        masks: dict[str, Any] = {}
+        if padded.blocks is not None:  # else transformers masks by causality and window itself
+            masks["attention_mask"] = mask_argument(
+                family.text(model),
+                family.window(model),
+                padded.mask.long() - 1,
+                padded.blocks,
+                padded.position_ids[0],
+                embedded.embeds.dtype,
+            )
+        cache = DynamicCache()  # without a configuration, so that layers with a sliding window keep all keys
         hidden = family.hidden_states(
             model,
-            family.embed(model, padded.input_ids, padded.mask, features),
+            embedded,
             padded.position_ids,
             use_cache=True,
             **cache_argument(family.text(model), cache),
+            **masks,
         )
         last = hidden[torch.arange(len(prompts), device=device), padded.mask.sum(dim=-1) - 1]
         layers: Any = cache.layers

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.family import FULL, causal_model
 
 
 class Owner(NamedTuple):
@@ -79,6 +79,8 @@ class Shape(NamedTuple):
     """Some prompt is shorter than ``prompt_length``."""
     is_grid: bool
     """Rows are already in grid order and fill it, so no gather is needed."""
+    is_windowed: bool
+    """Some sequence may be longer than the sliding window."""
 
 
 class LayerCache(NamedTuple):
@@ -135,16 +137,20 @@ class DecodeState:
         self._model = model
         self._is_static = is_static
 
+        family = family_of(model)
+        self.layer_types = family.layer_types(model)
+        self.window = family.window(model)
         cached: Any = {"dtype": causal_model(model).dtype, "device": device}
         self.layers = []
-        for layer in family_of(model).text(model).layers:
+        for layer in family.text(model).layers:
             heads, size = layer.self_attn.config.num_key_value_heads, layer.self_attn.head_dim
             prompt, own = (slots, heads, prompt_length, size), (rows, heads, length, size)
             self.layers.append(LayerCache(*(torch.zeros(sizes, **cached) for sizes in (prompt, prompt, own, own))))
         integers: Any = {"dtype": torch.long, "device": device}
         self.is_padding = torch.zeros(slots, prompt_length, dtype=torch.bool, device=device)
         """(slots, S) True at the padding of the prompts."""
-        self.cosines, self.sines = rotary_table(model, prompt_length + length, device)
+        self.rotary = self._rotary_tables()
+        """By layer type."""
         self.tokens = torch.zeros(rows, length, **integers)
         self.last_token = torch.zeros(rows, **integers)
         """(rows,) the newest token, which the next step reads."""
@@ -164,6 +170,7 @@ class DecodeState:
         self.row_of_cell = torch.zeros(slots * rows_per_slot, **integers)
         """(m * w,) the row in each cell of the grid; any row where the cell is empty."""
         self.length_range = torch.arange(length, device=device)
+        self.prompt_range = torch.arange(prompt_length, device=device)
         self.row_range = torch.arange(rows, device=device)
 
         # The host's view of the batch, so that a step does not wait for the device.
@@ -201,7 +208,8 @@ class DecodeState:
 
     def shape(self) -> Shape:
         """The smallest shape for the next step."""
-        return self._shape._replace(completion_length=self.longest)
+        is_windowed = needs_window(self.window, self._shape.prompt_length, self.longest)
+        return self._shape._replace(completion_length=self.longest, is_windowed=is_windowed)
 
     def clear(self) -> None:
         """Remove all sequences and prompts, and reset :attr:`is_finite`."""
@@ -313,6 +321,7 @@ class DecodeState:
             is_aligned=self._oldest_step == max(first_steps, default=0),
             is_padded=min(self._prompt_lengths, default=0) < longest_prompt,
             is_grid=cells == list(range(self.num_slots * width)),
+            is_windowed=False,
         )
         if self._is_static:
             self.cell_of_row.zero_()
@@ -343,16 +352,29 @@ class DecodeState:
         is_padding[:, :old] = self.is_padding
         self.is_padding = is_padding
         self.capacity = self.capacity._replace(prompt_length=length)
-        self.cosines, self.sines = rotary_table(self._model, length + self.capacity.completion_length, self.device)
+        self.rotary = self._rotary_tables()
+        self.prompt_range = torch.arange(length, device=self.device)
         self.version += 1
 
+    def _rotary_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The rotations of all positions that fit the capacity, by layer type."""
+        count = self.capacity.prompt_length + self.capacity.completion_length
+        return {kind: rotary_table(self._model, count, self.device, kind) for kind in sorted(set(self.layer_types))}
 
-def rotary_table(model: nn.Module, count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(count, D) cosines and sines of the text positions 0, 1 ...
+
+def needs_window(window: int | None, prompt_length: int, completion_length: int) -> bool:
+    """Whether a sliding window hides any token from a sequence of this length."""
+    return window is not None and prompt_length + completion_length > window
+
+
+def rotary_table(
+    model: nn.Module, count: int, device: torch.device | str, layer_type: str = FULL
+) -> tuple[Tensor, Tensor]:
+    """(count, D) cosines and sines of the text positions 0, 1 ... in layers of a type.
 
     The first half of the sines is negated, so that x * cos + roll(x, D / 2) * sin rotates x.
     """
-    cosines, sines = family_of(model).rotary(model, count, device)
+    cosines, sines = family_of(model).rotary(model, count, device, layer_type)
     sines = sines.clone()
     sines[:, : sines.shape[-1] // 2] *= -1
     return cosines.clone(), sines

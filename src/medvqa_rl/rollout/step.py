@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.family import SLIDING, Family, causal_model
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
 from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
@@ -43,12 +43,18 @@ def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) 
     text = family.text(model)
     rows = slice(shape.rows)
     positions = state.first_position[rows] + state.token_index[rows]
-    cosines, sines = state.cosines[positions].unsqueeze(1), state.sines[positions].unsqueeze(1)
+    rotary = {
+        kind: (cosines[positions].unsqueeze(1), sines[positions].unsqueeze(1))
+        for kind, (cosines, sines) in state.rotary.items()
+    }
     hidden = text.embed_tokens(state.last_token[rows])
-    for layer, cache in zip(text.layers, state.layers):
+    for layer, cache, kind in zip(text.layers, state.layers, state.layer_types):
+        window = state.window if shape.is_windowed and kind == SLIDING else None
 
-        def attention(module: Any, normed: Tensor, cache: LayerCache = cache) -> Tensor:
-            return _attention(family, module, normed, cosines, sines, state, cache, shape)
+        def attention(
+            module: Any, normed: Tensor, cache: LayerCache = cache, kind: str = kind, window: int | None = window
+        ) -> Tensor:
+            return _attention(family, module, normed, rotary[kind], state, cache, shape, window)
 
         hidden = family.layer(layer, hidden, attention)
     append_tokens(state, rows, causal_model(model).lm_head(text.norm(hidden)), picker)
@@ -77,21 +83,22 @@ def _attention(
     family: Family,
     attention: Any,
     hidden: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
+    rotary: tuple[Tensor, Tensor],
     state: DecodeState,
     cache: LayerCache,
     shape: Shape,
+    window: int | None,
 ) -> Tensor:
     """The attention block of one layer, (n, hidden) -> (n, hidden)."""
     size, num_keys = attention.head_dim, attention.config.num_key_value_heads
+    cosines, sines = rotary
     value = attention.v_proj(hidden).view(shape.rows, num_keys, size)
     states = family.queries_and_keys(attention, hidden)
     states = states * cosines + states.roll(size // 2, -1) * sines
     query, key = states[:, :-num_keys], states[:, -num_keys:]
     write(key, value, state, cache, shape)
     query = (query * attention.scaling).reshape(shape.rows, num_keys, -1, size)
-    output: Tensor = attention.o_proj(attend(query, state, cache, shape).reshape(shape.rows, -1))
+    output: Tensor = attention.o_proj(attend(query, state, cache, shape, window).reshape(shape.rows, -1))
     return output
 
 
@@ -106,7 +113,9 @@ def write(key: Tensor, value: Tensor, state: DecodeState, cache: LayerCache, sha
         cache.own_values[newest] = value
 
 
-def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -> Tensor:
+def attend(
+    query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape, window: int | None = None
+) -> Tensor:
     """Softmax attention over [prompt | completion], each read from its own cache.
 
     The queries of a prompt's sequences attend to its keys in one product. Both parts return sum(exp(s - top) v) and
@@ -115,6 +124,7 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
 
     Args:
         query: (n, K, heads / K, D), scaled.
+        window: tokens that a token attends to, itself included; None for all.
 
     Returns:
         (n, K, heads / K, D).
@@ -126,7 +136,12 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
     scores = (grid @ cache.prompt_keys[:slots, :, :prompt_length].transpose(2, 3)).float()
     if shape.is_padded:
         scores.masked_fill_(state.is_padding[:slots, None, None, :prompt_length], -torch.inf)
-    top, weights, mass = _exponentials(scores)
+    if window is not None:
+        first = state.first_position[:rows] + state.token_index[:rows] - window + 1  # (n,) the first token in sight
+        first = (first if shape.is_grid else first.index_select(0, state.row_of_cell[: slots * columns])).view(slots, -1)
+        is_past = state.prompt_range[:prompt_length] < first[:, None, :, None, None]
+        scores.view(slots, heads, columns, repeats, -1).masked_fill_(is_past, -torch.inf)
+    top, weights, mass = _exponentials(scores, may_be_empty=window is not None)
     summed = weights.to(query.dtype) @ cache.prompt_values[:slots, :, :prompt_length]
     parts = torch.cat((summed.float(), top, mass), dim=-1).view(slots, heads, columns, repeats, size + 2)
     parts = parts.transpose(1, 2).reshape(slots * columns, heads, repeats, size + 2)
@@ -138,6 +153,9 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
     if not shape.is_aligned:
         is_unwritten = state.length_range[:length] > state.token_index[:rows, None]
         scores.masked_fill_(is_unwritten[:, None, None], -torch.inf)
+    if window is not None:
+        is_past = state.length_range[:length] <= state.token_index[:rows, None] - window
+        scores.masked_fill_(is_past[:, None, None], -torch.inf)
     own_top, weights, own_mass = _exponentials(scores)
     own_sum = (weights.to(query.dtype) @ cache.own_values[:rows, :, :length]).float()
 
@@ -148,8 +166,14 @@ def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape) -
     return output.to(query.dtype)
 
 
-def _exponentials(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum (..., 1), exp(scores - maximum) and its sum (..., 1); overwrites the scores."""
+def _exponentials(scores: Tensor, *, may_be_empty: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum (..., 1), exp(scores - maximum) and its sum (..., 1); overwrites the scores.
+
+    Args:
+        may_be_empty: all scores of a query may be minus infinity; their sum is 0.
+    """
     top: Tensor = scores.amax(dim=-1, keepdim=True)
+    if may_be_empty:
+        top = top.clamp(min=torch.finfo(top.dtype).min)
     weights = scores.sub_(top).exp_()
     return top, weights, weights.sum(dim=-1, keepdim=True)

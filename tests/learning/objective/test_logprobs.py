@@ -12,8 +12,9 @@ from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.layout import Layout
-from medvqa_rl.learning.objective.logprobs import GroupForward, attention_mask, collate, layout_for, token_statistics
+from medvqa_rl.learning.objective.logprobs import GroupForward, collate, layout_for, token_statistics
 from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.group_attention import attention_mask
 
 TEMPERATURE = 0.7
 

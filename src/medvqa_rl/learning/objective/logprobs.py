@@ -59,6 +59,9 @@ class CompletionBatch:
     """(N,) the completion tokens, completion after completion."""
     mask: Tensor
     """(B, Tc) bool, True at completion tokens."""
+    blocks: Tensor | None
+    """(R, T) number of the block in which a token of a prompt attends in both directions, -1 elsewhere; None if all
+    tokens attend causally, or if they are packed."""
     packing: GroupLayout | None
     """How packed groups attend; None in the padded layouts."""
 
@@ -131,11 +134,20 @@ def collate(
     def as_tensor(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(device)
 
-    packing = None
+    blocks = [processor.blocks(prompt) for prompt in prompts]
+    packing, in_rows = None, np.full((len(rows), width), -1, dtype=np.int64)
     if layout == Layout.PACKED:
         packing = group_layout(
-            [len(prompt.input_ids) for prompt in prompts], [list(map(len, group)) for group in completions], device
+            [len(prompt.input_ids) for prompt in prompts],
+            [list(map(len, group)) for group in completions],
+            device,
+            blocks,
         )
+    else:
+        for row, ((prompt, _), *_) in enumerate(rows):  # a row begins with its only prompt
+            block = blocks[prompt]
+            if block is not None:
+                in_rows[row, : len(block)] = block
     return CompletionBatch(
         layout=layout,
         prompts=prompts,
@@ -147,6 +159,7 @@ def collate(
         predictors=as_tensor(np.concatenate(predictors)),
         targets=as_tensor(np.concatenate([ids for group in completions for ids in group])),
         mask=as_tensor(mask),
+        blocks=as_tensor(in_rows) if (in_rows >= 0).any() else None,
         packing=packing,
     )
 
@@ -165,22 +178,6 @@ def _rows(
     if layout == Layout.ROWS:
         return [[prompts[prompt], *((prompt, ids) for ids in group)] for prompt, group in enumerate(completions)]
     return [[prompts[prompt], (prompt, ids)] for prompt, group in enumerate(completions) for ids in group]
-
-
-def attention_mask(segments: Tensor) -> Tensor:
-    """Make the (R, 1, T, T) bool mask in which a token attends to its prompt and its own completion, causally.
-
-    Padding attends to itself, because a softmax over nothing is NaN.
-
-    Args:
-        segments: (R, T) as in :class:`CompletionBatch`.
-    """
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]  # (R, T, 1), (R, 1, T)
-    is_causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    is_self = torch.eye(length, dtype=torch.bool, device=segments.device)
-    visible = is_causal & ((key == query) | (key == _PROMPT)) & (query != _PADDING)
-    return (visible | is_self)[:, None]
 
 
 def token_statistics(
@@ -281,20 +278,24 @@ class GroupForward(nn.Module):
 
     def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
         """Return the language model's arguments that tell which tokens attend to which."""
-        config = family_of(self.model).text(self.model).config
+        family = family_of(self.model)
+        language_model, window = family.text(self.model), family.window(self.model)
+        config = language_model.config
         match batch.layout, config._attn_implementation:
-            case Layout.SEPARATE, _:
+            case Layout.SEPARATE, _ if batch.blocks is None:
                 return {"attention_mask": (batch.segments != _PADDING).long()}  # (R, T)
             case Layout.PACKED, group_attention.ATTENTION:
                 assert batch.packing is not None
-                packing = batch.packing.prepared(dtype, config.num_attention_heads // config.num_key_value_heads)
+                packing = batch.packing.prepared(
+                    dtype, config.num_attention_heads // config.num_key_value_heads, window
+                )
                 return {"attention_mask": group_attention.unused_mask(batch.mask.device), "group_layout": packing}
-            case Layout.ROWS, group_attention.ATTENTION | "sdpa":
-                return {"attention_mask": attention_mask(batch.segments)}
-            case Layout.ROWS, "eager":  # eager attention adds its mask, so a boolean one would be silently wrong
-                mask = attention_mask(batch.segments)
-                additive = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-                return {"attention_mask": additive.masked_fill(~mask, torch.finfo(dtype).min)}
+            case Layout.ROWS | Layout.SEPARATE, group_attention.ATTENTION | "sdpa" | "eager":
+                positions = batch.position_ids[0]
+                mask = group_attention.mask_argument(
+                    language_model, window, batch.segments, batch.blocks, positions, dtype
+                )
+                return {"attention_mask": mask}
         raise ValueError(
             f"model.attention is {config._attn_implementation}, which cannot mask the completions of a group from "
             "each other: set it to sdpa."

@@ -25,6 +25,10 @@ from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageRule, ImageSettings
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Types of decoder layers, as configurations in transformers name them."""
+
+
 class Readers(NamedTuple):
     """What a checkpoint reads prompts with."""
 
@@ -72,6 +76,8 @@ class Family(ABC):
     """The token whose embeddings are replaced by image features."""
     placeholder: ClassVar[str]
     """What the chat template writes for an image."""
+    end_of_turn: ClassVar[str | None] = None
+    """The token that ends an answer, if it is not the tokenizer's end-of-sequence token."""
     vision: ClassVar[tuple[str, ...]] = ("vision_tower", "multi_modal_projector")
     """Modules of :func:`backbone` that turn pixels into features."""
     projector: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
@@ -152,6 +158,11 @@ class Family(ABC):
     def positions(self, prompt: EncodedPrompt, readers: Readers) -> NDArray[np.int64]:
         """(axes, T) positions of a prompt's tokens. Completions continue at the maximum + 1, equal in all axes."""
         return np.arange(len(prompt.input_ids), dtype=np.int64)[None]
+
+    def blocks(self, prompt: EncodedPrompt, readers: Readers) -> NDArray[np.int64] | None:
+        """(T,) index of the block in which a token of the prompt attends to all others in both directions, -1 at tokens
+        that attend causally; None if all do."""
+        return None
 
     # Parts of the model
 
@@ -352,10 +363,22 @@ class Family(ABC):
         """Arguments (``mm_processor_kwargs``) that make vLLM resize images as training does."""
         return {}
 
-    # One decoding step
+    # Layers
 
-    def rotary(self, model: nn.Module, count: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """(count, D) cosines and sines of the text positions 0, 1 ..., from the model's own rotary embedding."""
+    def layer_types(self, model: nn.Module) -> list[str]:
+        """The type of each decoder layer, :data:`FULL` or :data:`SLIDING`."""
+        return [FULL] * len(self.text(model).layers)
+
+    def window(self, model: nn.Module) -> int | None:
+        """Number of tokens that a token attends to in layers with a sliding window, itself included; None if there are no
+        such layers. Only for families with one position per token, because windows are measured in positions."""
+        return None
+
+    def rotary(
+        self, model: nn.Module, count: int, device: torch.device | str, layer_type: str
+    ) -> tuple[Tensor, Tensor]:
+        """(count, D) cosines and sines of the text positions 0, 1 ... in layers of a type, from the model's own rotary
+        embedding."""
         text = self.text(model)
         positions = torch.arange(count, device=device)[None]
         if self.num_axes > 1:
