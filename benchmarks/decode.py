@@ -48,7 +48,7 @@ from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.learning.estimate.cost import decode_bytes, decode_flops
 from medvqa_rl.models.dimensions import Architecture
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.rollout.decode import RolloutEngine
 

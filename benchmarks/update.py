@@ -57,7 +57,7 @@ from medvqa_rl.learning.objective.logprobs import CompletionBatch, collate, layo
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.dimensions import Architecture
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor

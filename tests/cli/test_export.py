@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.models.checkpoints import write_model
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 
 
 def export(*arguments):

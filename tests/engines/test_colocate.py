@@ -13,7 +13,7 @@ import torch
 
 from medvqa_rl.config import LoraConfig, VllmConfig
 from medvqa_rl.core.types import Sample
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine

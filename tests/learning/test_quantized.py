@@ -26,7 +26,7 @@ from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import set_up
 from medvqa_rl.models.checkpoints import write_model
-from medvqa_rl.models.families.family import backbone, causal_model
+from medvqa_rl.models.families.parts import backbone, causal_model
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.reference import load_reference

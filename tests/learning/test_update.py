@@ -21,7 +21,7 @@ from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
 from medvqa_rl.learning.update import LOSSES, Learner, contributing
-from medvqa_rl.models.families.family import backbone, causal_model
+from medvqa_rl.models.families.parts import backbone, causal_model
 from medvqa_rl.models.reference import load_reference
 
 

@@ -13,7 +13,7 @@ from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.models import group_attention
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.group_attention import attend, attention_mask, group_layout
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from medvqa_rl.config import LoraConfig, ModelConfig
 from medvqa_rl.core.types import Wording
 from medvqa_rl.models.checkpoints import model_for, write_model
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.loading import load_policy, resolve_device, resolve_folder
 from medvqa_rl.models.reference import load_reference
 

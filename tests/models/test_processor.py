@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.data.images.files import FileImage
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.models.processor import Processor

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medvqa_rl.config import LoraConfig, RolloutConfig
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.rollout import cuda_graph
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
 from medvqa_rl.rollout.decode import RolloutEngine

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medvqa_rl.config import RolloutConfig
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.rollout import decode
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.state import DecodeState

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from medvqa_rl.config import LoraConfig, RolloutConfig, VllmConfig
 from medvqa_rl.core.types import EncodedPrompt, Group, Sample
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout import vllm as ours
 from medvqa_rl.rollout.agreement import VllmError, difference, rehearse

@@ -4,8 +4,8 @@ other layouts.
 The tokens of a micro-batch are packed into one row without padding: all prompts, then all completions. Only attention
 unpacks them, into two padded batches: prompts (P, Tp) and completions (B, Tc), both padded on the right. Prompts
 attend causally to themselves; completions attend to their prompt and causally to themselves. Completions of a group
-never attend to each other, so the only masked scores are upper triangles and padding. Some families also let the tokens
-of an image attend to each other in both directions, or have layers with a sliding window.
+never attend to each other, so the only masked scores are upper triangles and padding. In some families the tokens of
+an image also attend to each other in both directions, or layers have a sliding window.
 
 Legend: P prompts, B completions, N packed tokens, Tp and Tc padded lengths, H query heads, K key heads, D head size.
 """
@@ -70,17 +70,20 @@ class GroupLayout:
             window: tokens that a token attends to in layers with a sliding window, itself included; None if there are
                 no such layers.
         """
-        is_hiding = window is not None and self.longest > window
+        windowed = None
+        if window is not None and self.longest > window:
+            windowed = self._within(window).prepared(dtype, queries_per_key)
         return replace(
             self,
             mask=_additive(self.mask, dtype).repeat(1, 1, queries_per_key, 1),
             prompt_mask=None if self.prompt_mask is None else _additive(self.prompt_mask, dtype),
-            windowed=self._within(window).prepared(dtype, queries_per_key) if is_hiding else None,
+            windowed=windowed,
         )
 
     def _within(self, window: int) -> GroupLayout:
         """The layout with bool masks that hide tokens before the window."""
-        prompt = torch.arange(self.prompt_width, device=self.mask.device)  # index of each token after the prompt's first
+        # Indices of tokens in their sequence.
+        prompt = torch.arange(self.prompt_width, device=self.mask.device)
         own = self.lengths[:, None] + torch.arange(self.completion_width, device=self.mask.device)  # (B or 1, Tc)
         keys = torch.cat([prompt.expand(len(own), -1), own], dim=1)  # (B or 1, Tp + Tc)
         is_near = keys[:, None, :] > own[:, :, None] - window

@@ -31,7 +31,8 @@ from medvqa_rl.core.text import printable
 from medvqa_rl.core.types import DEFAULT_WORDING, Wording
 from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families import family_for, family_of, supported
-from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.processor import WORDING_FILE, Processor
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
@@ -78,6 +79,11 @@ def load_policy(config: ModelConfig) -> Policy:
     with waiting(f"loading {config.path}"):
         folder = resolve_folder(config.path, config.revision)
         settings, family = _read_architecture(folder)
+        if family.is_bidirectional and config.attention == "flash_attention_2":
+            raise ValueError(
+                "model.attention is flash_attention_2, which cannot let the tokens of an image attend to each other "
+                f"as {family.title} does: set it to sdpa."
+            )
         # Before the weights, which take longest: a wrong chat template is found at once.
         processor = Processor.from_folder(folder, family, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         processor.use(trained_wording(config.adapter, folder))

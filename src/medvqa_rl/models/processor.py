@@ -21,7 +21,8 @@ from torch import Tensor
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import number_of, printable, shown
 from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
-from medvqa_rl.models.families.family import Family, Readers, adds_special_tokens
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import Readers, adds_special_tokens
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, load_tokenizer
 
 WORDING_FILE = "prompt.json"

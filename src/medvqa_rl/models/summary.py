@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 
 

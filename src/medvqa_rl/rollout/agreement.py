@@ -16,7 +16,7 @@ from torch import Tensor
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, Group
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import sampling_logps

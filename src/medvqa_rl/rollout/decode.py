@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicCache
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.models.cache import cache_argument
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.group_attention import mask_argument
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import FULL, causal_model
+from medvqa_rl.models.families.family import FULL
+from medvqa_rl.models.families.parts import causal_model
 
 
 class Owner(NamedTuple):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import SLIDING, Family, causal_model
+from medvqa_rl.models.families.family import SLIDING, Family
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
 from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
@@ -113,9 +114,7 @@ def write(key: Tensor, value: Tensor, state: DecodeState, cache: LayerCache, sha
         cache.own_values[newest] = value
 
 
-def attend(
-    query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape, window: int | None = None
-) -> Tensor:
+def attend(query: Tensor, state: DecodeState, cache: LayerCache, shape: Shape, window: int | None = None) -> Tensor:
     """Softmax attention over [prompt | completion], each read from its own cache.
 
     The queries of a prompt's sequences attend to its keys in one product. Both parts return sum(exp(s - top) v) and
@@ -138,8 +137,9 @@ def attend(
         scores.masked_fill_(state.is_padding[:slots, None, None, :prompt_length], -torch.inf)
     if window is not None:
         first = state.first_position[:rows] + state.token_index[:rows] - window + 1  # (n,) the first token in sight
-        first = (first if shape.is_grid else first.index_select(0, state.row_of_cell[: slots * columns])).view(slots, -1)
-        is_past = state.prompt_range[:prompt_length] < first[:, None, :, None, None]
+        if not shape.is_grid:
+            first = first.index_select(0, state.row_of_cell[: slots * columns])
+        is_past = state.prompt_range[:prompt_length] < first.view(slots, 1, columns, 1, 1)
         scores.view(slots, heads, columns, repeats, -1).masked_fill_(is_past, -torch.inf)
     top, weights, mass = _exponentials(scores, may_be_empty=window is not None)
     summed = weights.to(query.dtype) @ cache.prompt_values[:slots, :, :prompt_length]

@@ -14,7 +14,7 @@ from typing import Any
 
 from medvqa_rl.config import VllmConfig
 from medvqa_rl.core.text import printable
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.agreement import VllmError
 from medvqa_rl.rollout.vllm import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from medvqa_rl.core.text import printable
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy, resolve_folder
 from medvqa_rl.rollout.agreement import VllmError
 from medvqa_rl.rollout.vllm import adapter_rank, max_lora_rank

@@ -33,7 +33,7 @@ from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.families.costs import read_architecture
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, make_policy

@@ -13,7 +13,8 @@ from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate, layout_for, token_statistics
-from medvqa_rl.models.families.family import backbone
+from medvqa_rl.models import group_attention
+from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.group_attention import attention_mask
 
 TEMPERATURE = 0.7
@@ -112,7 +113,7 @@ def test_a_leaking_dense_mask_is_noticed(tiny_policy, mixed_samples, monkeypatch
     with torch.no_grad():
         right = GroupForward(policy.model)(batch).logps
         causal = torch.ones(batch.input_ids.shape[1], batch.input_ids.shape[1], dtype=torch.bool).tril()
-        monkeypatch.setattr(logprobs, "attention_mask", lambda segments: causal.expand(len(segments), 1, -1, -1))
+        monkeypatch.setattr(group_attention, "attention_mask", lambda rows, *_: causal.expand(len(rows), 1, -1, -1))
         leaking = GroupForward(policy.model)(batch).logps
     first = slice(0, None, 3)  # nothing stands between a prompt and its first completion
     assert (right[first] - leaking[first]).abs().max() <= 1e-5

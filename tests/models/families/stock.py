@@ -17,12 +17,15 @@ def stock_processor(name: str, tokenizer: Any, image_processor: Any) -> Any:
     """A processor class of transformers around these parts, without its video processor, which needs torchvision."""
     kind = getattr(transformers, name)
     unchecked = type(name, (kind,), {"check_argument_for_proper_class": lambda self, name, given: type(given)})
+    video = {} if name == "Gemma3Processor" else {"video_processor": SimpleNamespace(model_input_names=[])}
+    has_length = name in ("Gemma3Processor", "InternVLProcessor")
+    lengths = {"image_seq_length": image_processor.image_seq_length} if has_length else {}
     return unchecked(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        video_processor=SimpleNamespace(model_input_names=[]),
         chat_template=tokenizer.chat_template,
-        **({"image_seq_length": image_processor.image_seq_length} if name == "InternVLProcessor" else {}),
+        **video,
+        **lengths,
     )
 
 
@@ -35,10 +38,11 @@ def stock_inputs(model: Any, prompt: EncodedPrompt, completion: Sequence[int] = 
     ids = torch.tensor([[*prompt.input_ids.tolist(), *completion]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if prompt.image_inputs:
-        if model.config.model_type != "internvl":  # which has positions of one axis
+        if model.config.model_type != "internvl":  # which has positions of one axis, and causal images
             is_image = ids == model.config.image_token_id
             is_image[:, len(prompt.input_ids) :] = False
-            inputs["mm_token_type_ids"] = is_image.int()
+            key = "token_type_ids" if model.config.model_type == "gemma3" else "mm_token_type_ids"
+            inputs[key] = is_image.int()
         inputs |= {name: torch.from_numpy(array) for name, array in prompt.image_inputs.items()}
     return inputs
 

@@ -9,7 +9,7 @@ import pytest
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.models.families import FAMILIES
 from medvqa_rl.models.families.costs import image_rule, measure, read_architecture
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from tests.models.families.tiny import BUILDERS, tiny_policy
 
 

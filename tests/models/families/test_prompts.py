@@ -19,7 +19,7 @@ def test_prompts_equal_the_stock_processor(name, mixed_samples):
         messages = render_prompt(sample, "think_answer", prompt.wording).messages
         text = stock.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         images = [image.load() for image in sample.images] or None
-        expected = stock(text=[text], images=images, return_tensors="np")
+        expected = stock(text=[text], images=images, return_tensors="np", add_special_tokens=False)
         assert prompt.text == text
         assert prompt.input_ids.tolist() == expected["input_ids"][0].tolist()
         extra = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -66,7 +67,9 @@ def test_equals_the_stock_forward(name, trained, mixed_samples):
         (logps * weights).sum().backward()
         for key, gradient in gradients(policy).items():
             difference = (gradient - expected_gradients[key]).norm()
-            assert difference <= 1e-5 * expected_gradients[key].norm() + 1e-8, (layout, key)
+            # A key's bias without rotation shifts all scores of a query alike: its gradient is 0 but for rounding.
+            rounding = 1e-6 if re.search(r"vision_tower.*k_proj\.bias$", key) else 1e-8
+            assert difference <= 1e-5 * expected_gradients[key].norm() + rounding, (layout, key)
     moved = [key for key, gradient in expected_gradients.items() if gradient.norm() > 1e-3]
     assert len(moved) > 0.9 * len(expected_gradients)  # the comparison is not of zeros
 

@@ -14,6 +14,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3Config,
+    GemmaTokenizer,
     InternVLConfig,
     Qwen2_5_VLConfig,
     Qwen2Config,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3VLConfig,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -91,6 +94,26 @@ INTERNVL_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+GEMMA3_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- if messages[0]['content'] is string -%}{%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}"
+    "{%- else -%}{%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}{%- endif -%}"
+    "{%- set loop_messages = messages[1:] -%}"
+    "{%- else -%}{%- set first_user_prefix = '' -%}{%- set loop_messages = messages -%}{%- endif -%}"
+    "{%- for message in loop_messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{%- set role = 'model' -%}"
+    "{%- else -%}{%- set role = message['role'] -%}{%- endif -%}"
+    "{{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else '') }}"
+    "{%- if message['content'] is string -%}{{ message['content'] | trim }}"
+    "{%- else -%}{%- for item in message['content'] -%}"
+    "{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}"
+    "{%- elif item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+"""The system prompt opens the first user turn."""
 
 
 class Parts(NamedTuple):
@@ -192,6 +215,75 @@ def qwen2_5_vl() -> Parts:
     return Parts(config, tokenizer, Qwen2VLImageProcessorPil(max_pixels=112 * 112), "Qwen2_5_VLProcessor")
 
 
+@cache
+def gemma_tokenizer() -> GemmaTokenizer:
+    """A BPE tokenizer with byte fallback, tokens for runs of line breaks, and Gemma's special tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace(" ", "\u2581")
+    trainer = trainers.BpeTrainer(vocab_size=WORDS - 256, show_progress=False)
+    bpe.train_from_iterator([CORPUS], trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + sorted(trained["vocab"], key=trained["vocab"].get)
+    tokenizer = GemmaTokenizer(
+        vocab={token: index for index, token in enumerate([*tokens, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])},
+        merges=[tuple(merge) for merge in trained["merges"]],
+        extra_special_tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        },
+        chat_template=GEMMA3_TEMPLATE,
+    )
+    tokenizer.add_tokens([AddedToken("\n" * count, normalized=False, special=False) for count in range(1, 5)])
+    tokenizer.add_tokens([AddedToken(f"<{edge}_of_turn>", special=True) for edge in ("start", "end")])
+    return tokenizer
+
+
+def gemma3(window: int = 24) -> Parts:
+    """Three layers of both types, a window shorter than the prompts, heads 12 wide, and images of 4 tokens.
+
+    Layers normalise what they add, so that larger embeddings, which are scaled by sqrt(32), would repeat each token.
+    """
+    tokenizer = gemma_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer) + 10,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 10,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": window,
+        "initializer_range": 0.1,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+        },
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")},
+    }
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    ids = {
+        f"{key}_token_index": tokenizer.convert_tokens_to_ids(token)
+        for key, token in (("boi", "<start_of_image>"), ("eoi", "<end_of_image>"), ("image", "<image_soft_token>"))
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **ids)
+    image_processor = Gemma3ImageProcessorPil(
+        size={"height": 56, "width": 56}, image_seq_length=4, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return Parts(config, tokenizer, image_processor, "Gemma3Processor")
+
+
 def qwen3_vl(template: str = QWEN3_VL_TEMPLATE) -> Parts:
     """Two layers of three in the tower and the language model exchange DeepStack features; heads are 12 wide."""
     tokenizer = qwen_tokenizer(template)
@@ -252,6 +344,7 @@ BUILDERS: dict[str, Callable[[], Parts]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
+    "gemma3": gemma3,
     "internvl": internvl,
     "internvl_qwen3": internvl_qwen3,
 }
@@ -277,6 +370,7 @@ def tiny_policy(name: str, *, seed: int = 0, **settings: Any) -> Policy:
     config = ModelConfig(path=name, device="cpu", **settings)
     model = random_model(name, seed, config.attention)
     shake(model, "", seed)
+    shake(model, "mm_input_projection_weight", seed)  # zeros at first
     processor = Processor(family_of(model), tokenizer, image_processor, stop_ids=range(0, WORDS, 8))
     policy = make_policy(model, processor, config, "cpu")
     shake(policy.model, "lora_B", seed)

@@ -25,7 +25,7 @@ from medvqa_rl.core.types import EncodedPrompt, Group
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.models import group_attention
 from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.processor import Processor
 

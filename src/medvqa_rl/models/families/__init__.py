@@ -7,10 +7,11 @@ from functools import cache
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.gemma3 import Gemma3
 from medvqa_rl.models.families.generic import Generic
 from medvqa_rl.models.families.internvl import InternVL
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL, Qwen25VL
 from medvqa_rl.models.families.qwen3_vl import Qwen3VL
 

@@ -17,7 +17,8 @@ from medvqa_rl.core.files import read_json
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.dimensions import Architecture, ImageRule, ImageSettings, Parameters
 from medvqa_rl.models.families import FAMILIES, family_for, supported
-from medvqa_rl.models.families.family import Family, causal_model
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.untrusted import FILE_ERRORS
 
 _SETTINGS = TypeAdapter(dict[str, Any])

@@ -12,55 +12,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageRule, ImageSettings
-
+from medvqa_rl.models.families.parts import Embedded, Readers, backbone
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of decoder layers, as configurations in transformers name them."""
-
-
-class Readers(NamedTuple):
-    """What a checkpoint reads prompts with."""
-
-    tokenizer: Any
-    image_processor: Any
-    """The family's Pillow image processor."""
-    image_token_id: int
-
-
-class Embedded(NamedTuple):
-    """The input of the language model."""
-
-    embeds: Tensor
-    """(R, T, hidden) token embeddings, with image features at their placeholders."""
-    arguments: Mapping[str, Any]
-    """Further arguments of the language model, such as features for later layers."""
-
-
-def causal_model(model: nn.Module) -> Any:
-    """The ``...ForConditionalGeneration`` of a plain or PEFT model; it has ``model`` and ``lm_head``."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def backbone(model: nn.Module) -> Any:
-    """The model without its output layer; it has ``language_model``."""
-    return causal_model(model).model
-
-
-def adds_special_tokens(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer adds its special tokens to a rendered prompt: not if the chat template wrote the first of
-    them, as in the ``apply_chat_template`` of the stock processors."""
-    return tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
 
 
 class Family(ABC):
@@ -82,6 +47,8 @@ class Family(ABC):
     """Modules of :func:`backbone` that turn pixels into features."""
     projector: ClassVar[tuple[str, ...]] = ("multi_modal_projector",)
     """Those of them, or modules inside, between the vision tower and the language model."""
+    is_bidirectional: ClassVar[bool] = False
+    """Tokens of an image attend to each other in both directions, which flash attention cannot mask."""
     num_axes: ClassVar[int] = 1
     """Positions of a token: 1, or 3 for time, height and width (M-RoPE)."""
     shares_prompts: ClassVar[bool] = True
@@ -160,7 +127,7 @@ class Family(ABC):
         return np.arange(len(prompt.input_ids), dtype=np.int64)[None]
 
     def blocks(self, prompt: EncodedPrompt, readers: Readers) -> NDArray[np.int64] | None:
-        """(T,) index of the block in which a token of the prompt attends to all others in both directions, -1 at tokens
+        """(T,) number of the block of a prompt's token, within which all tokens attend to each other, -1 at tokens
         that attend causally; None if all do."""
         return None
 
@@ -370,8 +337,8 @@ class Family(ABC):
         return [FULL] * len(self.text(model).layers)
 
     def window(self, model: nn.Module) -> int | None:
-        """Number of tokens that a token attends to in layers with a sliding window, itself included; None if there are no
-        such layers. Only for families with one position per token, because windows are measured in positions."""
+        """Number of tokens that a token attends to in layers with a sliding window, itself included; None if there are
+        no such layers. Only for families with one position per token, because windows are measured in positions."""
         return None
 
     def rotary(

@@ -20,7 +20,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from medvqa_rl.core.progress import to_stderr
 from medvqa_rl.core.types import EncodedPrompt, Sample
-from medvqa_rl.models.families.family import SLIDING, Family, Readers, backbone
+from medvqa_rl.models.dimensions import FixedImages, ImageSettings
+from medvqa_rl.models.families.family import SLIDING, Family
+from medvqa_rl.models.families.parts import Readers, backbone
 
 _END_OF_IMAGE = "<end_of_image>"
 
@@ -34,11 +36,15 @@ class Gemma3(Family):
     image_token = "<image_soft_token>"
     placeholder = "<start_of_image>"
     end_of_turn = "<end_of_turn>"
+    is_bidirectional = True
+    has_vllm = False  # it takes no features of images for this model
 
     def load_image_processor(self, folder: Path) -> Any:
-        image_processor = Gemma3ImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        image_processor: Any = Gemma3ImageProcessorPil.from_pretrained(folder, local_files_only=True)
         if image_processor.do_pan_and_scan:
-            to_stderr(f"{folder} switches pan-and-scan on, which adds crops of an image: it is used with whole images only.")
+            to_stderr(
+                f"{folder} switches pan-and-scan on, which adds crops of an image: it is used with whole images only."
+            )
             image_processor.do_pan_and_scan = False
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         image_processor.image_seq_length = settings.get("mm_tokens_per_image", 256)
@@ -96,8 +102,21 @@ class Gemma3(Family):
         text = config.text_config
         for name in ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"):
             if getattr(text, name, None):
-                return f"sets {name}, which no published {self.title} does and is not supported: choose another model.path."
+                return (
+                    f"sets {name}, which is not supported (no published {self.title} does): choose another model.path."
+                )
         return None
+
+    def image_rule(
+        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> FixedImages:
+        patch = (config.get("vision_config") or {}).get("patch_size", 14)
+        return FixedImages(settings.size.height or 896, patch, config.get("mm_tokens_per_image", 256))
+
+    def patches_per_token(self, config: Any) -> int:
+        """Patches are averaged over squares."""
+        side: int = config.vision_config.image_size // config.vision_config.patch_size
+        return side**2 // config.mm_tokens_per_image  # type: ignore[no-any-return]
 
     def encode(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         features: Tensor = backbone(model).get_image_features(**inputs, return_dict=True).pooler_output

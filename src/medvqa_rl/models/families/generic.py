@@ -28,7 +28,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # 
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageRule, ImageSettings
-from medvqa_rl.models.families.family import Family, Readers, adds_special_tokens, backbone, causal_model
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import Readers, adds_special_tokens, backbone, causal_model
 
 PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
 """Outputs of processors with an entry per token of the prompt; 0 is text."""

@@ -23,7 +23,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageSettings, ImageSize
-from medvqa_rl.models.families.family import Family, Readers, backbone
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import Readers, backbone
 
 PROCESSOR_FILE = "processor_config.json"
 TILE_TOKENS = 256

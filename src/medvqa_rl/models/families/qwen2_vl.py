@@ -19,7 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageSettings, ResizedImages
-from medvqa_rl.models.families.family import Family, Readers, backbone
+from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.parts import Readers, backbone
 
 
 class Qwen2VL(Family):

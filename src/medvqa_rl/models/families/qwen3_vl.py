@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medvqa_rl.models.families.family import Embedded, backbone
+from medvqa_rl.models.families.parts import Embedded, backbone
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 
 

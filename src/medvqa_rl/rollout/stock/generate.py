@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from medvqa_rl.core.types import Completion, Group, Template
-from medvqa_rl.models.families.family import causal_model
+from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import DIVERGED, Generation, PromptRequest, RolloutEngine
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
