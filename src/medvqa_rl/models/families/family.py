@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageRule, ImageSettings
-from medvqa_rl.models.families.parts import Embedded, Readers, backbone
+from medvqa_rl.models.families.parts import Embedded, Readers, backbone, causal_model
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of decoder layers, as configurations in transformers name them."""
