@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from . import archives, checkpoints, children, faults, inputs, kills, network, pages, servers
+from .seeds import make_run
 
 ATTACKS = {
     "inputs": inputs.main,
@@ -32,7 +33,7 @@ ATTACKS = {
 }
 
 
-SHORT = ("kills", "inputs", "servers", "pages", "archives", "network")
+SHORT = ("inputs", "kills", "servers", "pages", "archives", "network")
 
 
 def seed_of_commit() -> int:
@@ -40,6 +41,12 @@ def seed_of_commit() -> int:
     command = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     return int(done.stdout[:6] or "0", 16)
+
+
+def _make_seed(out: Path) -> None:
+    made = children.run(partial(make_run, out / "seed"), out / "seed.log")
+    if made.code != 0:
+        sys.exit(f"What is damaged could not be made: {made.last_words}")
 
 
 def _attack(attack: Callable[[argparse.Namespace], bool], arguments: argparse.Namespace) -> None:
@@ -53,7 +60,7 @@ def main() -> None:
     parser.add_argument("attacks", nargs="*", metavar="ATTACK", help=f"{', '.join(ATTACKS)}; default: all")
     parser.add_argument("--short", action="store_true", help=f"a part that takes two minutes: {', '.join(SHORT)}")
     parser.add_argument("--seed", type=int, help="default: 0; for --short, from the commit")
-    parser.add_argument("--inputs", type=int, help="number of damaged inputs; default: 10,000, short 300")
+    parser.add_argument("--inputs", type=int, help="number of damaged inputs; default: 10,000, short 250")
     parser.add_argument("--kills", type=int, help="number of kills; default: 100, short 3")
     parser.add_argument("--jobs", type=int, default=1, help="number of attacks that run beside each other")
     parser.add_argument("--only", nargs="*", default=[], help="kinds of input, kill or accident")
@@ -65,7 +72,7 @@ def main() -> None:
     short = arguments.short
     defaults = {
         "seed": seed_of_commit() if short else 0,
-        "inputs": 300 if short else 10_000,
+        "inputs": 250 if short else 10_000,
         "kills": 3 if short else 100,
     }
     for name, value in defaults.items():
@@ -75,12 +82,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     children.import_all()
     if arguments.case:
+        if not (arguments.out / "seed").is_dir():
+            _make_seed(arguments.out)
         inputs.show(arguments)
         return
     print(f"seed {arguments.seed}; to repeat: python -m dev.attacks {'--short ' * short}--seed {arguments.seed}")
-    works = {
-        name: partial(_attack, ATTACKS[name], arguments) for name in arguments.attacks or (SHORT if short else ATTACKS)
-    }
+    chosen = arguments.attacks or (SHORT if short else ATTACKS)
+    if {"inputs", "pages"} & set(chosen):
+        _make_seed(arguments.out)
+    works = {name: partial(_attack, ATTACKS[name], arguments) for name in chosen}
     failed = False
     for name, ended in children.run_beside(works, arguments.out, jobs=arguments.jobs, limit=math.inf):
         failed |= ended.code != 0

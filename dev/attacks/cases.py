@@ -231,8 +231,6 @@ def pairs(rng: random.Random) -> None:
 
 def stored(rng: random.Random) -> None:
     """Damage one file that a later command reads again, and read it as that command does."""
-    from medvqa_rl.data.images.budget import image_budget
-
     from medvqa_rl.config import ModelConfig
     from medvqa_rl.core.files import note_on_best
     from medvqa_rl.core.machine import recorded_threads
@@ -240,6 +238,7 @@ def stored(rng: random.Random) -> None:
     from medvqa_rl.evaluation.results import read_origin, read_results
     from medvqa_rl.evaluation.store import read_identity
     from medvqa_rl.learning.estimate.architecture import find_architecture
+    from medvqa_rl.models.families.costs import image_rule
 
     run, a = Path("run"), Path("a")
     shutil.copytree("../seed/run", run)
@@ -259,7 +258,7 @@ def stored(rng: random.Random) -> None:
         a / "results.json": lambda: (read_results(a / "results.json"), read_identities(read_origin(a))),
         a / "evaluation.json": lambda: read_identity(a),
         checkpoint / "config.json": lambda: find_architecture(model, None),
-        checkpoint / "preprocessor_config.json": lambda: image_budget(model),
+        checkpoint / "preprocessor_config.json": lambda: image_rule(model),
     }
     path = rng.choice(sorted(readers))
     path.write_bytes(damage_json(rng, json.loads(path.read_bytes())))

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import children
 from .cases import CASES, Case
 from .command import outcome
-from .seeds import make_run, read_lines
+from .seeds import read_lines
 
 MEMORY = 2**30
 
@@ -44,6 +44,14 @@ def _run_many(case: Case, seed: int, numbers: range, work: Path, log: Path) -> N
             file.write(line + "\n")
 
 
+def _find_seed(work: Path) -> None:
+    """Link what :func:`~.seeds.make_run` made beside the working folder of a case."""
+    link = work.with_name("seed")
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(work.parents[2] / "seed")
+
+
 def attack(case: Case, seed: int, count: int, out: Path) -> list[tuple[int, str, str]]:
     """Run ``count`` cases in forked children of a hundred; returns number, class and detail of each."""
     log, first = out / f"{case.__name__}.jsonl", 0
@@ -51,9 +59,7 @@ def attack(case: Case, seed: int, count: int, out: Path) -> list[tuple[int, str,
     while first < count:
         numbers = range(first, min(count, first + 100))
         work = out / case.__name__ / "work"
-        (out / case.__name__).mkdir(parents=True, exist_ok=True)
-        if not (out / case.__name__ / "seed").exists():
-            (out / case.__name__ / "seed").symlink_to(out / "seed")
+        _find_seed(work)
         ended = children.run(
             partial(_run_many, case, seed, numbers, work, log),
             out / "child.log",
@@ -73,9 +79,6 @@ def main(arguments: argparse.Namespace) -> bool:
     """Attack with ``arguments.inputs`` inputs, print the faults by kind, a summary last; returns whether all held."""
     out = arguments.out / "inputs"
     out.mkdir(parents=True, exist_ok=True)
-    made = children.run(lambda: make_run(out / "seed"), out / "seed.log")
-    if made.code != 0:
-        raise SystemExit(f"The run that is damaged could not be made: {made.last_words}")
     totals: Counter[str] = Counter()
     faults: dict[tuple[str, str, str], list[int]] = {}
     for case, share in CASES.items():
@@ -104,5 +107,6 @@ def show(arguments: argparse.Namespace) -> None:
     work = out / name / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    _find_seed(work)
     os.chdir(work)
     case(random.Random(f"{arguments.seed}/{name}/{number}"))

@@ -22,7 +22,9 @@ from .runs import KINDS, arguments, contents, difference, run_whole
 MOST = 6
 """Kills of one run."""
 LONGEST = 600.0
-"""Seconds that a run, or what a killed one leaves to end, may take."""
+"""Seconds that a run may take."""
+ALONE = 4.0
+"""CPU seconds that a process may use after the kill of the one that started it, to save and end."""
 
 
 _PARTS = ("checkpoints", "eval", "*/*", "*/*/checkpoints", "*/*/eval", "*/*/eval/*")
@@ -59,11 +61,38 @@ def _kill_once(command: list[str], run: Path, log: Path, whole: float, rng: rand
             if now - began > LONGEST:
                 return -1
             if rng.random() < 0.5:  # else the next one starts beside those that are still ending
-                _, alive = psutil.wait_procs(started, timeout=LONGEST)
-                if alive:
-                    raise Fault(f"{alive[0].cmdline()} outlives the run that started it")
+                _wait_for_orphans(started)
             return None
         time.sleep(0.001)
+
+
+def _wait_for_orphans(processes: list[psutil.Process]) -> None:
+    """Wait until processes whose parent was killed have ended.
+
+    Raises:
+        Fault: one of them goes on.
+    """
+    used = {process: _cpu_seconds(process) for process in processes}
+    while alive := [process for process in processes if _is_running(process)]:
+        for process in alive:
+            if _cpu_seconds(process) - used[process] > ALONE:
+                raise Fault(f"process {process.pid} goes on after the kill of the one that started it")
+        time.sleep(0.05)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _live(kind: str, run: Path, whole: float, most: int, rng: random.Random) -> tuple[int, str]:

@@ -82,3 +82,12 @@ def test_invalid_exports_are_refused(tiny_policy, tmp_path, source, target, flag
     result = export(tmp_path / source, tmp_path / target, *flags)
     assert result.exit_code == 2 and message in result.output
     assert not (tmp_path / "new").exists()
+
+
+def test_the_working_folder_is_no_output(tiny_policy, tmp_path, monkeypatch):
+    write_model(tiny_policy(), tmp_path / "model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result = export(tmp_path / "model", ".")
+    assert result.exit_code == 2 and "The output folder . exists: give a new one" in result.output
+    assert not list((tmp_path / "here").iterdir())

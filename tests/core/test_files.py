@@ -52,6 +52,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", [".", "folder", "folder/.."])
+def test_a_folder_is_not_replaced_by_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    with pytest.raises(IsADirectoryError), write_whole(Path(name)):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_best_checkpoint_that_was_removed_is_missed(tmp_path: Path) -> None:
     for status in ("{}", '{"best_step": null}'):
         (tmp_path / "status.json").write_text(status)

@@ -81,6 +81,8 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written; names ``path``.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:
@@ -96,6 +98,7 @@ def write_whole(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 def partial_path(path: Path) -> Path:
     """A path beside ``path`` for what this process writes, which :func:`remove_partials` knows."""
+    path = Path(os.path.abspath(path))  # "." has no name
     return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 

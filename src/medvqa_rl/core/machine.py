@@ -322,6 +322,7 @@ def claimed(path: Path) -> Iterator[None]:
     Raises:
         ValueError: another process is writing it; the message names the process.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     is_new = not path.parent.exists()
     lock = ProcessLock(path.with_name(f".{path.name}.lock"))
     lock.acquire(f"is writing {path}: wait for it, or choose another output.")

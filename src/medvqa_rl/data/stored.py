@@ -206,7 +206,8 @@ def _no_such_split(source: Source, split: Split, available: Sequence[str], root:
     remedy = "set data.split=image to make splits that share no image"
     if source.is_own and len(tables) == 1:
         (table,) = tables
-        new = root.with_name(f"{root.name}-split") / f"data{table.suffix}"
+        folder = root.resolve()  # "." has no name
+        new = folder.with_name(f"{folder.name}-split") / f"data{table.suffix}"
         places = f"--images {shlex.quote(str(source.images))} --output {shlex.quote(str(new))}"
         remedy += f", or write a table that has them with `medvqa-rl data split {shlex.quote(str(table))} {places}`"
     return f"{source.title} at {root} has no {split} split ({', '.join(available)} only): {remedy}."

@@ -49,7 +49,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         OSError: a file cannot be written, for lack of space or by a limit; names the target.
     """
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))  # "." has no name
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     with temporary_folder(target) as temporary:
         yield temporary
