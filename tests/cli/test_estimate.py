@@ -130,7 +130,7 @@ def test_exit_code_2_if_not_even_one_group_fits():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((PAPER, "data.path=x"), "no config.json of it is on this machine"),
+        ((PAPER, "data.path=x", "model.path=some/model-nobody-has"), "no config.json of it is on this machine"),
         ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b, 2.5-32b"),
         ((PHANTOM, "--card", "gtx"), "There is no card 'gtx' in the table: choose one of h200"),
         ((PHANTOM, "--image-size", "big"), "give WIDTHxHEIGHT in pixels"),
@@ -186,7 +186,16 @@ def test_known_sizes_are_the_published_ones():
         "2.5-3b": 3_754_622_976,
         "2.5-7b": 8_292_166_656,
         "2.5-32b": 33_452_718_336,
-    }
+        "qwen3-2b": 2_127_532_032,
+        "qwen3-4b": 4_437_815_808,
+        "qwen3-8b": 8_767_123_696,
+        "qwen3-32b": 33_357_390_064,
+        "gemma3-4b": 4_300_079_472,
+        "internvl3-1b": 938_193_024,
+        "internvl3-2b": 2_088_957_440,
+        "internvl3-8b": 7_944_373_760,
+        "internvl3-14b": 15_117_256_704,
+    }  # as the Hub shows, rounded, for these checkpoints
 
 
 def test_cards_are_plausible():

@@ -19,7 +19,7 @@ from medvqa_rl.cli.common import Verbs, verb
 from medvqa_rl.cli.config import config_app
 from medvqa_rl.cli.data.verbs import data_app
 from medvqa_rl.cli.demo import demo
-from medvqa_rl.cli.estimate import estimate
+from medvqa_rl.cli.estimate import estimate, models
 from medvqa_rl.cli.evaluate import compare, evaluate
 from medvqa_rl.cli.export import export
 from medvqa_rl.cli.init.verb import init
@@ -46,6 +46,7 @@ PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safeten
 for function, name in (
     (demo, "demo"),
     (init, "init"),
+    (models, "models"),
     (estimate, "estimate"),
     (train, "train"),
     (sft, "sft"),

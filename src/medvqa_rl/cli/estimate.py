@@ -1,13 +1,17 @@
-"""The verb ``medvqa-rl estimate``. Imports no torch."""
+"""The verbs ``medvqa-rl estimate`` and ``models``: what can be trained here, and what it needs. Imports no torch until
+they run."""
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from medvqa_rl.cli.common import ConfigPath, Overrides, read_settings, use_threads, verb
+from medvqa_rl.core.progress import open_console, waiting
+from medvqa_rl.core.tables import TextTable
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -32,7 +36,7 @@ def estimate(
     overrides: Overrides = None,
     model_size: Annotated[
         str | None,
-        typer.Option(help="Size of a model that is not on this machine: 2b, 7b, 2.5-3b, 2.5-7b or 2.5-32b."),
+        typer.Option(help="A published model instead of the configured one, such as 2b; docs/estimate.md lists them."),
     ] = None,
     device: Annotated[Device, typer.Option(help="Device to measure; auto takes the one in the settings.")] = "auto",
     card: Annotated[
@@ -82,3 +86,99 @@ def estimate(
     )
     if not fits:
         raise typer.Exit(1)
+
+
+SETTING = (
+    "Memory in GiB is estimated for a step of 8 prompts x 8 completions of at most 256 tokens on a GPU: bfloat16, one "
+    "image of 512 x 512 pixels, gradient checkpointing, one prompt per micro-batch; LoRA of rank 8."
+)
+
+
+@verb
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List published models that start with `model.path`, and the architectures of this transformers version."""
+    import transformers
+
+    from medvqa_rl.models.families import FAMILIES
+    from medvqa_rl.models.families.published import CHECKPOINTS
+
+    with waiting("estimating memory"):
+        rows = [_describe(checkpoint) for checkpoint in CHECKPOINTS]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    header = ("checkpoint", "family", "parameters", "LoRA", "full", "medical", "licence", "gated")
+    cells = [
+        (
+            row["checkpoint"],
+            row["family"],
+            *("-" if row[name] is None else f"{row[name]:.1f}{unit}" for name, unit in _NUMBERS),
+            "yes" if row["medical"] else "",
+            row["licence"],
+            "yes" if row["gated"] else "",
+        )
+        for row in rows
+    ]
+    own = "; ".join(f"{family.title} ({', '.join(family.model_types)})" for family in FAMILIES)
+    open_console().print(
+        TextTable(
+            f"Models for model.path (transformers {transformers.__version__})",
+            header,
+            cells,
+            drop=("gated", "licence", "medical"),
+            notes=(
+                SETTING,
+                f"Families with the fast path, also of other checkpoints: {own}. Other models of "
+                "AutoModelForImageTextToText run through their own forward, more slowly.",
+                "Names, licences and gates are not looked up: see the page of a checkpoint.",
+            ),
+        )
+    )
+
+
+_NUMBERS = (("parameters", " B"), ("lora", ""), ("full", ""))
+
+
+def _describe(checkpoint: Any) -> dict[str, Any]:
+    """The row of a checkpoint."""
+    from medvqa_rl.learning.estimate.hardware import GIB
+    from medvqa_rl.models.families import family_for
+
+    family = family_for(checkpoint.model_type)
+    row = {
+        "checkpoint": checkpoint.path,
+        "family": checkpoint.model_type if family is None else family.title,
+        "parameters": None,
+        "lora": None,
+        "full": None,
+        "medical": checkpoint.is_medical,
+        "licence": checkpoint.licence,
+        "gated": checkpoint.is_gated,
+    }
+    if checkpoint.size is not None:
+        model, peaks = _estimate(checkpoint.size)
+        row |= {"parameters": sum(model.parameters) / 1e9, "lora": peaks[0] / GIB, "full": peaks[1] / GIB}
+    return row
+
+
+def _estimate(size: str) -> tuple[Any, tuple[float, float]]:
+    """The dimensions of a published model, and the peak memory in bytes with LoRA and in full."""
+    from medvqa_rl.config import Config, LoraConfig, ModelConfig
+    from medvqa_rl.learning.estimate.architecture import find_architecture
+    from medvqa_rl.learning.estimate.estimate import Assumptions, estimate
+    from medvqa_rl.learning.estimate.hardware import Machine, Rates
+
+    model = find_architecture(ModelConfig(), size)
+    machine, assumed = Machine("", Rates(1, 1), 1e30, True, ""), Assumptions(110, (512, 512), 1, size)
+
+    def peak(lora: LoraConfig | None) -> float:
+        config = Config.model_validate(
+            {
+                "model": {"lora": lora, "gradient_checkpointing": True, "dtype": "bfloat16"},
+                "rollout": {"num_generations": 8, "max_completion_length": 256},
+                "train": {"prompts_per_step": 8, "prompts_per_micro_batch": 1},
+            }
+        )
+        return estimate(config, model, machine, assumed).peak
+
+    return model, (peak(LoraConfig(rank=8, alpha=16)), peak(None))

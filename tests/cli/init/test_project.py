@@ -110,7 +110,7 @@ def test_a_project_is_divided_sized_and_says_what_to_run(
     assert sum(map(len, datasets)) == ROWS
     # By the arithmetic of the verb estimate, for images no smaller than these.
     machine = Machine("", Rates(1, 1), 24 * GIB, True, "")
-    model = find_architecture(config.model, "2b")
+    model = find_architecture(config.model, None)
     assert estimate(config, model, machine, Assumptions(60, (112, 112), 1)).peak < 0.85 * 24 * GIB
     before = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
     result = CliRunner().invoke(app, arguments)
@@ -301,3 +301,21 @@ def test_a_full_disk_names_the_project_and_leaves_nothing(
     with pytest.raises(OSError) as error:
         run_init(tmp_path / "mine", table=phantom / "questions.csv", images=phantom / "images", gpu_memory=24)
     assert error.value.filename == str(tmp_path / "mine") and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [("Qwen/Qwen3-VL-2B-Instruct", 524288), ("Qwen/Qwen2-VL-2B-Instruct", 401408), ("google/medgemma-4b-it", None)],
+)
+def test_the_config_fits_the_family_of_the_model(model: str, limit: int | None, phantom: Path, tmp_path: Path) -> None:
+    table, images = phantom / "questions.csv", phantom / "images"
+    assert run_init(tmp_path / "mine", table=table, images=images, gpu_memory=80.0, model=model)
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    assert (config.model.path, config.model.max_pixels) == (model, limit)
+
+
+def test_an_unknown_model_is_refused_before_anything_is_read(phantom: Path, tmp_path: Path) -> None:
+    table, images = phantom / "questions.csv", phantom / "images"
+    with pytest.raises(ValueError, match=r"--model is 'no/model', whose config\.json is not on this machine"):
+        run_init(tmp_path / "mine", table=table, images=images, gpu_memory=80.0, model="no/model")
+    assert not (tmp_path / "mine").exists()

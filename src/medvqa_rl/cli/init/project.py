@@ -17,7 +17,7 @@ from typing import Any
 
 from medvqa_rl.cli.data.check import print_report
 from medvqa_rl.cli.init.template import CPU, GPU, fill
-from medvqa_rl.config import Config, ConfigError, DataConfig
+from medvqa_rl.config import Config, ConfigError, DataConfig, ModelConfig
 from medvqa_rl.config.yaml import build_config, read_yaml
 from medvqa_rl.core.embedded import local_file
 from medvqa_rl.core.files import temporary_folder, write_text
@@ -38,7 +38,7 @@ MIN_SAMPLES = 50
 """With fewer questions nothing can be learned or measured: ten test questions have an interval of 60 points."""
 ROOM = 0.85
 """Share of the GPU's memory that the settings may use; estimates are a few percent off, and images differ."""
-MODEL, MODEL_SIZE = "Qwen/Qwen2-VL-2B-Instruct", "2b"
+MODEL = "Qwen/Qwen3-VL-2B-Instruct"
 SPLITS = ("train", "val", "test")
 PASSES = 4
 """Passes over the training questions, within 50 to 2,000 steps."""
@@ -50,7 +50,7 @@ TIGHTER: tuple[Mapping[str, Any], ...] = (
     {"rollout.max_batch": 4},
     {"model.gradient_checkpointing": True},
     {"rollout.max_batch": 1},
-    {"model.max_pixels": 200_704},
+    {"model.max_pixels": 256},  # in image tokens, see pixels()
     {"rollout.max_completion_length": 128},
 )
 """Changes that save memory, applied cumulatively; those that only cost time come first."""
@@ -58,9 +58,20 @@ ROOMY: Mapping[str, Any] = {
     "train.prompts_per_micro_batch": 8,
     "rollout.max_batch": 8,
     "model.gradient_checkpointing": False,
-    "model.max_pixels": 401_408,
+    "model.max_pixels": 512,
     "rollout.max_completion_length": 256,
 }
+
+
+@dataclass(frozen=True)
+class Project:
+    """What was asked for."""
+
+    folder: Path
+    images: Path
+    model: str
+    """``model.path`` on a GPU."""
+    open_correctness: str | None
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ def run_init(
     table: Path,
     images: Path,
     gpu_memory: float | None = None,
+    model: str = MODEL,
     open_correctness: str | None = None,
     seed: int = 0,
 ) -> bool:
@@ -89,6 +101,7 @@ def run_init(
         table: the questions, with the columns of :mod:`medvqa_rl.data.sets.own`.
         images: image folder.
         gpu_memory: memory of the training GPU in GiB; None uses the GPU of this machine.
+        model: ``model.path`` on a GPU.
         open_correctness: value of ``rewards.open_correctness``, or None for its default.
         seed: of the split.
 
@@ -106,6 +119,10 @@ def run_init(
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
     rows = read_whole(table)
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
+    if memory is None and model != MODEL:
+        raise ValueError("--model is for a GPU, and torch finds none here: give the memory of one with --gpu-memory.")
+    if memory is not None:
+        pixels(model, ROOMY)  # a model that is not known is refused before the data is read
     from medvqa_rl.models.families.costs import image_rule
 
     out = open_console()
@@ -121,9 +138,8 @@ def run_init(
         if problems := find_obstacles(samples, table, open_correctness):
             raise ConfigError(problems)
         template = CPU if memory is None else GPU
-        draft = build_config(
-            read_yaml(fill(template, placeholders(template, project, images, datasets, None, "", open_correctness)))
-        )
+        given = Project(project, images, model, open_correctness)
+        draft = build_config(read_yaml(fill(template, placeholders(template, given, datasets, None, ""))))
         report = run_check(datasets, draft)
         print_report(report, out, image_rule(draft.model)[1])
         if report.is_wrong():
@@ -131,7 +147,7 @@ def run_init(
             return False
         sized = None if memory is None else size_to(draft, memory, samples, report)
         line = machine_line(memory, where, sized)
-        text = fill(template, placeholders(template, project, images, datasets, sized, line, open_correctness))
+        text = fill(template, placeholders(template, given, datasets, sized, line))
         build_config(read_yaml(text), purpose="train")
         write_text(stage / "config.yaml", text)
         os.replace(stage, project)
@@ -256,11 +272,11 @@ def size_to(config: Config, memory: float, samples: Sequence[Sample], report: Da
     text = max(sum(len(part.get("text", "")) for part in render_prompt(s).messages[-1]["content"]) for s in samples)
     largest = max(sizes, key=lambda size: size[0] * size[1])
     assumed = Assumptions(question_tokens=32 + text // 3, image_size=largest, ranks=1)
-    model, machine = find_architecture(config.model, MODEL_SIZE), Machine("", Rates(1, 1), memory * GIB, True, "")
+    model, machine = find_architecture(config.model, None), Machine("", Rates(1, 1), memory * GIB, True, "")
 
     def estimated(values: Mapping[str, Any]) -> Estimate:
         settings = config.model_dump()
-        for path, value in values.items():
+        for path, value in {**values, **pixels(config.model.path, values)}.items():
             section, _, name = path.partition(".")
             settings[section][name] = value
         return estimate(Config.model_validate(settings), model, machine, assumed)
@@ -272,8 +288,8 @@ def size_to(config: Config, memory: float, samples: Sequence[Sample], report: Da
         if peak <= ROOM * memory * GIB:
             return Sized(values, peak)
     raise ValueError(
-        f"{MODEL} needs at least {peak / GIB / ROOM:.1f} GiB of GPU memory to train on these questions, but "
-        f"there are {memory:.1f} GiB: give the memory of a larger GPU with --gpu-memory, or make the images smaller."
+        f"{config.model.path} needs at least {peak / GIB / ROOM:.1f} GiB of GPU memory to train on these questions, "
+        f"but there are {memory:.1f} GiB: give the memory of a larger GPU with --gpu-memory, or smaller images."
     )
 
 
@@ -291,38 +307,55 @@ def machine_line(memory: float | None, where: str, sized: Sized | None) -> str:
     )
 
 
-def is_cached(model: str) -> bool:
-    """Return whether a Hub model is in the local cache; opens no connection."""
+def is_here(model: str) -> bool:
+    """Return whether a model is a folder, or in the cache of the Hub; opens no connection."""
     return local_file(model, None, "config.json") is not None
 
 
+def pixels(model: str, values: Mapping[str, Any]) -> dict[str, int | None]:
+    """``model.max_pixels`` for the image tokens in the values; None if the model's family has no such limit.
+
+    Raises:
+        ValueError: the family of the model is not known.
+    """
+    from medvqa_rl.models.families.costs import family_at
+
+    family = family_at(ModelConfig(path=model))
+    if family is None:
+        raise ValueError(
+            f"--model is {shown(model)}, whose config.json is not on this machine: give the folder of a "
+            "checkpoint, or a name that `medvqa-rl models` lists."
+        )
+    per_token = family.pixels_per_token
+    return {"model.max_pixels": None if per_token is None else values["model.max_pixels"] * per_token}
+
+
 def placeholders(
-    template: str,
-    project: Path,
-    images: Path,
-    datasets: Mapping[str, Dataset],
-    sized: Sized | None,
-    machine: str,
-    open_correctness: str | None,
+    template: str, given: Project, datasets: Mapping[str, Dataset], sized: Sized | None, machine: str
 ) -> dict[str, Any]:
     """Return the values of a template's placeholders."""
+    project, images = given.folder, given.images
+    values = ROOMY if sized is None else sized.values
+    limit = pixels(given.model, values)["model.max_pixels"] if template == GPU else None
+    tokens = f"larger images are downscaled to {values['model.max_pixels']} tokens"
     count = len(datasets["train"]) if "train" in datasets else 0
     steps = min(2000, max(50, math.ceil(PASSES * count / 8)))
     return {
         "machine": machine,
-        "network": "on" if template == GPU and not is_cached(MODEL) else "off",
+        "network": "on" if template == GPU and not is_here(given.model) else "off",
         "config": project / "config.yaml",
         "output": str((project / "run").absolute()),
         "path": str(project.absolute()),
         "images": str(images.resolve()),
         "counts": ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items()),
-        "model": MODEL,
-        "open_correctness": "null" if open_correctness is None else open_correctness,
+        "model": given.model,
+        "pixels": "" if limit is None else f"  max_pixels: {limit}               # {tokens}\n",
+        "open_correctness": "null" if given.open_correctness is None else given.open_correctness,
         "steps": steps,
         "passes": f"{steps * 8 / max(1, count):.1f}",
         "every": max(10, steps // 10),
         "warmup": min(20, steps // 10),
-        **{path.rpartition(".")[2]: value for path, value in (ROOMY if sized is None else sized.values).items()},
+        **{path.rpartition(".")[2]: value for path, value in values.items()},
     }
 
 

@@ -46,13 +46,12 @@ GPU = (
     HEAD
     + """
 model:
-  path: $model
+  path: $model_yaml
   lora:                            # low-rank adapters on the frozen language model
     rank: 8                        # as in RARL (arXiv 2506.06600)
     alpha: 16                      # not stated in the paper
   gradient_checkpointing: $gradient_checkpointing    # true saves memory and takes about a third longer
-  max_pixels: $max_pixels               # larger images are downscaled; a token is 28 x 28 pixels
-
+$pixels
 rollout:
   num_generations: 8               # completions sampled per question
   max_completion_length: $max_completion_length       # maximum tokens in a completion
@@ -117,6 +116,6 @@ _COMMENTED = re.compile(r"^( *\w+: \S+) +# ", re.MULTILINE)
 def fill(template: str, values: Mapping[str, Any]) -> str:
     """Fill in a template, with folders quoted as YAML, booleans in lower case and comments in one column."""
     plain = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
-    quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "images")}
+    quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "images", "model")}
     filled = Template(template).substitute(plain | quoted)
     return _COMMENTED.sub(lambda line: f"{line[1]:<34} # ", filled)

@@ -21,6 +21,9 @@ def init(
         float | None,
         typer.Option(min=1.0, help="Memory of the training GPU in GiB. Defaults to this machine's GPU."),
     ] = None,
+    model: Annotated[
+        str, typer.Option(help="Checkpoint to train on a GPU: a folder, or one that `medvqa-rl models` lists.")
+    ] = "Qwen/Qwen3-VL-2B-Instruct",
     open_correctness: Annotated[
         Literal["exact", "token_f1", "similarity", "judge"] | None,
         typer.Option(help="How open-ended answers are scored; sets rewards.open_correctness."),
@@ -34,7 +37,13 @@ def init(
     from medvqa_rl.cli.init.project import run_init
 
     is_right = run_init(
-        project, table=data, images=images, gpu_memory=gpu_memory, open_correctness=open_correctness, seed=seed
+        project,
+        table=data,
+        images=images,
+        gpu_memory=gpu_memory,
+        model=model,
+        open_correctness=open_correctness,
+        seed=seed,
     )
     if not is_right:
         raise typer.Exit(1)

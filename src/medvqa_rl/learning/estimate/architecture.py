@@ -23,13 +23,15 @@ def find_architecture(model: ModelConfig, size: str | None) -> Architecture:
         ValueError: the size is unknown, or there is no usable config.json on this machine.
     """
     from medvqa_rl.models.families.costs import read_architecture
-    from medvqa_rl.models.families.published import SIZES
+    from medvqa_rl.models.families.published import SIZES, size_of
 
+    file = local_file(model.path, model.revision, "config.json")
+    if size is None and file is None:
+        size = size_of(model.path)
     if size is not None:
         if size not in SIZES:
             raise ValueError(f"--model-size is {shown(size)}, but the known sizes are {', '.join(SIZES)}.")
         return read_architecture(SIZES[size])
-    file = local_file(model.path, model.revision, "config.json")
     if file is None:
         raise ValueError(
             f"model.path is {shown(model.path)}, but no config.json of it is on this machine: give the folder of a "

@@ -59,7 +59,7 @@ def run_estimate(
             f"--completion-tokens is {mean_tokens}, but completions end at rollout.max_completion_length, {limit}: "
             "give at most that."
         )
-    assumptions = Assumptions(question_tokens, image_size, ranks)
+    assumptions = Assumptions(question_tokens, image_size, ranks, model_size)
     machine = find_machine(
         config, device=device, card_name=card_name, tflops=tflops, bandwidth=bandwidth, memory_gib=memory_gib
     )

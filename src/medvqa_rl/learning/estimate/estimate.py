@@ -38,6 +38,8 @@ class Assumptions:
     """Width and height in pixels before resizing; None for questions without images."""
     ranks: int
     """Devices that share the prompts of a step."""
+    model_size: str | None = None
+    """A published model instead of the configured one."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def estimate(config: Config, model: Architecture, machine: Machine, assumptions:
 
     grids: tuple[Grid, ...] = ()
     if assumptions.image_size is not None:
-        grids = image_rule(config.model)[0].size(*assumptions.image_size).grids
+        grids = image_rule(config.model, assumptions.model_size)[0].size(*assumptions.image_size).grids
     work = plan(
         config,
         model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from medvqa_rl.models.dimensions import Architecture, ImageRule, ImageSettings, 
 from medvqa_rl.models.families import FAMILIES, family_for, supported
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.published import SIZES, size_of
 from medvqa_rl.models.untrusted import FILE_ERRORS
 
-_SETTINGS = TypeAdapter(dict[str, Any])
+_SETTINGS: TypeAdapter[Mapping[str, Any]] = TypeAdapter(Mapping[str, Any])
 _IMAGES = TypeAdapter(ImageSettings)
 
 
@@ -108,26 +110,46 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_rule(model: ModelConfig) -> tuple[ImageRule, str]:
+def image_rule(model: ModelConfig, size: str | None = None) -> tuple[ImageRule, str]:
     """What images cost the configured model, and the source of the limits in words.
 
     They are read from the checkpoint's files if they are on this machine (a folder, an embedded model or the Hub
-    cache), and default to those published with the first family. ``model.min_pixels`` and ``model.max_pixels``
-    override them. Opens no connection.
+    cache), and default to those published with its family, or with the first one if it is not known.
+    ``model.min_pixels`` and ``model.max_pixels`` override them. Opens no connection.
+
+    Args:
+        size: a key of ``SIZES``, instead of the checkpoint.
 
     Raises:
         ValueError: a file is damaged.
     """
-    family, settings, where = FAMILIES[0], ImageSettings(), f"as published with {FAMILIES[0].title}"
-    content: dict[str, Any] = {}
-    config = local_file(model.path, model.revision, "config.json")
-    file = local_file(model.path, model.revision, "preprocessor_config.json")
-    if config is not None:
-        content = read_json(_SETTINGS, config, "copy the file from the checkpoint")
-        own = family_for(str(content.get("model_type")))
-        if own is not None and own not in FAMILIES:
-            return family.image_rule(settings, {}, None, None), f"of {family.title}, as a rough figure for {own.title}"
-        family = own or family
+    content, file = _published_or_local(model, size)
+    kind = str(content.get("model_type"))
+    family = next((one for one in FAMILIES if kind in one.model_types), FAMILIES[0])
+    other = family_for(kind)
+    if other is not None and other is not family:
+        return family.image_rule(ImageSettings(), {}, None, None), f"of {family.title}, roughly for {other.title}"
+    settings, where = ImageSettings(), f"as published with {family.title}"
     if file is not None:
         settings, where = read_json(_IMAGES, file, "copy the file from the checkpoint"), f"from {model.path}"
     return family.image_rule(settings, content, model.min_pixels, model.max_pixels), where
+
+
+def family_at(model: ModelConfig) -> Family | None:
+    """The family of the configured model; None if neither its config.json is on this machine nor its name is known.
+
+    Raises:
+        ValueError: the config.json is damaged.
+    """
+    return family_for(str(_published_or_local(model, None)[0].get("model_type")))
+
+
+def _published_or_local(model: ModelConfig, size: str | None) -> tuple[Mapping[str, Any], Path | None]:
+    """The content of a model's config.json, empty if it is not known, and its preprocessor_config.json, if any."""
+    config = local_file(model.path, model.revision, "config.json")
+    if size is None and config is None:
+        size = size_of(model.path)
+    if size is not None:
+        return SIZES[size], None
+    content = {} if config is None else read_json(_SETTINGS, config, "copy the file from the checkpoint")
+    return content, local_file(model.path, model.revision, "preprocessor_config.json")

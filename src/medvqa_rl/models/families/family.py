@@ -49,6 +49,8 @@ class Family(ABC):
     """Those of them, or modules inside, between the vision tower and the language model."""
     is_bidirectional: ClassVar[bool] = False
     """Tokens of an image attend to each other in both directions, which flash attention cannot mask."""
+    pixels_per_token: ClassVar[int | None] = None
+    """Of a resized image; None if ``model.min_pixels`` and ``model.max_pixels`` do not apply."""
     num_axes: ClassVar[int] = 1
     """Positions of a token: 1, or 3 for time, height and width (M-RoPE)."""
     shares_prompts: ClassVar[bool] = True

@@ -74,6 +74,7 @@ class InternVL(Family):
     title = "InternVL"
     model_types = ("internvl",)
     processor_class = "InternVLProcessor"
+    pixels_per_token = 448 * 448 // 256
     image_token = placeholder = "<IMG_CONTEXT>"
     has_vllm = False
 

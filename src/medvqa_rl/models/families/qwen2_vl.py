@@ -33,6 +33,10 @@ class Qwen2VL(Family):
     vision = ("visual",)
     projector: ClassVar[tuple[str, ...]] = ("visual.merger",)
     num_axes = 3
+    pixels_per_token = 28 * 28
+    patch_size = 14
+    published = (56 * 56, 16384 * 28 * 28)
+    """Smallest and largest area of an image in pixels, if the checkpoint does not say otherwise."""
 
     def load_image_processor(self, folder: Path) -> Any:
         return Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
@@ -153,9 +157,9 @@ class Qwen2VL(Family):
         self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
     ) -> ResizedImages:
         found = {
-            "min_pixels": min_pixels or settings.size.shortest_edge or settings.min_pixels,
-            "max_pixels": max_pixels or settings.size.longest_edge or settings.max_pixels,
-            "patch_size": settings.patch_size,
+            "min_pixels": min_pixels or settings.size.shortest_edge or settings.min_pixels or self.published[0],
+            "max_pixels": max_pixels or settings.size.longest_edge or settings.max_pixels or self.published[1],
+            "patch_size": settings.patch_size or self.patch_size,
             "merge_size": settings.merge_size,
         }
         return ResizedImages(**{name: value for name, value in found.items() if value is not None})

@@ -24,6 +24,10 @@ class Qwen3VL(Qwen2VL):
     processor_class = "Qwen3VLProcessor"
     projector = ("visual.merger", "visual.deepstack_merger_list")
 
+    patch_size = 16
+    pixels_per_token = 32 * 32
+    published = (256 * 256, 4096 * 4096)
+
     def tower_modules(self, model: nn.Module) -> list[str]:
         return ["visual.pos_embed", *super().tower_modules(model)]
 
