@@ -1,7 +1,7 @@
 # make demo    fine-tune the embedded model on a CPU and show that it got better
 # make test    run the tests
 # make check   lint, formatting, types
-# make attack  damage inputs, kill runs, attack pages and servers; TIME
+# make attack  damage inputs, kill runs, attack pages and servers; about 40 minutes
 # make attack-short   a part of it with a seed of the commit; two minutes
 # make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 5 minutes with its installation
 # make test-vllm-full  the same with more models, settings and failures; 20 minutes

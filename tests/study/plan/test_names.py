@@ -126,6 +126,9 @@ def test_results_of_another_default_are_refused(given: dict[str, Any], tmp_path:
     message = r"grpo, seed 0 in .*grpo.seed0-\w+ was made with loss\.beta = 0\.5, but it is now 0\.04 \(the default"
     with pytest.raises(ValueError, match=message):
         read_recipe(path, output)
+    record({"network": "[" * 2000}, {})
+    with pytest.raises(ValueError, match=r"was made with network = .{200}\.\.\., but it is now"):
+        read_recipe(path, output)
     record({}, {"eval": cell.tests[0].config.eval.model_dump(mode="json") | {"temperature": 0.5}})
     message = r"grpo, seed 0, test home in .*home-\w+ was made with eval\.temperature = 0\.5, but it is now 1\.0"
     with pytest.raises(ValueError, match=message):

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 
 from medvqa_rl.config import Config, digest, leaves
 from medvqa_rl.core.files import read_json
+from medvqa_rl.core.text import printable
 
 
 def settings_hash(config: Config, after: str = "") -> str:
@@ -64,8 +65,8 @@ def check_made(
     for path, value in now.items():
         is_compared = path in then and not any(path == name or path.startswith(f"{name}.") for name in ignored)
         if is_compared and then[path] != value:
+            before, after = (printable(json.dumps(one), 200) for one in (then[path], value))
             raise ValueError(
-                f"{what} in {folder} was made with {path} = {json.dumps(then[path])}, but it is now "
-                f"{json.dumps(value)} (the default has changed since): remove that folder to run it again, or choose "
-                "another --output."
+                f"{what} in {folder} was made with {path} = {before}, but it is now {after} (the default has changed "
+                "since): remove that folder to run it again, or choose another --output."
             )
