@@ -1,26 +1,17 @@
 """The stage of the recipe in which the vision tower learns to see."""
 
-import numpy as np
 import torch
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import ASSETS
-from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.data.phantom.world import ALL_KINDS, Finding, Scene
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.processor import Processor
-from medvqa_rl.phantom.seeing import CELLS, Probe, labels, learn_to_see, patches
+from medvqa_rl.phantom.seeing import CELLS, Probe, labels, learn_to_see
 from medvqa_rl.phantom.vlm import build_model
 
 PROCESSOR = Processor.from_folder(ASSETS / "instruct", Qwen2VL())
-
-
-def test_patches_equal_those_of_the_image_processor():
-    samples = [draw_sample(seed=0, split="patches", index=index) for index in range(4)]
-    images = np.stack([np.asarray(sample.images[0].load()) for sample in samples])
-    expected = np.concatenate([PROCESSOR.encode(sample).image_inputs["pixel_values"] for sample in samples])
-    assert np.abs(patches(images, PROCESSOR.image_processor) - expected).max() < 1e-6
 
 
 def test_labels_name_what_is_in_each_cell():

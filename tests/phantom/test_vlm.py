@@ -23,8 +23,9 @@ from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.phantom import demo
+from medvqa_rl.phantom.architectures import PHANTOMS
 from medvqa_rl.phantom.build import FORMAT_RATE, WORDS, Binding, build, learn, lesson
-from medvqa_rl.phantom.vlm import SPECIAL_TOKENS, build_model, build_processor
+from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -44,7 +45,7 @@ def test_the_tokenizer_round_trips_any_text(text):
 
 
 def test_words_and_tags_are_one_token_each():
-    for piece in (*(f" {word}" for word in WORDS), *TAGS, *SPECIAL_TOKENS):
+    for piece in (*(f" {word}" for word in WORDS), *TAGS, *PHANTOMS["qwen2_vl"].special_tokens):
         assert len(PROCESSOR.tokenizer(piece)["input_ids"]) == 1, piece
 
 

@@ -16,14 +16,25 @@ phantom_app = Verbs(help="The embedded phantom world: its small models and its i
 @verb
 def build_models(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/phantom_build"),
+    family: Annotated[
+        str, typer.Option(help="Architecture: qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3 or internvl.")
+    ] = "qwen2_vl",
+    base_steps: Annotated[int, typer.Option(min=1, help="Steps of the stage base.")] = 1400,
+    instruct_steps: Annotated[int, typer.Option(min=1, help="Steps of the stage instruct.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Train the embedded checkpoints from scratch, by the committed recipe."""
+    """Train the embedded checkpoints, or those of another family, from scratch, by the committed recipe."""
     use_threads("phantom:instruct")
     from medvqa_rl.phantom.build import build
 
-    build(output, seed=seed, dry_run=dry_run)
+    build(
+        output,
+        family=family,
+        seed=seed,
+        steps={"base": base_steps, "instruct": instruct_steps},
+        dry_run=dry_run,
+    )
 
 
 @phantom_app.command("build-judges")

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
-from transformers import Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws, address
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import LETTERS, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.phantom.drawing import PhantomImage
@@ -43,7 +43,10 @@ from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.sft import sft_loss, target_completion
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
+from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.parts import Embedded
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.phantom.architectures import PHANTOMS
 from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.training import Log, cosine_schedule, count_parameters, curve_log, train
 from medvqa_rl.phantom.vlm import build_model, build_processor
@@ -64,22 +67,32 @@ _MAX_DISTANCE = 60
 """Maximum number of random tokens between the options and their queries at the end of the binding stage."""
 
 
-def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = None, dry_run: bool = False) -> Path:
+def build(
+    output: Path,
+    *,
+    family: str = "qwen2_vl",
+    seed: int = 0,
+    steps: Mapping[Stage, int] | None = None,
+    dry_run: bool = False,
+) -> Path:
     """Train both checkpoints and evaluate them on both scanners.
 
     Args:
         output: folder for ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (learning curves) and
             ``build.json`` (accuracy of both on both scanners).
+        family: ``model_type`` of the architecture, one of :data:`PHANTOMS`.
         seed: seed of weights and data.
         steps: number of optimizer steps of the stages ``base`` and ``instruct``; defaults to :data:`STEPS`.
         dry_run: print the shapes of one step of each kind and stop; nothing is written.
 
     Raises:
-        ValueError: the output folder is not empty.
+        ValueError: the family is unknown, or the output folder is not empty.
     """
+    if family not in PHANTOMS:
+        raise ValueError(f"--family is {shown(family)}, but the families are {', '.join(PHANTOMS)}.")
     if not dry_run and output.exists() and any(output.iterdir()):
         raise ValueError(f"The folder {output} is not empty: choose another with --output, or remove it.")
-    processor = build_processor()
+    processor = build_processor(family)
     model = build_model(processor, seed)
     policy = Policy(model, processor, torch.device("cpu"), ModelConfig(train_vision=True, train_projector=True))
     if dry_run:
@@ -87,7 +100,7 @@ def build(output: Path, *, seed: int = 0, steps: Mapping[Stage, int] | None = No
         return output
     output.mkdir(parents=True, exist_ok=True)
     began, log = time.perf_counter(), curve_log(output / "build.jsonl")
-    results: dict[str, Any] = {"parameters": count_parameters(model)}
+    results: dict[str, Any] = {"family": family, "parameters": count_parameters(model)}
     learn_to_see(policy, STEPS_SEEING, LEARNING_RATES["seeing"], seed, log)
     learn_binding(policy, seed, log)
     for stage in STEPS:
@@ -163,13 +176,14 @@ class Binding:
         ids = torch.cat([noise(distance * 2 // 3), listed.flatten(1), noise(distance), questions.flatten(1)], dim=1)
         return ids, ids.shape[1] - 3 * queries + 1 + 3 * torch.arange(queries)
 
-    def loss(self, model: Qwen2VLForConditionalGeneration, ids: Tensor, positions: Tensor) -> tuple[Tensor, float]:
+    def loss(self, model: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tensor, float]:
         """Cross-entropy of the letters, and the share predicted correctly."""
-        text = model.model.language_model
-        position_ids = torch.arange(ids.shape[1]).expand(3, len(ids), -1)
-        embeddings = text.embed_tokens(ids)
-        hidden = text(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
-        logits, targets = model.lm_head(hidden[:, positions - 1]).flatten(0, 1), ids[:, positions].flatten()
+        family = family_of(model)
+        position_ids = torch.arange(ids.shape[1]).expand(family.num_axes, len(ids), -1)
+        embedded = Embedded(family.text(model).embed_tokens(ids), {})
+        hidden = family.hidden_states(model, embedded, position_ids, use_cache=False)
+        logits = family.logits(model, hidden[:, positions - 1]).flatten(0, 1)
+        targets = ids[:, positions].flatten()
         return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
@@ -180,7 +194,7 @@ def learn_binding(policy: Policy, seed: int, log: Log, *, max_steps: int = 3000)
     practice, distance, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
     for step in range(max_steps):
         ids, positions = practice.draw(64, (2, 3, 4, 4)[step % 4], distance, use_words=step % 4 < 3)
-        loss, accuracy = practice.loss(policy.model, ids, positions)  # type: ignore[arg-type]
+        loss, accuracy = practice.loss(policy.model, ids, positions)
         loss.backward()
         clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step(rate * min(1.0, (step + 1) / 50))
@@ -219,7 +233,7 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
         values = {"loss": loss.item()}
         if step % 8 == 0:
             ids, positions = practice.draw(BATCH, 4, _MAX_DISTANCE, use_words=True)
-            loss = loss + practice.loss(policy.model, ids, positions)[0]  # type: ignore[arg-type]
+            loss = loss + practice.loss(policy.model, ids, positions)[0]
         loss.backward()
         return values
 

@@ -10,15 +10,13 @@ reveal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medvqa_rl.data.phantom.drawing import SIZE, render
+from medvqa_rl.data.phantom.drawing import render
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.training import Log, cosine_schedule, train
@@ -26,30 +24,8 @@ from medvqa_rl.phantom.training import Log, cosine_schedule, train
 CELLS = tuple((side, level) for side in SIDES for level in LEVELS)
 _CLASSES = (len(ALL_KINDS) + 1, len(SIZES) + 1, 4)
 """Number of kinds, sizes and counts per cell; class 0 means an empty cell."""
-_PATCH, _MERGE = 14, 2
-_GRID = SIZE // (_PATCH * _MERGE)
+_GRID = 4
 """Image tokens per side."""
-
-
-def patches(images: NDArray[np.uint8], image_processor: Any) -> NDArray[np.float32]:
-    """Patches of a batch of phantom images, as ``Qwen2VLImageProcessorPil`` computes them.
-
-    Args:
-        images: (N, 112, 112, 3) RGB.
-        image_processor: provides the mean and standard deviation.
-
-    Returns:
-        (N * 64, 1176) patches: blocks of 2 x 2 patches in reading order, each (channel, time, row, column).
-    """
-    mean, deviation = (
-        np.asarray(values, np.float32) for values in (image_processor.image_mean, image_processor.image_std)
-    )
-    pixels = (images.astype(np.float32) / np.float32(255) - mean) / deviation
-    blocks = pixels.reshape(len(images), _GRID, _MERGE, _PATCH, _GRID, _MERGE, _PATCH, 3)
-    ordered = blocks.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # N, block row, block column, row, column, channel, y, x
-    repeated = np.repeat(ordered[:, :, :, :, :, :, None], 2, axis=6)  # a still image is two equal frames
-    flat: NDArray[np.float32] = np.ascontiguousarray(repeated).reshape(-1, 3 * 2 * _PATCH * _PATCH)
-    return flat
 
 
 def labels(scene: Scene) -> list[tuple[int, int, int]]:
@@ -99,16 +75,16 @@ class Probe(nn.Module):
 
 def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *, batch: int = 64) -> None:
     """Train the vision tower and the projector through the probe."""
-    tower: Any = policy.model.model.visual  # type: ignore[union-attr]
+    family, processor = policy.family, policy.processor.image_processor
     torch.manual_seed(seed)
-    probe = Probe(tower.config.hidden_size)
-    grid = torch.tensor([[1, SIZE // _PATCH, SIZE // _PATCH]]).expand(batch, -1)
+    probe = Probe(len(family.blank_features(policy.model, policy.device)[0]))
 
     def backward(step: int) -> dict[str, float]:
         scenes = _scenes(batch, seed, step)
-        images = np.stack([render(scene) for scene in scenes])
-        pixels = torch.from_numpy(patches(images, policy.processor.image_processor))
-        features = tower(pixels, grid_thw=grid).pooler_output.view(batch, _GRID * _GRID, -1)
+        images = [Image.fromarray(render(scene)) for scene in scenes]
+        inputs = family.preprocess(processor, images)
+        encoded = family.encode(policy.model, {name: torch.from_numpy(array) for name, array in inputs.items()})
+        features = torch.stack(list(encoded))
         loss, share = probe.loss(
             features,
             torch.tensor([labels(scene) for scene in scenes]),
@@ -117,7 +93,7 @@ def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *
         loss.backward()
         return {"loss": loss.item(), "findings right": share}
 
-    both = nn.ModuleDict({"tower": tower, "probe": probe})
+    both = nn.ModuleList([*family.vision_modules(policy.model), probe])
     train(both, cosine_schedule(rate, warmup_steps=min(50, steps)), steps, backward, log, stage="seeing")
 
 

@@ -39,7 +39,7 @@ from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, make_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.models.reference import load_reference
-from medvqa_rl.phantom.vlm import SPECIAL_TOKENS
+from medvqa_rl.phantom.architectures import QWEN_TOKENS
 from medvqa_rl.rollout.decode import RolloutEngine
 
 MIB = 2**20
@@ -65,7 +65,7 @@ def questions(count: int, size: int) -> list[Sample]:
 def medium_weights() -> Qwen2VLForConditionalGeneration:
     """28 M parameters, with three query heads per key head as in larger models. Copy them."""
     processor = Processor.from_folder(ASSETS / "instruct", Qwen2VL())
-    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in QWEN_TOKENS}
     config = Qwen2VLConfig(
         text_config={
             **{"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8},
