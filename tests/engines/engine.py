@@ -21,7 +21,7 @@ import torch
 from medvqa_rl.config import ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Group, Sample
 from medvqa_rl.models.loading import Policy, load_policy
-from medvqa_rl.rollout.vllm_serve import serve_command
+from medvqa_rl.rollout.vllm.serve import serve_command
 
 GREEDY = RolloutConfig(num_generations=2, max_completion_length=24, top_k=1, max_batch=4)
 SAMPLED = RolloutConfig(num_generations=4, max_completion_length=24, temperature=0.9)

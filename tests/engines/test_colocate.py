@@ -15,10 +15,10 @@ from medvqa_rl.config import LoraConfig, VllmConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import VllmEngine
-from medvqa_rl.rollout.vllm_local import Colocated
+from medvqa_rl.rollout.vllm.agreement import VllmError, difference, rehearse
+from medvqa_rl.rollout.vllm.engine import VllmEngine
+from medvqa_rl.rollout.vllm.local import Colocated
 from tests.engines.engine import GREEDY, SAMPLED, load, move, roll_out, tokens
 
 LORA = {"lora": LoraConfig(rank=4)}

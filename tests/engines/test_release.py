@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from medvqa_rl.config import LoraConfig, RolloutConfig
-from medvqa_rl.rollout.vllm import LORA_RANKS, VllmEngine, collapsed, write_adapter
-from medvqa_rl.rollout.vllm_server import as_url
+from medvqa_rl.rollout.vllm.engine import LORA_RANKS, VllmEngine, collapsed, write_adapter
+from medvqa_rl.rollout.vllm.server import as_url
 
 FAKES = Path(__file__).parents[1] / "fakes"
 

@@ -17,11 +17,11 @@ from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig, VllmConfig
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import VllmEngine
-from medvqa_rl.rollout.vllm_client import Client, check_answers
-from medvqa_rl.rollout.vllm_server import Server
+from medvqa_rl.rollout.vllm.agreement import VllmError, difference, rehearse
+from medvqa_rl.rollout.vllm.client import Client, check_answers
+from medvqa_rl.rollout.vllm.engine import VllmEngine
+from medvqa_rl.rollout.vllm.server import Server
 from tests.engines.engine import GREEDY, SAMPLED, Serving, load, move, roll_out, serving, tokens
 
 LORA = {"lora": LoraConfig(rank=4)}

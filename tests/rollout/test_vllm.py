@@ -18,12 +18,12 @@ from medvqa_rl.core.types import EncodedPrompt, Group, Sample
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout import vllm as ours
-from medvqa_rl.rollout.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.vllm import VllmEngine, check_version, collapsed, known, max_lora_rank, write_adapter
-from medvqa_rl.rollout.vllm_client import check_answers
-from medvqa_rl.rollout.vllm_local import Colocated, engine_arguments
-from medvqa_rl.rollout.vllm_server import Server
+from medvqa_rl.rollout.vllm.agreement import VllmError, difference, rehearse
+from medvqa_rl.rollout.vllm.client import check_answers
+from medvqa_rl.rollout.vllm.engine import VllmEngine, check_version, collapsed, known, max_lora_rank, write_adapter
+from medvqa_rl.rollout.vllm.local import Colocated, engine_arguments
+from medvqa_rl.rollout.vllm.server import Server
 
 MakePolicy = Callable[..., Policy]
 GREEDY = RolloutConfig(num_generations=2, max_completion_length=8, top_k=1, max_batch=3)
@@ -554,5 +554,5 @@ def test_versions_outside_what_was_tested():
 
 
 def test_docstrings_state_that_the_modules_have_not_run_on_a_gpu():
-    for name in ("vllm", "vllm_local", "vllm_server"):
+    for name in ("engine", "local", "server"):
         assert "ot yet run" in (Path(ours.__file__).parent / f"{name}.py").read_text().split('"""')[1]

@@ -21,7 +21,7 @@ from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.learning.setup import Setup
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.scores import Scores
-from medvqa_rl.rollout.agreement import Rehearsal, VllmError, rehearse
+from medvqa_rl.rollout.vllm.agreement import Rehearsal, VllmError, rehearse
 
 
 class StepClock:
@@ -108,7 +108,7 @@ class Collector:
         return groups, scores
 
     def rehearse(self, prompts: Sequence[PreparedPrompt]) -> Rehearsal | None:
-        """Hand changed weights over to vLLM, and compare; see :func:`medvqa_rl.rollout.agreement.rehearse`.
+        """Hand changed weights over to vLLM, and compare; see :func:`medvqa_rl.rollout.vllm.agreement.rehearse`.
 
         Args:
             prompts: P prompts from the feed.

@@ -38,10 +38,10 @@ from medvqa_rl.models.shards import Shards
 from medvqa_rl.models.summary import count_parameters
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.stock.generate import make_engine
-from medvqa_rl.rollout.vllm import Source, VllmEngine, check_version
-from medvqa_rl.rollout.vllm_client import check_answers
-from medvqa_rl.rollout.vllm_local import ENVIRONMENT, Colocated, not_installed
-from medvqa_rl.rollout.vllm_server import Server
+from medvqa_rl.rollout.vllm.client import check_answers
+from medvqa_rl.rollout.vllm.engine import Source, VllmEngine, check_version
+from medvqa_rl.rollout.vllm.local import ENVIRONMENT, Colocated, not_installed
+from medvqa_rl.rollout.vllm.server import Server
 
 
 @dataclass

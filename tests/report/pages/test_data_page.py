@@ -21,7 +21,7 @@ from medvqa_rl.data.reading.issues import RowIssue
 from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.models.dimensions import ResizedImages
 from medvqa_rl.report.pages.data_page import MAX_ISSUES, histograms, write_data_page
-from medvqa_rl.rollout.vllm_server import as_url
+from medvqa_rl.rollout.vllm.server import as_url
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 

@@ -32,9 +32,9 @@ from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
 from medvqa_rl.models.processor import Processor
-from medvqa_rl.rollout.agreement import VllmError, check_agreement, never_sampled
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
+from medvqa_rl.rollout.vllm.agreement import VllmError, check_agreement, never_sampled
 
 NEVER = -1e9
 """Added to the logits of suppressed tokens, whose probability becomes exactly 0 in float32. JSON has no infinity."""

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy, resolve_folder
-from medvqa_rl.rollout.agreement import VllmError
-from medvqa_rl.rollout.vllm import adapter_rank, max_lora_rank
-from medvqa_rl.rollout.vllm_client import Client, HttpError
-from medvqa_rl.rollout.vllm_cpu import EXTENSION
+from medvqa_rl.rollout.vllm.agreement import VllmError
+from medvqa_rl.rollout.vllm.client import Client, HttpError
+from medvqa_rl.rollout.vllm.cpu import EXTENSION
+from medvqa_rl.rollout.vllm.engine import adapter_rank, max_lora_rank
 
 
 class Served(NamedTuple):
@@ -24,7 +24,7 @@ class Served(NamedTuple):
     instance: str
     """Changes when the server is restarted."""
     is_packed: bool
-    """Its output layer must be packed again after new weights; see rollout/vllm_cpu.py."""
+    """Its output layer must be packed again after new weights; see rollout/vllm/cpu.py."""
 
 
 def serve_command(policy: Policy, *, is_cpu: bool = False) -> str:
@@ -125,7 +125,7 @@ def _is_missing(client: Client, path: str) -> bool:
 
 
 def _needs_packing(policy: Policy) -> bool:
-    """Whether the output layer shares its weights with the embeddings; see rollout/vllm_cpu.py."""
+    """Whether the output layer shares its weights with the embeddings; see rollout/vllm/cpu.py."""
     return bool(causal_model(policy.model).config.tie_word_embeddings)
 
 

@@ -1,4 +1,4 @@
-"""vLLM in the training process (``vllm.mode: colocate``). Not yet run on a GPU; see rollout/vllm.py.
+"""vLLM in the training process (``vllm.mode: colocate``). Not yet run on a GPU; see rollout/vllm/engine.py.
 
 Each rank has its own engine, independent of the others. Images are passed as features of the policy's own vision
 tower, so they are encoded once and vLLM's tower is never used.
@@ -16,8 +16,9 @@ from medvqa_rl.config import VllmConfig
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.agreement import VllmError
-from medvqa_rl.rollout.vllm import (
+from medvqa_rl.rollout.vllm.agreement import VllmError
+from medvqa_rl.rollout.vllm.cpu import EXTENSION
+from medvqa_rl.rollout.vllm.engine import (
     Answer,
     Request,
     Sampled,
@@ -27,8 +28,7 @@ from medvqa_rl.rollout.vllm import (
     max_lora_rank,
     write_adapter,
 )
-from medvqa_rl.rollout.vllm_cpu import EXTENSION
-from medvqa_rl.rollout.vllm_serve import dtype_of, model_folder
+from medvqa_rl.rollout.vllm.serve import dtype_of, model_folder
 
 ADAPTER = "policy"
 """The adapter's name in vLLM."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-EXTENSION = "medvqa_rl.rollout.vllm_cpu.PackedHeads"
+EXTENSION = "medvqa_rl.rollout.vllm.cpu.PackedHeads"
 """For vLLM's ``worker_extension_cls``."""
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from medvqa_rl.config import VllmConfig
 from medvqa_rl.core.text import printable, shown
-from medvqa_rl.rollout.agreement import VllmError
+from medvqa_rl.rollout.vllm.agreement import VllmError
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -1,4 +1,4 @@
-"""A running vLLM server (``vllm.mode: server``). Not yet run on a GPU; see rollout/vllm.py.
+"""A running vLLM server (``vllm.mode: server``). Not yet run on a GPU; see rollout/vllm/engine.py.
 
 Each rank sends its own prompts. Only the main rank updates the weights, through a folder on a shared file system.
 Images are sent as PNG, so the server resizes and encodes them again.
@@ -21,8 +21,9 @@ from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import ImageSource
 from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.agreement import VllmError
-from medvqa_rl.rollout.vllm import (
+from medvqa_rl.rollout.vllm.agreement import VllmError
+from medvqa_rl.rollout.vllm.client import Client
+from medvqa_rl.rollout.vllm.engine import (
     Answer,
     Request,
     Sampled,
@@ -32,8 +33,7 @@ from medvqa_rl.rollout.vllm import (
     trained_alongside,
     write_adapter,
 )
-from medvqa_rl.rollout.vllm_client import Client
-from medvqa_rl.rollout.vllm_serve import check_server, instance
+from medvqa_rl.rollout.vllm.serve import check_server, instance
 
 ADAPTER = "policy"
 """The adapter's name on the server."""
