@@ -6,7 +6,7 @@
 # make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 5 minutes with its installation
 # make test-vllm-full  the same with more models, settings and failures; 20 minutes
 #
-# Each installs what it needs into .venv first. Other Python: make demo PYTHON=python3.12
+# Each installs what it needs into .venv first, in the versions of constraints.txt. Other Python: make demo PYTHON=python3.12
 # pip picks the torch build. On Linux without a GPU the CPU build is many times smaller; give pip the index that
 # pytorch.org names for it: make demo PIP_FLAGS="--extra-index-url URL"
 
@@ -14,7 +14,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 WORKERS ?= 2
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 VLLM := .venv-vllm/bin/python
 
 .PHONY: demo test check attack attack-short test-vllm test-vllm-full format clean
@@ -60,10 +60,10 @@ clean:
 	$(VLLM) -m pip uninstall --disable-pip-version-check --yes torchaudio torchcodec
 	touch $@
 
-.venv/installed: pyproject.toml | .venv/bin/python
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/bin/python
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/installed

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
 from medvqa_rl.cli.common import use_threads, verb
-from medvqa_rl.core import machine
+from medvqa_rl.core import machine, packages
 from medvqa_rl.core.machine import SHARE, Load
 
 
@@ -27,6 +27,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(machine.psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(machine, "measure_load", lambda: Load(8, 3.0))
     monkeypatch.setattr(machine, "watch_load", lambda: None)
+    monkeypatch.setattr(packages, "check_installed", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,22 @@ def test_nothing_is_chosen_once_torch_is_loaded(fresh, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", sys)
     use_threads(None)
     assert os.environ["OMP_NUM_THREADS"] == "" and capsys.readouterr().err == ""
+
+
+def test_releases_that_were_not_tested_are_reported_once_by_the_first_rank(fresh, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "check_installed", lambda: "Warning: not tested.")
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    for rank, said in (("0", "Warning: not tested.\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        use_threads(None)
+        assert capsys.readouterr().err == said
+
+
+def test_a_release_that_is_too_old_ends_a_command_before_it_loads_anything(monkeypatch):
+    monkeypatch.setitem(packages.TESTED, "torch", packages.Releases("99.0", "99.1"))
+    result = CliRunner().invoke(app, ["train", "configs/phantom_cpu.yaml"])
+    assert result.exit_code == 2
+    assert "is too old: run `pip install 'torch>=99.0'`" in result.stderr
 
 
 def test_the_number_reaches_torch():

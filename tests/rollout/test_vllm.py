@@ -549,7 +549,7 @@ def test_versions_outside_what_was_tested():
     assert "with vLLM 0.32, not with 0.33.0" in check_version("0.33.0")
     assert "not with this version" in check_version(None)
     for version in ("0.31.9", "0.3.2"):
-        with pytest.raises(ValueError, match=rf"vLLM {version} is too old: install 0.32"):
+        with pytest.raises(ValueError, match=rf"vLLM {version} is too old: run `pip install 'vllm==0.32.\*'`"):
             check_version(version)
 
 

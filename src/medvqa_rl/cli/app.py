@@ -29,6 +29,7 @@ from medvqa_rl.cli.report import report, watch
 from medvqa_rl.cli.study import study_app
 from medvqa_rl.cli.train import sft, train
 from medvqa_rl.core.network import VARIABLE, forbid_network
+from medvqa_rl.core.packages import TESTED, installed, was_tested
 from medvqa_rl.core.text import number_of
 
 app = Verbs(
@@ -97,7 +98,7 @@ def env() -> None:
 
     gib = 2**30
     rows = {"python": platform.python_version(), "platform": platform.platform()}
-    rows |= {name: metadata.version(name) for name in PACKAGES}
+    rows |= {name: _with_tested(name, version) for name, version in installed(PACKAGES).items()}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -115,19 +116,20 @@ def env() -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def _with_tested(name: str, version: str) -> str:
+    """A version, and which were tested if it is none of them."""
+    return version if name not in TESTED or was_tested(name, version) else f"{version} (tested: {TESTED[name]})"
+
+
 def installed_extras() -> dict[str, bool]:
     """Return each optional extra of this package, and whether all of its requirements are installed."""
     extras: dict[str, bool] = {}
-    for requirement in metadata.requires("medvqa-rl") or ():
+    try:
+        requirements = metadata.requires("medvqa-rl") or ()
+    except metadata.PackageNotFoundError:  # it runs from its source
+        return extras
+    for requirement in requirements:
         match = re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", requirement)
         if match is not None:
-            extras[match[2]] = extras.get(match[2], True) and _is_installed(match[1])
+            extras[match[2]] = extras.get(match[2], True) and bool(installed([match[1]]))
     return extras
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

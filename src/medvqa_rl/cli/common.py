@@ -191,15 +191,23 @@ def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> 
 
 
 def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path] = ()) -> None:
-    """Choose the number of CPU threads before torch is loaded, and print it. A number that the user set is used as is.
+    """Before torch is loaded: check the releases of the packages that compute, choose the number of CPU threads and
+    print it. A number that the user set is used as is.
 
     Args:
         model: ``model.path``; a small model gets few threads. None if it is unknown.
         processes: number of processes that run side by side on this machine, this one included.
         records: files of what is resumed, with its number of threads: see :func:`recorded_threads`.
+
+    Raises:
+        ValueError: a package is missing or too old.
     """
     from medvqa_rl.core import machine
     from medvqa_rl.core.embedded import checkpoint_bytes
+    from medvqa_rl.core.packages import check_installed
+
+    if (warning := check_installed()) is not None and os.environ.get("RANK", "0") == "0":
+        print(warning, file=sys.stderr)
 
     if "torch" in sys.modules:  # too late
         return

@@ -1,4 +1,5 @@
-"""What may use the network: proxies, telemetry, and a guard against every connection beyond this machine. No torch.
+"""What may use the network, and with which key: proxies, telemetry, API keys, and a guard against every connection
+beyond this machine. No torch.
 
 :func:`spare_this_machine` keeps requests to this machine away from the environment's proxies.
 
@@ -92,6 +93,27 @@ def unusable_proxy() -> str | None:
         if separator and scheme.lower() not in usable:
             return f"{name}_proxy ({scheme.lower()})"
     return None
+
+
+def read_key(variable: str | None) -> str:
+    """Return the API key of a judge's endpoint, which no file stores, or a placeholder if none is set,
+    because the client requires some text.
+
+    Args:
+        variable: name of the environment variable, ``judge.api_key_env``.
+
+    Raises:
+        ValueError: the environment has no such variable, or it is empty.
+    """
+    if variable is None:
+        return "none"
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ValueError(
+            f"judge.api_key_env is {variable}, but the environment has no such variable: set it to the key "
+            "(never write keys into files), or set judge.api_key_env to null for an endpoint without keys."
+        )
+    return key
 
 
 def is_off() -> bool:

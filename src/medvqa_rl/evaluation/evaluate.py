@@ -6,12 +6,12 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig
 from medvqa_rl.core.files import write_json
+from medvqa_rl.core.packages import installed
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
 from medvqa_rl.evaluation.answering import AnswerSettings, Progress, answer_all, chosen_samples
@@ -161,7 +161,7 @@ def make_evaluation(
         "interval": _INTERVALS[config.interval],
     }
     results["seeds"] = {"choice": config.seed, "sampling": config.seed, "bootstrap": config.seed}
-    results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    results["versions"] = {"python": platform.python_version(), **installed(PACKAGES)}
     return Evaluation(tuple(records), results)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -24,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.packages import installed
 from medvqa_rl.core.progress import TerminalConsole, waiting
 from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Group
@@ -155,14 +155,13 @@ def check_vllm(config: Config) -> list[str]:
     """
     if config.rollout.engine != "vllm":
         return []
-    version = None
+    version: str | None
     if config.vllm.mode == "server":
         version = check_answers(config.vllm)
     elif importlib.util.find_spec("vllm") is None:
         raise ValueError(not_installed("no module named vllm"))
     else:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version("vllm")
+        version = installed(["vllm"]).get("vllm")
     warning = check_version(version)
     return [] if warning is None else [warning]
 

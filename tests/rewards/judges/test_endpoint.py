@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medvqa_rl.config import JudgeConfig
-from medvqa_rl.core.keys import read_key
+from medvqa_rl.core.network import read_key
 from medvqa_rl.rewards.judges.endpoint import (
     MAX_WAIT,
     EndpointJudge,

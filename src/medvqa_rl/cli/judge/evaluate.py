@@ -13,10 +13,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from medvqa_rl import __version__
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.config.yaml import build_config, merge, parse_override
@@ -235,7 +235,7 @@ def _results(
         "judges": found,
         "agreement": summarise_agreement(records, *judged, seed=seed) if len(judged) == 2 else None,
         "warnings": list(warnings),
-        "settings": {"samples": samples, "bias_samples": bias_samples, "seed": seed, "version": version("medvqa-rl")},
+        "settings": {"samples": samples, "bias_samples": bias_samples, "seed": seed, "version": __version__},
     }
 
 

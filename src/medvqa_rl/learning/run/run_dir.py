@@ -15,9 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +26,18 @@ from medvqa_rl.config import Config, leaves
 from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.core.files import read_json, run_config, step_of, write_json, write_text
 from medvqa_rl.core.machine import ProcessLock
+from medvqa_rl.core.packages import installed
 from medvqa_rl.core.types import Dataset
 from medvqa_rl.learning.distributed.launch import read_launch
 from medvqa_rl.learning.run.errors import RunFolderLost
 from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
 from medvqa_rl.rewards.judges import JudgeIdentity
 
-PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
-
-OPTIONAL_PACKAGES = ("bitsandbytes", "vllm")
-"""Recorded if installed."""
+PACKAGES = (
+    *("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow"),
+    *("bitsandbytes", "vllm"),
+)
+"""Those that affect results; recorded if installed."""
 
 RESTORE = "restore the file, or start a new run in another output_dir"
 
@@ -250,7 +250,7 @@ class RunDir:
         path = self.path / "env.json"
         before = read_json(_ENVIRONMENT, path, RESTORE) if path.exists() else now
         old, new = leaves(before), leaves(now)
-        packages = (f"packages.{name}" for name in (*PACKAGES, *OPTIONAL_PACKAGES))
+        packages = (f"packages.{name}" for name in PACKAGES)
         names = ("source", "threads", "python", "machine", "gpu", *packages)
         changed = [name for name in names if old.get(name) != new.get(name)]
         changed += ["ranks"] if old.get("ranks", new["ranks"]) != new["ranks"] else []  # not in older files
@@ -334,7 +334,7 @@ def environment() -> dict[str, Any]:
     """Versions, machine, threads and commit: what is needed to reproduce a run."""
     return {
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": installed(PACKAGES),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -347,15 +347,6 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that affect results."""
-    found = {name: version(name) for name in PACKAGES}
-    for name in OPTIONAL_PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def source_digest(package: Path) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.keys import read_key
+from medvqa_rl.core.network import read_key
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.rewards.judges.cache import CachedJudge
 from medvqa_rl.rewards.judges.embedded import EmbeddedJudge

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.files import writing
+from medvqa_rl.core.packages import TESTED, is_too_old, was_tested
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
@@ -38,10 +38,6 @@ from medvqa_rl.rollout.vllm.agreement import VllmError, check_agreement, never_s
 
 NEVER = -1e9
 """Added to the logits of suppressed tokens, whose probability becomes exactly 0 in float32. JSON has no infinity."""
-TESTED = ("0.32",)
-"""Releases that tests/engines has run."""
-OLDEST = (0, 32)
-"""Earlier releases lack functions that are called."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for ``max_lora_rank``."""
 
@@ -241,15 +237,13 @@ def check_version(version: str | None) -> str | None:
     Raises:
         ValueError: it is too old.
     """
-    tested = " and ".join(TESTED)
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    release = tuple(map(int, found.groups())) if found else None
-    if release is not None and release < OLDEST:
+    tested = TESTED["vllm"]
+    if version is not None and is_too_old("vllm", version):
         raise ValueError(
-            f"vLLM {version} is too old: install {tested}, with which rollouts were tested, or set "
+            f"vLLM {version} is too old: run `pip install 'vllm=={tested.newest}.*'`, which was tested, or set "
             "rollout.engine=eager."
         )
-    if release is not None and f"{release[0]}.{release[1]}" in TESTED:
+    if version is not None and was_tested("vllm", version):
         return None
     return (
         f"Warning: rollouts were tested with vLLM {tested}, not with {version or 'this version'}: run with --dry-run "
