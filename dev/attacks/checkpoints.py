@@ -123,6 +123,7 @@ def _cases(marker: Path, rng: random.Random, assets: Path, count: int) -> dict[s
         "pickled weights": pickled, "pickled adapter": pickled_adapter, "remote code": remote_code,
         "remote code of an unknown kind": unknown_kind, "index outside": index_outside, "dead link": dead_link,
         "huge sizes": text_config(hidden_size=10**6, num_hidden_layers=10**4),
+        "no sizes": _edit("config.json", lambda value: value.pop("text_config")),
         "negative sizes": text_config(num_attention_heads=-1),
         "kernel from the Hub": config(attn_implementation="kernels-community/x"),
         "quantised": config(quantization_config={"quant_method": "gptq", "bits": 4}),

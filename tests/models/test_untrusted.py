@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from medvqa_rl.config import ModelConfig
-from medvqa_rl.core.embedded import checkpoint_path
+from medvqa_rl.core.embedded import ASSETS, checkpoint_path
+from medvqa_rl.evaluation.measures.fluency import load_language_model
 from medvqa_rl.models import untrusted
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
 from medvqa_rl.models.loading import load_policy
@@ -102,3 +103,17 @@ def test_the_template_of_a_checkpoint_is_tried(model: Path, monkeypatch: pytest.
     (model / "chat_template.jinja").write_text(LOOPS)
     with pytest.raises(ValueError, match="The chat template needs more than"):
         Processor.from_folder(model, Qwen2VL())
+
+
+def test_sizes_that_the_files_do_not_have_are_refused_before_memory_is_taken(model: Path) -> None:
+    """Without its sizes, transformers builds a Qwen2-VL with 80 layers: 300 GB."""
+    edit(model / "config.json", lambda config: config.pop("text_config"))
+    with pytest.raises(ValueError, match=r"describes a model of 7\d,\d{3},\d{3},\d{3} weights, but the files hold 1,"):
+        load_policy(ModelConfig(path=str(model), device="cpu"))
+
+
+def test_a_language_model_with_sizes_that_its_files_do_not_have_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ASSETS / "lm", tmp_path / "lm"))
+    edit(folder / "config.json", lambda config: config.update(n_embd=16384))
+    with pytest.raises(ValueError, match=r"describes a model of \d+,\d{3},\d{3},\d{3} weights"):
+        load_language_model(str(folder), "cpu")

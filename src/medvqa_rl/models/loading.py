@@ -36,7 +36,7 @@ from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.processor import WORDING_FILE, Processor
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
-from medvqa_rl.models.untrusted import FILE_ERRORS
+from medvqa_rl.models.untrusted import FILE_ERRORS, check_size
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -227,6 +227,7 @@ def _load_weights(folder: Path, settings: Any, family: Family, config: ModelConf
         )
     quantized = loading_arguments(folder, settings, family, dtype, device) if config.load_in_4bit else {}
     try:
+        check_size(folder, AutoModelForImageTextToText)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder,
             dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer
 
 FILE_ERRORS = (
     AttributeError,
@@ -28,6 +30,8 @@ FILE_ERRORS = (
     ValueError,
 )
 """What transformers and PEFT raise for damaged files. Catch them around their calls only."""
+SLACK = 10_000_000
+"""Weights that a model may have beyond twice those of its files: few enough to allocate before they are compared."""
 SECONDS = 5
 """Processor time that a chat template may take for one question; real ones take a millisecond."""
 _MEMORY = 2**30
@@ -69,6 +73,34 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(str(error)) from error
     check_effort(tokenizer)
     return tokenizer
+
+
+def check_size(folder: Path, loader: Any) -> None:
+    """Refuse a configuration of a far larger model than the files hold: without its sizes, transformers takes those of
+    the family's largest model, and allocates them before any weight is compared.
+
+    Args:
+        loader: the class that will load it, such as ``AutoModelForCausalLM``.
+
+    Raises:
+        ValueError: the model would have more than twice the weights of the files.
+        FILE_ERRORS: a file is damaged.
+    """
+    held = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            held += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    if not held:
+        return
+    settings = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = loader.from_config(settings)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > 2 * held + SLACK:
+        raise ValueError(
+            f"config.json describes a model of {described:,} weights, but the files hold {held:,}; take both from "
+            "the same checkpoint"
+        )
 
 
 def check_effort(tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from medvqa_rl.config.problems.judge import EMBEDDED_LM
 from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.dimensions import uses_bfloat16
-from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
+from medvqa_rl.models.untrusted import FILE_ERRORS, check_size, load_tokenizer
 
 _HUB_FILES = ["*.json", "*.txt", "*.safetensors", "*.model", "pytorch_model*.bin"]
 WINDOW = 1024
@@ -115,6 +115,7 @@ def load_language_model(name: str, device: str | torch.device) -> LanguageModel:
     try:
         if not folder.is_dir():
             folder = snapshot(name, _HUB_FILES)
+        check_size(folder, AutoModelForCausalLM)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
         )

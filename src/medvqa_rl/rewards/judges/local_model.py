@@ -18,7 +18,7 @@ from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.fingerprint import weights_fingerprint
-from medvqa_rl.models.untrusted import FILE_ERRORS, load_tokenizer
+from medvqa_rl.models.untrusted import FILE_ERRORS, check_size, load_tokenizer
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "pytorch_model*.bin"]
@@ -71,6 +71,7 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
     folder = _folder(config)
     try:
         tokenizer = load_tokenizer(folder)
+        check_size(folder, AutoModelForCausalLM)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32,
