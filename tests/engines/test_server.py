@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,10 @@ from medvqa_rl.rollout.vllm.agreement import VllmError, difference, rehearse
 from medvqa_rl.rollout.vllm.client import Client, check_answers
 from medvqa_rl.rollout.vllm.engine import VllmEngine
 from medvqa_rl.rollout.vllm.server import Server
-from tests.engines.engine import GREEDY, SAMPLED, Serving, load, move, roll_out, serving, tokens
+from tests.engines.engine import GREEDY, SAMPLED, load, move, roll_out, serving, tokens
 
 LORA = {"lora": LoraConfig(rank=4)}
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Serves the embedded model for all tests of this module; the last ends it."""
-    log = tmp_path_factory.mktemp("serve") / "log.txt"
-    with serving(load("phantom:instruct", **LORA), log) as started:
-        yield started
 
 
 def connect(policy: Policy, url: str) -> VllmEngine:
@@ -252,7 +243,7 @@ def test_a_run_goes_on_with_a_restarted_server(questions, tmp_path):
 
 
 def test_a_server_that_dies_leaves_a_checkpoint(server, tmp_path):
-    """Runs last, as it ends the server of this module."""
+    """Runs last, as it ends the server."""
     path = settings(tmp_path, server.url)
     killer = threading.Thread(target=lambda: (wait_for_step(tmp_path / "run", 2), server.kill()))
     killer.start()

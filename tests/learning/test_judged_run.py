@@ -14,10 +14,11 @@ import pytest
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.evaluation.cells import run_eval
+from medvqa_rl.evaluation.judging.calibration import Worth, remember
 from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
-from medvqa_rl.rewards.judges.load import load_judge, load_judges
+from medvqa_rl.rewards.judges.load import caches_folder, load_judge, load_judges
 from medvqa_rl.rewards.judges.rubric import REASONING
 
 
@@ -138,6 +139,22 @@ def test_an_unusable_judge_fails_before_anything_is_written(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"judge\.model is .*nowhere"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_is_not_worth_using_is_warned_about_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also in a dry run; the calibration of another strictness is that of another judge."""
+    found = Worth(False, "Not worth using: it says No to all 40 texts of pairs, of which 75 % are labelled Yes.")
+    given = settings(tmp_path)
+    config = build_config(given, purpose="train")
+    remember(caches_folder(config.judge), load_judge(config.judge).identity, found)
+    train(config, dry_run=True)
+    assert f"Warning: by its calibration the judge phantom:judge, which rewards, should not. {found.summary} Set" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    train(build_config(settings(tmp_path, strictness=1.0), purpose="train"), dry_run=True)
+    assert "calibration" not in capsys.readouterr().out
 
 
 def test_failed_grades_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.data import load_dataset
+from medvqa_rl.evaluation.judging.calibration import calibration_warnings
 from medvqa_rl.evaluation.measures.similarity import load_similarity
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import Collector, StepClock, gather_records
@@ -48,7 +49,7 @@ from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judges import Judge
-from medvqa_rl.rewards.judges.load import load_rewarding, notices, roles
+from medvqa_rl.rewards.judges.load import caches_folder, load_rewarding, notices, roles
 from medvqa_rl.rewards.open_answers import unrewardable
 from medvqa_rl.rewards.scores import Scores
 
@@ -91,7 +92,9 @@ def train(
         train_set = load_dataset(config.data, "train")
     for line in check_rewardable(config, train_set):
         accelerator.print(line)
-    judges = load_rewarding(config)
+    judges = load_rewarding(config, accelerator.print)
+    for line in calibration_warnings(caches_folder(config.judge), judges.values()):
+        accelerator.print(line)
     rewards = make_rewards(config, judges)
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)

@@ -29,8 +29,9 @@ from medvqa_rl.rewards.judges.endpoint import (
     wait_before,
 )
 from medvqa_rl.rewards.judges.load import load_judge, load_judges
-from medvqa_rl.rewards.judges.protocol import JudgeIdentity, JudgeRequest
-from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING, parse_yes_no
+from medvqa_rl.rewards.judges.prompts import ENDPOINT
+from medvqa_rl.rewards.judges.protocol import JudgeRequest
+from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING, parse_json, parse_yes_no
 
 REQUEST = JudgeRequest("Is there a mass?", ("yes", "no"), "No mass is seen.")
 Reply = tuple[int, dict[str, str], bytes, float]
@@ -66,6 +67,7 @@ class Server:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.now = self.most = 0
+        self.models = ["m"]
         self.answer: Callable[[dict[str, Any]], Reply] | None = None
         lock = threading.Lock()
         server = self
@@ -94,6 +96,14 @@ class Server:
                     self.wfile.write(content)
                 except (BrokenPipeError, ConnectionResetError):
                     self.close_connection = True  # the client did not wait
+
+            def do_GET(self) -> None:
+                listed = [{"id": name, "object": "model"} for name in server.models]
+                content = json.dumps({"object": "list", "data": listed}).encode()
+                self.send_response(200 if self.path == "/v1/models" else 404)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *args: Any) -> None:
                 """Say nothing."""
@@ -301,7 +311,94 @@ def test_an_endpoint_grades(server: Server) -> None:
     assert server.seen[0]["messages"] == [{"role": "user", "content": REASONING.render(CASE)}]
     assert server.seen[0]["temperature"] == 0
     assert judge.counters["asked"] == 5 and judge.counters["failed"] == 2 and judge.counters["retries"] == 1
-    assert judge.identity == JudgeIdentity("m", f"{server.url[7:-3]}/m", REASONING.hash, 0.0)
+    assert (judge.identity.name, judge.identity.fingerprint) == ("m", f"{server.url[7:-3]}/m")
+
+
+CONSTRAINTS = ("structured_outputs", "response_format")
+
+
+def is_constrained(body: dict[str, Any]) -> bool:
+    return any(name in body for name in CONSTRAINTS)
+
+
+def test_replies_are_constrained_to_what_is_read(server: Server) -> None:
+    server.replies = [reply("Yes"), reply('{"score": 2, "reason": "A gap."}')]
+    config = JudgeConfig(endpoint=server.url, model="m", cache=False)
+    said: list[str] = []
+    judges = load_judges(config, [COHERENCE, REASONING], say=said.append)
+    assert not said, "a server that accepts the constraint is worth no word"
+    assert server.seen[0]["structured_outputs"] == {"choice": ["Yes", "No"]}
+    asked = server.seen[1]["response_format"]
+    assert asked["type"] == "json_schema" and asked["json_schema"]["strict"]
+    schema = asked["json_schema"]["schema"]
+    assert schema["properties"]["score"] == {"type": "integer", "enum": [0, 1, 2, 3]}
+    assert schema["required"] == ["score", "reason"] and schema["additionalProperties"] is False
+    assert all(parse_yes_no(word).is_scored for word in server.seen[0]["structured_outputs"]["choice"])
+    for score in schema["properties"]["score"]["enum"]:
+        assert parse_json(json.dumps({"score": score, "reason": "x"})).score == score
+    free = {"coherence": ENDPOINT.hash, "reasoning": REASONING.hash}
+    hashes = {name: judge.identity.prompt_hash for name, judge in judges.items()}
+    assert not set(hashes.values()) & set(free.values()), "constrained verdicts are cached apart from free ones"
+    assert hashes == {"coherence": "c086724cc5cc51e4", "reasoning": "44a6cf180700f3f9"}, "cached verdicts are lost"
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_server_that_refuses_constraints_is_asked_without_from_then_on(server: Server, code: int) -> None:
+    def answer(body: dict[str, Any]) -> Reply:
+        good = reply('{"score": 3, "reason": "Sound."}' if "JSON" in str(body["messages"]) else "No")
+        return status(code) if is_constrained(body) else good
+
+    server.answer = answer
+    said: list[str] = []
+    config = JudgeConfig(endpoint=server.url, model="m", cache=False, max_retries=0)
+    judges = load_judges(config, [COHERENCE, REASONING], say=said.append)
+    assert [is_constrained(body) for body in server.seen] == [True, False, True, False]
+    assert said == [
+        f"Notice: the judge 'm' at {host_of(server.url)} refuses {name} (HTTP {code}: as asked), so its {rubric} "
+        "verdicts are read from free text, and those that cannot be read are unscored."
+        for name, rubric in zip(CONSTRAINTS, ("coherence", "reasoning"))
+    ]
+    assert [grade.score for grade in judges["coherence"].grade([REQUEST, REQUEST])] == [0, 0]
+    assert [grade.score for grade in judges["reasoning"].grade([CASE])] == [3]
+    assert not any(map(is_constrained, server.seen[4:])) and len(server.seen) == 7 and len(said) == 2
+    identities = [judge.identity.prompt_hash for judge in judges.values()]
+    assert identities == [ENDPOINT.hash, REASONING.hash], "as before replies were constrained"
+
+
+def test_a_server_whose_free_text_cannot_be_read_either(server: Server) -> None:
+    server.answer = lambda body: status(400) if is_constrained(body) else reply("Certainly!")
+    config = JudgeConfig(endpoint=server.url, model="m", cache=False, max_retries=0)
+    with pytest.raises(
+        ValueError,
+        match=r"^The judge 'm' at .* refuses structured_outputs \(HTTP 400.*\), and without it does not answer as it "
+        r"should \(the answer is neither Yes nor No: 'Certainly!'\): serve it with vLLM.* follows instructions\.$",
+    ):
+        load_judge(config)
+    assert len(server.seen) == 2
+
+
+def test_later_refusals_do_not_loosen_the_constraint(server: Server) -> None:
+    """Such as a prompt that is too long: verdicts of one judge are all asked in the same way."""
+    server.replies = [reply("Yes"), status(400), reply("Yes")]
+    judge = load_judge(JudgeConfig(endpoint=server.url, model="m", cache=False, concurrency=1))
+    assert [grade.is_scored for grade in judge.grade([REQUEST, CASE])] == [False, True]
+    assert all(map(is_constrained, server.seen)) and len(server.seen) == 3
+
+
+@pytest.mark.parametrize("code", [400, 404])
+def test_a_server_that_serves_another_model(server: Server, code: int) -> None:
+    server.replies = [status(code)]
+    server.models = ["first", "second\x1b[31m"]
+    config = JudgeConfig(endpoint=server.url, model="m", cache=False)
+    with pytest.raises(
+        ValueError,
+        match=r"^The server at \S+ does not serve the judge's model 'm', but first, second\\x1b\[31m: set judge\.model"
+        r" to a name that it serves\.$",
+    ):
+        load_judge(config)
+    server.models = ["m"]
+    with pytest.raises(ValueError, match=rf"does not answer as it should \(HTTP {code}.*check judge\.endpoint"):
+        load_judge(config)
 
 
 def test_an_endpoint_that_does_not_grade_is_refused_when_loading(server: Server) -> None:

@@ -6,7 +6,6 @@ Run: pytest tests/rewards/judges/test_local.py
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import (
     BioGptConfig,
     BioGptForCausalLM,
-    GenerationConfig,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -24,7 +22,7 @@ from transformers import (
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.rewards.judges.load import load_judges
-from medvqa_rl.rewards.judges.local import WritingJudge, YesNoJudge, load_local_judge
+from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge, load_local_judge
 from medvqa_rl.rewards.judges.local_model import load_judge_model
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, JudgePrompt, defuse, defused
 from medvqa_rl.rewards.judges.protocol import JudgeRequest
@@ -122,7 +120,7 @@ def test_the_shared_beginning_is_computed_once(tmp_path: Path) -> None:
     )
     judge.grade(REQUESTS[:2])
     judge.grade(REQUESTS[2:])
-    whole = max(len(judge._encode(request).yes) for request in REQUESTS) - 1
+    whole = max(judge._encode(request).length for request in REQUESTS)
     assert read[0] == len(judge._prefix)
     assert max(read[1:]) == whole - len(judge._prefix)
     assert len(read) == 3
@@ -226,7 +224,7 @@ def test_reasoning_cannot_end_its_own_prompt(tmp_path: Path, prompt: JudgePrompt
     case = judge._encode(evil)
     assert not {
         judge.loaded.tokenizer.convert_tokens_to_ids(t) for t in judge.loaded.tokenizer.all_special_tokens
-    } & set(case.yes)
+    } & set(case.answers[0])
     if prompt is BIOMISTRAL:
         assert prompt.render(defused(evil, judge.loaded.special)).count("[/INST]") == 1
 
@@ -246,51 +244,53 @@ CASES = [
 ]
 
 
-def test_grades_are_written_as_stock_generate_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tokenizer(tmp_path, vocab_size=600, chat=True)
+@pytest.mark.parametrize("vocab_size", [300, 600], ids=["levels of several tokens", "levels of one token"])
+def test_grades_are_the_most_likely_levels(tmp_path: Path, vocab_size: int) -> None:
+    """Against one plain forward pass per case and level."""
+    write_tokenizer(tmp_path, vocab_size=vocab_size, chat=True, words="0 1 2 3 Yes No")
     loaded = load_judge_model(JudgeConfig(model=str(write_model(tmp_path, "mistral")), device="cpu", batch_size=2))
-    loaded.model.generation_config.repetition_penalty = 2.0  # of the model's own settings none must show
-    judge = WritingJudge(loaded, replace(REASONING, max_tokens=6))
-    tokenizer, expected, own = loaded.tokenizer, [], GenerationConfig(do_sample=False, max_new_tokens=6)
+    judge = LevelJudge(loaded, REASONING)
+    tokenizer, scores, shares = loaded.tokenizer, [], []
     for case in CASES:
-        if case.reasoning.strip():
-            text = REASONING.render(case)
-            prompt = f"<|im_start|>{text}<|im_end|><|im_start|>assistant" + '{"score":'
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            loaded.model.generation_config.repetition_penalty = 1.0
-            out = loaded.model.generate(ids, generation_config=own)
-            loaded.model.generation_config.repetition_penalty = 2.0
-            expected.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    written: list[str] = []
-    write = judge._write
-    monkeypatch.setattr(judge, "_write", lambda prompts: written.extend(write(prompts)) or written[-len(prompts) :])
+        if not case.reasoning.strip():
+            continue
+        prompt = f'<|im_start|>{REASONING.render(case)}<|im_end|><|im_start|>assistant{{"score":'
+        given = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        found = []
+        for level in range(4):
+            tail = tokenizer(f" {level}", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                log_probs = loaded.model(torch.tensor([[*given, *tail]])).logits.double().log_softmax(-1)
+            found.append(sum(float(log_probs[0, len(given) + i - 1, token]) for i, token in enumerate(tail)))
+        scores.append(float(max(range(4), key=found.__getitem__)))
+        total = sum(map(math.exp, found))
+        shares.append("P(0 to 3) = " + ", ".join(f"{math.exp(value) / total:.2f}" for value in found))
     grades = judge.grade(CASES)
-    assert sorted(written) == sorted(expected) and len(set(expected)) == 3
-    assert grades[2].score == 0 and sum(math.isnan(grade.score) for grade in grades) == 3, "a random model writes none"
-    assert judge.counters == {"asked": 4, "failed": 3}
-    with pytest.raises(
-        ValueError, match=r"does not grade on the rubric 'reasoning' \(the answer is not JSON.*instruc"
-    ):
-        judge.check()
+    assert [grade.score for grade in grades] == [*scores[:2], 0.0, *scores[2:]]
+    assert [grade.reason for grade in grades] == [*shares[:2], "There is no reasoning.", *shares[2:]]
+    assert len(set(shares)) == 3 and judge.counters == {"asked": 4, "failed": 0}
+    assert judge.grade(CASES[::-1]) == grades[::-1]
 
 
-def test_the_verdict_is_prefilled_and_parsed_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_of_a_case_that_exceeds_the_context_fail(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, vocab_size=600, chat=True)
-    folder = write_model(tmp_path, "mistral", length=900)
-    loaded = load_judge_model(JudgeConfig(model=str(folder), device="cpu"))
-    judge = WritingJudge(loaded, REASONING)
-    replies = iter([' 2, "reason": "A gap."}', ' 2, "reason": "A gap."} So.', ' 4, "reason": "A gap."}'])
+    config = JudgeConfig(model=str(write_model(tmp_path, "mistral", length=900)), device="cpu", cache=False)
+    judge = load_judges(config, [REASONING])["reasoning"]
+    long = JudgeRequest("Q?", (), "mass " * 900, answer="no", gold="no")
+    assert [grade.is_scored for grade in judge.grade([CASES[0], long])] == [True, False]
+    assert judge.grade([long])[0].reason.endswith("the judge reads 900")
+    assert judge.identity.prompt_hash != REASONING.hash, "written grades are other grades"
 
-    def generate(input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-        rows = [loaded.tokenizer(next(replies))["input_ids"] for _ in input_ids]
-        width, pad = max(map(len, rows)), loaded.tokenizer.pad_token_id
-        return torch.cat([input_ids, torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])], dim=1)
 
-    monkeypatch.setattr(loaded.model, "generate", generate)
-    cases = [JudgeRequest("Q?", (), f"No mass {'.' * n}", answer="no", gold="no") for n in range(3)]
-    grades = judge.grade([*cases, JudgeRequest("Q?", (), "mass " * 900, answer="no", gold="no")])
-    assert [grade.score for grade in grades] == pytest.approx([2, *[math.nan] * 3], nan_ok=True)
-    assert grades[0].reason == "A gap." and grades[3].reason.endswith("the judge reads 900")
+def test_a_vocabulary_without_the_levels_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"the": 0, "0": 1, "1": 2, "2": 3, "Yes": 4, "No": 5, "[UNK]": 6}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path)
+    config = JudgeConfig(model=str(write_model(tmp_path, "mistral")), device="cpu", cache=False)
+    with pytest.raises(ValueError, match=r"cannot answer '3': its vocabulary does not write 0, 1, 2 and 3 behind"):
+        load_judges(config, [REASONING])
 
 
 def test_a_model_that_follows_no_instructions_cannot_grade(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
+from medvqa_rl.evaluation.judging.calibration import remember, worth
 from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_interval, format_kappa
 from medvqa_rl.report.figures.plots import save_figure
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
-from medvqa_rl.rewards.judges.load import load_judge
+from medvqa_rl.rewards.judges.load import caches_folder, load_judge
 
 SPLIT = "held out"
 """Seeds questions and texts that no recipe trains on."""
@@ -108,7 +109,11 @@ def _calibrate(
         console.print(_table(found, f"{judge.identity.name} against {source}"))
         for reason, number in failures.most_common(3):
             print_line(console, f"{number} without a verdict: {reason}")
-    results["counters"] = dict(judge.counters)
+    last = list(sources)[-1]  # labels of your own count more than those of the phantom world
+    found_worth = worth(results["sources"][last]["groups"]["all"], last)
+    results |= {"counters": dict(judge.counters), **asdict(found_worth)}
+    remember(caches_folder(config), judge.identity, found_worth)
+    print_line(console, found_worth.summary)
     if output is not None:
         _write(results, curves, judge, output)
         print_line(console, f"Written: {output / 'calibration.json'}")

@@ -61,6 +61,11 @@ def write_line(key: str, grade: Grade) -> str:
     return json.dumps([key, int(grade.score), grade.reason or margin]) + "\n"
 
 
+def judge_folder(judges: Path, identity: JudgeIdentity) -> Path:
+    """The folder of a judge below that of the caches of all judges."""
+    return judges / identity.key
+
+
 class CachedJudge:
     """A judge with a cache on disk."""
 
@@ -75,7 +80,7 @@ class CachedJudge:
             OSError: the folder cannot be created or read.
         """
         self._judge, self._rubric = judge, rubric
-        self._folder = folder / judge.identity.key
+        self._folder = judge_folder(folder, judge.identity)
         if not (self._folder / "identity.json").exists():
             write_json(self._folder / "identity.json", judge.identity.to_json())
         self._known: dict[str, Grade] = {}

@@ -3,10 +3,15 @@
 The client's package (extra ``judge``) is imported when such a judge is loaded. Retries are done here rather than by
 the client, so that requests, waits and cost are counted: throttling (429, with ``Retry-After``), server errors,
 time-outs, broken connections and replies that are not chat completions are retried; every other refusal is not.
+
+The server is asked to write nothing but a readable verdict (:attr:`Rubric.constraint`). Where it refuses that request
+when the judge is loaded, the judge asks without, until it is loaded again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import ssl
 import threading
@@ -21,9 +26,10 @@ from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.network import is_on_this_machine, unusable_proxy
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.randomness import address, uniforms
+from medvqa_rl.core.text import printable
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
-from medvqa_rl.rewards.judges.replies import MalformedReply, OutOfTime, bounded_client, read_completion
+from medvqa_rl.rewards.judges.replies import MalformedReply, OutOfTime, bounded_client, read_completion, read_models
 from medvqa_rl.rewards.judges.rubric import Rubric
 
 MAX_WAIT = 60.0
@@ -31,6 +37,8 @@ MAX_WAIT = 60.0
 MIN_KEY = 8
 """Shorter keys are placeholders such as "none" or "EMPTY", which are ordinary words in a reply."""
 _RETRIED = (408, 409, 425, 429)
+_CONSTRAINT_REFUSED = ("HTTP 400", "HTTP 422")
+"""How servers refuse a field or a schema that they do not know."""
 
 
 def wait_before(attempt: int, retry_after: str | None) -> float:
@@ -88,8 +96,17 @@ class EndpointJudge:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._host = host_of(config.endpoint)
-        prompt_hash = ENDPOINT.hash if rubric.is_yes_no else rubric.hash
-        self.identity = JudgeIdentity(config.model, f"{self._host}/{config.model}", prompt_hash, 0.0)
+        self._constraint = rubric.constraint
+
+    @property
+    def identity(self) -> JudgeIdentity:
+        """Constrained verdicts have another prompt hash than free ones: a model may say otherwise where it may say
+        only that."""
+        prompt_hash = ENDPOINT.hash if self._rubric.is_yes_no else self._rubric.hash
+        if self._constraint:
+            shown = prompt_hash + json.dumps(self._constraint)
+            prompt_hash = hashlib.sha256(shown.encode()).hexdigest()[:16]
+        return JudgeIdentity(self._config.model, f"{self._host}/{self._config.model}", prompt_hash, 0.0)
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -97,18 +114,55 @@ class EndpointJudge:
         ``completion_tokens`` as reported by the endpoint."""
         return dict(self._counts)
 
-    def check(self) -> None:
-        """Grade one request, to find out before training whether the endpoint works.
+    def check(self, say: Callable[[str], None] = print) -> None:
+        """Grade one request, to find out before training whether the endpoint works, and whether it constrains
+        replies. If it refuses to, this judge asks without from now on.
+
+        Args:
+            say: told once if replies cannot be constrained.
 
         Raises:
-            ValueError: it cannot be reached, refuses, or replies in another format; the message says what came back.
+            ValueError: it cannot be reached, does not serve the model, refuses, or replies in another format; the
+                message says what came back.
         """
         (grade,) = self.grade(self._rubric.probes[:1])
-        if not grade.is_scored:
+        if grade.is_scored:
+            return
+        refusal, constraint = "", self._constraint
+        if grade.reason.startswith(_CONSTRAINT_REFUSED):
+            refusal, self._constraint = grade.reason, {}
+            (grade,) = self.grade(self._rubric.probes[:1])
+            if grade.is_scored:
+                say(
+                    f"Notice: the judge {self._config.model!r} at {self._host} refuses {_field(constraint)} "
+                    f"({printable(refusal)}), so its {self._rubric.name} verdicts are read from free text, and those "
+                    "that cannot be read are unscored."
+                )
+                return
+        if grade.reason.startswith("HTTP 4") and (served := self._served()) and self._config.model not in served:
             raise ValueError(
-                f"The judge {self._config.model!r} at {self._host} does not answer as it should ({grade.reason}): "
-                "check judge.endpoint, judge.model and judge.api_key_env."
+                f"The server at {self._host} does not serve the judge's model {self._config.model!r}, but "
+                f"{', '.join(served[:5])}{' ...' if len(served) > 5 else ''}: set judge.model to a name that it "
+                "serves."
             )
+        if refusal and not grade.reason.startswith("HTTP"):
+            raise ValueError(
+                f"The judge {self._config.model!r} at {self._host} refuses {_field(constraint)} ({refusal}), and "
+                f"without it does not answer as it should ({grade.reason}): serve it with vLLM or another server that "
+                "constrains replies, or set judge.model to a model that follows instructions."
+            )
+        raise ValueError(
+            f"The judge {self._config.model!r} at {self._host} does not answer as it should ({grade.reason}): "
+            "check judge.endpoint, judge.model and judge.api_key_env."
+        )
+
+    def _served(self) -> list[str]:
+        """Names of the models that the server lists; empty if it lists none."""
+        try:
+            reply = self._client.models.with_raw_response.list()
+        except (self._openai.OpenAIError, MalformedReply, OutOfTime):
+            return []
+        return [printable(self._without_key(name)) for name in read_models(reply.http_response.content)]
 
     def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         """Grade requests; a request with nothing to grade gets 0 and is not sent. Failures are grades, never
@@ -139,12 +193,14 @@ class EndpointJudge:
                     messages=[{"role": "user", "content": self._rubric.render(request)}],
                     temperature=0.0,
                     max_tokens=self._rubric.max_tokens,
+                    extra_body=self._constraint,
                 )
                 return self._rubric.parse(self._read(reply.http_response.content))
             except openai.APIStatusError as error:
                 reason = f"HTTP {error.status_code}"
                 if error.status_code not in _RETRIED and error.status_code < 500:
-                    return Grade.failed(f"{reason}: {_first_line(self._without_key(error.message))}")
+                    message = error.message.removeprefix(f"Error code: {error.status_code} - ")
+                    return Grade.failed(f"{reason}: {_first_line(self._without_key(message))}")
                 retry_after = error.response.headers.get("retry-after")
             except (openai.APITimeoutError, OutOfTime):
                 reason = f"no answer within {self._config.timeout:g} seconds"
@@ -180,6 +236,11 @@ def _proxy_options(endpoint: str) -> dict[str, Any]:
             "for SOCKS, install the package socksio and write socks5://, or unset the variable."
         )
     return {}
+
+
+def _field(constraint: Mapping[str, Any]) -> str:
+    """The field of a request that constrains the reply."""
+    return next(iter(constraint))
 
 
 def host_of(url: str) -> str:

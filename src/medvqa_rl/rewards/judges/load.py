@@ -3,7 +3,8 @@ local judges."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
 from medvqa_rl.core.files import cache_folder
@@ -17,11 +18,16 @@ from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric
 
 
-def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Judge]:
+def load_judges(
+    config: JudgeConfig, rubrics: Sequence[Rubric], *, say: Callable[[str], None] = print
+) -> dict[str, Judge]:
     """Load a judge for each rubric, with its cache; they share one local model.
 
-    To fail early, an endpoint grades one request per rubric, a local model's vocabulary is checked for Yes and No, and
-    on graded rubrics it grades one request.
+    To fail early, an endpoint grades one request per rubric, and a local model's vocabulary is checked for Yes and No
+    or the levels.
+
+    Args:
+        say: told what a user should know about an endpoint that works otherwise than asked.
 
     Returns:
         Judges by the rubric's name.
@@ -31,7 +37,7 @@ def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Jud
             format.
         OSError: the cache folder cannot be written.
     """
-    folder = cache_folder(config.cache_dir) / "judges"
+    folder = caches_folder(config)
 
     def cached(judge: Judge, rubric: Rubric) -> Judge:
         return CachedJudge(judge, rubric, folder) if config.cache else judge
@@ -43,27 +49,22 @@ def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Jud
         key = read_key(config.api_key_env)
         for rubric in rubrics:
             remote = EndpointJudge(config, key, rubric)
-            remote.check()
+            remote.check(say)
             judges[rubric.name] = cached(remote, rubric)
         return judges
-    from medvqa_rl.rewards.judges.local import WritingJudge, YesNoJudge
+    from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge
     from medvqa_rl.rewards.judges.local_model import load_judge_model
 
     with waiting(f"loading the judge {config.model}"):
         loaded = load_judge_model(config)
-    is_embedded = loaded.prompt is PHANTOM
-    coherence: Judge = YesNoJudge(loaded, strictness=config.strictness)
-    if is_embedded or COHERENCE in rubrics:
-        coherence = cached(coherence, COHERENCE)
     for rubric in rubrics:
         if rubric is COHERENCE:
-            judges[rubric.name] = coherence
-        elif not is_embedded:
-            writing = WritingJudge(loaded, rubric)
-            writing.check()
-            judges[rubric.name] = cached(writing, rubric)
+            judges[rubric.name] = cached(YesNoJudge(loaded, strictness=config.strictness), rubric)
+        elif loaded.prompt is not PHANTOM:
+            judges[rubric.name] = cached(LevelJudge(loaded, rubric), rubric)
         elif rubric is REASONING:
-            judges[rubric.name] = EmbeddedJudge(coherence)
+            coherence = cached(YesNoJudge(loaded, strictness=config.strictness), COHERENCE)
+            judges[rubric.name] = EmbeddedJudge(judges.get(COHERENCE.name, coherence))
         else:
             raise ValueError(
                 f"The judge {config.model!r} only reads reasoning, so it cannot grade {rubric.name}: set judge.model "
@@ -72,14 +73,19 @@ def load_judges(config: JudgeConfig, rubrics: Sequence[Rubric]) -> dict[str, Jud
     return judges
 
 
+def caches_folder(config: JudgeConfig) -> Path:
+    """The folder of the caches and calibrations of all judges."""
+    return cache_folder(config.cache_dir) / "judges"
+
+
 def load_judge(config: JudgeConfig) -> Judge:
     """Load the judge of coherence (:func:`load_judges`)."""
     return load_judges(config, [COHERENCE])[COHERENCE.name]
 
 
-def load_rewarding(config: Config) -> dict[str, Judge]:
+def load_rewarding(config: Config, say: Callable[[str], None] = print) -> dict[str, Judge]:
     """Load the judges that the reward weights need (:func:`load_judges`)."""
-    return load_judges(config.judge, rubrics_of(config.rewards))
+    return load_judges(config.judge, rubrics_of(config.rewards), say=say)
 
 
 def rubrics_of(rewards: RewardsConfig) -> list[Rubric]:

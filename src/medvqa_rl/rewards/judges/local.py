@@ -1,22 +1,23 @@
-"""A causal language model on this machine as judge.
+"""A causal language model on this machine as judge. It writes nothing, so every verdict can be read.
 
-Coherence compares log P("Yes") with log P("No"), each scored as a whole token sequence after the same prompt; graded
-rubrics generate a JSON reply greedily. Prompts are batched by length. For Yes or No, the tokens shared by the
-beginning of all prompts are computed once and cached.
+Each rubric has answers: Yes and No for coherence, else its levels. Each answer is scored as a whole token sequence
+after the same prompt, and the log-probabilities are compared. Prompts are batched by length, and the tokens shared by
+the beginning of all prompts are computed once and cached.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import JudgeConfig
@@ -27,15 +28,19 @@ from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.rubric import COHERENCE, Rubric
 
 BEGINNING = '{"score":'
-"""The model's reply on a graded rubric is started with this, so that small models write no preface."""
+"""The beginning of the reply that a graded rubric asks for; the level follows."""
 
 
 class _Case(NamedTuple):
-    """A prompt with its two answers as tokens; the answers begin where the sequences differ."""
+    """A prompt with each of its answers as tokens; the answers begin where the sequences differ."""
 
-    yes: tuple[int, ...]
-    no: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
     start: int
+
+    @property
+    def length(self) -> int:
+        """Tokens to read; the last one of an answer need not be."""
+        return max(map(len, self.answers)) - 1
 
 
 class _Piece(NamedTuple):
@@ -47,12 +52,27 @@ class _Piece(NamedTuple):
 
 
 class LocalJudge(ABC):
-    """What the two kinds of local judges share: identity, counters, and what is graded without the model."""
+    """Compares the log-probabilities of the answers to each prompt."""
 
-    def __init__(self, loaded: JudgeModel, rubric: Rubric, prompt_hash: str, strictness: float = 0.0) -> None:
-        self.loaded, self.rubric = loaded, rubric
+    def __init__(
+        self, loaded: JudgeModel, rubric: Rubric, answers: Sequence[str], prompt_hash: str, strictness: float = 0.0
+    ) -> None:
+        """
+        Args:
+            answers: as the model writes them behind the prompt.
+            prompt_hash: of prompt and answers.
+            strictness: see :class:`YesNoJudge`.
+
+        Raises:
+            ValueError: the vocabulary cannot write the answers.
+        """
+        self.loaded, self.rubric, self.answers = loaded, rubric, tuple(answers)
         self.identity = JudgeIdentity(loaded.name, loaded.fingerprint, prompt_hash, strictness)
         self._counts: Counter[str] = Counter()
+        self._prefix_cache: Any = None
+        cases = [self._encode(request) for request in rubric.probes]
+        self._check_answers(cases)
+        self._prefix = _common_prefix([case.answers[0][: case.start] for case in cases])
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -66,71 +86,54 @@ class LocalJudge(ABC):
         return grades
 
     @abstractmethod
+    def _prompt(self, request: JudgeRequest) -> str:
+        """The text before the answer."""
+
+    @abstractmethod
+    def _verdict(self, log_probs: Sequence[float]) -> Grade:
+        """The grade that the answers' log-probabilities, which are finite, give."""
+
     def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         """Grade requests with the model; each has something to grade."""
-
-
-class YesNoJudge(LocalJudge):
-    """Judges coherence: Yes if log P("Yes") > log P("No") + strictness, else No."""
-
-    def __init__(self, loaded: JudgeModel, *, strictness: float = 0.0) -> None:
-        """
-        Args:
-            strictness: nats by which log P("Yes") must exceed log P("No").
-
-        Raises:
-            ValueError: the vocabulary cannot write Yes and No.
-        """
-        super().__init__(loaded, COHERENCE, loaded.prompt.hash, strictness)
-        self._prefix_cache: Any = None
-        self._check_answers()
-        cases = [self._encode(request) for request in COHERENCE.probes]
-        self._prefix = _common_prefix([case.yes[: case.start] for case in cases])
-
-    def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
-        cases = [self._encode(request) for request in requests]
-        lengths = [max(len(case.yes), len(case.no)) - 1 for case in cases]
-        limit = self.loaded.limit
-        margins = iter(self._margins([case for case, length in zip(cases, lengths) if length <= limit]))
+        cases, limit = [self._encode(request) for request in requests], self.loaded.limit
+        found = iter(self._log_probs([case for case in cases if case.length <= limit]))
         return [
-            self._verdict(next(margins))
-            if length <= limit
-            else Grade.failed(f"the prompt has {length} tokens, the judge reads {limit}")
-            for length in lengths
+            self._read_verdict(next(found))
+            if case.length <= limit
+            else Grade.failed(f"the prompt has {case.length} tokens, the judge reads {limit}")
+            for case in cases
         ]
 
-    def _verdict(self, margin: float) -> Grade:
-        if not math.isfinite(margin):
+    def _read_verdict(self, log_probs: Sequence[float]) -> Grade:
+        if not all(map(math.isfinite, log_probs)):
             return Grade.failed("the judge gives probabilities that are no finite numbers")
-        return Grade(float(margin > self.identity.strictness), margin=margin)
+        return self._verdict(log_probs)
 
     def _encode(self, request: JudgeRequest) -> _Case:
-        prompt = self.loaded.prompt
-        text = prompt.render(defused(request, self.loaded.special))
-        yes, no = (tuple(self.loaded.encode(text + answer)) for answer in (prompt.yes, prompt.no))
-        return _Case(yes, no, len(_common_prefix([yes, no])))
+        text = self._prompt(defused(request, self.loaded.special))
+        answers = tuple(tuple(self.loaded.encode(text + answer)) for answer in self.answers)
+        return _Case(answers, len(_common_prefix(answers)))
 
-    def _check_answers(self) -> None:
-        size = self.loaded.model.get_output_embeddings().weight.shape[0]
-        for request in COHERENCE.probes:
-            case = self._encode(request)
-            tails = (case.yes[case.start :], case.no[case.start :])
-            for answer, tail in zip(("Yes", "No"), tails):
+    def _check_answers(self, cases: Sequence[_Case]) -> None:
+        size, words = self.loaded.model.get_output_embeddings().weight.shape[0], [a.strip() for a in self.answers]
+        for case in cases:
+            for word, answer in zip(words, case.answers):
+                tail = answer[case.start :]
                 is_known = all(token < size and token != self.loaded.tokenizer.unk_token_id for token in tail)
                 if not (tail and case.start and is_known):
                     raise ValueError(
-                        f"The judge {self.loaded.name!r} cannot answer {answer!r}: its vocabulary does not write Yes "
-                        f"and No behind the prompt {self.loaded.prompt.name!r}, so choose another judge.model or "
-                        "judge.template."
+                        f"The judge {self.loaded.name!r} cannot answer {word!r}: its vocabulary does not write "
+                        f"{', '.join(words[:-1])} and {words[-1]} behind the prompt {self.loaded.prompt.name!r}, so "
+                        "choose another judge.model or judge.template."
                     )
 
     @torch.no_grad()
-    def _margins(self, cases: Sequence[_Case]) -> list[float]:
-        """log P("Yes") - log P("No") of each case.
+    def _log_probs(self, cases: Sequence[_Case]) -> list[list[float]]:
+        """Log-probability of each answer of each case, summed over the answer's tokens.
 
         Prompts that begin with the cached prefix continue from it; equal pieces are read once.
         """
-        pieces = dict.fromkeys(_Piece(answer[:-1], case.start) for case in cases for answer in (case.yes, case.no))
+        pieces = dict.fromkeys(_Piece(answer[:-1], case.start) for case in cases for answer in case.answers)
         scores: dict[_Piece, Tensor] = {}
         size = len(self._prefix)
         prefixed: list[_Piece] = []
@@ -144,11 +147,10 @@ class YesNoJudge(LocalJudge):
                 scores.update(zip(batch, self._read(batch, skipped)))
 
         def log_prob(answer: tuple[int, ...], start: int) -> float:
-            """Sum over the answer's tokens."""
             tail = torch.tensor(answer[start:])
             return float(scores[_Piece(answer[:-1], start)].gather(1, tail[:, None]).sum())
 
-        return [log_prob(case.yes, case.start) - log_prob(case.no, case.start) for case in cases]
+        return [[log_prob(answer, case.start) for answer in case.answers] for case in cases]
 
     def _read(self, pieces: Sequence[_Piece], skipped: int) -> list[Tensor]:
         """(answer tokens, V) float64 log-probabilities of the next token after each position of the answer.
@@ -192,15 +194,37 @@ class YesNoJudge(LocalJudge):
         return forked
 
 
-class WritingJudge(LocalJudge):
-    """Grades on a rubric: the model writes its grade as JSON, greedily (:meth:`Rubric.parse`)."""
+class YesNoJudge(LocalJudge):
+    """Judges coherence: Yes if log P("Yes") > log P("No") + strictness, else No."""
+
+    def __init__(self, loaded: JudgeModel, *, strictness: float = 0.0) -> None:
+        """
+        Args:
+            strictness: nats by which log P("Yes") must exceed log P("No").
+
+        Raises:
+            ValueError: the vocabulary cannot write Yes and No.
+        """
+        prompt = loaded.prompt
+        super().__init__(loaded, COHERENCE, (prompt.yes, prompt.no), prompt.hash, strictness)
+
+    def _prompt(self, request: JudgeRequest) -> str:
+        return self.loaded.prompt.render(request)
+
+    def _verdict(self, log_probs: Sequence[float]) -> Grade:
+        margin = log_probs[0] - log_probs[1]
+        return Grade(float(margin > self.identity.strictness), margin=margin)
+
+
+class LevelJudge(LocalJudge):
+    """Grades on a rubric: the most likely of its levels behind :data:`BEGINNING`, the lower one of equally likely
+    ones. The reason gives the probabilities of all levels, which sum to 1."""
 
     def __init__(self, loaded: JudgeModel, rubric: Rubric) -> None:
         """
         Raises:
-            ValueError: the model follows no instructions.
+            ValueError: the model follows no instructions, or the vocabulary cannot write the levels.
         """
-        super().__init__(loaded, rubric, rubric.hash)
         if loaded.prompt.wrap is None:
             raise ValueError(
                 f"The judge {loaded.name!r} continues text (prompt {loaded.prompt.name!r}) and follows no "
@@ -208,63 +232,19 @@ class WritingJudge(LocalJudge):
                 "endpoint's."
             )
         self._wrap = loaded.prompt.wrap
-        tokenizer, ends = loaded.tokenizer, loaded.model.generation_config.eos_token_id
-        self._generation = GenerationConfig(  # type: ignore[no-untyped-call]
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,  # some models' own settings penalise the braces and quotes of JSON
-            no_repeat_ngram_size=0,
-            max_new_tokens=rubric.max_tokens,
-            eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )
+        answers = [f" {score}" for score in range(len(rubric.levels))]
+        self.rubric = rubric
+        shown = "\0".join([*map(self._prompt, rubric.probes), *answers])
+        super().__init__(loaded, rubric, answers, hashlib.sha256(shown.encode()).hexdigest()[:16])
 
-    def check(self) -> None:
-        """Grade one request, to find out before training whether the model writes grades.
+    def _prompt(self, request: JudgeRequest) -> str:
+        return self._wrap(self.rubric.render(request)) + BEGINNING
 
-        Raises:
-            ValueError: it does not; the message says what it wrote.
-        """
-        (grade,) = self.grade(self.rubric.probes[:1])
-        if not grade.is_scored:
-            raise ValueError(
-                f"The judge {self.loaded.name!r} does not grade on the rubric {self.rubric.name!r} ({grade.reason}): "
-                "set judge.model to a model that follows instructions."
-            )
-
-    def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
-        shown = [self.rubric.render(defused(request, self.loaded.special)) for request in requests]
-        prompts = [self.loaded.encode(self._wrap(text) + BEGINNING) for text in shown]
-        limit, room = self.loaded.limit, self.rubric.max_tokens
-        fitting = [index for index, prompt in enumerate(prompts) if len(prompt) + room <= limit]
-        fitting.sort(key=lambda index: len(prompts[index]))
-        replies: dict[int, str] = {}
-        for first in range(0, len(fitting), self.loaded.batch_size):
-            some = fitting[first : first + self.loaded.batch_size]
-            replies.update(zip(some, self._write([prompts[index] for index in some])))
-        return [
-            self.rubric.parse(BEGINNING + replies[index])
-            if index in replies
-            else Grade.failed(
-                f"the prompt has {len(prompt)} tokens and the verdict up to {room}, the judge reads {limit}"
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-
-    @torch.no_grad()
-    def _write(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Generate a reply to each prompt, padded on the left."""
-        model, width = self.loaded.model, max(map(len, prompts))
-        ids = torch.full((len(prompts), width), int(self._generation.pad_token_id or 0))
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(prompts):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
-        written = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=self._generation
-        )
-        texts: list[str] = self.loaded.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-        return texts
+    def _verdict(self, log_probs: Sequence[float]) -> Grade:
+        values = np.asarray(log_probs)
+        shares = np.exp(values - values.max())
+        shares /= shares.sum()
+        return Grade(float(values.argmax()), f"P(0 to {len(values) - 1}) = {', '.join(f'{p:.2f}' for p in shares)}")
 
 
 def load_local_judge(config: JudgeConfig) -> YesNoJudge:

@@ -57,7 +57,7 @@ class JudgeIdentity:
     fingerprint: str
     """Of the weights; for an endpoint its host and model name."""
     prompt_hash: str
-    """16 hexadecimal digits of the SHA-256 of the prompt or rubric."""
+    """16 hexadecimal digits of the SHA-256 of the prompt or rubric, and of what constrains the reply."""
     strictness: float
     """Nats by which log P("Yes") must exceed log P("No")."""
 

@@ -53,6 +53,17 @@ def read_completion(body: bytes) -> Completion:
     )
 
 
+def read_models(body: bytes) -> list[str]:
+    """The names in a server's list of models; empty if it is no such list."""
+    try:
+        listed = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    rows = listed.get("data") if isinstance(listed, dict) else None
+    names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [name for name in names if isinstance(name, str) and name]
+
+
 def _text(content: Any) -> str | None:
     """The text of a message's content: text, null, or a list of parts of which some have a text."""
     if content is None or isinstance(content, str):

@@ -20,6 +20,8 @@ from medvqa_rl.rewards.judges.protocol import Grade, JudgeRequest
 
 MAX_REASON = 500
 """Characters kept of a reason."""
+MAX_WRITTEN = 300
+"""Characters of a reason that a server is asked to write at most: without a bound small models never end one."""
 
 NO_REASONING = Grade(0.0, "There is no reasoning.")
 NO_ANSWER = Grade(0.0, "There is no answer.")
@@ -45,7 +47,7 @@ class Rubric:
     probes: tuple[JudgeRequest, ...]
     """Requests whose rendering defines the hash; the first one tests a judge when it is loaded."""
     max_tokens: int
-    """Tokens of a reply."""
+    """Tokens of a reply; more than :data:`MAX_WRITTEN` characters of plain English need."""
 
     @property
     def top(self) -> int:
@@ -60,6 +62,29 @@ class Rubric:
     def hash(self) -> str:
         """16 hexadecimal digits of the rendered probes."""
         return hashlib.sha256("\0".join(map(self.render, self.probes)).encode()).hexdigest()[:16]
+
+    @property
+    def constraint(self) -> dict[str, Any]:
+        """Fields of a request that let a server write nothing but what :meth:`parse` reads: a choice of the two words
+        (vLLM's ``structured_outputs``), or a JSON schema (OpenAI's ``response_format``)."""
+        if self.is_yes_no:
+            return {"structured_outputs": {"choice": list(reversed(self.levels))}}
+        properties = {
+            "score": {"type": "integer", "enum": list(range(len(self.levels)))},
+            "reason": {"type": "string", "minLength": 1, "maxLength": MAX_WRITTEN},
+        }
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+        return {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "grade", "schema": schema, "strict": True},
+            }
+        }
 
     def shown(self, request: JudgeRequest) -> tuple[Any, ...]:
         """The fields of a request that the judge is shown."""
@@ -145,7 +170,7 @@ REASONING = Rubric(
     ),
     shows=("question", "options", "gold", "answer", "reasoning", "description"),
     probes=_PROBES,
-    max_tokens=160,
+    max_tokens=320,
 )
 
 CORRECTNESS = Rubric(
@@ -160,7 +185,7 @@ CORRECTNESS = Rubric(
     ),
     shows=("question", "options", "gold", "answer"),
     probes=_PROBES,
-    max_tokens=160,
+    max_tokens=320,
 )
 
 
