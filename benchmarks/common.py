@@ -1,4 +1,4 @@
-"""Workloads, random models, data, machine throughput and result files, shared by the benchmarks.
+"""Workloads, data, machine throughput and result files, shared by the benchmarks.
 
 Legend: P prompts, G completions per prompt, R tokens per completion.
 """
@@ -6,7 +6,6 @@ Legend: P prompts, G completions per prompt, R tokens per completion.
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import resource
@@ -20,56 +19,12 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.files import write_json
 from medvqa_rl.core.machine import LoadMeter
 from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.data.phantom.questions import draw_sample
-from medvqa_rl.models.families.qwen2_vl import Qwen2VL
-from medvqa_rl.models.loading import resolve_folder
-from medvqa_rl.models.processor import Processor
-
-PHANTOM = "phantom:instruct"
-
-MODELS: Mapping[str, Mapping[str, Any]] = {
-    # Qwen2-VL-2B's published config.json: 2.2 billion parameters, of which 0.67 billion are the vision tower.
-    "qwen2-vl-2b": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "rope_theta": 1000000.0,
-        "mrope_section": [16, 24, 24],
-        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
-    },
-    # All depths and widths divided by four, half the head size, and a vocabulary of 4,096.
-    "quarter": {
-        "vocab_size": 4096,
-        "hidden_size": 384,
-        "intermediate_size": 2240,
-        "num_hidden_layers": 7,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "rope_theta": 1000000.0,
-        "mrope_section": [8, 12, 12],
-        "vision": {"depth": 8, "embed_dim": 320, "num_heads": 5, "mlp_ratio": 4},
-    },
-    # For tests.
-    "tiny": {
-        "vocab_size": 640,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_theta": 10000.0,
-        "mrope_section": [2, 3, 3],
-        "vision": {"depth": 2, "embed_dim": 16, "num_heads": 2, "mlp_ratio": 2},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -77,7 +32,7 @@ class Workload:
     """One training step, the same for both engines."""
 
     model: str
-    """A key of MODELS (random weights) or a path as in ``model.path``."""
+    """A key of :data:`benchmarks.models.MODELS` (random weights) or a path as in ``model.path``."""
     prompts: int
     generations: int
     length: int
@@ -154,6 +109,7 @@ def make_config(
     steps: int = 1000,
     attention: str | None = None,
     rollout: str | None = None,
+    load_in_4bit: bool = False,
 ) -> Config:
     """The settings of this package for a workload. The reward function gives every group some variance.
 
@@ -162,6 +118,7 @@ def make_config(
         steps: number of steps, for the learning rate schedule.
         attention: ``model.attention``; None uses the default.
         rollout: ``rollout.engine``; None uses the default.
+        load_in_4bit: ``model.load_in_4bit``.
     """
     pixels = workload.side**2
     model: dict[str, Any] = {
@@ -173,6 +130,7 @@ def make_config(
         "gradient_checkpointing": workload.checkpointing,
         "min_pixels": pixels,
         "max_pixels": pixels,
+        "load_in_4bit": load_in_4bit,
     }
     if attention is not None:
         model["attention"] = attention
@@ -201,79 +159,6 @@ def share_of_vowels(prompts: Any, completions: Any, **kwargs: Any) -> list[float
     """A cheap reward with TRL's signature that differs between completions."""
     texts = [completion[0]["content"] for completion in completions]
     return [sum(letter in "aeiou" for letter in text.lower()) / max(1, len(text)) for text in texts]
-
-
-def model_config(name: str, processor: Processor) -> Qwen2VLConfig:
-    """Build the config for a key of MODELS, with the special tokens of a tokenizer.
-
-    Raises:
-        ValueError: the tokenizer has more tokens than the model's vocabulary.
-    """
-    sizes = MODELS[name]
-    tokenizer = processor.tokenizer
-    if len(tokenizer) > sizes["vocab_size"]:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, but the vocabulary of {name!r} holds {sizes['vocab_size']}: "
-            "choose a smaller tokenizer, or omit --tokenizer."
-        )
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("vision_start_token_id", "vision_start"),
-            ("vision_end_token_id", "vision_end"),
-            ("image_token_id", "image_pad"),
-            ("video_token_id", "video_pad"),
-        )
-    }
-    text = {key: value for key, value in sizes.items() if key not in ("vision", "rope_theta", "mrope_section")}
-    return Qwen2VLConfig(
-        text_config={
-            **text,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": sizes["rope_theta"],
-                "mrope_section": sizes["mrope_section"],
-            },
-            "bos_token_id": None,
-            "eos_token_id": processor.eos_id,
-            "pad_token_id": processor.pad_id,
-            "tie_word_embeddings": True,
-        },
-        vision_config={
-            **sizes["vision"],
-            "hidden_size": sizes["hidden_size"],
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        tie_word_embeddings=True,
-        **ids,
-    )
-
-
-def prepare_model(workload: Workload, folder: Path, tokenizer: Path | None = None) -> Path:
-    """Return the folder of the workload's model. A model with random weights is written to ``folder`` first.
-
-    Args:
-        folder: an empty folder.
-        tokenizer: folder with the tokenizer and image settings of a Qwen2-VL checkpoint; None uses the embedded ones.
-    """
-    if workload.model not in MODELS:
-        return resolve_folder(workload.model)
-    processor = Processor.from_folder(resolve_folder(PHANTOM) if tokenizer is None else tokenizer, Qwen2VL())
-    config = model_config(workload.model, processor)
-    dtype, before = getattr(torch, workload.dtype), torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = Qwen2VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    model.save_pretrained(folder)
-    processor.save(folder)
-    return folder
 
 
 NEGLIGIBLE = 0.1
@@ -400,8 +285,7 @@ def _cpu_name() -> str:
 def write_result(path: Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as indented JSON, if a path is given."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(path, result)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -2,14 +2,14 @@
 
     python -m benchmarks.decode --preset embedded
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.decode --preset paper-cpu --rounds 1
-    python -m benchmarks.decode --preset paper-gpu --engine graph --json FILE
+    python -m benchmarks.decode --preset paper-gpu --engine eager graph --output FILE
 
 Both sample G completions of a fixed number of tokens per prompt (stop tokens are suppressed) from prompts that are
 encoded beforehand. ``generate`` is called with ``num_return_sequences``, so it also encodes each image only once. A
 rollout of one token measures vision and prefill; decoding time is the difference to a whole rollout. The lower bound
 for decoding reads, per step, all weights once and every cached key and value once, those of a prompt once for all its
-completions. Greedy tokens of both are compared first. The last line is ``speedup: RATIO``, the ratio of the median
-times of whole rollouts.
+completions. Greedy tokens are compared first. The last line is ``speedup: RATIO``, the median time of a whole rollout
+by ``generate`` divided by that of this package's first engine.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,13 +35,13 @@ from benchmarks.common import (
     make_data,
     measure_rates,
     now,
-    prepare_model,
     table,
     use_clock,
     write_result,
 )
 from benchmarks.engines import forbid_stopping
 from benchmarks.floors import architecture_of
+from benchmarks.models import prepared
 from benchmarks.step import PRESETS
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.machine import keep_freed_memory
@@ -52,6 +52,7 @@ from medvqa_rl.models.families.parts import backbone
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.rollout.decode import RolloutEngine
 
+Engine = Literal["eager", "graph"]
 Roll = Callable[[int], Any]
 """Samples all completions of this many tokens."""
 
@@ -129,21 +130,27 @@ def measure(rolls: dict[str, Roll], length: int, rounds: int) -> dict[str, dict[
     return seconds
 
 
-def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | None, rates: Rates) -> dict[str, Any]:
-    """Compare both engines on a workload."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = prepare_model(workload, Path(folder), tokenizer)
+def run(
+    workload: Workload, rounds: int, names: Sequence[Engine], rates: Rates, **folders: Path | None
+) -> dict[str, Any]:
+    """Compare engines of this package with ``generate`` on a workload.
+
+    Args:
+        names: the engines; the speedups are those of the first.
+        folders: ``tokenizer`` and ``models`` of :func:`benchmarks.models.prepared`.
+    """
+    with prepared(workload, **folders) as path:
         model = architecture_of(path)
         policy = load_policy(make_config(workload, path).model)
     forbid_stopping(policy.processor)
     policy.model.eval()
-    engine = RolloutEngine(policy, engine=engine_name)
+    engines = {name: RolloutEngine(policy, engine=name) for name in names}
     samples = make_data(workload.prompts, workload.side).samples
-    prompts = [engine.encode(sample) for sample in samples]
-    agreed = same_greedy(policy, engine, samples, workload.length)
+    prompts = [engines[names[0]].encode(sample) for sample in samples]
+    agreed = {name: same_greedy(policy, engine, samples, workload.length) for name, engine in engines.items()}
     rows = workload.prompts * workload.generations
 
-    def ours(length: int) -> None:
+    def ours(engine: RolloutEngine, length: int) -> None:
         config = RolloutConfig(num_generations=workload.generations, max_completion_length=length)
         groups = engine.rollout(samples, config, seed=0, stream="train", step=0, prompts=prompts)
         assert all(len(c.token_ids) == length for group in groups for c in group.completions)
@@ -152,7 +159,8 @@ def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | Non
         sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         assert len(generate(policy, prompts, length, num_return_sequences=workload.generations, **sampling)) == rows
 
-    seconds = measure({"ours": ours, "generate": theirs}, workload.length, rounds)
+    rolls: dict[str, Roll] = {name: partial(ours, engine) for name, engine in engines.items()}
+    seconds = measure(rolls | {"generate": theirs}, workload.length, rounds)
     moved, flops = decode_floor(model, workload, [len(prompt.input_ids) for prompt in prompts])
     tokens = rows * (workload.length - 1)
     found: dict[str, Any] = {}
@@ -174,8 +182,8 @@ def run(workload: Workload, rounds: int, engine_name: Any, tokenizer: Path | Non
         "operations_per_token": flops / tokens,
         "same_greedy": agreed,
         "engines": found,
-        "speedup": found["generate"]["whole_seconds"] / found["ours"]["whole_seconds"],
-        "decode_speedup": found["generate"]["decode_seconds"] / found["ours"]["decode_seconds"],
+        "speedup": found["generate"]["whole_seconds"] / found[names[0]]["whole_seconds"],
+        "decode_speedup": found["generate"]["decode_seconds"] / found[names[0]]["decode_seconds"],
     }
 
 
@@ -183,17 +191,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 if greedy tokens differ in float32 on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
-    parser.add_argument("--engine", choices=("eager", "graph"), default="eager", help="rollout.engine of this package")
+    parser.add_argument(
+        "--engine", choices=("eager", "graph"), nargs="+", default=["eager"], help="rollout.engine of this package"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one warmup round")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL checkpoint's tokenizer")
+    parser.add_argument("--models", type=Path, help="folder that keeps random models for other benchmarks")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
-    parser.add_argument("--json", "--output", type=Path, help="write the results here")
+    parser.add_argument("--output", type=Path, help="result file")
     given = parser.parse_args(arguments)
     use_clock(given.clock)
     keep_freed_memory()
     workload = PRESETS[given.preset]
     rates = measure_rates(getattr(torch, workload.dtype), seconds=0.2 if given.preset == "smoke" else 2.0)
-    result = run(workload, given.rounds, given.engine, given.tokenizer, rates)
+    result = run(workload, given.rounds, given.engine, rates, tokenizer=given.tokenizer, models=given.models)
     rows = [["", "whole s", "prefill s", "decode s", "tokens/s", "of bandwidth", "of matrix rate"]]
     for name, one in result["engines"].items():
         parts = [f"{one[part]:.3f}" for part in ("whole_seconds", "prefill_seconds", "decode_seconds")]
@@ -203,16 +214,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"Decoding a token reads {result['bytes_per_token'] / 1e6:.3f} MB and takes "
         f"{result['operations_per_token'] / 1e6:.2f} MFLOP; copying moves {rates.bytes / 1e9:.1f} GB/s, "
-        f"matrix products do {rates.flops / 1e9:.1f} GFLOP/s. Equal greedy completions: {result['same_greedy']:.0%}."
+        f"matrix products do {rates.flops / 1e9:.1f} GFLOP/s. Greedy completions equal to "
+        f"generate's: {', '.join(f'{name} {share:.0%}' for name, share in result['same_greedy'].items())}."
     )
+    if {"eager", "graph"} <= result["engines"].keys():
+        on, off = (result["engines"][name]["decode_seconds"] for name in ("graph", "eager"))
+        print(f"decoding with CUDA graphs against without: {off / on:.2f} times as fast")
     machine = hardware()
     print(load_line(machine, given.clock))
     settings = {"preset": given.preset, "engine": given.engine, "rounds": given.rounds, "clock": given.clock}
-    write_result(given.json, {"settings": settings, "hardware": machine, "rates": vars(rates), **result})
+    found = {"benchmark": "decode", "settings": settings, "hardware": machine, "rates": vars(rates), **result}
+    write_result(given.output, found)
     print(f"speedup of decoding alone: {result['decode_speedup']:.2f}")
     print(f"speedup: {result['speedup']:.2f}")
     is_exact = workload.dtype == "float32" and not torch.cuda.is_available()
-    return int(is_exact and result["same_greedy"] < 1)
+    return int(is_exact and min(result["same_greedy"].values()) < 1)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.learning.collector import roll_out
 from medvqa_rl.learning.objective.advantages import group_advantages
-from medvqa_rl.learning.setup import make_accelerator, set_up, wrap
+from medvqa_rl.learning.setup import make_accelerator, set_up, start_vllm, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.models.reference import Reference, load_reference
@@ -107,6 +107,7 @@ def run_ours(
     *,
     attention: str | None = None,
     rollout: str | None = None,
+    load_in_4bit: bool = False,
     reference_noise: float = 0.0,
 ) -> list[Step]:
     """Run training steps with this package.
@@ -115,14 +116,19 @@ def run_ours(
         folder: model folder.
         attention: ``model.attention``; None uses the default.
         rollout: ``rollout.engine``; None uses the default.
+        load_in_4bit: ``model.load_in_4bit``.
         reference_noise: scale of noise added to the reference's weights, so that tests see a KL divergence above 0.
     """
-    config = make_config(workload, folder, steps=steps, attention=attention, rollout=rollout)
+    config = make_config(
+        workload, folder, steps=steps, attention=attention, rollout=rollout, load_in_4bit=load_in_4bit
+    )
     data = make_data(workload.prompts * steps, workload.side)
     accelerator = make_accelerator(config, workload.prompts)
     setup = set_up(config, data, None, with_validation=False)
     forbid_stopping(setup.policy.processor)
-    setup.engine = RolloutEngine(setup.policy, config.prompt.template, engine=config.rollout.engine)
+    decoder = "graph" if rollout == "graph" else "eager"
+    setup.engine = RolloutEngine(setup.policy, config.prompt.template, engine=decoder)
+    setup.vllm = start_vllm(config, accelerator, setup.policy)
     rewards = Rewards(config.rewards)
     watch = Stopwatch()
     reference = load_reference(setup.policy) if workload.beta > 0 else None
@@ -135,7 +141,7 @@ def run_ours(
     done = []
     with make_feed(config, accelerator, setup, range(steps), workload.prompts) as feed:
         for step in range(steps):
-            with watch.phase("rollout"):
+            with watch.phase("rollout"), setup.sampling():
                 groups = roll_out(config, setup, step, feed.prompts(step))
             with watch.phase("reward"):
                 total = torch.from_numpy(rewards.score(groups, step=step).total)

@@ -34,18 +34,17 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
-    PHANTOM,
     Workload,
     hardware,
     load_line,
     make_config,
     make_data,
     now,
-    prepare_model,
     table,
     use_clock,
     write_result,
 )
+from benchmarks.models import PHANTOM, prepare_model
 from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import roll_out

@@ -1,25 +1,26 @@
 """Seconds per GRPO step: this package against TRL on the same work, in alternating processes.
 
-    python -m benchmarks.step --preset embedded --engine both
+    python -m benchmarks.step --preset embedded
     taskset -c 1 env OMP_NUM_THREADS=1 python -m benchmarks.step --preset paper-cpu --steps 1 --warmup 0 --rounds 1
-    python -m benchmarks.step --preset paper-gpu --lora 16 --beta 0.04 --tokenizer FOLDER
+    python -m benchmarks.step --preset paper-gpu --lora 16 --tokenizer FOLDER
+    python -m benchmarks.step --preset paper-gpu --lora 16 --engine ours 4bit
 
 Each engine runs in a separate process, and the engines alternate, so that both run under the same load and peak memory
-is measured separately. The first steps of a process are warmup and not counted. Prints medians; with ``--engine both``
-the last line is ``speedup: RATIO``, the median time of TRL's step divided by the median time of ours. Exits with 1 if
-the two engines did not do the same work.
+is measured separately. The first steps of a process are warmup and not counted. Prints medians, and beside the peak
+memory what ``medvqa-rl estimate`` expects. With two engines the last line is ``speedup: RATIO``, the median time of a
+step of the second divided by that of the first. Exits with 1 if the engines did not do the same work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import (
-    MODELS,
-    PHANTOM,
     Clock,
     Rates,
     Workload,
     hardware,
     load_line,
+    make_config,
     measure_rates,
     peak_bytes,
-    prepare_model,
     table,
     use_clock,
     write_result,
@@ -44,7 +43,12 @@ from benchmarks.common import (
 from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, run_ours, same_work
 from benchmarks.floors import PATCH_SIZE, Floor, architecture_of, step_floors
+from benchmarks.models import MODELS, PHANTOM, prepared
 from medvqa_rl.core.machine import keep_freed_memory
+from medvqa_rl.learning.estimate.cost import image_tokens
+from medvqa_rl.learning.estimate.estimate import PROCESS, Assumptions, estimate
+from medvqa_rl.learning.estimate.hardware import Machine
+from medvqa_rl.learning.estimate.hardware import Rates as MachineRates
 
 PRESETS = {
     "embedded": Workload(PHANTOM, prompts=8, generations=8, length=30, side=112),
@@ -62,7 +66,14 @@ PRESETS = {
     "smoke": Workload("tiny", prompts=2, generations=2, length=4, side=56, prompts_per_micro_batch=2),
 }
 PHASES = ("rollout", "reward", "reference", "update")
-ENGINES = {"ours": run_ours, "trl": run_trl}
+ENGINES: Mapping[str, Mapping[str, Any]] = {
+    "ours": {},
+    "trl": {},
+    "graph": {"rollout": "graph"},
+    "4bit": {"load_in_4bit": True},
+    "vllm": {"rollout": "vllm"},
+}
+"""What runs a step: TRL, or this package with these settings."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -71,7 +82,7 @@ def child(request: Mapping[str, Any]) -> None:
     use_clock(request["clock"])
     keep_freed_memory()  # as the command does; applies to TRL too
     workload = Workload(**request["workload"])
-    run = ENGINES[request["engine"]]
+    run = run_trl if request["engine"] == "trl" else run_ours
     steps = run(workload, Path(request["folder"]), request["steps"], **request["options"])
     print(json.dumps({"peak": peak_bytes(), "steps": [step.as_dict() for step in steps]}))
 
@@ -113,6 +124,21 @@ def summary(steps: Sequence[Step], peak: int, floors: Mapping[str, Floor]) -> di
     }
 
 
+def estimated_gib(workload: Workload, folder: Path, steps: Sequence[Step], options: Mapping[str, Any]) -> float:
+    """The peak memory that ``medvqa-rl estimate`` expects for the longest prompt, on this kind of device; on a GPU
+    without its context, which torch's allocator does not count either.
+
+    Args:
+        options: of :func:`benchmarks.engines.run_ours`.
+    """
+    model, across = architecture_of(folder), workload.side // PATCH_SIZE
+    longest = max(len(ids) for step in steps for ids in step.prompt_ids)
+    assumed = Assumptions(longest - image_tokens(model, [(across, across)]), (workload.side, workload.side), 1)
+    machine = Machine("", MachineRates(1.0, 1.0), math.inf, torch.cuda.is_available(), "")
+    peak = estimate(make_config(workload, folder, **options), model, machine, assumed).peak
+    return (peak - machine.is_gpu * PROCESS[True]) / 2**30
+
+
 def floors_of(workload: Workload, folder: Path, steps: Sequence[Step], rates: Rates) -> dict[str, Floor]:
     """Median over the steps of the lower bound for each phase."""
     model = architecture_of(folder)
@@ -146,6 +172,8 @@ def report(found: Mapping[str, Mapping[str, Any]], floors: Mapping[str, Floor]) 
     rows.append(["  of the rollout alone", *(f"{found[n]['rollout_tokens_per_second']:.1f}" for n in names), ""])
     rows.append(["share of the floor", *(f"{found[name]['share_of_floor']:.1%}" for name in names), ""])
     rows.append(["peak memory, GiB", *(f"{found[name]['peak_gib']:.2f}" for name in names), ""])
+    estimates = ["" if (gib := found[name]["estimated_gib"]) is None else f"{gib:.2f}" for name in names]
+    rows.append(["  by medvqa-rl estimate", *estimates, ""])
     return table(rows)
 
 
@@ -167,9 +195,10 @@ def measure(
     steps: int,
     warmup: int,
     rounds: int,
-    tokenizer: Path | None = None,
     options: Mapping[str, str],
+    keep: Callable[[dict[str, Any]], None],
     clock: Clock = "wall",
+    **folders: Path | None,
 ) -> dict[str, Any]:
     """Run the engines in turn and compare.
 
@@ -177,18 +206,46 @@ def measure(
         steps: number of measured steps per process.
         warmup: number of unmeasured steps before them.
         rounds: number of processes per engine.
-        options: ``attention`` and ``rollout`` of this package, if they are not the defaults.
+        options: ``attention`` of this package, if it is not the default.
+        keep: called after each process with the result so far, which a benchmark that is stopped then leaves.
+        folders: ``tokenizer`` and ``models`` of :func:`benchmarks.models.prepared`.
 
     Returns:
         The content of the result file; ``differences`` lists how the work of the engines differed.
     """
     use_clock(clock)
     rates = measure_rates(getattr(torch, workload.dtype), seconds=0.5)
-    measured: dict[str, list[Step]] = {name: [] for name in engines}
+    measured: dict[str, list[Step]] = {}
     peaks = dict.fromkeys(engines, 0)
     differences: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = prepare_model(workload, Path(scratch), tokenizer)
+    settings = {name: {} if name == "trl" else {**ENGINES[name], **options} for name in engines}
+
+    def found(folder: Path) -> dict[str, Any]:
+        (first, done), *_ = measured.items()
+        floors = floors_of(workload, folder, done, rates)
+        estimates = {
+            name: None if name == "trl" else estimated_gib(workload, folder, done, settings[name]) for name in measured
+        }
+        return {
+            "benchmark": "step",
+            "workload": asdict(workload),
+            "hardware": hardware(),
+            "rates": asdict(rates),
+            "steps": len(measured[first]),
+            "warmup": warmup,
+            "rounds": rounds,
+            "options": dict(options),
+            "clock": clock,
+            "work": describe(workload, done),
+            "floors": {phase: asdict(part) for phase, part in floors.items()},
+            "engines": {
+                name: summary(measured[name], peaks[name], floors) | {"estimated_gib": estimates[name]}
+                for name in measured
+            },
+            "differences": differences,
+        }
+
+    with prepared(workload, **folders) as folder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         for _ in range(rounds):
@@ -199,37 +256,32 @@ def measure(
                     "workload": asdict(workload),
                     "folder": str(folder),
                     "steps": warmup + steps,
-                    "options": dict(options) if name == "ours" else {},
+                    "options": settings[name],
                     "clock": clock,
                 }
                 runs[name], peak = in_a_new_process(request)
                 peaks[name] = max(peaks[name], peak)
-                measured[name] += runs[name][warmup:]
-            if len(engines) == 2:
-                differences += same_work(runs["ours"], runs["trl"])
-        floors = floors_of(workload, folder, measured[engines[0]], rates)
-    return {
-        "benchmark": "step",
-        "workload": asdict(workload),
-        "hardware": hardware(),
-        "rates": asdict(rates),
-        "steps": len(measured[engines[0]]),
-        "warmup": warmup,
-        "rounds": rounds,
-        "options": dict(options),
-        "clock": clock,
-        "work": describe(workload, measured[engines[0]]),
-        "floors": {phase: asdict(part) for phase, part in floors.items()},
-        "engines": {name: summary(measured[name], peaks[name], floors) for name in engines},
-        "differences": differences,
-    }
+                measured[name] = measured.get(name, []) + runs[name][warmup:]
+                if len(runs) == 2:
+                    differences += same_work(*runs.values())
+                result = found(folder)
+                keep(result)
+                seconds, gib = (result["engines"][name][key] for key in ("seconds", "peak_gib"))
+                print(f"{name}: {seconds:.3f} s per step, at most {gib:.2f} GiB", file=sys.stderr)
+    return result
 
 
 def arguments() -> argparse.ArgumentParser:
     """Build the argument parser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
-    parser.add_argument("--engine", choices=("ours", "trl", "both"), default="both")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        nargs="+",
+        default=["ours", "trl"],
+        help="one or two; graph, 4bit and vllm are this package with CUDA graphs, 4-bit weights, rollouts on vLLM",
+    )
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
     parser.add_argument("--warmup", type=int, default=1, help="unmeasured steps before them")
     parser.add_argument("--rounds", type=int, default=2, help="processes per engine, alternating")
@@ -242,8 +294,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--train-vision", action=argparse.BooleanOptionalAction)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     parser.add_argument("--attention", help="model.attention of this package")
-    parser.add_argument("--rollout", choices=("eager", "graph"), help="rollout.engine of this package")
     parser.add_argument("--tokenizer", type=Path, help="folder of a Qwen2-VL tokenizer for random weights")
+    parser.add_argument("--models", type=Path, help="folder that keeps random models for other benchmarks")
     parser.add_argument(
         "--clock", choices=("wall", "processor"), default="wall", help="processor: CPU time, for a busy machine"
     )
@@ -275,18 +327,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--prompts is {workload.prompts}, which is not a multiple of --prompts-per-micro-batch "
             f"({workload.prompts_per_micro_batch}): set --prompts-per-micro-batch to a divisor."
         )
-    engines = ("ours", "trl") if options.engine == "both" else (options.engine,)
-    result = {"preset": options.preset} | measure(
+    engines = list(dict.fromkeys(options.engine))
+    if len(engines) > 2:
+        raise ValueError(f"--engine names {len(engines)} engines ({' '.join(engines)}): give one or two.")
+    if "4bit" in engines and not workload.lora:
+        raise ValueError("--engine 4bit needs an adapter above the 4-bit weights: add --lora 16.")
+
+    def keep(result: dict[str, Any]) -> None:
+        write_result(options.output, {"preset": options.preset} | result)
+
+    result = measure(
         workload,
         engines,
         steps=options.steps,
         warmup=options.warmup,
         rounds=options.rounds,
-        tokenizer=options.tokenizer,
-        options={name: getattr(options, name) for name in ("attention", "rollout") if getattr(options, name)},
+        options={} if options.attention is None else {"attention": options.attention},
+        keep=keep,
         clock=options.clock,
+        tokenizer=options.tokenizer,
+        models=options.models,
     )
-    write_result(options.output, result)
     machine, rates = result["hardware"], result["rates"]
     print(result["work"])
     print(
@@ -299,7 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for difference in result["differences"]:
         print(f"NOT COMPARABLE: {difference}")
     if len(engines) == 2:
-        print(f"speedup: {result['engines']['trl']['seconds'] / result['engines']['ours']['seconds']:.2f}")
+        first, second = (result["engines"][name]["seconds"] for name in engines)
+        print(f"speedup: {second / first:.2f}")
     return bool(result["differences"])
 
 

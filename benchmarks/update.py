@@ -19,7 +19,6 @@ import argparse
 import math
 import statistics
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,12 +36,12 @@ from benchmarks.common import (
     make_data,
     measure_rates,
     now,
-    prepare_model,
     table,
     use_clock,
     write_result,
 )
 from benchmarks.floors import architecture_of, trained_of
+from benchmarks.models import prepared
 from benchmarks.step import PRESETS as STEPS
 from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Completion, Group
@@ -328,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--clock", choices=("wall", "processor"), default="wall", help="processor: CPU time, for a busy machine"
     )
+    parser.add_argument("--models", type=Path, help="folder that keeps random models for other benchmarks")
     parser.add_argument("--output", type=Path, help="result file")
     options = parser.parse_args(argv)
     use_clock(options.clock)
@@ -335,8 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workload = replace(PRESETS[options.preset], lora=options.lora, checkpointing=options.checkpointing)
     ways: tuple[Way, ...] = ("default", "dense", "separate")
     rates = measure_rates(getattr(torch, workload.dtype), seconds=0.5)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = prepare_model(workload, Path(scratch))
+    with prepared(workload, models=options.models) as folder:
         result: dict[str, Any] = {"workload": asdict(workload), "rates": asdict(rates), "repeats": options.repeats}
         result |= {"warmup": options.warmup, "clock": options.clock}
         learner = make_learner(workload, folder)

@@ -70,6 +70,11 @@ def test_the_bounds_are_the_releases_that_were_tested(name: str) -> None:
     assert is_too_old(name, f"{oldest.major}.{oldest.minor - 1}.99") and not is_too_old(name, tested.oldest)
 
 
+def test_the_readme_names_the_releases_that_were_tested() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"{name} {tested}" in text for name, tested in TESTED.items() if name != "vllm")
+
+
 def test_ci_runs_releases_that_count_as_tested() -> None:
     found = pins()
     assert all(was_tested(name, str(found[name])) for name in TESTED if name != "vllm")

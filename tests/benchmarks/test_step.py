@@ -17,17 +17,20 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from typer.testing import CliRunner
 
 from benchmarks import step as step_benchmark
-from benchmarks.common import Rates, Workload, measure_rates, prepare_model
+from benchmarks.common import Rates, Workload, make_config, measure_rates
 from benchmarks.engine_trl import run_trl
 from benchmarks.engines import Step, replay, run_ours, same_work
 from benchmarks.floors import architecture_of, step_floors
+from benchmarks.models import prepare_model
+from medvqa_rl.cli.app import app
 from medvqa_rl.learning.estimate.cost import group_pairs
 from tests import forking
 
 TINY = Workload("tiny", prompts=2, generations=3, length=5, side=56, prompts_per_micro_batch=2, learning_rate=1e-3)
-NOISE = 0.02
+NOISE = 0.05
 """Between policy and reference, so that the loss is not zero in the first step."""
 
 
@@ -125,7 +128,7 @@ def test_the_last_line_is_the_speedup(
     pytest.importorskip("trl")
     monkeypatch.setattr(step_benchmark.subprocess, "run", forking.run)
     output = tmp_path / "result.json"
-    options = ["--preset", "smoke", "--engine", "both", "--warmup", "0", "--steps", "1", "--rounds", "1"]
+    options = ["--preset", "smoke", "--engine", "ours", "trl", "--warmup", "0", "--steps", "1", "--rounds", "1"]
     assert step_benchmark.main([*options, "--output", str(output)]) == 0
     found = re.fullmatch(r"speedup: (\d+\.\d+)", capsys.readouterr().out.splitlines()[-1])
     assert found is not None
@@ -135,6 +138,45 @@ def test_the_last_line_is_the_speedup(
     assert written["differences"] == [] and written["hardware"]["threads"] == torch.get_num_threads()
     assert sum(ours["phases"].values()) == pytest.approx(ours["seconds"])
     assert ours["tokens_per_second"] == pytest.approx(2 * 2 * 4 / ours["seconds"])
+
+
+def test_what_was_measured_before_an_engine_fails_is_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (step,) = run_ours(TINY, folder, 1)
+
+    def in_a_new_process(request: dict[str, Any]) -> tuple[list[Step], int]:
+        if request["engine"] == "trl":
+            raise ValueError("The engine trl failed: out of memory")
+        assert request["options"] == {"rollout": "graph"}
+        return [step], 3 * 2**29
+
+    monkeypatch.setattr(step_benchmark, "in_a_new_process", in_a_new_process)
+    output = tmp_path / "result.json"
+    options = ["--preset", "smoke", "--engine", "graph", "trl", "--warmup", "0", "--steps", "1", "--rounds", "1"]
+    with pytest.raises(ValueError, match="out of memory"):
+        step_benchmark.main([*options, "--output", str(output)])
+    (name, found), *others = json.loads(output.read_text())["engines"].items()
+    assert (name, others) == ("graph", [])
+    assert found["peak_gib"] == 1.5 and found["seconds"] == pytest.approx(step.seconds)
+
+
+def test_the_estimate_beside_the_peak_is_that_of_the_command(folder: Path, tmp_path: Path) -> None:
+    (step,) = run_ours(TINY, folder, 1)
+    workload = dataclasses.replace(TINY, length=16)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps(make_config(workload, folder).model_dump(mode="json")))
+    result = CliRunner().invoke(
+        app,
+        [
+            *("estimate", str(settings), "--json", "--matmul-tflops", "1", "--bandwidth-gbs", "1"),
+            *("--memory-gib", "1000", "--image-size", "56x56", "--device", "cpu"),
+            *("--question-tokens", str(max(map(len, step.prompt_ids)) - 4)),  # 16 patches are 4 tokens
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    expected = json.loads(result.stdout)["peak"]["bytes"] / 2**30
+    assert step_benchmark.estimated_gib(workload, folder, [step], {}) == pytest.approx(expected)
 
 
 def test_a_failing_engine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import update
-from benchmarks.common import Workload, prepare_model
+from benchmarks.common import Workload
 from benchmarks.floors import architecture_of
+from benchmarks.models import prepare_model
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.estimate.cost import group_pairs
 from medvqa_rl.learning.update import Learner
