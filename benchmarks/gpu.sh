@@ -55,10 +55,19 @@ missing() {
   "$python" - "$@" <<'PYTHON'
 import sys
 from importlib.util import find_spec
-print(*[name for name in sys.argv[1:] if find_spec(name) is None])
+
+
+def is_missing(name):
+    try:
+        return find_spec(name) is None
+    except ModuleNotFoundError:  # the package that it is in
+        return True
+
+
+print(*filter(is_missing, sys.argv[1:]))
 PYTHON
 }
-needed=$(missing torch transformers peft accelerate pydantic typer rich ruamel psutil filelock scipy PIL jinja2 packaging) || exit 2
+needed=$(missing torch transformers peft accelerate pydantic typer rich ruamel.yaml psutil filelock scipy PIL jinja2 packaging) || exit 2
 if [ -n "$needed" ]; then
   echo "These packages are missing: $needed. Install them, or give a folder with their wheels as --wheels." >&2
   exit 2
@@ -106,10 +115,15 @@ part() {
 
 # optional NAME PACKAGE ...: a part that needs a package, or a line that says what is missing
 optional() {
-  local name=$1 package=$2
+  local name=$1 package=$2 why=''
   shift 2
   case " $parts " in *" $name "*) ;; *) return ;; esac
-  if [ -n "$(missing "$package")" ]; then ended "$name" "skipped: $package is not installed"; else part "$name" "$@"; fi
+  if [ -n "$(missing "$package")" ]; then
+    why="$package is not installed"
+  elif [ "$package$smoke${tokenizer[*]}" = vllmno ]; then # tokens that the tokenizer lacks would be sampled
+    why="vLLM can suppress 1,024 tokens, and the model has 151,936: give --tokenizer"
+  fi
+  if [ -n "$why" ]; then ended "$name" "skipped: $why"; else part "$name" "$@"; fi
 }
 
 if [ $smoke = yes ]; then

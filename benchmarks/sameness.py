@@ -180,8 +180,24 @@ def compare(workload: Workload, folder: Path) -> list[Check]:
         if exact is None:
             exact = stock
             largest = float((ours[0] - stock[0]).abs().max())
-            found.append(Check(dtype, "log-probabilities", largest, LIMITS[dtype]["log-probabilities"], "largest"))
-            found.append(Check(dtype, "gradient", distance(ours[1], stock[1]), LIMITS[dtype]["gradient"], "of norm"))
+            found.append(
+                Check(
+                    dtype,
+                    "log-probabilities",
+                    largest,
+                    LIMITS[dtype]["log-probabilities"],
+                    "nats, largest difference from stock",
+                )
+            )
+            found.append(
+                Check(
+                    dtype,
+                    "gradient",
+                    distance(ours[1], stock[1]),
+                    LIMITS[dtype]["gradient"],
+                    "of the norm, difference from stock",
+                )
+            )
         else:
             found += coarse_checks(ours, stock, exact)
         del learner, model, ours, stock  # before the next ones are loaded
@@ -202,19 +218,20 @@ def coarse_checks(
     """
     errors = [float((logps - exact[0]).square().mean().sqrt()) for logps in (ours[0], stock[0])]
     largest = float((ours[0] - stock[0]).abs().max())
-    note = f"of {errors[1]:.1e} nats; largest difference from stock {largest:.1e}"
+    note = f"stock: {errors[1]:.1e} nats; largest difference from it {largest:.1e}"
     found = [Check("bfloat16", "log-probabilities", errors[0], NO_WORSE * errors[1], note)]
     norms = [distance(grads, exact[1]) for grads in (ours[1], stock[1])]
-    return [*found, Check("bfloat16", "gradient", norms[0], NO_WORSE * norms[1], f"of {norms[1]:.1e} of the norm")]
+    return [*found, Check("bfloat16", "gradient", norms[0], NO_WORSE * norms[1], f"stock: {norms[1]:.1e} of the norm")]
 
 
 def report(checks: Sequence[Check]) -> str:
     """Format the table of comparisons."""
-    rows = [["", "dtype", "measured", "limit", "", ""]]
+    rows = [["", "dtype", "measured", "limit", ""]]
     for check in checks:
         numbers = [f"{check.measured:.1e}", f"{check.limit:.1e}"]
-        rows.append([check.what, check.dtype, *numbers, "ok" if check.holds else "TOO FAR", check.note])
-    return table(rows)
+        rows.append([check.what, check.dtype, *numbers, "ok" if check.holds else "TOO FAR"])
+    heading, *lines = table(rows).splitlines()
+    return "\n".join([heading, *(f"{line:<52}  {check.note}" for line, check in zip(lines, checks, strict=True))])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

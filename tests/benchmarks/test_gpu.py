@@ -82,6 +82,15 @@ def test_only_the_parts_that_were_asked_for_run(tmp_path: Path) -> None:
     assert second.startswith("-m benchmarks.step --preset paper-gpu ") and "--lora 16 --engine ours --models" in second
 
 
+def test_vllm_needs_the_tokenizer_of_the_model(tmp_path: Path) -> None:
+    done = run(tmp_path, "--parts", "step-vllm", missing="nothing")
+    assert done.returncode == 0 and "step-vllm: skipped: vLLM can suppress 1,024 tokens" in done.stdout
+    assert not (tmp_path / "calls").exists()
+    assert run(tmp_path, "--parts", "step-vllm", "--tokenizer", "qwen", missing="nothing").returncode == 0
+    (call,) = (tmp_path / "calls").read_text().splitlines()
+    assert "--tokenizer qwen" in call and "--engine ours vllm" in call
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -101,9 +110,9 @@ def test_what_is_given_wrong_is_explained_before_anything_runs(
 
 
 def test_missing_packages_are_named(tmp_path: Path) -> None:
-    done = run(tmp_path, missing="pydantic|ruamel")
+    done = run(tmp_path, missing="pydantic|ruamel.yaml")
     assert done.returncode == 2
-    assert done.stderr.startswith("These packages are missing: pydantic ruamel. Install them, or give a folder")
+    assert done.stderr.startswith("These packages are missing: pydantic ruamel.yaml. Install them, or give a folder")
 
 
 @pytest.mark.slow
