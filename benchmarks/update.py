@@ -143,7 +143,7 @@ def run(learner: Learner, batches: Sequence[CompletionBatch]) -> tuple[list[torc
     began = now()
     logps = []
     for batch in batches:
-        stats = learner.trained.forward(batch, temperature=1.0, with_entropy=True)
+        stats = learner.trained.forward(batch, temperature=1.0, entropy="value")
         # Different weights per completion, like advantages.
         weights = torch.linspace(-1, 1, batch.num_completions, device=batch.mask.device)
         (stats.logps * weights[:, None]).sum().backward()

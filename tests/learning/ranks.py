@@ -144,7 +144,7 @@ def work(job: dict[str, Any]) -> None:
         share_completions(Path(job["completions"]), write=job["ranks"] == 1 and not job.get("resume"))
     if job.get("perturb"):
         exact = grpo.group_advantages
-        grpo.group_advantages = lambda total, scale: exact(total, scale=scale) + 0.1 * (total > total.mean())
+        grpo.group_advantages = lambda total, **how: exact(total, **how) + 0.1 * (total > total.mean())
     data = MixedData(8) if job.get("mixed") else ToyData(8)
     train(config, train_set=data, val_set=ToyData(3), resume=job.get("resume", False), dry_run=is_dry)
     if torch.distributed.is_initialized():

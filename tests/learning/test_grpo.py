@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from medvqa_rl.learning import update as update_module
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.objective.grpo_loss import grpo_loss
+from medvqa_rl.learning.objective.losses.grpo import grpo_loss
 from medvqa_rl.learning.run.errors import NonFiniteError, UnscoredError
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.report.health import check_health

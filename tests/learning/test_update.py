@@ -18,9 +18,11 @@ from medvqa_rl.config import Config, LoraConfig, LossConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning import update
 from medvqa_rl.learning.objective import logprobs
+from medvqa_rl.learning.objective.advantages import have_signal
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
+from medvqa_rl.learning.objective.micro_batches import contributing
 from medvqa_rl.learning.setup import make_accelerator, make_reference, set_up, wrap
-from medvqa_rl.learning.update import LOSSES, Learner, contributing
+from medvqa_rl.learning.update import LOSSES, Learner
 from medvqa_rl.models.families.parts import backbone, causal_model
 from medvqa_rl.models.reference import load_reference
 
@@ -52,26 +54,51 @@ def make_groups(policy, samples):
     return groups
 
 
-def plain_loss(kind, logps, old, reference):
-    """The loss of a step, written out; each argument has a row of log-probabilities per completion."""
+KEPT = [index for index in range(12) if index != 3 * TRUNCATED[0] + TRUNCATED[1]]
+
+
+def plain_loss(kind, logps, old, reference, entropies, first_entropies, *, coef=0.0, share=1.0, level="token"):
+    """The loss of a step, written out; each argument has a row with a value per token for each completion.
+
+    Sequence-level ratios are written for equal advantages in a completion, and without a choice of tokens.
+    """
+    threshold = torch.cat([first_entropies[index] for index in KEPT]).quantile(1 - share)
+    top = [row >= threshold for row in first_entropies]
     per_completion = []
-    kept = [index for index in range(12) if index != 3 * TRUNCATED[0] + TRUNCATED[1]]
-    for index in kept:
-        advantage = PLAIN_ADVANTAGES.flatten()[index]
-        ratio = (logps[index] - old[index]).exp()
+    for index in KEPT:
+        advantage = PLAIN_ADVANTAGES.flatten()[index] * top[index]
+        gap = logps[index] - old[index]
+        ratio = (gap.mean() if level == "sequence" else gap).exp()
         clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON)
+        policy = {
+            "cispo": -ratio.detach().clamp(max=5) * advantage * logps[index],
+            "sapo": -torch.sigmoid(torch.where(advantage > 0, 1.0, 1.05) * (ratio - 1))
+            * (4 / torch.where(advantage > 0, 1.0, 1.05) * advantage),
+        }.get(kind, -torch.minimum(ratio * advantage, clipped * advantage))
         difference = reference[index] - logps[index]
-        kl = difference.exp() - difference - 1
-        per_completion.append(-torch.minimum(ratio * advantage, clipped * advantage) + BETA * kl)
+        per_completion.append(policy + BETA * (difference.exp() - difference - 1))
     # The masked completion leaves the numerator and dapo's tokens; 12 completions stay 12.
-    if kind == "grpo":
-        return sum(tokens.mean() for tokens in per_completion) / 12
+    bonus = coef * torch.cat([entropies[index][top[index]] for index in KEPT]).mean()
+    if kind in ("grpo", "sapo"):
+        return sum(tokens.mean() for tokens in per_completion) / 12 - bonus
     total = torch.cat(per_completion).sum()
-    return total / (12 * LIMIT) if kind == "dr_grpo" else total / sum(len(logps[index]) for index in kept)
+    return total / (12 * LIMIT if kind == "dr_grpo" else sum(len(logps[index]) for index in KEPT)) - bonus
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
-def test_update_equals_plain_rows(tiny_policy, mixed_samples, stock_logps, kind):
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("grpo", {}),
+        ("dr_grpo", {}),
+        ("dapo", {"entropy_coef": 0.1}),
+        ("grpo", {"importance_sampling_level": "sequence"}),
+        ("cispo", {}),
+        ("sapo", {"top_entropy_quantile": 0.4}),
+        ("dapo", {"entropy_coef": 0.1, "top_entropy_quantile": 0.4}),
+    ],
+    ids=str,
+)
+def test_update_equals_plain_rows(tiny_policy, mixed_samples, stock_logps, kind, changes):
     """Three rounds on two micro-batches: every round's gradient, and the mean of the losses."""
     # A large epsilon of Adam: otherwise rounding decides the sign of its step where a gradient is almost zero.
     optimizer = {"learning_rate": 0.03, "epsilon": 0.01, "weight_decay": 0.1, "max_grad_norm": None}
@@ -79,7 +106,8 @@ def test_update_equals_plain_rows(tiny_policy, mixed_samples, stock_logps, kind)
         {
             "model": {"device": "cpu"},
             "rollout": {"num_generations": 3, "max_completion_length": LIMIT, "temperature": TEMPERATURE},
-            "loss": {"type": kind, "beta": BETA, "num_iterations": ROUNDS, "mask_truncated_completions": True},
+            "loss": {"type": kind, "beta": BETA, "num_iterations": ROUNDS, "mask_truncated_completions": True}
+            | changes,
             "optimizer": optimizer,
             "train": {"prompts_per_step": 4, "prompts_per_micro_batch": 2, "steps": 1},
         }
@@ -110,11 +138,14 @@ def test_update_equals_plain_rows(tiny_policy, mixed_samples, stock_logps, kind)
     adamw.param_groups[1]["weight_decay"] = 0.0
     with reference.active() as model, torch.no_grad():
         reference_logps = stock_logps(model, groups, TEMPERATURE)[0]
-    losses, old = [], None
+    losses, old, first_entropies = [], None, None
+    names = {"entropy_coef": "coef", "top_entropy_quantile": "share", "importance_sampling_level": "level"}
     for gradients in found:
-        logps, _ = stock_logps(plain, groups, TEMPERATURE)
-        old = [row.detach() for row in logps] if old is None else old
-        loss = plain_loss(kind, logps, old, reference_logps)
+        logps, entropies = stock_logps(plain, groups, TEMPERATURE)
+        if old is None:
+            old, first_entropies = ([row.detach() for row in rows] for rows in (logps, entropies))
+        options = {names[name]: value for name, value in changes.items()}
+        loss = plain_loss(kind, logps, old, reference_logps, entropies, first_entropies, **options)
         loss.backward()
         for name, parameter in parameters.items():
             difference = (gradients[name] - parameter.grad).norm()
@@ -124,7 +155,42 @@ def test_update_equals_plain_rows(tiny_policy, mixed_samples, stock_logps, kind)
         losses.append(loss.item())
     assert len(losses) == ROUNDS
     assert metrics["loss"] == pytest.approx(sum(losses) / ROUNDS, rel=1e-4)
-    assert metrics["clip_ratio/low_mean"] > 0.01 and metrics["clip_ratio/high_mean"] > 0.01
+    if kind not in ("cispo", "sapo"):
+        assert metrics["clip_ratio/low_mean"] > 0.01 and metrics["clip_ratio/high_mean"] > 0.01
+
+
+def test_advantages_per_token(tiny_policy, mixed_samples):
+    """The same in every token as one for the completion, bit for bit; and a token's own advantage reaches it."""
+    settings = {"loss": {"beta": 0.0}, "optimizer": {"max_grad_norm": None}, "model": {"device": "cpu"}}
+    policy = tiny_policy()
+    policy.model.train()
+    groups = make_groups(policy, mixed_samples)
+    config = Config.model_validate(settings)
+    learner = Learner(config, Accelerator(cpu=True), policy, None, wrap(config, Accelerator(cpu=True), policy))
+    lengths = [[len(completion.token_ids) for completion in group.completions] for group in groups]
+    scored = torch.ones(4, 3, dtype=torch.bool)
+
+    def gradient(advantages):
+        experience = learner.prepare(groups, advantages, scored)
+        learner.accumulate(experience)
+        found = {name: p.grad.clone() for name, p in learner.trained.parameters.items()}
+        learner.trained.zero_grad()
+        return found, experience.counts
+
+    one, counts = gradient(PLAIN_ADVANTAGES)
+    spread = [[a.expand(size) for a, size in zip(row, sizes)] for row, sizes in zip(PLAIN_ADVANTAGES, lengths)]
+    found, spread_counts = gradient(spread)
+    assert counts == spread_counts
+    assert all(torch.equal(found[name], value) for name, value in one.items())
+    # Only the first token of the second group's last completion.
+    single = [[torch.zeros(size) for size in sizes] for sizes in lengths]
+    single[1][2][0] = 2.0
+    found, counts = gradient(single)
+    assert (counts.num_skipped, counts.num_unequal) == (3, 1)
+    batch = collate(groups, policy.processor, "cpu")
+    (-2.0 * GroupForward(policy.model)(batch).logps[5, 0] / lengths[1][2] / 12).backward()
+    for name, parameter in learner.trained.parameters.items():
+        assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm() + 1e-8, name
 
 
 SKIPPED_ADVANTAGES = torch.tensor([[0.0] * 4, [0.5, -0.5, 0.0, 0.0], [0.0] * 4, [0.25, 0.25, 0.25, -0.75]])
@@ -157,9 +223,10 @@ def gradients_and_metrics(learner, experience):
 
 
 def test_contributing_groups():
-    assert contributing(SKIPPED_ADVANTAGES, beta=0.0) == [1, 3]
-    assert contributing(SKIPPED_ADVANTAGES, beta=0.04) == [0, 1, 2, 3]
-    assert contributing(torch.zeros(3, 4), beta=0.0) == [0]
+    has_signal = have_signal(SKIPPED_ADVANTAGES)
+    assert contributing(has_signal, needs_every_group=False) == [1, 3]
+    assert contributing(has_signal, needs_every_group=True) == [0, 1, 2, 3]
+    assert contributing(torch.zeros(3, dtype=torch.bool), needs_every_group=False) == [0]
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "dapo"])
@@ -170,7 +237,7 @@ def test_skipping_groups_changes_neither_gradient_nor_loss(folder, tmp_path, mon
     assert [len(micro.groups) for micro in experience.micro_batches] == [2]
     skipped, skipped_metrics = gradients_and_metrics(learner, experience)
 
-    monkeypatch.setattr(update, "contributing", lambda advantages, beta: list(range(len(advantages))))
+    monkeypatch.setattr(update, "contributing", lambda has_signal, needs_every_group: list(range(4)))
     learner, experience = prepare(folder, tmp_path, SKIPPED_ADVANTAGES, text_only=text_only, **changes)
     assert [len(micro.groups) for micro in experience.micro_batches] == [2, 2]
     whole, metrics = gradients_and_metrics(learner, experience)
@@ -201,7 +268,7 @@ def test_entropy_covers_the_computed_groups(folder, tmp_path):
     _, metrics = gradients_and_metrics(learner, experience)
     (micro,) = experience.micro_batches
     with torch.no_grad():
-        stats = learner.trained.forward(micro.batch, temperature=1.0, with_entropy=True)
+        stats = learner.trained.forward(micro.batch, temperature=1.0, entropy="value")
     assert metrics["entropy"] == pytest.approx(float(stats.entropy[micro.mask].mean()), rel=1e-5)
     assert experience.counts.num_computed_tokens == int(micro.mask.sum()) < experience.counts.num_tokens
 
@@ -296,7 +363,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trains_head", [True, False])
-def test_full_logits_are_never_materialised(tiny_policy, make_sample, monkeypatch, dtype, trains_head):
+@pytest.mark.parametrize("entropy", ["value", "gradient"])
+def test_full_logits_are_never_materialised(tiny_policy, make_sample, monkeypatch, dtype, trains_head, entropy):
     policy = tiny_policy(lora=None if trains_head else LoraConfig(rank=2))
     policy.model.to(dtype).train()
     rng = np.random.default_rng(0)
@@ -310,8 +378,8 @@ def test_full_logits_are_never_materialised(tiny_policy, make_sample, monkeypatc
         monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", chunk * num_words)
         policy.model.zero_grad()
         with Largest() as largest:
-            stats = GroupForward(policy.model)(batch, temperature=0.7, with_entropy=True)
-            stats.logps.sum().backward()
+            stats = GroupForward(policy.model)(batch, temperature=0.7, entropy=entropy)
+            (stats.logps + stats.entropy).sum().backward()
         assert stats.logps.dtype == stats.entropy.dtype == torch.float32
         sizes[chunk] = max(largest.elements.values())
     assert sizes[len(batch.targets)] >= all_logits  # the measurement can see them

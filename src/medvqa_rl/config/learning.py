@@ -14,21 +14,33 @@ TrainEngine = Literal["ddp", "zero2", "zero3", "fsdp2"]
 class AdvantageConfig(Settings):
     """How the rewards of a group become advantages."""
 
-    scale: Identity[Literal["group", "none"]] = "group"
-    """group divides by the group's standard deviation (GRPO); none only subtracts the mean (Dr. GRPO)."""
+    baseline: Identity[Literal["group", "leave_one_out"]] = "group"
+    """What is subtracted: the group's mean, or the mean of its other completions (RLOO)."""
+    scale: Identity[Literal["group", "none", "batch", "whiten"]] = "group"
+    """Standard deviation to divide by: the group's, none, of the step's rewards (batch) or its advantages (whiten)."""
 
 
 class LossConfig(Settings):
     """The policy loss."""
 
-    type: Identity[Literal["grpo", "dr_grpo", "dapo", "dpo"]] = "grpo"
-    """How token losses are aggregated (TRL: loss_type); dpo is online DPO on each group's best and worst."""
+    type: Identity[Literal["grpo", "dr_grpo", "dapo", "cispo", "sapo", "dpo"]] = "grpo"
+    """The loss, and how token losses are averaged (TRL: loss_type); dpo is online DPO on a group's best and worst."""
+    importance_sampling_level: Identity[Literal["token", "sequence"]] = "token"
+    """Probability ratio of each token, or one per completion (GSPO)."""
     beta: Identity[Annotated[float, Field(ge=0.0)]] = 0.04
     """KL coefficient; with dpo, the beta of DPO, for which TRL's default is 0.1."""
     epsilon: Identity[Annotated[float, Field(gt=0.0, lt=1.0)]] = 0.2
     """Clipping range of the probability ratio."""
     epsilon_high: Identity[Annotated[float, Field(gt=0.0)] | None] = None
-    """Upper clipping range; None uses epsilon."""
+    """Upper clipping range; None uses epsilon. With cispo, the largest weight; None uses 5."""
+    sapo_temperature_pos: Identity[Annotated[float, Field(gt=0.0)]] = 1.0
+    """sapo: how fast the gate closes for tokens with a positive advantage."""
+    sapo_temperature_neg: Identity[Annotated[float, Field(gt=0.0)]] = 1.05
+    """sapo: the same for the other tokens."""
+    entropy_coef: Identity[Annotated[float, Field(ge=0.0)]] = 0.0
+    """Weight of the mean entropy per token, which is subtracted from the loss."""
+    top_entropy_quantile: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 1.0
+    """Share of the step's tokens, those of highest entropy, that the policy loss learns from; 1 takes all."""
     num_iterations: Identity[Positive] = 1
     """Optimizer steps per rollout, each on all of its completions."""
     mask_truncated_completions: Identity[bool] = False

@@ -1,4 +1,4 @@
-"""The training loop of GRPO, Dr. GRPO, DAPO and online DPO, selected by ``loss.type`` and ``advantage.scale``.
+"""The training loop of GRPO and its relatives, selected by the sections ``advantage`` and ``loss``.
 
 Run it with ``medvqa-rl train CONFIG``, or ``accelerate launch -m medvqa_rl train CONFIG`` on several devices.
 """
@@ -25,7 +25,7 @@ from medvqa_rl.evaluation.measures.similarity import load_similarity
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import Collector, StepClock, gather_records
 from medvqa_rl.learning.objective.advantages import group_advantages
-from medvqa_rl.learning.objective.dpo_loss import preference_pairs
+from medvqa_rl.learning.objective.losses.dpo import preference_pairs
 from medvqa_rl.learning.objective.mismatch import DIFFERENCE
 from medvqa_rl.learning.run.errors import UnscoredError
 from medvqa_rl.learning.run.run import Run
@@ -117,7 +117,7 @@ def train(
             groups, scores = collector.sample(step, prompts, clock)  # P groups of G completions, (P, G) rewards
 
             total = torch.from_numpy(scores.total)  # (P, G)
-            advantages = group_advantages(total, scale=config.advantage.scale)  # (P, G)
+            advantages = advantages_of(config, accelerator, total)  # (P, G)
             records = gather_records(prompts, record_completions(groups, scores, advantages.numpy()))
             metrics = rollout_metrics(records, config.rollout.num_generations)
             if config.prompt.mix.is_on:
@@ -163,6 +163,13 @@ def check_rewardable(config: Config, dataset: Dataset) -> list[str]:
     if error is not None:
         raise ValueError(error)
     return [] if warning is None else [warning]
+
+
+def advantages_of(config: Config, accelerator: Accelerator, rewards: Tensor) -> Tensor:
+    """Compute this rank's (P, G) advantages from its (P, G) rewards. Collective if ``advantage.scale`` needs all."""
+    baseline, scale = config.advantage.baseline, config.advantage.scale
+    everyone = accelerator.gather(rewards.to(accelerator.device)).cpu() if scale in ("batch", "whiten") else None
+    return group_advantages(rewards, baseline=baseline, scale=scale, everyone=everyone)
 
 
 def learning_signal(
@@ -223,7 +230,7 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
         rehearsal = collector.rehearse(prompts)
         groups, scores = collector.sample(0, prompts, StepClock())
     total = torch.from_numpy(scores.total)
-    advantages = group_advantages(total, scale=config.advantage.scale)
+    advantages = advantages_of(config, accelerator, total)
     experience = learner.prepare(*learning_signal(config, groups, total, advantages))
     metrics, _ = learner.accumulate(experience)
 

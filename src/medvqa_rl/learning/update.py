@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -17,12 +17,20 @@ from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
-from medvqa_rl.learning.objective.dpo_loss import dpo_loss
-from medvqa_rl.learning.objective.grpo_loss import grpo_loss
+from medvqa_rl.learning.objective.advantages import Advantages, advantage_rows, have_signal
+from medvqa_rl.learning.objective.entropy import entropy_bonus, top_entropy
 from medvqa_rl.learning.objective.layout import Layout
-from medvqa_rl.learning.objective.logprobs import CompletionBatch, GroupForward, collate, layout_for
-from medvqa_rl.learning.objective.loss import Loss, LossInputs, LossOutput, StepCounts
-from medvqa_rl.learning.objective.micro_batches import split
+from medvqa_rl.learning.objective.logprobs import (
+    CompletionBatch,
+    EntropyUse,
+    GroupForward,
+    collate,
+    layout_for,
+    scoring,
+)
+from medvqa_rl.learning.objective.losses import LOSSES
+from medvqa_rl.learning.objective.losses.loss import LossInputs, LossOutput, StepCounts
+from medvqa_rl.learning.objective.micro_batches import Experience, MicroBatch, contributing, split
 from medvqa_rl.learning.objective.mismatch import DIFFERENCE, Mismatch, importance_weights, sampled_logps
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
@@ -31,33 +39,6 @@ from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.reference import Reference
 
 T = TypeVar("T", Tensor, float)
-
-LOSSES: dict[str, Loss] = {"grpo": grpo_loss, "dr_grpo": grpo_loss, "dapo": grpo_loss, "dpo": dpo_loss}
-"""By ``loss.type``."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Whole groups that share one forward and backward pass."""
-
-    groups: Sequence[Group]
-    batch: CompletionBatch
-    advantages: Tensor
-    """(B,) float32; in preference pairs +1 is chosen and -1 rejected."""
-    mask: Tensor
-    """(B, Tc) bool, True at tokens that count in the loss."""
-    ref_logps: Tensor | None
-    """(B, Tc) under the reference; None if beta is 0 or no token counts."""
-    sampled_logps: Tensor | None = None
-    """(B, Tc) as reported by vLLM, NaN where unknown; None if it did not sample."""
-
-
-@dataclass(frozen=True)
-class Experience:
-    """This rank's micro-batches of one rollout, and the counts over all ranks."""
-
-    micro_batches: Sequence[MicroBatch]
-    counts: StepCounts
 
 
 class Sums(NamedTuple, Generic[T]):
@@ -80,26 +61,11 @@ def sum_tokens(output: LossOutput, entropy: Tensor | None, mask: Tensor) -> Sums
     return Sums(
         loss=output.loss.detach(),
         kl=total(output.kl),
-        entropy=total(torch.zeros_like(output.kl) if entropy is None else entropy),
+        entropy=total(torch.zeros_like(output.kl) if entropy is None else entropy.detach()),
         low_clipped=total(output.is_low_clipped),
         high_clipped=total(output.is_high_clipped),
         clipped=total(output.is_low_clipped | output.is_high_clipped),
     )
-
-
-def contributing(advantages: Tensor, beta: float) -> list[int]:
-    """Return the indices of the groups whose loss has a gradient, or [0] if there are none.
-
-    With beta 0, a group whose advantages are all 0 has no gradient. Skipping it changes nothing as long as the
-    denominators still count it. At least one group remains because distributed wrappers wait for every rank.
-
-    Args:
-        advantages: (P, G) advantages.
-        beta: weight of the KL term, which has a gradient whatever the advantages are.
-    """
-    if beta > 0:
-        return list(range(len(advantages)))
-    return (advantages != 0).any(1).nonzero().flatten().tolist() or [0]
 
 
 class Learner:
@@ -129,19 +95,25 @@ class Learner:
             self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
         self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]
-        # A group without a preference has no gradient in DPO, not even from beta.
-        self._skip_beta = 0.0 if self._is_dpo else config.loss.beta
+        self._has_bonus = config.loss.entropy_coef > 0
+        # KL and entropy have a gradient whatever the advantages are, and the threshold of the entropy is that of all
+        # tokens. A group without a preference has no gradient in DPO, not even from beta.
+        uses_entropy = self._has_bonus or config.loss.top_entropy_quantile < 1
+        self._needs_every_group = not self._is_dpo and (config.loss.beta > 0 or uses_entropy)
         self._uses_vllm = config.rollout.engine == "vllm"
         # DPO does not depend on the probabilities that completions were sampled with.
         self._corrects_mismatch = config.vllm.importance_sampling_correction and not self._is_dpo
         self._needs_self_check = config.train.self_check and self.layout != Layout.SEPARATE
 
-    def update(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor, step: int) -> dict[str, float]:
+    def update(
+        self, groups: Sequence[Group], advantages: Advantages, is_scored: Tensor, step: int
+    ) -> dict[str, float]:
         """Train on this rank's groups: ``loss.num_iterations`` rounds of one optimizer step on all of them.
 
         Args:
             groups: P groups.
-            advantages: (P, G) from ``group_advantages``, or the signs of ``preference_pairs``.
+            advantages: (P, G) from ``group_advantages``, or the signs of ``preference_pairs``; or for each completion
+                a tensor with one advantage per token.
             is_scored: (P, G) bool; unscored completions are excluded from the loss, including its KL term.
             step: counted from 0.
 
@@ -182,18 +154,20 @@ class Learner:
         first = {name: value for name, value in rounds[0].items() if name == "entropy" or "sampling/" in name}
         return means | first | {"learning_rate": learning_rate}
 
-    def prepare(self, groups: Sequence[Group], advantages: Tensor, is_scored: Tensor) -> Experience:
+    def prepare(self, groups: Sequence[Group], advantages: Advantages, is_scored: Tensor) -> Experience:
         """Split the groups into micro-batches, run the reference on them and count the denominators."""
         counts_in_loss = is_scored.cpu()  # (P, G)
         if self.config.loss.mask_truncated_completions:
             is_truncated = [[completion.is_truncated for completion in group.completions] for group in groups]
             counts_in_loss = counts_in_loss & ~torch.tensor(is_truncated)
             if self._is_dpo:  # half a pair is no preference
+                assert isinstance(advantages, Tensor)
                 counts_in_loss = counts_in_loss & counts_in_loss.all(1, keepdim=True)
                 advantages = torch.where(counts_in_loss.to(advantages.device), advantages, 0.0)
         lengths = torch.tensor([[len(completion.token_ids) for completion in group.completions] for group in groups])
         num_tokens = torch.where(counts_in_loss, lengths, 0).sum(1)  # (P,)
-        kept = contributing(advantages, self._skip_beta)
+        has_signal = have_signal(advantages)  # (P,)
+        kept = contributing(has_signal, needs_every_group=self._needs_every_group)
         parts = split(
             groups,
             kept,
@@ -207,18 +181,23 @@ class Learner:
             for indices in parts:
                 own = [groups[index] for index in indices]
                 batch = self._collate(own)
-                device = batch.mask.device
+                mask = batch.mask & counts_in_loss[indices].reshape(-1, 1).to(batch.mask.device)
                 micro_batches.append(
                     MicroBatch(
                         groups=own,
                         batch=batch,
-                        advantages=advantages[indices].reshape(-1).float().to(device),
-                        mask=batch.mask & counts_in_loss[indices].reshape(-1, 1).to(device),
+                        advantages=advantage_rows(advantages, indices, batch.mask),
+                        mask=mask,
+                        top_mask=mask,
                         ref_logps=self._reference_logps(reference, batch),
                         sampled_logps=sampled_logps(own, batch.mask) if self._uses_vllm else None,
                     )
                 )
         micro_batches += self._idle(micro_batches)
+        num_top_tokens = int(num_tokens.sum())
+        if self.config.loss.top_entropy_quantile < 1:
+            micro_batches = self._keep_top_entropy(micro_batches)
+            num_top_tokens = sum(int(micro.top_mask.sum()) for micro in micro_batches)
         num_scored = int(is_scored.sum())
         counts = StepCounts(
             num_completions=num_scored,
@@ -227,7 +206,8 @@ class Learner:
             num_computed_tokens=int(num_tokens[kept].sum()),
             num_groups=len(groups),
             num_skipped=len(groups) - len(kept),
-            num_unequal=int((advantages != 0).any(1).sum()),
+            num_unequal=int(has_signal.sum()),
+            num_top_tokens=num_top_tokens,
         )
         total = self.accelerator.reduce(torch.tensor(counts, device=self.policy.device), "sum").tolist()
         return Experience(micro_batches, StepCounts(*total))
@@ -269,6 +249,18 @@ class Learner:
         logps: Tensor = reference(batch, temperature=self.config.rollout.temperature).logps
         return logps
 
+    def _keep_top_entropy(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Set the advantages of all tokens but those of highest entropy to 0, so that the policy loss ignores them."""
+        forward, temperature = self.trained.forward, self.config.rollout.temperature
+        with scoring(forward):
+            entropies = [forward(m.batch, temperature=temperature, entropy="value").entropy for m in micro_batches]
+        share = self.config.loss.top_entropy_quantile
+        masks = top_entropy(entropies, [micro.mask for micro in micro_batches], share)
+        return [
+            replace(micro, advantages=torch.where(mask, micro.token_advantages, 0.0), top_mask=mask)
+            for micro, mask in zip(micro_batches, masks)
+        ]
+
     def _idle(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Make masked micro-batches for a rank that has fewer than others, if all ranks must run equally many."""
         if not self.trained.is_collective:
@@ -283,8 +275,8 @@ class Learner:
 
         smallest = min((group for micro in micro_batches for group in micro.groups), key=num_tokens)
         batch = self._collate([smallest])
-        zeros = torch.zeros(batch.num_completions, device=batch.mask.device)
-        return [MicroBatch([smallest], batch, zeros, torch.zeros_like(batch.mask), None)] * missing
+        zeros, nothing = torch.zeros(batch.num_completions, device=batch.mask.device), torch.zeros_like(batch.mask)
+        return [MicroBatch([smallest], batch, zeros, nothing, nothing, None)] * missing
 
     def accumulate(
         self, experience: Experience, old_logps: Sequence[Tensor] | None = None
@@ -297,19 +289,23 @@ class Learner:
         Returns:
             Metrics over all ranks, and the (B, Tc) log-probabilities of every micro-batch.
         """
-        counts, all_logps = experience.counts, []
+        counts, config, all_logps = experience.counts, self.config, []
+        wanted: EntropyUse = "gradient" if self._has_bonus else "value" if old_logps is None else "none"
         mismatch = Mismatch(self.policy.device)
         sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=self.policy.device)
         for index, micro in enumerate(experience.micro_batches):
             with self.trained.micro_batch(is_last=index == len(experience.micro_batches) - 1):
                 logps, entropy = self.trained.forward(
-                    micro.batch, temperature=self.config.rollout.temperature, with_entropy=old_logps is None
+                    micro.batch, temperature=config.rollout.temperature, entropy=wanted
                 )
                 all_logps.append(logps.detach())
                 old = all_logps[index] if old_logps is None else old_logps[index]
                 weights = self._importance_weights(old, micro, mismatch)
                 inputs = LossInputs(logps, old, micro.ref_logps, micro.advantages, micro.mask, weights)
-                output = self._loss(inputs, counts, self.config.loss)
+                output = self._loss(inputs, counts, config.loss)
+                if self._has_bonus:
+                    bonus = entropy_bonus(entropy, micro.top_mask, counts)
+                    output = output._replace(loss=output.loss - config.loss.entropy_coef * bonus)
                 # Distributed wrappers average gradients over ranks, but the denominators already cover all ranks.
                 self.trained.backward(output.loss * self.accelerator.num_processes)
             sums += torch.stack(sum_tokens(output, entropy, micro.mask))

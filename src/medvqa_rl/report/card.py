@@ -31,7 +31,14 @@ LIMITS = (
 )
 """Limits stated in every card."""
 
-_METHODS = {"grpo": "GRPO", "dr_grpo": "Dr. GRPO", "dapo": "DAPO", "dpo": "online DPO"}
+_METHODS = {
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "dapo": "DAPO",
+    "cispo": "CISPO",
+    "sapo": "SAPO",
+    "dpo": "online DPO",
+}
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -139,6 +146,12 @@ def _method(run: StoredRun, settings: Mapping[str, Any]) -> str:
     if run.status.get("kind") == "sft":
         return f"supervised fine-tuning ({done} steps of {settings.get('sft.batch_size', '?')} samples)"
     name = _METHODS.get(str(settings.get("loss.type")), "reinforcement learning")
+    details = {
+        "sequence-level ratios (GSPO)": settings.get("loss.importance_sampling_level") == "sequence",
+        "the leave-one-out baseline of RLOO": settings.get("advantage.baseline") == "leave_one_out",
+    }
+    if any(details.values()):
+        name += " with " + " and ".join(detail for detail, is_on in details.items() if is_on)
     return (
         f"{name} ({done} steps of {settings.get('train.prompts_per_step', '?')} prompts with "
         f"{settings.get('rollout.num_generations', '?')} sampled completions each)"

@@ -43,6 +43,16 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "loss": {"beta": 0.0},
         "rewards": {"functions": {"ranks.rare": 1.0}},
     },
+    # Standard deviation, threshold and mean entropy over the prompts of both ranks, in two rounds.
+    "entropy": {
+        "model": LORA,
+        "advantage": {"baseline": "leave_one_out", "scale": "whiten"},
+        "loss": {
+            **{"type": "cispo", "importance_sampling_level": "sequence", "num_iterations": 2, "beta": 0.0},
+            **{"entropy_coef": 0.05, "top_entropy_quantile": 0.5},
+        },
+        "rewards": {"functions": {"ranks.rare": 1.0}},
+    },
 }
 BFLOAT16: dict[str, Any] = {"model": {"dtype": "bfloat16"}}
 
@@ -55,6 +65,7 @@ def job(folder: Path, tmp: Path, name: str, engine: str | None, scenario: str = 
     settings = {
         "model": {"path": str(folder), "device": "cpu", "train_projector": True} | changes.get("model", {}),
         "loss": changes.get("loss", {}),
+        "advantage": changes.get("advantage", {}),
         "rewards": {"format": 0.0, "correctness": 0.0, "functions": {"toy.vowels": 1.0}} | changes.get("rewards", {}),
         "optimizer": {
             "learning_rate": 1e-4,

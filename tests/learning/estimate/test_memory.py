@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,18 +161,20 @@ def compare(policy, config: Config, size: int) -> dict[str, tuple[float, float]]
         "gradients": ["update: output layer", "update: layers", "update: first layer", "update: embedding"],
         "optimizer": ["update: optimizer"],
     }
-    if config.loss.beta:
-        phases["reference"] = ["update: reference"]
+    if config.loss.beta or config.loss.top_entropy_quantile < 1:
+        phases["reference"] = ["update: reference", "update: entropy"]
     result = {phase: (max(moments[name] for name in names), measured[phase]) for phase, names in phases.items()}
     result["static"] = (sum(static[name] for name in ("weights", "reference", "optimizer")), base)
     assert trained_parameters(work) == sum(p.numel() for p in trained.parameters.values())
     return result
 
 
-def settings(model: ModelConfig, *, beta: float, prompts: int, micro: int, generations: int, length: int) -> Config:
+def settings(
+    model: ModelConfig, *, beta: float, prompts: int, micro: int, generations: int, length: int, **loss: Any
+) -> Config:
     return Config(
         model=model,
-        loss=LossConfig(beta=beta),
+        loss=LossConfig(beta=beta, **loss),
         prefetch=PrefetchConfig(workers=0),
         rollout=RolloutConfig(num_generations=generations, max_completion_length=length),
         train=TrainConfig(prompts_per_step=prompts, prompts_per_micro_batch=micro),
@@ -193,6 +196,14 @@ def test_phantom(lora, beta):
     model = ModelConfig(device="cpu", lora=lora)
     config = settings(model, beta=beta, prompts=4, micro=4, generations=8, length=24)
     check(compare(load_policy(model), config, 112))
+
+
+@pytest.mark.parametrize("changes", [{"entropy_coef": 0.1}, {"entropy_coef": 0.1, "top_entropy_quantile": 0.2}])
+def test_entropy(changes):
+    """Short prompts and a large vocabulary, so that logits are most of it."""
+    model = ModelConfig(device="cpu", lora=LoraConfig(rank=2))
+    config = settings(model, beta=0.0, prompts=2, micro=2, generations=8, length=48, **changes)
+    check(compare(medium_policy(model, 56), config, 56))
 
 
 @pytest.mark.slow

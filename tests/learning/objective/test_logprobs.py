@@ -48,7 +48,7 @@ def test_statistics_equal_the_stock_forward(tiny_policy, mixed_samples, stock_lo
     batch = collate(groups, policy.processor, "cpu", layout=layout)
     assert batch.input_ids.shape[0] == {"packed": 1, "rows": len(groups), "separate": 3 * len(groups)}[layout]
     with torch.no_grad():
-        stats = GroupForward(policy.model)(batch, temperature=TEMPERATURE, with_entropy=True)
+        stats = GroupForward(policy.model)(batch, temperature=TEMPERATURE, entropy="value")
         logps, entropy = map(padded, stock_logps(policy.model, groups, TEMPERATURE))
     assert (stats.logps - logps).abs().max() <= 1e-5
     assert (stats.entropy - entropy).abs().max() <= 1e-5
@@ -160,7 +160,7 @@ def test_chunks_change_nothing(tiny_policy, mixed_samples, monkeypatch):
     for size in (logprobs.LOGITS_PER_CHUNK, 2000):  # the whole batch; a few tokens
         monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", size)
         policy.model.zero_grad()
-        stats = GroupForward(policy.model)(batch, with_entropy=True)
+        stats = GroupForward(policy.model)(batch, entropy="value")
         stats.logps.square().sum().backward()
         results.append((stats, policy.model.lm_head.weight.grad.clone()))
     assert (results[0][0].logps - results[1][0].logps).abs().max() <= 1e-6
@@ -168,10 +168,39 @@ def test_chunks_change_nothing(tiny_policy, mixed_samples, monkeypatch):
     assert (results[0][1] - results[1][1]).norm() <= 1e-5 * results[0][1].norm()
 
 
+def test_entropy_gradient_equals_the_stock_forward(tiny_policy, mixed_samples, stock_logps, monkeypatch):
+    """In one piece and in chunks, next to a gradient of the log-probabilities; without it, nothing changes."""
+    policy = tiny_policy()
+    groups = make_groups(policy, mixed_samples)
+    batch = collate(groups, policy.processor, "cpu")
+    logps, entropies = map(padded, stock_logps(policy.model, groups, TEMPERATURE))
+    (logps.square().sum() + 0.3 * entropies.square().sum()).backward()
+    expected = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    for size in (logprobs.LOGITS_PER_CHUNK, 2000):
+        monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", size)
+        policy.model.zero_grad()
+        stats = GroupForward(policy.model)(batch, temperature=TEMPERATURE, entropy="gradient")
+        (stats.logps.square().sum() + 0.3 * stats.entropy.square().sum()).backward()
+        for name, gradient in expected.items():
+            found = dict(policy.model.named_parameters())[name].grad
+            assert (found - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, (size, name)
+    value = GroupForward(policy.model)(batch, temperature=TEMPERATURE, entropy="value")
+    assert not value.entropy.requires_grad and torch.equal(value.logps, stats.logps)
+
+
+def test_entropy_gradient_by_hand():
+    """dH / dz = -p (log p + H) for logits z, divided by the temperature."""
+    logits = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
+    token_statistics(lambda hidden: hidden, logits, torch.tensor([0]), 0.5, "gradient")[1].backward()
+    p = torch.softmax(logits.detach() / 0.5, -1)
+    expected = -p * (p.log() - (p * p.log()).sum()) / 0.5
+    assert logits.grad[0].tolist() == pytest.approx(expected[0].tolist(), rel=1e-5)
+
+
 def test_entropy_of_uniform_logits_is_log_v():
     head = torch.nn.Linear(4, 50, bias=False)
     torch.nn.init.zeros_(head.weight)
-    logps, entropy = token_statistics(head, torch.randn(3, 4), torch.tensor([0, 7, 49]), 1.0, True)
+    logps, entropy = token_statistics(head, torch.randn(3, 4), torch.tensor([0, 7, 49]), 1.0, "value")
     assert entropy.tolist() == pytest.approx([math.log(50)] * 3, rel=1e-6)
     assert logps.tolist() == pytest.approx([-math.log(50)] * 3, rel=1e-6)
 
@@ -179,5 +208,5 @@ def test_entropy_of_uniform_logits_is_log_v():
 def test_temperature_by_hand():
     head = torch.nn.Linear(1, 2, bias=False)
     head.weight.data = torch.tensor([[1.0], [0.0]])
-    logps, _ = token_statistics(head, torch.ones(1, 1), torch.tensor([0]), 0.5, False)
+    logps, _ = token_statistics(head, torch.ones(1, 1), torch.tensor([0]), 0.5, "none")
     assert logps.item() == pytest.approx(2 - math.log(math.exp(2) + 1))

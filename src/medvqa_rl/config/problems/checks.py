@@ -16,6 +16,7 @@ from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.config.other_names import OTHER_NAMES
 from medvqa_rl.config.problems.data import data_problems
 from medvqa_rl.config.problems.judge import asked_by, judge_problems, network_problems
+from medvqa_rl.config.problems.loss import loss_problems
 from medvqa_rl.config.problems.prompt import prompt_problems
 from medvqa_rl.config.problems.quantized import quantized_problems
 from medvqa_rl.config.problems.vllm import vllm_problems
@@ -92,7 +93,7 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
         *_model_problems(config),
         *data_problems(config.data),
         *prompt_problems(config),
-        *_loss_problems(config),
+        *loss_problems(config),
         *network_problems(config),
         *judge_problems(config),
         *quantized_problems(config, trains=is_training),
@@ -136,31 +137,6 @@ def _model_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "model.attention",
             "model.device",
             "model.dtype",
-        )
-
-
-def _loss_problems(config: Config) -> Iterator[tuple[str, ...]]:
-    loss = config.loss
-    if loss.epsilon_high is not None and loss.epsilon_high < loss.epsilon:
-        yield (
-            f"loss.epsilon_high is {loss.epsilon_high} and loss.epsilon {loss.epsilon}, but the upper clipping range "
-            "must be at least the lower one: raise loss.epsilon_high (0.28 is usual) or set it to null.",
-            "loss.epsilon_high",
-            "loss.epsilon",
-        )
-
-    if loss.type == "dpo" and loss.beta == 0:
-        yield (
-            "loss.beta is 0, but loss.type=dpo scales the preference by it: set it above 0 (0.1 is usual).",
-            "loss.beta",
-            "loss.type",
-        )
-    if loss.type == "dpo" and loss.num_iterations > 1:
-        yield (
-            f"loss.num_iterations is {loss.num_iterations}, but loss.type=dpo takes one optimizer step per rollout: "
-            "set it to 1, or choose grpo.",
-            "loss.num_iterations",
-            "loss.type",
         )
 
 

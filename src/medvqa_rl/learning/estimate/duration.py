@@ -117,5 +117,6 @@ def least_seconds(work: Workload, rates: Rates, *, completion_tokens: int, host_
     round_trip += recompute_flops(model, shape, trained, head_again=scored * model.vocabulary > LOGITS_PER_CHUNK)
     # AdamW reads the gradient, and reads and writes both moments, the weight and its float32 copy if there is one.
     moved = trained_parameters(work) * (work.bytes + 2 * (8 + 4) + (work.bytes + 4) * work.is_bfloat16)
-    update = work.iterations * (round_trip / rates.flops + moved / rates.bandwidth)
+    entropy = forward_flops(model, shape, trained) / rates.flops if work.has_entropy_pass else 0.0
+    update = entropy + work.iterations * (round_trip / rates.flops + moved / rates.bandwidth)
     return Seconds(vision, prefill / rates.flops, decode, reference, update)

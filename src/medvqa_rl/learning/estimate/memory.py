@@ -232,7 +232,13 @@ def step_memory(work: Workload, *, process: float) -> dict[str, dict[str, float]
             activations=work.has_reference * (_pass_bytes(work, tokens, joined) + _mask_bytes(work) + dequantized),
             vision=0 if work.vision_is_frozen else _vision_pass(work, work.groups_per_micro_batch),
         ),
-        # Five logits-sized tensors exist at once in the backward pass of the log-normaliser.
+        # Logits, probabilities and their product. The layers need less in this pass than with gradients.
+        "update: entropy": moment(
+            activations=work.has_entropy_pass * scored * h * e,
+            logits=work.has_entropy_pass * 3 * 4 * chunk * words,
+        ),
+        # Five logits-sized tensors exist at once in the backward pass of the log-normaliser, also with that of the
+        # entropy.
         "update: output layer": moment(
             gradients=carried,
             activations=saved,

@@ -43,6 +43,8 @@ class Workload:
     groups_per_micro_batch: int
     has_reference: bool
     """The loss has a KL term (beta > 0)."""
+    has_entropy_pass: bool
+    """A pass without gradients finds the tokens of highest entropy (top_entropy_quantile < 1)."""
     iterations: int
     layout: Layout
     prefetch_bytes: int
@@ -146,6 +148,7 @@ def plan(
         prompts_per_rollout_batch=min(prompts // ranks, rollout.max_batch),
         groups_per_micro_batch=min(prompts // ranks, config.train.prompts_per_micro_batch, budget // group),
         has_reference=config.loss.beta > 0,
+        has_entropy_pass=config.loss.top_entropy_quantile < 1,
         iterations=config.loss.num_iterations,
         layout=layout,
         prefetch_bytes=config.prefetch.max_mib * 2**20 if config.prefetch.workers else 0,

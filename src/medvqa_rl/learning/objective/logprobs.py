@@ -10,10 +10,11 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from medvqa_rl.models.processor import Processor
 LOGITS_PER_CHUNK = 2**25
 """Logits held in memory at a time: 128 MiB in float32. More are computed in chunks, and recomputed in the backward."""
 
+EntropyUse = Literal["none", "value", "gradient"]
+"""What is computed of the entropy: nothing, its value, or its value with a gradient, which needs more memory."""
 
 _PROMPT, _PADDING = 0, -1
 
@@ -77,7 +80,19 @@ class TokenStats(NamedTuple):
     logps: Tensor
     """(B, Tc) float32 log-probabilities of the tokens under softmax(logits / temperature), full vocabulary."""
     entropy: Tensor | None
-    """(B, Tc) float32 entropy of the same distribution in nats, without gradient; None unless requested."""
+    """(B, Tc) float32 entropy of the same distribution in nats; None unless requested."""
+
+
+@contextmanager
+def scoring(forward: nn.Module) -> Iterator[None]:
+    """Run passes without gradients in evaluation mode, because dropout would make any two passes differ."""
+    is_training = forward.training
+    forward.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        forward.train(is_training)
 
 
 def layout_for(attention: str) -> Layout:
@@ -181,7 +196,7 @@ def _rows(
 
 
 def token_statistics(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy: EntropyUse
 ) -> tuple[Tensor, Tensor]:
     """Compute log-probabilities and entropies from final hidden states.
 
@@ -189,6 +204,7 @@ def token_statistics(
         head: output layer, hidden -> V logits.
         hidden: (N, hidden) states that predict the targets.
         targets: (N,) token ids.
+        entropy: whether entropies are needed, and their gradient, which is that of -sum of p log p.
 
     Returns:
         (N,) float32 log-probabilities and (N,) float32 entropies, zeros unless requested.
@@ -196,9 +212,9 @@ def token_statistics(
     logits = head(hidden).float() / temperature  # (N, V)
     normaliser = torch.logsumexp(logits, dim=-1)
     logps = logits.gather(-1, targets[:, None])[:, 0] - normaliser
-    if not with_entropy:
+    if entropy == "none":
         return logps, torch.zeros_like(logps)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
         probabilities = torch.exp(logits - normaliser[:, None])
         return logps, normaliser - (probabilities * logits).sum(-1)
 
@@ -219,13 +235,13 @@ class GroupForward(nn.Module):
         self.model = model
         self._always_sees = always_sees
 
-    def forward(self, batch: CompletionBatch, *, temperature: float = 1.0, with_entropy: bool = False) -> TokenStats:
+    def forward(self, batch: CompletionBatch, *, temperature: float = 1.0, entropy: EntropyUse = "none") -> TokenStats:
         """Score the completions of a batch.
 
         Args:
             batch: groups from :func:`collate`.
             temperature: sampling temperature.
-            with_entropy: compute entropies, too.
+            entropy: compute entropies, too, without or with a gradient.
 
         Raises:
             ValueError: the attention implementation does not support the batch's layout.
@@ -233,13 +249,13 @@ class GroupForward(nn.Module):
         family = family_of(self.model)
         device = batch.input_ids.device
         hidden = self._shared(batch) if family.shares_prompts else self._separate(batch)
-        logps, entropy = self._score(
-            hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, with_entropy
+        logps, entropies = self._score(
+            hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, entropy
         )
         table = torch.zeros(batch.mask.shape, dtype=torch.float32, device=device)
         return TokenStats(
             table.masked_scatter(batch.mask, logps),
-            table.masked_scatter(batch.mask, entropy) if with_entropy else None,
+            table.masked_scatter(batch.mask, entropies) if entropy != "none" else None,
         )
 
     def _shared(self, batch: CompletionBatch) -> Tensor:
@@ -301,14 +317,16 @@ class GroupForward(nn.Module):
             "each other: set it to sdpa."
         )
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy: EntropyUse
+    ) -> tuple[Tensor, Tensor]:
         """Run :func:`token_statistics` in chunks, so that a large vocabulary's logits never exist all at once."""
         size = max(1, LOGITS_PER_CHUNK // causal_model(self.model).lm_head.out_features)
         head = partial(family_of(self.model).logits, self.model)
         if len(targets) <= size:
-            return token_statistics(head, hidden, targets, temperature, with_entropy)
+            return token_statistics(head, hidden, targets, temperature, entropy)
         parts = [
-            checkpoint(token_statistics, head, *chunk, temperature, with_entropy, use_reentrant=False)
+            checkpoint(token_statistics, head, *chunk, temperature, entropy, use_reentrant=False)
             for chunk in zip(hidden.split(size), targets.split(size))
         ]
         logps, entropies = zip(*parts)

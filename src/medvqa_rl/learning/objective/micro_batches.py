@@ -3,11 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.objective.layout import Layout
+from medvqa_rl.learning.objective.logprobs import CompletionBatch
+from medvqa_rl.learning.objective.losses.loss import StepCounts
 from medvqa_rl.learning.run.errors import UnusableSampleError
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole groups that share one forward and backward pass."""
+
+    groups: Sequence[Group]
+    batch: CompletionBatch
+    advantages: Tensor
+    """(B,) float32, or (B, Tc) one per token; in preference pairs +1 is chosen and -1 rejected."""
+    mask: Tensor
+    """(B, Tc) bool, True at tokens that count in the loss."""
+    top_mask: Tensor
+    """(B, Tc) bool, True at those of them that belong to the top share by entropy; ``mask`` if that share is 1."""
+    ref_logps: Tensor | None
+    """(B, Tc) under the reference; None if beta is 0 or no token counts."""
+    sampled_logps: Tensor | None = None
+    """(B, Tc) as reported by vLLM, NaN where unknown; None if it did not sample."""
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """(B, 1) or (B, Tc)."""
+        return self.advantages if self.advantages.ndim == 2 else self.advantages[:, None]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """This rank's micro-batches of one rollout, and the counts over all ranks."""
+
+    micro_batches: Sequence[MicroBatch]
+    counts: StepCounts
+
+
+def contributing(has_signal: Tensor, *, needs_every_group: bool) -> list[int]:
+    """Return the indices of the groups whose loss has a gradient, or [0] if there are none.
+
+    A group whose advantages are all 0 has no gradient. Skipping it changes nothing as long as the denominators still
+    count it. At least one group remains because distributed wrappers wait for every rank.
+
+    Args:
+        has_signal: (P,) bool, from ``have_signal``.
+        needs_every_group: the loss has other terms, such as KL, whose gradient does not depend on the advantages.
+    """
+    if needs_every_group:
+        return list(range(len(has_signal)))
+    return has_signal.nonzero().flatten().tolist() or [0]
 
 
 def computed_tokens(sizes: Iterable[tuple[int, Sequence[int]]], layout: Layout) -> int:

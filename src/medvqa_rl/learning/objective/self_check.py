@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Group
-from medvqa_rl.learning.objective.logprobs import CompletionBatch
+from medvqa_rl.learning.objective.logprobs import CompletionBatch, scoring
 from medvqa_rl.learning.run.errors import TrainingFailed
 
 
@@ -66,24 +66,18 @@ def compare(fast: Tensor, plain: Tensor, mask: Tensor, dtype: torch.dtype, group
     )
 
 
-@torch.no_grad()
 def check_first_group(forward: nn.Module, batch: CompletionBatch, plain: CompletionBatch, group: Group) -> None:
     """Compare the last group of a batch with the same group in separate rows, using forward passes only.
 
     Args:
-        forward: the :class:`GroupForward`, wrapped or not. It runs in evaluation mode, because dropout would make any
-            two passes differ.
+        forward: the :class:`GroupForward`, wrapped or not.
         batch: a batch in the default layout whose last group is ``group``.
         plain: ``group`` in separate rows.
 
     Raises:
         SelfCheckError: they disagree.
     """
-    is_training = forward.training
-    forward.eval()
-    try:
+    with scoring(forward):
         fast: Tensor = forward(batch).logps[-len(plain.mask) :]
         expected: Tensor = forward(plain).logps
-    finally:
-        forward.train(is_training)
     compare(fast, expected, plain.mask, next(forward.parameters()).dtype, group)

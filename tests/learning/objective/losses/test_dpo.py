@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from medvqa_rl.config import Config, ConfigError, LossConfig, ModelConfig, RolloutConfig, TrainConfig
 from medvqa_rl.config.yaml import build_config
-from medvqa_rl.learning.objective.dpo_loss import dpo_loss, preference_pairs, preferences
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
-from medvqa_rl.learning.objective.loss import LossInputs, StepCounts
+from medvqa_rl.learning.objective.losses.dpo import dpo_loss, preference_pairs, preferences
+from medvqa_rl.learning.objective.losses.loss import LossInputs, StepCounts
 from medvqa_rl.learning.setup import make_accelerator, wrap
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.reference import load_reference

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from medvqa_rl.config import LossConfig
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.objective.advantages import group_statistics
-from medvqa_rl.learning.objective.loss import LossInputs, LossOutput, StepCounts, k3_divergence
+from medvqa_rl.learning.objective.losses.loss import LossInputs, LossOutput, StepCounts, k3_divergence
 
 
 def preferences(rewards: Tensor) -> Tensor:
