@@ -77,6 +77,7 @@ class Crash(Exception):
 
 LORA = {"lora": {"rank": 2, "dropout": 0.2}, "train_projector": False}
 LORA_AND_VISION = {"lora": {"rank": 2}, "train_projector": True, "train_vision": True}
+ENTROPY = {"type": "sapo", "num_iterations": 2, "entropy_coef": 0.1, "top_entropy_quantile": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,9 @@ LORA_AND_VISION = {"lora": {"rank": 2}, "train_projector": True, "train_vision":
         (3, {"model": LORA}),
         (3, {"model": LORA_AND_VISION, "loss": {"num_iterations": 2}}),
         (3, {"model": {"dtype": "bfloat16"}}),
+        (3, {"model": LORA, "loss": ENTROPY, "advantage": {"scale": "whiten"}}),
     ],
-    ids=["no-checkpoint", "full", "lora", "lora-vision-rounds", "bfloat16"],
+    ids=["no-checkpoint", "full", "lora", "lora-vision-rounds", "bfloat16", "entropy"],
 )
 def test_resume_is_exact(folder, tmp_path, monkeypatch, crash_at, changes):
     config = toy_config(folder, tmp_path / "whole", train=STOP, **changes)
