@@ -190,7 +190,7 @@ def test_skewed_letters_are_found_by_a_chi_squared_test() -> None:
 
 def test_loading_issues_are_reported_once() -> None:
     issues = (
-        RowIssue(3, "all.csv", "missing image", "dropped", "x.png"),
+        RowIssue(3, "all.csv", "missing image", "dropped", "x.png", 5),
         RowIssue(5, "all.csv", "stray quotes", "repaired"),
     )
     notes = {"dropped: missing image": 1, "repaired: stray quotes": 1, "neutralised: questions": 2}
@@ -198,7 +198,7 @@ def test_loading_issues_are_reported_once() -> None:
     assert report.issues == issues
     assert report.notes == {"train: neutralised: questions": 2, "test: neutralised: questions": 2}
     dropped = found(report)["rows dropped"]
-    assert dropped.count == 1 and dropped.examples == ("all.csv row 3: missing image",)
+    assert dropped.count == 1 and dropped.examples == ("all.csv row 5: missing image",)
     assert not report.is_wrong() and report.is_wrong(strict=True)
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 the run failed, 2 invalid input (explained in a sentenc
 
 from __future__ import annotations
 
+import csv
 import functools
 import inspect
 import logging
@@ -37,6 +38,14 @@ MAX_MESSAGE = 2000
 """Most characters of a line of an error message, whatever a library put into it."""
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback on errors.")]
 Split = Literal["train", "val", "test"]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=COLUMN,...",
+        help="Which columns of your table are what, such as image=Bild,question=Frage, where their names are not "
+        "recognised; quote an entry whose column has a comma.",
+    ),
+]
 
 
 class _Verb(TyperCommand):
@@ -246,3 +255,24 @@ def _print_error(message: str) -> None:
     console = TerminalConsole(stderr=True, soft_wrap=True, highlight=False)
     console.print("error:", style="bold red", end=" ")
     console.print("\n".join(printable(line, MAX_MESSAGE) for line in message.split("\n")), markup=False)
+
+
+def read_columns(given: Sequence[str] | None) -> dict[str, str]:
+    """The columns that ``--columns`` names: our name -> column.
+
+    Raises:
+        ValueError: an entry is not understood, or names something twice.
+    """
+    from medvqa_rl.config.inputs import ColumnsConfig
+
+    allowed = list(ColumnsConfig.model_fields)
+    found: dict[str, str] = {}
+    for entry in (entry for row in csv.reader(given or (), skipinitialspace=True) for entry in row):
+        name, _, column = (part.strip() for part in entry.partition("="))
+        if name not in allowed or not column or name in found:
+            raise ValueError(
+                f"--columns has {shown(entry)}: write NAME=COLUMN, with commas between several, where each NAME is "
+                f"given once and is one of {', '.join(allowed)}."
+            )
+        found[name] = column
+    return found

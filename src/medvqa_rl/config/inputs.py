@@ -69,6 +69,42 @@ DataName = Literal[
 ]
 
 
+class ColumnsConfig(Settings):
+    """The columns of your own table, where their names are not recognised (docs/data.md lists the names that are)."""
+
+    image: Identity[str | None] = None
+    """Column with the names of the image files."""
+    question: Identity[str | None] = None
+    """Column with the question."""
+    answer: Identity[str | None] = None
+    """Column with the gold answer."""
+    options: Identity[str | None] = None
+    """Column with the options of a choice question."""
+    answer_type: Identity[str | None] = None
+    """Column with choice, closed or open."""
+    id: Identity[str | None] = None
+    """Column with a text that identifies the row."""
+    split: Identity[str | None] = None
+    """Column with train, val or test."""
+    patient: Identity[str | None] = None
+    """Column whose rows with the same value stay in one split."""
+    reasoning: Identity[str | None] = None
+    """Column with reference reasoning."""
+    description: Identity[str | None] = None
+    """Column with a description of the image."""
+    modality: Identity[str | None] = None
+    """Column with the modality."""
+    organ: Identity[str | None] = None
+    """Column with the organ."""
+    family: Identity[str | None] = None
+    """Column with the family of the question."""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Our name -> column, of those that are set."""
+        return {name: column for name, column in self.model_dump().items() if column is not None}
+
+
 class DataConfig(Settings):
     """The data set and which of its questions are used."""
 
@@ -82,6 +118,8 @@ class DataConfig(Settings):
     """Commit of the Hub repository, 40 hexadecimal digits."""
     image_folder: Free[str | None] = None
     """Image folder below path; None searches the usual names."""
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    """own: columns with other names than those that are recognised; see below."""
     variant: Identity[Literal["v1", "v1_clean", "v2"]] = "v1"
     """PMC-VQA: v1 is train.csv and test.csv, v1_clean train.csv and test_clean.csv, v2 train_2.csv and test_2.csv."""
     split: Identity[Literal["official", "image"]] = "official"

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from medvqa_rl.config import is_hub_id, leaves
+from medvqa_rl.config.inputs import ColumnsConfig
 from medvqa_rl.config.schema import Schema, locate, resolve
 
 PLAIN = {"model.revision", "model.lora.targets", "data.revision", "data.families", "data.modalities"}
@@ -26,6 +27,7 @@ MODELS |= {"eval.similarity"}
 ADDRESSES = {"vllm.server_url", "judge.endpoint"}
 """Shown by host and port, without user, password, path and query."""
 HIDDEN_SETTINGS = {"judge.api_key_env", "data.skip_images"}
+HIDDEN_SETTINGS |= {f"data.columns.{name}" for name in ColumnsConfig.model_fields}
 """Never shown; file names can be names of patients."""
 
 HIDDEN = "(hidden)"

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from medvqa_rl.core.randomness import address
-from medvqa_rl.core.text import first_few, number_of
+from medvqa_rl.core.text import first_few, number_of, printable
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.fingerprints import ImageFacts, measure
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.overlap import twins
 from medvqa_rl.data.patients import as_patient, patient_column, unused_columns
-from medvqa_rl.data.reading.rows import Unusable
-from medvqa_rl.data.reading.tables import TableReport, read_table, write_table
-from medvqa_rl.data.sets.own import image_names
+from medvqa_rl.data.reading.cells import image_cells
+from medvqa_rl.data.reading.folder import ImageFolder
+from medvqa_rl.data.reading.issues import TableReport
+from medvqa_rl.data.reading.records import Standard
+from medvqa_rl.data.reading.rows import Unusable, find_images
+from medvqa_rl.data.reading.tables import is_saved, read_table, write_table
+from medvqa_rl.data.reading.unpack import name_of, store_image
+from medvqa_rl.data.sets.own import unpacked_images
 from medvqa_rl.data.splits import SPLITS, Split, connected
 
 COLUMN = "split"
@@ -32,6 +39,7 @@ class Division:
     """A divided table."""
 
     rows: tuple[Row, ...]
+    """The rows as they are in the table."""
     splits: tuple[Split, ...]
     """The split of every row."""
     groups: int
@@ -43,37 +51,116 @@ class Division:
         return {split: found[split] for split in SPLITS}
 
 
-def read_whole(path: Path) -> tuple[Row, ...]:
-    """Read all rows of a table in CSV, JSON Lines, JSON or parquet.
+class Entry(NamedTuple):
+    """A row of a table that can be divided."""
+
+    number: int
+    """The row as the spreadsheet counts it."""
+    row: Row
+    """The row as it is in the table."""
+    fields: Row
+    """Its fields under our names."""
+    images: tuple[str, ...]
+    """Paths of its images below the image folder; the names in the table if no folder is given."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A table with all its rows."""
+
+    path: Path
+    entries: tuple[Entry, ...]
+    about: str
+    """What the table was recognised as."""
+    bad: Mapping[int, tuple[str, str]]
+    """Number of each row that cannot be used -> reason and detail."""
+
+    def without(self, bad: Mapping[int, tuple[str, str]]) -> Whole:
+        """The table without further bad rows."""
+        entries = tuple(entry for entry in self.entries if entry.number not in bad)
+        return replace(self, entries=entries, bad={**bad, **self.bad})
+
+    def checked(self, max_dropped: float) -> Whole:
+        """The table itself, unless too large a share of its rows is bad.
+
+        Raises:
+            ValueError: it is, or no row is left; the message lists the bad rows.
+        """
+        total = len(self.entries) + len(self.bad)
+        if len(self.bad) > max_dropped * total:
+            share = math.ceil(100 * len(self.bad) / total) / 100
+            leave_out = f", or leave them out with --max-dropped {share:g}" if self.entries else ""
+            raise ValueError(
+                "\n".join(
+                    [
+                        f"{len(self.bad):,} of {number_of(total, 'row')} of {self.path} cannot be used:",
+                        *self.complaints(),
+                        f"Fix or remove them{leave_out}.",
+                    ]
+                )
+            )
+        return self
+
+    def complaints(self) -> list[str]:
+        """The bad rows by reason, such as ``rows 5 (a.png), 9 (b.png): missing image``, at most 20 rows in a line."""
+        by_reason: dict[str, list[str]] = {}
+        for number, (reason, detail) in sorted(self.bad.items()):
+            by_reason.setdefault(reason, []).append(f"{number}{f' ({detail})' if detail else ''}")
+        lines = []
+        for reason, rows in by_reason.items():
+            for start in range(0, min(len(rows), LISTED), 20):
+                some = rows[start : start + 20]
+                lines.append(f"{'row' if len(some) == 1 else 'rows'} {', '.join(some)}: {reason}")
+            if len(rows) > LISTED:
+                lines.append(f"{number_of(len(rows) - LISTED, 'more row')}: {reason}")
+        return lines
+
+
+LISTED = 400
+"""So many bad rows are listed for each reason."""
+
+
+def read_whole(
+    path: Path,
+    images: Path | None = None,
+    given: Mapping[str, str] = MappingProxyType({}),
+    cache_dir: Path | None = None,
+) -> Whole:
+    """Read all rows of a table and find their images.
+
+    Args:
+        path: the table.
+        images: the image folder; without it, images are not looked up.
+        given: our name -> column of the table, as the user gives them.
+        cache_dir: where to write images that the table holds; without it, they are only told apart.
 
     Raises:
-        ValueError: the table or any of its rows cannot be read, or it is empty.
+        ValueError: the table cannot be read, is empty, or lacks a column.
     """
-    report = TableReport(path.name)
-    rows = tuple(fields for _, fields in read_table(path, report))
-    if bad := [f"row {issue.row} ({issue.reason})" for issue in report.issues if issue.action == "dropped"]:
-        raise ValueError(
-            f"{number_of(len(bad), 'row')} of {path} cannot be read: {first_few(bad, 5)}; rows are counted from 0. "
-            "Fix or remove them."
-        )
-    if not rows:
+    report, standard = TableReport(path.name), Standard(path, given)
+    folder = None if images is None else ImageFolder(images)
+    entries: list[Entry] = []
+    bad: dict[int, tuple[str, str]] = {}
+    for position, row in read_table(path, report):
+        number = report.number(position)
+        try:
+            fields = standard(row)
+            names = [_image_name(cell, folder, cache_dir) for cell in image_cells(fields, {})]
+        except Unusable as problem:
+            bad[number] = problem.reason, printable(problem.detail, 60)
+            continue
+        entries.append(Entry(number, row, fields, tuple(names)))
+    bad |= {issue.number: (issue.reason, "") for issue in report.issues if issue.action == "dropped"}
+    if not report.total:
         raise ValueError(f"The table {path} has no rows: add your questions.")
-    return rows
+    standard.check(("image",))
+    return Whole(path, tuple(entries), standard.about(report), bad)
 
 
-def images_in(row: Row, number: int, path: Path) -> tuple[str, ...]:
-    """The image names of a row.
-
-    Raises:
-        ValueError: there is none; the message names the row.
-    """
-    try:
-        return tuple(image_names(row, {}))
-    except Unusable as problem:
-        raise ValueError(
-            f"Row {number} of {path} names no image ({problem.reason}): fill its column image (or images), or remove "
-            "the row; rows are counted from 0."
-        ) from problem
+def _image_name(cell: str | bytes, folder: ImageFolder | None, cache_dir: Path | None) -> str:
+    if isinstance(cell, bytes):
+        return name_of(cell) if cache_dir is None else store_image(cell, unpacked_images(cache_dir))
+    return cell.replace("\\", "/") if folder is None else find_images([cell], folder, {})[0]
 
 
 def choose_column(rows: Sequence[Row]) -> tuple[str, str]:
@@ -89,8 +176,7 @@ def choose_column(rows: Sequence[Row]) -> tuple[str, str]:
 
 
 def divide(
-    rows: Sequence[Row],
-    path: Path,
+    table: Whole,
     *,
     by: str = "image",
     val: float = 0.1,
@@ -105,8 +191,7 @@ def divide(
     on the order of rows.
 
     Args:
-        rows: the table.
-        path: path of the table, for messages.
+        table: the rows.
         by: ``image``, or a column, such as patient, whose equal values also stay together.
         val: share of the rows for validation.
         test: share of the rows for testing.
@@ -114,45 +199,50 @@ def divide(
         equal: groups of image names with equal pixels.
 
     Raises:
-        ValueError: the shares leave nothing to train on, a value of the column or an image is missing, or there are
-            too few groups to fill every split.
+        ValueError: the shares leave nothing to train on, a value of the column is missing, or there are too few groups
+            to fill every split.
     """
     if val < 0 or test < 0 or val + test >= 1:
         raise ValueError(f"val = {val:g} and test = {test:g} leave nothing to train on: their sum must be below 1.")
     links: list[tuple[str, Hashable]] = []
-    first_images: list[str] = []
-    for number, row in enumerate(rows):
-        names = images_in(row, number, path)
-        first_images.append(names[0])
-        links += [(name, ("row", number)) for name in names]
-        links += [(name, ("file", split_fragment(name)[0])) for name in names]  # slices of a volume stay together
+    entries = table.entries
+    without: list[int] = []
+    for place, entry in enumerate(entries):
+        links += [(name, ("row", place)) for name in entry.images]
+        links += [(name, ("file", split_fragment(name)[0])) for name in entry.images]  # slices of a volume
         if by != "image":
-            value = as_patient(row.get(by))
+            value = as_patient(entry.row.get(by, entry.fields.get(by)))
             if not value:
-                raise ValueError(
-                    f"Row {number} of {path} has no {by}, but the table is to be split by it: fill the column (with a "
-                    "value of its own where it is unknown), or divide the table with `medvqa-rl data split --by "
-                    "image`; rows are counted from 0."
-                )
-            links.append((names[0], (by, value)))
+                without.append(entry.number)
+            links.append((entry.images[0], (by, value)))
+    if without:
+        raise ValueError(
+            f"{number_of(len(without), 'row')} of {table.path} {'has' if len(without) == 1 else 'have'} no {by}, but "
+            f"the table is to be split by it: {'row' if len(without) == 1 else 'rows'} {first_few(without, 20)}. "
+            "Fill the column (with a value of its own where it is unknown), or divide the table with `medvqa-rl data "
+            "split --by image`."
+        )
     known = {name for name, _ in links}
     links += [(name, ("equal", names[0])) for names in equal for name in names if name in known]
     components = connected(links)
     smallest: dict[str, str] = {}
     for name, component in components.items():
         smallest[component] = min(name, smallest.get(component, name))
-    groups = [smallest[components[name]] for name in first_images]
+    groups = [smallest[components[entry.images[0]]] for entry in entries]
     sizes = Counter(groups)
-    split_of_group = _fill(sizes, {"test": test * len(rows), "val": val * len(rows)}, seed)
-    division = Division(tuple(rows), tuple(split_of_group[group] for group in groups), len(sizes))
+    split_of_group = _fill(sizes, {"test": test * len(entries), "val": val * len(entries)}, seed)
+    division = Division(
+        tuple(entry.row for entry in entries), tuple(split_of_group[group] for group in groups), len(sizes)
+    )
     shares = {"train": 1.0, "val": val, "test": test}
     for split, count in division.counts().items():
         if shares[split] and not count:
+            other, value = ("", "") if by == "image" else (f" and other values of {by}", f", or a value of {by},")
             raise ValueError(
-                f"Rows that share an image or equal pixels{'' if by == 'image' else f', or a value of {by},'} stay in "
-                f"one split. The {len(rows):,} rows of {path} form {number_of(len(sizes), 'such group')}, too few for "
-                f"a {split} split: add rows of other images{'' if by == 'image' else f' and other values of {by}'}, "
-                "or divide the table with `medvqa-rl data split` and other --by, --val and --test."
+                f"Rows that share an image or equal pixels{value} stay in one split. The {len(entries):,} rows of "
+                f"{table.path} form {number_of(len(sizes), 'such group')}, too few for a {split} split: add rows of "
+                f"other images{other}, or divide the table with `medvqa-rl data split` and other --by, --val and "
+                "--test."
             )
     return division
 
@@ -178,23 +268,37 @@ def _fill(sizes: Mapping[str, int], wanted: Mapping[Split, float], seed: int) ->
 
 
 def equal_images(
-    rows: Sequence[Row], path: Path, folder: Path, *, workers: int, progress: Callable[[int, int], None]
-) -> list[tuple[str, ...]]:
-    """Decode every image of a table and group the names of images with equal pixels.
+    table: Whole, folder: Path, *, workers: int, progress: Callable[[int, int], None]
+) -> tuple[Whole, list[tuple[str, ...]]]:
+    """Decode every image of a table.
 
-    Raises:
-        ValueError: an image cannot be decoded; the message names it.
+    Returns:
+        The table without the rows whose images cannot be decoded, and groups of image names with equal pixels.
     """
-    names = dict.fromkeys(name for number, row in enumerate(rows) for name in images_in(row, number, path))
+    names = dict.fromkeys(name for entry in table.entries for name in entry.images)
     facts: dict[str, ImageFacts] = {}
-    for done, (source, measured) in enumerate(
-        measure([FileImage(name, folder) for name in names], workers=workers), 1
-    ):
+    damaged: dict[str, str] = {}
+    sources = [FileImage(name, folder) for name in names]
+    for done, (source, measured) in enumerate(measure(sources, workers=workers), 1):
         if isinstance(measured, str):
-            raise ValueError(measured)
-        facts[source.key] = measured
+            damaged[source.key] = measured
+        else:
+            facts[source.key] = measured
         progress(done, len(names))
-    return twins(names, facts)
+    bad = {
+        entry.number: (next(damaged[name] for name in entry.images if name in damaged), "")
+        for entry in table.entries
+        if any(name in damaged for name in entry.images)
+    }
+    return table.without(bad), twins(names, facts)
+
+
+def output_suffix(path: Path) -> str:
+    """The suffix of the table that is written from another one: CSV from spreadsheets, parquet from Arrow."""
+    suffix = path.suffix.lower()
+    if is_saved(path) or suffix == ".parquet":
+        return ".parquet"
+    return ".jsonl" if suffix in (".json", ".jsonl") else ".csv"
 
 
 def write_divided(division: Division, out: Path) -> None:

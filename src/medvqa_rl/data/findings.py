@@ -243,5 +243,5 @@ def dropped_findings(issues: Sequence[RowIssue]) -> Iterator[Finding]:
             f"Loading dropped {len(dropped):,} rows: "
             + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
             + ".",
-            tuple(f"{issue.file} row {issue.row}: {issue.reason}" for issue in dropped[:EXAMPLES]),
+            tuple(f"{issue.file} row {issue.number}: {issue.reason}" for issue in dropped[:EXAMPLES]),
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from medvqa_rl.data.reading.columns import folded
 from medvqa_rl.data.reading.rows import is_missing, without_point_zero
 
 PATIENT_COLUMNS = (
@@ -28,18 +28,14 @@ POSSIBLE_COLUMNS = ("subject", "case", "study", "exam", "examination", "person",
 """Names that may identify patients, or mean something else: they are not used without ``--by``."""
 
 
-def _folded(column: str) -> str:
-    return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", column).casefold()))
-
-
-_RANK = {_folded(name): rank for rank, name in reversed(list(enumerate(PATIENT_COLUMNS)))}
-_POSSIBLE = {_folded(name) for name in POSSIBLE_COLUMNS}
+_RANK = {folded(name): rank for rank, name in reversed(list(enumerate(PATIENT_COLUMNS)))}
+_POSSIBLE = {folded(name) for name in POSSIBLE_COLUMNS}
 
 
 @cache
 def patient_columns(columns: tuple[str, ...]) -> tuple[str, ...]:
     """The columns that identify patients, the best first (:data:`PATIENT_COLUMNS`)."""
-    return tuple(sorted((name for name in columns if _folded(name) in _RANK), key=lambda name: _RANK[_folded(name)]))
+    return tuple(sorted((name for name in columns if folded(name) in _RANK), key=lambda name: _RANK[folded(name)]))
 
 
 def as_patient(value: Any) -> str:
@@ -64,4 +60,4 @@ def patient_column(rows: Iterable[Mapping[str, Any]]) -> str | None:
 def unused_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns with values whose names may identify patients (:data:`POSSIBLE_COLUMNS`)."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return [name for name in names if _folded(name) in _POSSIBLE and any(row.get(name) for row in rows)]
+    return [name for name in names if folded(name) in _POSSIBLE and any(row.get(name) for row in rows)]

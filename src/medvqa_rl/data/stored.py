@@ -38,6 +38,8 @@ class StoredDataset:
     """Counts of dropped and repaired rows by reason, and other counts of the split."""
     issues: tuple[RowIssue, ...] = ()
     """Every dropped or repaired row of all files that were read."""
+    about: tuple[str, ...] = ()
+    """What the user's own files were recognised as, a sentence for each."""
     patients: Sequence[str] = ()
     """The patient of every sample, "" where the table names none; empty for data sets without patients."""
     is_endless: bool = False
@@ -174,7 +176,7 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
     issues = reading.issues
     if config.hide_names:
         issues = [issue._replace(detail="") for issue in issues]
-    return StoredDataset(name, samples, notes, tuple(issues), patients)
+    return StoredDataset(name, samples, notes, tuple(issues), tuple(reading.about), patients)
 
 
 def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) -> list[Path]:
@@ -193,7 +195,7 @@ def _files_to_read(source: Source, split: Split, is_official: bool, root: Path) 
         if wanted[0] not in available:
             raise NoSuchSplit(_no_such_split(source, split, available, root))
     files = list(dict.fromkeys(file for name in wanted for file in source.files[name]))
-    if missing := [file for file in files if not file.is_file()]:
+    if missing := [file for file in files if not file.exists()]:
         raise ValueError(
             f"There is no file {missing[0].name!r} in {missing[0].parent}: set data.path to the folder of "
             f"{source.title} that holds it."

@@ -94,7 +94,7 @@ def test_strict_counts_what_is_only_to_be_looked_at(folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(rows))
     arguments = ("check", CONFIG, f"data.path={folder}", "data.split=official")
     code, output = run(*arguments)
-    assert code == 0 and "2 to review" in output and "row 25" in output and "missing image" in output
+    assert code == 0 and "2 to review" in output and "row 26" in output and "missing image" in output
     assert run(*arguments, "--strict")[0] == 1
 
 

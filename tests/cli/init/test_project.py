@@ -162,15 +162,22 @@ def test_errors_name_the_users_table_and_no_setting_that_init_does_not_take(tmp_
     table, images = write_rows(tmp_path / "own", rows)
     with pytest.raises(ValueError) as error:
         run_init(tmp_path / "mine", table=table, images=images)
-    assert f"6 of 80 rows of your own data at {table.parent} are unusable (empty answer: rows 3" in str(error.value)
-    assert str(error.value).endswith("of questions.jsonl): fix or remove them.")
-    assert "data.max_dropped" not in str(error.value) and ".mine-" not in str(error.value)
+    assert str(error.value).split("\n") == [
+        f"6 of 80 rows of {table} cannot be used:",
+        "rows 4, 21, 42, 51, 61, 62: empty answer",
+        "Fix or remove them, or leave them out with --max-dropped 0.08.",
+    ]
+    command = ["init", str(tmp_path / "mine"), "--data", str(table), "--images", str(images), "--gpu-memory", "24"]
+    result = CliRunner().invoke(app, [*command, "--max-dropped", "0.08"])  # as the message says
+    assert result.exit_code == 0 and "Left out:\nrows 4, 21, 42, 51, 61, 62: empty answer" in result.output
+    assert len((tmp_path / "mine" / "data.jsonl").read_text().splitlines()) == 74
     for row in rows:
         del row["question"]
     other, images = write_rows(tmp_path / "other", rows)
-    with pytest.raises(ValueError, match="no question: rows 0, 1") as error:
-        run_init(tmp_path / "mine", table=other, images=images)
-    assert f"at {other.parent} are" in str(error.value) and ".mine-" not in str(error.value)
+    with pytest.raises(ValueError) as error:
+        run_init(tmp_path / "yours", table=other, images=images)
+    assert f"The table {other} has no column question; it has answer, image: " in str(error.value)
+    assert "--columns question=COLUMN" in str(error.value)
 
 
 def closed(count: int, answer: str = "") -> list[dict[str, Any]]:
@@ -245,7 +252,7 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
     kept = [json.loads(line) for line in (tmp_path / "mine" / "data.jsonl").open()]
     assert [row["split"] for row in kept] == [row["split"] for row in rows]
     for change, message in (
-        (("train", ""), "is '' in row 59, counted from 0: give train, val or test in every row"),
+        (("train", ""), "is '' in row 60: give train, val or test in every row"),
         (("val", "test"), "has no row for val: give"),
     ):
         changed = [
@@ -256,7 +263,7 @@ def test_a_split_of_ones_own_is_kept_and_patients_stay_together(
         with pytest.raises(ValueError, match=message):
             run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
     table.write_text("".join(json.dumps({**row, "split": "\x89PNG\x1b[2J" * 9000}) + "\n" for row in rows))
-    with pytest.raises(ValueError, match="in row 0, counted from 0") as error:
+    with pytest.raises(ValueError, match="in row 1: give") as error:
         run_init(tmp_path / "other", table=table, images=images, gpu_memory=24)
     assert len(str(error.value)) < 600 and str(error.value).isprintable()
     rows = closed(60)

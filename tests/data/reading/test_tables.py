@@ -282,8 +282,9 @@ def test_json_lines_are_numbered_and_issues_reported(tmp_path: Path) -> None:
         ("t.json", b"[" * 100_000, "nested too deeply"),
         ("t.json", b"{}", "is not a list of questions"),
         ("t.parquet", b"PAR1", "is not parquet, or damaged"),
-        ("t.xlsx", b"", "convert it to one of .csv, .jsonl, .json, .parquet"),
-        ("t.txt", b"a|b\n", "convert it to one of .csv, .jsonl, .json, .parquet"),
+        ("t.json", b'{"a": [1], "b": [2]}', "holds 2 lists (a, b)"),
+        ("t.xls", b"", "convert it to one of .csv, .tsv, .xlsx, .jsonl, .json, .parquet"),
+        ("t.txt", b"a|b\n", "convert it to one of .csv, .tsv, .xlsx, .jsonl, .json, .parquet"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:

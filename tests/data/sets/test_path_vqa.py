@@ -67,7 +67,7 @@ def test_hub_copies_are_read(folder: Path, wrong_gold: Callable[[StoredDataset],
     assert first == second != third and first.endswith(".jpg") and third.endswith(".png")
     assert train[0].images[0].load().size == (16, 8)
     assert (val.name, len(val)) == ("path_vqa/official/val", 1)
-    with pytest.raises(ValueError, match=r"1 of 2 rows of Path-VQA .*missing image: rows 1 of test-00000-of-00001"):
+    with pytest.raises(ValueError, match=r"1 of 2 rows of Path-VQA .*missing image: rows 2 of test-00000-of-00001"):
         load(folder, "test")
     test = load(folder, "test", max_dropped=0.5)
     assert test[0].image_key == first  # the same picture in training and test shows by its name

@@ -204,9 +204,9 @@ def test_bad_rows_are_reported(
     for number, reason in enumerate([*BAD, "repeated row"], start=1):
         assert (dropped[reason].row, dropped[reason].file) == (number, "test.csv"), reason
         assert dataset.notes[f"dropped: {reason}"] == 1
-    assert dropped["repeated row"].detail == "the same as row 0"
+    assert dropped["repeated row"].detail == "the same as row 2"
     assert dropped["label and answer name different options"].detail == "D; Brain"
-    with pytest.raises(ValueError, match=r"14 of 15 rows of PMC-VQA at .*missing image: rows 1 of test\.csv"):
+    with pytest.raises(ValueError, match=r"14 of 15 rows of PMC-VQA at .*missing image: rows 3 of test\.csv"):
         load(tmp_path)
 
 

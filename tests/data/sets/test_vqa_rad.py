@@ -201,7 +201,7 @@ def test_unusable_rows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFix
         f"dropped: {reason}": 1 for reason in BAD
     }
     for number, reason in enumerate(BAD, start=1):
-        assert re.search(f"{re.escape(reason)}: rows? {number}", caplog.text)
+        assert re.search(f"{re.escape(reason)}: rows? {number + 1}", caplog.text)
         assert (number, FILE, reason, "dropped") in {issue[:4] for issue in dataset.issues}
     assert len(dataset.issues) == len(BAD)
     load(tmp_path, "test", max_dropped=0.9)
@@ -211,7 +211,10 @@ def test_unusable_rows_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_too_many_unusable_rows_are_refused(tmp_path: Path) -> None:
     write(tmp_path, [row(index, image_name="b.jpg" if index else "none.jpg") for index in range(10)])
     assert len(load(tmp_path, "test", max_dropped=0.1)) == 9
-    with pytest.raises(ValueError, match=r"1 of 10 rows .*missing image: rows 0.*data\.max_dropped = 0\.05"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of 10 rows .*missing image: rows 1 .*data\.max_dropped = 0\.05 .*set data\.max_dropped=0\.1",
+    ):
         load(tmp_path, "test")
 
 

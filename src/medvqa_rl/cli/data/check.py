@@ -18,6 +18,7 @@ from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, load_with_further, o
 from medvqa_rl.data.findings import DataReport, SplitFacts
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
 from medvqa_rl.data.reading.issues import count_issues
+from medvqa_rl.data.stored import StoredDataset
 
 
 def run_check(
@@ -49,9 +50,13 @@ def run_check(
     from medvqa_rl.models.families.costs import image_rule
 
     cost, where = image_rule(config.model)
+    out = open_console()
+    datasets = load_with_further(config.data, further)
+    for sentence in dict.fromkeys(s for d in datasets.values() if isinstance(d, StoredDataset) for s in d.about):
+        out.print(sentence, soft_wrap=True, markup=False, highlight=False)
     with progress_bars() as progress:
         report = check_data(
-            load_with_further(config.data, further),
+            datasets,
             cost=cost,
             template=config.prompt.template,
             wording=config.prompt.wording,
@@ -62,7 +67,6 @@ def run_check(
         )
     if config.data.split == "image" and config.data.name != "own":
         report = replace(report, notes={**report.notes, **official_overlap(config.data)})
-    out = open_console()
     print_report(report, out, where)
     if html is not None:
         from medvqa_rl.report.pages.data_page import write_data_page

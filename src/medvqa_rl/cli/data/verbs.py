@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import ConfigPath, Overrides, Split, Verbs, read_settings, verb
+from medvqa_rl.cli.common import Columns, ConfigPath, Overrides, Split, Verbs, read_columns, read_settings, verb
 
 data_app = Verbs(help="Inspect, check, split and export data.", no_args_is_help=True)
 
@@ -89,7 +89,9 @@ def data_show(
 @data_app.command("split")
 @verb
 def data_split(
-    table: Annotated[Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, JSON Lines, JSON or parquet.")],
+    table: Annotated[
+        Path, typer.Argument(metavar="TABLE", help="Your questions: CSV, Excel, JSON Lines, JSON or parquet.")
+    ],
     by: Annotated[
         str | None,
         typer.Option(
@@ -105,11 +107,26 @@ def data_split(
         typer.Option(help="Folder of the images; if given, images with equal pixels stay in one split too."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Table to write. Default: data.* beside TABLE.")] = None,
+    columns: Columns = None,
+    max_dropped: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Largest share of unusable rows to leave out."),
+    ] = 0.0,
 ) -> None:
     """Add a column with train, val or test to your table, so that no image and no patient is in two splits."""
     from medvqa_rl.cli.data.write import run_split
 
-    run_split(table, output=output, by=by, val=val, test=test, seed=seed, images=images)
+    run_split(
+        table,
+        output=output,
+        by=by,
+        val=val,
+        test=test,
+        seed=seed,
+        images=images,
+        columns=read_columns(columns),
+        max_dropped=max_dropped,
+    )
 
 
 @data_app.command("export")

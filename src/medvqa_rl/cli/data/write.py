@@ -4,55 +4,64 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from medvqa_rl.config import Config
 from medvqa_rl.core.progress import open_console, progress_bar
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import number_of
+from medvqa_rl.core.text import for_terminal, number_of
 from medvqa_rl.data import Split, load_dataset, load_splits
-from medvqa_rl.data.division import choose_column, divide, equal_images, images_in, read_whole, write_divided
+from medvqa_rl.data.division import choose_column, divide, equal_images, output_suffix, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
 
 
 def run_split(
-    table: Path, *, output: Path | None, by: str | None, val: float, test: float, seed: int, images: Path | None
+    table: Path,
+    *,
+    output: Path | None,
+    by: str | None,
+    val: float,
+    test: float,
+    seed: int,
+    images: Path | None,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    max_dropped: float = 0.0,
 ) -> None:
     """Assign the rows of a table to splits and write it with a column ``split``.
 
     Args:
-        table: CSV, JSON Lines, JSON or parquet file.
-        output: the new table; defaults to ``data`` beside the old one, with the same suffix.
+        table: the table, in any format that ``data.name: own`` reads.
+        output: the new table; defaults to ``data`` beside the old one.
         by: ``image``, or a column whose values must not be in two splits; None takes the column of patients if
             there is one.
         images: folder of the images; if given, they are decoded and those with equal pixels stay together.
+        columns: our name -> column of the table.
+        max_dropped: largest share of rows that may be left out because they cannot be used.
 
     Raises:
         ValueError: the table cannot be read or split, or the new one exists.
     """
-    suffix = table.suffix if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
-    out = table.with_name(f"data{suffix}") if output is None else output
+    out = table.with_name(f"data{output_suffix(table)}") if output is None else output
     if out.exists():
         raise ValueError(f"The file {out} already exists: choose another file with --output, or move this one away.")
-    rows = read_whole(table)
+    whole = read_whole(table, images, columns)
+    print(for_terminal(whole.about))
     equal: list[tuple[str, ...]] = []
     if images is not None:
         with progress_bar("images") as progress:
-            equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
+            whole, equal = equal_images(whole, images, workers=min(8, os.cpu_count() or 1), progress=progress)
+    whole.checked(max_dropped)
     warning = ""
     if by is None:
-        by, warning = choose_column(rows)
-    division = divide(rows, table, by=by, val=val, test=test, seed=seed, equal=equal)
+        by, warning = choose_column([entry.fields for entry in whole.entries])
+    division = divide(whole, by=by, val=val, test=test, seed=seed, equal=equal)
     write_divided(division, out)
     shown = []
     for split, count in division.counts().items():
-        names = {
-            name
-            for number, (row, place) in enumerate(zip(rows, division.splits))
-            if place == split
-            for name in images_in(row, number, table)
-        }
-        shown.append((split, f"{count:,}", f"{100 * count / len(rows):.1f} %", f"{len(names):,}"))
+        names = {n for entry, place in zip(whole.entries, division.splits) if place == split for n in entry.images}
+        shown.append((split, f"{count:,}", f"{100 * count / len(whole.entries):.1f} %", f"{len(names):,}"))
     printer = open_console()
     printer.print(TextTable("", ("split", "rows", "share", "images"), shown))
     printer.print(
@@ -60,6 +69,8 @@ def run_split(
     )
     if warning:
         printer.print(warning, soft_wrap=True)
+    if whole.bad:
+        printer.print("\n".join(["Left out:", *whole.complaints()]), soft_wrap=True, markup=False)
     if images is not None:
         renamed = sum(len(group) - 1 for group in equal)
         printer.print(f"{number_of(renamed, 'duplicate')} of another image, under another name.")
@@ -68,6 +79,7 @@ def run_split(
         places = [f"data.path={shlex.quote(str(out.parent))}"]
         if images is not None and images.resolve() not in (out.parent.resolve() / "images", out.parent.resolve()):
             places.append(f"data.image_folder={shlex.quote(str(images.absolute()))}")
+        places += [f"data.columns.{name}={shlex.quote(column)}" for name, column in columns.items()]
         printer.print(
             f"To use it, add to a command with a config: data.name=own data.split=official {' '.join(places)}",
             soft_wrap=True,

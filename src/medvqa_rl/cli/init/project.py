@@ -9,37 +9,41 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from medvqa_rl.cli.data.check import print_report
+from medvqa_rl.cli.init.questions import find_obstacles, load_staged, read_checked, split_table
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig, ModelConfig
-from medvqa_rl.config.yaml import build_config, read_yaml
+from medvqa_rl.config.inputs import ColumnsConfig
+from medvqa_rl.config.yaml import build_config, read_yaml, write_yaml
 from medvqa_rl.core.embedded import local_file
 from medvqa_rl.core.files import temporary_folder, write_text
-from medvqa_rl.core.progress import open_console, progress_bar, progress_bars
+from medvqa_rl.core.progress import open_console, progress_bars
 from medvqa_rl.core.prompts import render_prompt
-from medvqa_rl.core.text import for_terminal, normalise, shown
+from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Dataset, Sample
-from medvqa_rl.data import load_splits
 from medvqa_rl.data.check import check_data
-from medvqa_rl.data.division import COLUMN, Division, choose_column, divide, equal_images, read_whole, write_divided
+from medvqa_rl.data.division import (
+    output_suffix,
+    write_divided,
+)
 from medvqa_rl.data.findings import DataReport
-from medvqa_rl.data.reading.issues import TooManyDropped
+from medvqa_rl.data.reading.tables import is_saved
+from medvqa_rl.data.sets.own import embeds_images
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
 from medvqa_rl.learning.estimate.hardware import GIB, Machine, Rates
 
-MIN_SAMPLES = 50
-"""With fewer questions nothing can be learned or measured: ten test questions have an interval of 60 points."""
 ROOM = 0.85
 """Share of the GPU's memory that the settings may use; estimates are a few percent off, and images differ."""
+MAX_DROPPED = 0.05
+"""So large a share of the rows may be unusable unless ``--max-dropped`` says otherwise, as ``data.max_dropped``."""
 MODEL = "Qwen/Qwen3-VL-2B-Instruct"
-SPLITS = ("train", "val", "test")
 PASSES = 4
 """Passes over the training questions, within 50 to 2,000 steps."""
 
@@ -68,10 +72,12 @@ class Project:
     """What was asked for."""
 
     folder: Path
-    images: Path
+    images: Path | None
     model: str
     """``model.path`` on a GPU."""
     open_correctness: str | None
+    columns: Mapping[str, str]
+    """``data.columns``."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,26 @@ def run_init(
     project: Path,
     *,
     table: Path,
-    images: Path,
+    images: Path | None,
     gpu_memory: float | None = None,
     model: str = MODEL,
     open_correctness: str | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    max_dropped: float = MAX_DROPPED,
 ) -> bool:
     """Check questions and images, write ``config.yaml`` and the table with its splits, and print the next commands.
 
     Args:
         project: folder to create.
-        table: the questions, with the columns of :mod:`medvqa_rl.data.sets.own`.
-        images: image folder.
+        table: the questions, in any form that :mod:`medvqa_rl.data.sets.own` reads.
+        images: image folder; None if the table holds its images.
         gpu_memory: memory of the training GPU in GiB; None uses the GPU of this machine.
         model: ``model.path`` on a GPU.
         open_correctness: value of ``rewards.open_correctness``, or None for its default.
         seed: of the split.
+        columns: our name -> column of the table, where it is not recognised.
+        max_dropped: largest share of rows that may be left out because they cannot be used.
 
     Returns:
         Whether the data check passed; if not, nothing is written.
@@ -113,11 +123,17 @@ def run_init(
     """
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
         raise ValueError(f"{project} already exists and is not overwritten: choose another name, or move it away.")
-    if not table.is_file():
-        raise ValueError(f"The table {table} does not exist: give your questions as CSV, JSON Lines, JSON or parquet.")
-    if not images.is_dir():
+    if not table.is_file() and not is_saved(table):
+        raise ValueError(
+            f"The table {table} does not exist: give your questions as CSV, Excel, JSON Lines, JSON or parquet, or a "
+            "folder written by save_to_disk."
+        )
+    if images is not None and not images.is_dir():
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
-    rows = read_whole(table)
+    if embeds_images(table, columns):
+        images = None
+    elif images is None:
+        raise ValueError(f"{table} names files of images: give their folder with --images.")
     memory, where = (gpu_memory, "as given") if gpu_memory is not None else find_gpu()
     if memory is None and model != MODEL:
         raise ValueError("--model is for a GPU, and torch finds none here: give the memory of one with --gpu-memory.")
@@ -128,17 +144,26 @@ def run_init(
     out = open_console()
     with temporary_folder(project) as temporary:
         stage = temporary / "project"
-        suffix = table.suffix.lower() if table.suffix.lower() in (".jsonl", ".csv", ".parquet") else ".jsonl"
-        write_divided(split_table(rows, table, images, seed), stage / f"data{suffix}")
+        staged = stage / f"data{output_suffix(table)}"
+        whole, equal = read_checked(table, images, columns, temporary)
+        out.print(whole.about, soft_wrap=True, markup=False, highlight=False)
+        if whole.checked(max_dropped).bad:
+            out.print("\n".join(["Left out:", *whole.complaints()]), soft_wrap=True, markup=False, highlight=False)
+        write_divided(split_table(whole, equal, seed), staged)
         data = DataConfig(
-            name="own", path=str(stage), image_folder=str(images.resolve()), num_val=None, cache_dir=str(temporary)
+            name="own",
+            path=str(stage),
+            image_folder=None if images is None else str(images.resolve()),
+            num_val=None,
+            columns=ColumnsConfig(**columns),
+            cache_dir=str(temporary),
         )
-        datasets = load_staged(data, stage / f"data{suffix}", table)
+        datasets = load_staged(data, staged, table)
         samples = [dataset[index] for dataset in datasets.values() for index in range(len(dataset))]
         if problems := find_obstacles(samples, table, open_correctness):
             raise ConfigError(problems)
         template = CPU if memory is None else GPU
-        given = Project(project, images, model, open_correctness)
+        given = Project(project, images, model, open_correctness, columns)
         draft = build_config(read_yaml(fill(template, placeholders(template, given, datasets, None, ""))))
         report = run_check(datasets, draft)
         print_report(report, out, image_rule(draft.model)[1])
@@ -151,7 +176,7 @@ def run_init(
         build_config(read_yaml(text), purpose="train")
         write_text(stage / "config.yaml", text)
         os.replace(stage, project)
-    out.print(f"\nWritten: {project / 'config.yaml'} and {project / f'data{suffix}'}", soft_wrap=True)
+    out.print(f"\nWritten: {project / 'config.yaml'} and {project / staged.name}", soft_wrap=True)
     out.print(line, soft_wrap=True)
     out.print("\nNext:")
     for command in next_commands(project, on_gpu=memory is not None):
@@ -167,81 +192,6 @@ def find_gpu() -> tuple[float | None, str]:
         return None, ""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return properties.total_memory / GIB, properties.name
-
-
-def load_staged(data: DataConfig, staged: Path, table: Path) -> Mapping[str, Dataset]:
-    """Load the splits of the copy in the temporary folder; errors name the user's table instead.
-
-    Raises:
-        ValueError: the table cannot be used.
-    """
-    try:
-        return load_splits(data)
-    except ValueError as error:
-        text = f"{error.found}: fix or remove them." if isinstance(error, TooManyDropped) else str(error)
-        for shown, given in ((staged, table), (staged.parent, table.parent), (staged.name, table.name)):
-            text = text.replace(str(shown), str(given))
-        raise ValueError(text) from error
-
-
-def split_table(rows: Sequence[Mapping[str, Any]], table: Path, images: Path, seed: int) -> Division:
-    """Split the table, or keep its own split if it has one.
-
-    No image is in two splits, even under two names, and no patient if a column names them.
-
-    Raises:
-        ValueError: an image cannot be decoded, a row lacks its image or patient, the table's own split is incomplete,
-            or there are too few groups.
-    """
-    own = [str(row.get(COLUMN) or "").strip() for row in rows]
-    if any(own):
-        bad = next((number for number, place in enumerate(own) if place not in SPLITS), None)
-        missing = [place for place in SPLITS if place not in own]
-        if bad is not None or missing:
-            what = (
-                f"has no row for {missing[0]}" if bad is None else f"is {shown(own[bad])} in row {bad}, counted from 0"
-            )
-            raise ValueError(
-                f"The column {COLUMN} of {table} {what}: give train, val or test in every row and use "
-                "all three, or remove the column to have the questions split for you."
-            )
-        return Division(tuple(rows), tuple(own), 0)  # type: ignore[arg-type]
-    with progress_bar("images") as progress:
-        equal = equal_images(rows, table, images, workers=min(8, os.cpu_count() or 1), progress=progress)
-    by, warning = choose_column(rows)
-    print(for_terminal(warning or f"Rows with the same {by} stay in one split."))
-    return divide(rows, table, by=by, val=0.1, test=0.2, seed=seed, equal=equal)
-
-
-def find_obstacles(samples: Sequence[Sample], table: Path, open_correctness: str | None) -> list[str]:
-    """Return a sentence for each reason why nothing can be learned from the questions."""
-    problems = []
-    if len(samples) < MIN_SAMPLES:
-        problems.append(
-            f"{table} has {len(samples)} usable questions, but training and testing need at least "
-            f"{MIN_SAMPLES}: collect more (500 to 1,000 are usual for LoRA)."
-        )
-    answers = Counter(normalise(sample.answer_text) for sample in samples)
-    letters = Counter(sample.answer for sample in samples if sample.answer_type == "choice")
-    if len(answers) == 1:
-        (answer,) = answers
-        problems.append(
-            f"All {len(samples)} answers in {table} are {shown(answer)}, so always giving that answer is always right "
-            "and there is nothing to learn: add questions with other answers."
-        )
-    elif len(letters) == 1 and letters.total() == len(samples):
-        (letter,) = letters
-        problems.append(
-            f"The right option in {table} is always {letter}, so always answering {letter} is always "
-            "right and there is nothing to learn: shuffle the options."
-        )
-    if open_correctness is None and all(sample.answer_type == "open" for sample in samples):
-        problems.append(
-            f"All questions in {table} are open-ended, and by default an open-ended answer must match the gold answer "
-            "exactly: add a column with options, or choose how answers are scored with --open-correctness token_f1, "
-            "similarity or judge (exact keeps the default)."
-        )
-    return problems
 
 
 def run_check(datasets: Mapping[str, Dataset], config: Config) -> DataReport:
@@ -346,7 +296,8 @@ def placeholders(
         "config": project / "config.yaml",
         "output": str((project / "run").absolute()),
         "path": str(project.absolute()),
-        "images": str(images.resolve()),
+        "images": "" if images is None else f"  image_folder: {write_yaml(str(images.resolve()), inline=True)}\n",
+        "columns": columns_lines(given.columns),
         "counts": ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items()),
         "model": given.model,
         "pixels": "" if limit is None else f"  max_pixels: {limit}               # {tokens}\n",
@@ -357,6 +308,12 @@ def placeholders(
         "warmup": min(20, steps // 10),
         **{path.rpartition(".")[2]: value for path, value in values.items()},
     }
+
+
+def columns_lines(columns: Mapping[str, str]) -> str:
+    """``data.columns`` in the config, or nothing."""
+    lines = [f"    {name}: {write_yaml(column, inline=True)}\n" for name, column in columns.items()]
+    return "".join(["  columns:                         # of your table\n", *lines]) if lines else ""
 
 
 def next_commands(project: Path, *, on_gpu: bool) -> list[str]:

@@ -22,8 +22,7 @@ network: $network                       # off: block connections to other machin
 data:
   name: own                        # your own table
   path: $path_yaml
-  image_folder: $images_yaml
-  split: official                  # the table's column split: $counts
+${images}${columns}  split: official                  # the table's column split: $counts
   num_val: null                    # use all validation questions
 """
 
@@ -116,6 +115,6 @@ _COMMENTED = re.compile(r"^( *\w+: \S+) +# ", re.MULTILINE)
 def fill(template: str, values: Mapping[str, Any]) -> str:
     """Fill in a template, with folders quoted as YAML, booleans in lower case and comments in one column."""
     plain = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
-    quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "images", "model")}
+    quoted = {f"{name}_yaml": write_yaml(plain[name], inline=True) for name in ("output", "path", "model")}
     filled = Template(template).substitute(plain | quoted)
     return _COMMENTED.sub(lambda line: f"{line[1]:<34} # ", filled)

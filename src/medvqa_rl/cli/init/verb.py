@@ -7,16 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import verb
+from medvqa_rl.cli.common import Columns, read_columns, verb
 
 
 @verb
 def init(
     project: Annotated[Path, typer.Argument(metavar="PROJECT", help="Folder to create.")],
     data: Annotated[
-        Path, typer.Option(help="Your questions: CSV, JSON Lines, JSON or parquet, with image, question and answer.")
+        Path,
+        typer.Option(
+            help="Your questions: CSV, Excel, JSON Lines, JSON, parquet, or a folder written by save_to_disk. Columns "
+            "and the records of other tools are recognised (docs/data.md)."
+        ),
     ],
-    images: Annotated[Path, typer.Option(help="Folder of the images.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images; not needed if the table holds them.")
+    ] = None,
     gpu_memory: Annotated[
         float | None,
         typer.Option(min=1.0, help="Memory of the training GPU in GiB. Defaults to this machine's GPU."),
@@ -29,6 +35,10 @@ def init(
         typer.Option(help="How open-ended answers are scored; sets rewards.open_correctness."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into train, val and test.")] = 0,
+    columns: Columns = None,
+    max_dropped: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Largest share of unusable rows to leave out; more are refused.")
+    ] = 0.05,
 ) -> None:
     """Turn your own questions into a project: check and split the data, and write a config that fits your GPU.
 
@@ -44,6 +54,8 @@ def init(
         model=model,
         open_correctness=open_correctness,
         seed=seed,
+        columns=read_columns(columns),
+        max_dropped=max_dropped,
     )
     if not is_right:
         raise typer.Exit(1)

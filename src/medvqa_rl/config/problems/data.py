@@ -106,6 +106,7 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
         ("modalities", data.modalities, (), "phantom"),
         ("letter_skew", data.letter_skew, 0.0, "phantom"),
         ("variant", data.variant, "v1", "pmc_vqa"),
+        ("columns", data.columns.given, {}, "own"),
     ):
         if value != default and data.name != owner:
             yield (

@@ -92,6 +92,7 @@ def _save(file: Path, version: list[int], folders: dict[str, int], reading: Read
         "folders": folders,
         "total": reading.total,
         "left_out": reading.left_out,
+        "about": reading.about,
         "rows": list(zip(*reading.rows)),
         "issues": list(zip(*reading.issues)),
     }
@@ -124,4 +125,5 @@ def _load(file: Path, version: list[int], images: Path) -> Reading | None:
         [RowIssue(*values) for values in zip(*content["issues"])],
         content["total"],
         Counter(content["left_out"]),
+        content["about"],
     )

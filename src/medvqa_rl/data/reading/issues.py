@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from medvqa_rl.core.text import first_few, number_of
+from medvqa_rl.core.text import first_few, number_of, printable
 
 Action = Literal["dropped", "repaired"]
 
@@ -28,6 +31,48 @@ class RowIssue(NamedTuple):
     action: Action
     detail: str = ""
     """The offending value, or empty if the reason says everything."""
+    line: int = 0
+    """The row as the file numbers it (:meth:`TableReport.number`); 0 if rows are simply counted."""
+
+    @property
+    def number(self) -> int:
+        """The row as people count it (:meth:`TableReport.number`)."""
+        return self.line or self.row + 1
+
+
+@dataclass
+class TableReport:
+    """Collects what is found in one file."""
+
+    file: str
+    """The file, relative to the data set's folder."""
+    issues: list[RowIssue] = field(default_factory=list)
+    total: int = 0
+    """Number of rows, including unusable ones."""
+    about: str = ""
+    """How the file is written, such as ``separated by semicolons``; empty if its suffix says it."""
+    lines: array[int] = field(default_factory=lambda: array("L"))
+    """The line of each row in the file, or its row in the spreadsheet; empty if rows are simply counted."""
+
+    def number(self, row: int) -> int:
+        """The number of a row as a spreadsheet shows it (its header is row 1), for JSON Lines and text the number of
+        the line, in other files counted from 1.
+
+        Args:
+            row: position in the file, counted from 0.
+        """
+        return self._line(row) or row + 1
+
+    def _line(self, row: int) -> int:
+        return self.lines[row] if row < len(self.lines) else 0
+
+    def drop(self, row: int, reason: str, detail: str = "") -> None:
+        """Record that a row was dropped."""
+        self.issues.append(RowIssue(row, self.file, reason, "dropped", printable(detail), self._line(row)))
+
+    def repair(self, row: int, reason: str, detail: str = "") -> None:
+        """Record that a row was repaired."""
+        self.issues.append(RowIssue(row, self.file, reason, "repaired", printable(detail), self._line(row)))
 
 
 def count_issues(issues: Iterable[RowIssue]) -> dict[str, int]:
@@ -37,11 +82,11 @@ def count_issues(issues: Iterable[RowIssue]) -> dict[str, int]:
 
 
 def rows_by_reason(issues: Iterable[RowIssue], action: Action) -> dict[tuple[str, str], list[int]]:
-    """Map (file, reason) to the positions of the rows that were dropped or repaired."""
+    """Map (file, reason) to the numbers of the rows that were dropped or repaired (:attr:`RowIssue.number`)."""
     found: dict[tuple[str, str], list[int]] = {}
     for issue in issues:
         if issue.action == action:
-            found.setdefault((issue.file, issue.reason), []).append(issue.row)
+            found.setdefault((issue.file, issue.reason), []).append(issue.number)
     return found
 
 
@@ -67,16 +112,6 @@ def _log_once(level: int, folder: Path, line: str) -> None:
     log.log(level, "%s", line)
 
 
-class TooManyDropped(ValueError):
-    """Raised if too many rows are unusable; ``found`` says how many, and which, without advice."""
-
-    def __init__(self, found: str, max_dropped: float) -> None:
-        super().__init__(
-            f"{found}, more than data.max_dropped = {max_dropped:g} allows: fix the rows, or raise data.max_dropped."
-        )
-        self.found = found
-
-
 def refuse_if_too_many_dropped(
     issues: Sequence[RowIssue], *, total: int, max_dropped: float, name: str, folder: object
 ) -> None:
@@ -90,14 +125,16 @@ def refuse_if_too_many_dropped(
         folder: its folder, for the message.
 
     Raises:
-        TooManyDropped: the message lists reasons, files and rows.
+        ValueError: too many were; the message lists reasons, files and rows.
     """
     dropped = rows_by_reason(issues, "dropped")
     number = sum(map(len, dropped.values()))
     if number > max_dropped * total:
         reasons = "; ".join(
-            f"{reason}: rows {first_few(rows, 5)} of {file}" for (file, reason), rows in dropped.items()
+            f"{reason}: rows {first_few(rows, 20)} of {file}" for (file, reason), rows in dropped.items()
         )
-        raise TooManyDropped(
-            f"{number:,} of {total:,} rows of {name} at {folder} are unusable ({reasons})", max_dropped
+        enough = math.ceil(100 * number / total) / 100
+        raise ValueError(
+            f"{number:,} of {total:,} rows of {name} at {folder} are unusable ({reasons}), more than data.max_dropped "
+            f"= {max_dropped:g} allows: fix the rows, or set data.max_dropped={enough:g}."
         )

@@ -19,7 +19,11 @@ PREFIXES = 'option prefixes "A:" removed'
 
 _PREFIX = re.compile(r"^\(?([A-Z])\s*[:)]\s*(.*)$", re.DOTALL)
 
-_OPTION_COLUMN = re.compile(r"(?P<kind>option|choice|op)s?[\s_.-]*(?P<mark>[a-z]|\d\d?)", re.IGNORECASE)
+_OPTION_COLUMN = re.compile(
+    r"(?P<kind>option|choice|op|answer|antwort|auswahl|réponse|reponse|choix|opción|opcion|respuesta|选项|答案)s?"
+    r"[\s_.-]*(?P<mark>[a-z]|\d\d?)",
+    re.IGNORECASE,
+)
 
 _LABELLED = re.compile(
     r"(?:option|choice)?\s*(?P<opening>[(\[（【]?)\s*(?P<letter>[A-ZＡ-Ｚ])\s*"
@@ -70,6 +74,42 @@ def strip_quotes(text: str) -> str:
         elif text.count(mark) % 2 and text.endswith(" " + mark):
             text = text[:-1].rstrip()
     return text
+
+
+_MARK = re.compile(
+    r"(?:^|(?<=[\s,;:.?!]))(?P<opening>[(\[（【]?)(?P<letter>[A-Za-z])(?P<closing>[)\]）】:：、]|\.(?=\s))\s*(?=\S)"
+)
+_LEAD_IN = re.compile(
+    r"(?:^|\s)(?:(?:answer )?(?:options|choices)|optionen|antwortmöglichkeiten|choix|opciones|选项)\s*[:：]?\s*$",
+    re.IGNORECASE,
+)
+
+
+def split_options(question: str) -> tuple[str, tuple[str, ...]] | None:
+    """Split a text such as "Which side? A. left B. right" into the question and its options, or None.
+
+    The letters begin with A, follow each other and are marked in one way ("A.", "A)", "(A)", "A:"); none occurs twice.
+    """
+    marks: dict[tuple[str, str, bool], list[re.Match[str]]] = {}
+    for match in _MARK.finditer(question):
+        marks.setdefault((match["opening"], match["closing"], match["letter"].isupper()), []).append(match)
+    found = [chain for same in marks.values() if (chain := _chain(same))]
+    if len(found) != 1:
+        return None
+    (chain,) = found
+    ends = [*(match.start() for match in chain[1:]), len(question)]
+    texts = tuple(question[match.end() : end].strip(" \t\r\n,;，；") for match, end in zip(chain, ends))
+    stem = _LEAD_IN.sub("", question[: chain[0].start()]).strip()
+    return (stem, texts) if stem and all(texts) else None
+
+
+def _chain(marks: Sequence[re.Match[str]]) -> Sequence[re.Match[str]]:
+    """The marks from the last A on if they are A, B ... in order and at least two; else none."""
+    letters = "".join(match["letter"].upper() for match in marks)
+    start = letters.rfind("AB")
+    if start < 0 or letters[start:] != LETTERS[: len(letters) - start]:
+        return ()
+    return marks[start:]
 
 
 @dataclass(frozen=True)

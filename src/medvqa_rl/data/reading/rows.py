@@ -9,13 +9,15 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from medvqa_rl.core.text import normalise
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.issues import RowIssue
-from medvqa_rl.data.reading.tables import Fields, TableReport, from_windows, read_table
+from medvqa_rl.data.reading.issues import RowIssue, TableReport
+from medvqa_rl.data.reading.sheets import Fields, from_windows
+from medvqa_rl.data.reading.tables import read_table
 
 MAX_TEXT = 20_000
 """Most characters of a question, option or answer; a longer text is damage."""
@@ -68,6 +70,8 @@ class Reading:
     """Number of rows read, including dropped ones."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Rows that belong to another data set in the same file, by reason; not included in ``total``."""
+    about: list[str] = field(default_factory=list)
+    """A sentence for each of the user's own files: what it was recognised as."""
 
     def extend(self, other: Reading) -> None:
         """Append the rows and issues of another file."""
@@ -75,6 +79,7 @@ class Reading:
         self.issues += other.issues
         self.total += other.total
         self.left_out += other.left_out
+        self.about += other.about
 
 
 Parse = Callable[[int, Fields, Repairs], Row]
@@ -91,6 +96,8 @@ def read_rows(
     columns: tuple[str, ...] = (),
     known: Collection[str] = (),
     keep_repeated: bool = False,
+    prepare: Callable[[Fields], Fields] = lambda fields: fields,
+    report: TableReport | None = None,
 ) -> Reading:
     """Read and parse every row of a table.
 
@@ -105,17 +112,20 @@ def read_rows(
         columns: columns of a ``.txt`` file, which has no header.
         known: columns that ``parse`` reads; the others become :attr:`Row.columns`.
         keep_repeated: keep rows with repeated content.
+        prepare: brings the fields of a row into the form that ``parse`` reads; raises Unusable to drop the row.
+        report: collects the issues; a new one by default.
 
     Raises:
         ValueError: the table cannot be read.
     """
-    report = TableReport(file or path.name)
+    report = report or TableReport(file or path.name)
     rows: list[Row] = []
     ids: set[str] = set()
     contents: dict[Hashable, int] = {}
     for number, fields in read_table(path, report, required=required, columns=columns):
         repairs: Repairs = {}
         try:
+            fields = prepare(fields)
             row = parse(number, fields, repairs)
             if row.id in ids:
                 raise Unusable(f"repeated {id_column}", row.id)
@@ -123,7 +133,7 @@ def read_rows(
             content = (row.images, row.question, row.options, row.answer, row.alternatives, row.split)
             first = contents.setdefault(content, number)
             if first != number and not keep_repeated:
-                raise Unusable("repeated row", f"the same as row {first}")
+                raise Unusable("repeated row", f"the same as row {report.number(first)}")
             if others := _other_columns(fields, known):
                 row = row._replace(columns=others)
         except Unusable as problem:
@@ -278,7 +288,8 @@ def find_images(names: Sequence[str], folder: ImageFolder, repairs: Repairs) -> 
         path, problem = folder.find(file)
         if problem:
             raise Unusable(problem, name)
-        if path != file and not file.isascii():
-            repairs["image name in another Unicode form"] = name
+        if path != file:
+            is_same = normalize("NFC", path) == normalize("NFC", file)
+            repairs["image name in another Unicode form" if is_same else "image name without folder or suffix"] = name
         paths.append(path if fragment is None else f"{path}#{fragment}")
     return tuple(paths)

@@ -1,4 +1,5 @@
-"""Read and write tables in CSV, JSON, JSON Lines and parquet. Imports no torch.
+"""Read and write tables: CSV, Excel, JSON, JSON Lines, parquet and folders of the ``datasets`` library. Imports no
+torch.
 
 A damaged row is dropped and reported. A damaged file (no header, not JSON, not parquet) raises ValueError.
 """
@@ -7,8 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,33 +16,19 @@ from typing import Any
 from medvqa_rl.core.files import write_whole
 from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.text import printable, shown
-from medvqa_rl.data.reading.issues import RowIssue
+from medvqa_rl.data.reading.issues import TableReport
+from medvqa_rl.data.reading.sheets import (
+    WINDOWS_1252,
+    Fields,
+    check_columns,
+    decode,
+    read_csv,
+    read_excel,
+    refuse_utf16,
+)
 
-Fields = Mapping[str, Any]
-
-READABLE = (".csv", ".jsonl", ".json", ".parquet")
+READABLE = (".csv", ".tsv", ".xlsx", ".jsonl", ".json", ".parquet")
 WRITABLE = (".jsonl", ".csv", ".parquet")
-
-WINDOWS_1252 = "not UTF-8, read as Windows-1252"
-
-
-@dataclass
-class TableReport:
-    """Collects the issues of one file."""
-
-    file: str
-    """The file, relative to the data set's folder."""
-    issues: list[RowIssue] = field(default_factory=list)
-    total: int = 0
-    """Number of rows, including unusable ones."""
-
-    def drop(self, row: int, reason: str, detail: str = "") -> None:
-        """Record that a row was dropped."""
-        self.issues.append(RowIssue(row, self.file, reason, "dropped", printable(detail)))
-
-    def repair(self, row: int, reason: str, detail: str = "") -> None:
-        """Record that a row was repaired."""
-        self.issues.append(RowIssue(row, self.file, reason, "repaired", printable(detail)))
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -58,21 +44,23 @@ def read_table(
     Args:
         path: a file whose suffix is one of ``READABLE``, or ``.txt`` if ``columns`` are given.
         report: collects dropped and repaired rows and the number of rows.
-        required: columns that a CSV or parquet file must have.
+        required: columns that a table with a header must have.
         columns: columns of a ``.txt`` file, which has no header and separates cells by "|".
 
     Raises:
         ValueError: the file cannot be read; the message names it.
     """
     readers: dict[str, Callable[[Path, TableReport, tuple[str, ...]], Iterator[tuple[int, Fields]]]] = {
-        ".csv": _read_csv,
+        ".csv": read_csv,
+        ".tsv": read_csv,
+        ".xlsx": read_excel,
         ".jsonl": _read_jsonl,
         ".json": _read_json,
         ".parquet": _read_parquet,
     }
     if columns:
         readers[".txt"] = lambda path, report, _: _read_txt(path, report, columns)
-    reader = readers.get(path.suffix.lower())
+    reader = _read_saved if is_saved(path) else readers.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"The table {path} ends in {shown(path.suffix)}: convert it to one of {', '.join(READABLE)}.")
     try:
@@ -84,93 +72,10 @@ def read_table(
     report.total = max(report.total, *(issue.row + 1 for issue in report.issues), 0)
 
 
-def _check_columns(path: Path, columns: list[str], required: tuple[str, ...]) -> None:
-    """Refuse a table with missing or duplicate columns."""
-    if missing := [name for name in required if name not in columns]:
-        raise ValueError(
-            f"The table {path} has no column {', '.join(missing)}; it has {printable(', '.join(columns)) or 'none'}: "
-            "rename its columns, or check that data.path and data.name belong together."
-        )
-    if repeated := sorted({name for name in columns if columns.count(name) > 1}):
-        raise ValueError(
-            f"The table {path} has the column {printable(', '.join(repeated))} twice: rename one of them."
-        )
-
-
-_FROM_LATIN_1 = {
-    code: character
-    for code in range(0x80, 0xA0)
-    if (character := bytes([code]).decode("cp1252", "ignore"))  # five bytes of Windows-1252 mean nothing
-}
-
-
-def from_windows(text: str) -> str:
-    """Replace the C1 control characters of Windows-1252 text that was read as Latin-1 by what they stand for."""
-    return text.translate(_FROM_LATIN_1)
-
-
-def _refuse_utf16(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or start == b"\x00\x00\xfe\xff":
-        raise ValueError(f"The table {path} is UTF-16 or UTF-32: save it as UTF-8.")
-
-
-def _decode(text: str) -> tuple[str, bool]:
-    """Decode text that was read with surrogate escapes: the text, and whether it is Windows-1252 rather than UTF-8."""
-    if text.isascii():
-        return text, False
-    raw = text.encode("utf-8", "surrogateescape")
-    try:
-        return raw.decode("utf-8"), False
-    except UnicodeDecodeError:
-        return from_windows(raw.decode("latin-1")), True
-
-
-def _read_csv(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """Read the rows below a header. Quoting is strict, so that a stray quotation mark cannot swallow later rows."""
-    _refuse_utf16(path)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-        except csv.Error as error:
-            raise ValueError(
-                f"The header of {path} is not CSV ({printable(str(error))}): fix its first line."
-            ) from error
-        header = [_decode(name)[0].strip() for name in header]
-        if not any(header) or any("\0" in name for name in header):
-            raise ValueError(f"The table {path} has no header: its first line must name the columns.")
-        _check_columns(path, header, required)
-        number = -1
-        while True:
-            line = reader.line_num + 1
-            number += 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                report.drop(number, "broken quotation or endless cell", f"line {line}: {error}")
-                continue
-            if not cells:
-                number -= 1  # empty lines are not rows
-                continue
-            if len(cells) != len(header):
-                report.drop(
-                    number, "wrong number of cells", f"line {line}: {len(cells)} where the header has {len(header)}"
-                )
-                continue
-            row = "".join(cells)
-            if not row.isascii() and _decode(row)[1]:
-                cells = [_decode(cell)[0] for cell in cells]
-                report.repair(number, WINDOWS_1252, f"line {line}")
-            yield number, dict(zip(header, cells))
-
-
 def _read_txt(path: Path, report: TableReport, columns: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Read lines of cells separated by "|"."""
     for number, (line_number, line, is_windows) in enumerate(_filled_lines(path)):
+        report.lines.append(line_number)
         cells = line.rstrip("\r\n").split("|")
         if len(cells) != len(columns):
             report.drop(number, "wrong number of cells", f"line {line_number}: {len(cells)}, not {len(columns)}")
@@ -182,10 +87,10 @@ def _read_txt(path: Path, report: TableReport, columns: tuple[str, ...]) -> Iter
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str, bool]]:
     """Yield the lines that are not blank: number from 1, text, and whether they are Windows-1252."""
-    _refuse_utf16(path)
+    refuse_utf16(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for line_number, raw in enumerate(file, start=1):
-            line, is_windows = _decode(raw)
+            line, is_windows = decode(raw)
             if line.strip():
                 yield line_number, line, is_windows
 
@@ -205,6 +110,7 @@ def _parse_json(text: str) -> Any:
 def _read_jsonl(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
     """Read one JSON object per line."""
     for number, (line_number, line, is_windows) in enumerate(_filled_lines(path)):
+        report.lines.append(line_number)
         try:
             fields = _parse_json(line)
         except ValueError as error:
@@ -219,13 +125,23 @@ def _read_jsonl(path: Path, report: TableReport, required: tuple[str, ...]) -> I
 
 
 def _read_json(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
-    """Read a list of JSON objects."""
-    _refuse_utf16(path)
-    text, is_windows = _decode(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    """Read a list of JSON objects, or an object with one such list in it."""
+    refuse_utf16(path)
+    text, is_windows = decode(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     try:
         content = _parse_json(text)
     except ValueError as error:
         raise ValueError(f"The file {path} is not JSON ({printable(str(error))}): download it again.") from error
+    if isinstance(content, dict):
+        lists = {name: value for name, value in content.items() if isinstance(value, list) and value}
+        if len(lists) > 1:
+            raise ValueError(
+                f"The file {path} holds {len(lists)} lists ({printable(', '.join(lists))}): write the one with the "
+                "questions to a file of its own."
+            )
+        if lists:
+            ((name, content),) = lists.items()
+            report.about = f"the list {shown(name)}"
     if not isinstance(content, list) or not content:
         raise ValueError(f"The file {path} is not a list of questions: check that it is the right file.")
     for number, fields in enumerate(content):
@@ -242,11 +158,41 @@ def _read_parquet(path: Path, report: TableReport, required: tuple[str, ...]) ->
     pyarrow = import_pyarrow(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            _check_columns(path, list(file.schema_arrow.names), required)
+            check_columns(path, list(file.schema_arrow.names), required)
             batches = file.iter_batches(batch_size=256)
             yield from enumerate(fields for batch in batches for fields in batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not parquet, or damaged ({printable(str(error))}): download it again.") from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a path is a folder written by ``Dataset.save_to_disk`` of the ``datasets`` library."""
+    return (path / "state.json").is_file()
+
+
+def _read_saved(path: Path, report: TableReport, required: tuple[str, ...]) -> Iterator[tuple[int, Fields]]:
+    """Read the Arrow files of a folder written by ``Dataset.save_to_disk``."""
+    pyarrow = import_pyarrow(path)
+    report.about = "saved by datasets"
+    number = 0
+    try:
+        files = _parse_json((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
+        names = [Path(file["filename"]).name for file in files]
+        for name in names:
+            with pyarrow.memory_map(str(path / name)) as source, pyarrow.ipc.open_stream(source) as stream:
+                check_columns(path, list(stream.schema.names), required)
+                for batch in stream:
+                    for start in range(0, batch.num_rows, 256):
+                        for fields in batch.slice(start, 256).to_pylist():
+                            yield number, fields
+                            number += 1
+    except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        if str(path) in str(error) and isinstance(error, ValueError):
+            raise
+        raise ValueError(
+            f"The folder {path} was not written by save_to_disk, or is damaged ({printable(str(error))}): save it "
+            "again."
+        ) from error
 
 
 def import_pyarrow(path: Path) -> Any:
@@ -260,8 +206,8 @@ def import_pyarrow(path: Path) -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ValueError(
-            f"{path} is parquet, which needs pyarrow: install it with pip install 'medvqa-rl[hub]', or use JSON Lines "
-            "or CSV."
+            f"{path} is parquet or Arrow, which needs pyarrow: install it with pip install 'medvqa-rl[hub]', or use "
+            "JSON Lines or CSV."
         ) from error
     return pyarrow
 

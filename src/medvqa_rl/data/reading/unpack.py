@@ -91,9 +91,14 @@ def store_image(data: bytes, folder: Path) -> str:
     Returns:
         The file's name, which is the same for equal images.
     """
-    suffix = next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".bin")
-    name = hashlib.sha256(data).hexdigest()[:32] + suffix
+    name = name_of(data)
     if not (folder / name).is_file():
         with write_whole(folder / name, durable=False) as partial:
             partial.write_bytes(data)
     return name
+
+
+def name_of(data: bytes) -> str:
+    """The name of the file for the bytes of an image: their hash and the suffix of their format."""
+    suffix = next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".bin")
+    return hashlib.sha256(data).hexdigest()[:32] + suffix

@@ -1,4 +1,4 @@
-"""The user's own questions: a table in JSON Lines, CSV or parquet, and a folder of images. Imports no torch.
+"""The user's own questions: a table or the records of another tool, and a folder of images. Imports no torch.
 
 The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one file ``data``, which needs a column
 ``split`` for ``data.split: official``. docs/data.md lists the columns that are read; reward functions get the others.
@@ -6,20 +6,32 @@ The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one 
 
 from __future__ import annotations
 
-import json
-import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.files import cache_folder
-from medvqa_rl.core.text import is_yes_no, normalise
-from medvqa_rl.core.types import AnswersAs, AnswerType
+from medvqa_rl.core.text import is_yes_no, normalise, number_of
+from medvqa_rl.core.types import LETTERS, AnswersAs, AnswerType
 from medvqa_rl.data.images.windowing import split_fragment
 from medvqa_rl.data.patients import patient_of
+from medvqa_rl.data.reading.cells import (
+    Survey,
+    as_number,
+    image_cells,
+    option_cells,
+    read_answers,
+    survey,
+    without_placeholders,
+    without_tags,
+)
 from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
-from medvqa_rl.data.reading.options import Options, as_letter, find_gold, option_columns, read_options
+from medvqa_rl.data.reading.issues import TableReport
+from medvqa_rl.data.reading.options import Options, as_letter, find_gold, read_options, split_options
+from medvqa_rl.data.reading.records import Standard
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,
@@ -28,14 +40,15 @@ from medvqa_rl.data.reading.rows import (
     clean_text,
     distinct,
     find_images,
-    is_missing,
     optional_text,
     read_groups,
     read_rows,
     required_text,
     without_point_zero,
 )
-from medvqa_rl.data.reading.tables import WRITABLE, Fields
+from medvqa_rl.data.reading.sheets import Fields
+from medvqa_rl.data.reading.tables import READABLE, is_saved, read_table
+from medvqa_rl.data.reading.unpack import store_image
 from medvqa_rl.data.splits import SPLITS, Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split
 
@@ -54,6 +67,7 @@ BOOLEANS = {
 GROUPS = {"modality": "modality", "organ": "organ", "family": "family"}
 KNOWN = {
     *("id", "image", "images", "question", "answer", "options", "answer_type", "reasoning", "description"),
+    *(f"image_{number}" for number in range(1, 10)),
     *GROUPS.values(),
 }
 """Columns whose values the samples have in their fields; rewards get the others too, such as patient."""
@@ -69,7 +83,6 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
         ValueError: see :func:`medvqa_rl.data.stored.load_split`.
     """
     root = data_folder(config, "your own data", ["**"])
-    images = image_folder(root, config, ("images", ""))
     files: dict[Split, list[Path]] = {name: find_table(root, name) for name in SPLITS}
     combined = find_table(root, "data")
     if combined and any(files.values()):
@@ -83,13 +96,19 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
     if not any(files.values()):
         raise ValueError(
             f"There is no table of questions in {root}: name it train, val, test or data, with one of the suffixes "
-            f"{', '.join(WRITABLE)}."
+            f"{', '.join(READABLE)}."
         )
+    given = config.columns.given
+    embeds = [embeds_images(path, given) for path in dict.fromkeys(path for paths in files.values() for path in paths)]
+    if any(embeds) and not all(embeds):
+        raise ValueError(f"Of the tables in {root} some hold their images and some name files: use one way in all.")
+    cache_dir = cache_folder(config.cache_dir)
+    images = unpacked_images(cache_dir) if any(embeds) else image_folder(root, config, ("images", ""))
     folder = ImageFolder(images)
 
     def read(path: Path) -> Reading:
         file_split = split_of_file.get(path, "")
-        recipe = f"own {file_split} {config.split} {config.answers_as}"
+        recipe = f"own {file_split} {config.split} {config.answers_as} {given}"
         reader = partial(
             read_own,
             path,
@@ -97,8 +116,10 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
             split=file_split,
             needs_split=config.split == "official",
             answers_as=config.answers_as,
+            given=given,
+            unpacks=any(embeds),
         )
-        return read_indexed(path, folder, recipe, reader, cache_folder(config.cache_dir))
+        return read_indexed(path, folder, recipe, reader, cache_dir, is_shared=any(embeds))
 
     source = Source(
         title="your own data",
@@ -115,10 +136,15 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
 def find_table(root: Path, stem: str) -> list[Path]:
     """Find the table with a name, whatever its suffix: a list of one path, or an empty one.
 
+    A table may also be a folder written by ``save_to_disk``: one with that name (or validation for val), or for data
+    the folder itself.
+
     Raises:
         ValueError: there are several, with different suffixes.
     """
-    found = [root / f"{stem}{suffix}" for suffix in WRITABLE if (root / f"{stem}{suffix}").is_file()]
+    found = [root / f"{stem}{suffix}" for suffix in READABLE if (root / f"{stem}{suffix}").is_file()]
+    folders = {"val": [root / "val", root / "validation"], "data": [root / "data", root]}.get(stem, [root / stem])
+    found += filter(is_saved, folders)
     if len(found) > 1:
         raise ValueError(
             f"{root} holds {' and '.join(path.name for path in found)}: keep one of them, so that no row counts twice."
@@ -126,8 +152,47 @@ def find_table(root: Path, stem: str) -> list[Path]:
     return found
 
 
+def embeds_images(path: Path, given: Mapping[str, str]) -> bool:
+    """Whether a table holds the bytes of its images instead of their names, as its first row with an image says.
+
+    Raises:
+        ValueError: the table cannot be read.
+    """
+    standard = Standard(path, given)
+    for _, fields in read_table(path, TableReport(path.name)):
+        try:
+            return isinstance(image_cells(standard(fields), {})[0], bytes)
+        except Unusable:
+            continue
+    return False
+
+
+def unpacked_images(cache_dir: Path) -> Path:
+    """The folder to which images are written that tables hold.
+
+    Raises:
+        ValueError: it cannot be created.
+    """
+    folder = cache_dir / "images" / "own"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The folder {folder} for unpacked images cannot be created ({error}): set data.cache_dir to a writable "
+            "folder."
+        ) from error
+    return folder
+
+
 def read_own(
-    path: Path, folder: ImageFolder, *, split: str, needs_split: bool, answers_as: AnswersAs = "text"
+    path: Path,
+    folder: ImageFolder,
+    *,
+    split: str,
+    needs_split: bool,
+    answers_as: AnswersAs = "text",
+    given: Mapping[str, str] = MappingProxyType({}),
+    unpacks: bool = False,
 ) -> Reading:
     """Read one table.
 
@@ -137,12 +202,59 @@ def read_own(
         split: the split of all rows, or "" to read the column ``split``.
         needs_split: whether to drop rows without a split.
         answers_as: ``set`` makes a list of answers one answer; otherwise each of them is correct.
+        given: our name -> column of the table, as the user gives them.
+        unpacks: whether to write images that the table holds to the image folder.
 
     Raises:
         ValueError: the table cannot be read, or a required column is missing.
     """
-    parse = partial(_parse, folder=folder, stem=path.stem, split=split, needs_split=needs_split, answers_as=answers_as)
-    return read_rows(path, parse, required=("question", "answer"), known=KNOWN)
+    options = survey(_standard_rows(path, given))
+    if options.is_unclear:
+        raise ValueError(
+            f"The answers in {path} are numbers of options, but neither 0 nor the number of the last option occurs, "
+            "so they may count from 0 or from 1: write letters (A, B ...) or the texts of the options instead."
+        )
+    standard = Standard(path, given)
+    report = TableReport(path.name)
+    parse = partial(
+        _parse,
+        folder=folder,
+        stem=path.stem,
+        split=split,
+        needs_split=needs_split,
+        answers_as=answers_as,
+        table=options,
+        unpacks=unpacks,
+    )
+    reading = read_rows(path, parse, known=KNOWN, prepare=standard, report=report)
+    standard.check()
+    reading.about.append(standard.about(report) + _about_options(options) + " It holds its images." * unpacks)
+    return reading
+
+
+def _standard_rows(path: Path, given: Mapping[str, str]) -> Iterator[Fields]:
+    """The rows of a table under our names, without unusable ones."""
+    standard = Standard(path, given)
+    for _, fields in read_table(path, TableReport(path.name)):
+        try:
+            yield standard(fields)
+        except Unusable:
+            continue
+
+
+def _about_options(table: Survey) -> str:
+    """Sentences on where the options are and how answers name them, if not as documented for our own columns."""
+    text = ""
+    if table.in_question:
+        text += f" Options are read from the text of {number_of(table.questions, 'question')}."
+    elif table.questions:
+        text += (
+            f" {table.questions:,} of {number_of(table.rows, 'question')} may contain options (A. ... B. ...): they "
+            "are not read, because the other questions have none."
+        )
+    if table.first is not None:
+        text += f" Answers are numbers of options, counted from {table.first}."
+    return text
 
 
 def _parse(
@@ -155,15 +267,25 @@ def _parse(
     split: str,
     needs_split: bool,
     answers_as: AnswersAs,
+    table: Survey,
+    unpacks: bool,
 ) -> Row:
-    question = required_text(fields, "question", repairs)
+    question = without_placeholders(required_text(fields, "question", repairs))
+    if not question:
+        raise Unusable("empty question")
     if not split and needs_split:
         split = required_text(fields, "split", repairs)
         if split not in SPLITS:
             raise Unusable("unknown split", split)
-    images = find_images(image_names(fields, repairs), folder, repairs)
+    images = _find_images(image_cells(fields, repairs), folder, repairs, unpacks=unpacks)
     answers = [without_point_zero(answer) for answer in read_answers(fields, repairs)]
-    cells = _list(fields.get("options"), "options", repairs) or _option_cells(fields, repairs)
+    cells = option_cells(fields, repairs)
+    if found := split_options(question):
+        stem_of_question, texts_in_question = found
+        if table.in_question:
+            cells = list(texts_in_question)
+        if [*map(normalise, cells)] == [*map(normalise, texts_in_question)]:
+            question = stem_of_question  # the prompt lists the options
     kind = optional_text(fields, "answer_type", repairs).lower()
     if kind and kind not in ANSWER_TYPES:
         raise Unusable("unknown answer_type", kind)
@@ -174,7 +296,7 @@ def _parse(
         numbers_only = all(without_point_zero(cell) != cell for cell in cells)
         options = read_options(list(map(without_point_zero, cells)) if numbers_only else cells, repairs)
         texts = options.texts
-        answers = [_find_letter(options, answer, repairs) for answer in answers]
+        answers = [_find_letter(options, answer, repairs, table.first) for answer in answers]
     else:
         if answers_as == "set":
             answers = [", ".join(answers)]
@@ -184,6 +306,7 @@ def _parse(
     row_id = without_point_zero(optional_text(fields, "id", numbers)) or str(number)
     column, patient = patient_of(fields)
     patient = clean_text(patient, column, numbers)
+    target = fields.get("answer")
     return Row(
         id=f"own/{stem}/{row_id}",
         question=question,
@@ -194,42 +317,46 @@ def _parse(
         cluster=f"patient {patient}" if patient else split_fragment(images[0])[0],
         split=split,
         groups=read_groups(fields, GROUPS, repairs),
-        reasoning=optional_text(fields, "reasoning", repairs),
+        reasoning=optional_text(fields, "reasoning", repairs)
+        or (without_tags(clean_text(target, "answer", {}))[1] if isinstance(target, str) else ""),
         description=optional_text(fields, "description", repairs),
         patient=patient,
         alternatives=distinct(answers[1:], answers[0]),
     )
 
 
-def read_answers(fields: Fields, repairs: Repairs) -> list[str]:
-    """The answers of a row: one, or a list as in :func:`_list`, without its empty parts.
+def _find_images(
+    cells: Iterable[str | bytes], folder: ImageFolder, repairs: Repairs, *, unpacks: bool
+) -> tuple[str, ...]:
+    """The paths of a row's images relative to the folder; images that the table holds are written there.
 
     Raises:
-        Unusable: there is none, or it is not text.
+        Unusable: an image is missing, empty or outside the folder, or the table should not hold images.
     """
-    value = fields.get("answer")
-    if isinstance(value, str) and not ("|" in value or _LIST.match(value)):
-        return [required_text(fields, "answer", repairs)]
-    if isinstance(value, list | tuple):
-        value = [part for part in value if not is_missing(part) and str(part).strip()]
-    elif not isinstance(value, str):
-        return [required_text(fields, "answer", repairs)]
-    answers = _list(value, "answer", repairs)
-    if not answers:
-        raise Unusable("empty answer")
-    return answers
+    paths: list[str] = []
+    for cell in cells:
+        if isinstance(cell, str):
+            paths += find_images([cell], folder, repairs)
+        elif unpacks:
+            paths.append(store_image(cell, folder.root))
+        else:
+            raise Unusable("image inside the table, whose first row names a file")
+    return tuple(paths)
 
 
-_LIST = re.compile(r"\s*\[\s*[\"'\]]")
-"""How a list of texts begins, in JSON or by mistake in Python's form. Other texts may begin with a bracket."""
-
-
-def _find_letter(options: Options, answer: str, repairs: Repairs) -> str:
+def _find_letter(options: Options, answer: str, repairs: Repairs, first: int | None) -> str:
     """The letter of the option that an answer names.
+
+    Args:
+        first: the number of the first option, if answers are numbers of options.
 
     Raises:
         Unusable: it names none.
     """
+    if first is not None and (number := as_number(answer)) is not None and answer not in options.texts:
+        if not first <= number < first + len(options.texts):
+            raise Unusable("label outside the options", answer)
+        return find_gold(options, LETTERS[number - first], "", repairs)
     letter = as_letter(answer)
     try:
         return find_gold(options, letter or None, "" if letter else answer, repairs)
@@ -246,46 +373,3 @@ def _in_words(answer: str, question: str) -> tuple[str, ...]:
         return (answer,)
     asks_for_it = len(BOOLEANS.keys() & set(normalise(question).split())) > 1
     return (answer, word) if asks_for_it else (word, answer)
-
-
-def image_names(fields: Fields, repairs: Repairs) -> list[str]:
-    """The image names of a row, from the column image or images.
-
-    Raises:
-        Unusable: there is none, or the value is not a list or text.
-    """
-    for column in ("image", "images"):
-        if names := _list(fields.get(column), column, repairs):
-            return names
-    raise Unusable("no image")
-
-
-def _option_cells(fields: Fields, repairs: Repairs) -> list[str]:
-    """The options of a row that has each in a column of its own, without the empty ones at the end."""
-    cells = [optional_text(fields, column, repairs) for column in option_columns(tuple(fields))]
-    while cells and not cells[-1]:
-        cells.pop()
-    return cells
-
-
-def _list(value: object, name: str, repairs: Repairs) -> list[str]:
-    """A list of texts, given as a list, as a JSON list, or separated by "|".
-
-    Raises:
-        Unusable: the value is none of these, or one of the texts is empty.
-    """
-    if is_missing(value):
-        return []
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Unusable(f"{name} is not a JSON list", str(value)) from None
-    if isinstance(value, str):
-        value = [part for part in value.split("|") if part.strip()]
-    if not isinstance(value, list | tuple):
-        raise Unusable(f"{name} is not a list or text", f"a {type(value).__name__}")
-    texts = [clean_text(part, name, repairs) for part in value]
-    if not all(texts):
-        raise Unusable(f"empty {name}")
-    return texts

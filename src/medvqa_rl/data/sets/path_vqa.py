@@ -16,7 +16,7 @@ from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.data.reading.folder import EMPTY, MISSING, ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, read_rows, required_text
-from medvqa_rl.data.reading.tables import Fields
+from medvqa_rl.data.reading.sheets import Fields
 from medvqa_rl.data.reading.unpack import store_image
 from medvqa_rl.data.splits import SPLITS, Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, load_split

@@ -15,7 +15,7 @@ from medvqa_rl.data.reading.folder import ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.options import QUOTES, find_gold, read_options, strip_quotes
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, find_images, optional_text, read_rows, required_text
-from medvqa_rl.data.reading.tables import Fields
+from medvqa_rl.data.reading.sheets import Fields
 from medvqa_rl.data.reading.unpack import unpack_zips
 from medvqa_rl.data.splits import Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split

@@ -24,7 +24,7 @@ from medvqa_rl.data.reading.rows import (
     read_rows,
     required_text,
 )
-from medvqa_rl.data.reading.tables import Fields
+from medvqa_rl.data.reading.sheets import Fields
 from medvqa_rl.data.reading.unpack import unpack_zips
 from medvqa_rl.data.splits import Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split

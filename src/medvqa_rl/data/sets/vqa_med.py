@@ -15,6 +15,7 @@ from pathlib import Path
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.text import is_yes_no
 from medvqa_rl.data.reading.folder import ImageFolder
+from medvqa_rl.data.reading.issues import TableReport
 from medvqa_rl.data.reading.rows import (
     Reading,
     Repairs,
@@ -25,7 +26,8 @@ from medvqa_rl.data.reading.rows import (
     read_rows,
     required_text,
 )
-from medvqa_rl.data.reading.tables import Fields, TableReport, read_table
+from medvqa_rl.data.reading.sheets import Fields
+from medvqa_rl.data.reading.tables import read_table
 from medvqa_rl.data.splits import Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, load_split
 
