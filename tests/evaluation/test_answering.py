@@ -16,7 +16,7 @@ from medvqa_rl.config import DataConfig, EvalConfig, PrefetchConfig
 from medvqa_rl.core.types import Completion, Group, Wording
 from medvqa_rl.data.images import files
 from medvqa_rl.data.images.files import FileImage
-from medvqa_rl.data.sets.vqa_rad import load_vqa_rad
+from medvqa_rl.data.sets.vqa_rad import FILE, load_vqa_rad
 from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation.answering import AnswerSettings, Question, make_record
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, plan_evaluation
@@ -105,8 +105,18 @@ def test_threads_end_when_the_engine_fails(tiny_policy, data, monkeypatch):
         run(tiny_policy(), data, workers=2)
 
 
-def test_answers_do_not_depend_on_the_batch(tiny_policy, shared_data):
-    dataset = load_vqa_rad(DataConfig(name="vqa_rad", path=str(shared_data / "vqa_rad"), num_test=5), "test")
+def test_answers_do_not_depend_on_the_batch(tiny_policy, tmp_path):
+    (tmp_path / "images").mkdir()
+    kinds = ("CLOSED", "Yes", "PRES"), ("OPEN", "left lobe", "POS"), ("CLOSED", "no", "ABN, PRES")
+    rows = []
+    for number in range(6):  # of different sizes; num_test leaves one out
+        Image.effect_noise((60 + 30 * number, 140 - 20 * number), 50).save(tmp_path / "images" / f"{number}.jpg")
+        answer_type, answer, question_type = kinds[number % 3]
+        row = {"qid": number, "image_name": f"{number}.jpg", "image_organ": "HEAD" if number % 2 else "CHEST"}
+        row |= {"question": f"What is {'very ' * number}bright?", "answer": answer, "answer_type": answer_type}
+        rows.append(row | {"question_type": question_type, "phrase_type": "test_freeform"})
+    (tmp_path / FILE).write_text(json.dumps(rows))
+    dataset = load_vqa_rad(DataConfig(name="vqa_rad", path=str(tmp_path), num_test=5), "test")
     engine = RolloutEngine(tiny_policy())
     whole, single = (
         evaluate(engine, dataset, EvalConfig(batch_size=size, bootstrap=50), max_completion_length=6)

@@ -127,12 +127,19 @@ def test_show_draws_a_sheet(folder: Path) -> None:
     assert run(*arguments)[0] == 0 and out.read_bytes() == first
 
 
-def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path, shared_data: Path) -> None:
+def test_the_budget_of_an_absent_checkpoint_is_that_of_the_published_one(shared_data: Path) -> None:
     published, where = image_rule(ModelConfig(path=str(shared_data / "qwen2_vl" / "instruct")))
     assert (published.min_pixels, published.max_pixels) == (3136, 12_845_056) and where.startswith("from ")
     assert image_rule(ModelConfig(path="some/model-nobody-has"))[0] == published
+
+
+def test_the_budget_is_the_checkpoint_s_and_settings_win(tmp_path: Path) -> None:
+    absent, _ = image_rule(ModelConfig(path="some/model-nobody-has"))
+    assert (absent.min_pixels, absent.max_pixels) == (3136, 12_845_056)  # as published for Qwen2-VL
     content = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 784, "longest_edge": 12544}}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    budget, where = image_rule(ModelConfig(path=str(tmp_path)))
+    assert (budget.min_pixels, budget.max_pixels) == (784, 12544) and where.startswith("from ")
     budget, _ = image_rule(ModelConfig(path=str(tmp_path), max_pixels=6272))
     assert (budget.min_pixels, budget.max_pixels) == (784, 6272)
     (tmp_path / "preprocessor_config.json").write_text("[]")

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page, browser, find_chromium
+from browser import Page, browser, needs_chromium
 from synthetic import EVIL, make_run
 
 from medvqa_rl.report.pages.report import write_report
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed"),
-]
+pytestmark = needs_chromium
 
 GROUPS = "[...document.querySelectorAll('.entry')]"
 STEPS = f"{GROUPS}.map(e => Number(e.querySelector('p').textContent.match(/step (\\d+)/)[1]))"

@@ -10,16 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import PATIENCE, Page, browser, find_chromium
+from browser import PATIENCE, Page, browser, needs_chromium
 from synthetic import write_evaluation
 
 from medvqa_rl.cli.judge.rate import run_sheet
 from medvqa_rl.evaluation.judging.ratings import Rating, read_key, read_ratings
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed"),
-]
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
