@@ -1,8 +1,9 @@
 # make demo    fine-tune the embedded model on a CPU and show that it got better
-# make test    run the tests
+# make test    run the tests, except those of several ranks and of vLLM
 # make check   lint, formatting, types
 # make attack  damage inputs, kill runs, attack pages and servers; about 40 minutes
 # make attack-short   a part of it with a seed of the commit; two minutes
+# make test-ranks      train on two CPU processes under DDP, FSDP2 and DeepSpeed, which needs a C++ compiler; MINUTES minutes
 # make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 5 minutes with its installation
 # make test-vllm-full  the same with more models, settings and failures; 20 minutes
 #
@@ -16,14 +17,15 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 VLLM := .venv-vllm/bin/python
+RANKS := tests/learning/distributed/test_ranks.py
 
-.PHONY: demo test check attack attack-short test-vllm test-vllm-full format clean
+.PHONY: demo test check attack attack-short test-ranks test-vllm test-vllm-full format clean
 
 demo: .venv/installed
 	$(BIN)/medvqa-rl demo
 
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --ignore $(RANKS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -35,6 +37,11 @@ attack: .venv/installed-dev
 
 attack-short: .venv/installed-dev
 	$(BIN)/python -m dev.attacks --short --jobs 2
+
+# DeepSpeed compiles with ninja, which pip puts beside python.
+test-ranks: .venv/installed-ranks
+	PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/extensions" \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(RANKS)
 
 test-vllm: .venv-vllm/installed
 	$(VLLM) -m pytest tests/engines -m "not slow"
@@ -69,3 +76,11 @@ clean:
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/installed
+
+# pip needs no compiler for DeepSpeed, but its AdamW for the CPU is compiled when it is first used.
+.venv/installed-ranks: .venv/installed-dev
+	@command -v $${CXX:-c++} > /dev/null && test -f "$$($(BIN)/python -c \
+	'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "make test-ranks needs a C++ compiler" \
+	"and Python's header files: on Debian, run 'apt-get install g++ python3-dev' as root." >&2; exit 2; }
+	$(PIP) -e '.[deepspeed]'
+	touch $@

@@ -35,6 +35,14 @@ ENVIRONMENT = {
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
+OFFLOAD = {
+    "zero2_offload": {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+    "zero3_offload": {
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+    },
+}
+ENVIRONMENT |= {name: ENVIRONMENT[name.removesuffix("_offload")] | more for name, more in OFFLOAD.items()}
 """The environment variables that ``accelerate launch`` sets for each engine."""
 
 
@@ -65,6 +73,12 @@ def gradient(trained: TrainedPolicy, parameter: torch.nn.Parameter) -> torch.Ten
     return safe_get_full_grad(parameter)
 
 
+def placement(trained: Any) -> str:
+    """The optimizer that DeepSpeed steps with, and where sharded weights are offloaded to."""
+    weights = trained._engine.zero_offload_param()
+    return f"{type(trained._zero.optimizer).__name__}, weights offloaded to {weights.device if weights else 'none'}"
+
+
 def keep_first_gradient(path: Path) -> None:
     """Write the gradient of the first step to a file, before it is clipped."""
     accumulate = Learner.accumulate
@@ -75,6 +89,8 @@ def keep_first_gradient(path: Path) -> None:
         def keep(*, fill_missing: bool) -> float:
             trained = learner.trained
             found = {name: gradient(trained, parameter) for name, parameter in trained.parameters.items()}
+            if type(trained).__name__ == "ZeroPolicy":
+                sys.stderr.write(f"stepped by {placement(trained)}\n")  # in one piece
             if trained.accelerator.is_main_process:
                 torch.save({name: grad for name, grad in found.items() if grad is not None}, path)
             return finish(fill_missing=fill_missing)
@@ -201,7 +217,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
             world = str(job["ranks"])
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world}
             os.environ |= {"LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= ENVIRONMENT[job["engine"]]
+            os.environ |= ENVIRONMENT[job["engine"]] | job.get("environment", {})
         lost = job.get("lost")
         if lost is not None and lost["rank"] == rank:
             lose(lost["step"], lost["phase"], lost["how"])

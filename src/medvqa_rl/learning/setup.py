@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import resource
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -118,6 +119,27 @@ def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
     if is_cpu:
         # DeepSpeed would compile its own kernel at the first use; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
+        _build_cpu_adam()
+
+
+def _build_cpu_adam() -> None:
+    """Compile the AdamW that DeepSpeed uses for state on the CPU, or load what was compiled before.
+
+    Raises:
+        ValueError: it cannot be compiled.
+    """
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load()
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            "The launcher offloads the optimizer to the CPU, but DeepSpeed cannot compile its AdamW for it "
+            f"({str(error).partition(':')[0].rstrip('.')}): install a C++ compiler, Python's header files and ninja "
+            "(`apt-get install g++ python3-dev ninja-build`), or set offload_optimizer_device to none in the launch "
+            "file."
+        ) from error
 
 
 def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPolicy:

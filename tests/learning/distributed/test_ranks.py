@@ -6,6 +6,7 @@ Two CPU processes with gloo, float32. One process forks the ranks of all runs (r
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -27,6 +28,8 @@ from tests.models.families.tiny import BUILDERS, tiny_policy
 
 RANKS = Path(__file__).parents[1] / "ranks.py"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+OFFLOADED = ("zero2_offload", "zero3_offload")
+"""ZeRO with the optimizer's state offloaded to the CPU, in stage 3 the weights too."""
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 STEPS = 5
 
@@ -106,9 +109,15 @@ def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], st
     return json.loads(process.stdout.splitlines()[-1]), process.stderr
 
 
+def sections(errors: str) -> dict[str, str]:
+    """Standard error of each job."""
+    parts = re.split(r"^== (\S+) ==$", errors, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
 def needs(engine: str) -> None:
     if engine.startswith("zero") and not HAS_DEEPSPEED:
-        pytest.skip("needs the extra deepspeed")
+        pytest.skip("needs the extra deepspeed: `make test-ranks` installs it")
 
 
 @pytest.fixture(scope="module")
@@ -116,19 +125,22 @@ def runs(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of all runs: one per scenario and engine, resumed runs, and runs with perturbed advantages."""
     tmp, folder = tmp_path_factory.mktemp("ranks"), tiny_folder("qwen2_vl")
     engines = [engine for engine in ENGINES if HAS_DEEPSPEED or not engine.startswith("zero")]
+    offloaded = OFFLOADED if HAS_DEEPSPEED else ()
     jobs = [
         job(folder, tmp, f"{scenario}-{engine}", engine, scenario, gradient=str(tmp / f"{scenario}-{engine}.pt"))
         for scenario in (*SCENARIOS, "bfloat16")
-        for engine in (None, *engines)
+        for engine in (None, *engines, *(offloaded if scenario in ("full", "bfloat16") else ()))
     ]
     jobs.append(job(folder, tmp, "perturbed", "ddp", perturb=True))
     jobs.append(job(folder, tmp, "bfloat16-perturbed", "ddp", "bfloat16", perturb=True))
-    for first, then in [("ddp", None), *zip(engines, [*engines[1:], engines[0]])]:
+    around = [*engines, *offloaded]
+    for first, then in [("ddp", None), *zip(around, [*around[1:], around[0]])]:
         name = f"resumed-{first}-{then}"
         jobs.append(job(folder, tmp, name, first, train={"steps": 2}))
         jobs.append(job(folder, tmp, name, then, resume=True))
     codes, errors = run(jobs, tmp)
     assert all(code == 0 for ranks in codes.values() for code in ranks), errors
+    (tmp / "errors.json").write_text(json.dumps(sections(errors)))
     flips = [(int(few), int(of)) for few, of in re.findall(r"flipped (\d+) of (\d+)", errors)]
     assert sum(few for few, _ in flips) <= 0.02 * sum(of for _, of in flips)
     return tmp
@@ -146,8 +158,9 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "scenario"), [*itertools.product(ENGINES, SCENARIOS), *((engine, "full") for engine in OFFLOADED)]
+)
 def test_two_ranks_train_as_one(runs: Path, tiny_folder: Any, scenario: str, engine: str) -> None:
     needs(engine)
     alone, ranks = runs / f"{scenario}-None", runs / f"{scenario}-{engine}"
@@ -212,7 +225,7 @@ def masters(run: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten() for name, tensor in sorted(state.items()) if name.startswith("master/")])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [*ENGINES, *OFFLOADED])
 def test_two_ranks_train_as_one_in_bfloat16(runs: Path, tiny_folder: Any, engine: str) -> None:
     """Within bfloat16 rounding: gradients within 1 %, weights after five steps within 6 % of the distance moved."""
     needs(engine)
@@ -254,7 +267,7 @@ def test_two_ranks_train_an_adapter_above_4_bits_as_one(wide_folder: Any, tmp_pa
     assert distance(weights(tmp_path / "ranks"), weights(tmp_path / "alone")) <= 2e-5
 
 
-@pytest.mark.parametrize("first", ENGINES)
+@pytest.mark.parametrize("first", [*ENGINES, *OFFLOADED])
 def test_a_run_resumes_under_another_engine(runs: Path, first: str) -> None:
     """Two steps under one engine and three under another, on the same samples in the same order."""
     needs(first)
@@ -264,6 +277,33 @@ def test_a_run_resumes_under_another_engine(runs: Path, first: str) -> None:
             [line["reward"] for line in read_metrics(run) if "reward" in line] for run in (path, runs / "full-None")
         ]
         assert rewards[0] == pytest.approx(rewards[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "placement"),
+    {
+        "zero3": "AdamW, weights offloaded to none",
+        "zero2_offload": "DeepSpeedCPUAdam, weights offloaded to none",
+        "zero3_offload": "DeepSpeedCPUAdam, weights offloaded to cpu",
+    }.items(),
+)
+def test_what_is_asked_for_is_offloaded(runs: Path, engine: str, placement: str) -> None:
+    needs(engine)
+    for scenario in ("full", "bfloat16"):
+        errors = json.loads((runs / "errors.json").read_text())[f"{scenario}-{engine}"]
+        assert errors.count(f"stepped by {placement}\n") == 2
+        assert "FutureWarning" not in errors
+
+
+def test_an_offloaded_optimizer_that_cannot_be_compiled_is_refused(tiny_folder: Any, tmp_path: Path) -> None:
+    needs("zero3")
+    environment = {"CXX": "no-such-compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    folder = tiny_folder("qwen2_vl")
+    uncompiled = job(folder, tmp_path, "run", "zero3_offload", environment=environment, dry_run=True)
+    codes, errors = run([uncompiled], tmp_path)
+    assert codes == {"run": [1, 1]}
+    assert "ValueError: The launcher offloads the optimizer to the CPU, but DeepSpeed cannot compile its" in errors
+    assert "`apt-get install g++ python3-dev ninja-build`" in errors
 
 
 SEED = int(os.environ.get("LOST_RANKS_SEED") or random.SystemRandom().randrange(10**6))
@@ -294,8 +334,7 @@ def losses(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         train = {"save_steps": 2, "rank_timeout": 10.0}
         jobs.append(job(folder, tmp, name, "ddp", train=train, lost=loss | {"step": step, "phase": phase}))
     codes, errors = run(jobs, tmp)
-    parts = re.split(r"^== (\S+) ==$", errors, flags=re.MULTILINE)
-    return tmp, codes, dict(zip(parts[1::2], parts[2::2]))
+    return tmp, codes, sections(errors)
 
 
 @pytest.mark.parametrize("name", LOSSES)

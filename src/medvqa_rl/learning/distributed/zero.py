@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
@@ -28,6 +30,8 @@ from medvqa_rl.learning.objective.optimizer import make_adamw, trained_parameter
 from medvqa_rl.models.shards import Shards, filled, hollow_copy, own_part
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed 0.19 calls what torch 2.13 renames, at every step.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -118,7 +122,8 @@ class ZeroPolicy(TrainedPolicy):
             if self._is_bfloat16:
                 yield f"master/{name}", safe_get_full_fp32_param(parameter)
             if steps:
-                yield f"step/{name}", steps[0].cpu().clone()
+                # DeepSpeed's own AdamW, for state on the CPU, counts in an integer.
+                yield f"step/{name}", torch.as_tensor(steps[0], dtype=torch.float32).cpu().clone()
                 for key in _MOMENTS:
                     yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key)
 
@@ -128,9 +133,10 @@ class ZeroPolicy(TrainedPolicy):
             # DeepSpeed creates the state in the first step; create it here to fill it below.
             zero = self._zero
             parts = zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups
+            step = tensors[steps[0]]
             for part in parts:
-                zeros = {key: torch.zeros_like(part) for key in _MOMENTS}
-                self._moments()[part] = {"step": tensors[steps[0]].clone(), **zeros}
+                count = int(step) if isinstance(self._zero.optimizer, DeepSpeedCPUAdam) else step.clone()
+                self._moments()[part] = {"step": count, **{key: torch.zeros_like(part) for key in _MOMENTS}}
             self._link_moments()
         # Stage 3 cannot set full tensors whose size is not a multiple of the number of ranks.
         cut: Callable[[Tensor], Tensor] = own_part if self._is_stage_3 else lambda full: full
