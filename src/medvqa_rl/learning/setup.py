@@ -31,7 +31,7 @@ from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.stored import NoSuchSplit
 from medvqa_rl.learning.batching.skipping import without_images
-from medvqa_rl.learning.distributed.launch import check_launch, read_launch
+from medvqa_rl.learning.distributed.launch import Launch, check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.models.reference import Reference, load_reference
@@ -80,7 +80,7 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     is_cpu = resolve_device(config.model.device).type == "cpu"
     uses_zero = launch.engine in ("zero2", "zero3")
     if uses_zero:
-        _prepare_deepspeed(launch.engine, is_cpu=is_cpu)
+        _prepare_deepspeed(launch, is_cpu=is_cpu)
     # A micro-batch without images does not use the parameters of a trained vision tower.
     trains_vision = config.model.train_vision or config.model.train_projector
     accelerator = Accelerator(
@@ -101,7 +101,7 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     return accelerator
 
 
-def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
+def _prepare_deepspeed(launch: Launch, *, is_cpu: bool) -> None:
     """Prepare DeepSpeed before Accelerate imports it.
 
     Raises:
@@ -113,13 +113,13 @@ def _prepare_deepspeed(engine: str | None, *, is_cpu: bool) -> None:
         import deepspeed
     except ImportError as error:
         raise ValueError(
-            f"The launcher asks for {engine}, but DeepSpeed cannot be imported ({error}): install it with "
+            f"The launcher asks for {launch.engine}, but DeepSpeed cannot be imported ({error}): install it with "
             "`pip install 'medvqa-rl[deepspeed]'`, or launch with fsdp2, which needs nothing more."
         ) from error
     if is_cpu:
         # DeepSpeed would compile its own kernel at the first use; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none":
+    if launch.optimizer_device == "cpu":
         _build_cpu_adam()
 
 

@@ -73,6 +73,8 @@ FSDP = {"ACCELERATE_USE_FSDP": "true"}
     [
         (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "requests DeepSpeed ZeRO stage 1, but training supports"),
         (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "requests a deepspeed_config_file"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "requests offload_optimizer_device: nvme"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "requests offload_param_device: nvme"),
         (FSDP, "requests FSDP version 1"),
         (FSDP | {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "requests Megatron-LM"),

@@ -273,6 +273,9 @@ def test_a_run_resumes_under_another_engine(runs: Path, first: str) -> None:
     needs(first)
     for path in runs.glob(f"resumed-{first}-*"):
         assert distance(weights(path), weights(runs / "full-None")) <= 1e-5, path.name
+        resume = json.loads((path / "resumes.jsonl").read_text())
+        assert any(change.startswith(("engine (", "offload_optimizer_device (")) for change in resume["environment"])
+        assert "within rounding" in resume["promise"]
         rewards = [
             [line["reward"] for line in read_metrics(run) if "reward" in line] for run in (path, runs / "full-None")
         ]

@@ -15,6 +15,7 @@ from medvqa_rl.core.text import number_of, shown
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torch needs, besides WORLD_SIZE, so that processes find each other."""
+_OFFLOAD = "ACCELERATE_DEEPSPEED_OFFLOAD_{}_DEVICE"
 
 
 class Launch(NamedTuple):
@@ -23,6 +24,12 @@ class Launch(NamedTuple):
     engine: TrainEngine | None
     """None for a single process."""
     num_ranks: int
+    optimizer_device: str = "none"
+    """``cpu`` if ZeRO offloads the optimizer."""
+
+    def record(self) -> dict[str, int | str | None]:
+        """What decides how sums are rounded, for env.json. Files of older versions lack some of it."""
+        return {"ranks": self.num_ranks, "engine": self.engine, "offload_optimizer_device": self.optimizer_device}
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
@@ -50,7 +57,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
             "or --gpus, which set all of them, or unset WORLD_SIZE to run in one process."
         )
     if is_on("ACCELERATE_USE_DEEPSPEED"):
-        return Launch(_zero_engine(environ), num_ranks)
+        return Launch(_zero_engine(environ), num_ranks, environ.get(_OFFLOAD.format("OPTIMIZER"), "none"))
     if is_on("ACCELERATE_USE_FSDP"):
         version = environ.get("FSDP_VERSION", "1")
         if version != "2":
@@ -84,6 +91,10 @@ def _zero_engine(environ: Mapping[str, str]) -> TrainEngine:
     stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in stages:
         raise _unsupported(f"DeepSpeed ZeRO stage {stage}", "zero_stage: 2 or zero_stage: 3 in the launch file")
+    for what in ("OPTIMIZER", "PARAM"):
+        name = f"offload_{what.lower()}_device"
+        if (device := environ.get(_OFFLOAD.format(what), "none")) not in ("none", "cpu"):
+            raise _unsupported(f"{name}: {device}", f"{name}: cpu or {name}: none in the launch file")
     return stages[stage]
 
 

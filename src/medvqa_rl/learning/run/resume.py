@@ -22,7 +22,7 @@ Change = tuple[Any, Any]
 
 _BATCH_SHAPES = {
     *("train.prompts_per_micro_batch", "train.max_tokens_per_micro_batch", "sft.samples_per_micro_batch"),
-    *("train.engine", "model.attention", "ranks"),
+    *("train.engine", "model.attention", "ranks", "engine"),
 }
 """What decides how dropout's random numbers are shared out."""
 

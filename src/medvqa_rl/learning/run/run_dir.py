@@ -253,7 +253,7 @@ class RunDir:
         packages = (f"packages.{name}" for name in PACKAGES)
         names = ("source", "threads", "python", "machine", "gpu", *packages)
         changed = [name for name in names if old.get(name) != new.get(name)]
-        changed += ["ranks"] if old.get("ranks", new["ranks"]) != new["ranks"] else []  # not in older files
+        changed += [name for name in read_launch(os.environ).record() if old.get(name, new[name]) != new[name]]
         return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in changed]
 
     def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
@@ -339,7 +339,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "ranks": read_launch(os.environ).num_ranks,
+        **read_launch(os.environ).record(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "source": source_digest(Path(__file__).parents[2]),
