@@ -78,7 +78,7 @@ clean:
 	touch $@ .venv/installed
 
 # pip needs no compiler for DeepSpeed, but its AdamW for the CPU is compiled when it is first used.
-.venv/installed-ranks: .venv/installed-dev
+.venv/installed-ranks: constraints.txt .venv/installed-dev
 	@command -v $${CXX:-c++} > /dev/null && test -f "$$($(BIN)/python -c \
 	'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "make test-ranks needs a C++ compiler" \
 	"and Python's header files: on Debian, run 'apt-get install g++ python3-dev' as root." >&2; exit 2; }

@@ -135,7 +135,7 @@ class ZeroPolicy(TrainedPolicy):
             parts = zero.fp32_partitioned_groups_flat if self._is_stage_3 else zero.single_partition_of_fp32_groups
             step = tensors[steps[0]]
             for part in parts:
-                count = int(step) if isinstance(self._zero.optimizer, DeepSpeedCPUAdam) else step.clone()
+                count: Any = int(step) if isinstance(self._zero.optimizer, DeepSpeedCPUAdam) else step.clone()
                 self._moments()[part] = {"step": count, **{key: torch.zeros_like(part) for key in _MOMENTS}}
             self._link_moments()
         # Stage 3 cannot set full tensors whose size is not a multiple of the number of ranks.
