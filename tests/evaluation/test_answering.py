@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 from PIL import Image
@@ -18,7 +19,8 @@ from medvqa_rl.data.images import files
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.sets.vqa_rad import FILE, load_vqa_rad
 from medvqa_rl.data.stored import StoredDataset
-from medvqa_rl.evaluation.answering import AnswerSettings, Question, make_record
+from medvqa_rl.evaluation import answering
+from medvqa_rl.evaluation.answering import AnswerSettings, Question, answer_all, make_record
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, plan_evaluation
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
 from medvqa_rl.rollout.decode import RolloutEngine
@@ -37,9 +39,10 @@ def data(mixed_samples) -> StoredDataset:
     return StoredDataset("mixed", tuple(mixed_samples))
 
 
-def run(policy, data, workers: int, max_mib: int = 64) -> Evaluation:
+def run(policy, data, workers: int, max_mib: int = 64, num_samples: int = 2) -> Evaluation:
     prefetch = PrefetchConfig(workers=workers, max_mib=max_mib)
-    return evaluate(RolloutEngine(policy), data, CONFIG, max_completion_length=6, prefetch=prefetch)
+    config = CONFIG.model_copy(update={"num_samples": num_samples})
+    return evaluate(RolloutEngine(policy), data, config, max_completion_length=6, prefetch=prefetch)
 
 
 def test_records_do_not_depend_on_workers_and_images_are_decoded_once(tiny_policy, data):
@@ -54,8 +57,8 @@ def test_records_do_not_depend_on_workers_and_images_are_decoded_once(tiny_polic
     assert [record.output for record in found[1].records] == [group.completions[0].text for group in direct]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_file_is_unscored_and_the_others_are_answered(tiny_policy, data, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "num_samples"), [(0, 2), (2, 2), (2, 0)])
+def test_a_damaged_file_is_unscored_and_the_others_are_answered(tiny_policy, data, tmp_path, workers, num_samples):
     policy = tiny_policy()
     sound = run(policy, data, workers)
     Image.effect_noise((64, 64), 50).save(tmp_path / "damaged.png")
@@ -63,7 +66,7 @@ def test_a_damaged_file_is_unscored_and_the_others_are_answered(tiny_policy, dat
     path.write_bytes(path.read_bytes()[:1000])
     Image.new("RGB", (2, 900)).save(tmp_path / "strip.png")
     bad = [replace(data[0], id=name, images=(FileImage(f"{name}.png", tmp_path),)) for name in ("damaged", "strip")]
-    found = run(policy, StoredDataset("bad", (bad[0], *data.samples, bad[1])), workers)
+    found = run(policy, StoredDataset("bad", (bad[0], *data.samples, bad[1])), workers, num_samples=num_samples)
     assert [record.is_scored for record in found.records] == [False, *[True] * 4, False]
     assert f"The image {path} cannot be decoded (" in str(found.records[0].unscored_reason)
     assert "An image of sample 'strip' cannot be used: " in str(found.records[5].unscored_reason)
@@ -84,7 +87,8 @@ def test_an_image_file_is_opened_for_its_size_once_and_to_decode_it_once_per_que
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
-def test_answers_do_not_depend_on_how_many_share_the_batches(tiny_policy, data, parts):
+def test_answers_do_not_depend_on_how_many_share_the_batches(tiny_policy, data, parts, monkeypatch):
+    monkeypatch.setattr(answering, "BATCHES_PER_CHUNK", 1)
     engine = RolloutEngine(tiny_policy())
     alone = evaluate(engine, data, CONFIG, max_completion_length=6)
     plan = plan_evaluation(data, CONFIG, max_completion_length=6)
@@ -93,6 +97,39 @@ def test_answers_do_not_depend_on_how_many_share_the_batches(tiny_policy, data, 
     together = plan.conclude(record for share in reversed(shares) for record in share)
     assert together.records == alone.records
     assert json.dumps(together.results) == json.dumps(alone.results)  # which may hold NaN
+
+
+def test_a_chunk_that_was_interrupted_is_answered_again_and_its_records_are_kept(tiny_policy, data, monkeypatch):
+    monkeypatch.setattr(answering, "BATCHES_PER_CHUNK", 4)
+    engine, greedy = RolloutEngine(tiny_policy()), RolloutEngine.greedy
+    settings = AnswerSettings(CONFIG.model_copy(update={"batch_size": 1, "num_samples": 0}), 6)
+    samples = list(data.samples)
+    undisturbed: list[EvalRecord] = []
+    answer_all(lambda: engine, samples, settings, save=undisturbed.extend)
+    assert len(undisturbed) == 4
+
+    def dying(*args, **kwargs):
+        yield from islice(greedy(*args, **kwargs), 3)
+        raise KeyboardInterrupt
+
+    saved: list[EvalRecord] = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RolloutEngine, "greedy", dying)
+        answer_all(lambda: engine, samples, settings, save=saved.extend)
+    assert saved == undisturbed[:3]
+    saved[1:2] = []  # as if another process had lost it
+    seen: list[tuple[int, int]] = []
+    answer_all(
+        lambda: engine,
+        samples,
+        settings,
+        done=[record.sample_id for record in saved],
+        save=saved.extend,
+        progress=lambda *progress: seen.append(progress),
+    )
+    assert sorted(saved, key=lambda record: record.sample_id) == sorted(undisturbed, key=lambda r: r.sample_id)
+    assert len(saved) == 4
+    assert seen == [(3, 4), (4, 4)]
 
 
 def test_threads_end_when_the_engine_fails(tiny_policy, data, monkeypatch):

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +25,7 @@ from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data.stored import StoredDataset
-from medvqa_rl.evaluation import cells
+from medvqa_rl.evaluation import answering, cells
 from medvqa_rl.evaluation.cells import run_eval
 from medvqa_rl.evaluation.evaluate import EvaluationFailed
 from medvqa_rl.evaluation.records import EvalRecord
@@ -76,6 +76,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_a_killed_evaluation_is_resumed_with_the_same_results(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(answering, "BATCHES_PER_CHUNK", 1)
     run_eval(config, output=tmp_path / "whole", controls=True)
     whole = content(tmp_path / "whole")
     greedy = RolloutEngine.greedy
@@ -84,11 +85,12 @@ def test_a_killed_evaluation_is_resumed_with_the_same_results(
     def dying(limit: int) -> Callable[..., Iterator[Group]]:
         calls = iter(range(limit))
 
-        def answer(self: RolloutEngine, samples: Sequence[Sample], **rest: Any) -> Iterator[Group]:
+        def answer(self: RolloutEngine, samples: Iterable[Sample], prompts: Any, **rest: Any) -> Iterator[Group]:
             if next(calls, None) is None:
                 raise KeyboardInterrupt
-            answered.extend(sample.id for sample in samples)
-            return greedy(self, samples, **rest)
+            asked = list(zip(samples, prompts, strict=True))
+            answered.extend(sample.id for sample, _ in asked)
+            return greedy(self, [sample for sample, _ in asked], prompts=[prompt for _, prompt in asked], **rest)
 
         return answer
 
@@ -272,6 +274,7 @@ def test_prompts_are_compared_in_pairs_and_resumed(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against an independent computation, with answers made correct or wrong by a hash; one prompt hides options."""
+    monkeypatch.setattr(answering, "BATCHES_PER_CHUNK", 1)
     limit = iter(range(10**9))
 
     def scripted(

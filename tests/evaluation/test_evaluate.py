@@ -6,7 +6,7 @@ Run: pytest tests/evaluation/test_evaluate.py
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -55,7 +55,7 @@ class ScriptedEngine:
     def __init__(self, texts: dict[str, str], truncated: frozenset[str] = frozenset()) -> None:
         self.processor = self
         self.texts, self.truncated = texts, truncated
-        self.batches: list[list[str]] = []
+        self.streams: list[list[str]] = []
         self.encoded: list[str] = []
 
     def count_tokens(self, text: str) -> int:
@@ -71,15 +71,16 @@ class ScriptedEngine:
 
     def greedy(
         self,
-        samples: Sequence[Sample],
+        samples: Iterable[Sample],
         *,
         max_completion_length: int,
         batch_size: int,
-        prompts: Sequence[EncodedPrompt],
+        prompts: Iterable[EncodedPrompt],
     ) -> Iterator[Group]:
-        assert [prompt.text for prompt in prompts] == [sample.question for sample in samples]
-        self.batches.append([sample.id for sample in samples])
-        for sample in samples:
+        self.streams.append([])
+        for sample, prompt in zip(samples, prompts, strict=True):
+            assert prompt.text == sample.question
+            self.streams[-1].append(sample.id)
             text = self.texts[sample.id]
             tokens = tuple(range(len(text.split())))
             yield Group(sample, PROMPT, [Completion(tokens, text, sample.id in self.truncated)])
@@ -372,14 +373,15 @@ def test_a_broken_image_is_unscored_and_affects_only_its_question(tmp_path: Path
     assert "1 of 5 questions could not be scored" in table.export_text()
 
 
-def test_batches_of_similar_length_and_progress() -> None:
+def test_questions_about_an_image_are_answered_together_with_progress() -> None:
     engine = ScriptedEngine(TEXTS)
     seen: list[tuple[int, int]] = []
+    mixed = StoredDataset("mixed", tuple(SAMPLES[index] for index in (4, 0, 2, 3, 1)))
     evaluation = evaluate(
-        engine, DATASET, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total))
+        engine, mixed, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total))
     )
-    assert engine.batches == [["3", "4"], ["1", "2"], ["5"]]  # "Is it?" and "Where?" are shortest
-    assert [record.sample_id for record in evaluation.records] == ["1", "2", "3", "4", "5"]
+    assert engine.streams == [["1", "2", "3", "4", "5"]]  # images x, y and z; "Where?" is shorter than "Which?"
+    assert [record.sample_id for record in evaluation.records] == ["5", "1", "3", "4", "2"]
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 

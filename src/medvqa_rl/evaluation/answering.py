@@ -6,11 +6,12 @@ Imports no torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain, islice, tee
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
 from medvqa_rl.core.answers import ParsedAnswer, compared, is_correct, parse_completion, read_choice, token_f1
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with the number of answered questions and their total."""
 
+BATCHES_PER_CHUNK = 2
+"""Questions are answered in chunks of this many batches. Inside a chunk the batch is refilled as sequences end. More
+batches per chunk would keep it full for longer, but an interrupted evaluation would repeat more, and few questions
+would be divided among fewer shards."""
+
+Item = TypeVar("Item")
 View = Callable[[Sample], Sample]
 """Returns what the model is shown in place of a sample, such as the same question with a blank image."""
 
@@ -91,18 +98,20 @@ def chosen_samples(dataset: Dataset, config: EvalConfig) -> list[Sample]:
 
 
 def batches(samples: Sequence[Sample], template: Template, size: int) -> list[list[Sample]]:
-    """Split questions into batches of similar prompt length, which keeps padding small.
+    """Split questions into batches, ordered by image and length: questions about the same images share their prefill,
+    and prompts of similar length need little padding.
 
     The length is estimated at four characters or 784 pixels (28 x 28) per token, with pixels from the headers of image
     files. It depends on the questions alone, so a resumed evaluation forms the same batches.
     """
 
-    def length(sample: Sample) -> float:
+    def order(sample: Sample) -> tuple[float, tuple[str, ...], int]:
         content = render_prompt(sample, template).messages[-1]["content"]
         characters = sum(len(part["text"]) for part in content if part["type"] == "text")
-        return characters / 4 + sum(source.header_pixels() or 0 for source in sample.images) / 784
+        pixels = sum(source.header_pixels() or 0 for source in sample.images)
+        return pixels / 784, tuple(source.key for source in sample.images), characters
 
-    ordered = sorted(samples, key=length)
+    ordered = sorted(samples, key=order)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -119,8 +128,8 @@ def answer_all(
 ) -> None:
     """Answer every question that has no record yet, and save the records batch by batch.
 
-    A batch with a missing record is generated again as a whole, so that answers do not depend on where an earlier
-    attempt was interrupted; only the missing records are saved.
+    A chunk of :data:`BATCHES_PER_CHUNK` batches with a missing record is generated again as a whole, so that answers
+    do not depend on where an earlier attempt was interrupted; only the missing records are saved.
 
     Args:
         load_engine: called only if a question is left.
@@ -128,12 +137,12 @@ def answer_all(
         settings: of this pass.
         view: defaults to showing the samples as they are.
         done: ids that already have a record.
-        part: the batches to answer. Every batch is the same whoever answers it, so no answer depends on the division.
+        part: the chunks to answer. Every chunk is the same whoever answers it, so no answer depends on the division.
         save: called with the new records of each batch.
         progress: called after each batch.
     """
     size = settings.config.batch_size
-    own = batches(samples, settings.template, size)[part]
+    own = batches(samples, settings.template, size * BATCHES_PER_CHUNK)[part]
     unfinished = [batch for batch in own if any(sample.id not in done for sample in batch)]
     total = sum(map(len, own))
     count = sum(sample.id in done for batch in own for sample in batch)
@@ -150,13 +159,19 @@ def answer_all(
         size=lambda question: 0 if question.prompt is None else question.prompt.nbytes,
     )
     with closing(questions):
-        for batch in unfinished:
-            records = answer(engine, list(islice(questions, len(batch))), settings)
-            missing = [record for record in records if record.sample_id not in done]
-            save(missing)
-            count += len(missing)
-            if progress is not None:
-                progress(count, total)
+        for chunk in unfinished:
+            records = answer(engine, islice(questions, len(chunk)), settings)
+            for missing in _batched((record for record in records if record.sample_id not in done), size):
+                save(missing)
+                count += len(missing)
+                if progress is not None:
+                    progress(count, total)
+
+
+def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items; the last one may be shorter."""
+    rest = iter(items)
+    return iter(lambda: list(islice(rest, size)), [])
 
 
 def prepare(engine: RolloutEngine, sample: Sample, view: View | None = None) -> Question:
@@ -171,23 +186,50 @@ def prepare(engine: RolloutEngine, sample: Sample, view: View | None = None) -> 
     return Question(sample, shown, prompt, image_hash(images), None)
 
 
-def answer(engine: RolloutEngine, batch: Sequence[Question], settings: AnswerSettings) -> list[EvalRecord]:
-    """Answer a batch of questions; returns their records in the same order."""
+def answer(engine: RolloutEngine, questions: Iterable[Question], settings: AnswerSettings) -> Iterator[EvalRecord]:
+    """Answer questions; yields their records in the same order. Greedy answers are decoded as a stream: a question
+    joins when another is answered."""
+    if settings.config.num_samples:
+        for batch in _batched(questions, settings.config.batch_size):
+            yield from _answer_with_samples(engine, batch, settings)
+        return
+    waiting: deque[Question] = deque()
+
+    def usable() -> Iterator[Question]:
+        for question in questions:
+            waiting.append(question._replace(prompt=None))  # which is large
+            if question.prompt is not None:
+                yield question
+
+    for group in _greedy(engine, usable(), settings):
+        while waiting[0].reason is not None:
+            yield make_record(waiting.popleft(), None, (), settings, engine.processor.count_tokens)
+        yield make_record(waiting.popleft(), group, (), settings, engine.processor.count_tokens)
+    for question in waiting:
+        yield make_record(question, None, (), settings, engine.processor.count_tokens)
+
+
+def _greedy(engine: RolloutEngine, questions: Iterable[Question], settings: AnswerSettings) -> Iterator[Group]:
+    """Decode the answers of usable questions greedily."""
+    asked, again = tee(questions)
+    return engine.greedy(
+        (question.shown for question in asked),
+        max_completion_length=settings.max_completion_length,
+        batch_size=settings.config.batch_size,
+        prompts=(question.prompt for question in again if question.prompt is not None),
+    )
+
+
+def _answer_with_samples(
+    engine: RolloutEngine, batch: Sequence[Question], settings: AnswerSettings
+) -> Iterator[EvalRecord]:
+    """Answer questions greedily and by sampling."""
     config = settings.config
-    samples = [question.shown for question in batch if question.prompt is not None]
-    prompts = [question.prompt for question in batch if question.prompt is not None]
-    greedy: dict[str, Group] = {}
+    usable = [question for question in batch if question.prompt is not None]
+    greedy = {group.sample.id: group for group in _greedy(engine, usable, settings)}
+    assert greedy.keys() == {question.shown.id for question in usable}, "one answer per question, and ids are unique"
     sampled: dict[str, Group] = {}
-    if samples:
-        groups = engine.greedy(
-            samples,
-            max_completion_length=settings.max_completion_length,
-            batch_size=config.batch_size,
-            prompts=prompts,
-        )
-        greedy = {group.sample.id: group for group in groups}
-        assert greedy.keys() == {sample.id for sample in samples}, "one answer per question, and ids are unique"
-    if samples and config.num_samples:
+    if usable:
         rollout = RolloutConfig(
             num_generations=config.num_samples,
             max_completion_length=settings.max_completion_length,
@@ -195,14 +237,19 @@ def answer(engine: RolloutEngine, batch: Sequence[Question], settings: AnswerSet
             top_p=config.top_p,
             max_batch=max(1, config.batch_size // config.num_samples),
         )
-        drawn = engine.rollout(samples, rollout, seed=config.seed, stream="eval", step=0, prompts=prompts)
+        drawn = engine.rollout(
+            [question.shown for question in usable],
+            rollout,
+            seed=config.seed,
+            stream="eval",
+            step=0,
+            prompts=[question.prompt for question in usable if question.prompt is not None],
+        )
         sampled = {group.sample.id: group for group in drawn}
-    records = []
     for question in batch:
         id = question.sample.id
         more = sampled[id].completions if id in sampled else ()
-        records.append(make_record(question, greedy.get(id), more, settings, engine.processor.count_tokens))
-    return records
+        yield make_record(question, greedy.get(id), more, settings, engine.processor.count_tokens)
 
 
 def make_record(

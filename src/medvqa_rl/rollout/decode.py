@@ -1,4 +1,4 @@
-"""The rollout engine: encode each image once, prefill each prompt once, decode all its completions from that prefix.
+"""The rollout engine: prefill each prompt once, and decode all its completions from that prefix.
 
 Batching is continuous: finished sequences leave the batch and waiting prompts take their rows. Prompts are padded on
 the right, so the prefill needs no mask beyond causality. Positions are explicit, so attention does not depend on where
@@ -12,21 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
-from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.parts import causal_model
-from medvqa_rl.models.group_attention import mask_argument
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
+from medvqa_rl.rollout.prefill import prefill
 from medvqa_rl.rollout.sampling import Stream, uniform_table
 from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled
 from medvqa_rl.rollout.step import Picker, Sampling, advance, append_tokens
@@ -58,6 +56,8 @@ class Generation(NamedTuple):
     """The batch has at most this many times G sequences."""
     more_may_come: bool
     """There may be more prompts than ``max_prompts``."""
+    shares_images: bool
+    """Prompts about the same images share their prefill."""
     picker: Picker
     uniforms: Callable[[Sequence[PromptRequest]], NDArray[np.float64]] | None
     """Returns the (P * G, L) uniforms of P requests; None decodes greedily."""
@@ -69,6 +69,7 @@ class _Running:
 
     request: PromptRequest
     features: Tensor | None
+    """Of its images, if the vision tower is frozen."""
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
@@ -169,6 +170,7 @@ class RolloutEngine:
             config.max_completion_length,
             config.max_batch,
             len(samples) > config.max_batch,
+            stream == "eval",  # the prompts of a training step are independent draws
             Picker(Sampling(config.temperature, config.top_k, config.top_p), self._suppressed, self._stop),
             uniforms,
         )
@@ -194,7 +196,7 @@ class RolloutEngine:
         """
         requests = (PromptRequest(sample, prompt, 0) for sample, prompt in self._encoded(samples, prompts))
         picker = Picker(None, self._suppressed, self._stop)
-        finished = self._complete(requests, Generation(1, max_completion_length, batch_size, True, picker, None))
+        finished = self._complete(requests, Generation(1, max_completion_length, batch_size, True, True, picker, None))
         while True:
             # Do not leak no_grad into the caller between yields.
             with torch.no_grad(), evaluating(self._policy.model):
@@ -216,6 +218,7 @@ class RolloutEngine:
     def _complete(self, requests: Iterable[PromptRequest], generation: Generation) -> Iterator[list[Group]]:
         """Complete all requests with continuous batching; yields groups as they finish, in the requests' order."""
         waiting = iter(requests)
+        keeps_features = self._policy.vision_is_frozen
         running: dict[int, _Running] = {}
         num_admitted = num_finished = 0
         state: DecodeState | None = None
@@ -223,12 +226,14 @@ class RolloutEngine:
         try:
             while new or running:
                 if new:
-                    prefilled, features = self._prefill([request.prompt for request in new])
+                    prefilled, features = prefill(
+                        self._policy, [request.prompt for request in new], shares_images=generation.shares_images
+                    )
                     if state is None:
                         state = self._make_state(generation, len(new), prefilled.keys[0].shape[2])
                     self._admit(state, prefilled, new, num_admitted, generation)
                     for request, feature in zip(new, features):
-                        running[num_admitted] = _Running(request, feature)
+                        running[num_admitted] = _Running(request, feature if keeps_features else None)
                         num_admitted += 1
                 assert state is not None
                 is_done = self._decode(state, generation)
@@ -237,50 +242,13 @@ class RolloutEngine:
                 state.remove(is_done)
                 finished = []
                 while num_finished in running and len(running[num_finished].completions) == generation.num_generations:
-                    finished.append(self._group(running.pop(num_finished)))
+                    finished.append(_group(running.pop(num_finished)))
                     num_finished += 1
                 yield finished
                 new = list(islice(waiting, min(state.free_rows // generation.num_generations, state.free_slots)))
         finally:
             if state is not None and self._graphs is not None:
                 self._graphs.release(state)
-
-    def _prefill(self, prompts: Sequence[EncodedPrompt]) -> tuple[Prefilled, list[Tensor | None]]:
-        """Prefill prompts, padded on the right; also returns their image features."""
-        model, device = self._policy.model, self._policy.device
-        family = self._policy.family
-        features = family.image_features(model, prompts, device)
-        padded = self.processor.pad(prompts, device)
-        embedded = family.embed(model, padded.input_ids, padded.mask, features)
-        masks: dict[str, Any] = {}
-        if padded.blocks is not None:  # else transformers masks by causality and window itself
-            masks["attention_mask"] = mask_argument(
-                family.text(model),
-                family.window(model),
-                padded.mask.long() - 1,
-                padded.blocks,
-                padded.position_ids[0],
-                embedded.embeds.dtype,
-            )
-        cache = DynamicCache()  # without a configuration, so that layers with a sliding window keep all keys
-        hidden = family.hidden_states(
-            model,
-            embedded,
-            padded.position_ids,
-            use_cache=True,
-            **cache_argument(family.text(model), cache),
-            **masks,
-        )
-        last = hidden[torch.arange(len(prompts), device=device), padded.mask.sum(dim=-1) - 1]
-        layers: Any = cache.layers
-        prefilled = Prefilled(
-            keys=[layer.keys for layer in layers],
-            values=[layer.values for layer in layers],
-            logits=causal_model(model).lm_head(last),
-            lengths=[len(prompt.input_ids) for prompt in prompts],
-            next_positions=padded.next_positions,
-        )
-        return prefilled, features
 
     def _make_state(self, generation: Generation, num_prompts: int, prompt_length: int) -> DecodeState:
         """Allocate the batch for its first prompts. If more may come, there are slots for twice as many, because the
@@ -337,14 +305,11 @@ class RolloutEngine:
             text = running[owners[row].prompt].request.prompt.opening + self.processor.decode(ids)
             yield owners[row], Completion(ids, text, not is_stopped)
 
-    def _group(self, prompt: _Running) -> Group:
-        """The group of a prompt whose completions are all done."""
-        return Group(
-            prompt.request.sample,
-            prompt.request.prompt,
-            [prompt.completions[index] for index in sorted(prompt.completions)],
-            prompt.features if self._policy.vision_is_frozen else None,
-        )
+
+def _group(prompt: _Running) -> Group:
+    """The group of a prompt whose completions are all done."""
+    completions = [prompt.completions[index] for index in sorted(prompt.completions)]
+    return Group(prompt.request.sample, prompt.request.prompt, completions, prompt.features)
 
 
 def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
@@ -360,9 +325,11 @@ def _count_occurrences(samples: Iterable[Sample]) -> list[int]:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode for the block."""
-    is_training = model.training
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
         yield
     finally:
-        model.train(is_training)
+        model.train()
