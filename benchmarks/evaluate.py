@@ -29,20 +29,19 @@ from typing import Any
 from scipy import stats
 
 from benchmarks.common import (
-    PHANTOM,
     Workload,
     hardware,
     load_line,
     make_config,
     make_data,
     now,
-    prepare_model,
     table,
     use_clock,
     write_result,
 )
 from benchmarks.decode import stock_inputs
 from benchmarks.engines import forbid_stopping
+from benchmarks.models import PHANTOM, prepare_model
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, VllmConfig
 from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Sample
