@@ -65,6 +65,9 @@ DataName = Literal[
     "path_vqa",
     "vqa_med",
     "omnimed",
+    "med_r1",
+    "medxpertqa",
+    "mmmu_medical",
     "own",
 ]
 

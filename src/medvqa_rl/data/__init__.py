@@ -44,6 +44,18 @@ def load_dataset(config: DataConfig, split: Split) -> Dataset:
             from medvqa_rl.data.sets.omnimed import load_omnimed
 
             return load_omnimed(config, split)
+        case "med_r1":
+            from medvqa_rl.data.sets.med_r1 import load_med_r1
+
+            return load_med_r1(config, split)
+        case "medxpertqa":
+            from medvqa_rl.data.sets.medxpertqa import load_medxpertqa
+
+            return load_medxpertqa(config, split)
+        case "mmmu_medical":
+            from medvqa_rl.data.sets.mmmu import load_mmmu
+
+            return load_mmmu(config, split)
         case "own":
             from medvqa_rl.data.sets.own import load_own
 

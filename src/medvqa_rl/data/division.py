@@ -24,8 +24,7 @@ from medvqa_rl.data.reading.issues import TableReport
 from medvqa_rl.data.reading.records import Standard
 from medvqa_rl.data.reading.rows import Unusable, find_images
 from medvqa_rl.data.reading.tables import is_saved, read_table, write_table
-from medvqa_rl.data.reading.unpack import name_of, store_image
-from medvqa_rl.data.sets.own import unpacked_images
+from medvqa_rl.data.reading.unpack import name_of, store_image, unpacked_images
 from medvqa_rl.data.splits import SPLITS, Split, connected
 
 COLUMN = "split"
@@ -159,7 +158,7 @@ def read_whole(
 
 def _image_name(cell: str | bytes, folder: ImageFolder | None, cache_dir: Path | None) -> str:
     if isinstance(cell, bytes):
-        return name_of(cell) if cache_dir is None else store_image(cell, unpacked_images(cache_dir))
+        return name_of(cell) if cache_dir is None else store_image(cell, unpacked_images(cache_dir, "own"))
     return cell.replace("\\", "/") if folder is None else find_images([cell], folder, {})[0]
 
 

@@ -16,6 +16,7 @@ from medvqa_rl.data.reading.cells import (
     Survey,
     as_number,
     image_cells,
+    name_images,
     option_cells,
     read_answers,
     survey,
@@ -131,6 +132,10 @@ def test_images_that_cannot_be_found(image: Any, reason: str) -> None:
 )
 def test_marks_for_images_leave_the_question(question: str, plain: str) -> None:
     assert without_placeholders(question) == plain
+
+
+def test_marks_in_options_name_the_image() -> None:
+    assert name_images("<image 2>") == "image 2" and name_images("left") == "left"
 
 
 def test_answers_in_tags() -> None:

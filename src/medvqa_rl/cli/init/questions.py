@@ -15,7 +15,8 @@ from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.division import COLUMN, Division, Whole, choose_column, divide, equal_images, read_whole
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.sets.own import read_own, unpacked_images
+from medvqa_rl.data.reading.unpack import unpacked_images
+from medvqa_rl.data.sets.own import read_own
 from medvqa_rl.data.splits import SPLITS
 
 MIN_SAMPLES = 50
@@ -48,7 +49,7 @@ def read_checked(
     Raises:
         ValueError: the table cannot be read.
     """
-    folder = unpacked_images(cache_dir) if images is None else images
+    folder = unpacked_images(cache_dir, "own") if images is None else images
     whole = read_whole(table, folder, columns, cache_dir)
     reading = read_own(table, ImageFolder(folder), split="", needs_split=False, given=columns, unpacks=images is None)
     dropped = [issue for issue in reading.issues if issue.action == "dropped"]

@@ -46,10 +46,10 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
         )
 
 
-FROM_HUB = ("pmc_vqa", "slake_en", "slake_zh", "path_vqa", "vqa_rad_hub")
+FROM_HUB = ("pmc_vqa", "slake_en", "slake_zh", "path_vqa", "vqa_rad_hub", "mmmu_medical")
 """Data sets that can be read from the Hugging Face Hub as well as from a folder."""
 
-NO_IMAGE_FOLDER = ("path_vqa", "vqa_rad_hub", "vqa_med")
+NO_IMAGE_FOLDER = ("path_vqa", "vqa_rad_hub", "vqa_med", "mmmu_medical")
 """Data sets whose images are inside their tables or in folders with fixed names."""
 
 

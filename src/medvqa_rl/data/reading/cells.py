@@ -150,7 +150,12 @@ def without_placeholders(question: str) -> str:
         return question
     text = _PLACEHOLDER.sub(" ", question)
     text = re.sub(rf"^(?:\s*{_NUMBERED.pattern})+|(?:{_NUMBERED.pattern}\s*)+$", " ", text, flags=re.IGNORECASE)
-    return " ".join(_NUMBERED.sub(r"image \1", text).split())
+    return " ".join(name_images(text).split())
+
+
+def name_images(text: str) -> str:
+    """A text in which marks such as "<image 2>" are "image 2"."""
+    return _NUMBERED.sub(r"image \1", text)
 
 
 def read_answers(fields: Fields, repairs: Repairs) -> list[str]:

@@ -85,6 +85,23 @@ def _unpack(archive: Path, folder: Path) -> None:
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif"}
 
 
+def unpacked_images(cache_dir: Path, name: str) -> Path:
+    """The folder of a data set's images that its tables hold; it is created.
+
+    Raises:
+        ValueError: it cannot be created.
+    """
+    folder = cache_dir / "images" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The folder {folder} for unpacked images cannot be created ({error}): set data.cache_dir to a writable "
+            "folder."
+        ) from error
+    return folder
+
+
 def store_image(data: bytes, folder: Path) -> str:
     """Write the bytes of an image to a file named by their hash, unless it exists.
 

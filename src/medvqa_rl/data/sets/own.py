@@ -48,7 +48,7 @@ from medvqa_rl.data.reading.rows import (
 )
 from medvqa_rl.data.reading.sheets import Fields
 from medvqa_rl.data.reading.tables import READABLE, is_saved, read_table
-from medvqa_rl.data.reading.unpack import store_image
+from medvqa_rl.data.reading.unpack import store_image, unpacked_images
 from medvqa_rl.data.splits import SPLITS, Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, image_folder, load_split
 
@@ -103,7 +103,7 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
     if any(embeds) and not all(embeds):
         raise ValueError(f"Of the tables in {root} some hold their images and some name files: use one way in all.")
     cache_dir = cache_folder(config.cache_dir)
-    images = unpacked_images(cache_dir) if any(embeds) else image_folder(root, config, ("images", ""))
+    images = unpacked_images(cache_dir, "own") if any(embeds) else image_folder(root, config, ("images", ""))
     folder = ImageFolder(images)
 
     def read(path: Path) -> Reading:
@@ -165,23 +165,6 @@ def embeds_images(path: Path, given: Mapping[str, str]) -> bool:
         except Unusable:
             continue
     return False
-
-
-def unpacked_images(cache_dir: Path) -> Path:
-    """The folder to which images are written that tables hold.
-
-    Raises:
-        ValueError: it cannot be created.
-    """
-    folder = cache_dir / "images" / "own"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"The folder {folder} for unpacked images cannot be created ({error}): set data.cache_dir to a writable "
-            "folder."
-        ) from error
-    return folder
 
 
 def read_own(

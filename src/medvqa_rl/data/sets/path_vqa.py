@@ -17,7 +17,7 @@ from medvqa_rl.data.reading.folder import EMPTY, MISSING, ImageFolder
 from medvqa_rl.data.reading.index import read_indexed
 from medvqa_rl.data.reading.rows import Reading, Repairs, Row, Unusable, read_rows, required_text
 from medvqa_rl.data.reading.sheets import Fields
-from medvqa_rl.data.reading.unpack import store_image
+from medvqa_rl.data.reading.unpack import store_image, unpacked_images
 from medvqa_rl.data.splits import SPLITS, Split
 from medvqa_rl.data.stored import Source, StoredDataset, data_folder, load_split
 
@@ -44,14 +44,7 @@ def load_image_parquet(config: DataConfig, split: Split) -> StoredDataset:
             f"data.path to the folder of {title}."
         )
     cache_dir = cache_folder(config.cache_dir)
-    images = cache_dir / "images" / config.name
-    try:
-        images.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"The folder {images} for unpacked images cannot be created ({error}): set data.cache_dir to a writable "
-            "folder."
-        ) from error
+    images = unpacked_images(cache_dir, config.name)
     split_of_file = {path: name for name, paths in files.items() for path in paths}
 
     def read(path: Path) -> Reading:
