@@ -478,6 +478,10 @@ SETS: list[tuple[str, str, bool]] = [
     ("left lung, heart", "left, lung heart", False),
     ("heart left, lung", "left lung, heart", False),
     ("no", "no", True),
+    ("none", "keine", True),
+    ("无", "None.", True),
+    ("none", "lung", False),
+    ("poumon, cœur", "cœur et poumon", True),
     ("?", "?", True),
     ("?", ",", False),
 ]

@@ -59,6 +59,24 @@ def test_a_clean_set_has_no_findings() -> None:
     assert list(train.question_words) == [2, 2] and list(train.answer_words) == [1, 1]
 
 
+def test_a_validation_split_that_cannot_choose_is_found() -> None:
+    def validation(*samples: Sample) -> dict[str, Finding]:
+        datasets = {"train": stored(sample(1)), "val": stored(*samples), "test": stored(sample(2))}
+        return found(check_data(datasets, cost=ResizedImages(), decode=False))
+
+    many = [sample(number, answer="no" if number == 3 else "yes") for number in range(3, 33)]
+    assert validation(*many) == {}
+    few = validation(*many[:29])["few validation questions"]
+    assert (few.level, few.count) == ("look", 29) and "known to about 18 percentage points" in few.text
+    one = validation(*(sample(number, answer=f"Yes{'.' * (number % 2)}") for number in range(3, 33)))
+    assert list(one) == ["one validation answer"] and one["one validation answer"].examples == ("yes",)
+    options = [
+        sample(n, answer_type="choice", options=("cyst", "mass")[:: 1 - n % 2 * 2], answer="AB"[n % 2])
+        for n in range(30)
+    ]
+    assert "one validation answer" in validation(*options)  # the text counts, not the letter
+
+
 def test_gold_answers_that_the_scorer_rejects_are_found() -> None:
     report = check(stored(sample(1), sample(2, answer="")))
     assert found(report)["gold answer scores below 1"].examples == ("train: s2 ('')",)

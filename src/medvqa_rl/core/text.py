@@ -81,16 +81,29 @@ def _without_zeros(word: str) -> str:
     return word
 
 
-_BETWEEN_PARTS = re.compile(r"[;&、]|以及|[和与及]|\b(?:and|und)\b|(?<!\d),|,(?!\d{3}\b)|(?<!\d)/|/(?!\d)")
+_BETWEEN_PARTS = re.compile(
+    r"[;&、]|以及|[和与及]|\b(?:and|und)\b|(?<=\s)(?:et|y)(?=\s)|(?<!\d),|,(?!\d{3}\b)|(?<!\d)/|/(?!\d)"
+)
 
 
 def parts(text: str) -> frozenset[str]:
     """The parts of an answer that is a list, each normalised: "Lung, spinal cord and the heart" has three.
 
-    Commas, semicolons, slashes, lines, "and", "und", "和" and the like separate them, except inside numbers.
+    Commas, semicolons, slashes, lines, "and", "und", "et", "y", "和" and so on separate them, except inside numbers.
+    The empty list in any of the five languages ("none", "keine", "无") is the one part "none".
     """
-    found = (part for line in text.splitlines() for part in _BETWEEN_PARTS.split(plain(line)))
-    return frozenset(part for part in map(normalise, found) if part)
+    pieces = (part for line in text.splitlines() for part in _BETWEEN_PARTS.split(plain(line)))
+    found = frozenset(part for part in map(normalise, pieces) if part)
+    return frozenset({"none"}) if len(found) == 1 and found <= _NONE else found
+
+
+_NONE = {
+    *("none", "nothing"),
+    *("keine", "keiner", "keines", "kein", "nichts"),
+    *("aucun", "aucune", "rien"),
+    *("ninguno", "ninguna", "nada"),
+    *("无", "没有", "未见", "均无"),
+}
 
 
 def as_written(text: str) -> str:

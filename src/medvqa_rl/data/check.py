@@ -22,6 +22,7 @@ from medvqa_rl.data.findings import (
     overlap_findings,
     patient_findings,
     skew_findings,
+    validation_findings,
 )
 from medvqa_rl.data.images.cost import ImageCost
 from medvqa_rl.data.images.fingerprints import FLAT, ImageFacts, measure
@@ -127,6 +128,7 @@ def check_data(
         *faults.findings(),
         *overlap_findings(overlaps),
         *patient_findings(_patients(datasets)),
+        *validation_findings(splits),
         *skew_findings(splits),
         *dropped_findings(issues),
     ]
@@ -236,6 +238,8 @@ def _count(facts: SplitFacts, sample: Sample, answer: str) -> None:
     """Add a sample to the statistics; ``answer`` is empty if its gold letter is not one of its options."""
     facts.seen += 1
     facts.types[sample.answer_type] += 1
+    if len(facts.golds) < 2 and answer:
+        facts.golds.add(compared(answer, sample.answers_as))
     facts.question_words.append(len(sample.question.split()))
     facts.answer_words.append(len(answer.split()))
     if sample.answer_type == "choice" and answer:

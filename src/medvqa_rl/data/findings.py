@@ -24,6 +24,12 @@ Level = Literal["wrong", "look"]
 EXAMPLES = 8
 """Maximum number of examples per finding."""
 
+LISTED = 200
+"""Maximum number of faulty samples and images that are listed."""
+
+MIN_VALIDATION = 30
+"""A smaller validation split is a finding."""
+
 SKEW_P = 0.001
 """Answer letters count as skewed if the p-value of a chi-squared test against equal frequencies is below this."""
 
@@ -68,7 +74,7 @@ class Finding:
 
 
 class FaultCounter:
-    """Counts faults by kind and keeps the first examples."""
+    """Counts faults by kind and lists the first of each."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -78,7 +84,7 @@ class FaultCounter:
         """Record a fault, one of ``FAULTS``."""
         self._counts[kind] += count
         examples = self._examples.setdefault(kind, [])
-        if len(examples) < EXAMPLES:
+        if len(examples) < LISTED:
             examples.append(example)
 
     def findings(self) -> Iterator[Finding]:
@@ -106,6 +112,8 @@ class SplitFacts:
     """(number of options, gold letter) -> choice questions."""
     answers: Counter[str] = field(default_factory=Counter)
     """Normalised gold answer -> closed questions."""
+    golds: set[str] = field(default_factory=set)
+    """Two different gold answers as normalised text, or the only one."""
     question_words: array[int] = field(default_factory=lambda: array("I"))
     answer_words: array[int] = field(default_factory=lambda: array("I"))
     images: dict[str, ImageSource] = field(default_factory=dict)
@@ -207,6 +215,31 @@ def patient_findings(patients: Mapping[str, Mapping[str, str]]) -> Iterator[Find
                 f"{second} partly measure memorisation: divide the table with `medvqa-rl data split`, which keeps "
                 "patients together.",
                 tuple(f"{other[patient]} is of the patient of {one[patient]}" for patient in shared[:EXAMPLES]),
+            )
+
+
+def validation_findings(splits: Sequence[SplitFacts]) -> Iterator[Finding]:
+    """Findings about a validation split that cannot tell checkpoints apart."""
+    for split in splits:
+        if split.split != "val":
+            continue
+        if split.seen < MIN_VALIDATION:
+            half = 100 * 1.96 * 0.5 / max(1, split.seen) ** 0.5
+            yield Finding(
+                "look",
+                "few validation questions",
+                split.seen,
+                f"With {split.seen:,} questions the accuracy of a checkpoint is known to about {half:.0f} percentage "
+                f"points, so the best one is chosen by chance: use at least {MIN_VALIDATION}.",
+            )
+        if len(split.golds) == 1:
+            yield Finding(
+                "look",
+                "one validation answer",
+                split.seen,
+                "All validation questions have the same gold answer, so a model that always gives it is the best: "
+                "divide the table again with another seed.",
+                tuple(split.golds),
             )
 
 

@@ -94,7 +94,7 @@ def test_strict_counts_what_is_only_to_be_looked_at(folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(rows))
     arguments = ("check", CONFIG, f"data.path={folder}", "data.split=official")
     code, output = run(*arguments)
-    assert code == 0 and "2 to review" in output and "row 26" in output and "missing image" in output
+    assert code == 0 and "4 to review" in output and "row 26" in output and "missing image" in output
     assert run(*arguments, "--strict")[0] == 1
 
 
@@ -252,3 +252,26 @@ def test_slices_of_one_volume_in_two_splits_are_a_leak(tmp_path: Path) -> None:
     code, output = run("check", *own, "data.answer_types=[closed]")
     assert code == 1 and "2 of the 2 test images" in output and "a.nii.gz#slice=4&window=100,200" in output, output
     assert "images in train and test" in output and "images in val and test" in output
+
+
+def test_check_says_what_own_tables_are_and_lists_every_damaged_image(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        Image.effect_noise((40, 30), 90).save(tmp_path / "images" / f"{number}.png")
+    lines = [f"{number};Is finding {number} seen?;{'ja' if number % 2 else 'nein'}" for number in range(40)]
+    (tmp_path / "test.csv").write_text("\n".join(["Scan;Frage;Antwort", *lines]), encoding="utf-8")
+    (tmp_path / "plain.yaml").write_text("{}")
+    arguments = ("check", str(tmp_path / "plain.yaml"), "data.name=own", f"data.path={tmp_path}")
+    code, output = run(*arguments)
+    assert code == 2 and "has no column image; it has Scan, Frage, Antwort" in output
+    code, output = run(*arguments, "data.columns.image=Scan")
+    assert code == 0, output
+    first = "test.csv: 40 rows, separated by semicolons; image is 'Scan', question is 'Frage', answer is 'Antwort'."
+    assert output.splitlines()[0] == first and "40 closed" in output
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"damaged")
+    code, output = run(*arguments, "data.columns.image=Scan")
+    below = output.split("unreadable image:\n")[1]
+    assert code == 1 and all(
+        f"{tmp_path / 'images' / str(number)}.png cannot be decoded" in below for number in range(5)
+    )

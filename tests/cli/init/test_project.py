@@ -326,3 +326,115 @@ def test_an_unknown_model_is_refused_before_anything_is_read(phantom: Path, tmp_
     with pytest.raises(ValueError, match=r"--model is 'no/model', whose config\.json is not on this machine"):
         run_init(tmp_path / "mine", table=table, images=images, gpu_memory=80.0, model="no/model")
     assert not (tmp_path / "mine").exists()
+
+
+def form(folder: Path, name: str) -> tuple[Path, Path | None]:
+    """The questions of :func:`closed` in another form."""
+    table, images = write_rows(folder, rows := closed(60))
+    if name == "semicolons":
+        lines = [f'{row["image"]};"{row["question"]}";{row["answer"]}' for row in rows]
+        table = folder / "fragen.csv"
+        table.write_text("\n".join(["\ufeffBild;Frage;Antwort", *lines]), encoding="utf-8")
+    elif name == "excel":
+        openpyxl = pytest.importorskip("openpyxl")
+        book, table = openpyxl.Workbook(), folder / "fragen.xlsx"
+        for cells in (
+            ["Dateiname", "Frage ", "ANTWORT"],
+            *([*map(row.get, ("image", "question", "answer"))] for row in rows),
+        ):
+            book.active.append(cells)
+        book.save(table)
+    elif name == "llava":
+        chats = [
+            [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": row["answer"]}] for row in rows
+        ]
+        records = [{"image": row["image"], "conversations": chat} for row, chat in zip(rows, chats)]
+        table.write_text("".join(json.dumps(record) + "\n" for record in records))
+    elif name == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = folder / "hub.parquet"
+        held = [{**row, "image": {"bytes": (images / row["image"]).read_bytes(), "path": None}} for row in rows]
+        parquet.write_table(pyarrow.Table.from_pylist(held), table)
+        return table, None
+    return table, images
+
+
+FORMS = {
+    "semicolons": "fragen.csv: 60 rows, separated by semicolons; image is 'Bild', question is 'Frage', answer is "
+    "'Antwort'.",
+    "excel": "fragen.xlsx: 60 rows, sheet 'Sheet'; image is 'Dateiname', question is 'Frage', answer is 'ANTWORT'.",
+    "llava": "questions.jsonl: 60 rows of LLaVA/ShareGPT conversations.",
+    "parquet": "hub.parquet: 60 rows. It holds its images.",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_first_line_says_what_was_recognised(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    table, images = form(tmp_path / "own", name)
+    arguments = ["init", str(tmp_path / "mine"), "--data", str(table), "--gpu-memory", "24"]
+    result = CliRunner().invoke(app, [*arguments, *(["--images", str(images)] if images else [])])
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[0] == FORMS[name]
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    datasets = [load_dataset(config.data, split) for split in ("train", "val", "test")]
+    samples = [data[index] for data in datasets for index in range(len(data))]
+    found = {(sample.question, sample.answer) for sample in samples}
+    assert found == {(row["question"], row["answer"]) for row in closed(60)}
+    assert {sample.images[0].load().size for sample in samples[:2]} == {(32, 32)}
+
+
+def test_columns_are_named_on_the_command_line_and_kept_in_the_config(tmp_path: Path) -> None:
+    rows = [{**row, "label": "x", "solution": row["answer"]} for row in closed(60)]
+    table, images = write_rows(tmp_path / "own", rows)
+    for row in rows:
+        row["scan, left"] = row.pop("image")
+        del row["answer"]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["init", str(tmp_path / "mine"), "--data", str(table), "--images", str(images), "--gpu-memory", "24"]
+    result = CliRunner().invoke(app, arguments)
+    assert (
+        result.exit_code == 2 and "'label' and 'solution'" in result.output and "can both be answer" in result.output
+    )
+    given = '"image=scan, left",answer=solution'
+    for columns, message in (
+        ("answer=solution", "has no column image; it has question, label, solution, scan, left"),
+        (f"{given},question=Frage", "has no column 'Frage', which is to be question; it has question, label"),
+        ("bild=solution", "--columns has 'bild=solution': write NAME=COLUMN"),
+        ("answer", "--columns has 'answer': write NAME=COLUMN"),
+        ("answer=a,answer=b", "--columns has 'answer=b': write NAME=COLUMN"),
+    ):
+        result = CliRunner().invoke(app, [*arguments, "--columns", columns])
+        assert result.exit_code == 2 and message in result.output, result.output
+    result = CliRunner().invoke(app, [*arguments, "--columns", given])
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    assert config.data.columns.given == {"image": "scan, left", "answer": "solution"}
+    assert sum(len(load_dataset(config.data, split)) for split in ("train", "val", "test")) == 60
+    divided = ["data", "split", str(table), "--columns", given, "--output", str(tmp_path / "ours" / "data.jsonl")]
+    result = CliRunner().invoke(app, divided)
+    assert result.exit_code == 0 and "data.columns.image='scan, left' data.columns.answer=solution" in result.output
+
+
+def test_all_bad_rows_and_images_are_listed_at_once(tmp_path: Path) -> None:
+    table, images = write_rows(tmp_path / "own", rows := closed(60))
+    (images / "3.png").write_bytes(b"damaged")
+    (images / "5.png").unlink()
+    rows[7]["answer"] = None
+    rows[9]["image"] = "/etc/passwd"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["init", str(tmp_path / "mine"), "--data", str(table), "--images", str(images), "--gpu-memory", "24"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    lines = result.output.split("error: ")[1].strip().split("\n")
+    assert lines[0] == f"4 of 60 rows of {table} cannot be used:"
+    assert lines[1].startswith(f"row 4: The image {images / '3.png'} cannot be decoded")
+    assert lines[2:] == [
+        "row 6 (5.png): missing image",
+        "row 8: no answer",
+        "row 10 (/etc/passwd): image path leaves the folder",
+        "Fix or remove them, or leave them out with --max-dropped 0.07.",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--max-dropped", "0.07"])
+    assert result.exit_code == 0 and "row 8: no answer" in result.output
+    assert ".mine-" not in result.output

@@ -15,10 +15,13 @@ from medvqa_rl.config import Config, DataConfig
 from medvqa_rl.core.progress import open_console, progress_bars
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.data.check import ENDLESS_LIMIT, check_data, load_with_further, official_overlap
-from medvqa_rl.data.findings import DataReport, SplitFacts
+from medvqa_rl.data.findings import FAULTS, DataReport, SplitFacts
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
 from medvqa_rl.data.reading.issues import count_issues
 from medvqa_rl.data.stored import StoredDataset
+
+SHOWN = 3
+"""Examples of a finding in the table; all faulty samples and images are listed below it."""
 
 
 def run_check(
@@ -132,6 +135,11 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
     if report.findings:
         out.print()
         out.print(_findings(report))
+        for finding in report.findings:
+            if finding.level == "wrong" and finding.what in FAULTS and finding.count > SHOWN:
+                more = finding.count - len(finding.examples)
+                lines = [*finding.examples, *([f"and {more:,} more"] if more > 0 else [])]
+                out.print("\n  ".join([f"{finding.what}:", *lines]), soft_wrap=True, markup=False, highlight=False)
         if any(overlap.count("hash") for overlap in report.overlaps):
             out.print(
                 f"Near duplicates: images whose perceptual hashes differ in at most {NEAR} of {BITS} bits.",
@@ -148,7 +156,7 @@ def print_report(report: DataReport, out: Console, where: str) -> None:
 def _findings(report: DataReport) -> TextTable:
     rows = []
     for finding in report.findings:
-        shown = [text if len(text) <= 90 else text[:87] + "..." for text in finding.examples[:3]]
+        shown = [text if len(text) <= 90 else text[:87] + "..." for text in finding.examples[:SHOWN]]
         more = "..." if finding.examples and finding.count > len(shown) else ""
         rows.append(
             (
