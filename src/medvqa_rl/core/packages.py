@@ -29,7 +29,7 @@ class Releases(NamedTuple):
 TESTED: Mapping[str, Releases] = {
     "torch": Releases("2.11", "2.14"),
     "transformers": Releases("5.17", "5.24"),
-    "peft": Releases("0.18", "0.21"),
+    "peft": Releases("0.20", "0.21"),
     "accelerate": Releases("1.10", "1.15"),
     "vllm": Releases("0.32", "0.32"),
 }
