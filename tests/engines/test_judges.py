@@ -23,7 +23,7 @@ from medvqa_rl.rewards.judges import JudgeRequest
 from medvqa_rl.rewards.judges.endpoint import EndpointJudge
 from medvqa_rl.rewards.judges.load import load_judge, load_judges
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
-from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric
+from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric, parse_yes_no
 from tests.engines.engine import Serving, running
 
 RUBRICS = (COHERENCE, REASONING, CORRECTNESS)
@@ -88,7 +88,7 @@ def test_a_server_that_refuses_a_constraint_is_asked_without(server, monkeypatch
         ValueError, match=r"refuses structured_outputs \(HTTP 400: .+\), and without it does not answer as it should"
     ):
         load_judge(config)
-    monkeypatch.setattr(Rubric, "parse", lambda rubric, text: COHERENCE.parse("Yes"))
+    monkeypatch.setattr(Rubric, "parse", lambda rubric, text: parse_yes_no("Yes"))
     said: list[str] = []
     judge = load_judges(config, [COHERENCE], say=said.append)["coherence"]
     assert len(said) == 1 and "refuses structured_outputs (HTTP 400: " in said[0]
@@ -139,7 +139,7 @@ def test_levels_and_words_of_a_real_model_equal_plain_forward_passes(smollm2):
     """Of a local judge, against one forward pass per answer with the tokens of the chat template."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    requests = cases(6)
+    requests = cases(3)
     judges = load_judges(JudgeConfig(model=str(smollm2), device="cpu", cache=False), RUBRICS)
 
     def log_prob(text: str, answer: str) -> float:
@@ -190,7 +190,7 @@ def test_perplexity_equals_an_independent_computation(smollm2, tmp_path):
         total, count = nll(text)
         assert found.num_tokens == count and found.nll == pytest.approx(total, rel=1e-4)
     prose, jumble = (found.nll / found.num_tokens for found in (measured[0], measured[3]))
-    assert prose < 4 < jumble
+    assert prose + 1 < jumble
     given = {
         "output_dir": str(tmp_path),
         "model": {"path": "phantom:instruct", "device": "cpu"},

@@ -60,9 +60,18 @@ def test_a_judge_that_agrees_is_worth_using() -> None:
         ("yn" * 20, "?" * 40, "it gave no verdict on any of 40 texts of pairs."),
         ("yn" * 20, "y" * 39 + "?", "it says Yes to all 39 texts of pairs, of which 51 % are labelled Yes."),
         ("yynn" * 10, "yn" * 20, "its kappa of 0.00 [-0."),
+        ("yn" * 20, "yn" * 11 + "ny" * 9, "its kappa of 0.10 [-0."),
         ("yn" * 20, "ny" * 20, "its kappa of -1.00 [-1.00, -0."),
     ],
-    ids=["always No", "always Yes", "unread", "always Yes where read", "chance", "the other way round"],
+    ids=[
+        "always No",
+        "always Yes",
+        "unread",
+        "always Yes where read",
+        "chance",
+        "perhaps chance",
+        "the other way round",
+    ],
 )
 def test_a_judge_that_is_no_better_than_chance_is_not(labels: str, words: str, summary: str) -> None:
     found = worth(compared(labels, words), "pairs")
