@@ -141,6 +141,12 @@ class DataConfig(Settings):
     """text compares answers as a whole, set as lists in any order: "lung, heart" is "heart and lung"; docs/data.md."""
     num_train: Identity[Positive | None] = None
     """Number of training samples, a seeded random subset; None uses all."""
+    pass_rate: Identity[tuple[Share, Share] | None] = None
+    """Train only on questions whose pass rate is between these two, both included; needs pass_rate_from."""
+    pass_rate_from: Free[str | None] = None
+    """Evaluation of the training split with sampled answers (eval --samples): its folder, or that of its run."""
+    order: Identity[Literal["shuffled", "easy_to_hard"]] = "shuffled"
+    """Order of the training questions: shuffled anew in every epoch, or by falling pass rate."""
     num_val: Identity[Positive | None] = 200
     """Number of validation samples; None uses all."""
     num_test: Free[Positive | None] = None

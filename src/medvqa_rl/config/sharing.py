@@ -19,7 +19,7 @@ PLAIN = {"model.revision", "model.lora.targets", "data.revision", "data.families
 PLAIN |= {"judge.revision", "judge.device", "prompt.system", "prompt.instruction"}
 """Shown as it is: text that names nothing of the user's, and prompts, without which no result can be repeated."""
 FOLDERS = {"output_dir", "model.adapter", "data.path", "data.image_folder", "data.cache_dir", "vllm.weights_dir"}
-FOLDERS |= {"judge.cache_dir"}
+FOLDERS |= {"judge.cache_dir", "data.pass_rate_from"}
 """Shown by their last part."""
 MODELS = {"model.path", "data.hub", "rewards.similarity_model", "judge.model", "eval.perplexity_model"}
 MODELS |= {"eval.similarity"}

@@ -19,9 +19,9 @@ from torch import Tensor
 from medvqa_rl.config import Config
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Dataset, Group
-from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.judging.calibration import calibration_warnings
 from medvqa_rl.evaluation.measures.similarity import load_similarity
+from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import Collector, StepClock, gather_records
 from medvqa_rl.learning.objective.advantages import group_advantages
@@ -89,7 +89,7 @@ def train(
     for line in [*warnings, *notices(config)]:
         accelerator.print(line)
     if train_set is None:
-        train_set = load_dataset(config.data, "train")
+        train_set = load_training_set(config.data)
     for line in check_rewardable(config, train_set):
         accelerator.print(line)
     judges = load_rewarding(config, accelerator.print)

@@ -30,6 +30,7 @@ from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Group
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.stored import NoSuchSplit
+from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.skipping import without_images
 from medvqa_rl.learning.distributed.launch import Launch, check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
@@ -243,7 +244,7 @@ def set_up(
     Raises:
         ValueError: either cannot be used.
     """
-    train_set = load_dataset(config.data, "train") if train_set is None else train_set
+    train_set = load_training_set(config.data) if train_set is None else train_set
     datasets = {"train": without_images(train_set, config.data.skip_images)}
     if with_validation and config.train.eval_steps:
         try:

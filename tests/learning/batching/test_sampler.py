@@ -70,3 +70,12 @@ def test_balancing_by_cost():
     dealt = parts(lambda sample: float(sample.id.removeprefix("toy-")))
     assert sorted(dealt[0] + dealt[1], key=lambda draw: draw.position) == whole
     assert all([draw.position for draw in part] == sorted(draw.position for draw in part) for part in dealt)
+
+
+def test_an_order_is_kept_in_every_epoch_but_not_when_resampling():
+    drawn = [step_indices(step, num_prompts=3, length=5, seed=1, in_order=True) for step in range(4)]
+    assert [draw for step in drawn for draw in step] == [(place % 5, place // 5) for place in range(12)]
+    again = step_indices(0, num_prompts=5, length=5, seed=1, attempt=1, in_order=True)
+    assert again == step_indices(0, num_prompts=5, length=5, seed=1, attempt=1)
+    ids = [draw.sample.id for draw in step_samples(ToyData(5), 1, num_prompts=3, seed=1, in_order=True)]
+    assert ids == ["toy-3", "toy-4", "toy-0"]

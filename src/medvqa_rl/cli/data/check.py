@@ -19,6 +19,7 @@ from medvqa_rl.data.findings import FAULTS, DataReport, SplitFacts
 from medvqa_rl.data.images.fingerprints import BITS, NEAR
 from medvqa_rl.data.reading.issues import count_issues
 from medvqa_rl.data.stored import StoredDataset
+from medvqa_rl.evaluation.pass_rates import histogram, read_pass_rates
 
 SHOWN = 3
 """Examples of a finding in the table; all faulty samples and images are listed below it."""
@@ -55,6 +56,7 @@ def run_check(
     cost, where = image_rule(config.model)
     out = open_console()
     datasets = load_with_further(config.data, further)
+    rates = [] if config.data.pass_rate_from is None else read_pass_rates(datasets["train"], config.data)
     for sentence in dict.fromkeys(s for d in datasets.values() if isinstance(d, StoredDataset) for s in d.about):
         out.print(sentence, soft_wrap=True, markup=False, highlight=False)
     with progress_bars() as progress:
@@ -71,11 +73,26 @@ def run_check(
     if config.data.split == "image" and config.data.name != "own":
         report = replace(report, notes={**report.notes, **official_overlap(config.data)})
     print_report(report, out, where)
+    if rates:
+        out.print()
+        out.print(pass_rate_table(rates, config.data))
     if html is not None:
         from medvqa_rl.report.pages.data_page import write_data_page
 
         out.print(f"Written: {write_data_page(html, report, where)}", soft_wrap=True)
     return not report.is_wrong(strict=strict)
+
+
+def pass_rate_table(rates: Sequence[float | None], data: DataConfig) -> TextTable:
+    """The histogram of the pass rates of the training questions, and which of them ``data.pass_rate`` keeps."""
+    low, high = data.pass_rate or (0.0, 1.0)
+    kept = sum(rate is not None and low <= rate <= high for rate in rates)
+    rows = histogram(rates)
+    most = max(count for _, count in rows)
+    cells = [(label, f"{n:,}", f"{100 * n / len(rates):.1f} %", "#" * -(-30 * n // most)) for label, n in rows]
+    note = f"data.pass_rate [{low:g}, {high:g}] keeps {kept:,} of {len(rates):,} questions."
+    header = ["pass rate", "questions", "share", ""]
+    return TextTable("Pass rates of the training questions", header, cells, prose=[""], notes=[note])
 
 
 def _spread(values: Sequence[int]) -> str:

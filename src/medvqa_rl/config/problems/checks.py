@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
 from medvqa_rl.config.other_names import OTHER_NAMES
-from medvqa_rl.config.problems.data import data_problems
+from medvqa_rl.config.problems.data import data_problems, unused_pass_rates
 from medvqa_rl.config.problems.judge import asked_by, judge_problems, network_problems
 from medvqa_rl.config.problems.loss import loss_problems
 from medvqa_rl.config.problems.prompt import prompt_problems
@@ -99,7 +99,7 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
         *quantized_problems(config, trains=is_training),
     ]
     if is_training:
-        found += _schedule_problems(config)
+        found += [*_schedule_problems(config), *unused_pass_rates(config.data)]
     if purpose == "train":
         found += [*_rl_problems(config), *vllm_problems(config)]
     for sentence, *paths in found:

@@ -14,6 +14,7 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             "data.answer_types is an empty list, which leaves no question: list some of choice, closed and open.",
             "data.answer_types",
         )
+    yield from _pass_rate_problems(data)
     if data.name != "phantom":
         yield from _stored_data_problems(data)
         return
@@ -43,6 +44,43 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             "data.split is image, but data.name is phantom, whose splits never share an image: remove data.split.",
             "data.split",
             "data.name",
+        )
+
+
+def _pass_rate_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
+    if data.pass_rate is not None and data.pass_rate[0] > data.pass_rate[1]:
+        low, high = data.pass_rate
+        yield (
+            f"data.pass_rate is [{low:g}, {high:g}], but the lower bound comes first: write [{high:g}, {low:g}].",
+            "data.pass_rate",
+        )
+    used = {"pass_rate": data.pass_rate is not None, "order": data.order != "shuffled"}
+    for name in (name for name, is_used in used.items() if is_used and data.pass_rate_from is None):
+        value = data.order if name == "order" else "[{:g}, {:g}]".format(*data.pass_rate or ())
+        yield (
+            f"data.{name} is {value}, but data.pass_rate_from is not set: set it to the folder of an evaluation of "
+            "the training questions (`medvqa-rl eval CONFIG --split train --samples 8`).",
+            f"data.{name}",
+            "data.pass_rate_from",
+        )
+    if data.pass_rate_from is not None and data.name == "phantom" and data.num_train is None:
+        yield (
+            f"data.pass_rate_from is {data.pass_rate_from}, but data.name is phantom, whose training questions are "
+            "endless: set data.num_train, and evaluate that many.",
+            "data.pass_rate_from",
+            "data.num_train",
+        )
+
+
+def unused_pass_rates(data: DataConfig) -> Iterator[tuple[str, ...]]:
+    """Yield a problem if training would ignore ``data.pass_rate_from``, which ``data check`` shows by itself."""
+    if data.pass_rate_from is not None and data.pass_rate is None and data.order == "shuffled":
+        yield (
+            f"data.pass_rate_from is {data.pass_rate_from}, but nothing uses the pass rates: set data.pass_rate (such "
+            "as [0.1, 0.9]) or data.order=easy_to_hard, or remove data.pass_rate_from.",
+            "data.pass_rate_from",
+            "data.pass_rate",
+            "data.order",
         )
 
 

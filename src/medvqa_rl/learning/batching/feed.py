@@ -52,6 +52,7 @@ class Feed(AbstractContextManager["Feed"]):
         rank: int = 0,
         num_ranks: int = 1,
         prompt_config: PromptConfig = PromptConfig(),
+        in_order: bool = False,
     ) -> None:
         """
         Args:
@@ -62,6 +63,7 @@ class Feed(AbstractContextManager["Feed"]):
             num_prompts: P, prompts per step over all ranks.
             seed: seed of the sample order.
             prompt_config: which templates to use.
+            in_order: read the data set in its own order.
         """
 
         def draws() -> Iterator[tuple[int, DrawnSample]]:
@@ -73,6 +75,7 @@ class Feed(AbstractContextManager["Feed"]):
                     seed=seed,
                     rank=rank,
                     num_ranks=num_ranks,
+                    in_order=in_order,
                     cost=engine.processor.expected_tokens,
                 ):
                     yield step, draw
@@ -158,4 +161,5 @@ def make_feed(config: Config, accelerator: Accelerator, setup: Setup, steps: ran
         rank=accelerator.process_index,
         num_ranks=accelerator.num_processes,
         prompt_config=config.prompt,
+        in_order=config.data.order != "shuffled",
     )

@@ -26,13 +26,13 @@ _SEED_STRIDE = 2654435761
 
 
 def step_indices(
-    step: int, *, num_prompts: int, length: int | None, seed: int, attempt: int = 0
+    step: int, *, num_prompts: int, length: int | None, seed: int, attempt: int = 0, in_order: bool = False
 ) -> list[tuple[int, int]]:
     """(index, epoch) of each sample of a step.
 
     An endless data set is read in order: step s takes start + s * P ... start + s * P + P - 1, where start is
     seed * 2654435761 modulo 2**31. A finite one is reshuffled every epoch. Epochs follow each other without a gap, so
-    a step can span two of them.
+    a step can span two of them. ``in_order`` reads it as it is in every epoch; resampling attempts are shuffled.
 
     Args:
         step: counted from 0.
@@ -41,11 +41,14 @@ def step_indices(
         seed: seed of the start or the shuffling.
         attempt: 0 for the step's own prompts, n for the n-th resampling attempt. Each attempt starts at its own offset
             in an endless data set and has its own shuffling in a finite one.
+        in_order: do not shuffle.
     """
     positions = range(step * num_prompts, (step + 1) * num_prompts)
     if length is None:
         start = seed * _SEED_STRIDE % (_ATTEMPT_OFFSET // 2) + attempt * _ATTEMPT_OFFSET
         return [(start + position, 0) for position in positions]
+    if in_order and not attempt:
+        return [(position % length, position // length) for position in positions]
     key: tuple[str | int, ...] = (seed, "attempt", attempt, "epoch") if attempt else (seed, "epoch")
     orders = {epoch: permutation(address(*key, epoch), length) for epoch in {p // length for p in positions}}
     return [(int(orders[position // length][position % length]), position // length) for position in positions]
@@ -60,16 +63,18 @@ def step_samples(
     rank: int = 0,
     num_ranks: int = 1,
     attempt: int = 0,
+    in_order: bool = False,
     cost: Callable[[Sample], float] | None = None,
 ) -> list[DrawnSample]:
     """The samples of a step that one rank processes, in step order.
 
     Args:
+        in_order: do not shuffle a finite data set.
         cost: expected cost of a sample, used to balance ranks (:func:`balance_by_cost`). None gives each rank
             consecutive samples.
     """
     length = None if dataset.is_endless else len(dataset)
-    indices = step_indices(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt)
+    indices = step_indices(step, num_prompts=num_prompts, length=length, seed=seed, attempt=attempt, in_order=in_order)
     if num_ranks == 1 or cost is None:
         share = num_prompts // num_ranks
         positions = list(range(rank * share, (rank + 1) * share))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from medvqa_rl.config import Config, leaves
 from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS, Sample
-from medvqa_rl.data import load_dataset
+from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.report.pages.rendering import thumbnail_uri
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups
@@ -141,7 +141,7 @@ def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[st
     except ValueError:
         return {}, "the settings are missing or have another version, so the images cannot be found."
     try:
-        dataset = load_dataset(config.data, "train")
+        dataset = load_training_set(config.data)
     except (ValueError, OSError) as error:
         return {}, f"the data set {config.data.name} is not available here, so no images are shown: {error}"
     known = run.data.get("train")
