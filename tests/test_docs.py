@@ -26,7 +26,7 @@ from tests import forking
 ROOT = Path(__file__).parents[1]
 MARKDOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PURPOSES: dict[str, Any] = {"train": "train", "sft": "sft", "eval": "eval", "show": None, "check": "train"}
+PURPOSES: dict[str, Any] = {"train": "train", "sft": "sft", "eval": "eval", "show": None, "check": "eval"}
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n$")
 README = "the project's first page: it installs the package, trains for minutes and uses a GPU"
 PROSE = {"bash", "console", "shell"}
