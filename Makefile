@@ -18,6 +18,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 VLLM := .venv-vllm/bin/python
 RANKS := tests/learning/distributed/test_ranks.py
+# Where DeepSpeed finds what it compiles, and ninja, which pip puts beside python.
+COMPILED := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/extensions"
 
 .PHONY: demo test check attack attack-short test-ranks test-vllm test-vllm-full format clean
 
@@ -38,10 +40,8 @@ attack: .venv/installed-dev
 attack-short: .venv/installed-dev
 	$(BIN)/python -m dev.attacks --short --jobs 2
 
-# DeepSpeed compiles with ninja, which pip puts beside python.
 test-ranks: .venv/installed-ranks
-	PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/extensions" \
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(RANKS)
+	$(COMPILED) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest $(RANKS)
 
 test-vllm: .venv-vllm/installed
 	$(VLLM) -m pytest tests/engines -m "not slow"
@@ -77,10 +77,12 @@ clean:
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/installed
 
-# pip needs no compiler for DeepSpeed, but its AdamW for the CPU is compiled when it is first used.
+# pip needs no compiler for DeepSpeed, but its AdamW for the CPU is compiled when it is first loaded.
 .venv/installed-ranks: constraints.txt .venv/installed-dev
 	@command -v $${CXX:-c++} > /dev/null && test -f "$$($(BIN)/python -c \
 	'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo "make test-ranks needs a C++ compiler" \
 	"and Python's header files: on Debian, run 'apt-get install g++ python3-dev' as root." >&2; exit 2; }
 	$(PIP) -e '.[deepspeed]'
+	$(COMPILED) DS_ACCELERATOR=cpu $(BIN)/python -c \
+	'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()' > /dev/null
 	touch $@
