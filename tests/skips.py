@@ -7,6 +7,7 @@ the reason of the skip, unless it is marked ``gpu``.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Published data sets and settings next to the project. They are not part of it."""
+
+NO_CHROMIUM = "Chromium is missing, so no page is tested in a browser: run `apt-get install chromium` as root"
 
 ALL_MUST_RUN = os.environ.get("MEDVQA_NO_SKIPS") == "1"
 
@@ -46,10 +49,17 @@ def pytest_make_collect_report() -> Iterator[None]:
     return report
 
 
-def pytest_report_header() -> str | None:
-    if REAL_DATA.is_dir():
-        return None
-    return f"real data: {REAL_DATA} does not exist, so the tests that read it (fixture shared_data) are left out"
+def find_chromium() -> str | None:
+    """The program, where one is installed."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def pytest_report_header() -> list[str]:
+    lines = [] if find_chromium() else [NO_CHROMIUM]
+    if not REAL_DATA.is_dir():
+        lines.append(f"{REAL_DATA} does not exist, so the tests on real data (fixture shared_data) are left out")
+    return lines
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

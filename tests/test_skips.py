@@ -81,4 +81,6 @@ def test_elsewhere_it_is_a_skip_and_tests_on_real_data_are_left_out(tmp_path: Pa
     code, output = run(tmp_path)
     assert code == 0, output
     assert "1 passed, 4 skipped, 1 deselected, 1 xfailed" in output
-    assert f"real data: {tmp_path / 'shared' / 'data'} does not exist" in output
+    assert f"{tmp_path / 'shared' / 'data'} does not exist, so the tests on real data" in output
+    assert "`apt-get install chromium`" not in output or shutil.which("chromium") is None
+    assert "`apt-get install chromium`" in run(tmp_path / "without", PATH="")[1]

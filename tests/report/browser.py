@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import select
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,27 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.skips import find_chromium
 
 PATIENCE = 60.0
 """Seconds to wait for an answer; a busy machine is slow."""
-
-
-def find_chromium() -> str | None:
-    """The program, where one is installed."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-needs_chromium = [
-    pytest.mark.browser,
-    pytest.mark.skipif(
-        find_chromium() is None,
-        reason="pages are not tested in a browser, because Chromium is missing: install it with `apt-get install "
-        "chromium` as root",
-    ),
-]
-"""Marks of the tests in a browser."""
 
 
 class Page:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page, browser, needs_chromium
+from browser import Page
 from synthetic import EVIL, make_run
 
 from medvqa_rl.report.pages.report import write_report
 
-pytestmark = needs_chromium
+pytestmark = pytest.mark.browser
 
 GROUPS = "[...document.querySelectorAll('.entry')]"
 STEPS = f"{GROUPS}.map(e => Number(e.querySelector('p').textContent.match(/step (\\d+)/)[1]))"
@@ -28,12 +28,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
     one, two = make_run(folder / "one"), make_run(folder / "two", steps=60, data={"scanner": "unseen"})
     return write_report([one, two], folder / "report.html")
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with browser(tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.fixture

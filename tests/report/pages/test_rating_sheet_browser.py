@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import PATIENCE, Page, browser, needs_chromium
+from browser import PATIENCE, Page
 from synthetic import write_evaluation
 
 from medvqa_rl.cli.judge.rate import run_sheet
 from medvqa_rl.evaluation.judging.ratings import Rating, read_key, read_ratings
 
-pytestmark = needs_chromium
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,6 @@ def sheet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one, two = (write_evaluation(folder, name, same=6) for name in ("before", "after_training"))
     run_sheet([one, two], output=folder / "sheet.html", questions=3)
     return folder / "sheet.html"
-
-
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with browser(tmp_path_factory.mktemp("profile")) as page:
-        yield page
 
 
 @pytest.fixture
