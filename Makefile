@@ -3,7 +3,7 @@
 # make check   lint, formatting, types
 # make attack  damage inputs, kill runs, attack pages and servers; about 40 minutes
 # make attack-short   a part of it with a seed of the commit; two minutes
-# make test-ranks      train on two CPU processes under DDP, FSDP2 and DeepSpeed, which needs a C++ compiler
+# make test-ranks      train on two CPU processes under DDP, FSDP2 and DeepSpeed, with a C++ compiler; 5 minutes with its installation
 # make test-vllm       run tests/engines against vLLM's CPU build, in .venv-vllm (3.7 GB); 5 minutes with its installation
 # make test-vllm-full  the same with more models, settings and failures; 20 minutes
 #
