@@ -88,7 +88,7 @@ class Whole:
         total = len(self.entries) + len(self.bad)
         if len(self.bad) > max_dropped * total:
             share = math.ceil(100 * len(self.bad) / total) / 100
-            leave_out = f", or leave them out with --max-dropped {share:g}" if self.entries else ""
+            leave_out = f", or leave them out with --max-dropped {share:g}" if share <= 0.5 else ""
             raise ValueError(
                 "\n".join(
                     [

@@ -230,7 +230,8 @@ def validation_findings(splits: Sequence[SplitFacts]) -> Iterator[Finding]:
                 "few validation questions",
                 split.seen,
                 f"With {split.seen:,} questions the accuracy of a checkpoint is known to about {half:.0f} percentage "
-                f"points, so the best one is chosen by chance: use at least {MIN_VALIDATION}.",
+                f"points, so the best one is chosen by chance: use at least {MIN_VALIDATION} (`medvqa-rl data split "
+                "--val`).",
             )
         if len(split.golds) == 1:
             yield Finding(

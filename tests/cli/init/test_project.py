@@ -364,7 +364,7 @@ FORMS = {
     "'Antwort'.",
     "excel": "fragen.xlsx: 60 rows, sheet 'Sheet'; image is 'Dateiname', question is 'Frage', answer is 'ANTWORT'.",
     "llava": "questions.jsonl: 60 rows of LLaVA/ShareGPT conversations.",
-    "parquet": "hub.parquet: 60 rows. It holds its images.",
+    "parquet": "hub.parquet: 60 rows. The images are in the table.",
 }
 
 
@@ -438,3 +438,31 @@ def test_all_bad_rows_and_images_are_listed_at_once(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*arguments, "--max-dropped", "0.07"])
     assert result.exit_code == 0 and "row 8: no answer" in result.output
     assert ".mine-" not in result.output
+
+
+def test_a_folder_written_by_save_to_disk_is_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, images = write_rows(tmp_path / "own", rows := closed(60))
+    held = [{**row, "image": {"bytes": (images / row["image"]).read_bytes(), "path": None}} for row in rows]
+    for split in ("train", "test"):  # as datasets writes it: two files in the stream format, and a list of them
+        folder = tmp_path / "saved" / split
+        folder.mkdir(parents=True)
+        for number, some in enumerate((held[:37], held[37:])):
+            table = pyarrow.Table.from_pylist(some)
+            with pyarrow.ipc.new_stream(str(folder / f"data-0000{number}-of-00002.arrow"), table.schema) as stream:
+                stream.write_table(table)
+        files = [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]
+        (folder / "state.json").write_text(json.dumps({"_data_files": files, "_split": split}))
+    with pytest.raises(ValueError, match=r"holds the splits test, train: give one of them, such as .*saved/train, or"):
+        run_init(tmp_path / "mine", table=tmp_path / "saved", images=None, gpu_memory=24)
+    with pytest.raises(ValueError, match="is a folder that save_to_disk did not write: give your questions as CSV"):
+        run_init(tmp_path / "mine", table=images, images=None, gpu_memory=24)
+    assert run_init(tmp_path / "mine", table=tmp_path / "saved" / "train", images=None, gpu_memory=24)
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    assert sum(len(load_dataset(config.data, split)) for split in ("train", "val", "test")) == 60
+    both = DataConfig(name="own", path=str(tmp_path / "saved"), num_val=None, cache_dir=str(tmp_path / "cache"))
+    assert len(load_dataset(both, "test")) == 60 and len(load_dataset(both, "train")) < 60  # a tenth validates
+    (tmp_path / "saved" / "test" / "data-00001-of-00002.arrow").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"saved/test was not written by save_to_disk, or is damaged"):
+        load_dataset(both, "test")

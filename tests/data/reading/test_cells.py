@@ -198,6 +198,7 @@ def test_other_questions_have_no_options(question: str) -> None:
 def test_the_last_list_of_a_question_counts() -> None:
     text = "A. Smith reports hepatitis A. What is it? A) a cyst B) hepatitis A. C) none"
     assert split_options(text) == ("A. Smith reports hepatitis A. What is it?", ("a cyst", "hepatitis A.", "none"))
+    assert split_options("Is A. here or B. there? A. left B. right") == ("Is A. here or B. there?", ("left", "right"))
 
 
 # --- a whole table ------------------------------------------------------------------------------------------------

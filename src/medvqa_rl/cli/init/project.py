@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from medvqa_rl.cli.data.check import print_report
-from medvqa_rl.cli.init.questions import find_obstacles, load_staged, read_checked, split_table
+from medvqa_rl.cli.init.questions import check_table, find_obstacles, load_staged, read_checked, split_table
 from medvqa_rl.cli.init.template import CPU, GPU, fill
 from medvqa_rl.config import Config, ConfigError, DataConfig, ModelConfig
 from medvqa_rl.config.inputs import ColumnsConfig
@@ -33,7 +33,6 @@ from medvqa_rl.data.division import (
     write_divided,
 )
 from medvqa_rl.data.findings import DataReport
-from medvqa_rl.data.reading.tables import is_saved
 from medvqa_rl.data.sets.own import embeds_images
 from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.learning.estimate.estimate import Assumptions, Estimate, estimate
@@ -123,11 +122,7 @@ def run_init(
     """
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
         raise ValueError(f"{project} already exists and is not overwritten: choose another name, or move it away.")
-    if not table.is_file() and not is_saved(table):
-        raise ValueError(
-            f"The table {table} does not exist: give your questions as CSV, Excel, JSON Lines, JSON or parquet, or a "
-            "folder written by save_to_disk."
-        )
+    check_table(table)
     if images is not None and not images.is_dir():
         raise ValueError(f"The folder {images} does not exist: give the folder of the images with --images.")
     if embeds_images(table, columns):

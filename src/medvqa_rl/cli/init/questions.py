@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,12 +16,33 @@ from medvqa_rl.core.types import Dataset, Sample
 from medvqa_rl.data import load_splits
 from medvqa_rl.data.division import COLUMN, Division, Whole, choose_column, divide, equal_images, read_whole
 from medvqa_rl.data.reading.folder import ImageFolder
+from medvqa_rl.data.reading.tables import is_saved
 from medvqa_rl.data.reading.unpack import unpacked_images
 from medvqa_rl.data.sets.own import read_own
 from medvqa_rl.data.splits import SPLITS
 
 MIN_SAMPLES = 50
 """With fewer questions nothing can be learned or measured: ten test questions have an interval of 60 points."""
+
+
+def check_table(table: Path) -> None:
+    """Refuse a table that is not there.
+
+    Raises:
+        ValueError: it is not, or is a folder that is no table.
+    """
+    if table.is_file() or is_saved(table):
+        return
+    if splits := sorted(path.parent.name for path in table.glob("*/state.json")):
+        raise ValueError(
+            f"The folder {table} holds the splits {', '.join(splits)}: give one of them, such as "
+            f"{table / splits[-1]}, or use all as they are with data.name=own data.path={shlex.quote(str(table))}."
+        )
+    what = "is a folder that save_to_disk did not write" if table.is_dir() else "does not exist"
+    raise ValueError(
+        f"The table {table} {what}: give your questions as CSV, Excel, JSON Lines, JSON or parquet, or a folder "
+        "written by save_to_disk."
+    )
 
 
 def load_staged(data: DataConfig, staged: Path, table: Path) -> Mapping[str, Dataset]:

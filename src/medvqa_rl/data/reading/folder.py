@@ -83,9 +83,8 @@ class ImageFolder:
         if folder not in self._stems:
             stems: dict[str, list[tuple[str, str]]] = {}
             for known, entry in self._listing(folder).items():
-                stem = _SUFFIXES.sub("", known)
-                if stem != known and entry[1] != MISSING:  # no folder
-                    stems.setdefault(stem, []).append(entry)
+                if entry[1] != MISSING:  # no folder
+                    stems.setdefault(_SUFFIXES.sub("", known), []).append(entry)
             self._stems[folder] = stems
         found = self._stems[folder].get(normalize("NFC", name), [])
         return found[0] if len(found) == 1 else ("", SEVERAL if found else MISSING)

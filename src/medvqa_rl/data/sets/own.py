@@ -211,7 +211,7 @@ def read_own(
     )
     reading = read_rows(path, parse, known=KNOWN, prepare=standard, report=report)
     standard.check()
-    reading.about.append(standard.about(report) + _about_options(options) + " It holds its images." * unpacks)
+    reading.about.append(standard.about(report) + _about_options(options) + " The images are in the table." * unpacks)
     return reading
 
 
