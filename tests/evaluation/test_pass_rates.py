@@ -111,7 +111,9 @@ def test_a_file_a_folder_and_a_run_are_found(tmp_path: Path) -> None:
 def test_other_questions_are_refused(tmp_path: Path) -> None:
     write(tmp_path, config(tmp_path))
     more = config(tmp_path, num_train=COUNT + 1)
-    with pytest.raises(ValueError, match=r"is of other questions: 1 of the 9 training questions .* 'phantom-train-0-8'"):
+    with pytest.raises(
+        ValueError, match=r"is of other questions: 1 of the 9 training questions .* 'phantom-train-0-8'"
+    ):
         read_pass_rates(load_dataset(more, "train"), more)
     fewer = config(tmp_path, num_train=3)
     assert read_pass_rates(load_dataset(fewer, "train"), fewer) == [1.0, 0.0, 0.5]

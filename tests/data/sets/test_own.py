@@ -313,6 +313,29 @@ def one(folder: Path, suffix: str = ".jsonl", **row: Any) -> Sample:
     return sample
 
 
+def test_options_in_the_question_are_not_asked_twice(folder: Path) -> None:
+    listed = "Which side? (A) left (B) right"
+    for row in (
+        {"question": listed, "answer": "B"},
+        {"question": listed, "answer": "B", "options": {"A": "left", "B": "Right"}},
+        {"question": f"<image>{listed}", "answer": "<answer>B</answer>"},
+        {"question": listed, "answer": "right", "options": "left|right"},
+    ):
+        sample = one(folder, **row)
+        assert (sample.question, sample.answer, sample.answer_text.lower()) == ("Which side?", "B", "right")
+    other = one(folder, question=listed, answer="B", options=["up", "down"])
+    assert other.question == listed and other.options == ("up", "down")
+    for first, answers in ((0, (0, 1)), (1, (1, 2))):
+        rows = [{"image": "a.png", "question": f"{n}?", "options": ["left", "right"], "answer": n} for n in answers]
+        write(folder / "test.jsonl", rows)
+        dataset = load(folder, "test")
+        assert [sample.answer for sample in dataset.samples] == ["A", "B"]
+        assert dataset.about == (f"test.jsonl: 2 rows. Answers are numbers of options, counted from {first}.",)
+    write(folder / "test.jsonl", rows[:1])
+    with pytest.raises(ValueError, match=r"test\.jsonl are numbers of options, but neither 0 nor .*: write letters"):
+        load(folder, "test")
+
+
 def test_whole_numbers_that_became_decimals(folder: Path) -> None:
     for suffix in (".jsonl", ".csv"):
         sample = one(folder, suffix, answer=2.0, id=7.0, patient=3.0)
