@@ -275,3 +275,19 @@ def test_check_says_what_own_tables_are_and_lists_every_damaged_image(tmp_path: 
     assert code == 1 and all(
         f"{tmp_path / 'images' / str(number)}.png cannot be decoded" in below for number in range(5)
     )
+
+
+def test_a_table_that_holds_its_images_is_divided_with_and_without_a_folder(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(40):
+        path = tmp_path / "images" / f"{number}.png"
+        Image.new("L", (8, 8), number // 2).save(path)
+        rows.append({"image": {"bytes": path.read_bytes(), "path": None}, "question": f"{number}?", "answer": "yes"})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "hub.parquet")
+    for number, folder in enumerate(((), ("--images", str(tmp_path / "images")))):
+        out = tmp_path / f"{number}.parquet"
+        code, output = run("split", str(tmp_path / "hub.parquet"), "--output", str(out), *folder)
+        assert code == 0 and "20 groups of rows that share an image" in output, output
+        assert [row["image"] for row in parquet.read_table(out).to_pylist()] == [row["image"] for row in rows]

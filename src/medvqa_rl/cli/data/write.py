@@ -15,6 +15,7 @@ from medvqa_rl.core.text import for_terminal, number_of
 from medvqa_rl.data import Split, load_dataset, load_splits
 from medvqa_rl.data.division import choose_column, divide, equal_images, output_suffix, read_whole, write_divided
 from medvqa_rl.data.export import Format, export
+from medvqa_rl.data.sets.own import embeds_images
 
 
 def run_split(
@@ -46,6 +47,8 @@ def run_split(
     out = table.with_name(f"data{output_suffix(table)}") if output is None else output
     if out.exists():
         raise ValueError(f"The file {out} already exists: choose another file with --output, or move this one away.")
+    if images is not None and embeds_images(table, columns):
+        images = None  # images in the table are told apart by their bytes
     whole = read_whole(table, images, columns)
     print(for_terminal(whole.about))
     equal: list[tuple[str, ...]] = []
