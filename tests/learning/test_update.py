@@ -251,6 +251,13 @@ def test_skipping_groups_changes_neither_gradient_nor_loss(folder, tmp_path, mon
         assert skipped_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("loss", [{"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}])
+def test_no_group_is_skipped_if_its_entropy_counts(folder, tmp_path, loss):
+    _, experience = prepare(folder, tmp_path, SKIPPED_ADVANTAGES, loss={"beta": 0.0} | loss)
+    assert experience.counts.num_skipped == 0
+    assert sum(len(micro.groups) for micro in experience.micro_batches) == 4
+
+
 def test_no_kl_is_logged_without_a_reference(folder, tmp_path):
     assert "kl" not in gradients_and_metrics(*prepare(folder, tmp_path, SKIPPED_ADVANTAGES))[1]
 

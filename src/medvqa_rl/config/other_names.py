@@ -1,5 +1,15 @@
 """Names of settings in TRL and other programs, suggested if one of them is given. Imports no torch."""
 
+OTHER_VALUES = {
+    ("loss.type", "gspo"): "GSPO is loss.importance_sampling_level=sequence with loss.type=grpo",
+    ("loss.type", "rloo"): "RLOO is advantage.baseline=leave_one_out, advantage.scale=none and loss.type=dr_grpo",
+    ("loss.type", "reinforce_plus_plus"): "REINFORCE++ is advantage.scale=whiten with loss.type=dapo",
+    ("advantage.baseline", "rloo"): "RLOO is leave_one_out here",
+    ("advantage.scale", "false"): "TRL's false is none here",
+    ("advantage.scale", "true"): "TRL's true is group here",
+}
+"""What other programs call by one value, by setting and value in lower case."""
+
 OTHER_NAMES = {
     "lr": "optimizer.learning_rate",
     "group_size": "rollout.num_generations",

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from medvqa_rl.config import Config, ConfigError, LossConfig
+from medvqa_rl.config.other_names import OTHER_VALUES
 from medvqa_rl.config.problems.loss import FROM_ADVANTAGES, USED_BY
 from medvqa_rl.config.yaml import build_config
 
-OTHER_VALUES: dict[str, Any] = {
+NOT_DEFAULT: dict[str, Any] = {
     "advantage.baseline": "leave_one_out",
     "advantage.scale": "none",
     "loss.importance_sampling_level": "sequence",
@@ -36,13 +37,13 @@ def problems(settings: dict[str, Any]) -> list[str]:
 def test_a_setting_is_accepted_by_the_losses_that_use_it_only(name: str, kind: str) -> None:
     section, key = name.split(".")
     settings: dict[str, dict[str, Any]] = {"loss": {"type": kind}}
-    settings.setdefault(section, {})[key] = OTHER_VALUES[name]
+    settings.setdefault(section, {})[key] = NOT_DEFAULT[name]
     found = problems(settings)
     if kind in USED_BY[name]:
         assert not found
     else:
         (sentence,) = found
-        assert sentence.startswith(f"{name} is {OTHER_VALUES[name]}, but loss.type={kind} does not use it")
+        assert sentence.startswith(f"{name} is {NOT_DEFAULT[name]}, but loss.type={kind} does not use it")
         assert sentence.endswith(f"remove {name}, or set loss.type to {'that' if 'sapo' in name else 'one of these'}.")
 
 
@@ -63,6 +64,14 @@ def test_defaults_written_out_are_accepted(kind: str) -> None:
 def test_a_weight_below_that_of_an_unchanged_policy_is_refused() -> None:
     (sentence,) = problems({"loss": {"type": "cispo", "epsilon_high": 0.28}})
     assert sentence.startswith("loss.epsilon_high is 0.28, but with loss.type=cispo it is the largest weight")
+
+
+@pytest.mark.parametrize(("path", "value"), OTHER_VALUES)
+def test_values_of_other_programs_are_explained(path: str, value: str) -> None:
+    section, key = path.split(".")
+    given = {"true": True, "false": False}.get(value, value)
+    (sentence,) = problems({section: {key: given}})
+    assert sentence.startswith(f"{path} is ") and sentence.endswith(f" ({OTHER_VALUES[path, value]}).")
 
 
 def test_names_of_other_programs_are_known() -> None:

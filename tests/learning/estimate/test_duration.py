@@ -62,6 +62,16 @@ def test_decoding_is_limited_by_bandwidth():
     assert times.prefill == pytest.approx(0)
 
 
+def test_a_pass_for_the_entropy_costs_a_forward_pass():
+    rates = Rates(flops=1.0, bandwidth=1e30)
+    plain, passed = (
+        least_seconds(work(loss={"beta": 0.1, "top_entropy_quantile": share}), rates, completion_tokens=4)
+        for share in (1.0, 0.2)
+    )
+    # All weights are trained, so it costs as much as the pass of the reference.
+    assert passed.update - plain.update == pytest.approx(plain.reference) and passed.reference == plain.reference
+
+
 def test_expected_times_are_longer_than_the_least():
     rates = Rates(flops=1e9, bandwidth=1e8)
     least, likely = (time(work(), rates, completion_tokens=4) for time in (least_seconds, expected_seconds))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from medvqa_rl.config import Config, Purpose, leaves
-from medvqa_rl.config.other_names import OTHER_NAMES
+from medvqa_rl.config.other_names import OTHER_NAMES, OTHER_VALUES
 from medvqa_rl.config.problems.data import data_problems, unused_pass_rates
 from medvqa_rl.config.problems.judge import asked_by, judge_problems, network_problems
 from medvqa_rl.config.problems.loss import loss_problems
@@ -83,6 +83,8 @@ def field_problem(error: ErrorDetails) -> list[Problem]:
     assert not rest, error
     choices = resolve(schema).get("enum", ())
     guess = did_you_mean(value, choices) if isinstance(value, str) else ""
+    if known := OTHER_VALUES.get((dotted(path), str(value).lower().replace("-", "_"))):
+        guess = f" ({known})."
     return [Problem((path,), f"{dotted(path)} is {show(value)}, but must be {allowed(schema)}{guess or '.'}")]
 
 
