@@ -32,7 +32,10 @@ RUNS = {
     "grpo": ["train", "loss.type=grpo", "loss.beta=0.04", "advantage.scale=group", "rewards.cwr=0.5"],
     "dr_grpo": ["train", "loss.type=dr_grpo", "rewards.semantic=0.5", "judge.model=phantom:judge"],
     "dapo": ["train", "loss.type=dapo", "loss.num_iterations=2", "loss.mask_truncated_completions=true"],
-    "dpo": ["train", "loss.type=dpo", "loss.beta=0.1", "model.lora.rank=8", "model.train_vision=false"],
+    "dpo": [
+        *["train", "loss.type=dpo", "loss.beta=0.1", "advantage.scale=group"],
+        *["model.lora.rank=8", "model.train_vision=false"],
+    ],
     "sft": ["sft"],
 }
 TIMES = {"step_time", "seconds", "time", "began", "ended", "questions_per_second", "tokens_per_second"}

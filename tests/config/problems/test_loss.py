@@ -44,7 +44,7 @@ def test_a_setting_is_accepted_by_the_losses_that_use_it_only(name: str, kind: s
     else:
         (sentence,) = found
         assert sentence.startswith(f"{name} is {NOT_DEFAULT[name]}, but loss.type={kind} does not use it")
-        assert sentence.endswith(f"remove {name}, or set loss.type to {'that' if 'sapo' in name else 'one of these'}.")
+        assert sentence.endswith(f", its default, or loss.type to {'that' if 'sapo' in name else 'one of these'}.")
 
 
 def test_every_setting_of_the_loss_is_used_by_some() -> None:

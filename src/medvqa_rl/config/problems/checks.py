@@ -83,8 +83,8 @@ def field_problem(error: ErrorDetails) -> list[Problem]:
     assert not rest, error
     choices = resolve(schema).get("enum", ())
     guess = did_you_mean(value, choices) if isinstance(value, str) else ""
-    if known := OTHER_VALUES.get((dotted(path), str(value).lower().replace("-", "_"))):
-        guess = f" ({known})."
+    if meaning := OTHER_VALUES.get((dotted(path), str(value).lower().replace("-", "_"))):
+        guess = f" ({meaning})."
     return [Problem((path,), f"{dotted(path)} is {show(value)}, but must be {allowed(schema)}{guess or '.'}")]
 
 

@@ -32,7 +32,8 @@ def loss_problems(config: Config) -> Iterator[tuple[str, ...]]:
         if value != default and loss.type not in types:
             yield (
                 f"{name} is {value}, but loss.type={loss.type} does not use it (it belongs to {', '.join(types)}): "
-                f"remove {name}, or set loss.type to {'that' if len(types) == 1 else 'one of these'}.",
+                f"set {name}={'null' if default is None else default}, its default, or loss.type to "
+                f"{'that' if len(types) == 1 else 'one of these'}.",
                 name,
                 "loss.type",
             )
