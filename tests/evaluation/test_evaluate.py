@@ -380,7 +380,8 @@ def test_questions_about_an_image_are_answered_together_with_progress() -> None:
     evaluation = evaluate(
         engine, mixed, CONFIG, max_completion_length=8, progress=lambda done, total: seen.append((done, total))
     )
-    assert engine.streams == [["1", "2", "3", "4", "5"]]  # images x, y and z; "Where?" is shorter than "Which?"
+    # Images x, y and z, and "Where?" is shorter than "Which?"; a chunk has two batches of two.
+    assert engine.streams == [["1", "2", "3", "4"], ["5"]]
     assert [record.sample_id for record in evaluation.records] == ["5", "1", "3", "4", "2"]
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
