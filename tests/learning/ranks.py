@@ -140,11 +140,12 @@ def count_answers(path: Path) -> None:
     """Write the number of questions that this rank answers in evaluations to a file."""
     exact, count = answering.answer, 0
 
-    def counted(engine: Any, batch: Any, settings: Any) -> Any:
+    def counted(engine: Any, questions: Any, settings: Any) -> Any:
         nonlocal count
-        count += len(batch)
-        path.write_text(str(count))
-        return exact(engine, batch, settings)
+        for record in exact(engine, questions, settings):
+            count += 1
+            path.write_text(str(count))
+            yield record
 
     answering.answer = counted
 
