@@ -48,7 +48,7 @@ def run_split(
     if out.exists():
         raise ValueError(f"The file {out} already exists: choose another file with --output, or move this one away.")
     if images is not None and embeds_images(table, columns):
-        images = None  # images in the table are told apart by their bytes
+        images = None  # images stored in the table are identified by their bytes
     whole = read_whole(table, images, columns)
     print(for_terminal(whole.about))
     equal: list[tuple[str, ...]] = []

@@ -22,7 +22,7 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WINDOWS_1252 = "not UTF-8, read as Windows-1252"
 
 _SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?\r?\n?')
-"""The first line with which Excel is told the separator; it does not show this line."""
+"""A first line that declares the separator; Excel hides it."""
 
 _HEAD = 2**18
 """Characters that are looked at to find the separator."""
