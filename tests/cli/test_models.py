@@ -14,6 +14,7 @@ from medvqa_rl.learning.estimate.architecture import find_architecture
 from medvqa_rl.models.families import family_for
 from medvqa_rl.models.families.costs import family_at, image_rule
 from medvqa_rl.models.families.published import CHECKPOINTS, SIZES, size_of
+from medvqa_rl.models.families.shared import SharedFamily
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -47,7 +48,7 @@ def test_every_checkpoint_has_a_family_and_a_cost(rows: list[dict]) -> None:
     for checkpoint, row in zip(CHECKPOINTS, rows, strict=True):
         family = family_for(checkpoint.model_type)
         assert family is not None and row["family"] == family.title
-        assert (row["lora"] is None) == (not family.shares_prompts)
+        assert (row["lora"] is None) == (not isinstance(family, SharedFamily))
         if checkpoint.size is not None:
             assert SIZES[checkpoint.size]["model_type"] == checkpoint.model_type
             assert row["lora"] < row["full"]

@@ -34,6 +34,7 @@ from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.skipping import without_images
 from medvqa_rl.learning.distributed.launch import Launch, check_launch, read_launch
 from medvqa_rl.learning.distributed.trained import Fsdp2Policy, TrainedPolicy
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.loading import Policy, load_policy, resolve_device
 from medvqa_rl.models.reference import Reference, load_reference
 from medvqa_rl.models.shards import Shards
@@ -151,7 +152,7 @@ def wrap(config: Config, accelerator: Accelerator, policy: Policy) -> TrainedPol
             gradients; if weights are sharded, it is empty outside of :meth:`TrainedPolicy.gathered`.
     """
     shards = read_launch(os.environ).engine not in (None, "ddp")
-    if shards and not policy.family.shares_prompts and not policy.vision_is_frozen:
+    if shards and not isinstance(policy.family, SharedFamily) and not policy.vision_is_frozen:
         raise ValueError(
             f"The vision tower and the projector of {policy.family.title} cannot be trained with sharded weights: set "
             "model.train_vision and model.train_projector to false, or launch with DDP."
@@ -273,7 +274,7 @@ def slower(setup: Setup, config: Config) -> list[str]:
     The factor is the tokens of a group when its prompt is repeated, over those when it is shared, for the first prompt
     and the longest completions.
     """
-    if setup.policy.family.shares_prompts:
+    if isinstance(setup.policy.family, SharedFamily):
         return []
     prompt = len(setup.engine.encode(setup.datasets["train"][0]).input_ids)
     size, length = config.rollout.num_generations, config.rollout.max_completion_length

@@ -35,6 +35,7 @@ from medvqa_rl.learning.objective.mismatch import DIFFERENCE, Mismatch, importan
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
 from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.reference import Reference
 
@@ -91,7 +92,7 @@ class Learner:
         self.reference = reference
         self.trained = trained
         self.layout = Layout.SEPARATE
-        if policy.family.shares_prompts:
+        if isinstance(policy.family, SharedFamily):
             self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
         self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from medvqa_rl.models.families.family import FULL, SLIDING
+from medvqa_rl.models.families.shared import FULL, SLIDING
 
 ATTENTION = "medvqa_sdpa"
 """Name of this attention in transformers; it equals sdpa except for packed groups."""

@@ -33,6 +33,7 @@ from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families import family_for, family_of, supported
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.group_attention import use_group_attention
 from medvqa_rl.models.processor import WORDING_FILE, Processor
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
@@ -120,7 +121,7 @@ def make_policy(
     misfit = family.misfit(model)
     if misfit is not None:
         raise ValueError(misfit)
-    if family.shares_prompts:
+    if isinstance(family, SharedFamily):
         use_group_attention(family.text(model))
     if config.lora is not None or config.adapter is not None:
         model = _add_adapter(model, config)
@@ -220,7 +221,7 @@ def _load_weights(folder: Path, settings: Any, family: Family, config: ModelConf
         settings: from :func:`_read_architecture`.
     """
     dtype = torch.bfloat16 if uses_bfloat16(config.dtype, device.type) else torch.float32
-    if config.load_in_4bit and not family.shares_prompts:
+    if config.load_in_4bit and not isinstance(family, SharedFamily):
         raise ValueError(
             f"model.load_in_4bit is true, but {family.title} is not loaded in 4 bits: set it to false, or choose "
             f"{supported()}."
@@ -286,11 +287,8 @@ def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
 def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
     """LoRA on linear layers of the language model only; the pattern excludes the tower's layers of the same name."""
     assert config.lora is not None
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in family_of(model).text(model).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    text = family_of(model).text(model)
+    linear = {name.rsplit(".", 1)[-1] for name, module in text.named_modules() if isinstance(module, nn.Linear)}
     unknown = sorted(set(config.lora.targets) - linear)
     if unknown or not config.lora.targets:
         raise ValueError(
@@ -298,7 +296,6 @@ def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
             f"model are {', '.join(sorted(linear))}: choose among these."
         )
     targets = "|".join(re.escape(name) for name in config.lora.targets)
-    text = family_of(model).text(model)
     place = next(name for name, module in model.named_modules() if module is text).rpartition(".")[2]
     return PeftLoraConfig(
         r=config.lora.rank,

@@ -43,7 +43,7 @@ from medvqa_rl.learning.objective.logprobs import GroupForward, collate
 from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.sft import sft_loss, target_completion
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
-from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families import shared_family_of
 from medvqa_rl.models.families.parts import Embedded
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.architectures import PHANTOMS
@@ -178,7 +178,7 @@ class Binding:
 
     def loss(self, model: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tensor, float]:
         """Cross-entropy of the letters, and the share predicted correctly."""
-        family = family_of(model)
+        family = shared_family_of(model)
         position_ids = torch.arange(ids.shape[1]).expand(family.num_axes, len(ids), -1)
         embedded = Embedded(family.text(model).embed_tokens(ids), {})
         hidden = family.hidden_states(model, embedded, position_ids, use_cache=False)

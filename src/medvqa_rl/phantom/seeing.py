@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from medvqa_rl.data.phantom.drawing import render
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.training import Log, cosine_schedule, train
 
@@ -75,7 +76,7 @@ class Probe(nn.Module):
 
 def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *, batch: int = 64) -> None:
     """Train the vision tower and the projector through the probe."""
-    family, processor = policy.family, policy.processor.image_processor
+    family, processor = as_shared(policy.family), policy.processor.image_processor
     torch.manual_seed(seed)
     probe = Probe(len(family.blank_features(policy.model, policy.device)[0]))
 

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from medvqa_rl.core.types import EncodedPrompt
 from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.group_attention import ATTENTION, group_layout, mask_argument, unused_mask
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.state import Prefilled
@@ -50,7 +51,7 @@ def prefill(
     Returns:
         The keys and values, and per prompt the features (image tokens, width) of its images or None.
     """
-    family, model, device = policy.family, policy.model, policy.device
+    family, model, device = as_shared(policy.family), policy.model, policy.device
     if not shares_images:
         features = family.image_features(model, prompts, device)
         return _padded(policy, prompts, features), features
@@ -115,7 +116,7 @@ def _common(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
 
 def _padded(policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[Tensor | None]) -> Prefilled:
     """A row per prompt, padded on the right."""
-    model, device, family = policy.model, policy.device, policy.family
+    model, device, family = policy.model, policy.device, as_shared(policy.family)
     padded = policy.processor.pad(prompts, device)
     embedded = family.embed(model, padded.input_ids, padded.mask, features)
     masks: dict[str, Any] = {}
@@ -147,7 +148,7 @@ def _packed(
     policy: Policy, prompts: Sequence[EncodedPrompt], features: Sequence[Tensor | None], starts: Sequence[Shared]
 ) -> Prefilled:
     """One row: every shared start, then the rest of every prompt."""
-    model, device, family, processor = policy.model, policy.device, policy.family, policy.processor
+    model, device, family, processor = policy.model, policy.device, as_shared(policy.family), policy.processor
     text = family.text(model)
     owners = [prompts[start.prompts[0]] for start in starts]
     members = [(index, start.length) for start in starts for index in start.prompts]

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import FULL
+from medvqa_rl.models.families import shared_family_of
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import FULL
 
 
 class Owner(NamedTuple):
@@ -138,7 +138,7 @@ class DecodeState:
         self._model = model
         self._is_static = is_static
 
-        family = family_of(model)
+        family = shared_family_of(model)
         self.layer_types = family.layer_types(model)
         self.window = family.window(model)
         cached: Any = {"dtype": causal_model(model).dtype, "device": device}
@@ -375,7 +375,7 @@ def rotary_table(
 
     The first half of the sines is negated, so that x * cos + roll(x, D / 2) * sin rotates x.
     """
-    cosines, sines = family_of(model).rotary(model, count, device, layer_type)
+    cosines, sines = shared_family_of(model).rotary(model, count, device, layer_type)
     sines = sines.clone()
     sines[:, : sines.shape[-1] // 2] *= -1
     return cosines.clone(), sines

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from medvqa_rl.models.families import family_of
-from medvqa_rl.models.families.family import SLIDING, Family
+from medvqa_rl.models.families import shared_family_of
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import SLIDING, SharedFamily
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
 from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
@@ -40,7 +40,7 @@ class Picker(NamedTuple):
 
 def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) -> None:
     """Run the model on the newest token of every sequence and pick the next one."""
-    family = family_of(model)
+    family = shared_family_of(model)
     text = family.text(model)
     rows = slice(shape.rows)
     positions = state.first_position[rows] + state.token_index[rows]
@@ -81,7 +81,7 @@ def append_tokens(state: DecodeState, rows: slice, logits: Tensor, picker: Picke
 
 
 def _attention(
-    family: Family,
+    family: SharedFamily,
     attention: Any,
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],

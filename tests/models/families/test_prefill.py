@@ -10,7 +10,7 @@ import torch
 
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import EncodedPrompt
-from medvqa_rl.models.families.family import Family
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.rollout import prefill as module
 from medvqa_rl.rollout.decode import RolloutEngine
 from medvqa_rl.rollout.prefill import Shared, prefill, same_images, shared_starts
@@ -62,7 +62,7 @@ def test_sharing_changes_no_key_value_or_logit(name, lora, mixed_samples):
 def test_images_and_shared_starts_are_computed_once(name, mixed_samples, monkeypatch):
     policy = tiny_policy(name)
     seen = {"images": 0, "tokens": []}
-    encode, hidden_states = Family.image_features, Family.hidden_states
+    encode, hidden_states = SharedFamily.image_features, SharedFamily.hidden_states
 
     def counted(family, model, prompts, device):
         seen["images"] += sum(bool(prompt.image_inputs) for prompt in prompts)
@@ -72,8 +72,8 @@ def test_images_and_shared_starts_are_computed_once(name, mixed_samples, monkeyp
         seen["tokens"].append(embedded.embeds.shape[:2])
         return hidden_states(family, model, embedded, *args, **kwargs)
 
-    monkeypatch.setattr(Family, "image_features", counted)
-    monkeypatch.setattr(Family, "hidden_states", measured)
+    monkeypatch.setattr(SharedFamily, "image_features", counted)
+    monkeypatch.setattr(SharedFamily, "hidden_states", measured)
     prompts = [policy.processor.encode(sample) for sample in several(mixed_samples)]
     with torch.no_grad():
         prefill(policy, prompts, shares_images=True)

@@ -26,7 +26,9 @@ from medvqa_rl.core.types import EncodedPrompt, Group
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.models import group_attention
 from medvqa_rl.models.families import family_of
+from medvqa_rl.models.families.generic import Generic, as_generic
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.processor import Processor
 
@@ -248,7 +250,10 @@ class GroupForward(nn.Module):
         """
         family = family_of(self.model)
         device = batch.input_ids.device
-        hidden = self._shared(batch) if family.shares_prompts else self._separate(batch)
+        if isinstance(family, SharedFamily):
+            hidden = self._shared(family, batch)
+        else:
+            hidden = self._separate(as_generic(family), batch)
         logps, entropies = self._score(
             hidden.flatten(0, 1).index_select(0, batch.predictors), batch.targets, temperature, entropy
         )
@@ -258,9 +263,8 @@ class GroupForward(nn.Module):
             table.masked_scatter(batch.mask, entropies) if entropy != "none" else None,
         )
 
-    def _shared(self, batch: CompletionBatch) -> Tensor:
+    def _shared(self, family: SharedFamily, batch: CompletionBatch) -> Tensor:
         """(R, T, hidden) states, with each image encoded once."""
-        family = family_of(self.model)
         device = batch.input_ids.device
         features = batch.features
         if features is None:
@@ -282,19 +286,18 @@ class GroupForward(nn.Module):
             embedded,
             batch.position_ids,
             use_cache=False,
-            **self._attention(batch, embedded.embeds.dtype),
+            **self._attention(family, batch, embedded.embeds.dtype),
         )
 
-    def _separate(self, batch: CompletionBatch) -> Tensor:
+    def _separate(self, family: Generic, batch: CompletionBatch) -> Tensor:
         """(R, T, hidden) states of the model's own forward."""
         assert batch.layout == Layout.SEPARATE
         prompts = [batch.prompts[index] for index in batch.prompts_in_rows]
         mask = batch.segments != _PADDING
-        return family_of(self.model).separate_hidden_states(self.model, prompts, batch.input_ids, mask)
+        return family.separate_hidden_states(self.model, prompts, batch.input_ids, mask)
 
-    def _attention(self, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
+    def _attention(self, family: SharedFamily, batch: CompletionBatch, dtype: torch.dtype) -> dict[str, Any]:
         """Return the language model's arguments that tell which tokens attend to which."""
-        family = family_of(self.model)
         language_model, window = family.text(self.model), family.window(self.model)
         config = language_model.config
         match batch.layout, config._attn_implementation:

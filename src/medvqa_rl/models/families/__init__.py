@@ -14,8 +14,9 @@ from medvqa_rl.models.families.internvl import InternVL
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL, Qwen25VL
 from medvqa_rl.models.families.qwen3_vl import Qwen3VL
+from medvqa_rl.models.families.shared import SharedFamily, as_shared
 
-FAMILIES: tuple[Family, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), Gemma3(), InternVL())
+FAMILIES: tuple[SharedFamily, ...] = (Qwen2VL(), Qwen25VL(), Qwen3VL(), Gemma3(), InternVL())
 
 
 def family_for(model_type: str) -> Family | None:
@@ -35,6 +36,11 @@ def family_of(model: nn.Module) -> Family:
     family = family_for(causal_model(model).config.model_type)
     assert family is not None, "models are loaded for a family"
     return family
+
+
+def shared_family_of(model: nn.Module) -> SharedFamily:
+    """The same, in code that runs for shared prompts only."""
+    return as_shared(family_of(model))
 
 
 def supported() -> str:

@@ -21,6 +21,7 @@ from medvqa_rl.models.families import FAMILIES, family_for, supported
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.published import SIZES, size_of
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.untrusted import FILE_ERRORS
 
 _SETTINGS: TypeAdapter[Mapping[str, Any]] = TypeAdapter(Mapping[str, Any])
@@ -56,7 +57,7 @@ def read_architecture(settings: Mapping[str, Any]) -> Architecture:
         ) from error
 
 
-def measure(family: Family, model: nn.Module) -> Architecture:
+def measure(family: SharedFamily, model: nn.Module) -> Architecture:
     """The dimensions of a model."""
     text, head = family.text(model), causal_model(model).lm_head
     embedding = text.embed_tokens

@@ -21,13 +21,13 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from medvqa_rl.core.progress import to_stderr
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import FixedImages, ImageSettings
-from medvqa_rl.models.families.family import SLIDING, Family
 from medvqa_rl.models.families.parts import Readers, backbone
+from medvqa_rl.models.families.shared import SLIDING, SharedFamily
 
 _END_OF_IMAGE = "<end_of_image>"
 
 
-class Gemma3(Family):
+class Gemma3(SharedFamily):
     """Gemma 3 and MedGemma, those that see."""
 
     title = "Gemma 3"
@@ -72,13 +72,14 @@ class Gemma3(Family):
         count = len(prompt.image_inputs["pixel_values"]) if prompt.image_inputs else 0
         return [_length(readers.image_processor)] * count
 
-    def expand(
-        self, ids: NDArray[np.int64], text: str, image_inputs: Mapping[str, NDArray[Any]], readers: Readers
-    ) -> NDArray[np.int64]:
+    def encode_images(
+        self, ids: NDArray[np.int64], text: str, images: Sequence[Image.Image], readers: Readers
+    ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
         # In the text, not in its ids: the line breaks around an image join those before and after it in one token.
         soft = self.image_token * _length(readers.image_processor)
         expanded = text.replace(self.placeholder, f"\n\n{self.placeholder}{soft}{_END_OF_IMAGE}\n\n")
-        return np.asarray(readers.tokenizer(expanded, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        tokens = readers.tokenizer(expanded, add_special_tokens=False)["input_ids"]
+        return np.asarray(tokens, dtype=np.int64), self.preprocess(readers.image_processor, images)
 
     def expected_tokens(self, sample: Sample, readers: Readers) -> float:
         return len(sample.images) * (_length(readers.image_processor) + 4)

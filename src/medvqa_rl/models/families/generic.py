@@ -27,7 +27,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES  # type: ignore[attr-defined]
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
-from medvqa_rl.models.dimensions import ImageRule, ImageSettings
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import Readers, adds_special_tokens, backbone, causal_model
 
@@ -38,9 +37,6 @@ PROCESSOR_FILE = "processor_config.json"
 
 class Generic(Family):
     """A model without a family of its own. Its image processor is the whole processor of transformers."""
-
-    shares_prompts = False
-    has_vllm = False
 
     def __init__(self, model_type: str) -> None:
         self.model_types = (model_type,)
@@ -98,14 +94,6 @@ class Generic(Family):
         return sum(84 * max(pixels, 2**22) for pixels in stored if pixels)
 
     # Parts of the model
-
-    def image_rule(
-        self, settings: ImageSettings, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
-    ) -> ImageRule:
-        raise NotImplementedError("what images cost is only known for families of their own")
-
-    def patches_per_token(self, config: Any) -> int:
-        raise NotImplementedError("what images cost is only known for families of their own")
 
     def text(self, model: nn.Module) -> Any:
         return causal_model(model).get_decoder()
@@ -196,6 +184,8 @@ class Generic(Family):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def alike(self, prompts: Sequence[EncodedPrompt]) -> list[int]:
+        """Split prompts in order into runs that can share a batch of :meth:`stock_inputs`; the length of each run."""
+
         def key(prompt: EncodedPrompt) -> list[tuple[str, tuple[int, ...]]]:
             inputs = prompt.image_inputs.items()
             return [(name, () if name in PER_TOKEN else array.shape[1:]) for name, array in inputs]
@@ -205,6 +195,13 @@ class Generic(Family):
     def stock_inputs(
         self, model: nn.Module, prompts: Sequence[EncodedPrompt], width: int, *, is_left: bool = False
     ) -> dict[str, Tensor]:
+        """Images of rows as the model's own forward takes them.
+
+        Args:
+            prompts: the prompt of each row, from one of the runs of :meth:`alike`.
+            width: tokens of a row.
+            is_left: rows are padded on the left.
+        """
         whole = causal_model(model)
         inputs = {}
         for name in prompts[0].image_inputs:
@@ -219,6 +216,13 @@ class Generic(Family):
     def separate_hidden_states(
         self, model: nn.Module, prompts: Sequence[EncodedPrompt], input_ids: Tensor, mask: Tensor
     ) -> Tensor:
+        """(R, T, hidden) final hidden states of the model's own forward.
+
+        Args:
+            prompts: the prompt of each row.
+            input_ids: (R, T) prompts and completions, padded on the right.
+            mask: (R, T) bool, False at padding.
+        """
         outputs = []
         first = 0
         for count in self.alike(prompts):
@@ -232,6 +236,12 @@ class Generic(Family):
             )
             outputs.append(output.last_hidden_state)
         return torch.cat(outputs)
+
+
+def as_generic(family: Family) -> Generic:
+    """A family, in code that runs for models without a family of their own only."""
+    assert isinstance(family, Generic), f"{family.title} has a family of its own"
+    return family
 
 
 def stock_processor(name: str, tokenizer: Any, image_processor: Any, settings: Mapping[str, Any]) -> Any:

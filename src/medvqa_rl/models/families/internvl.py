@@ -23,8 +23,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageSettings, ImageSize
-from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import Readers, backbone
+from medvqa_rl.models.families.shared import SharedFamily
 
 PROCESSOR_FILE = "processor_config.json"
 TILE_TOKENS = 256
@@ -68,7 +68,7 @@ class TiledImages:
         return self.size(width, height).tokens
 
 
-class InternVL(Family):
+class InternVL(SharedFamily):
     """InternVL with a Qwen2 or Qwen3 language model."""
 
     title = "InternVL"

@@ -19,11 +19,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from medvqa_rl.core.types import EncodedPrompt, Sample
 from medvqa_rl.models.dimensions import ImageSettings, ResizedImages
-from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import Readers, backbone
+from medvqa_rl.models.families.shared import SharedFamily
 
 
-class Qwen2VL(Family):
+class Qwen2VL(SharedFamily):
     """Qwen2-VL."""
 
     title = "Qwen2-VL"
@@ -67,12 +67,13 @@ class Qwen2VL(Family):
         lengths: list[int] = _lengths(prompt.image_inputs, readers.image_processor).tolist()
         return lengths
 
-    def expand(
-        self, ids: NDArray[np.int64], text: str, image_inputs: Mapping[str, NDArray[Any]], readers: Readers
-    ) -> NDArray[np.int64]:
+    def encode_images(
+        self, ids: NDArray[np.int64], text: str, images: Sequence[Image.Image], readers: Readers
+    ) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+        inputs = self.preprocess(readers.image_processor, images)
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[ids == readers.image_token_id] = _lengths(image_inputs, readers.image_processor)
-        return np.repeat(ids, repeats)
+        repeats[ids == readers.image_token_id] = _lengths(inputs, readers.image_processor)
+        return np.repeat(ids, repeats), inputs
 
     def expected_tokens(self, sample: Sample, readers: Readers) -> float:
         limits = readers.image_processor.size

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from medvqa_rl.core.types import Completion, Group, Template
+from medvqa_rl.models.families.generic import as_generic
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import DIVERGED, Generation, PromptRequest, RolloutEngine
 from medvqa_rl.rollout.sampling import pick_greedy, pick_tokens
@@ -27,7 +29,7 @@ def make_engine(
     Raises:
         ValueError: CUDA graphs are requested for a model that has no fast path, or that is not on a GPU.
     """
-    if policy.family.shares_prompts:
+    if isinstance(policy.family, SharedFamily):
         return RolloutEngine(policy, template, engine=engine)
     if engine == "graph":
         raise ValueError(
@@ -44,7 +46,7 @@ class GenerateEngine(RolloutEngine):
         waiting = iter(requests)
         while batch := list(islice(waiting, generation.max_prompts)):
             first = 0
-            for count in self._policy.family.alike([request.prompt for request in batch]):
+            for count in as_generic(self._policy.family).alike([request.prompt for request in batch]):
                 yield self._generate(batch[first : first + count], generation)
                 first += count
 
@@ -74,7 +76,7 @@ class GenerateEngine(RolloutEngine):
                 attention_mask=mask.long().to(device),
                 logits_processor=[_Pick(generation.picker, uniforms, width)],
                 synced_gpus=False,
-                **self._policy.family.stock_inputs(model, prompts, width, is_left=True),
+                **as_generic(self._policy.family).stock_inputs(model, prompts, width, is_left=True),
             )
         completions = [self._completion(tokens) for tokens in output[:, width:].tolist()]
         return [

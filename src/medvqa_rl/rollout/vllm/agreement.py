@@ -17,6 +17,7 @@ from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import sampling_logps
@@ -73,7 +74,7 @@ def difference(policy: Policy, groups: Sequence[Group], config: RolloutConfig) -
         for group in groups:
             features = group.image_features
             if features is None:
-                (features,) = policy.family.image_features(policy.model, [group.prompt], policy.device)
+                (features,) = as_shared(policy.family).image_features(policy.model, [group.prompt], policy.device)
             for completion in group.completions:
                 own = _logps(policy, group, completion, features, config, suppressed)
                 gaps = (own - torch.tensor(completion.logps, dtype=own.dtype, device=policy.device)).abs()
@@ -91,7 +92,7 @@ def _logps(
     suppressed: Tensor,
 ) -> Tensor:
     """(T,) log-probabilities of a completion's tokens under the distribution that they are sampled from."""
-    prompt, device, family = group.prompt, policy.device, policy.family
+    prompt, device, family = group.prompt, policy.device, as_shared(policy.family)
     length, sampled = len(prompt.input_ids), completion.token_ids[:-1]  # nothing is sampled after the last
     ids = torch.tensor([[*prompt.input_ids.tolist(), *sampled]], device=device)
     is_prompt = torch.arange(ids.shape[1], device=device)[None] < length

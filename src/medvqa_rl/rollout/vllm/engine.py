@@ -30,6 +30,7 @@ from medvqa_rl.core.packages import TESTED, is_too_old, was_tested
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import ADAPTER_FILE, Policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout.decode import evaluating
@@ -160,7 +161,7 @@ class VllmEngine:
         with torch.no_grad(), evaluating(model):
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
-                found += self._policy.family.image_features(model, batch, self._policy.device)
+                found += as_shared(self._policy.family).image_features(model, batch, self._policy.device)
         return found
 
     def _params(self, config: RolloutConfig, parts: tuple[int | str, ...]) -> dict[str, Any]:
@@ -215,7 +216,7 @@ class VllmEngine:
 def collapsed(prompt: EncodedPrompt, processor: Processor) -> list[int]:
     """A prompt's tokens with one placeholder per image, which vLLM expands."""
     ids: list[int] = prompt.input_ids.tolist()
-    counts = processor.family.image_lengths(prompt, processor.readers)
+    counts = as_shared(processor.family).image_lengths(prompt, processor.readers)
     result: list[int] = []
     token = 0
     while token < len(ids):

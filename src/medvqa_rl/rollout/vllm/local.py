@@ -15,6 +15,7 @@ from typing import Any
 from medvqa_rl.config import VllmConfig
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.vllm.agreement import VllmError
 from medvqa_rl.rollout.vllm.cpu import EXTENSION
@@ -121,7 +122,7 @@ class Colocated:
         ids = collapsed(prompt, self._processor)
         if request.features is None:
             return self._tokens_prompt(prompt_token_ids=ids)
-        images = self._processor.family.vllm_images(prompt, request.features.cpu())
+        images = as_shared(self._processor.family).vllm_images(prompt, request.features.cpu())
         return self._tokens_prompt(prompt_token_ids=ids, multi_modal_data={"image": images})
 
 
@@ -156,7 +157,7 @@ def engine_arguments(policy: Policy, config: VllmConfig, *, rank: int, num_ranks
         "enable_prefix_caching": True,  # completions share their prompt; images are identified by content
         "enable_mm_embeds": True,
         "mm_processor_cache_gb": 0,  # features need no processor
-        "mm_processor_kwargs": processor.family.vllm_processor_arguments(processor.image_processor),
+        "mm_processor_kwargs": as_shared(processor.family).vllm_processor_arguments(processor.image_processor),
         "limit_mm_per_prompt": {"video": 0},
     }
     if config.max_model_length is not None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.families.parts import causal_model
+from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import Policy, resolve_folder
 from medvqa_rl.rollout.vllm.agreement import VllmError
 from medvqa_rl.rollout.vllm.client import Client, HttpError
@@ -30,7 +31,7 @@ class Served(NamedTuple):
 def serve_command(policy: Policy, *, is_cpu: bool = False) -> str:
     """The command that starts a matching server."""
     processor = policy.processor
-    pixels = json.dumps(processor.family.vllm_processor_arguments(processor.image_processor))
+    pixels = json.dumps(as_shared(processor.family).vllm_processor_arguments(processor.image_processor))
     words = ["VLLM_SERVER_DEV_MODE=1", "VLLM_NO_USAGE_STATS=1", "vllm", "serve", shlex.quote(model_folder(policy))]
     words += ["--enable-scale-out", "--dtype", dtype_of(policy), "--logprobs-mode", "processed_logprobs"]
     words += ["--generation-config", "vllm", "--mm-processor-kwargs", shlex.quote(pixels)]
