@@ -102,7 +102,7 @@ def run(jobs: list[dict[str, Any]], tmp: Path) -> tuple[dict[str, list[int]], st
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=900,
         check=False,
     )
     assert process.returncode == 0, process.stderr
