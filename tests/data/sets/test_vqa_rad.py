@@ -133,6 +133,20 @@ def test_a_real_image_is_decoded(real: Path) -> None:
     assert image.load().mode == "RGB"
 
 
+def test_limits_and_filters_of_the_real_data(real: Path) -> None:
+    few = load(real, "train", num_train=50)
+    assert len(few) == 50
+    assert {sample.id for sample in few.samples} <= {s.id for s in load(real, "train", num_train=60).samples}
+    closed = load(real, "test", answer_types=("closed",))
+    assert len(closed) == 272
+    planes = load(real, "test", families=("PLANE", "modality"))
+    assert {tag for sample in planes.samples for tag in sample.groups["family"].split("+")} <= {"PLANE", "MODALITY"}
+    with pytest.raises(ValueError, match=r"No question is left .* it has closed and open"):
+        load(real, "test", answer_types=("choice",))
+    with pytest.raises(ValueError, match=r"and it has ABN, ATTRIB"):
+        load(real, "test", families=("LOCATION",))
+
+
 # --- bad rows ------------------------------------------------------------------------------------------------------
 
 
