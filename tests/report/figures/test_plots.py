@@ -4,6 +4,7 @@ Run: pytest tests/report/figures/test_plots.py
 """
 
 import math
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import font_manager
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
+from matplotlib.text import Annotation, Text
 from PIL import Image
 
+from medvqa_rl.report.figures import plots
 from medvqa_rl.report.figures.panels import moving_average
 from medvqa_rl.report.figures.plots import plot_before_after, plot_training, save_figure
 from medvqa_rl.report.figures.style import PALETTES, Theme, spread, styled
@@ -121,6 +123,21 @@ def test_labels_of_many_reward_parts_stay_in_their_panel(tmp_path: Path, monkeyp
     low, high = axes.get_ylim()
     heights = [text.xy[1] for text in axes.texts if isinstance(text, Annotation)]
     assert len(heights) == 24 and min(np.diff(heights)) > 0 and low - 1e-9 <= heights[0] and heights[-1] <= high
+
+
+def test_titles_of_panels_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    row = {"reward": 1.0, "rewards/format/mean": 1.0, "rewards/correctness/mean": 0.5, "loss": 0.1}
+    row |= {"rewards/format/corr_correctness": 0.1, "completions/mean_length": 30.0}
+    plot_training([{"step": step, **row} for step in (1, 2)], tmp_path / "x.png")
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    titles = {axes.get_title("left") for axes in figure.axes} - {""}
+    texts = [text for text in figure.findobj(Text) if text.get_text() in titles]
+    assert len(texts) == len(titles) >= 4 and any("correctness" in title for title in titles)
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,10 @@ def _use_fonts_with_glyphs(figure: Figure) -> None:
 # --- training curves -----------------------------------------------------------------------------------------------
 
 
+TITLE_WIDTH = 26
+"""Characters in a line of a panel's title; longer lines reach into the next panel."""
+
+
 def plot_training(metrics: Sequence[Row], path: Path, *, theme: Theme = "print") -> Path:
     """Plot the training curves of a run, one panel each (:mod:`medvqa_rl.report.figures.panels`).
 
@@ -105,7 +110,7 @@ def plot_training(metrics: Sequence[Row], path: Path, *, theme: Theme = "print")
 
 def _draw_panel(axes: Axes, panel: Panel, rows: Sequence[Row], palette: Palette) -> None:
     """Draw each line and label it at its right end."""
-    axes.set_title(panel.title)
+    axes.set_title(textwrap.fill(panel.title, TITLE_WIDTH))
     ends: list[tuple[str, float, float, str]] = []
     for line in panel.lines:
         steps, values = series_of(rows, line.metric)
