@@ -79,7 +79,7 @@ def same_images(prompts: Sequence[EncodedPrompt]) -> list[int]:
         )
         owner = first.setdefault(glance, index) if glance else index
         others = prompts[owner].image_inputs
-        is_same = all(np.array_equal(array, others[name]) for name, array in prompt.image_inputs.items())
+        is_same = owner == index or all(np.array_equal(array, others[n]) for n, array in prompt.image_inputs.items())
         owners.append(owner if is_same else index)
     return owners
 
