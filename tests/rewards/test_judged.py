@@ -26,7 +26,7 @@ from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judged import gated
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import notices, overlap, rubrics_of
-from medvqa_rl.rewards.judges.rubric import REASONING
+from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING
 
 IDENTITY = JudgeIdentity("j", "w", "p", 0.0)
 
@@ -104,6 +104,25 @@ def test_verdicts_are_a_part_and_failures_are_unscored() -> None:
     advantages = group_advantages(torch.from_numpy(scores.total), scale="none")
     expected = [[0.375, -0.125, -0.125, 0.0, -0.125]]  # the mean of the four scored ones is 1.125
     np.testing.assert_allclose(advantages.numpy(), expected)
+
+
+def test_the_composite_length_asks_the_judge_once_for_all_parts() -> None:
+    judge = Words()
+    texts = [
+        said("sound one. Two. Three.", "B"),  # 4 words of 4, 3 statements of 3
+        said("sound. Sound.", "B"),  # 1 of 4 words, 1 of 3 statements, half of them repeat
+        said("One. Two. Three. Four.", "B"),
+        said("sound one. Two. Three.", "A"),
+        said("broken", "A"),
+        "sound <answer>B</answer>",
+    ]
+    config = RewardsConfig(format=0, correctness=0, semantic=0.5, composite=2, length_target=4, statements_target=3)
+    rewards = Rewards(config, judges={"coherence": judge})
+    scores = rewards.score([group(*texts)], step=0, count_tokens=lambda text: len(text.split()))
+    np.testing.assert_allclose(scores.parts["composite"], [[1, 1 / 8, 0, 0, math.nan, 0]])
+    np.testing.assert_allclose(scores.total, [[2.5, 0.5 + 1 / 4, 0, 0.5, math.nan, 0]])
+    assert len(judge.seen) == len(texts) and scores.extras == {"judge/asked": 6.0}
+    assert rubrics_of(RewardsConfig(composite=0.1)) == [COHERENCE]
 
 
 def test_without_a_weight_no_judge_is_asked() -> None:
@@ -211,6 +230,11 @@ def test_without_a_weight_no_judge_grades() -> None:
         ({"rewards": {"semantic": 1.0}, "prompt": {"template": "direct"}}, "asks for no reasoning"),
         ({"rewards": {"reasoning_gate": 1.5}}, "rewards.reasoning_gate is 1.5, but must be a number from 0 to 1"),
         ({"rewards": {"reasoning": 1.0}, "prompt": {"template": "direct"}}, "set rewards.reasoning=0 or prompt"),
+        ({"rewards": {"composite": 1.0}, "prompt": {"template": "direct"}}, "it counts the tokens of the reasoning"),
+        (
+            {"rewards": {"composite": 2.0}, "eval": {"perplexity_model": "phantom:judge"}},
+            "but that is the judge that rewards (rewards.composite is 2)",
+        ),
         ({"judge": {"model": "phantom:jury"}}, "the embedded judges are phantom:judge and phantom:judge_eval"),
         ({"judge": {"model": " "}}, "judge.model is empty"),
         ({"judge": {"device": "gpu"}}, "judge.device is 'gpu', but must be auto, cpu, cuda or such as cuda:1"),

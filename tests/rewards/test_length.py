@@ -6,16 +6,21 @@ Run: pytest tests/rewards/test_length.py
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medvqa_rl.config import ConfigError, RewardsConfig
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.length import (
+    composite_length,
     correctness_weighted_length,
     cosine_length,
     extended_chain,
@@ -32,6 +37,73 @@ def test_ecr_and_cwr_by_hand(num_tokens: int, target: int, reward: float) -> Non
     assert extended_chain(num_tokens, target) == pytest.approx(reward)
     assert correctness_weighted_length(num_tokens, target, is_correct=True) == pytest.approx(reward)
     assert correctness_weighted_length(num_tokens, target, is_correct=False) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_correct", "coherence", "reward"),
+    [
+        ((100, 5, 5), True, 1.0, 1.0),  # both targets
+        ((900, 50, 50), True, 1.0, 1.0),  # beyond both
+        ((50, 5, 5), True, 1.0, 0.5),  # half the length
+        ((100, 2, 2), True, 1.0, 0.4),  # as long, but two of five statements
+        ((30, 2, 2), True, 1.0, 0.3),  # the smaller of 0.3 and 0.4
+        ((100, 10, 5), True, 1.0, 0.5),  # everything is said twice
+        ((100, 4, 1), True, 1.0, 0.05),  # one of five statements, four times
+        ((100, 5, 5), False, 1.0, 0.0),
+        ((100, 5, 5), True, 0.0, 0.0),
+        ((0, 0, 0), True, 1.0, 0.0),
+        ((100, 5, 5), True, math.nan, math.nan),
+        ((100, 5, 5), False, math.nan, math.nan),  # unscored, not wrong
+    ],
+)
+def test_the_composite_length_by_hand(
+    counts: tuple[int, int, int], is_correct: bool, coherence: float, reward: float
+) -> None:
+    found = composite_length(
+        *counts, length_target=100, statements_target=5, is_correct=is_correct, coherence=coherence
+    )
+    assert found == pytest.approx(reward, nan_ok=True)
+
+
+STATEMENTS = ("A mass.", "No effusion is seen in the left lung.", "So it is B.", "The heart is large.", "Fine.")
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(0, 4), st.integers(1, 40), st.integers(1, 8))
+def test_the_composite_length_is_bounded_and_never_pays_a_repetition(
+    said: list[int], more: int, length_target: int, statements_target: int
+) -> None:
+    def value(numbers: list[int]) -> float:
+        text = " ".join(STATEMENTS[number] for number in numbers)
+        sample = Sample("q", "What?", "B", "choice", options=("mass", "cyst"))
+        completion = Completion((0,), f"<think>{text}</think><answer>B</answer>", False)
+        config = RewardsConfig(
+            format=0,
+            correctness=0,
+            composite=1,
+            length_target=length_target,
+            statements_target=statements_target,
+        )
+        scores = Rewards(config, judges={"coherence": AlwaysYes()}).score(
+            [Group(sample, EncodedPrompt(np.zeros(1, dtype=np.int64), {}, ""), [completion])],
+            step=0,
+            count_tokens=words,
+        )
+        return float(scores.total[0, 0])
+
+    reward, after = value(said), value([*said, more])
+    assert 0.0 <= reward <= 1.0
+    if more in said:
+        assert after < reward
+    else:
+        assert after >= reward
+
+
+class AlwaysYes:
+    identity = JudgeIdentity("yes", "w", "p", 0.0)
+    counters: Mapping[str, float] = {}
+
+    def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+        return [Grade(1.0)] * len(requests)
 
 
 HALF = math.sqrt(0.5)

@@ -82,6 +82,8 @@ class RewardsConfig(Settings):
     """Extended chain reward: reasoning tokens / length_target, at most 1."""
     cwr: Identity[Weight] = 0.0
     """Correctness-weighted length reward: as ecr if the answer is correct, else 0."""
+    composite: Identity[Weight] = 0.0
+    """Composite length reward: for a correct answer and coherent reasoning, longer with more distinct statements."""
     cosine: Identity[Weight] = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""
     overlong: Identity[Weight] = 0.0
@@ -89,7 +91,9 @@ class RewardsConfig(Settings):
     repetition: Identity[Weight] = 0.0
     """Repetition penalty: minus the share of word n-grams that repeat an earlier one."""
     length_target: Identity[Positive] = 128
-    """ecr and cwr: number of reasoning tokens at which the reward reaches its maximum."""
+    """ecr, cwr and composite: number of reasoning tokens at which the reward reaches its maximum."""
+    statements_target: Identity[Positive] = 6
+    """composite: number of distinct statements at which the reward reaches its maximum."""
     cosine_correct: Identity[tuple[float, float]] = (1.0, 0.5)
     """cosine: reward of a correct answer at length 0 and at the token limit."""
     cosine_wrong: Identity[tuple[float, float]] = (-1.0, -0.5)
@@ -110,6 +114,12 @@ class RewardsConfig(Settings):
         """Weights of the built-in parts by name."""
         names = [name for name, field in type(self).model_fields.items() if _WEIGHT in field.metadata]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def judged(self) -> dict[str, float]:
+        """Weights above 0 of the parts that a judge scores, by name."""
+        names = ("semantic", "reasoning", "composite", *(("correctness",) if self.open_correctness == "judge" else ()))
+        return {name: weight for name, weight in self.weights.items() if name in names and weight > 0}
 
 
 class JudgeConfig(Settings):

@@ -29,7 +29,7 @@ from medvqa_rl.core.types import (
 )
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.images.prefetch import prefetch_map
-from medvqa_rl.data.phantom.claims import claims, faithfulness
+from medvqa_rl.data.phantom.claims import claims, distinct_truths, faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.splits import choose
 from medvqa_rl.evaluation.measures.metrics import exact_match, rouge_l
@@ -325,6 +325,7 @@ def make_record(
         think_tokens=0 if parsed.think is None else count_tokens(think),
         num_claims=None if scene is None else len(claims(think)),
         faithfulness=None if scene is None else faithfulness(think, scene),
+        distinct_truths=None if scene is None else distinct_truths(think, scene),
     )
 
 

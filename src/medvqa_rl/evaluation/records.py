@@ -88,6 +88,8 @@ class EvalRecord:
     """Number of checkable claims in the reasoning; PhantomVQA only."""
     faithfulness: Share | None = None
     """Share of these claims that are true of the scene; None without claims."""
+    distinct_truths: Count | None = None
+    """Number of different claims that are true of the scene; PhantomVQA only."""
     nll: float | None = None
     """Negative log-likelihood in nats of the output, tags removed, under ``perplexity_by``."""
     nll_tokens: Count | None = None

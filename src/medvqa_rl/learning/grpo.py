@@ -201,10 +201,9 @@ def check_unscored(config: Config, groups: Sequence[Group], scores: Scores, rate
     bad = [group for group, row in zip(groups, scores.total) if np.isnan(row).any()]
     names = first_few(group.sample.id for group in bad)
     parts = ", ".join(failing) or "another rank"
-    judged = {"semantic", "reasoning", *(["correctness"] if config.rewards.open_correctness == "judge" else [])}
     remedy = (
         f"check that the judge {config.judge.model} answers (metrics.jsonl counts its failures under judge/)"
-        if judged & set(failing)
+        if config.rewards.judged.keys() & set(failing)
         else "repair the reward"
     )
     raise UnscoredError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from medvqa_rl.rewards.functions import RewardLog, call_functions, load_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.length import (
+    composite_length,
     correctness_weighted_length,
     cosine_length,
     extended_chain,
@@ -28,6 +30,7 @@ from medvqa_rl.rewards.length import (
 )
 from medvqa_rl.rewards.open_answers import Compare, score_answers
 from medvqa_rl.rewards.scores import Scores
+from medvqa_rl.rewards.statements import distinct, split_statements
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Batch:
     """(B,) credit for the answers, 0 to 1; NaN if no enabled part needs it."""
     log: RewardLog
 
+    @cached_property
+    def coherence(self) -> NDArray[np.float64]:
+        """(B,) verdicts of the judge of coherence, who is asked once for all parts that need them."""
+        return score_semantic(self.reads, self.judges["coherence"], self.log)
+
 
 Part = Callable[[Batch], ArrayLike]
 """Scores a batch: (B,) values, NaN for unscored."""
@@ -51,7 +59,7 @@ Part = Callable[[Batch], ArrayLike]
 PARTS: dict[str, Part] = {
     "format": lambda batch: [read.parsed.is_well_formed for read in batch.reads],
     "correctness": lambda batch: batch.credit,
-    "semantic": lambda batch: score_semantic(batch.reads, batch.judges["coherence"], batch.log),
+    "semantic": lambda batch: batch.coherence,
     "reasoning": lambda batch: score_reasoning(
         batch.reads, batch.judges["reasoning"], batch.credit, batch.config.reasoning_gate, batch.log
     ),
@@ -60,6 +68,7 @@ PARTS: dict[str, Part] = {
         correctness_weighted_length(read.think_tokens, batch.config.length_target, is_correct=read.is_right)
         for read in batch.reads
     ],
+    "composite": lambda batch: _composite(batch),
     "cosine": lambda batch: [
         cosine_length(
             len(read.completion.token_ids),
@@ -81,6 +90,26 @@ PARTS: dict[str, Part] = {
 """The built-in parts by name; each has a weight of the same name in the settings."""
 
 
+def _composite(batch: Batch) -> list[float]:
+    values = []
+    for read, coherence in zip(batch.reads, batch.coherence.tolist(), strict=True):
+        assert read.count_tokens is not None, "counting tokens needs the policy's tokenizer: pass count_tokens"
+        statements = split_statements(read.parsed.think or "")
+        new = distinct(statements)
+        values.append(
+            composite_length(
+                read.count_tokens(" ".join(statement.text for statement in new)),
+                len(statements),
+                len(new),
+                length_target=batch.config.length_target,
+                statements_target=batch.config.statements_target,
+                is_correct=read.is_right,
+                coherence=coherence,
+            )
+        )
+    return values
+
+
 class Rewards:
     """Scores groups of completions with the enabled parts. A part with weight 0 is neither loaded nor computed."""
 
@@ -97,8 +126,8 @@ class Rewards:
         Args:
             config: weights of the parts and their parameters.
             max_completion_length: token limit of a completion.
-            judges: by rubric: ``semantic`` needs ``coherence``, ``reasoning`` needs ``reasoning``, and
-                ``open_correctness: judge`` needs ``correctness``.
+            judges: by rubric: ``semantic`` and ``composite`` need ``coherence``, ``reasoning`` needs ``reasoning``,
+                and ``open_correctness: judge`` needs ``correctness``.
             similarity: compares texts to references; ``open_correctness: similarity`` needs it.
 
         Raises:
@@ -140,7 +169,7 @@ class Rewards:
         Args:
             groups: P groups with the same number G of completions.
             step: optimizer steps done, passed on to user functions.
-            count_tokens: counts tokens as the policy's tokenizer does; ``ecr`` and ``cwr`` need it.
+            count_tokens: counts tokens as the policy's tokenizer does; ``ecr``, ``cwr`` and ``composite`` need it.
 
         Returns:
             (P, G) totals and parts.

@@ -25,6 +25,41 @@ def correctness_weighted_length(num_tokens: int, target: int, *, is_correct: boo
     return extended_chain(num_tokens, target) if is_correct else 0.0
 
 
+def composite_length(
+    num_tokens: int,
+    num_statements: int,
+    num_distinct: int,
+    *,
+    length_target: int,
+    statements_target: int,
+    is_correct: bool,
+    coherence: float,
+) -> float:
+    """Composite length reward, from 0 to 1: pays a correct answer whose coherent reasoning is longer *and* says more.
+
+    correct * coherent * min(1, L / L_target, D / D_target) * D / S
+
+    with S statements, of which D are distinct and have L tokens together. The minimum pays neither length without
+    content nor many statements in a few tokens; the last factor takes away the share of statements that repeat
+    another, so that a repetition always lowers the reward. arXiv 2505.13973 leaves a length reward that improves
+    reasoning as an open question; the formula is ours.
+
+    Args:
+        num_tokens: L, tokens of the distinct statements.
+        num_statements: S, of the reasoning; 0 if its tags are unclosed.
+        num_distinct: D, at most S.
+        length_target: L_target.
+        statements_target: D_target.
+        coherence: the judge's verdict, 1 or 0; NaN (unscored) gives NaN, also for a wrong answer.
+    """
+    if math.isnan(coherence):
+        return math.nan
+    if not is_correct or num_statements == 0:
+        return 0.0
+    longer = min(1.0, num_tokens / length_target, num_distinct / statements_target)
+    return coherence * longer * num_distinct / num_statements
+
+
 def cosine_length(
     length: int,
     limit: int,

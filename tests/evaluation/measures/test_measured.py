@@ -327,6 +327,7 @@ def test_claims_are_checked_against_the_scene() -> None:
     answer_all(lambda: ScriptedEngine(reasoning), samples, AnswerSettings(EvalConfig(), 64), save=keep)  # type: ignore
     records = [found[sample.id] for sample in samples]
     assert (records[0].num_claims, records[0].faithfulness) == (2, 0.5)
+    assert [record.distinct_truths for record in records[:2]] == [1, 0]
     assert (records[1].num_claims, records[1].faithfulness) == (0, None)
     assert records[1].think_tokens == 4
     shares = []
@@ -336,6 +337,11 @@ def test_claims_are_checked_against_the_scene() -> None:
             shares.append(sum(is_true(claim, scene) for claim in told) / len(told))
     section = measured_summary(records)["faithfulness"]
     assert section["value"] == pytest.approx(sum(shares) / len(shares)) and section["n"] == len(shares) == 11
+    truths = [
+        len({claim for claim in claims(reasoning[sample.id]) if is_true(claim, sample.images[0].scene)})  # type: ignore
+        for sample in samples
+    ]
+    assert section["distinct_truths"] == pytest.approx(sum(truths) / len(truths))
     assert section["right"] == section["value"] and math.isnan(section["wrong"])
 
 

@@ -184,7 +184,7 @@ def _rl_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "rollout.max_completion_length",
             "prompt.template",
         )
-    for name, weight in (("ecr", rewards.ecr), ("cwr", rewards.cwr)):
+    for name, weight in (("ecr", rewards.ecr), ("cwr", rewards.cwr), ("composite", rewards.composite)):
         if weight and not reasoning:
             yield (
                 f"rewards.{name} is {weight:g}, but it counts the tokens of the reasoning, and {asked_by(config)} "

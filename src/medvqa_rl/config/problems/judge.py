@@ -79,12 +79,11 @@ def _perplexity_problems(config: Config) -> Iterator[tuple[str, ...]]:
         return
     is_folder = Path(name).is_dir() and Path(judge.model).is_dir()
     is_judge = name == judge.model or (is_folder and Path(name).samefile(judge.model))
-    weights = {"semantic": config.rewards.semantic, "reasoning": config.rewards.reasoning}
-    part = next((part for part, weight in weights.items() if weight), None)
-    if part is not None and judge.endpoint is None and is_judge:
+    part, weight = next(iter(config.rewards.judged.items()), ("", 0.0))
+    if part and judge.endpoint is None and is_judge:
         yield (
             f"eval.perplexity_model is {name}, but that is the judge that rewards (rewards.{part} is "
-            f"{weights[part]:g}), so its perplexity would measure how well it was pleased: name a fixed language "
+            f"{weight:g}), so its perplexity would measure how well it was pleased: name a fixed language "
             "model that does not reward.",
             "eval.perplexity_model",
             "judge.model",

@@ -104,6 +104,11 @@ def faithfulness(text: str, scene: Scene) -> float | None:
     return sum(is_true(claim, scene) for claim in found) / len(found) if found else None
 
 
+def distinct_truths(text: str, scene: Scene) -> int:
+    """Number of different claims in the text that hold for the scene: how much it says that is so."""
+    return len({claim for claim in claims(text) if is_true(claim, scene)})
+
+
 FLAWS = (
     "no claim",
     "no sentence of the world",

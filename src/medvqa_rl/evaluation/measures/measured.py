@@ -57,8 +57,8 @@ def measured_summary(records: Sequence[EvalRecord]) -> dict[str, Any]:
         ``format`` are NaN.
         ``perplexity``: ``value``, the number of ``tokens``, and ``by``, the language model.
         ``similarity``: mean cosine ``value``, also of ``right`` and ``wrong`` answers, ``n`` and ``by``.
-        ``faithfulness``: share of true claims, averaged over the reasonings that make claims, their number ``n`` and
-        the total number of ``claims``; PhantomVQA only.
+        ``faithfulness``: share of true claims, averaged over the reasonings that make claims, their number ``n``,
+        the total number of ``claims``, and the mean number of ``distinct_truths`` of all reasonings; PhantomVQA only.
 
     Raises:
         ValueError: perplexity, similarity or verdicts come from more than one instrument.
@@ -103,5 +103,6 @@ def measured_summary(records: Sequence[EvalRecord]) -> dict[str, Any]:
             "wrong": average(record.faithfulness for record in wrong),
             "n": len(claiming),
             "claims": sum(record.num_claims or 0 for record in claiming),
+            "distinct_truths": average(record.distinct_truths for record in scored),
         },
     }

@@ -91,7 +91,8 @@ def load_rewarding(config: Config, say: Callable[[str], None] = print) -> dict[s
 def rubrics_of(rewards: RewardsConfig) -> list[Rubric]:
     """The rubrics on which the rewards are judged."""
     grades_answers = rewards.open_correctness == "judge" and (rewards.correctness > 0 or rewards.reasoning > 0)
-    needed = {COHERENCE: rewards.semantic > 0, REASONING: rewards.reasoning > 0, CORRECTNESS: grades_answers}
+    needs_coherence = rewards.semantic > 0 or rewards.composite > 0
+    needed = {COHERENCE: needs_coherence, REASONING: rewards.reasoning > 0, CORRECTNESS: grades_answers}
     return [rubric for rubric, is_needed in needed.items() if is_needed]
 
 
