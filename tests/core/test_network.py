@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,8 +21,15 @@ import pytest
 
 from medvqa_rl.config import ConfigError
 from medvqa_rl.config.yaml import build_config
-from medvqa_rl.core import embedded
-from medvqa_rl.core.network import VARIABLE, is_loopback, is_on_this_machine, spare_this_machine, unusable_proxy
+from medvqa_rl.core import embedded, network, progress
+from medvqa_rl.core.network import (
+    VARIABLE,
+    is_loopback,
+    is_on_this_machine,
+    joining,
+    spare_this_machine,
+    unusable_proxy,
+)
 
 
 @pytest.mark.parametrize(
@@ -334,3 +343,42 @@ result = CliRunner().invoke(app, ["--network", "off", "config", "check", "none.y
 print(json.dumps([result.exit_code, is_off()]))
 """
     assert python(code, tmp_path) == [2, True]
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_launch_whose_port_is_in_use_is_one_sentence(verb: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = ["--output", str(tmp_path / "run")] if verb == "eval" else [f"output_dir={tmp_path / 'run'}"]
+        process = subprocess.run(
+            [sys.executable, "-m", "medvqa_rl", verb, "configs/phantom_cpu.yaml", *output],
+            env=os.environ | launch,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1] == (
+        f"error: MASTER_PORT is {port}, but this port is in use, so the 2 processes of this launch cannot find each "
+        "other: set MASTER_PORT to a free port for all of them, or let --gpus choose one."
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_waits_long_for_the_others_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with joining():
+        time.sleep(0.1)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(network, "PATIENCE", 0.02)
+    with joining():
+        time.sleep(0.2)
+    assert capfd.readouterr().err.splitlines()[0] == (
+        "Rank 1 of 2 still waits for the others at node0:29500: check that all of them were started, with the same "
+        "MASTER_ADDR and MASTER_PORT."
+    )

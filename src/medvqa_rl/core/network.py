@@ -1,5 +1,5 @@
-"""What may use the network, and with which key: proxies, telemetry, API keys, and a guard against every connection
-beyond this machine. No torch.
+"""What may use the network, and with which key: proxies, telemetry, API keys, the processes of one launch, and a guard
+against every connection beyond this machine. No torch.
 
 :func:`spare_this_machine` keeps requests to this machine away from the environment's proxies.
 
@@ -17,11 +17,19 @@ import os
 import socket
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from medvqa_rl.core.progress import heartbeat
+
 VARIABLE = "MEDVQA_RL_NETWORK"
 """Environment variable that turns the network off for every verb."""
+
+PATIENCE = 30.0
+"""Seconds after which a process says that it waits for the others of its launch."""
 
 _LOCAL_FAMILIES = {getattr(socket, name) for name in ("AF_UNIX", "AF_NETLINK") if name in dir(socket)}
 """Address families that never leave the machine."""
@@ -93,6 +101,33 @@ def unusable_proxy() -> str | None:
         if separator and scheme.lower() not in usable:
             return f"{name}_proxy ({scheme.lower()})"
     return None
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Within the block this process joins the others of its launch. Every rank that waits longer than usual says so.
+
+    Raises:
+        ValueError: the port of the launch is in use.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, num_ranks, address, port = (os.environ.get(name, "") for name in names)
+    line = (
+        f"Rank {rank} of {num_ranks} still waits for the others at {address}:{port}: check that all of them were "
+        "started, with the same MASTER_ADDR and MASTER_PORT."
+    )
+    try:
+        with heartbeat(
+            lambda seconds: line if seconds > PATIENCE else "", partial(print, file=sys.stderr, flush=True)
+        ):
+            yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"MASTER_PORT is {port}, but this port is in use, so the {num_ranks} processes of this launch cannot find "
+            "each other: set MASTER_PORT to a free port for all of them, or let --gpus choose one."
+        ) from error
 
 
 def read_key(variable: str | None) -> str:

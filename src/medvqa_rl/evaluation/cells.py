@@ -17,6 +17,7 @@ from rich.console import Console
 
 from medvqa_rl.config import Config, DataConfig, ModelConfig
 from medvqa_rl.core.files import remove_partials, write_text
+from medvqa_rl.core.network import joining
 from medvqa_rl.core.progress import open_console, progress_bar, to_stderr, waiting
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.text import number_of
@@ -136,7 +137,8 @@ def run_eval(
         _dry_run(cells, policy, console)
         return
     if shard is None:
-        state = PartialState(cpu=resolve_device(model.device).type == "cpu")
+        with joining():
+            state = PartialState(cpu=resolve_device(model.device).type == "cpu")
         shard = Shard(state.process_index, state.num_processes)  # type: ignore[has-type]
     with ExitStack() as stack:
         for cell in cells:

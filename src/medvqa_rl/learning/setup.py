@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.network import joining
 from medvqa_rl.core.packages import installed
 from medvqa_rl.core.progress import TerminalConsole, waiting
 from medvqa_rl.core.text import number_of
@@ -75,7 +76,7 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
     """Join the processes that a launcher started, or run as a single process.
 
     Raises:
-        ValueError: the settings contradict the launcher.
+        ValueError: the settings contradict the launcher, or its port is in use.
     """
     launch = read_launch(os.environ)
     check_launch(config, launch, prompts_per_step)
@@ -85,16 +86,17 @@ def make_accelerator(config: Config, prompts_per_step: int) -> Accelerator:
         _prepare_deepspeed(launch, is_cpu=is_cpu)
     # A micro-batch without images does not use the parameters of a trained vision tower.
     trains_vision = config.model.train_vision or config.model.train_projector
-    accelerator = Accelerator(
-        # Accelerate supports DeepSpeed on accelerators only, but accepts a CPU if the backend is given.
-        cpu=is_cpu and not uses_zero,
-        mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=trains_vision),
-            # Ranks wait while one scores an evaluation or saves, however long; roll_call.py detects lost ranks.
-            InitProcessGroupKwargs(backend="gloo" if is_cpu and uses_zero else None, timeout=timedelta(days=1)),
-        ],
-    )
+    with joining():
+        accelerator = Accelerator(
+            # Accelerate supports DeepSpeed on accelerators only, but accepts a CPU if the backend is given.
+            cpu=is_cpu and not uses_zero,
+            mixed_precision="no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=trains_vision),
+                # Ranks wait while one scores an evaluation or saves, however long; roll_call.py detects lost ranks.
+                InitProcessGroupKwargs(backend="gloo" if is_cpu and uses_zero else None, timeout=timedelta(days=1)),
+            ],
+        )
     if uses_zero:
         # Otherwise transformers would partition every model it loads, including judges. wrap() does the policy.
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
