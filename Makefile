@@ -1,6 +1,7 @@
 # make demo    fine-tune the embedded model on a CPU and show that it got better
 # make test    run the tests, except those of several ranks and of vLLM
 # make check   lint, formatting, types
+# make docs    the documentation as a site, in build/site; every link is checked
 # make attack  damage inputs, kill runs, attack pages and servers; about 40 minutes
 # make attack-short   a part of it with a seed of the commit; two minutes
 # make test-ranks      train on two CPU processes under DDP, FSDP2 and DeepSpeed, with a C++ compiler; 5 minutes with its installation
@@ -21,7 +22,7 @@ RANKS := tests/learning/distributed/test_ranks.py
 # Where DeepSpeed finds what it compiles, and ninja, which pip puts beside python.
 COMPILED := PATH="$(CURDIR)/$(BIN):$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/.venv/extensions"
 
-.PHONY: demo test check attack attack-short test-ranks test-vllm test-vllm-full format clean
+.PHONY: demo test check docs attack attack-short test-ranks test-vllm test-vllm-full format clean
 
 demo: .venv/installed
 	$(BIN)/medvqa-rl demo
@@ -33,6 +34,9 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
 
 attack: .venv/installed-dev
 	$(BIN)/python -m dev.attacks
@@ -76,6 +80,10 @@ clean:
 .venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/installed
+
+.venv/installed-docs: .venv/installed-dev
+	$(PIP) -e '.[docs]'
+	touch $@
 
 # pip needs no compiler for DeepSpeed, but its AdamW for the CPU is compiled when it is first loaded.
 .venv/installed-ranks: constraints.txt .venv/installed-dev

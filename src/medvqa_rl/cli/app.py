@@ -38,7 +38,6 @@ app = Verbs(
     "measure whether it helped. Research software, not for clinical use.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode="markdown",
 )
 PACKAGES = ("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow", "pydantic")
