@@ -137,12 +137,16 @@ def compare(runs: Sequence[StoredRun]) -> tuple[list[Comparison], list[str]]:
     return made, problems
 
 
-def accuracy_rows(runs: Sequence[StoredRun]) -> list[tuple[str, str, StoredEvaluation]]:
-    """Return run, name and evaluation for a table of results, with only the first and last evaluation of training."""
+def accuracy_rows(runs: Sequence[StoredRun], *, every: bool = False) -> list[tuple[str, str, StoredEvaluation]]:
+    """Return run, name and evaluation for a table of results.
+
+    Args:
+        every: all evaluations during training, not only the first and the last.
+    """
     rows = []
     for run in runs:
         steps = [evaluation for evaluation in run.evaluations if evaluation.step is not None]
-        shown = {evaluation.name for evaluation in (*steps[:1], *steps[-1:])}
+        shown = {evaluation.name for evaluation in (steps if every else (*steps[:1], *steps[-1:]))}
         for evaluation in sorted(run.evaluations, key=_before_first):
             if evaluation.step is None or evaluation.name in shown:
                 name = evaluation.name if evaluation.step is None else f"step {evaluation.step}"

@@ -18,7 +18,7 @@ from medvqa_rl.report.pages.report import write_report
 
 pytestmark = pytest.mark.browser
 
-GROUPS = "[...document.querySelectorAll('.entry')]"
+GROUPS = "[...document.querySelectorAll('#entries .entry')]"
 STEPS = f"{GROUPS}.map(e => Number(e.querySelector('p').textContent.match(/step (\\d+)/)[1]))"
 
 
@@ -34,6 +34,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(tab: Page, report: Path) -> Iterator[Page]:
     tab.look(width=1200, theme="light")
     tab.open(report)
+    tab.run("document.getElementById('samples').scrollIntoView()")  # keys are for what is seen
     tab.messages.clear()
     yield tab
     assert tab.messages == []  # no error, and nothing that the policy had to block
@@ -64,7 +65,7 @@ def test_it_pages(page: Page) -> None:
 
 def test_it_filters(page: Page, data: dict[str, Any]) -> None:
     page.choose("outcome", "none")
-    shown = page.run("[...document.querySelectorAll('.completion header b')].map(e => e.textContent)")
+    shown = page.run("[...document.querySelectorAll('#entries .completion header b')].map(e => e.textContent)")
     assert set(shown) == {"no answer"} and where(page) == "Page 1 of 2 · 16 of 16 questions"
     modality = data["groups"][0]["tags"]["modality"]
     page.choose("outcome", "")
@@ -116,7 +117,7 @@ def test_the_keyboard_walks_through_the_questions(page: Page) -> None:
 
 
 def test_a_completion_with_a_script_shows_as_text(page: Page) -> None:
-    texts = page.run("[...document.querySelectorAll('.completion .text')].map(e => e.textContent)")
+    texts = page.run("[...document.querySelectorAll('#entries .completion .text')].map(e => e.textContent)")
     shown = EVIL.encode("utf-8", "replace").decode()
     assert sum(text.startswith("<think>It is </script><script>") for text in texts) == 10
     assert any(shown[:-1] in text for text in texts)

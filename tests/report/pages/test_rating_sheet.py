@@ -19,7 +19,8 @@ from medvqa_rl.cli.judge.rate import run_ratings, run_sheet
 from medvqa_rl.evaluation.judging.ratings import read_key
 from medvqa_rl.evaluation.records import read_records
 from medvqa_rl.evaluation.statistics.compare import Evaluated
-from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples
+from medvqa_rl.report.pages.images import samples_of_records
+from medvqa_rl.report.pages.rating_sheet import choose_items
 
 
 def data_of(sheet: Path) -> dict[str, Any]:
@@ -113,16 +114,16 @@ def test_without_images_and_without_data(tmp_path: Path) -> None:
     assert data_of(tmp_path / "sheet.html")["images"] == {}
     write(folder / "results.json", {key: value for key, value in results.items() if key != "config"})
     with pytest.raises(ValueError, match="does not name its data set"):
-        find_samples(folder, [])
+        samples_of_records(folder, [])
     stored = read_records(folder / "samples.jsonl")
     step = tmp_path / "run" / "eval" / "step_000010"  # while training: the settings are the run's
     write(step / "results.json", {"dataset": results["dataset"]})
     write(tmp_path / "run" / "config.resolved.json", results["config"])
-    assert find_samples(step, stored).keys() == {one.sample_id for one in stored}
+    assert samples_of_records(step, stored).keys() == {one.sample_id for one in stored}
     records = [replace(one, image_key="moved") for one in stored]
     write(folder / "results.json", results)
     with pytest.raises(ValueError, match="cannot be found"):
-        find_samples(folder, records)
+        samples_of_records(folder, records)
 
 
 def test_bad_input_is_refused_in_a_sentence(tmp_path: Path) -> None:

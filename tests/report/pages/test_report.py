@@ -127,7 +127,7 @@ def test_images_that_cannot_be_found_again_are_said(tmp_path: Path, name: str, v
 def test_a_page_without_images_has_none_and_opens_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build_viewer([read_run(run)])
     assert whole.images
-    monkeypatch.setattr("medvqa_rl.report.pages.viewer.load_training_set", None)
+    monkeypatch.setattr("medvqa_rl.report.pages.images.load_training_set", None)
     page = write_report([run], run.parent / "plain" / "report.html", images=False).read_text(encoding="utf-8")
     assert "data:image" not in page and "The page was written without images." in page
     assert len(build_viewer([read_run(run)], images=False).groups) == len(whole.groups)

@@ -17,7 +17,8 @@ from medvqa_rl.core.text import number_of, size_of
 from medvqa_rl.evaluation.judging.ratings import read_key, read_ratings, summarise_ratings, write_key
 from medvqa_rl.evaluation.statistics.compare import Evaluated, read_evaluations
 from medvqa_rl.evaluation.statistics.tables import KAPPA_NOTE, format_decimal, format_interval, format_kappa
-from medvqa_rl.report.pages.rating_sheet import choose_items, find_samples, make_key, render_sheet
+from medvqa_rl.report.pages.images import samples_of_records
+from medvqa_rl.report.pages.rating_sheet import choose_items, make_key, render_sheet
 
 
 def run_sheet(
@@ -44,7 +45,7 @@ def run_sheet(
         raise ValueError(f"An evaluation is given twice ({', '.join(names)}): name each folder once.")
     items = choose_items(evaluations, questions, seed)
     key = make_key(items, evaluations, seed)
-    samples = find_samples(evaluations[0].folder, [item.record for item in items]) if images else {}
+    samples = samples_of_records(evaluations[0].folder, [item.record for item in items]) if images else {}
     key_path = output.with_suffix(".key.json")
     with claimed(output):
         for path in (output, key_path):

@@ -79,12 +79,16 @@ def _gold_keys(record: EvalRecord) -> frozenset[str]:
     )
 
 
+def grouping(record: EvalRecord) -> dict[str, str]:
+    """The groups of a record: annotated answer type, yes/no or other, and the sample's own groups."""
+    return {"answer_type": record.answer_type, "answer_kind": record.answer_kind, **record.groups}
+
+
 def by_group(records: Iterable[EvalRecord]) -> dict[str, dict[str, list[EvalRecord]]]:
-    """Group records by key and value: annotated answer type, yes/no or other, and the samples' own groups."""
+    """Group records by key and value of their :func:`grouping`."""
     by: dict[str, dict[str, list[EvalRecord]]] = {}
     for record in records:
-        keys = {"answer_type": record.answer_type, "answer_kind": record.answer_kind, **record.groups}
-        for key, value in keys.items():
+        for key, value in grouping(record).items():
             by.setdefault(key, {}).setdefault(value, []).append(record)
     return {key: dict(sorted(values.items())) for key, values in by.items()}
 

@@ -12,19 +12,11 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter
-
-from medvqa_rl.config import Config
-from medvqa_rl.core.files import read_json
 from medvqa_rl.core.randomness import addresses
 from medvqa_rl.core.types import LETTERS, Sample
-from medvqa_rl.data import Split, load_dataset
 from medvqa_rl.evaluation.judging.ratings import RATINGS_FORMAT, KeyItem, SheetKey
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.results import read_origin
 from medvqa_rl.evaluation.statistics.compare import Evaluated
 from medvqa_rl.evaluation.statistics.summary import pair
 from medvqa_rl.report.pages.rendering import render_with_script, thumbnail_uri
@@ -32,7 +24,6 @@ from medvqa_rl.rewards.judges.rubric import REASONING
 
 MAX_SIDE = 1024
 """Longest side in pixels of the sheet's images."""
-_SPLITS: tuple[Split, ...] = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
@@ -103,41 +94,6 @@ def make_key(items: Sequence[Item], evaluations: Sequence[Evaluated], seed: int)
         for number, item in enumerate(items, start=1)
     )
     return SheetKey(sheet, seed, tuple(one.name for one in evaluations), rows)
-
-
-def find_samples(folder: Path, records: Sequence[EvalRecord]) -> dict[str, Sample]:
-    """Load the samples of an evaluation's records, by id, from the data set in its settings.
-
-    Raises:
-        ValueError: the settings or the data set are missing, or the data set is not the one that was evaluated.
-    """
-    hint = "restore the data, or make the sheet with --no-images"
-    origin = read_origin(folder)
-    dataset, config = origin.get("dataset"), origin.get("config")
-    own = folder.parent.parent / "config.resolved.json"
-    if config is None and own.is_file():  # an evaluation during training uses the run's settings
-        config = read_json(TypeAdapter(dict[str, Any]), own, hint)
-    if dataset is None or config is None:
-        raise ValueError(f"The evaluation in {folder} does not name its data set, so its images are unknown: {hint}.")
-    try:
-        data = Config.model_validate(config).data
-    except ValueError as error:
-        raise ValueError(f"The settings of the evaluation in {folder} are from another version: {hint}.") from error
-    problems = []
-    for split in _SPLITS:
-        try:
-            found = load_dataset(data, split)
-        except (ValueError, OSError) as error:
-            problems.append(f"{split}: {error}")
-            continue
-        if found.fingerprint == dataset.get("fingerprint"):
-            wanted = {record.sample_id: record.image_key for record in records}
-            samples = {sample.id: sample for index in range(len(found)) if (sample := found[index]).id in wanted}
-            if any(id not in samples or samples[id].image_key != key for id, key in wanted.items()):
-                break
-            return samples
-    details = f" ({' '.join(problems)})" if problems else ""
-    raise ValueError(f"The data of the evaluation in {folder} cannot be found{details}: {hint}.")
 
 
 def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sample]) -> str:

@@ -15,6 +15,7 @@ from medvqa_rl.evaluation.statistics.tables import measured_table
 from medvqa_rl.report.comparisons import accuracy_rows, compare
 from medvqa_rl.report.figures.charts import charts
 from medvqa_rl.report.health import check_health
+from medvqa_rl.report.pages.answers import build_answers, groups_of
 from medvqa_rl.report.pages.rendering import render_with_script
 from medvqa_rl.report.pages.viewer import build_viewer, section_tags
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
@@ -77,6 +78,7 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
     by_name = {item.name: item for item in comparisons}
     highlights = {} if story is None else story.comparisons
     viewer = build_viewer(runs, images=images)
+    evaluations, answers = build_answers(runs, images=images)
     rows = accuracy_rows(runs)
     settings = [{name: _setting(value) for name, value in shareable(run.config).items()} for run in runs]
     all_names = list(dict.fromkeys(name for one in settings for name in one))
@@ -87,7 +89,9 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
         data={
             "runs": [run.name for run in runs],
             "groups": viewer.groups,
-            "images": viewer.images,
+            "evaluations": list(evaluations),
+            "questions": answers.groups,
+            "images": {**viewer.images, **answers.images},
             **section_tags(runs),
         },
         runs=runs,
@@ -100,6 +104,9 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
         title=f"Report: {', '.join(run.name for run in runs)}" if story is None else story.title,
         num_groups=len(viewer.groups),
         viewer_notes=list(map(without_folders, viewer.notes)),
+        evaluations=list(evaluations),
+        groups=groups_of(evaluations.values()),
+        answer_notes=list(map(without_folders, answers.notes)),
         comparisons=[item for item in comparisons if item.name not in highlights],
         comparison_problems=list(map(without_folders, problems)),
         tables=[(item, tables) for item in comparisons if (tables := item.breakdown())],

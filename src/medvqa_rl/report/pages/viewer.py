@@ -1,39 +1,32 @@
-"""The data of the report's sample viewer: stored completions with thumbnails, within a size budget. Imports no torch.
-
-A run stores texts and numbers but no images. Images are looked up by sample id in the data set of its settings, if
-that still has the same fingerprint.
-"""
+"""The data of the report's browser of training groups: completions with thumbnails, within a size budget. Imports no
+torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from medvqa_rl.config import Config, leaves
-from medvqa_rl.core.text import number_of
-from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS, Sample
-from medvqa_rl.evaluation.pass_rates import load_training_set
-from medvqa_rl.learning.batching.sampler import step_samples
-from medvqa_rl.report.pages.rendering import thumbnail_uri
+from medvqa_rl.config import leaves
+from medvqa_rl.core.types import DEFAULT_WORDING, LETTERS
+from medvqa_rl.report.pages.images import Thumbnails, samples_of_groups
 from medvqa_rl.report.runs import StoredGroup, StoredRun, read_groups
 
 T = TypeVar("T")
 
 MAX_GROUPS = 500
-MAX_TEXT_BYTES = 3_500_000
-MAX_IMAGE_BYTES = 4_500_000
-"""With everything else, the page stays below 10 MB."""
-MAX_THUMBNAIL = 224
-"""Longest side in pixels of the viewer's images."""
+MAX_TEXT_BYTES = 3_000_000
+MAX_IMAGE_BYTES = 3_000_000
+"""With the answers of evaluations and everything else, the page stays below 10 MB."""
 
 
 @dataclass(frozen=True)
 class Viewer:
-    """The data of the page's script, and notes about it."""
+    """What a browser on the page shows, and notes about it."""
 
     groups: Sequence[dict[str, Any]]
+    """Groups of completions, or questions with their answers."""
     images: dict[str, str]
     """Data URI of each image by its key on this page."""
     notes: Sequence[str]
@@ -51,30 +44,25 @@ def build_viewer(runs: Sequence[StoredRun], *, images: bool = True) -> Viewer:
         groups, problems = read_groups(run)
         notes += [f"{run.name}: {problem}" for problem in problems]
         found += [(number, group) for group in groups]
-    kept = evenly(found, MAX_GROUPS)
-    plain = [_group(run, group) for run, group in kept]
-    while len(plain) > 1 and sum(len(json.dumps(group)) for group in plain) > MAX_TEXT_BYTES:
-        kept, plain = evenly(kept, len(kept) * 9 // 10), evenly(plain, len(plain) * 9 // 10)
+    kept, plain = within(found, lambda item: _group(*item), MAX_GROUPS, MAX_TEXT_BYTES)
     if len(kept) < len(found):
         notes.append(
             f"{len(kept)} of {len(found)} stored groups are shown, evenly subsampled, to keep the page small."
         )
-    thumbnails = _Thumbnails()
+    thumbnails = Thumbnails("", MAX_IMAGE_BYTES)
     runs_with_images = runs if images else []
     for number, run in enumerate(runs_with_images):
         own = [(group, shown) for (place, group), shown in zip(kept, plain) if place == number]
-        samples, problem = find_samples(run, [group for group, _ in own])
+        samples, problem = samples_of_groups(run, [group for group, _ in own])
         if problem:
             notes.append(f"{run.name}: {problem}")
         for group, shown in own:
-            if group.sample_id in samples:
-                thumbnails.add(samples[group.sample_id], shown, notes)
+            if (sample := samples.get(group.sample_id)) is not None:
+                shown["images"] = thumbnails.add(sample, str(run.data.get("train")), notes)
+                shown["tags"] = shown["tags"] or {"answer_type": sample.answer_type, **sample.groups}
     if plain and not images:
         notes.append("The page was written without images.")
-    if left_out := thumbnails.num_left_out:
-        notes.append(
-            f"{number_of(left_out, 'image')} {'is' if left_out == 1 else 'are'} left out to keep the page small."
-        )
+    notes += thumbnails.note()
     return Viewer(plain, thumbnails.uris, notes)
 
 
@@ -93,6 +81,18 @@ def evenly(items: Sequence[T], limit: int) -> list[T]:
     if len(items) <= limit:
         return list(items)
     return [items[(place + 1) * len(items) // limit - 1] for place in range(limit)]
+
+
+def within(
+    items: Sequence[T], draw: Callable[[T], dict[str, Any]], limit: int, max_bytes: int
+) -> tuple[list[T], list[dict[str, Any]]]:
+    """Return at most ``limit`` of the items, evenly spaced, and their JSON, which takes at most ``max_bytes`` together
+    unless one alone takes more."""
+    kept = evenly(items, limit)
+    plain = [draw(item) for item in kept]
+    while len(plain) > 1 and sum(len(json.dumps(one)) for one in plain) > max_bytes:
+        kept, plain = evenly(kept, len(kept) * 9 // 10), evenly(plain, len(plain) * 9 // 10)
+    return kept, plain
 
 
 def _group(run: int, group: StoredGroup) -> dict[str, Any]:
@@ -126,66 +126,3 @@ def _group(run: int, group: StoredGroup) -> dict[str, Any]:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
-
-
-def find_samples(run: StoredRun, groups: Sequence[StoredGroup]) -> tuple[dict[str, Sample], str]:
-    """Find the samples of stored groups in the data set of the run's settings, by id.
-
-    Returns:
-        The samples, and a sentence if images cannot be shown, else an empty string.
-    """
-    if not groups:
-        return {}, ""
-    try:
-        config = Config.model_validate(run.config)
-    except ValueError:
-        return {}, "the settings are missing or have another version, so the images cannot be found."
-    try:
-        dataset = load_training_set(config.data)
-    except (ValueError, OSError) as error:
-        return {}, f"the data set {config.data.name} is not available here, so no images are shown: {error}"
-    known = run.data.get("train")
-    if not isinstance(known, dict) or known.get("fingerprint") != dataset.fingerprint:
-        return {}, (
-            f"the data set {dataset.name} has changed since the run (another fingerprint), so no images are shown."
-        )
-    samples: Iterable[Sample]
-    if dataset.is_endless:
-        train = config.train
-        samples = (
-            draw.sample
-            for step in sorted({group.step for group in groups})
-            for draw in step_samples(dataset, step - 1, num_prompts=train.prompts_per_step, seed=train.seed)
-        )
-    else:
-        samples = (dataset[index] for index in range(len(dataset)))
-    wanted = {group.sample_id for group in groups}
-    return {sample.id: sample for sample in samples if sample.id in wanted}, ""
-
-
-class _Thumbnails:
-    """Images on the page, each stored once."""
-
-    def __init__(self) -> None:
-        self.uris: dict[str, str] = {}
-        self.num_left_out = 0
-        self._names: dict[str, str] = {}
-        self._size = 0
-
-    def add(self, sample: Sample, shown: dict[str, Any], notes: list[str]) -> None:
-        """Add a sample's images to its group, and the tags that older versions did not store."""
-        shown["tags"] = shown["tags"] or {"answer_type": sample.answer_type, **sample.groups}
-        for image in sample.images:
-            if image.key not in self._names:
-                if self._size >= MAX_IMAGE_BYTES:
-                    self.num_left_out += 1
-                    continue
-                try:
-                    uri = thumbnail_uri(image.load(), MAX_THUMBNAIL, lossless_bytes=8_000)
-                except ValueError as error:
-                    notes.append(str(error))
-                    continue
-                self._size += len(uri)
-                self._names[image.key] = name = str(len(self._names))
-                self.uris[name] = uri
-            shown["images"].append(self._names[image.key])

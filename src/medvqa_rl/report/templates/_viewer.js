@@ -1,21 +1,206 @@
 "use strict";
+/* Two browsers on one page: answers of evaluations, and groups of completions sampled during training. Their data is
+   inside the page, or asked for at an address of the server that the page comes from. */
 (() => {
-  const { runs, groups, images, tags, answerTags } = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const { runs, images, tags, answerTags } = data;
   const TAG = new RegExp("(" + tags.map((tag) => tag.replace(/[^\w\s]/g, "\\$&")).join("|") + ")");
   const PAGE = 10;
-  const DEFAULTS = { q: "", outcome: "", run: "", modality: "", family: "", sort: "mixed", page: "1" };
-  const $ = (id) => document.getElementById(id);
+  const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer", unscored: "unscored" };
   const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
-  const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer" };
+  const number = (value) => (value === null ? "unscored" : String(Math.round(value * 100) / 100).replace("-", "−"));
+  const listed = (parts) => parts.map(([name, value]) => name + " " + number(value)).join(", ");
+  const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
 
-  for (const group of groups) {
-    const rewards = group.completions.map((c) => c.reward).filter((r) => r !== null);
-    group.mean = mean(rewards);
-    group.spread = rewards.length ? Math.max(...rewards) - Math.min(...rewards) : 0;
-    group.length = mean(group.completions.map((c) => c.tokens));
-    group.words = [group.id, group.question, group.gold, ...group.options, ...group.completions.map((c) => c.text)]
-      .join("\n").toLowerCase();
+  /* Creates an element with text, which is never parsed as HTML. */
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
   }
+
+  async function load(address) {
+    const response = await fetch(address);
+    if (!response.ok) throw new Error(await response.text());
+    return response.json();
+  }
+
+  // --- what is shown of a question -----------------------------------------------------------------------------------
+
+  function drawText(text) {
+    const element = make("div", "text");
+    let kind = "";
+    for (const piece of text.split(TAG)) {
+      const isTag = tags.includes(piece);
+      if (isTag) kind = answerTags.includes(piece) ? "answer" : "";
+      if (piece) element.append(make("span", isTag ? "tag" : kind, piece));
+    }
+    return element;
+  }
+
+  function drawBox(outcome, facts, text) {
+    const box = make("div", "completion " + outcome), header = make("header");
+    header.append(make("b", "", OUTCOMES[outcome]), ...facts.map((f) => (f instanceof Node ? f : make("span", "", f))));
+    box.append(header, drawText(text));
+    return box;
+  }
+
+  function drawEntry(question, summary, boxes) {
+    const entry = make("article", "entry");
+    entry.tabIndex = -1;
+    const body = make("div", "group"), side = make("div"), list = make("ol", "options"), answers = make("div");
+    const pictures = make("div", "images");
+    question.images.forEach((key, index) => {
+      const image = make("img");
+      image.src = images[key] ?? key;
+      image.alt = "Image " + (index + 1) + " of the question";
+      pictures.append(image);
+    });
+    if (question.images.length) side.append(pictures);
+    for (const option of question.options) list.append(make("li", option === question.gold ? "gold" : "", option));
+    if (question.options.length) side.append(list);
+    const gold = make("p", "", question.options.length ? "" : "Gold answer: ");
+    if (!question.options.includes(question.gold)) gold.append(make("span", "gold", question.gold));
+    const notes = Object.entries(question.tags).map(([name, value]) => name.replaceAll("_", " ") + ": " + value);
+    if (gold.textContent) side.append(gold);
+    side.append(make("p", "muted tags", [...notes, "id: " + question.id].join(" · ")));
+    if (question.ask) {
+      const link = make("a", "", "Ask about this image");
+      link.href = question.ask;
+      side.append(link);
+    }
+    answers.append(...boxes);
+    body.append(side, answers);
+    entry.append(make("h3", "", question.question), make("p", "muted", summary), body);
+    return entry;
+  }
+
+  // --- a browser: its controls, pages and part of the address --------------------------------------------------------
+
+  const browsers = [];
+
+  /* Makes a browser of the controls whose ids begin with the prefix. find(state) returns, perhaps later, the entries of
+     the state's page, how many match, and of how many. */
+  function browse(prefix, defaults, find) {
+    const $ = (id) => document.getElementById(prefix + id);
+    if (!$("entries")) return;
+    const section = $("entries").closest("section"), state = { ...defaults, page: "1" };
+    let latest = 0;
+
+    function read(given) {
+      for (const name of Object.keys(state)) {
+        state[name] = given.get(prefix + name) ?? defaults[name] ?? "1";
+        if ($(name) && name !== "page") $(name).value = state[name];
+      }
+    }
+    function change(changes) {
+      Object.assign(state, { page: "1" }, changes);
+      history.replaceState(null, "", "#" + new URLSearchParams(browsers.flatMap((one) => one.set())));
+      return show();
+    }
+    async function show() {
+      const ticket = ++latest;
+      let found, problem = "No question matches: relax the search or the filters.";
+      try {
+        found = await find(state);
+      } catch (error) {
+        found = { entries: [], matching: 0, total: 0 };
+        problem = error.message;
+      }
+      if (ticket !== latest) return; // another choice was made meanwhile
+      const pages = Math.max(1, Math.ceil(found.matching / PAGE));
+      const page = clamp(state.page, found.matching);
+      state.page = String(page);
+      $("entries").replaceChildren(...found.entries);
+      $("where").textContent = found.matching
+        ? "Page " + page + " of " + pages + " · " + found.matching + " of " + found.total + " questions"
+        : problem;
+      $("previous").disabled = page <= 1;
+      $("next").disabled = page >= pages;
+      $("notes")?.replaceChildren(...(found.notes ?? []).map((note) => make("p", "muted", note)));
+    }
+    async function turn(by) {
+      if ($(by > 0 ? "next" : "previous").disabled) return;
+      await change({ page: String(Number(state.page) + by) });
+      section.scrollIntoView();
+    }
+    function step(by) {
+      const entries = [...$("entries").children];
+      const next = entries[entries.indexOf(document.activeElement?.closest(".entry")) + by];
+      if (next) { next.focus(); next.scrollIntoView({ block: "start" }); }
+    }
+    for (const name of Object.keys(defaults)) {
+      $(name)?.addEventListener("input", (event) => change({ [name]: event.target.value }));
+    }
+    $("previous").addEventListener("click", () => turn(-1));
+    $("next").addEventListener("click", () => turn(1));
+    browsers.push({
+      section, read, show,
+      set: () => Object.entries(state)
+        .filter(([name, value]) => value !== (defaults[name] ?? "1"))
+        .map(([name, value]) => [prefix + name, value]),
+      keys: { "/": () => $("q").focus(), j: () => step(1), k: () => step(-1), n: () => turn(1), p: () => turn(-1) },
+    });
+  }
+  const clamp = (page, matching) =>
+    Math.min(Math.max(1, Math.ceil(matching / PAGE)), Math.max(1, parseInt(page, 10) || 1));
+
+  /* The part of all that match which a page shows. */
+  function cut(matching, total, state, draw) {
+    const first = (clamp(state.page, matching.length) - 1) * PAGE;
+    return { entries: matching.slice(first, first + PAGE).map(draw), matching: matching.length, total };
+  }
+
+  // --- answers of evaluations ----------------------------------------------------------------------------------------
+
+  const FLIPS = {
+    changed: (before, after) => before !== after,
+    gained: (before, after) => before === "wrong" && after === "right",
+    lost: (before, after) => before === "right" && after === "wrong",
+  };
+  const scored = (answer) => (answer.outcome === "none" ? "wrong" : answer.outcome);
+
+  function wanted(question, state) {
+    const answer = question.answers[state.eval], other = question.answers[state.against];
+    if (!answer || (state.against && !other)) return false;
+    const text = [question.id, question.question, question.gold, ...question.options, answer.text, other?.text ?? ""];
+    const [after, before] = [answer, other ?? answer].map(scored);
+    return (!state.outcome || answer.outcome === state.outcome)
+      && (!state.flip || (before !== "unscored" && after !== "unscored" && (FLIPS[state.flip]?.(before, after) ?? false)))
+      && (!state.group || Object.entries(question.tags).some((tag) => tag.join(": ") === state.group))
+      && answer.vote.toLowerCase().startsWith(state.answer.trim().toLowerCase())
+      && wordsOf(state.q).every((word) => text.join("\n").toLowerCase().includes(word));
+  }
+
+  function drawAnswer(name, answer) {
+    const facts = [name, answer.vote ? "answer " + answer.vote : "", answer.tokens + " tokens" + (answer.cut ? ", truncated" : "")];
+    const box = drawBox(answer.outcome, [...facts, listed(answer.parts)].filter(Boolean), answer.text);
+    for (const line of [answer.why, answer.sampled]) if (line) box.append(make("p", "muted", line));
+    return box;
+  }
+
+  function drawQuestion(question, state) {
+    const names = [state.against, state.eval].filter((name) => question.answers[name]);
+    const outcomes = names.map((name) => OUTCOMES[question.answers[name].outcome]);
+    return drawEntry(question, outcomes.join(" → "), names.map((name) => drawAnswer(name, question.answers[name])));
+  }
+
+  const lastEvaluation = data.evaluations.at(-1) ?? "";
+  browse("a-", { q: "", eval: lastEvaluation, against: "", outcome: "", flip: "", group: "", answer: "" }, async (state) => {
+    const flip = document.getElementById("a-flip");
+    if (flip) flip.disabled = !state.against;
+    if (!data.answersFrom) {
+      const matching = data.questions.filter((question) => wanted(question, state));
+      const total = data.questions.filter((question) => question.answers[state.eval]).length;
+      return cut(matching, total, state, (question) => drawQuestion(question, state));
+    }
+    const found = await load(data.answersFrom + "&" + new URLSearchParams(state));
+    return { ...found, entries: found.entries.map((question) => drawQuestion(question, state)) };
+  });
+
+  // --- groups sampled during training --------------------------------------------------------------------------------
+
   const last = (value) => (Number.isNaN(value) ? -Infinity : value);
   const ORDERS = {
     mixed: (a, b) => (b.spread > 0) - (a.spread > 0) || b.step - a.step, // equal rewards teach nothing
@@ -28,52 +213,20 @@
     short: (a, b) => a.length - b.length,
   };
 
-  /* Creates an element with text, which is never parsed as HTML. */
-  function make(tag, className, text) {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
+  function measure(group) {
+    const rewards = group.completions.map((c) => c.reward).filter((r) => r !== null);
+    group.mean = mean(rewards);
+    group.spread = rewards.length ? Math.max(...rewards) - Math.min(...rewards) : 0;
+    group.length = mean(group.completions.map((c) => c.tokens));
+    group.words = [group.id, group.question, group.gold, ...group.options, ...group.completions.map((c) => c.text)]
+      .join("\n").toLowerCase();
   }
 
   function choices(id, values) {
-    const select = $(id);
+    const select = document.getElementById(id);
     if (!select) return;
     select.append(new Option("all", ""), ...values.map(([value, text]) => new Option(text, value)));
     select.parentElement.hidden = values.length < 2;
-  }
-  const tagged = (name) => [...new Set(groups.map((g) => g.tags[name]).filter(Boolean))].sort().map((v) => [v, v]);
-  choices("modality", tagged("modality"));
-  choices("family", tagged("family"));
-  choices("run", runs.map((name, index) => [String(index), name]));
-
-  const state = { ...DEFAULTS };
-  function readHash() {
-    if (location.hash && !location.hash.includes("=")) return; // a link to a section
-    const given = new URLSearchParams(location.hash.slice(1));
-    for (const name of Object.keys(DEFAULTS)) state[name] = given.get(name) ?? DEFAULTS[name];
-    for (const name of Object.keys(DEFAULTS)) {
-      if (name !== "page" && $(name)) $(name).value = state[name];
-    }
-    if (!ORDERS[state.sort]) state.sort = DEFAULTS.sort;
-  }
-  function change(changes) {
-    Object.assign(state, { page: "1" }, changes);
-    const set = Object.entries(state).filter(([name, value]) => value !== DEFAULTS[name]);
-    history.replaceState(null, "", "#" + new URLSearchParams(set));
-    show();
-  }
-
-  const fits = (completion) => !state.outcome || completion.outcome === state.outcome;
-  function found() {
-    const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
-    return groups
-      .filter((g) => (!state.run || String(g.run) === state.run)
-        && (!state.modality || g.tags.modality === state.modality)
-        && (!state.family || g.tags.family === state.family)
-        && g.completions.some(fits)
-        && words.every((word) => g.words.includes(word)))
-      .sort(ORDERS[state.sort]);
   }
 
   function bar(advantage, scale) {
@@ -93,100 +246,64 @@
   }
 
   function drawCompletion(completion, scale) {
-    const box = make("div", "completion " + completion.outcome);
-    const header = make("header");
-    const number = (value) => (value === null ? "unscored" : String(Math.round(value * 100) / 100).replace("-", "−"));
-    const sign = completion.advantage > 0 ? "+" : "";
-    const advantage = make("span", "", "advantage " + sign + number(completion.advantage));
+    const advantage = make("span", "", "advantage " + (completion.advantage > 0 ? "+" : "") + number(completion.advantage));
     advantage.append(bar(completion.advantage, scale));
-    const parts = completion.rewards.map(([name, value]) => name + " " + number(value)).join(", ");
-    header.append(
-      make("b", "", OUTCOMES[completion.outcome]),
-      advantage,
-      make("span", "", "reward " + number(completion.reward) + (parts ? " (" + parts + ")" : "")),
-      make("span", "", completion.tokens + " tokens" + (completion.cut ? ", truncated" : "")),
-    );
-    const text = make("div", "text");
-    let kind = "";
-    for (const piece of completion.text.split(TAG)) {
-      const isTag = tags.includes(piece);
-      if (isTag) kind = answerTags.includes(piece) ? "answer" : "";
-      if (piece) text.append(make("span", isTag ? "tag" : kind, piece));
-    }
-    box.append(header, text);
-    return box;
+    const parts = listed(completion.rewards);
+    const reward = "reward " + number(completion.reward) + (parts ? " (" + parts + ")" : "");
+    const tokens = completion.tokens + " tokens" + (completion.cut ? ", truncated" : "");
+    return drawBox(completion.outcome, [advantage, reward, tokens], completion.text);
   }
 
-  function drawGroup(group) {
-    const entry = make("article", "entry");
-    entry.tabIndex = -1;
+  function drawGroup(group, fits) {
     const right = group.completions.filter((c) => c.outcome === "right").length;
     const place = (runs.length > 1 ? runs[group.run] + ", " : "") + "step " + group.step;
     const shown = group.completions.filter(fits);
     const count = shown.length < group.completions.length ? " · " + shown.length + " shown" : "";
-    const body = make("div", "group"), side = make("div"), list = make("ol", "options"), answers = make("div");
-    const pictures = make("div", "images");
-    group.images.forEach((key, index) => {
-      const image = make("img");
-      image.src = images[key];
-      image.alt = "Image " + (index + 1) + " of the question";
-      pictures.append(image);
-    });
-    if (group.images.length) side.append(pictures);
-    for (const option of group.options) list.append(make("li", option === group.gold ? "gold" : "", option));
-    if (group.options.length) side.append(list);
-    const gold = make("p", "", group.options.length ? "" : "Gold answer: ");
-    if (!group.options.includes(group.gold)) gold.append(make("span", "gold", group.gold));
-    const tags = Object.entries(group.tags).map(([name, value]) => name.replaceAll("_", " ") + ": " + value);
-    if (gold.textContent) side.append(gold);
-    side.append(make("p", "muted tags", [...tags, "id: " + group.id].join(" · ")));
     const scale = Math.max(...group.completions.map((c) => Math.abs(c.advantage))) || 1;
-    answers.append(...shown.map((completion) => drawCompletion(completion, scale)));
-    body.append(side, answers);
     const summary = place + " · " + right + " of " + group.completions.length + " correct" + count;
-    entry.append(make("h3", "", group.question), make("p", "muted", summary), body);
-    return entry;
+    return drawEntry(group, summary, shown.map((completion) => drawCompletion(completion, scale)));
   }
 
-  function show() {
-    const matching = found();
-    const pages = Math.max(1, Math.ceil(matching.length / PAGE));
-    const page = Math.min(pages, Math.max(1, parseInt(state.page, 10) || 1));
-    state.page = String(page);
-    $("entries").replaceChildren(...matching.slice((page - 1) * PAGE, page * PAGE).map(drawGroup));
-    $("where").textContent = matching.length
-      ? "Page " + page + " of " + pages + " · " + matching.length + " of " + groups.length + " questions"
-      : "No question matches: relax the search or the filters.";
-    $("previous").disabled = page <= 1;
-    $("next").disabled = page >= pages;
+  function browseGroups(groups) {
+    groups.forEach(measure);
+    const tagged = (name) => [...new Set(groups.map((g) => g.tags[name]).filter(Boolean))].sort().map((v) => [v, v]);
+    choices("modality", tagged("modality"));
+    choices("family", tagged("family"));
+    choices("run", runs.map((name, index) => [String(index), name]));
+    browse("", { q: "", outcome: "", run: "", modality: "", family: "", sort: "mixed" }, (state) => {
+      const fits = (completion) => !state.outcome || completion.outcome === state.outcome;
+      const matching = groups
+        .filter((g) => (!state.run || String(g.run) === state.run)
+          && (!state.modality || g.tags.modality === state.modality)
+          && (!state.family || g.tags.family === state.family)
+          && g.completions.some(fits)
+          && wordsOf(state.q).every((word) => g.words.includes(word)))
+        .sort(ORDERS[state.sort] ?? ORDERS.mixed);
+      return cut(matching, groups.length, state, (group) => drawGroup(group, fits));
+    });
   }
 
-  function turn(by) {
-    if ($(by > 0 ? "next" : "previous").disabled) return;
-    change({ page: String(Number(state.page) + by) });
-    $("samples").scrollIntoView();
-  }
-  function step(by) {
-    const entries = [...$("entries").children];
-    const next = entries[entries.indexOf(document.activeElement?.closest(".entry")) + by];
-    if (next) { next.focus(); next.scrollIntoView({ block: "start" }); }
-  }
+  // --- start ---------------------------------------------------------------------------------------------------------
 
-  for (const name of Object.keys(DEFAULTS)) {
-    if (name !== "page") $(name)?.addEventListener("input", (event) => change({ [name]: event.target.value }));
+  function readAddress() {
+    if (location.hash && !location.hash.includes("=")) return; // a link to a section
+    const given = new URLSearchParams(location.hash.slice(1));
+    for (const one of browsers) one.read(given);
   }
-  $("previous").addEventListener("click", () => turn(-1));
-  $("next").addEventListener("click", () => turn(1));
-  addEventListener("hashchange", () => { readHash(); show(); });
+  addEventListener("hashchange", () => { readAddress(); browsers.forEach((one) => one.show()); });
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.matches("input, select, textarea")) {
       if (event.key === "Escape") event.target.blur();
       return;
     }
-    const actions = { "/": () => $("q").focus(), j: () => step(1), k: () => step(-1), n: () => turn(1), p: () => turn(-1) };
-    if (actions[event.key]) { event.preventDefault(); actions[event.key](); }
+    // The browser that has the focus, else the one in the middle of the window, else the first.
+    const holds = (one) => one.section.contains(document.activeElement);
+    const seen = (one) => one.section.getBoundingClientRect().top < innerHeight / 2;
+    const action = (browsers.find(holds) ?? browsers.findLast(seen) ?? browsers[0])?.keys[event.key];
+    if (action) { event.preventDefault(); action(); }
   });
-  readHash();
-  show();
+  browseGroups(data.groups);
+  readAddress();
+  browsers.forEach((one) => one.show());
 })();
