@@ -178,7 +178,8 @@ def test_all_bad_rows_are_listed_as_the_spreadsheet_numbers_them(tmp_path: Path)
         "row 8: wrong number of cells",
         "row 9: no image",
         'row 10 (["broken): image is not a JSON list',
-        "Fix or remove them, or leave them out with --max-dropped 0.38.",
+        "Fix or remove them, or leave them out with --max-dropped 0.38, or keep those without an image with "
+        "--allow-text-only.",
     ]
     assert len(found.checked(0.38).entries) == 5
     (tmp_path / "images").mkdir()
@@ -205,3 +206,13 @@ def test_images_inside_the_table_are_told_apart(tmp_path: Path) -> None:
     again = read_whole(tmp_path / "out.parquet", cache_dir=tmp_path / "cache")
     assert [entry.images for entry in again.entries] == [entry.images for entry in found.entries]
     assert len([*(tmp_path / "cache" / "images" / "own").iterdir()]) == 20
+
+
+def test_rows_without_an_image_are_divided_by_their_question(tmp_path: Path) -> None:
+    rows = [{"image": "", "question": f"Question {n // 2}?", "answer": "yes"} for n in range(100)]
+    path = tmp_path / "questions.csv"
+    path.write_text("image,question,answer\n" + "".join(f",{row['question']},yes\n" for row in rows))
+    assert set(read_whole(path).bad.values()) == {("no image", "")}
+    division = divide(read_whole(path, allow_text_only=True), val=0.1, test=0.2)
+    assert division.groups == 50 and division.counts() == {"train": 70, "val": 10, "test": 20}
+    assert all(len(places) == 1 for places in splits_of(division, "question").values())

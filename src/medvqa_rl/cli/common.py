@@ -38,6 +38,10 @@ MAX_MESSAGE = 2000
 """Most characters of a line of an error message, whatever a library put into it."""
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback on errors.")]
 Split = Literal["train", "val", "test"]
+TextOnly = Annotated[
+    bool,
+    typer.Option("--allow-text-only", help="Keep questions without an image; otherwise they are unusable rows."),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option(

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from medvqa_rl.core.randomness import address
-from medvqa_rl.core.text import first_few, number_of, printable
+from medvqa_rl.core.text import first_few, normalise, number_of, printable
 from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.images.fingerprints import ImageFacts, measure
 from medvqa_rl.data.images.windowing import split_fragment
@@ -20,7 +20,7 @@ from medvqa_rl.data.overlap import twins
 from medvqa_rl.data.patients import as_patient, patient_column, unused_columns
 from medvqa_rl.data.reading.cells import image_cells
 from medvqa_rl.data.reading.folder import ImageFolder
-from medvqa_rl.data.reading.issues import TableReport
+from medvqa_rl.data.reading.issues import NO_IMAGE, TableReport
 from medvqa_rl.data.reading.records import Standard
 from medvqa_rl.data.reading.rows import Unusable, find_images
 from medvqa_rl.data.reading.tables import is_saved, read_table, write_table
@@ -62,6 +62,11 @@ class Entry(NamedTuple):
     images: tuple[str, ...]
     """Paths of its images below the image folder; the names in the table if no folder is given."""
 
+    @property
+    def key(self) -> str:
+        """Its first image, or its question: rows with the same stay in one split."""
+        return self.images[0] if self.images else f"question {normalise(str(self.fields.get('question') or ''))}"
+
 
 @dataclass(frozen=True)
 class Whole:
@@ -89,6 +94,8 @@ class Whole:
         if len(self.bad) > max_dropped * total:
             share = math.ceil(100 * len(self.bad) / total) / 100
             leave_out = f", or leave them out with --max-dropped {share:g}" if share <= 0.5 else ""
+            if any(reason == NO_IMAGE for reason, _ in self.bad.values()):
+                leave_out += ", or keep those without an image with --allow-text-only"
             raise ValueError(
                 "\n".join(
                     [
@@ -124,6 +131,8 @@ def read_whole(
     images: Path | None = None,
     given: Mapping[str, str] = MappingProxyType({}),
     cache_dir: Path | None = None,
+    *,
+    allow_text_only: bool = False,
 ) -> Whole:
     """Read all rows of a table and find their images.
 
@@ -132,6 +141,7 @@ def read_whole(
         images: the image folder; without it, images are not looked up.
         given: our name -> column of the table, as the user gives them.
         cache_dir: where to write images that the table holds; without it, they are only told apart.
+        allow_text_only: keep rows without an image.
 
     Raises:
         ValueError: the table cannot be read, is empty, or lacks a column.
@@ -144,7 +154,8 @@ def read_whole(
         number = report.number(position)
         try:
             fields = standard(row)
-            names = [_image_name(cell, folder, cache_dir) for cell in image_cells(fields, {})]
+            cells = image_cells(fields, {}, may_lack=allow_text_only)
+            names = [_image_name(cell, folder, cache_dir) for cell in cells]
         except Unusable as problem:
             bad[number] = problem.reason, printable(problem.detail, 60)
             continue
@@ -152,7 +163,7 @@ def read_whole(
     bad |= {issue.number: (issue.reason, "") for issue in report.issues if issue.action == "dropped"}
     if not report.total:
         raise ValueError(f"The table {path} has no rows: add your questions.")
-    standard.check(("image",))
+    standard.check(() if allow_text_only else ("image",))
     return Whole(path, tuple(entries), standard.about(report), bad)
 
 
@@ -207,13 +218,13 @@ def divide(
     entries = table.entries
     without: list[int] = []
     for place, entry in enumerate(entries):
-        links += [(name, ("row", place)) for name in entry.images]
+        links += [(name, ("row", place)) for name in entry.images or (entry.key,)]
         links += [(name, ("file", split_fragment(name)[0])) for name in entry.images]  # slices of a volume
         if by != "image":
             value = as_patient(entry.row.get(by, entry.fields.get(by)))
             if not value:
                 without.append(entry.number)
-            links.append((entry.images[0], (by, value)))
+            links.append((entry.key, (by, value)))
     if without:
         raise ValueError(
             f"{number_of(len(without), 'row')} of {table.path} {'has' if len(without) == 1 else 'have'} no {by}, but "
@@ -227,7 +238,7 @@ def divide(
     smallest: dict[str, str] = {}
     for name, component in components.items():
         smallest[component] = min(name, smallest.get(component, name))
-    groups = [smallest[components[entry.images[0]]] for entry in entries]
+    groups = [smallest[components[entry.key]] for entry in entries]
     sizes = Counter(groups)
     split_of_group = _fill(sizes, {"test": test * len(entries), "val": val * len(entries)}, seed)
     division = Division(

@@ -144,7 +144,12 @@ def load_split(source: Source, config: DataConfig, split: Split, root: Path) -> 
             reading.extend(source.read(file))
     log_issues(reading.issues, root)
     refuse_if_too_many_dropped(
-        reading.issues, total=reading.total, max_dropped=config.max_dropped, name=source.title, folder=root
+        reading.issues,
+        total=reading.total,
+        max_dropped=config.max_dropped,
+        name=source.title,
+        folder=root,
+        is_own=source.is_own,
     )
     splits = _assign_splits(source, reading.rows, config)
     rows = [row for row, assigned in zip(reading.rows, splits) if assigned == split]

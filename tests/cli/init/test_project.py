@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -466,3 +467,25 @@ def test_a_folder_written_by_save_to_disk_is_a_table(tmp_path: Path, monkeypatch
     (tmp_path / "saved" / "test" / "data-00001-of-00002.arrow").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"saved/test was not written by save_to_disk, or is damaged"):
         load_dataset(both, "test")
+
+
+def test_questions_without_an_image_are_listed_or_kept(tmp_path: Path) -> None:
+    table, images = write_rows(tmp_path / "own", rows := closed(80))
+    for row in rows[::4]:
+        row["image"] = ""
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["init", str(tmp_path / "mine"), "--data", str(table), "--images", str(images)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.output.endswith(
+        "or leave them out with --max-dropped 0.25, or keep those without an image with --allow-text-only.\n"
+    )
+    result = CliRunner().invoke(app, [*arguments, "--allow-text-only"])
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path / "mine" / "config.yaml", purpose="train").config
+    datasets = [load_dataset(config.data, split) for split in ("train", "val", "test")]
+    inputs = Counter(dataset[index].groups["input"] for dataset in datasets for index in range(len(dataset)))
+    assert inputs == {"image": 60, "text": 20}
+    split = ["data", "split", str(table), "--output", str(tmp_path / "ours" / "data.jsonl"), "--allow-text-only"]
+    result = CliRunner().invoke(app, split)
+    assert result.exit_code == 0 and "data.allow_text_only=true" in result.output

@@ -457,3 +457,36 @@ def test_an_empty_option_between_others_shifts_no_letters(folder: Path) -> None:
     write(folder / "train.jsonl", rows)
     reading = read_own(folder / "train.jsonl", ImageFolder(folder / "images"), split="train", needs_split=False)
     assert not reading.rows and [issue.reason for issue in reading.issues] == ["empty option"]
+
+
+TEXT_ONLY: list[dict[str, Any]] = [
+    {"image": "a.png", "question": "Is there a mass?", "answer": "no"},
+    {"image": "", "question": "Which drug lowers blood sugar?", "answer": "metformin"},
+    {"question": "Which drug lowers BLOOD sugar?", "answer": "insulin", "id": "again"},
+    {"image": None, "question": "Is fever a sign of infection?", "answer": "yes", "organ": "body"},
+]
+
+
+def test_questions_without_an_image_are_kept_where_the_setting_allows_them(folder: Path) -> None:
+    write(folder / "train.jsonl", TEXT_ONLY)
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    assert "no image: rows 3, 5, 7 of train.jsonl" in str(error.value)
+    assert str(error.value).endswith("or keep questions without an image with data.allow_text_only=true.")
+    dataset = load(folder, allow_text_only=True, num_val=None)
+    samples = [*dataset, *load(folder, "val", allow_text_only=True, num_val=None)]
+    assert {sample.question: (len(sample.images), sample.groups["input"]) for sample in samples} == {
+        "Is there a mass?": (1, "image"),
+        "Which drug lowers blood sugar?": (0, "text"),
+        "Which drug lowers BLOOD sugar?": (0, "text"),
+        "Is fever a sign of infection?": (0, "text"),
+    }
+    rows = read_own(
+        folder / "train.jsonl",
+        ImageFolder(folder / "images"),
+        split="train",
+        needs_split=False,
+        allow_text_only=True,
+    ).rows
+    assert rows[1].cluster == rows[2].cluster != rows[3].cluster, "the same question stays in one split"
+    assert "input" not in load(folder, max_dropped=1.0)[0].groups

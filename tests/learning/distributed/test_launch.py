@@ -97,6 +97,7 @@ def test_unsupported_requests_are_refused(environ, message):
         ({"train": {"engine": "zero2"}}, Launch("fsdp2", 2), "train.engine is zero2, but the launcher requests fsdp2"),
         ({}, Launch("ddp", 16), "There are 16 ranks but only 8 prompts per step"),
         ({}, Launch("ddp", 3), "A step has 8 prompts, which 3 ranks cannot share evenly"),
+        ({"data": {"allow_text_only": True}}, Launch("fsdp2", 2), "under fsdp2 a rank whose questions have no image"),
         ({"rollout": {"engine": "graph"}}, Launch("zero3", 2), "zero3 gathers the weights into new memory"),
     ],
 )

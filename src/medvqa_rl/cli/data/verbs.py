@@ -10,7 +10,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import Columns, ConfigPath, Overrides, Split, Verbs, read_columns, read_settings, verb
+from medvqa_rl.cli.common import (
+    Columns,
+    ConfigPath,
+    Overrides,
+    Split,
+    TextOnly,
+    Verbs,
+    read_columns,
+    read_settings,
+    verb,
+)
 
 data_app = Verbs(help="Inspect, check, split and export data.", no_args_is_help=True)
 
@@ -108,6 +118,7 @@ def data_split(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Table to write. Default: data.* beside TABLE.")] = None,
     columns: Columns = None,
+    allow_text_only: TextOnly = False,
     max_dropped: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Largest share of unusable rows to leave out."),
@@ -125,6 +136,7 @@ def data_split(
         seed=seed,
         images=images,
         columns=read_columns(columns),
+        allow_text_only=allow_text_only,
         max_dropped=max_dropped,
     )
 

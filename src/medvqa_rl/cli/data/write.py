@@ -28,6 +28,7 @@ def run_split(
     seed: int,
     images: Path | None,
     columns: Mapping[str, str] = MappingProxyType({}),
+    allow_text_only: bool = False,
     max_dropped: float = 0.0,
 ) -> None:
     """Assign the rows of a table to splits and write it with a column ``split``.
@@ -39,6 +40,7 @@ def run_split(
             there is one.
         images: folder of the images; if given, they are decoded and those with equal pixels stay together.
         columns: our name -> column of the table.
+        allow_text_only: keep rows without an image.
         max_dropped: largest share of rows that may be left out because they cannot be used.
 
     Raises:
@@ -49,7 +51,7 @@ def run_split(
         raise ValueError(f"The file {out} already exists: choose another file with --output, or move this one away.")
     if images is not None and embeds_images(table, columns):
         images = None  # images stored in the table are identified by their bytes
-    whole = read_whole(table, images, columns)
+    whole = read_whole(table, images, columns, allow_text_only=allow_text_only)
     print(for_terminal(whole.about))
     equal: list[tuple[str, ...]] = []
     if images is not None:
@@ -83,6 +85,8 @@ def run_split(
         if images is not None and images.resolve() not in (out.parent.resolve() / "images", out.parent.resolve()):
             places.append(f"data.image_folder={shlex.quote(str(images.absolute()))}")
         places += [f"data.columns.{name}={shlex.quote(column)}" for name, column in columns.items()]
+        if allow_text_only:
+            places.append("data.allow_text_only=true")
         printer.print(
             f"To use it, add to a command with a config: data.name=own data.split=official {' '.join(places)}",
             soft_wrap=True,

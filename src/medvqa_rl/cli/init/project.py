@@ -77,6 +77,8 @@ class Project:
     open_correctness: str | None
     columns: Mapping[str, str]
     """``data.columns``."""
+    allow_text_only: bool
+    """``data.allow_text_only``."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def run_init(
     open_correctness: str | None = None,
     seed: int = 0,
     columns: Mapping[str, str] = MappingProxyType({}),
+    allow_text_only: bool = False,
     max_dropped: float = MAX_DROPPED,
 ) -> bool:
     """Check questions and images, write ``config.yaml`` and the table with its splits, and print the next commands.
@@ -112,6 +115,7 @@ def run_init(
         open_correctness: value of ``rewards.open_correctness``, or None for its default.
         seed: of the split.
         columns: our name -> column of the table, where it is not recognised.
+        allow_text_only: keep questions without an image.
         max_dropped: largest share of rows that may be left out because they cannot be used.
 
     Returns:
@@ -140,7 +144,7 @@ def run_init(
     with temporary_folder(project) as temporary:
         stage = temporary / "project"
         staged = stage / f"data{output_suffix(table)}"
-        whole, equal = read_checked(table, images, columns, temporary)
+        whole, equal = read_checked(table, images, columns, temporary, allow_text_only=allow_text_only)
         out.print(whole.about, soft_wrap=True, markup=False, highlight=False)
         if whole.checked(max_dropped).bad:
             out.print("\n".join(["Left out:", *whole.complaints()]), soft_wrap=True, markup=False, highlight=False)
@@ -151,6 +155,7 @@ def run_init(
             image_folder=None if images is None else str(images.resolve()),
             num_val=None,
             columns=ColumnsConfig(**columns),
+            allow_text_only=allow_text_only,
             cache_dir=str(temporary),
         )
         datasets = load_staged(data, staged, table)
@@ -158,7 +163,7 @@ def run_init(
         if problems := find_obstacles(samples, table, open_correctness):
             raise ConfigError(problems)
         template = CPU if memory is None else GPU
-        given = Project(project, images, model, open_correctness, columns)
+        given = Project(project, images, model, open_correctness, columns, allow_text_only)
         draft = build_config(read_yaml(fill(template, placeholders(template, given, datasets, None, ""))))
         report = run_check(datasets, draft)
         print_report(report, out, image_rule(draft.model)[1])
@@ -293,6 +298,8 @@ def placeholders(
         "path": str(project.absolute()),
         "images": "" if images is None else f"  image_folder: {write_yaml(str(images.resolve()), inline=True)}\n",
         "columns": columns_lines(given.columns),
+        "text_only": "  allow_text_only: true            # questions without an image, reported apart\n"
+        * given.allow_text_only,
         "counts": ", ".join(f"{len(dataset)} {split}" for split, dataset in datasets.items()),
         "model": given.model,
         "pixels": "" if limit is None else f"  max_pixels: {limit}               # {tokens}\n",

@@ -61,7 +61,7 @@ def load_staged(data: DataConfig, staged: Path, table: Path) -> Mapping[str, Dat
 
 
 def read_checked(
-    table: Path, images: Path | None, columns: Mapping[str, str], cache_dir: Path
+    table: Path, images: Path | None, columns: Mapping[str, str], cache_dir: Path, *, allow_text_only: bool
 ) -> tuple[Whole, list[tuple[str, ...]]]:
     """Read the table, every row as training will, and decode every image.
 
@@ -72,8 +72,16 @@ def read_checked(
         ValueError: the table cannot be read.
     """
     folder = unpacked_images(cache_dir, "own") if images is None else images
-    whole = read_whole(table, folder, columns, cache_dir)
-    reading = read_own(table, ImageFolder(folder), split="", needs_split=False, given=columns, unpacks=images is None)
+    whole = read_whole(table, folder, columns, cache_dir, allow_text_only=allow_text_only)
+    reading = read_own(
+        table,
+        ImageFolder(folder),
+        split="",
+        needs_split=False,
+        given=columns,
+        unpacks=images is None,
+        allow_text_only=allow_text_only,
+    )
     dropped = [issue for issue in reading.issues if issue.action == "dropped"]
     whole = whole.without({issue.number: (issue.reason, printable(issue.detail, 60)) for issue in dropped})
     whole = replace(whole, about=" ".join(reading.about))

@@ -22,7 +22,7 @@ network: $network                       # off: block connections to other machin
 data:
   name: own                        # your own table
   path: $path_yaml
-${images}${columns}  split: official                  # the table's column split: $counts
+${images}${columns}${text_only}  split: official                  # the table's column split: $counts
   num_val: null                    # use all validation questions
 """
 

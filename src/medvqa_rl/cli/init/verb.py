@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from medvqa_rl.cli.common import Columns, read_columns, verb
+from medvqa_rl.cli.common import Columns, TextOnly, read_columns, verb
 
 
 @verb
@@ -36,6 +36,7 @@ def init(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split into train, val and test.")] = 0,
     columns: Columns = None,
+    allow_text_only: TextOnly = False,
     max_dropped: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Largest share of unusable rows to leave out; more are refused.")
     ] = 0.05,
@@ -55,6 +56,7 @@ def init(
         open_correctness=open_correctness,
         seed=seed,
         columns=read_columns(columns),
+        allow_text_only=allow_text_only,
         max_dropped=max_dropped,
     )
     if not is_right:

@@ -33,6 +33,13 @@ def data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
             "data.skip_images",
             "data.name",
         )
+    if data.allow_text_only:
+        yield (
+            "data.allow_text_only is true, but data.name is phantom, whose questions all have an image: remove "
+            "data.allow_text_only.",
+            "data.allow_text_only",
+            "data.name",
+        )
     if data.answers_as == "set":
         yield (
             "data.answers_as is set, but data.name is phantom, whose answers are no lists: remove data.answers_as.",
@@ -145,6 +152,7 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
         ("letter_skew", data.letter_skew, 0.0, "phantom"),
         ("variant", data.variant, "v1", "pmc_vqa"),
         ("columns", data.columns.given, {}, "own"),
+        ("allow_text_only", data.allow_text_only, False, "own"),
     ):
         if value != default and data.name != owner:
             yield (

@@ -16,6 +16,7 @@ from typing import Any
 
 from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.core.types import LETTERS
+from medvqa_rl.data.reading.issues import NO_IMAGE
 from medvqa_rl.data.reading.options import option_columns, split_options
 from medvqa_rl.data.reading.rows import (
     Repairs,
@@ -77,8 +78,11 @@ def _parsed(value: object, name: str, opening: str) -> Any:
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def image_cells(fields: Fields, repairs: Repairs) -> list[str | bytes]:
+def image_cells(fields: Fields, repairs: Repairs, *, may_lack: bool = False) -> list[str | bytes]:
     """The images of a row, names or the bytes of files, from the columns image, images, or image_1, image_2 ...
+
+    Args:
+        may_lack: whether a row without an image is usable; the list is then empty.
 
     Raises:
         Unusable: there is none, or a value is neither a name nor an image.
@@ -90,7 +94,9 @@ def image_cells(fields: Fields, repairs: Repairs) -> list[str | bytes]:
     numbered.sort(key=lambda name: int(name.rpartition("_")[2]))
     if cells := [cell for name in numbered for cell in _images(fields[name], name, repairs)]:
         return cells
-    raise Unusable("no image")
+    if may_lack:
+        return []
+    raise Unusable(NO_IMAGE)
 
 
 def _images(value: object, name: str, repairs: Repairs) -> list[str | bytes]:

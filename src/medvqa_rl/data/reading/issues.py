@@ -16,6 +16,9 @@ from medvqa_rl.core.text import first_few, number_of, printable
 
 Action = Literal["dropped", "repaired"]
 
+NO_IMAGE = "no image"
+"""The reason why a row without an image is unusable, unless ``data.allow_text_only`` is set."""
+
 log = logging.getLogger(__name__)
 
 
@@ -113,7 +116,7 @@ def _log_once(level: int, folder: Path, line: str) -> None:
 
 
 def refuse_if_too_many_dropped(
-    issues: Sequence[RowIssue], *, total: int, max_dropped: float, name: str, folder: object
+    issues: Sequence[RowIssue], *, total: int, max_dropped: float, name: str, folder: object, is_own: bool = False
 ) -> None:
     """Refuse a data set if too large a share of its rows was dropped.
 
@@ -123,6 +126,7 @@ def refuse_if_too_many_dropped(
         max_dropped: largest allowed share of dropped rows, ``data.max_dropped``.
         name: name of the data set, for the message.
         folder: its folder, for the message.
+        is_own: whether it is the user's own table.
 
     Raises:
         ValueError: too many were; the message lists reasons, files and rows.
@@ -134,7 +138,9 @@ def refuse_if_too_many_dropped(
             f"{reason}: rows {first_few(rows, 20)} of {file}" for (file, reason), rows in dropped.items()
         )
         enough = math.ceil(100 * number / total) / 100
+        own = is_own and any(reason == NO_IMAGE for _, reason in dropped)
+        keep = ", or keep questions without an image with data.allow_text_only=true" if own else ""
         raise ValueError(
             f"{number:,} of {total:,} rows of {name} at {folder} are unusable ({reasons}), more than data.max_dropped "
-            f"= {max_dropped:g} allows: fix the rows, or set data.max_dropped={enough:g}."
+            f"= {max_dropped:g} allows: fix the rows, or set data.max_dropped={enough:g}{keep}."
         )

@@ -6,7 +6,7 @@ The folder holds one file per split (``train.jsonl``, ``test.csv`` ...), or one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -108,7 +108,7 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
 
     def read(path: Path) -> Reading:
         file_split = split_of_file.get(path, "")
-        recipe = f"own {file_split} {config.split} {config.answers_as} {given}"
+        recipe = f"own {file_split} {config.split} {config.answers_as} {config.allow_text_only} {given}"
         reader = partial(
             read_own,
             path,
@@ -118,6 +118,7 @@ def load_own(config: DataConfig, split: Split) -> StoredDataset:
             answers_as=config.answers_as,
             given=given,
             unpacks=any(embeds),
+            allow_text_only=config.allow_text_only,
         )
         return read_indexed(path, folder, recipe, reader, cache_dir, is_shared=any(embeds))
 
@@ -176,6 +177,7 @@ def read_own(
     answers_as: AnswersAs = "text",
     given: Mapping[str, str] = MappingProxyType({}),
     unpacks: bool = False,
+    allow_text_only: bool = False,
 ) -> Reading:
     """Read one table.
 
@@ -187,6 +189,7 @@ def read_own(
         answers_as: ``set`` makes a list of answers one answer; otherwise each of them is correct.
         given: our name -> column of the table, as the user gives them.
         unpacks: whether to write images that the table holds to the image folder.
+        allow_text_only: whether rows without an image are usable.
 
     Raises:
         ValueError: the table cannot be read, or a required column is missing.
@@ -208,6 +211,7 @@ def read_own(
         answers_as=answers_as,
         table=options,
         unpacks=unpacks,
+        allow_text_only=allow_text_only,
     )
     reading = read_rows(path, parse, known=KNOWN, prepare=standard, report=report)
     standard.check()
@@ -252,6 +256,7 @@ def _parse(
     answers_as: AnswersAs,
     table: Survey,
     unpacks: bool,
+    allow_text_only: bool,
 ) -> Row:
     question = without_placeholders(required_text(fields, "question", repairs))
     if not question:
@@ -260,7 +265,8 @@ def _parse(
         split = required_text(fields, "split", repairs)
         if split not in SPLITS:
             raise Unusable("unknown split", split)
-    images = _find_images(image_cells(fields, repairs), folder, repairs, unpacks=unpacks)
+    cells_of_images = image_cells(fields, repairs, may_lack=allow_text_only)
+    images = _find_images(cells_of_images, folder, repairs, unpacks=unpacks)
     answers = [without_point_zero(answer) for answer in read_answers(fields, repairs)]
     cells = option_cells(fields, repairs)
     if found := split_options(question):
@@ -285,6 +291,9 @@ def _parse(
             answers = [", ".join(answers)]
         answers = [text for answer in answers for text in _in_words(answer, question)]
         answer_type = "closed" if kind == "closed" or (not kind and is_yes_no(answers[0])) else "open"
+    groups = read_groups(fields, GROUPS, repairs)
+    if allow_text_only:
+        groups |= {"input": "image" if images else "text"}
     numbers: Repairs = {}  # ids may be numbers
     row_id = without_point_zero(optional_text(fields, "id", numbers)) or str(number)
     column, patient = patient_of(fields)
@@ -297,15 +306,20 @@ def _parse(
         answer_type=answer_type,
         options=texts,
         images=images,
-        cluster=f"patient {patient}" if patient else split_fragment(images[0])[0],
+        cluster=f"patient {patient}" if patient else cluster_of(images, question),
         split=split,
-        groups=read_groups(fields, GROUPS, repairs),
+        groups=groups,
         reasoning=optional_text(fields, "reasoning", repairs)
         or (without_tags(clean_text(target, "answer", {}))[1] if isinstance(target, str) else ""),
         description=optional_text(fields, "description", repairs),
         patient=patient,
         alternatives=distinct(answers[1:], answers[0]),
     )
+
+
+def cluster_of(images: Sequence[str], question: str) -> str:
+    """What keeps rows in one split: the first image, slices of a volume being one; without images, the question."""
+    return split_fragment(images[0])[0] if images else f"question {normalise(question)}"
 
 
 def _find_images(

@@ -141,6 +141,11 @@ def _problems(config: Config, launch: Launch, prompts_per_step: int) -> Iterator
         )
     if given in ("zero2", "zero3", "fsdp2") and config.model.load_in_4bit:
         yield refuse_sharded(given)
+    if given in ("zero2", "zero3", "fsdp2") and config.data.allow_text_only:
+        yield (
+            f"data.allow_text_only is true, but under {given} a rank whose questions have no image would wait forever "
+            "for the others' vision tower: launch with ddp, or set data.allow_text_only=false."
+        )
     if given in ("zero3", "fsdp2") and config.rollout.engine == "graph":
         yield (
             f"rollout.engine is graph, but {given} gathers the weights into new memory for every rollout, so a CUDA "
