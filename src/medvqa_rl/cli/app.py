@@ -26,6 +26,7 @@ from medvqa_rl.cli.init.verb import init
 from medvqa_rl.cli.judge.verbs import judge_app
 from medvqa_rl.cli.phantom import phantom_app
 from medvqa_rl.cli.report import report, watch
+from medvqa_rl.cli.serve.verb import serve
 from medvqa_rl.cli.study import study_app
 from medvqa_rl.cli.train import sft, train
 from medvqa_rl.core.network import VARIABLE, forbid_network
@@ -53,6 +54,7 @@ for function, name in (
     (evaluate, "eval"),
     (compare, "compare"),
     (ask, "ask"),
+    (serve, "serve"),
     (report, "report"),
     (watch, "watch"),
     (export, "export"),

@@ -212,6 +212,46 @@ class Processor:
                 raise ValueError(f"An image of sample {shown(sample.id)} cannot be used: {error}") from error
         return EncodedPrompt(ids, inputs, text, rendered.neutralised, template, self.wording)
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> EncodedPrompt:
+        """Encode a conversation for the model's next turn: the chat template with the messages as they are.
+
+        Args:
+            messages: as Hugging Face processors take them; an image is a part ``{"type": "image"}``.
+            images: RGB, in the order of their parts.
+
+        Raises:
+            ValueError: a text holds a control token, the chat template refuses the messages, or an image cannot be
+                used.
+        """
+        contents = [message["content"] for message in messages]
+        parts = [part for content in contents if not isinstance(content, str) for part in content]
+        texts = [content for content in contents if isinstance(content, str)]
+        for text in [*texts, *(part["text"] for part in parts if part["type"] == "text")]:
+            for token in {*self._controls, self._placeholder}:
+                if token in text:
+                    raise ValueError(
+                        f"a message holds {token}, which is a control token of this model: write it in another way"
+                    )
+        try:
+            text, ids = self._tokenize(messages)
+        except FILE_ERRORS as error:
+            raise ValueError(
+                f"the chat template of this model refuses these messages ({printable(str(error), 400)})"
+            ) from error
+        found = int((ids == self._placeholder_id).sum())
+        if found != len(images):
+            raise ValueError(
+                f"the chat template of this model makes {number_of(found, 'placeholder')} for "
+                f"{number_of(len(images), 'image')}: put the images into messages of the user"
+            )
+        inputs: dict[str, NDArray[Any]] = {}
+        if images:
+            try:
+                ids, inputs = self.family.encode_images(ids, text, images, self.readers)
+            except ValueError as error:
+                raise ValueError(f"an image cannot be used: {error}") from error
+        return EncodedPrompt(ids, inputs, text)
+
     def encoding_bytes(self, sample: Sample) -> int:
         """Upper bound of the memory that :meth:`encode` needs for a sample, from the headers of its images."""
         return self.family.encoding_bytes(sample, self.readers)

@@ -73,6 +73,19 @@ class _Running:
     completions: dict[int, Completion] = field(default_factory=dict)
 
 
+def suppressed_tokens(policy: Policy) -> Tensor:
+    """(n,) tokens that are never picked: control tokens, and the rows of the output layer beyond the tokenizer, which
+    pad it to a round size."""
+    padding = range(len(policy.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
+    suppressed = sorted({*policy.processor.suppressed_ids, *padding})
+    return torch.tensor(suppressed, dtype=torch.long, device=policy.device)
+
+
+def stop_tokens(policy: Policy) -> Tensor:
+    """(n,) tokens that end a completion."""
+    return torch.tensor(policy.processor.stop_ids, dtype=torch.long, device=policy.device)
+
+
 class RolloutEngine:
     """Samples groups of completions from a policy, with its weights at the time of each call."""
 
@@ -102,11 +115,7 @@ class RolloutEngine:
                 "GPU; set rollout.engine to eager, or model.device to cuda where there is one."
             )
         self._graphs = GraphDecoder(policy.model, device, capture_graph) if engine == "graph" else None
-        # Output layers are often padded to a round size; the rows beyond the tokenizer are not tokens.
-        padding = range(len(self.processor.tokenizer), causal_model(policy.model).lm_head.weight.shape[0])
-        suppressed = sorted({*self.processor.suppressed_ids, *padding})
-        self._suppressed = torch.tensor(suppressed, dtype=torch.long, device=policy.device)
-        self._stop = torch.tensor(self.processor.stop_ids, dtype=torch.long, device=policy.device)
+        self._suppressed, self._stop = suppressed_tokens(policy), stop_tokens(policy)
 
     def encode(self, sample: Sample, template: Template | None = None) -> EncodedPrompt:
         """Encode a sample's prompt for :meth:`rollout` and :meth:`greedy`; thread-safe.

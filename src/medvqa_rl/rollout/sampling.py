@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medvqa_rl.core.randomness import address, uniforms
 
-Stream = Literal["train", "eval", "ask"]
+Stream = Literal["train", "eval", "ask", "serve"]
 """The purpose of the random numbers; streams are independent."""
 
 
@@ -33,7 +33,7 @@ def uniform_table(
 
     Args:
         seed: the run's seed.
-        stream: train, eval or ask.
+        stream: the purpose.
         step: optimizer step, or another counter of the stream.
         sample_ids: ids of the P samples.
         occurrences: (P,) how often the same id came before in this step, so that a repeated sample gets new numbers.
@@ -55,9 +55,9 @@ def pick_tokens(
     logits: Tensor,
     u: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     top_k: int = 0,
-    top_p: float = 1.0,
+    top_p: float | Tensor = 1.0,
     suppressed: Tensor | None = None,
 ) -> Tensor:
     """Sample one token per row by inverting the cumulative distribution over token ids, in float64.
@@ -69,16 +69,16 @@ def pick_tokens(
     Args:
         logits: (B, V).
         u: (B,) float64 in [0, 1).
-        temperature: greater than 0.
+        temperature: greater than 0; (B, 1) float64 if rows differ.
         top_k: 0 disables it.
-        top_p: 1 disables it.
+        top_p: 1 disables it; (B, 1) float64 if rows differ, where infinity disables it.
         suppressed: (n,) token ids that are never picked.
 
     Returns:
         (B,) int64 token ids.
     """
     scores = _suppress(logits.double(), suppressed)
-    if temperature != 1.0:
+    if isinstance(temperature, Tensor) or temperature != 1.0:
         scores = scores / temperature
     mass = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
     is_kept = _truncate(scores, top_k, top_p)
@@ -102,10 +102,10 @@ def sampling_logps(
     return scores.log_softmax(dim=-1)
 
 
-def _truncate(scores: Tensor, top_k: int, top_p: float) -> Tensor | None:
+def _truncate(scores: Tensor, top_k: int, top_p: float | Tensor) -> Tensor | None:
     """(B, V) bool, True at tokens that top_k and top_p keep; None if both are off."""
     has_top_k = 0 < top_k < scores.shape[-1]
-    if not has_top_k and top_p >= 1.0:
+    if not has_top_k and not isinstance(top_p, Tensor) and top_p >= 1.0:
         return None
     ranked, order = scores.sort(dim=-1, descending=True, stable=True)
     if has_top_k:

@@ -20,11 +20,11 @@ from medvqa_rl.rollout.state import DecodeState, LayerCache, Shape
 
 
 class Sampling(NamedTuple):
-    """Sampling parameters."""
+    """Sampling parameters, of all rows or (n, 1) of each."""
 
-    temperature: float
+    temperature: float | Tensor
     top_k: int
-    top_p: float
+    top_p: float | Tensor
 
 
 class Picker(NamedTuple):
@@ -40,6 +40,11 @@ class Picker(NamedTuple):
 
 def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) -> None:
     """Run the model on the newest token of every sequence and pick the next one."""
+    append_tokens(state, slice(shape.rows), next_logits(model, state, shape), picker)
+
+
+def next_logits(model: nn.Module, state: DecodeState, shape: Shape) -> Tensor:
+    """Run the model on the newest token of every sequence: (n, V) logits of the next one."""
     family = shared_family_of(model)
     text = family.text(model)
     rows = slice(shape.rows)
@@ -58,7 +63,8 @@ def advance(model: nn.Module, state: DecodeState, shape: Shape, picker: Picker) 
             return _attention(family, module, normed, rotary[kind], state, cache, shape, window)
 
         hidden = family.layer(layer, hidden, attention)
-    append_tokens(state, rows, causal_model(model).lm_head(text.norm(hidden)), picker)
+    logits: Tensor = causal_model(model).lm_head(text.norm(hidden))
+    return logits
 
 
 def append_tokens(state: DecodeState, rows: slice, logits: Tensor, picker: Picker) -> None:

@@ -12,6 +12,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -105,6 +106,24 @@ def _open(path: Path) -> Image.Image:
             "store it at a lower resolution."
         )
     return image
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the first frame of an image in memory to RGB (:func:`to_rgb`).
+
+    Raises:
+        ValueError: it is not an image of :data:`FORMATS`, damaged or too large; continues "the image".
+    """
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"has {image.width} x {image.height} pixels, but at most {max_pixels:,} are decoded")
+            image.seek(0)
+            return to_rgb(image)
+    except _DECODE_ERRORS as error:
+        if str(error).startswith("has "):
+            raise
+        raise ValueError(f"cannot be decoded as one of {', '.join(FORMATS)} ({type(error).__name__})") from error
 
 
 def _must_exist(path: Path) -> None:
