@@ -86,7 +86,9 @@ def load_policy(config: ModelConfig) -> Policy:
                 f"as {family.title} does: set it to sdpa."
             )
         # Before the weights, which take longest: a wrong chat template is found at once.
-        processor = Processor.from_folder(folder, family, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+        processor = Processor.from_folder(
+            folder, family, adapter=config.adapter, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+        )
         processor.use(trained_wording(config.adapter, folder))
         model = _load_weights(folder, settings, family, config, device)
         return make_policy(model, processor, config, device)

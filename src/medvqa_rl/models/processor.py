@@ -127,9 +127,22 @@ class Processor:
 
     @classmethod
     def from_folder(
-        cls, path: str | Path, family: Family, *, min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        path: str | Path,
+        family: Family,
+        *,
+        adapter: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Processor:
         """Load the tokenizer, chat template and image settings of a checkpoint folder; opens no connection.
+
+        Args:
+            path: the folder.
+            family: of its model.
+            adapter: folder of an adapter, saved with the image sizes of its training.
+            min_pixels: ``model.min_pixels``.
+            max_pixels: ``model.max_pixels``.
 
         Raises:
             ValueError: files are missing or not from a checkpoint of the family.
@@ -137,7 +150,9 @@ class Processor:
         folder = Path(path)
         try:
             tokenizer = load_tokenizer(folder)
-            image_processor = family.load_image_processor(folder)
+            trained = Path(adapter or folder).expanduser()
+            has_sizes = (trained / "preprocessor_config.json").is_file() and family.pixels_per_token is not None
+            image_processor = family.load_image_processor(trained if has_sizes else folder)
             family.preprocess(image_processor, [Image.new("RGB", (64, 64))])
             template = folder / "chat_template.json"
             if tokenizer.chat_template is None and template.exists():
