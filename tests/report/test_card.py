@@ -6,18 +6,24 @@ Run: pytest tests/report/test_card.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+import torch
+from PIL import Image
 from synthetic import make_run, write, write_eval
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.config import EvalConfig, LossConfig
+from medvqa_rl.config import EvalConfig, LoraConfig, LossConfig
 from medvqa_rl.config.yaml import read_yaml, write_yaml
+from medvqa_rl.core.types import Sample
 from medvqa_rl.evaluation.statistics.summary import paired_gain
+from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.report import card
 from medvqa_rl.report.card import LIMITS, write_cards
 from medvqa_rl.report.pages.report import write_report
@@ -171,3 +177,41 @@ def test_training_ends_with_a_card(tiny_folder: Callable[[str], Path], tmp_path:
 
 def test_every_loss_has_a_name_in_cards() -> None:
     assert card._METHODS.keys() == set(get_args(LossConfig.model_fields["type"].annotation))
+
+
+LINES = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("arch", ["qwen2_vl", "gemma3", "internvl"])
+@pytest.mark.parametrize("is_adapter", [False, True])
+def test_the_lines_of_a_card_open_the_checkpoint(
+    tiny_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, is_adapter: bool
+) -> None:
+    """Where torchvision is missing, too: nothing installs it here."""
+    policy = tiny_policy(arch, lora=LoraConfig(rank=2) if is_adapter else None)
+    run = make_run(tmp_path / "run", model={"path": "owner/base"})
+    write_model(policy, run / "best")
+    (run / "best" / "best.json").write_text('{"step": 40}', encoding="utf-8")
+    (lines,) = LINES.findall(write_cards(run)[0].read_text(encoding="utf-8"))
+    monkeypatch.chdir(run / "best")
+    opened: dict[str, Any] = {}
+    exec(compile(lines, "card", "exec"), opened)
+    image = opened["images"](images=[Image.new("RGB", (64, 64))], return_tensors="np")
+    expected = policy.family.preprocess(policy.processor.image_processor, [Image.new("RGB", (64, 64))])
+    assert (image["pixel_values"] == expected["pixel_values"]).all()
+    prompt = policy.processor.encode(Sample("x", "Is there a mass?", "yes", "closed"))
+    assert opened["tokenizer"](prompt.text)["input_ids"][-len(prompt.input_ids) :] == prompt.input_ids.tolist()
+    ids = torch.from_numpy(prompt.input_ids)[None]
+    with torch.no_grad():
+        given, expected_logits = (
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+            for model in (opened["model"], policy.model)
+        )
+    assert torch.allclose(given, expected_logits, atol=1e-4)
+
+
+def test_the_card_of_an_adapter_of_an_embedded_model_names_what_opens_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model={"path": "phantom:instruct"})
+    write(run / "best" / "adapter_config.json", {})
+    card = write_cards(run)[0].read_text(encoding="utf-8")
+    assert not LINES.findall(card) and "`medvqa-rl export . FOLDER --merge` writes a model that transformers" in card

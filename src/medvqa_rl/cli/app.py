@@ -21,7 +21,7 @@ from medvqa_rl.cli.data.verbs import data_app
 from medvqa_rl.cli.demo import demo
 from medvqa_rl.cli.estimate import estimate, models
 from medvqa_rl.cli.evaluate import compare, evaluate
-from medvqa_rl.cli.export import export
+from medvqa_rl.cli.export.verb import export
 from medvqa_rl.cli.init.verb import init
 from medvqa_rl.cli.judge.verbs import judge_app
 from medvqa_rl.cli.phantom import phantom_app

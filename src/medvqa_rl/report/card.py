@@ -57,11 +57,15 @@ def write_cards(run: Path) -> list[Path]:
     return written
 
 
-def model_card(run: StoredRun, checkpoint: Path) -> str:
-    """Return the card of a checkpoint as Markdown with the front matter of the Hugging Face Hub."""
+def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False) -> str:
+    """Return the card of a checkpoint as Markdown with the front matter of the Hugging Face Hub.
+
+    Args:
+        is_merged: the checkpoint is an adapter, and the card is of the model that it was merged into.
+    """
     settings = leaves(run.config)
     is_best, step = checkpoint.name == "best", _step(checkpoint)
-    is_adapter = (checkpoint / "adapter_config.json").is_file()
+    is_adapter = (checkpoint / "adapter_config.json").is_file() and not is_merged
     base = _base(settings)
     lines = [
         *_front_matter(base, settings, is_adapter, is_sft=run.status.get("kind") == "sft"),
@@ -69,7 +73,8 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
         "",
         "**Research software. Not for clinical use.**",
         "",
-        f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`{_in_4_bits(settings)}, fine-tuned for visual "
+        f"{'LoRA adapter for' if is_adapter else 'Weights of'} `{base}`{_in_4_bits(settings)}"
+        f"{' with a merged LoRA adapter' if is_merged else ''}, fine-tuned for visual "
         f"question answering on medical images by {_method(run, settings)}. "
         f"These are the weights after step {'unknown' if step is None else step}"
         + (
@@ -77,6 +82,10 @@ def model_card(run: StoredRun, checkpoint: Path) -> str:
             if is_best
             else ", the last checkpoint of the run."
         ),
+        "",
+        "## Use",
+        "",
+        *_use(base, is_adapter),
         "",
         "## Results",
         "",
@@ -127,6 +136,32 @@ def _base(settings: Mapping[str, Any]) -> str:
 def _in_4_bits(settings: Mapping[str, Any]) -> str:
     """Return a clause about the quantization of the base model; empty without quantization."""
     return ", whose linear layers were quantized to 4 bits (NF4)" if settings.get("model.load_in_4bit") else ""
+
+
+def _use(base: str, is_adapter: bool) -> list[str]:
+    """Say how to open the checkpoint; tests run these lines."""
+    if is_adapter and base.startswith("phantom:"):
+        return [
+            "Its base model is part of medvqa-rl. In this folder, `medvqa-rl ask IMAGE QUESTION --model .` and "
+            "`medvqa-rl serve .` answer questions, and `medvqa-rl export . FOLDER --merge` writes a model that "
+            "transformers opens."
+        ]
+    needs = "transformers and PEFT" if is_adapter else "transformers"
+    return [
+        f'With {needs}, in this folder or with the name of its repository in place of `"."`:',
+        "",
+        "```python",
+        "from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer",
+        "",
+        'model = AutoModelForImageTextToText.from_pretrained(".")',
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'images = AutoImageProcessor.from_pretrained(".")',
+        "```",
+        "",
+        "`AutoProcessor`, which joins the last two, and pipelines also need torchvision for models that read videos, "
+        "in a build that matches torch. In transformers 5.17, `AutoImageProcessor` needs it, too. Without it, "
+        "`medvqa-rl ask IMAGE QUESTION --model .` and `medvqa-rl serve .` answer questions.",
+    ]
 
 
 def _front_matter(base: str, settings: Mapping[str, Any], is_adapter: bool, *, is_sft: bool) -> list[str]:

@@ -122,6 +122,11 @@ def is_evaluation(row: Row) -> bool:
     return all(name.startswith("eval/") for name in row if name != "step")
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder has a file that only runs have."""
+    return any((path / name).is_file() for name in _FILES)
+
+
 def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
     """Read a run, except for its sampled completions.
 
@@ -133,8 +138,8 @@ def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
     """
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}: give a run folder, the output_dir of `medvqa-rl train`.")
-    if not any((path / name).is_file() for name in _FILES) and not any(path.glob("eval/*/results.json")):
-        inside = sorted(child.name for child in path.iterdir() if any((child / name).is_file() for name in _FILES))
+    if not is_run(path) and not any(path.glob("eval/*/results.json")):
+        inside = sorted(child.name for child in path.iterdir() if is_run(child))
         hint = f"it contains runs ({', '.join(inside[:5])}), give one of them" if inside else f"it has no {_FILES[0]}"
         raise ValueError(f"The folder {path} is not a run folder: {hint}.")
     problems: list[str] = []

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from medvqa_rl.cli.export import export_model
+from medvqa_rl.cli.export.folder import export_model
 from medvqa_rl.config import LoraConfig, ModelConfig
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.models.checkpoints import write_model

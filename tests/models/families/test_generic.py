@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from medvqa_rl.cli.export import export_model
+from medvqa_rl.cli.export.folder import export_model
 from medvqa_rl.config import Config, LoraConfig, ModelConfig, RolloutConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.grpo import train

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +11,11 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
-from medvqa_rl.config import LoraConfig
-from medvqa_rl.models.checkpoints import write_model
+from medvqa_rl.config import LoraConfig, ModelConfig
+from medvqa_rl.models.checkpoints import model_for, write_model
 from medvqa_rl.models.families.parts import backbone
+from medvqa_rl.models.loading import load_policy
+from tests.report.synthetic import make_run
 
 
 def export(*arguments):
@@ -91,3 +95,31 @@ def test_the_working_folder_is_no_output(tiny_policy, tmp_path, monkeypatch):
     result = export(tmp_path / "model", ".")
     assert result.exit_code == 2 and "The output folder . exists: give a new one" in result.output
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_merged_model_of_a_run_has_a_card_of_its_own(tiny_policy, tmp_path):
+    """Written from the run; the lines that it documents open the model."""
+    policy, run = tiny_policy(lora=LoraConfig(rank=2)), make_run(tmp_path / "run", model={"path": "owner/base"})
+    for name in ("best", "checkpoints/step_000040"):
+        write_model(policy, run / name)
+    (run / "best" / "README.md").write_text("the card of the adapter", encoding="utf-8")
+    assert export(run / "best", tmp_path / "copy").exit_code == 0
+    assert (tmp_path / "copy" / "README.md").read_text(encoding="utf-8") == "the card of the adapter"
+    assert export(run / "best", tmp_path / "merged", "--merge").exit_code == 0
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers\n" in card and "base_model_relation: finetune\n" in card
+    assert "Weights of `owner/base` with a merged LoRA adapter, fine-tuned" in card and "best checkpoint" in card
+    assert export(run / "checkpoints" / "step_000040", tmp_path / "last").exit_code == 0
+    assert "LoRA adapter for `owner/base`, fine-tuned" in (tmp_path / "last" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_keeps_the_image_sizes_of_its_training_when_merged(tmp_path):
+    model = ModelConfig(
+        path="phantom:instruct", device="cpu", lora=LoraConfig(rank=2), max_pixels=6272, min_pixels=3136
+    )
+    write_model(load_policy(model), tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "merged", "--merge").exit_code == 0
+    settings = json.loads((tmp_path / "merged" / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert settings["size"] == {"longest_edge": 6272, "shortest_edge": 3136}
+    asked = load_policy(model_for(str(tmp_path / "adapter")).model_copy(update={"device": "cpu", "max_pixels": 4704}))
+    assert asked.processor.image_processor.size == {"longest_edge": 4704, "shortest_edge": 3136}

@@ -1,38 +1,18 @@
-"""The verb ``medvqa-rl export``: a checkpoint as a Hugging Face or PEFT folder. Imports no torch until it runs."""
+"""A checkpoint as a Hugging Face or PEFT folder with its model card. Imports no torch until it merges."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from medvqa_rl.cli.common import verb
 from medvqa_rl.core.files import find_checkpoint
 from medvqa_rl.core.machine import claimed
+from medvqa_rl.report.card import model_card
+from medvqa_rl.report.runs import is_run, read_run
 
+CARD = "README.md"
 _TRAINING_FILES = ("best.json",)
-
-
-@verb
-def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint folder, or a run folder for its best, else its last checkpoint.")
-    ],
-    output: Annotated[Path, typer.Argument(help="New folder to write.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model, in full precision.")
-    ] = False,
-) -> None:
-    """Write a model as a Hugging Face folder, or an adapter as a PEFT folder, without training state."""
-    print(export_model(checkpoint, output, merge=merge))
-    if merge:
-        typer.echo(
-            "The adapter was merged into the base model's original weights, in full precision, even if it was trained "
-            "on 4-bit weights.",
-            err=True,
-        )
 
 
 def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
@@ -51,8 +31,7 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
     """
     from medvqa_rl.models.checkpoints import atomic_folder
 
-    is_model = any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json"))
-    folder = checkpoint if is_model else find_checkpoint(checkpoint)
+    folder = chosen(checkpoint)
     if merge and not (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds a whole model, so there is no adapter to merge: leave out --merge.")
     with claimed(output), atomic_folder(output) as temporary:
@@ -64,7 +43,33 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
             for path in folder.iterdir():
                 if path.is_file() and path.name not in _TRAINING_FILES:
                     shutil.copy2(path, temporary / path.name)
+        run = _run_of(folder)
+        if run is not None and not (temporary / CARD).exists():
+            card = model_card(read_run(run), folder, is_merged=merge)
+            (temporary / CARD).write_text(card, encoding="utf-8", errors="replace")
     return output
+
+
+def chosen(checkpoint: Path) -> Path:
+    """The folder that is exported: this one, or the best, else the last checkpoint of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    is_model = any((checkpoint / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return checkpoint if is_model else find_checkpoint(checkpoint)
+
+
+def has_card(checkpoint: Path, *, merge: bool) -> bool:
+    """Whether the export of a checkpoint has a model card. The card of an adapter is not that of a merged model."""
+    return _run_of(checkpoint) is not None or (not merge and (checkpoint / CARD).is_file())
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint is in: RUN/best, or RUN/checkpoints/NAME."""
+    folder = checkpoint.resolve()
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent
+    return run if is_run(run) else None
 
 
 def _write_merged(folder: Path, target: Path) -> None:
