@@ -16,14 +16,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from medvqa_rl.config import RewardsConfig
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.learning.grpo import check_rewardable
 from medvqa_rl.learning.objective.advantages import group_advantages
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.rewards import Rewards
-from medvqa_rl.rewards.judged import gated
+from medvqa_rl.rewards.judged import gated, unseen
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.load import notices, overlap, rubrics_of
 from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING
@@ -235,7 +237,22 @@ def test_without_a_weight_no_judge_grades() -> None:
             {"rewards": {"composite": 2.0}, "eval": {"perplexity_model": "phantom:judge"}},
             "but that is the judge that rewards (rewards.composite is 2)",
         ),
-        ({"judge": {"model": "phantom:jury"}}, "the embedded judges are phantom:judge and phantom:judge_eval"),
+        ({"judge": {"model": "phantom:jury"}}, "the embedded judges are phantom:judge, phantom:judge_eval and"),
+        ({"judge": {"sees": "sound"}}, "judge.sees is the text 'sound', but must be text, description or image"),
+        ({"judge": {"sees": "image"}}, "phantom:judge only reads the reasoning: set judge.sees=text, or judge.model"),
+        ({"judge": {"sees": "description"}}, "judge.sees is description, but phantom:judge only reads"),
+        (
+            {"judge": {"model": "phantom:judge_sees"}},
+            "but judge.sees is text: set judge.sees=image",
+        ),
+        (
+            {"judge": {"model": "a/b", "sees": "image", "template": "biogpt"}},
+            "judge.sees is image, but judge.template is biogpt, which has no place for an image",
+        ),
+        (
+            {"eval_judge": {"model": "a/b", "sees": "image"}},
+            "eval_judge.sees is image, but evaluations have the stored answers judged, without images",
+        ),
         ({"judge": {"model": " "}}, "judge.model is empty"),
         ({"judge": {"device": "gpu"}}, "judge.device is 'gpu', but must be auto, cpu, cuda or such as cuda:1"),
         ({"judge": {"template": "chat"}}, "the embedded judges only read the reasoning"),
@@ -299,6 +316,81 @@ def test_the_destination_of_texts_is_reported() -> None:
     assert not notices(build_config({"judge": endpoint})), "a judge that is not used is sent nothing"
     assert not notices(config, rewards=False), "supervision and evaluation do not reward"
     assert not notices(build_config({"rewards": {"semantic": 1.0}}))
+
+
+@pytest.mark.parametrize(
+    ("sees", "part", "sent"),
+    [
+        ("image", "semantic", "questions, options and reasoning are sent to h (judge.endpoint), and the images with"),
+        ("description", "semantic", "questions, options, reasoning and descriptions of images are sent to h"),
+        ("image", "reasoning", "reasoning and descriptions of images are sent to h (judge.endpoint), and the images"),
+    ],
+)
+def test_sending_images_is_reported(sees: str, part: str, sent: str) -> None:
+    judge = {"model": "m", "endpoint": "http://h/v1", "sees": sees}
+    (line,) = notices(build_config({"rewards": {part: 1.0}, "judge": judge}))
+    assert sent in line
+
+
+def test_questions_without_what_the_judge_should_see_are_reported() -> None:
+    blind = Sample("q", "What?", "B", "choice", (), ("mass", "cyst"))
+    described = replace(blind, description="A film.")
+    semantic = RewardsConfig(semantic=1.0)
+    assert unseen(semantic, "description", [blind, blind])[0] == (
+        "judge.sees is description, but no training question has one: set judge.sees=text or image, or name its "
+        "column with data.columns.description."
+    )
+    assert unseen(semantic, "image", [described]) == (
+        "judge.sees is image, but no training question has one: set judge.sees=text.",
+        None,
+    )
+    assert unseen(semantic, "description", [blind, described, described, described]) == (
+        None,
+        "Warning: 25% of the training questions have no description of the image for the judge.",
+    )
+    for config, sees in ((semantic, "text"), (RewardsConfig(), "image")):
+        assert unseen(config, sees, [blind]) == (None, None)  # type: ignore[arg-type]
+
+
+def test_a_data_set_without_what_the_judge_should_see_is_refused() -> None:
+    blind = [Sample(str(index), "What?", "B", "choice", (), ("mass", "cyst")) for index in range(3)]
+    judge = {"model": "a/b", "sees": "image"}
+    config = build_config({"rewards": {"semantic": 1.0}, "judge": judge}, purpose="train")
+    dataset = Listed(blind)
+    with pytest.raises(ValueError, match=r"judge\.sees is image, but no training question has one"):
+        check_rewardable(config, dataset)
+    assert check_rewardable(build_config({"rewards": {"semantic": 1.0}}), dataset) == []
+
+
+class Listed(list[Sample]):
+    name, fingerprint, is_endless = "listed", "f", False
+    notes: Mapping[str, int] = {}
+
+
+def test_a_judge_that_sees_gets_images_that_are_decoded_once() -> None:
+    class Picture:
+        key, loads = "p", 0
+
+        def load(self) -> Image.Image:
+            Picture.loads += 1
+            return Image.new("RGB", (2, 2))
+
+        def header_pixels(self) -> None:
+            return None
+
+    class Looking(Words):
+        def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
+            assert all(image.digest for request in requests for image in request.images)
+            assert all(len(request.images) == 1 for request in requests)
+            return super().grade(requests)
+
+    own = group(*TEXTS)
+    own.sample = replace(own.sample, images=(Picture(),))
+    for weights in ({"semantic": 1.0}, {"semantic": 1.0, "composite": 1.0}):
+        Picture.loads = 0
+        config = RewardsConfig(**weights)  # type: ignore[arg-type]
+        Rewards(config, judges={"coherence": Looking()}).score([own], step=0, count_tokens=len)
+        assert Picture.loads == 1
 
 
 def test_the_same_judge_for_reward_and_evaluation_triggers_a_warning() -> None:

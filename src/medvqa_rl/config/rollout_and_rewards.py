@@ -8,6 +8,7 @@ from pydantic import Field
 
 from medvqa_rl.config.base import Free, Identity, Positive, Rounding, Settings, Share
 
+Sees = Literal["text", "description", "image"]
 EngineName = Literal["eager", "graph", "vllm"]
 _WEIGHT = "weight of a reward part"
 Weight = Annotated[float, Field(ge=0.0), _WEIGHT]
@@ -126,11 +127,15 @@ class JudgeConfig(Settings):
     """A language model that judges reasoning with Yes or No, or grades it."""
 
     model: Identity[str] = "phantom:judge"
-    """``phantom:judge`` or ``phantom:judge_eval`` (embedded), a local folder, a Hub id, or an endpoint's model."""
+    """``phantom:judge``, ``judge_eval`` or ``judge_sees`` (embedded), a folder, a Hub id, or an endpoint's model."""
     revision: Identity[str | None] = None
     """Commit or tag on the Hub; None uses the latest."""
     template: Identity[Literal["auto", "biogpt", "biomistral", "chat", "phantom"]] = "auto"
     """Prompt format: biogpt is plain text, biomistral Mistral's instruction format, chat the model's chat template."""
+    sees: Identity[Sees] = "text"
+    """What a judge of reasoning is shown besides: nothing, the data set's description of the image, or the image."""
+    max_pixels: Identity[Positive] = 401408
+    """sees image: larger images are shrunk to this many pixels."""
     strictness: Identity[float] = 0.0
     """Margin in nats by which log P("Yes") must exceed log P("No"); 0 is the paper's rule; endpoints require 0."""
     device: Rounding[str] = "auto"

@@ -48,6 +48,7 @@ from medvqa_rl.learning.setup import (
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.judged import unseen
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.judges.load import caches_folder, load_rewarding, notices, roles
 from medvqa_rl.rewards.open_answers import unrewardable
@@ -148,21 +149,27 @@ def make_rewards(config: Config, judges: Mapping[str, Judge]) -> Rewards:
 
 
 def check_rewardable(config: Config, dataset: Dataset) -> list[str]:
-    """Check on up to 1,000 questions that the rewards can tell right answers from wrong ones.
+    """Check on up to 1,000 questions that the rewards can tell right answers from wrong ones, and that there is what
+    a judge should see.
 
     Returns:
         Warnings.
 
     Raises:
-        ValueError: all questions are open, and exact matches only would be rewarded by default.
+        ValueError: all questions are open, and exact matches only would be rewarded by default; or none has what the
+            judge should see.
     """
     if dataset.is_endless:  # the settings determine its questions and have been checked
         return []
-    indices = range(0, len(dataset), max(1, len(dataset) // 1000))
-    error, warning = unrewardable(config.rewards, [dataset[index].answer_type for index in indices])
-    if error is not None:
-        raise ValueError(error)
-    return [] if warning is None else [warning]
+    samples = [dataset[index] for index in range(0, len(dataset), max(1, len(dataset) // 1000))]
+    found = [
+        unrewardable(config.rewards, [sample.answer_type for sample in samples]),
+        unseen(config.rewards, config.judge.sees, samples),
+    ]
+    for error, _ in found:
+        if error is not None:
+            raise ValueError(error)
+    return [warning for _, warning in found if warning is not None]
 
 
 def advantages_of(config: Config, accelerator: Accelerator, rewards: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Processor:
         if wording.system:
             messages = [{"role": "system", "content": wording.system}, {"role": "user", "content": _PROBE}]
             try:
-                text, _ = self._tokenize(messages)
+                text = self.render(messages)
             except FILE_ERRORS as error:
                 text = f"({error})"
             if wording.system.strip() not in text:
@@ -175,11 +175,21 @@ class Processor:
             )
         return cls(family, tokenizer, image_processor, stop_ids=stop_ids)
 
-    def _tokenize(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, NDArray[np.int64]]:
-        """Render messages with the chat template and tokenize them; an image is a single token."""
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def render(self, messages: Sequence[Mapping[str, Any]], **arguments: Any) -> str:
+        """Render messages with the chat template, up to where the assistant speaks.
+
+        Args:
+            arguments: of the template.
+        """
+        text: str = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **arguments
+        )
+        return text
+
+    def tokenize(self, text: str) -> NDArray[np.int64]:
+        """Tokenize a rendered prompt; an image is a single token."""
         ids = self.tokenizer(text, add_special_tokens=adds_special_tokens(self.tokenizer, text))["input_ids"]
-        return text, np.asarray(ids, dtype=np.int64)
+        return np.asarray(ids, dtype=np.int64)
 
     def _check_chat_template(self) -> None:
         """Check that the chat template places the question and every image, before any image is decoded.
@@ -191,7 +201,8 @@ class Processor:
         for count in range(3):
             content = [*({"type": "image"} for _ in range(count)), {"type": "text", "text": _PROBE}]
             try:
-                text, ids = self._tokenize([{"role": "user", "content": content}])
+                text = self.render([{"role": "user", "content": content}])
+                ids = self.tokenize(text)
             except FILE_ERRORS as error:
                 raise ValueError(
                     f"The chat template fails on a question with images ({printable(str(error), 400)}): {remedy}."
@@ -214,18 +225,31 @@ class Processor:
             ValueError: an image cannot be loaded or used; the message names the sample.
         """
         rendered = render_prompt(sample, template, self.wording, controls=self._controls)
-        text, ids = self._tokenize(rendered.messages)
-        assert int((ids == self._placeholder_id).sum()) == len(sample.images), (
+        text = self.render(rendered.messages)
+        try:
+            prompt = self.encode_text(text, [source.load() for source in sample.images])
+        except ValueError as error:
+            raise ValueError(f"An image of sample {shown(sample.id)} cannot be used: {error}") from error
+        return replace(prompt, neutralised=rendered.neutralised, template=template, wording=self.wording)
+
+    def encode_text(self, text: str, images: Sequence[Image.Image]) -> EncodedPrompt:
+        """Tokenize a rendered prompt, preprocess its images and expand each placeholder to the image's tokens.
+
+        Args:
+            text: with one placeholder per image, and no other special token that the data wrote.
+            images: of the prompt.
+
+        Raises:
+            ValueError: an image cannot be used.
+        """
+        ids = self.tokenize(text)
+        assert int((ids == self._placeholder_id).sum()) == len(images), (
             "the chat template places images, and texts are neutralised"
         )
         inputs: dict[str, NDArray[Any]] = {}
-        if sample.images:
-            try:
-                images = [source.load() for source in sample.images]
-                ids, inputs = self.family.encode_images(ids, text, images, self.readers)
-            except ValueError as error:
-                raise ValueError(f"An image of sample {shown(sample.id)} cannot be used: {error}") from error
-        return EncodedPrompt(ids, inputs, text, rendered.neutralised, template, self.wording)
+        if images:
+            ids, inputs = self.family.encode_images(ids, text, images, self.readers)
+        return EncodedPrompt(ids, inputs, text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> EncodedPrompt:
         """Encode a conversation for the model's next turn: the chat template with the messages as they are.
@@ -248,7 +272,8 @@ class Processor:
                         f"a message holds {token}, which is a control token of this model: write it in another way"
                     )
         try:
-            text, ids = self._tokenize(messages)
+            text = self.render(messages)
+            ids = self.tokenize(text)
         except FILE_ERRORS as error:
             raise ValueError(
                 f"the chat template of this model refuses these messages ({printable(str(error), 400)})"

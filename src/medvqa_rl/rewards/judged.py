@@ -8,20 +8,33 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from medvqa_rl.config import RewardsConfig
+from medvqa_rl.config.rollout_and_rewards import Sees
 from medvqa_rl.core.answers import Read
 from medvqa_rl.core.prompts import asks_reasoning
+from medvqa_rl.core.types import Sample
 from medvqa_rl.rewards.functions import RewardLog
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
+from medvqa_rl.rewards.judges.protocol import seen
 from medvqa_rl.rewards.judges.rubric import REASONING
 
 
-def judge_request(read: Read) -> JudgeRequest:
-    """The case that a judge grades: question, options and gold answer, what the completion says, and the data set's
-    description of the image. Reasoning whose tags are missing, unclosed or repeated is empty."""
-    sample, parsed = read.sample, read.parsed
-    return JudgeRequest(
-        sample.question, sample.options, parsed.think or "", parsed.answer or "", sample.reference, sample.description
-    )
+def judge_requests(reads: Sequence[Read]) -> list[JudgeRequest]:
+    """The cases that a judge grades: question, options and gold answer, what the completion says, the data set's
+    description of the image, and the image. Reasoning whose tags are missing, unclosed or repeated is empty."""
+    images = {id(read.sample): seen(read.sample.images) for read in reads}  # decoded once per prompt
+    return [
+        JudgeRequest(
+            read.sample.question,
+            read.sample.options,
+            read.parsed.think or "",
+            read.parsed.answer or "",
+            read.sample.reference,
+            read.sample.description,
+            images[id(read.sample)],
+        )
+        for read in reads
+    ]
 
 
 def score_semantic(reads: Sequence[Read], judge: Judge, log: RewardLog) -> NDArray[np.float64]:
@@ -33,7 +46,7 @@ def score_semantic(reads: Sequence[Read], judge: Judge, log: RewardLog) -> NDArr
     Args:
         log: gets, per completion, the judge (``judge``), its ``judge_margin`` and ``judge_failure``; and its counters.
     """
-    grades = judge.grade([judge_request(read) for read in reads])
+    grades = judge.grade(judge_requests(reads))
     log.columns["judge"] = [str(judge.identity)] * len(grades)
     log.columns["judge_margin"] = [None if math.isnan(grade.margin) else round(grade.margin, 6) for grade in grades]
     if not all(grade.is_scored for grade in grades):
@@ -89,7 +102,7 @@ def score_reasoning(
             (``rewards/reasoning/ungated``) and of those without any credit (``rewards/reasoning/ungated_wrong``).
     """
     is_asked = np.array([asks_reasoning(read.template) for read in reads])
-    requests = [judge_request(read) for read, asked in zip(reads, is_asked) if asked]
+    requests = judge_requests([read for read, asked in zip(reads, is_asked) if asked])
     given = iter(judge.grade(requests) if requests else [])
     grades = [next(given) if asked else None for asked in is_asked]
     log_grades("reasoning", grades, judge, log)
@@ -99,3 +112,19 @@ def score_reasoning(
         if chosen.any():
             log.metrics[f"rewards/reasoning/{name}"] = [float(values[chosen].mean())]
     return np.array([gated(value, right, gate) for value, right in zip(values.tolist(), correctness.tolist())])
+
+
+def unseen(config: RewardsConfig, sees: Sees, samples: Sequence[Sample]) -> tuple[str | None, str | None]:
+    """Check whether questions have what the judge of their reasoning should see.
+
+    Returns:
+        An error and a warning, each a sentence or None.
+    """
+    missing = sum(not (sample.description if sees == "description" else sample.images) for sample in samples)
+    if sees == "text" or not missing or not config.judged.keys() - {"correctness"}:
+        return None, None
+    what = "description of the image" if sees == "description" else "image"
+    if missing < len(samples):
+        return None, f"Warning: {missing / len(samples):.0%} of the training questions have no {what} for the judge."
+    remedy = " or image, or name its column with data.columns.description" if sees == "description" else ""
+    return f"judge.sees is {sees}, but no training question has one: set judge.sees=text{remedy}.", None

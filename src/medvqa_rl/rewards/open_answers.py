@@ -18,7 +18,7 @@ from medvqa_rl.core.answers import Read, answer_f1
 from medvqa_rl.core.types import AnswerType
 from medvqa_rl.rewards.functions import RewardLog
 from medvqa_rl.rewards.guards import conflict
-from medvqa_rl.rewards.judged import judge_request, log_grades
+from medvqa_rl.rewards.judged import judge_requests, log_grades
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.judges.rubric import CORRECTNESS
 
@@ -83,7 +83,7 @@ def score_answers(
         ]
     else:
         assert judge is not None, "open_correctness judge needs a judge of correctness: pass it"
-        grades = dict(zip(compared, judge.grade([judge_request(read) for read in compared.values()])))
+        grades = dict(zip(compared, judge.grade(judge_requests([*compared.values()]))))
         for index, grade in grades.items():
             credit[index] = grade.score / CORRECTNESS.top
         log_grades("correctness", [grades.get(index) for index in range(len(reads))], judge, log)

@@ -15,6 +15,8 @@ import pytest
 
 from medvqa_rl.cli.judge import calibrate
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.data.phantom.claims import claims, is_coherent, is_true
+from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.evaluation.judging.agreement import agreement
 from medvqa_rl.evaluation.judging.calibration import calibration_warnings, recall, remember, worth
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
@@ -121,3 +123,22 @@ def test_calibrate_says_it_in_one_line_and_remembers_it(
     assert results["summary"].startswith("Not worth using: it says No to all 20 texts of phantom, of which")
     found = recall(judges, IDENTITY)
     assert found is not None and found.is_worth_using is False
+
+
+def test_a_judge_that_sees_is_measured_against_the_truth_of_claims(tmp_path: Path) -> None:
+    pairs = calibrate.phantom_pairs(60, 0, sees="image", with_policies=False)
+    labels, scanners = [], set()
+    for pair in pairs:
+        source = pair.request.images[0].source
+        assert isinstance(source, PhantomImage)
+        scanners.add(source.scanner)
+        told = claims(pair.request.reasoning)
+        labels.append(bool(told) and all(is_true(claim, source.scene) for claim in told))
+        assert pair.request.description.startswith(f"The modality is {source.scene.modality}.")
+    assert [pair.is_coherent for pair in pairs] == labels and 10 < sum(labels) < 50
+    assert scanners == {"home", "unseen", "worn"}
+    coherent = [pair.is_coherent for pair in calibrate.phantom_pairs(60, 0, with_policies=False)]
+    assert coherent == [is_coherent(pair.request.reasoning) for pair in pairs] != labels
+    (tmp_path / "pairs.jsonl").write_text('{"reasoning": "So.", "label": "yes"}\n')
+    with pytest.raises(ValueError, match=r"--sees is image, but the texts of --pairs come without images"):
+        calibrate.run_calibrate(JudgeConfig(sees="image"), pairs_file=tmp_path / "pairs.jsonl")

@@ -98,5 +98,5 @@ def test_the_embedded_judge_grades_the_worlds_reasoning() -> None:
         for request in requests
     ]
     assert all(grade.score < 3 for grade in judge.grade(wrong))
-    with pytest.raises(ValueError, match=r"only reads reasoning, so it cannot grade correctness: set judge\.model"):
+    with pytest.raises(ValueError, match=r"only judges reasoning, so it cannot grade correctness: set judge\.model"):
         load_judges(JudgeConfig(cache=False, device="cpu"), [CORRECTNESS])

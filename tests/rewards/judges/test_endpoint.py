@@ -5,12 +5,14 @@ Run: pytest tests/rewards/judges/test_endpoint.py
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import socket
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,9 +21,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.network import read_key
+from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.rewards.judges.endpoint import (
     MAX_WAIT,
     EndpointJudge,
@@ -30,8 +34,8 @@ from medvqa_rl.rewards.judges.endpoint import (
 )
 from medvqa_rl.rewards.judges.load import load_judge, load_judges
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
-from medvqa_rl.rewards.judges.protocol import JudgeRequest
-from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING, parse_json, parse_yes_no
+from medvqa_rl.rewards.judges.protocol import JudgeRequest, SeenImage
+from medvqa_rl.rewards.judges.rubric import COHERENCE, REASONING, parse_json, parse_yes_no, seeing
 
 REQUEST = JudgeRequest("Is there a mass?", ("yes", "no"), "No mass is seen.")
 Reply = tuple[int, dict[str, str], bytes, float]
@@ -436,3 +440,53 @@ def test_a_proxy_that_the_client_cannot_use(server: Server, monkeypatch: pytest.
         judge_at("https://judge.example/v1")
     monkeypatch.setenv("NO_PROXY", "*")
     judge_at("https://judge.example/v1")
+
+
+SEES = seeing(COHERENCE, "image")
+
+
+def sighted(server: Server, **settings: Any) -> EndpointJudge:
+    config = JudgeConfig(endpoint=server.url, model="m", sees="image", max_retries=0, timeout=5.0, **settings)
+    return EndpointJudge(config, "none", SEES, sleep=lambda seconds: None)
+
+
+def picture(*size: int) -> SeenImage:
+    image = Image.effect_noise(size, 80.0).convert("RGB")  # type: ignore[arg-type]
+    image.info["comment"] = "Jane Doe"
+    return SeenImage(MemoryImage("scans/jane_doe.png", image))
+
+
+def decoded(part: dict[str, Any]) -> Image.Image:
+    kind, _, content = part["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    return Image.open(io.BytesIO(b64decode(content)))
+
+
+def test_images_are_sent_as_content_parts_with_nothing_but_pixels(server: Server) -> None:
+    one, large = picture(30, 20), picture(60, 40)
+    judge = sighted(server, max_pixels=600)
+    assert judge.grade([replace(REQUEST, images=(one, large))])[0].score == 1.0
+    first, second, text = server.seen[0]["messages"][0]["content"]
+    assert decoded(first).tobytes() == one.image.tobytes() and not decoded(first).info
+    assert decoded(second).size == (30, 20)
+    assert text == {"type": "text", "text": SEES.render(REQUEST)}
+    assert "jane" not in str(server.seen).lower()
+    assert judge.grade([REQUEST])[0].score == 1.0
+    assert server.seen[1]["messages"][0]["content"] == SEES.render(REQUEST), "a question without images is text"
+
+
+def test_a_server_that_cannot_see_is_refused_before_training(server: Server) -> None:
+    def answer(body: dict[str, Any]) -> Reply:
+        return reply("Yes") if isinstance(body["messages"][0]["content"], str) else status(400)
+
+    server.answer = answer
+    config = JudgeConfig(endpoint=server.url, model="m", sees="image", cache=False, max_retries=0)
+    with pytest.raises(ValueError, match=r"cannot see: it refuses an image \(HTTP 400: as asked\)") as caught:
+        load_judges(config, [COHERENCE])
+    assert "set judge.model to a vision-language model, or judge.sees" in str(caught.value)
+    assert load_judges(config.model_copy(update={"sees": "text"}), [COHERENCE])
+
+
+def test_what_is_seen_is_part_of_the_identity(server: Server) -> None:
+    judges = [judge_at(server.url), sighted(server), sighted(server, max_pixels=500)]
+    assert len({judge.identity.key for judge in judges}) == 3

@@ -14,10 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.config.rollout_and_rewards import Sees
 from medvqa_rl.core.files import write_json
 from medvqa_rl.core.machine import claimed
 from medvqa_rl.core.progress import open_console, print_line
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.data.phantom.claims import faithfulness
+from medvqa_rl.data.phantom.drawing import SCANNERS, PhantomImage
 from medvqa_rl.data.phantom.reasonings import Reasoning, draw_reasoning
 from medvqa_rl.evaluation.judging.agreement import LabelledPair, MarginBin, by_group, margin_bins, read_pairs
 from medvqa_rl.evaluation.judging.calibration import remember, worth
@@ -26,17 +29,20 @@ from medvqa_rl.report.figures.plots import save_figure
 from medvqa_rl.report.figures.style import styled
 from medvqa_rl.rewards.judges import Grade, Judge, JudgeRequest
 from medvqa_rl.rewards.judges.load import caches_folder, load_judge
+from medvqa_rl.rewards.judges.protocol import seen
 
 SPLIT = "held out"
 """Seeds questions and texts that no recipe trains on."""
 
 
-def phantom_pairs(count: int, seed: int, *, with_policies: bool = True) -> list[LabelledPair]:
-    """Held-out reasoning of the phantom world, labelled by its oracle.
+def phantom_pairs(count: int, seed: int, *, sees: Sees = "text", with_policies: bool = True) -> list[LabelledPair]:
+    """Held-out reasoning of the phantom world, labelled by its oracles: coherent for a judge of text; for one that
+    sees, whether it makes claims of which every one is true of the image. Images come from all scanners in turn.
 
     Args:
         count: number of written texts (references, changed and damaged ones), and number of texts sampled by the
             embedded policies.
+        sees: what the judge is shown.
         with_policies: whether the policies sample too, which takes a minute or two on a CPU.
     """
     texts = [draw_reasoning(seed, SPLIT, index) for index in range(count)]
@@ -47,12 +53,26 @@ def phantom_pairs(count: int, seed: int, *, with_policies: bool = True) -> list[
         sampled = sample_texts(count, seed, SPLIT)
         texts += sampled
         groups += [text.kind.partition(" at ")[0] for text in sampled]
-    return [_pair(text, group) for text, group in zip(texts, groups)]
+    return [
+        _pair(text, group, sees, None if group.startswith("sampled") else tuple(SCANNERS)[index % len(SCANNERS)])
+        for index, (text, group) in enumerate(zip(texts, groups))
+    ]
 
 
-def _pair(text: Reasoning, group: str) -> LabelledPair:
-    request = JudgeRequest(text.sample.question, text.sample.options, text.text)
-    return LabelledPair(request, text.is_coherent, text.sample.id, group)
+def _pair(text: Reasoning, group: str, sees: Sees, scanner: str | None) -> LabelledPair:
+    """A text with its label.
+
+    Args:
+        scanner: takes the image; None keeps the sample's.
+    """
+    sample, (image,) = text.sample, text.sample.images
+    assert isinstance(image, PhantomImage)
+    shown = PhantomImage(image.scene, scanner or image.scanner)
+    label = text.is_coherent if sees == "text" else faithfulness(text.text, image.scene) == 1.0
+    request = JudgeRequest(
+        sample.question, sample.options, text.text, description=sample.description, images=seen([shown])
+    )
+    return LabelledPair(request, label, sample.id, group)
 
 
 def run_calibrate(
@@ -90,9 +110,14 @@ def _calibrate(
     config: JudgeConfig, pairs_file: Path | None, output: Path | None, count: int, seed: int, with_policies: bool
 ) -> dict[str, Any]:
     """:func:`run_calibrate`, for the process that writes to ``output``."""
+    if pairs_file is not None and config.sees != "text":
+        raise ValueError(
+            f"--sees is {config.sees}, but the texts of --pairs come without images and descriptions: leave one out."
+        )
     sources = {"pairs": read_pairs(pairs_file)} if pairs_file is not None else {}
     judge = load_judge(config)
-    sources = {"phantom": phantom_pairs(count, seed, with_policies=with_policies)} | sources
+    phantom = phantom_pairs(count, seed, sees=config.sees, with_policies=with_policies)
+    sources = {"phantom": phantom} | sources
     console = open_console()
     results: dict[str, Any] = {"judge": judge.identity.to_json(), "seed": seed, "sources": {}}
     curves: dict[str, list[MarginBin]] = {}
@@ -156,7 +181,7 @@ def _write(results: Mapping[str, Any], curves: Mapping[str, Sequence[MarginBin]]
 
 
 def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, title: str) -> Path:
-    """Plot the observed share of coherent texts over the margin, and the share that the margin implies,
+    """Plot the observed share of texts labelled Yes over the margin, and the share that the margin implies,
     1 / (1 + exp(-margin))."""
     with styled("light") as palette:
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -183,7 +208,7 @@ def plot_calibration(curves: Mapping[str, Sequence[MarginBin]], path: Path, *, t
                 )
         axes.set_title(f"Margin and truth: {title}")
         axes.set_xlabel('log P("Yes") - log P("No"), nats')
-        axes.set_ylabel("labelled coherent")
+        axes.set_ylabel("labelled Yes")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_ylim(-0.03, 1.03)
         axes.legend(frameon=False)

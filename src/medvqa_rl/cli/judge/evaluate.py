@@ -163,6 +163,11 @@ def _configs(evaluations: Sequence[Evaluated], judges: Sequence[JudgeConfig]) ->
         raise ValueError(
             f"{len(judges)} judges are named, but one or two can be compared: give --judge at most twice."
         )
+    if any(config.sees == "image" for config in judges):
+        raise ValueError(
+            "A judge of --judge has sees=image, but evaluations store answers without their images: set sees=text or "
+            "description."
+        )
     foreign = [one for one in evaluations if not one.records[0].dataset.startswith("phantom/")]
     configs = list(judges) or [read_judge(name) for name in DEFAULT_JUDGES]
     embedded = [config.model for config in configs if config.model in EMBEDDED_JUDGES]

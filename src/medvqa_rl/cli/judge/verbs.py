@@ -24,7 +24,7 @@ def _root() -> None:
 @verb
 def calibrate(
     judge: Annotated[
-        str, typer.Option(help="phantom:judge, phantom:judge_eval, folder, Hub id, or an endpoint's model.")
+        str, typer.Option(help="An embedded judge such as phantom:judge, folder, Hub id, or an endpoint's model.")
     ] = "phantom:judge",
     pairs: Annotated[
         Path | None, typer.Option(help="JSON Lines with reasoning and label to measure the judge against, too.")
@@ -38,6 +38,9 @@ def calibrate(
         str | None, typer.Option(help="Name of the environment variable with the endpoint's key.")
     ] = None,
     template: Annotated[str, typer.Option(help="auto, biogpt, biomistral, chat or phantom.")] = "auto",
+    sees: Annotated[
+        str, typer.Option(help="text, description or image: what the judge is shown besides the reasoning.")
+    ] = "text",
     strictness: Annotated[float, typer.Option(help="Nats by which log P(Yes) must exceed log P(No).")] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or such as cuda:1.")] = "auto",
     count: Annotated[int, typer.Option(min=2, help="Number of written phantom texts, and of sampled ones.")] = 600,
@@ -56,6 +59,7 @@ def calibrate(
         "endpoint": endpoint,
         "api_key_env": api_key_env,
         "template": template,
+        "sees": sees,
         "strictness": strictness,
         "device": device,
     }

@@ -11,7 +11,8 @@ from medvqa_rl.config import Config, JudgeConfig
 from medvqa_rl.core.network import is_loopback
 from medvqa_rl.core.prompts import asks_reasoning
 
-EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval")
+EMBEDDED_SEEING = "phantom:judge_sees"
+EMBEDDED_JUDGES = ("phantom:judge", "phantom:judge_eval", EMBEDDED_SEEING)
 EMBEDDED_LM = "phantom:lm"
 """The phantom world's language model: it measures perplexity and does not judge."""
 _DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -98,7 +99,7 @@ def _perplexity_problems(config: Config) -> Iterator[tuple[str, ...]]:
 
 
 def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
-    embedded = " and ".join(EMBEDDED_JUDGES)
+    embedded = f"{', '.join(EMBEDDED_JUDGES[:-1])} and {EMBEDDED_JUDGES[-1]}"
     if not judge.model.strip():
         yield f"{name}.model is empty: give a folder, a Hub id, or one of {embedded}.", f"{name}.model"
     if not _DEVICES.fullmatch(judge.device):
@@ -111,6 +112,7 @@ def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
             f"{name}.template is {judge.template}, but the embedded judges only read the reasoning: remove it.",
             f"{name}.template",
         )
+    yield from _sight_problems(name, judge, is_embedded=is_embedded)
     if judge.endpoint is None:
         if judge.api_key_env is not None:
             yield (
@@ -149,4 +151,34 @@ def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
             f"{name}.api_key_env is not the name of an environment variable: name the variable that holds the key, "
             "such as OPENAI_API_KEY, never the key itself.",
             f"{name}.api_key_env",
+        )
+
+
+def _sight_problems(name: str, judge: JudgeConfig, *, is_embedded: bool) -> Iterator[tuple[str, ...]]:
+    """Judges that are shown what they cannot see, or that are not shown what they need."""
+    settings = (f"{name}.sees", f"{name}.model")
+    if judge.model == EMBEDDED_SEEING and judge.sees != "image":
+        yield (
+            f"{name}.model is {judge.model}, which looks at the image, but {name}.sees is {judge.sees}: set "
+            f"{name}.sees=image, or {name}.model=phantom:judge.",
+            *settings,
+        )
+    elif is_embedded and judge.model != EMBEDDED_SEEING and judge.sees != "text":
+        yield (
+            f"{name}.sees is {judge.sees}, but {judge.model} only reads the reasoning: set {name}.sees=text, or "
+            f"{name}.model={EMBEDDED_SEEING} and {name}.sees=image.",
+            *settings,
+        )
+    if judge.sees == "image" and judge.template in ("biogpt", "biomistral"):
+        yield (
+            f"{name}.sees is image, but {name}.template is {judge.template}, which has no place for an image: set "
+            f"{name}.template=auto.",
+            f"{name}.sees",
+            f"{name}.template",
+        )
+    if judge.sees == "image" and name == "eval_judge":
+        yield (
+            "eval_judge.sees is image, but evaluations have the stored answers judged, without images: set "
+            "eval_judge.sees=text or description.",
+            "eval_judge.sees",
         )

@@ -265,6 +265,16 @@ def _header_pixels(path: Path, changed: int) -> int:
         return image.width * image.height
 
 
+def shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An image with at most this many pixels, of the same proportions; itself if it is small enough."""
+    share = (max_pixels / (image.width * image.height)) ** 0.5
+    if share >= 1:
+        return image
+    return image.resize(
+        (max(1, int(image.width * share)), max(1, int(image.height * share))), Image.Resampling.BICUBIC
+    )
+
+
 @dataclass(frozen=True)
 class MemoryImage:
     """An image in memory."""

@@ -34,7 +34,11 @@ _LINE = TypeAdapter(tuple[str, int, str | float | None])
 
 
 def request_hash(request: JudgeRequest, rubric: Rubric) -> str:
-    """SHA-256 of everything the judge is shown."""
+    """SHA-256 of everything the judge is shown.
+
+    Raises:
+        ValueError: an image cannot be decoded.
+    """
     return hashlib.sha256(json.dumps(rubric.shown(request)).encode()).hexdigest()
 
 
@@ -101,9 +105,16 @@ class CachedJudge:
         """The judge's, but ``asked`` counts all requests; ``cached`` counts those answered from the cache."""
         return {**self._judge.counters, **self._counts}
 
+    def _key(self, request: JudgeRequest, number: int) -> str:
+        """The hash of a request, or its number if an image cannot be decoded, which the judge will say."""
+        try:
+            return request_hash(request, self._rubric)
+        except ValueError:
+            return str(number)
+
     def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         """Grade requests; equal ones are judged once."""
-        keys = [request_hash(request, self._rubric) for request in requests]
+        keys = [self._key(request, number) for number, request in enumerate(requests)]
         missing = {key: request for key, request in zip(keys, requests) if key not in self._known}
         found = dict(zip(missing, self._judge.grade(list(missing.values())))) if missing else {}
         fresh = {key: grade for key, grade in found.items() if grade.is_scored}

@@ -11,22 +11,28 @@ when the judge is loaded, the judge asks without, until it is loaded again.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import ssl
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.network import is_on_this_machine, unusable_proxy
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.randomness import address, uniforms
 from medvqa_rl.core.text import printable
+from medvqa_rl.data.images.files import shrunk
 from medvqa_rl.rewards.judges.prompts import ENDPOINT
 from medvqa_rl.rewards.judges.protocol import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.judges.replies import MalformedReply, OutOfTime, bounded_client, read_completion, read_models
@@ -102,9 +108,10 @@ class EndpointJudge:
     def identity(self) -> JudgeIdentity:
         """Constrained verdicts have another prompt hash than free ones: a model may say otherwise where it may say
         only that."""
-        prompt_hash = ENDPOINT.hash if self._rubric.is_yes_no else self._rubric.hash
-        if self._constraint:
-            shown = prompt_hash + json.dumps(self._constraint)
+        prompt_hash = ENDPOINT.hash_for(self._rubric) if self._rubric.is_yes_no else self._rubric.hash
+        limits = {"max_pixels": self._config.max_pixels} if self._rubric.sees_images else {}
+        if self._constraint or limits:
+            shown = prompt_hash + "".join(json.dumps(more) for more in (self._constraint, limits) if more)
             prompt_hash = hashlib.sha256(shown.encode()).hexdigest()[:16]
         return JudgeIdentity(self._config.model, f"{self._host}/{self._config.model}", prompt_hash, 0.0)
 
@@ -128,6 +135,7 @@ class EndpointJudge:
         (grade,) = self.grade(self._rubric.probes[:1])
         if grade.is_scored:
             return
+        self._check_sight(grade)
         refusal, constraint = "", self._constraint
         if grade.reason.startswith(_CONSTRAINT_REFUSED):
             refusal, self._constraint = grade.reason, {}
@@ -155,6 +163,20 @@ class EndpointJudge:
             f"The judge {self._config.model!r} at {self._host} does not answer as it should ({grade.reason}): "
             "check judge.endpoint, judge.model and judge.api_key_env."
         )
+
+    def _check_sight(self, grade: Grade) -> None:
+        """Find out whether it was the image that the server refused.
+
+        Raises:
+            ValueError: it grades the same request without its image.
+        """
+        blind = [replace(self._rubric.probes[0], images=())]
+        if self._rubric.sees_images and grade.reason.startswith("HTTP 4") and self.grade(blind)[0].is_scored:
+            raise ValueError(
+                f"judge.sees is image, but the judge {self._config.model!r} at {self._host} cannot see: it refuses an "
+                f"image ({grade.reason}) and grades the same text without: set judge.model to a vision-language "
+                "model, or judge.sees to text or description."
+            )
 
     def _served(self) -> list[str]:
         """Names of the models that the server lists; empty if it lists none."""
@@ -184,13 +206,17 @@ class EndpointJudge:
 
     def _ask(self, request: JudgeRequest) -> Grade:
         openai, reason = self._openai, ""
+        try:
+            content = self._content(request)
+        except ValueError as error:  # an image
+            return Grade.failed(printable(str(error)))
         for attempt in range(self._config.max_retries + 1):
             retry_after: str | None = None
             self._count(requests=1, retries=int(attempt > 0))
             try:
                 reply = self._client.chat.completions.with_raw_response.create(
                     model=self._config.model,
-                    messages=[{"role": "user", "content": self._rubric.render(request)}],
+                    messages=[{"role": "user", "content": content}],
                     temperature=0.0,
                     max_tokens=self._rubric.max_tokens,
                     extra_body=self._constraint,
@@ -212,6 +238,19 @@ class EndpointJudge:
                 self._sleep(wait_before(attempt + 1, retry_after))
         tries = self._config.max_retries + 1
         return Grade.failed(f"{reason} (tried {tries} times)" if tries > 1 else reason)
+
+    def _content(self, request: JudgeRequest) -> Any:
+        """The message: text, or images followed by text.
+
+        Raises:
+            ValueError: an image cannot be decoded.
+        """
+        text = self._rubric.render(request)
+        images = [_data_url(shrunk(seen.image, self._config.max_pixels)) for seen in self._rubric.images(request)]
+        if not images:
+            return text
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        return [*parts, {"type": "text", "text": text}]
 
     def _read(self, body: bytes) -> str | None:
         """Count the tokens of a chat completion and return its text."""
@@ -236,6 +275,13 @@ def _proxy_options(endpoint: str) -> dict[str, Any]:
             "for SOCKS, install the package socksio and write socks5://, or unset the variable."
         )
     return {}
+
+
+def _data_url(image: Image.Image) -> str:
+    """An image as PNG with nothing but its pixels."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", image.size, image.tobytes()).save(file, "PNG")
+    return f"data:image/png;base64,{b64encode(file.getvalue()).decode()}"
 
 
 def _field(constraint: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ from medvqa_rl.core.progress import waiting
 from medvqa_rl.rewards.judges.cache import CachedJudge
 from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
 from medvqa_rl.rewards.judges.endpoint import EndpointJudge, host_of
-from medvqa_rl.rewards.judges.prompts import PHANTOM
+from medvqa_rl.rewards.judges.prompts import JudgePrompt
 from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity
-from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric
+from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric, seeing
 
 
 def load_judges(
@@ -44,33 +44,52 @@ def load_judges(
 
     if not rubrics:
         return {}
+    shown = [seeing(rubric, config.sees) for rubric in rubrics]
     judges: dict[str, Judge] = {}
     if config.endpoint is not None:
         key = read_key(config.api_key_env)
-        for rubric in rubrics:
+        for rubric in shown:
             remote = EndpointJudge(config, key, rubric)
             remote.check(say)
             judges[rubric.name] = cached(remote, rubric)
         return judges
-    from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge
-    from medvqa_rl.rewards.judges.local_model import load_judge_model
-
-    with waiting(f"loading the judge {config.model}"):
-        loaded = load_judge_model(config)
-    for rubric in rubrics:
-        if rubric is COHERENCE:
-            judges[rubric.name] = cached(YesNoJudge(loaded, strictness=config.strictness), rubric)
-        elif loaded.prompt is not PHANTOM:
-            judges[rubric.name] = cached(LevelJudge(loaded, rubric), rubric)
-        elif rubric is REASONING:
-            coherence = cached(YesNoJudge(loaded, strictness=config.strictness), COHERENCE)
-            judges[rubric.name] = EmbeddedJudge(judges.get(COHERENCE.name, coherence))
+    judge, prompt = _local(config)
+    for rubric in shown:
+        if rubric.is_yes_no or not prompt.is_embedded:
+            judges[rubric.name] = cached(judge(rubric), rubric)
+        elif rubric.name == REASONING.name:
+            coherence = seeing(COHERENCE, config.sees)
+            judges[rubric.name] = EmbeddedJudge(judges.get(COHERENCE.name) or cached(judge(coherence), coherence))
         else:
             raise ValueError(
-                f"The judge {config.model!r} only reads reasoning, so it cannot grade {rubric.name}: set judge.model "
+                f"The judge {config.model!r} only judges reasoning, so it cannot grade {rubric.name}: set judge.model "
                 "to a chat or instruct model, or to an endpoint's."
             )
     return judges
+
+
+def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], JudgePrompt]:
+    """Makes judges on this machine, which share a model, for any rubric; and the model's prompt."""
+    from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge
+    from medvqa_rl.rewards.judges.local_model import load_judge_model
+    from medvqa_rl.rewards.judges.vision import SeeingLevelJudge, SeeingYesNoJudge, load_seeing_model
+
+    def of_text(rubric: Rubric) -> Judge:
+        if rubric.is_yes_no:
+            return YesNoJudge(loaded, strictness=config.strictness, rubric=rubric)
+        return LevelJudge(loaded, rubric)
+
+    def of_images(rubric: Rubric) -> Judge:
+        if rubric.is_yes_no:
+            return SeeingYesNoJudge(looking, strictness=config.strictness, rubric=rubric)
+        return SeeingLevelJudge(looking, rubric)
+
+    with waiting(f"loading the judge {config.model}"):
+        if config.sees == "image":
+            looking = load_seeing_model(config)
+            return of_images, looking.prompt
+        loaded = load_judge_model(config)
+        return of_text, loaded.prompt
 
 
 def caches_folder(config: JudgeConfig) -> Path:
@@ -110,11 +129,8 @@ def notices(config: Config, *, rewards: bool = True) -> list[str]:
     """
     rubrics = rubrics_of(config.rewards)
     used = {"judge": config.judge if rubrics and rewards else None, "eval_judge": config.eval_judge}
-    shown = {"judge": "questions, options and reasoning", "eval_judge": "questions, options and reasoning"}
-    if any(rubric is not COHERENCE for rubric in rubrics):
-        shown["judge"] = "questions, options, answers, reference answers, reasoning and descriptions of images"
     lines = [
-        f"Notice: {shown[name]} are sent to {host_of(judge.endpoint)} ({name}.endpoint), images are not."
+        _notice(name, judge, rubrics if name == "judge" else [COHERENCE])
         for name, judge in used.items()
         if judge is not None and judge.endpoint is not None
     ]
@@ -124,6 +140,18 @@ def notices(config: Config, *, rewards: bool = True) -> list[str]:
             "it was pleased, not how good the reasoning is: set eval_judge.model to another model."
         )
     return lines
+
+
+def _notice(name: str, judge: JudgeConfig, rubrics: Sequence[Rubric]) -> str:
+    """Say what is sent to a judge's server."""
+    shown = {field for rubric in rubrics for field in seeing(rubric, judge.sees).shows}
+    texts = "questions, options and reasoning"
+    if "gold" in shown:
+        texts = "questions, options, answers, reference answers, reasoning and descriptions of images"
+    elif "description" in shown:
+        texts = "questions, options, reasoning and descriptions of images"
+    images = "and the images with them" if "images" in shown else "images are not"
+    return f"Notice: {texts} are sent to {host_of(judge.endpoint or '')} ({name}.endpoint), {images}."
 
 
 def _who(config: JudgeConfig) -> tuple[str, str | None, str | None]:

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from medvqa_rl.config import JudgeConfig
+from medvqa_rl.core.text import printable
 from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.rewards.judges.local_model import JudgeModel, load_judge_model
 from medvqa_rl.rewards.judges.prompts import defused
@@ -41,6 +43,11 @@ class _Case(NamedTuple):
     def length(self) -> int:
         """Tokens to read; the last one of an answer need not be."""
         return max(map(len, self.answers)) - 1
+
+    @property
+    def tails(self) -> tuple[tuple[int, ...], ...]:
+        """Each answer behind what all of them share."""
+        return tuple(answer[self.start :] for answer in self.answers)
 
 
 class _Piece(NamedTuple):
@@ -70,9 +77,7 @@ class LocalJudge(ABC):
         self.identity = JudgeIdentity(loaded.name, loaded.fingerprint, prompt_hash, strictness)
         self._counts: Counter[str] = Counter()
         self._prefix_cache: Any = None
-        cases = [self._encode(request) for request in rubric.probes]
-        self._check_answers(cases)
-        self._prefix = _common_prefix([case.answers[0][: case.start] for case in cases])
+        self._check_answers([self._encode(request) for request in rubric.probes])
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -95,30 +100,41 @@ class LocalJudge(ABC):
 
     def _ask(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         """Grade requests with the model; each has something to grade."""
-        cases, limit = [self._encode(request) for request in requests], self.loaded.limit
-        found = iter(self._log_probs([case for case in cases if case.length <= limit]))
-        return [
-            self._read_verdict(next(found))
-            if case.length <= limit
-            else Grade.failed(f"the prompt has {case.length} tokens, the judge reads {limit}")
-            for case in cases
-        ]
+        cases = [self._case(request) for request in requests]
+        found = iter(self._log_probs([case for case in cases if not isinstance(case, Grade)]))
+        return [case if isinstance(case, Grade) else self._read_verdict(next(found)) for case in cases]
+
+    def _case(self, request: JudgeRequest) -> Any:
+        """The encoded request, or the failed grade of one that cannot be asked."""
+        try:
+            case = self._encode(request)
+        except ValueError as error:  # an image
+            return Grade.failed(printable(str(error)))
+        if case.length > self.loaded.limit:
+            return Grade.failed(f"the prompt has {case.length} tokens, the judge reads {self.loaded.limit}")
+        return case
 
     def _read_verdict(self, log_probs: Sequence[float]) -> Grade:
         if not all(map(math.isfinite, log_probs)):
             return Grade.failed("the judge gives probabilities that are no finite numbers")
         return self._verdict(log_probs)
 
-    def _encode(self, request: JudgeRequest) -> _Case:
+    def _encode(self, request: JudgeRequest) -> Any:
+        """The request's prompt and answers as tokens."""
         text = self._prompt(defused(request, self.loaded.special))
         answers = tuple(tuple(self.loaded.encode(text + answer)) for answer in self.answers)
-        return _Case(answers, len(_common_prefix(answers)))
+        return _Case(answers, len(common_prefix(answers)))
 
-    def _check_answers(self, cases: Sequence[_Case]) -> None:
+    @cached_property
+    def _prefix(self) -> tuple[int, ...]:
+        """The tokens with which all prompts begin."""
+        cases = [self._encode(request) for request in self.rubric.probes]
+        return common_prefix([case.answers[0][: case.start] for case in cases])
+
+    def _check_answers(self, cases: Sequence[Any]) -> None:
         size, words = self.loaded.model.get_output_embeddings().weight.shape[0], [a.strip() for a in self.answers]
         for case in cases:
-            for word, answer in zip(words, case.answers):
-                tail = answer[case.start :]
+            for word, tail in zip(words, case.tails):
                 is_known = all(token < size and token != self.loaded.tokenizer.unk_token_id for token in tail)
                 if not (tail and case.start and is_known):
                     raise ValueError(
@@ -128,7 +144,7 @@ class LocalJudge(ABC):
                     )
 
     @torch.no_grad()
-    def _log_probs(self, cases: Sequence[_Case]) -> list[list[float]]:
+    def _log_probs(self, cases: Sequence[Any]) -> list[list[float]]:
         """Log-probability of each answer of each case, summed over the answer's tokens.
 
         Prompts that begin with the cached prefix continue from it; equal pieces are read once.
@@ -195,21 +211,22 @@ class LocalJudge(ABC):
 
 
 class YesNoJudge(LocalJudge):
-    """Judges coherence: Yes if log P("Yes") > log P("No") + strictness, else No."""
+    """Judges a rubric with two levels: Yes if log P("Yes") > log P("No") + strictness, else No."""
 
-    def __init__(self, loaded: JudgeModel, *, strictness: float = 0.0) -> None:
+    def __init__(self, loaded: JudgeModel, *, strictness: float = 0.0, rubric: Rubric = COHERENCE) -> None:
         """
         Args:
             strictness: nats by which log P("Yes") must exceed log P("No").
+            rubric: with two levels.
 
         Raises:
             ValueError: the vocabulary cannot write Yes and No.
         """
         prompt = loaded.prompt
-        super().__init__(loaded, COHERENCE, (prompt.yes, prompt.no), prompt.hash, strictness)
+        super().__init__(loaded, rubric, (prompt.yes, prompt.no), prompt.hash_for(rubric), strictness)
 
     def _prompt(self, request: JudgeRequest) -> str:
-        return self.loaded.prompt.render(request)
+        return self.loaded.prompt.render(request, self.rubric)
 
     def _verdict(self, log_probs: Sequence[float]) -> Grade:
         margin = log_probs[0] - log_probs[1]
@@ -238,7 +255,7 @@ class LevelJudge(LocalJudge):
         super().__init__(loaded, rubric, answers, hashlib.sha256(shown.encode()).hexdigest()[:16])
 
     def _prompt(self, request: JudgeRequest) -> str:
-        return self._wrap(self.rubric.render(request)) + BEGINNING
+        return self._wrap(self.rubric.render(request), len(self.rubric.images(request))) + BEGINNING
 
     def _verdict(self, log_probs: Sequence[float]) -> Grade:
         values = np.asarray(log_probs)
@@ -256,7 +273,7 @@ def load_local_judge(config: JudgeConfig) -> YesNoJudge:
     return YesNoJudge(load_judge_model(config), strictness=config.strictness)
 
 
-def _common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_prefix(sequences: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The tokens at the beginning of all sequences."""
     length = 0
     for tokens in zip(*sequences):

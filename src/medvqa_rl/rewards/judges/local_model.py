@@ -21,6 +21,9 @@ from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_size, load_tokenizer
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
 
+FIXED = {"date_string": "1 January 2026", "enable_thinking": False}
+"""Arguments of chat templates: those that insert today's date or open a thinking section would change the prompt, or
+prevent a reply."""
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "pytorch_model*.bin"]
 
 
@@ -67,8 +70,8 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
     Raises:
         ValueError: it does not exist, is not a causal language model, or has no matching prompt.
     """
-    device = _device(config.device)
-    folder = _folder(config)
+    device = device_of(config)
+    folder = folder_of(config)
     try:
         tokenizer = load_tokenizer(folder)
         check_size(folder, AutoModelForCausalLM)
@@ -92,7 +95,13 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
     return JudgeModel(config.model, model.to(device).eval(), tokenizer, prompt, config.batch_size)
 
 
-def _device(name: str) -> torch.device:
+def device_of(config: JudgeConfig) -> torch.device:
+    """The judge's device.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -104,8 +113,12 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
-def _folder(config: JudgeConfig) -> Path:
-    """The folder of the judge's files; downloads them from the Hub if needed."""
+def folder_of(config: JudgeConfig) -> Path:
+    """The folder of the judge's files; downloads them from the Hub if needed.
+
+    Raises:
+        ValueError: there is no such folder, or the Hub did not deliver it.
+    """
     if config.model.startswith("phantom:"):
         folder = ASSETS / config.model.removeprefix("phantom:")
         if config.model not in EMBEDDED_JUDGES or not (folder / "model.safetensors").is_file():
@@ -149,14 +162,9 @@ def _prompt(config: JudgeConfig, model: Any, tokenizer: Any) -> JudgePrompt:
             "biogpt (the model continues a text) or biomistral (Mistral's instruction format)."
         )
     if name == "chat":
-        # Templates that insert today's date or open a thinking section would change the prompt, or prevent a reply.
         return chat_prompt(
-            lambda text: tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string="1 January 2026",
-                enable_thinking=False,
+            lambda text, images: tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **FIXED
             )
         )
     return {"biogpt": BIOGPT, "biomistral": BIOMISTRAL, "phantom": PHANTOM}[name]

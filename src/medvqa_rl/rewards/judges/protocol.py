@@ -7,12 +7,43 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Protocol
+
+from PIL import Image
+
+from medvqa_rl.core.types import ImageSource
+from medvqa_rl.data.images.fingerprints import pixel_hash
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """An image that a judge may be shown: decoded when the first judge looks, then kept.
+
+    Both properties raise ValueError if the image cannot be decoded.
+    """
+
+    source: ImageSource
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB."""
+        return self.source.load()
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hexadecimal digits, equal for equal pixels."""
+        return pixel_hash(self.image).hex()
+
+
+def seen(sources: Sequence[ImageSource]) -> tuple[SeenImage, ...]:
+    """Images of a question for its judge requests, which should share them."""
+    return tuple(map(SeenImage, sources))
 
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One case to grade: text only, never the image. The rubric decides which of it the judge is shown."""
+    """One case to grade. The rubric decides which of it the judge is shown."""
 
     question: str
     options: tuple[str, ...]
@@ -25,6 +56,8 @@ class JudgeRequest:
     """The reference answer: text, for choice questions preceded by its letter."""
     description: str = ""
     """What the data set says about the image, such as a caption; empty if it says nothing."""
+    images: tuple[SeenImage, ...] = ()
+    """Images of the question, decoded only for judges that see."""
 
 
 @dataclass(frozen=True)
