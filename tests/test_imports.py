@@ -30,7 +30,7 @@ LEVELS = [
 """From the ground up: a folder imports from itself and from the levels before its own."""
 
 LIGHT = {"core", "config", "data", "evaluation/statistics", "learning/estimate", "report", "study"}
-"""Folders that import without torch; so does ``medvqa_rl.cli``, until a verb runs."""
+"""Folders that import without torch; so do ``medvqa_rl.cli``, until a verb runs, and ``medvqa_rl.api``."""
 
 MAX_LINES = 400
 MAX_MODULES = 12
@@ -90,7 +90,12 @@ def folder(module: str) -> str:
 def test_the_root_has_the_folders_of_the_house() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == set().union(*LEVELS)
-    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "__main__.py", "py.typed"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        "__init__.py",
+        "__main__.py",
+        "api.py",
+        "py.typed",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(set().union(*LEVELS)))
@@ -134,7 +139,7 @@ def test_only_families_and_the_phantom_world_know_an_architecture() -> None:
 
 def test_light_modules_import_without_torch() -> None:
     light = tuple(name.replace("/", ".") for name in LIGHT)
-    names = ["medvqa_rl.cli", *(f"medvqa_rl.{name}" for name in MODULES if name.startswith(light))]
+    names = ["medvqa_rl.cli", "medvqa_rl.api", *(f"medvqa_rl.{name}" for name in MODULES if name.startswith(light))]
     code = (
         "import importlib, sys\n"
         f"for name in {names}:\n"

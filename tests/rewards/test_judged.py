@@ -5,7 +5,6 @@ Run: pytest tests/rewards/test_judged.py
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,6 @@ from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.learning.grpo import check_rewardable
 from medvqa_rl.learning.objective.advantages import group_advantages
-from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judged import gated, unseen
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
@@ -400,18 +398,3 @@ def test_the_same_judge_for_reward_and_evaluation_triggers_a_warning() -> None:
     assert not notices(build_config({"rewards": {"semantic": 1.0}, "eval_judge": {"model": "phantom:judge_eval"}}))
     assert overlap(IDENTITY, JudgeIdentity("another name", "w", "q", 0.0)) is not None
     assert overlap(IDENTITY, JudgeIdentity("j", "other weights", "p", 0.0)) is None
-
-
-def test_a_run_is_resumed_with_its_judge_only(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    run.check_judges({"reward": IDENTITY}, resume=False)
-    written = json.loads((tmp_path / "judge.json").read_text())
-    assert written == {"reward": {"name": "j", "fingerprint": "w", "prompt_hash": "p", "strictness": 0.0}}
-    run.check_judges({"reward": IDENTITY}, resume=True)
-    with pytest.raises(ValueError, match="judge has changed since this run was started"):
-        run.check_judges({"reward": JudgeIdentity("j", "w2", "p", 0.0)}, resume=True)
-
-
-def test_a_run_without_a_judge_does_not_mention_one(tmp_path: Path) -> None:
-    RunDir(tmp_path).check_judges({}, resume=False)
-    assert not (tmp_path / "judge.json").exists()

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from medvqa_rl.core.files import describe_os_error
-from medvqa_rl.core.network import NetworkRefused, forbid_network, is_off, spare_this_machine
+from medvqa_rl.core.network import forbid_network, is_off, spare_this_machine
 from medvqa_rl.core.progress import TerminalConsole
 from medvqa_rl.core.text import is_unicode, printable, shown
 
@@ -236,22 +235,12 @@ def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path
 
 def _sentence(error: Exception) -> str:
     """Return an error's message as a sentence, followed by its notes."""
-    return " ".join([_message(error), *getattr(error, "__notes__", ())])
-
-
-def _message(error: Exception) -> str:
     from medvqa_rl.config import ConfigError
+    from medvqa_rl.config.errors import sentence
 
     if isinstance(error, ConfigError):
         return "\nerror: ".join(error.problems)
-    if isinstance(error, UnicodeEncodeError) and error.encoding == "utf-8":  # the target of a link, for one
-        text = shown(error.object[max(0, error.start - 40) : error.end + 40])
-        return (
-            f"A name or a text is not UTF-8 and cannot be written ({text}): rename the file or folder, or repair it."
-        )
-    if not isinstance(error, OSError) or isinstance(error, NetworkRefused):
-        return str(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
-    return describe_os_error(error)
+    return sentence(error) or f"{type(error).__name__} without a message: run again with --debug to see where."
 
 
 def _print_error(message: str) -> None:

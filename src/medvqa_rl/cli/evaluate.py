@@ -62,6 +62,7 @@ def evaluate(
 
     Answers are greedy; sampled answers and bias controls are optional.
     """
+    from medvqa_rl.config import moved
     from medvqa_rl.core.files import find_checkpoint, note_on_best, run_config
     from medvqa_rl.core.prompts import read_templates
     from medvqa_rl.evaluation.store import Shard
@@ -79,7 +80,7 @@ def evaluate(
             print_line(open_console(), note)
     settings = read_settings(config if run is None else run_config(run), given, purpose="eval").config
     if run is not None:  # it may have been moved since
-        settings = settings.model_copy(update={"output_dir": str(run)})
+        settings = moved(settings, run)
     further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
     part = None if shard is None else Shard.parse(shard)
     templates = () if prompts is None else read_templates(prompts)

@@ -105,11 +105,16 @@ def _follow_moved_run(loaded: Loaded, folder: Path) -> Loaded:
             f"The config is in the run folder {folder}, but its output_dir is {recorded}, which holds a run too: add "
             f"output_dir={folder} or output_dir={recorded} to say which one to resume."
         )
+    from medvqa_rl.config import moved
+    from medvqa_rl.config.yaml import merge
     from medvqa_rl.core.progress import to_stderr
 
     to_stderr(f"The run in {folder} was moved: its output_dir was {recorded}.")
-    config = loaded.config.model_copy(update={"output_dir": str(folder)})
-    return replace(loaded, config=config, given={**loaded.given, "output_dir": str(folder)})
+    config = moved(loaded.config, folder)
+    given = merge(loaded.given, [(("output_dir",), config.output_dir)])
+    if config.data != loaded.config.data:
+        given = merge(given, [(("data", "path"), config.data.path)])
+    return replace(loaded, config=config, given=given)
 
 
 def _write_cards(run: Path, dry_run: bool) -> None:

@@ -4,7 +4,7 @@ Names follow TRL's ``GRPOConfig`` where it has one. All defaults are safe on a l
 the papers' values.
 """
 
-from medvqa_rl.config.config import Config, ConfigError, Purpose, differences, digest, is_hub_id, leaves
+from medvqa_rl.config.config import Config, ConfigError, Purpose, differences, digest, is_hub_id, leaves, moved
 from medvqa_rl.config.inputs import DataConfig, LoraConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import (
     AdvantageConfig,
@@ -40,4 +40,5 @@ __all__ = [
     "digest",
     "is_hub_id",
     "leaves",
+    "moved",
 ]

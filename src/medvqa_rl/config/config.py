@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from medvqa_rl.config.base import Free, Identity, Settings
+from medvqa_rl.config.errors import MedVQAError
 from medvqa_rl.config.inputs import DataConfig, ModelConfig, PrefetchConfig, PromptConfig
 from medvqa_rl.config.learning import AdvantageConfig, EvalConfig, LossConfig, OptimizerConfig, SftConfig, TrainConfig
 from medvqa_rl.config.rollout_and_rewards import JudgeConfig, RewardsConfig, RolloutConfig, VllmConfig
@@ -46,14 +47,47 @@ class Config(Settings):
     sft: SftConfig = SftConfig()
     eval: EvalConfig = EvalConfig()
 
+    @classmethod
+    def from_yaml(cls, path: str | Path, *overrides: str) -> Config:
+        """Read a YAML file, and apply overrides such as ``"train.steps=100"``.
 
-class ConfigError(ValueError):
+        Raises:
+            ConfigError: the file cannot be read, or with a sentence for every problem.
+        """
+        from medvqa_rl.config.yaml import load_config
+
+        return load_config(path, overrides).config
+
+    @classmethod
+    def from_settings(cls, **settings: Any) -> Config:
+        """Build the settings from names: ``steps=100`` or ``train={"steps": 100}``, ``**{"train.steps": 100}``.
+
+        Of several settings with the same name (``seed``), the one that TRL's ``GRPOConfig`` has counts.
+
+        Raises:
+            ConfigError: with a sentence for every problem.
+        """
+        from medvqa_rl.config.named import nest
+        from medvqa_rl.config.yaml import build_config
+
+        return build_config(nest(settings))
+
+
+class ConfigError(MedVQAError):
     """Invalid settings: one complete sentence per problem, one printable line each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         assert problems
         self.problems = tuple(printable(problem, 1_500) for problem in problems)
         super().__init__("\n".join(self.problems))
+
+
+def moved(config: Config, folder: Path) -> Config:
+    """Return the settings of a run that is now in another folder; data that is stored in its folder moved with it."""
+    before, data = Path(config.output_dir), config.data
+    if data.path is not None and Path(data.path).is_relative_to(before):
+        data = data.model_copy(update={"path": str(folder / Path(data.path).relative_to(before))})
+    return config.model_copy(update={"output_dir": str(folder), "data": data})
 
 
 def digest(config: Config) -> str:

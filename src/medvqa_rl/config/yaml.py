@@ -272,7 +272,11 @@ def _is_section(key: str) -> bool:
 
 def _validate(data: Mapping[str, Any]) -> Config:
     # Through JSON, because strict mode then accepts a list for a tuple and 1 for 1.0, but not "1" or true for 1.
-    return Config.model_validate_json(json.dumps(data), strict=True)
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:  # from Python, where a value may be anything
+        raise ConfigError([f"A setting is neither text, a number nor a list of them ({error})."]) from error
+    return Config.model_validate_json(text, strict=True)
 
 
 @dataclass(frozen=True)
@@ -284,6 +288,16 @@ class Loaded:
     """File and overrides, merged and nested, without defaults."""
     overridden: frozenset[str]
     """Dotted paths given on the command line."""
+
+
+def check_config(config: Config, purpose: Purpose) -> None:
+    """Check that valid settings do not contradict each other for a purpose.
+
+    Raises:
+        ConfigError: with a sentence for every contradiction.
+    """
+    if problems := [problem.sentence for problem in cross_checks(config, purpose)]:
+        raise ConfigError(list(dict.fromkeys(problems)))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, purpose: Purpose | None = None) -> Loaded:

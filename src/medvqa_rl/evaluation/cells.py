@@ -96,7 +96,7 @@ def run_eval(
     controls: bool = False,
     shard: Shard | None = None,
     resume: bool = False,
-) -> None:
+) -> list[Evaluation]:
     """Evaluate one or several splits: print accuracy with intervals, write ``samples.jsonl`` and ``results.json``.
 
     Args:
@@ -109,6 +109,9 @@ def run_eval(
         shard: the part of the questions that this process answers; defaults to this rank's part under a launcher,
             else to all. The process that finds all answers present writes the results.
         resume: continue an interrupted evaluation, or show a complete one.
+
+    Returns:
+        The evaluations that are complete.
 
     Raises:
         ValueError: the data, model or folder cannot be used.
@@ -135,7 +138,7 @@ def run_eval(
 
     if dry_run:
         _dry_run(cells, policy, console)
-        return
+        return []
     if shard is None:
         with joining():
             state = PartialState(cpu=resolve_device(model.device).type == "cpu")
@@ -165,6 +168,7 @@ def run_eval(
             _compare_prompts(complete, run, base, model_name)
         for evaluation in complete.values():
             check_unscored(evaluation.results, config.eval)
+        return list(complete.values())
 
 
 def _notices(config: Config, judge: Judge | None, rewarding: Mapping[str, JudgeIdentity]) -> list[str]:
@@ -299,7 +303,7 @@ def _make_results(
         results["judges"] = {role: identity.to_json() for role, identity in run.judges.items()}
     if controls:
         results["controls"] = summarise_controls(records, controls, run.config.eval)
-    evaluation = Evaluation(evaluation.records, results)
+    evaluation = Evaluation(evaluation.records, results, cell.folder)
     write_evaluation(evaluation, cell.folder)
     return evaluation
 

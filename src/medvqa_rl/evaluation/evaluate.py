@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,37 @@ class Evaluation:
     """The records of an evaluation and the results computed from them."""
 
     records: tuple[EvalRecord, ...]
+    """One per question: the output, the parsed answer, the gold answer, the score and why."""
     results: Mapping[str, Any]
     """The content of ``results.json``: what :func:`summarise` returns, and ``dataset``, ``settings``, ``seeds`` and
     ``versions``."""
+    folder: Path | None = None
+    """Where both are written, if they are."""
 
     @property
     def metrics(self) -> dict[str, float]:
         """The main numbers under the names of ``metrics.jsonl``."""
         return flat_metrics(self.results)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the scored questions that are right; None if none was scored."""
+        found: float | None = self.results["accuracy"]
+        return found
+
+    @property
+    def interval(self) -> tuple[float | None, float | None]:
+        """95 % interval of the accuracy, by bootstrap over images."""
+        return self.results["accuracy_low"], self.results["accuracy_high"]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The records as dicts, as ``pandas.DataFrame`` and ``datasets.Dataset.from_list`` take them."""
+        return [asdict(record) for record in self.records]
+
+    def __repr__(self) -> str:
+        numbers = ["none" if value is None else f"{value:.1%}" for value in (self.accuracy, *self.interval)]
+        where = "" if self.folder is None else f" in {str(self.folder)!r}"
+        return f"Evaluation(accuracy {numbers[0]}, 95 % interval {numbers[1]} to {numbers[2]}{where})"
 
 
 @dataclass(frozen=True)

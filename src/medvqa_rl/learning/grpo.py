@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ from medvqa_rl.learning.setup import (
 from medvqa_rl.learning.update import Learner
 from medvqa_rl.models.loading import resolve_device
 from medvqa_rl.rewards import Rewards
+from medvqa_rl.rewards.functions import RewardFunction
 from medvqa_rl.rewards.judged import unseen
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.judges.load import caches_folder, load_rewarding, notices, roles
@@ -64,6 +66,7 @@ def train(
     given: Mapping[str, Any] | None = None,
     train_set: Dataset | None = None,
     val_set: Dataset | None = None,
+    functions: Mapping[str, RewardFunction] = MappingProxyType({}),
 ) -> Path:
     """Train a policy with RL.
 
@@ -75,6 +78,7 @@ def train(
         given: the settings as the user wrote them, saved next to the resolved ones.
         train_set: training samples; defaults to those of ``config.data``.
         val_set: validation samples; defaults to those of ``config.data``.
+        functions: those of ``rewards.functions`` that a program passes itself, by dotted path.
 
     Returns:
         The run's folder.
@@ -96,7 +100,7 @@ def train(
     judges = load_rewarding(config, accelerator.print)
     for line in calibration_warnings(caches_folder(config.judge), judges.values()):
         accelerator.print(line)
-    rewards = make_rewards(config, judges)
+    rewards = make_rewards(config, judges, functions)
     if dry_run:
         return _dry_run(config, accelerator, rewards, train_set)
     with Run(config, accelerator, kind="train", resume=resume, given=given, resume_from=resume_from) as run:
@@ -104,7 +108,7 @@ def train(
         for line in slower(setup, config):
             accelerator.print(line)
         reference = make_reference(config, setup.policy)  # before run.start, which may load a checkpoint
-        run.start(setup.policy, setup.engine, setup.datasets, roles(judges))
+        run.start(setup.policy, setup.engine, setup.datasets, roles(judges), rewards.functions)
         setup.vllm = start_vllm(config, accelerator, setup.policy)
         trained = run.use_trained(wrap(config, accelerator, setup.policy))
         collector = Collector(config, setup, trained, rewards)
@@ -134,7 +138,9 @@ def train(
     return run.dir.path
 
 
-def make_rewards(config: Config, judges: Mapping[str, Judge]) -> Rewards:
+def make_rewards(
+    config: Config, judges: Mapping[str, Judge], functions: Mapping[str, RewardFunction] = MappingProxyType({})
+) -> Rewards:
     """Build the rewards of ``config.rewards``."""
     similarity = None
     if config.rewards.open_correctness == "similarity":
@@ -145,6 +151,7 @@ def make_rewards(config: Config, judges: Mapping[str, Judge]) -> Rewards:
         max_completion_length=config.rollout.max_completion_length,
         judges=judges,
         similarity=similarity,
+        functions=functions,
     )
 
 

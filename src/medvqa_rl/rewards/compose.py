@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from medvqa_rl.config import RewardsConfig, RolloutConfig
 from medvqa_rl.core.answers import Read, read_group
 from medvqa_rl.core.types import Group
-from medvqa_rl.rewards.functions import RewardLog, call_functions, load_function
+from medvqa_rl.rewards.functions import RewardFunction, RewardLog, call_functions, load_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.length import (
@@ -120,6 +121,7 @@ class Rewards:
         max_completion_length: int = RolloutConfig().max_completion_length,
         judges: Mapping[str, Judge] | None = None,
         similarity: Compare | None = None,
+        functions: Mapping[str, RewardFunction] = MappingProxyType({}),
     ) -> None:
         """Load the user's functions.
 
@@ -129,6 +131,8 @@ class Rewards:
             judges: by rubric: ``semantic`` and ``composite`` need ``coherence``, ``reasoning`` needs ``reasoning``,
                 and ``open_correctness: judge`` needs ``correctness``.
             similarity: compares texts to references; ``open_correctness: similarity`` needs it.
+            functions: those of ``rewards.functions`` that a program passes itself, by dotted path; the others are
+                imported.
 
         Raises:
             ValueError: no part is enabled, two parts have the same name, or a function cannot be loaded
@@ -137,7 +141,7 @@ class Rewards:
         self._config, self._judges, self._similarity = config, dict(judges or {}), similarity
         self._limit = max_completion_length
         self._weights = {name: weight for name, weight in config.weights.items() if weight != 0}
-        self._functions = {}  # name -> (path, function)
+        self._functions: dict[str, tuple[str, RewardFunction]] = {}  # by name: (path, function)
         for path, weight in config.functions.items():
             if weight == 0:
                 continue
@@ -148,7 +152,7 @@ class Rewards:
                     "under its own name: rename the function or set the other's weight to 0."
                 )
             self._weights[name] = weight
-            self._functions[name] = (path, load_function(path))
+            self._functions[name] = (path, functions[path] if path in functions else load_function(path))
         if not self._weights:
             raise ValueError(
                 "No reward is enabled, but training needs one: set rewards.format, rewards.correctness, another "
@@ -159,6 +163,11 @@ class Rewards:
     def names(self) -> tuple[str, ...]:
         """Names of the enabled parts, as in ``Scores.parts`` and the logged ``rewards/{name}/mean``."""
         return tuple(self._weights)
+
+    @property
+    def functions(self) -> dict[str, RewardFunction]:
+        """The user's functions that score, by dotted path."""
+        return dict(self._functions.values())
 
     def score(self, groups: Sequence[Group], *, step: int, count_tokens: Callable[[str], int] | None = None) -> Scores:
         """Score every completion of P groups of G.
@@ -183,7 +192,7 @@ class Rewards:
         if {"correctness", "reasoning"} & self._weights.keys():
             credit = score_answers(reads, self._config, log, self._similarity, self._judges.get("correctness"))
         batch = Batch(reads, self._config, self._limit, self._judges, credit, log)
-        called = call_functions(dict(self._functions.values()), groups, step=step, log=log)
+        called = call_functions(self.functions, groups, step=step, log=log)
         parts: dict[str, NDArray[np.float64]] = {}
         applies = {name: np.ones(shape, dtype=np.bool_) for name in self.names}
         for name in self.names:

@@ -73,7 +73,7 @@ def load_function(path: str) -> RewardFunction:
             f"The reward function {shown(path)} cannot be loaded: module {shown(module_name)} has no {shown(name)}."
         )
     function: RewardFunction = vars(module)[name]
-    _check_signature(path, function)
+    check_signature(path, function)
     return function
 
 
@@ -88,7 +88,7 @@ def _announce(path: str, package: str) -> None:
         to_stderr(f"Importing Python from the settings: {path} runs {printable(file, 400)}")
 
 
-def _check_signature(path: str, function: object) -> None:
+def check_signature(path: str, function: object) -> None:
     what = "a function (prompts, completions, completion_ids, **kwargs) that returns one float or None per completion"
     if not callable(function) or inspect.isclass(function):
         raise ValueError(f"The reward {shown(path)} is a {type(function).__name__}, but it must be {what}.")

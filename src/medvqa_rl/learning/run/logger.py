@@ -20,9 +20,10 @@ from medvqa_rl.core.progress import duration, heartbeat, open_console
 from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.types import Group
 from medvqa_rl.learning.run.collapse import CollapseWatch
-from medvqa_rl.learning.run.run_dir import RESTORE, RunDir
+from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.step_metrics import CompletionRecord, to_json
 from medvqa_rl.learning.run.trackers import Trackers
+from medvqa_rl.learning.run.unchanged import RESTORE
 
 HEADLINE = ("reward", "loss", "kl", "completions/mean_length", "eval/accuracy", "eval/format_rate")
 """Metrics shown on a line of the terminal."""

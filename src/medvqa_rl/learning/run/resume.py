@@ -38,6 +38,8 @@ class Resume(BaseModel):
     """Its folder, relative to the run; None if there was no checkpoint yet."""
     settings: dict[str, Change]
     """The settings that differ from those of the first start, by dotted path."""
+    functions: dict[str, Change] = {}
+    """The reward functions whose source differs from that of the first start, with its hashes."""
     environment: list[str]
     """What else differs from the first start, as ``name (old -> new)``."""
     promise: str = ""
@@ -109,6 +111,10 @@ def promise(resumes: Sequence[Resume], config: Config, *, is_gpu: bool) -> str:
                 later[path] = _later(path, change, config, resume.step)
             elif kind == "rounding":
                 reasons[path] = _shown({path: change})[0]
+        later |= {
+            f"functions.{name}": f"From step {resume.step + 1} on, the reward function {name} has another source"
+            for name in resume.functions
+        }
         reasons |= {change.partition(" ")[0]: change for change in resume.environment}
     if config.rollout.engine == "vllm":
         text = "similar to those of an uninterrupted run, not equal: what vLLM samples depends on its batches"

@@ -47,9 +47,11 @@ from medvqa_rl.learning.run.logger import RunLogger
 from medvqa_rl.learning.run.run_dir import RunDir
 from medvqa_rl.learning.run.signals import StopSignals
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
+from medvqa_rl.learning.run.unchanged import check_data, check_rewards
 from medvqa_rl.learning.run.validation import log_and_keep_best, validate
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.summary import describe, describe_training
+from medvqa_rl.rewards.functions import RewardFunction
 from medvqa_rl.rewards.judges import JudgeIdentity
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -122,12 +124,14 @@ class Run:
         engine: RolloutEngine,
         datasets: Mapping[str, Dataset],
         judges: Mapping[str, JudgeIdentity] | None = None,
+        functions: Mapping[str, RewardFunction] | None = None,
     ) -> None:
         """Load the last checkpoint's weights when resuming, check data and judges, and open the logs.
 
         Args:
             datasets: ``train``, and ``val`` if there are evaluations.
             judges: the judges that score rewards, by role.
+            functions: the user's reward functions, by dotted path.
 
         Raises:
             ValueError: when resuming, the data or a judge has changed.
@@ -143,17 +147,14 @@ class Run:
         if self._resume:
             missing = self.dir.cut_back(self.state.step, self.state.metrics_bytes)
             remove_old_checkpoints(self.dir.path, self.config.train.save_total_limit)  # if killed before it did
-        self.dir.check_data(datasets, resume=self._resume)
+        check_data(self.dir.path, datasets, resume=self._resume)
         used = dict(judges or {})
         if self.config.train.eval_steps:
             judge = load_eval_judge(self.config.eval_judge)
             used |= {} if judge is None else {"evaluation": judge.identity}
             self._instruments = load_instruments(self.config.eval, policy.device.type, as_instrument(judge))
-        self.dir.check_judges(used, resume=self._resume)
-        seed = self.config.train.seed
-        changes = self.dir.compare_environment(seed, self.state.step) if self._resume else []
-        if not self._resume:
-            self.dir.write_environment(seed)
+        repaired = check_rewards(self.dir.path, used, functions or {}, resume=self._resume)
+        changes = self.dir.record_environment(self.config.train.seed, self.state.step, resume=self._resume)
         self._write_status("running")
         self._logger = self._exits.enter_context(RunLogger(self.dir, self.config, first_step=self.state.step))
         self._logger.say(describe(policy))
@@ -165,6 +166,7 @@ class Run:
                 step=self.state.step,
                 checkpoint=self._checkpoint,
                 environment=changes,
+                functions=repaired,
                 is_gpu=policy.device.type != "cpu",
             )
             start = describe_start(self._checkpoint, self._resume_from)

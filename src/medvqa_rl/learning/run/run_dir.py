@@ -1,6 +1,7 @@
 """The folder of a run: settings, environment, data, status and logs. Every table and plot is made from it.
 
-config.yaml (as given) config.resolved.json env.json data.json judge.json status.json metrics.jsonl train.log
+config.yaml (as given) config.resolved.json env.json data.json judge.json rewards.json status.json metrics.jsonl
+train.log  data/ (samples that a program gave)
 resumes.jsonl config.resume_1.yaml env.resumed_000100.json  (what changed since the first start, resume.py)
 samples/step_000025.jsonl  eval/step_000100/  checkpoints/step_000100/  best/
 """
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,19 +29,16 @@ from medvqa_rl.config.yaml import write_yaml
 from medvqa_rl.core.files import read_json, run_config, step_of, write_json, write_text
 from medvqa_rl.core.machine import ProcessLock
 from medvqa_rl.core.packages import installed
-from medvqa_rl.core.types import Dataset
 from medvqa_rl.learning.distributed.launch import read_launch
 from medvqa_rl.learning.run.errors import RunFolderLost
 from medvqa_rl.learning.run.resume import Change, Resume, changed_settings, promise, read_resumes, still_counts
-from medvqa_rl.rewards.judges import JudgeIdentity
+from medvqa_rl.learning.run.unchanged import RESTORE
 
 PACKAGES = (
     *("medvqa-rl", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow"),
     *("bitsandbytes", "vllm"),
 )
 """Those that affect results; recorded if installed."""
-
-RESTORE = "restore the file, or start a new run in another output_dir"
 
 
 class _Status(BaseModel):
@@ -51,14 +50,7 @@ class _Status(BaseModel):
     steps: int
 
 
-class _Data(BaseModel):
-    """What is read again of a data set in data.json; it has more."""
-
-    fingerprint: str
-
-
-_STATUS, _DATA = TypeAdapter(_Status), TypeAdapter(dict[str, _Data])
-_ENVIRONMENT, _JUDGES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, dict[str, Any]])
+_STATUS, _ENVIRONMENT = TypeAdapter(_Status), TypeAdapter(dict[str, Any])
 _CONFIG = TypeAdapter(Config)
 
 GIT_TIMEOUT = 5.0
@@ -81,7 +73,7 @@ class RunDir:
         self._folder: os.stat_result | None = None
         """The folder itself, set by :meth:`open`."""
         self._is_new = False
-        """Whether this process created the folder."""
+        """Whether this process created the folder, but for the samples that a program gave."""
 
     def samples(self, step: int) -> Path:
         """The file with the completions of a step."""
@@ -104,12 +96,9 @@ class RunDir:
             ValueError: the folder contains a run and ``resume`` is false, or no run and ``resume`` is true; another
                 process is using it; a setting was changed that must not change on resume.
         """
-        status = read_json(_STATUS, self.status, RESTORE) if self.status.exists() else None
-        if not resume and status is not None:
-            raise ValueError(
-                f"The output folder {self.path} already contains a run ({status.state} at step {status.step} of "
-                f"{status.steps}): continue it with --resume, or set output_dir to another folder."
-            )
+        if not resume:
+            self.refuse_a_run()
+        status = self._read_status()
         if resume and status is None:
             raise ValueError(
                 f"There is no run to resume in {self.path}: set output_dir to the folder of the run, or start a new "
@@ -117,7 +106,7 @@ class RunDir:
             )
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir is {str(self.path)!r}, which is a file: name a folder instead.")
-        self._is_new = not self.path.exists()
+        self._is_new = not self.path.exists() or {child.name for child in self.path.iterdir()} == {"data"}
         self._lock.acquire(f"is using {self.path}: wait for it, stop it, or set output_dir to another folder.")
         self._folder = self.path.stat()
         try:
@@ -125,6 +114,20 @@ class RunDir:
         except BaseException:
             self.close()
             raise
+
+    def refuse_a_run(self) -> None:
+        """
+        Raises:
+            ValueError: the folder contains a run.
+        """
+        if (status := self._read_status()) is not None:
+            raise ValueError(
+                f"The output folder {self.path} already contains a run ({status.state} at step {status.step} of "
+                f"{status.steps}): continue it with --resume, or set output_dir to another folder."
+            )
+
+    def _read_status(self) -> _Status | None:
+        return read_json(_STATUS, self.status, RESTORE) if self.status.exists() else None
 
     def _write_settings(
         self, status: _Status | None, config: Config, given: Mapping[str, Any] | None, *, kind: str, resume: bool
@@ -151,6 +154,7 @@ class RunDir:
         step: int,
         checkpoint: Path | None,
         environment: Sequence[str],
+        functions: Mapping[str, Change] = MappingProxyType({}),
         is_gpu: bool,
     ) -> Resume:
         """Add a line to resumes.jsonl, and the settings as given if they differ from those of the last start.
@@ -160,6 +164,7 @@ class RunDir:
             step: the completed step that the run continues from.
             checkpoint: its folder.
             environment: what differs from the environment of the first start.
+            functions: the reward functions whose source differs from that of the first start.
             is_gpu: whether the policy is on a GPU.
         """
         before = read_resumes(self.resumes)
@@ -168,6 +173,7 @@ class RunDir:
             checkpoint=None if checkpoint is None else checkpoint.relative_to(self.path).as_posix(),
             settings=dict(self.changed),
             environment=list(environment),
+            functions=dict(functions),
         )
         text = promise([*still_counts(before, step), resume], config, is_gpu=is_gpu)
         resume = resume.model_copy(update={"promise": text})
@@ -208,7 +214,8 @@ class RunDir:
         """Remove the folder of a run that failed before it started, if this process created it."""
         if not self._is_new:
             return
-        files = ("config.yaml", "config.resolved.json", "env.json", "data.json", "judge.json", "status.json")
+        settings, facts = ("config.yaml", "config.resolved.json"), ("env", "data", "judge", "rewards", "status")
+        files = (*settings, *(f"{name}.json" for name in facts))
         locks = (self._lock.path, self._lock.holder)
         for path in (*(self.path / file for file in files), *locks, self.log, self.metrics):
             path.unlink(missing_ok=True)
@@ -239,13 +246,13 @@ class RunDir:
         status = {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "updated": now, **details}
         write_json(self.status, status, durable=False)  # every step
 
-    def write_environment(self, seed: int) -> None:
-        """Write env.json: the environment in which the run started."""
-        write_json(self.path / "env.json", environment() | {"seed": seed})
-
-    def compare_environment(self, seed: int, step: int) -> list[str]:
-        """Write env.resumed_STEP.json and return the changes that can affect results, as ``name (old -> new)``."""
+    def record_environment(self, seed: int, step: int, *, resume: bool) -> list[str]:
+        """Write env.json: the environment in which the run started. When resuming, write env.resumed_STEP.json and
+        return the changes that can affect results, as ``name (old -> new)``."""
         now = environment() | {"seed": seed}
+        if not resume:
+            write_json(self.path / "env.json", now)
+            return []
         write_json(self.path / f"env.resumed_{step:06d}.json", now)
         path = self.path / "env.json"
         before = read_json(_ENVIRONMENT, path, RESTORE) if path.exists() else now
@@ -255,51 +262,6 @@ class RunDir:
         changed = [name for name in names if old.get(name) != new.get(name)]
         changed += [name for name in read_launch(os.environ).record() if old.get(name, new[name]) != new[name]]
         return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in changed]
-
-    def check_data(self, datasets: Mapping[str, Dataset], *, resume: bool) -> None:
-        """Write data.json; when resuming, check that the data is the same.
-
-        Raises:
-            ValueError: the data has changed since the run was started.
-        """
-        path = self.path / "data.json"
-        described = {
-            split: {
-                "name": data.name,
-                "fingerprint": data.fingerprint,
-                "samples": None if data.is_endless else len(data),
-                "notes": dict(data.notes),
-            }
-            for split, data in datasets.items()
-        }
-        if resume and path.exists():
-            before = {split: data.fingerprint for split, data in read_json(_DATA, path, RESTORE).items()}
-            changed = [split for split in described if before.get(split) != described[split]["fingerprint"]]
-            if changed:
-                raise ValueError(
-                    f"The {' and '.join(changed)} data has changed since this run was started (its fingerprint is not "
-                    f"that in {path}): restore the data, or start a new run in another output_dir."
-                )
-        else:
-            write_json(path, described)
-
-    def check_judges(self, judges: Mapping[str, JudgeIdentity], *, resume: bool) -> None:
-        """Write judge.json if there are judges; when resuming, check that they are the same.
-
-        Raises:
-            ValueError: a judge's weights or prompt have changed since the run was started.
-        """
-        path = self.path / "judge.json"
-        described = {role: identity.to_json() for role, identity in judges.items()}
-        if resume and path.exists():
-            before = read_json(_JUDGES, path, RESTORE)
-            if before != described:
-                raise ValueError(
-                    f"The judge has changed since this run was started ({path} identifies its weights and prompt): "
-                    "restore it, or start a new run in another output_dir."
-                )
-        elif described:
-            write_json(path, described)
 
     def cut_back(self, step: int, metrics_bytes: int) -> str:
         """Remove metrics, samples and evaluations that were written after a checkpoint.

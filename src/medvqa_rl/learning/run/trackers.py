@@ -25,8 +25,8 @@ from medvqa_rl.config.sharing import shareable
 from medvqa_rl.core.files import read_json
 from medvqa_rl.core.network import NO_TELEMETRY
 from medvqa_rl.core.types import Group
-from medvqa_rl.learning.run.run_dir import RESTORE
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
+from medvqa_rl.learning.run.unchanged import RESTORE
 
 
 class _Environment(BaseModel):
