@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from . import viewing
 from .command import Fault, invoke
 from .data_cases import (
     archive,
@@ -159,16 +160,20 @@ def run_folder(rng: random.Random) -> None:
     """Damage one to three files of a finished run and make its pages."""
     run = _copy("run")
     _damage_files(rng, [path for path in run.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml")])
-    invoke(
-        rng.choice(
-            [
-                ["report", "run", "--output", "report.html"],
-                ["report", "run", "--card"],
-                ["watch", "run", "--once"],
-                ["report", "run", "--figures", "figures"],
-            ]
-        )
+    words = rng.choice(
+        [
+            ["report", "run", "--output", "report.html"],
+            ["report", "run", "--card"],
+            ["view"],
+            ["report", "run", "--figures", "figures"],
+        ]
     )
+    if words == ["view"]:
+        for path, status, _ in viewing.answers(Path("run")):
+            if status not in (200, 404):
+                raise Fault(f"view answers {path} with {status}")
+    else:
+        invoke(words)
 
 
 def study_folder(rng: random.Random) -> None:

@@ -16,10 +16,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import typer
 
-from . import children
+from medvqa_rl.report.folder import RunsFolder
+
+from . import children, viewing
 from .command import Fault, invoke
 from .mutations import json_lines
 from .runs import STUDY
@@ -103,24 +106,44 @@ def ways_to_run(page: Path) -> Iterator[str]:
     if not found:
         yield "has no content security policy"
     for way, path in (("as written", page), ("without its policy", bare)):
-        command = [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=3000",
-            "--dump-dom",
-            path.as_uri(),
-        ]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
-        if len(shown) < 500:
-            yield f"does not open {way}"
-        if f'data-mark="{_MARK}"' in shown:
-            yield f"a payload ran, {way}"
-        if re.search(r"(href|src|action)=[\"']?javascript:", shown):
-            yield f"a javascript: link, {way}"
+        yield from _ways(path.as_uri(), way)
     if "7006652" in text:
         yield "a template ran"
+
+
+def _ways(address: str, way: str, *, has_samples: bool = False) -> Iterator[str]:
+    """Open an address and name the ways in which a payload ran; also if samples should be there, but are not."""
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+        address,
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False).stdout
+    if len(shown) < 500:
+        yield f"does not open {way}"
+    if has_samples and '<article class="entry"' not in shown:
+        yield f"shows no samples {way}"
+    if f'data-mark="{_MARK}"' in shown:
+        yield f"a payload ran, {way}"
+    if re.search(r"(href|src|action)=[\"']?javascript:", shown):
+        yield f"a javascript: link, {way}"
+    if "7006652" in shown:
+        yield f"a template ran, {way}"
+
+
+def served_ways_to_run(folder: Path) -> Iterator[str]:
+    """Open the pages of `medvqa-rl view` on a folder of hostile runs."""
+    names = list(RunsFolder(folder).find())
+    both = urlencode([("run", name) for name in names])
+    for bare in (False, True):
+        with viewing.serve(folder, without_policy=bare) as address:
+            for path in ("", *(f"runs?{urlencode({'run': name})}" for name in names), f"runs?{both}"):
+                way = f"at /{path}{', without its policy' if bare else ''}"
+                yield from _ways(address + path, way, has_samples=bool(path))
 
 
 def _make_pages(out: Path) -> None:
@@ -128,8 +151,9 @@ def _make_pages(out: Path) -> None:
 
     for name in ("run", "a", "b"):
         poison_folder(out / "seed" / name, ALL)
-    run = out / "<img src=x onerror=document.documentElement.setAttribute('data-mark','ATTACK'+'RAN')>"
+    run = out / "runs" / "<img src=x onerror=document.documentElement.setAttribute('data-mark','ATTACK'+'RAN')>"
     shutil.copytree(out / "seed" / "run", run)
+    shutil.copytree(out / "seed" / "run", out / "runs" / "run")
     evaluations = [str(out / "seed" / name) for name in "ab"]
     config = write_data(
         out / "data", ALL, "<img src=x onerror=document.documentElement.setAttribute('data-mark','ATTACKRAN')>.png"
@@ -156,7 +180,6 @@ def _print_escapes(out: Path) -> None:
     for words in (
         ["data", "check", config],
         ["data", "show", config, "--output", str(out / "show.png")],
-        ["watch", run, "--once"],
         ["compare", a, b, "--flips", "3"],
         ["report", run, "--output", str(out / "escaped" / "report.html")],
         ["config", "check", config, "--", f"model.path=a{ESCAPES}", f"data.nam{ESCAPES}=1"],
@@ -186,6 +209,7 @@ def main(options: argparse.Namespace) -> bool:
     has_browser = shutil.which("chromium") is not None
     if has_browser:
         faults += [f"{page.name}: {way}" for page in pages for way in ways_to_run(page)]
+        faults += [f"view: {way}" for way in served_ways_to_run(out / "runs")]
     if (out / "card.md").exists():
         card = re.sub(r"(`{3,})text\n.*?\n\1|`[^`]*`", "", (out / "card.md").read_text(), flags=re.DOTALL)
         if found := re.search(r"(?<!\\)<(script|img|svg)", card):

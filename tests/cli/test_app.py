@@ -23,7 +23,7 @@ from medvqa_rl.evaluation.store import Shard
 from medvqa_rl.learning.run.errors import NonFiniteError
 
 VERBS = ["demo", "train", "sft", "eval", "compare", "ask", "env", "phantom build", "phantom draw"]
-VERBS += ["estimate", "config show", "config check", "config schema", "report", "watch"]
+VERBS += ["estimate", "config show", "config check", "config schema", "report", "view"]
 VERBS += ["judge calibrate", "phantom build-judges"]
 
 

@@ -60,13 +60,18 @@ class Page:
         answer: dict[str, Any] = json.loads(message)
         return answer
 
-    def open(self, path: Path, fragment: str = "") -> None:
-        """Load a file and wait until its scripts have run."""
+    def open(self, page: Path | str, fragment: str = "") -> None:
+        """Load a file, or an address of this machine, and wait until its scripts have run."""
         self.send("Page.navigate", url="about:blank")
-        self.send("Page.navigate", url=path.resolve().as_uri() + fragment)
+        address = page.resolve().as_uri() if isinstance(page, Path) else page
+        self.send("Page.navigate", url=address + fragment)
+        self.wait_for("location.protocol !== 'about:' && document.readyState === 'complete'")
+
+    def wait_for(self, script: str) -> None:
+        """Wait until an expression in the page is true."""
         deadline = time.monotonic() + PATIENCE
-        while not self.run("location.protocol === 'file:' && document.readyState === 'complete'"):
-            assert time.monotonic() < deadline, "the page does not load"
+        while not self.run(script):
+            assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.05)
 
     def run(self, script: str) -> Any:
@@ -120,7 +125,11 @@ def browser(folder: Path) -> Iterator[Page]:
             "--no-first-run",
             "--hide-scrollbars",
         ),
-        *("--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+        *(
+            "--disable-background-networking",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+            "--remote-debugging-pipe",
+        ),
         f"--user-data-dir={folder}",
     ]
 

@@ -25,10 +25,11 @@ from medvqa_rl.cli.export.verb import export
 from medvqa_rl.cli.init.verb import init
 from medvqa_rl.cli.judge.verbs import judge_app
 from medvqa_rl.cli.phantom import phantom_app
-from medvqa_rl.cli.report import report, watch
+from medvqa_rl.cli.report import report
 from medvqa_rl.cli.serve.verb import serve
 from medvqa_rl.cli.study import study_app
 from medvqa_rl.cli.train import sft, train
+from medvqa_rl.cli.view.verb import view
 from medvqa_rl.core.network import VARIABLE, forbid_network
 from medvqa_rl.core.packages import TESTED, installed, was_tested
 from medvqa_rl.core.text import number_of
@@ -56,7 +57,7 @@ for function, name in (
     (ask, "ask"),
     (serve, "serve"),
     (report, "report"),
-    (watch, "watch"),
+    (view, "view"),
     (export, "export"),
 ):
     app.command(name=name)(function)

@@ -1,4 +1,4 @@
-"""The verbs ``medvqa-rl report`` and ``medvqa-rl watch``, which read run folders. They never import torch."""
+"""The verb ``medvqa-rl report``, which reads run folders. It never imports torch."""
 
 from __future__ import annotations
 
@@ -45,15 +45,3 @@ def report(
 
     path = write_report(runs, output, images=not no_images, evals=evals or ())
     print(f"Written: {path} ({size_of(path)})")
-
-
-@verb
-def watch(
-    run: Annotated[Path, typer.Argument(help="Run folder; the run may still be in progress.")],
-    once: Annotated[bool, typer.Option("--once", help="Print the current state and exit.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
-) -> None:
-    """Watch a run in the terminal: curves, latest samples and time left. Ends with the run."""
-    from medvqa_rl.report.watch import watch as follow
-
-    follow(run, once=once, interval=interval)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from medvqa_rl.core.files import parse_json
+from medvqa_rl.core.files import parse_json, step_of
 from medvqa_rl.core.text import first_few, is_unicode, shown
 from medvqa_rl.evaluation.judging.judged_results import JUDGED
 from medvqa_rl.evaluation.records import EvalRecord, read_records
@@ -101,10 +101,12 @@ class StoredRun:
     """Evaluations during training in order of steps, then the others by name."""
     problems: Sequence[str] = ()
     """Sentences about what could not be read."""
+    label: str = ""
+    """A name that is not the folder's."""
 
     @property
     def name(self) -> str:
-        return self.path.name or self.path.resolve().name
+        return self.label or self.path.name or self.path.resolve().name
 
     @property
     def steps(self) -> list[Row]:
@@ -127,18 +129,24 @@ def is_run(path: Path) -> bool:
     return any((path / name).is_file() for name in _FILES)
 
 
-def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
+def holds_run(path: Path) -> bool:
+    """Whether a folder can be read as a run: it has a file of one, or evaluations."""
+    return is_run(path) or any(path.glob("eval/*/results.json"))
+
+
+def read_run(path: Path, evals: Sequence[Path] = (), *, label: str = "") -> StoredRun:
     """Read a run, except for its sampled completions.
 
     Args:
         evals: folders with further evaluations, outside the run.
+        label: a name other than the folder's.
 
     Raises:
         ValueError: the path is not a folder or has no file of a run, or a folder of ``evals`` has no evaluation.
     """
     if not path.is_dir():
         raise ValueError(f"There is no folder {path}: give a run folder, the output_dir of `medvqa-rl train`.")
-    if not is_run(path) and not any(path.glob("eval/*/results.json")):
+    if not holds_run(path):
         inside = sorted(child.name for child in path.iterdir() if is_run(child))
         hint = f"it contains runs ({', '.join(inside[:5])}), give one of them" if inside else f"it has no {_FILES[0]}"
         raise ValueError(f"The folder {path} is not a run folder: {hint}.")
@@ -153,7 +161,25 @@ def read_run(path: Path, evals: Sequence[Path] = ()) -> StoredRun:
         metrics=_metrics(path / "metrics.jsonl", problems),
         evaluations=[*_evaluations(path / "eval", problems), *_outside(evals, problems)],
         problems=problems,
+        label=label,
     )
+
+
+def read_headline(path: Path, *, label: str = "") -> StoredRun:
+    """Read the status of a run and its main evaluations only: the first and last of training, and the others."""
+    problems: list[str] = []
+    found = sorted(path.glob("eval/*/results.json"))
+    steps = sorted((step, result) for result in found if (step := step_of(result.parent)) is not None)
+    left_out = {result for _, result in steps[1:-1]}
+    status = _object(path / "status.json", problems) if (path / "status.json").is_file() else {}
+    evaluations = _stored([result for result in found if result not in left_out], problems)
+    return StoredRun(path, status=status, evaluations=evaluations, problems=problems, label=label)
+
+
+def read_evaluation(path: Path, *, label: str = "") -> StoredRun:
+    """Read the evaluation in a folder as a run that has nothing else."""
+    problems: list[str] = []
+    return StoredRun(path, evaluations=_stored([path / "results.json"], problems), problems=problems, label=label)
 
 
 class _Status(BaseModel):

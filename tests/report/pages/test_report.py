@@ -10,6 +10,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +321,11 @@ def test_evals_need_one_run_and_an_evaluation(run: Path, tmp_path: Path) -> None
         read_run(run, [tmp_path / "nothing"])
     with pytest.raises(ValueError, match="--evals is given with 2 runs"):
         write_report([run, run], tmp_path / "page.html", evals=[tmp_path])
+
+
+def test_the_report_is_written_without_torch(run: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from medvqa_rl.report.pages.report import write_report; "
+        f"write_report([Path({str(run)!r})], Path({str(tmp_path / 'x.html')!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The panels of training curves, shared by the report's page, figures for papers and the live view. Imports no torch.
+"""The panels of training curves, shared by pages and figures for papers. Imports no torch.
 
 Every value comes from ``metrics.jsonl``; only moving averages are computed here.
 """
@@ -41,19 +41,6 @@ class Panel:
 _BLUE, _ORANGE, _PURPLE, _GREEN, _GREY, _RED = range(6)
 NUM_COLORS = 6
 
-REWARD = Panel("Reward", (Line("", "reward"),))
-"""The total, which the live view shows; elsewhere its parts are plotted."""
-
-LENGTH = Panel(
-    "Length in tokens",
-    (
-        Line("correct", "completions/mean_length_correct", _GREEN),
-        Line("wrong", "completions/mean_length_wrong", _RED),
-    ),
-)
-MEAN_LENGTH = Line("all", "completions/mean_length")
-"""The mean over all completions, which the live view shows with ``LENGTH``."""
-
 PANELS = (
     Panel(
         "Accuracy",
@@ -63,7 +50,13 @@ PANELS = (
         ),
         is_share=True,
     ),
-    LENGTH,
+    Panel(
+        "Length in tokens",
+        (
+            Line("correct", "completions/mean_length_correct", _GREEN),
+            Line("wrong", "completions/mean_length_wrong", _RED),
+        ),
+    ),
     Panel("Loss", (Line("", "loss", _PURPLE),)),
     Panel("KL to the initial model", (Line("", "kl", _PURPLE),)),
     Panel("Entropy, nats per token", (Line("", "entropy", _PURPLE),)),

@@ -17,6 +17,8 @@ from medvqa_rl.report.pages.images import Thumbnails, samples_of_records
 from medvqa_rl.report.pages.viewer import Viewer, evenly, within
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 
+PAGE = 10
+"""Questions shown at once."""
 MAX_QUESTIONS = 400
 MAX_TEXT_BYTES = 1_500_000
 MAX_IMAGE_BYTES = 1_500_000
@@ -56,6 +58,14 @@ def shown_evaluations(runs: Sequence[StoredRun], *, every: bool = False) -> dict
         name = label if len(runs) == 1 else f"{run}: {label}"
         found[name if name not in found else f"{name}, {evaluation.name}"] = evaluation
     return found
+
+
+def counterpart(runs: Sequence[StoredRun], names: Sequence[str]) -> str:
+    """Return the evaluation of the first run that the last one of ``names`` is best compared with; may be empty."""
+    if len(runs) < 2 or not names:
+        return ""
+    wanted = f"{runs[0].name}: {names[-1].removeprefix(f'{runs[-1].name}: ')}"
+    return wanted if wanted in names and wanted != names[-1] else ""
 
 
 def groups_of(evaluations: Iterable[StoredEvaluation]) -> dict[str, list[str]]:

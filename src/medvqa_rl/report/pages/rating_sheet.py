@@ -132,7 +132,7 @@ def render_sheet(key: SheetKey, items: Sequence[Item], samples: Mapping[str, Sam
     return render_with_script(
         "sheet.html.j2",
         styles=("_style.css", "_sheet.css"),
-        script="_sheet.js",
+        scripts=("_sheet.js",),
         data={"format": RATINGS_FORMAT, "sheet": key.sheet, "items": rows, "images": images},
         sheet=key.sheet,
         count=len(rows),

@@ -1,7 +1,8 @@
 """Rendering self-contained pages: the Jinja environment, its filters, and everything that is put inside a page.
 
-A page loads nothing. Styles, scripts and images are inside it, all text is escaped, and a content security policy
-allows only the one style and the one script inside, by their hashes. Imports no torch.
+A page loads nothing, except from the server of ``medvqa-rl view``. Styles, scripts and images are inside it, all text
+is escaped, and a content security policy allows only the one style and the one script inside, by their hashes. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -32,22 +33,28 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def render_with_script(template: str, *, styles: Sequence[str], script: str, data: Any, **values: Any) -> str:
+def render_with_script(
+    template: str, *, styles: Sequence[str], scripts: Sequence[str], data: Any, is_served: bool = False, **values: Any
+) -> str:
     """Render a template whose style, script and data are files and values of our own, allowed by a policy.
 
     Args:
         template: uses ``policy``, ``style``, ``script`` and ``data``, besides ``values``.
         styles: files in ``report/templates``, joined into one style.
-        script: file in ``report/templates``; it must write text with ``textContent`` only.
+        scripts: files in ``report/templates``, joined into one script; it must write text with ``textContent`` only.
         data: JSON for the script.
+        is_served: the page may also load images and data from the server that it comes from, and send forms to it.
     """
     folder = files("medvqa_rl.report") / "templates"
-    style = "\n".join((folder / name).read_text(encoding="utf-8") for name in styles)
-    code = (folder / script).read_text(encoding="utf-8")
-    sources = f"img-src data:; style-src {policy_hash(style)}; script-src {policy_hash(code)}"
+    style, code = (
+        "\n".join((folder / name).read_text(encoding="utf-8") for name in names) for names in (styles, scripts)
+    )
+    own, nothing = (" 'self'", "'self'") if is_served else ("", "'none'")
+    sources = f"img-src data:{own}; style-src {policy_hash(style)}; script-src {policy_hash(code)}"
+    sources += "; connect-src 'self'" if is_served else ""
     return render(
         template,
-        policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
+        policy=f"default-src 'none'; {sources}; base-uri 'none'; form-action {nothing}",
         style=Markup(style),
         script=Markup(code),
         data=Markup(script_json(data)),
@@ -73,7 +80,12 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def thumbnail_uri(image: Image.Image, longest: int, *, lossless_bytes: int = 30_000) -> str:
-    """Return an image as a data URI, with its longest side reduced to ``longest`` pixels.
+    """Return an image as a data URI of its :func:`thumbnail`."""
+    return data_uri(*thumbnail(image, longest, lossless_bytes=lossless_bytes))
+
+
+def thumbnail(image: Image.Image, longest: int, *, lossless_bytes: int = 30_000) -> tuple[bytes, str]:
+    """Return an image file and its kind, png or jpeg, with the longest side reduced to ``longest`` pixels.
 
     Small images are stored without loss, so that single pixels stay visible, unless that takes more than
     ``lossless_bytes``.
@@ -82,11 +94,11 @@ def thumbnail_uri(image: Image.Image, longest: int, *, lossless_bytes: int = 30_
     if max(image.size) <= longest:
         image.save(buffer, "PNG")
         if len(buffer.getvalue()) <= lossless_bytes:
-            return data_uri(buffer.getvalue(), "png")
+            return buffer.getvalue(), "png"
     buffer, small = io.BytesIO(), image.convert("RGB")
     small.thumbnail((longest, longest))
     small.save(buffer, "JPEG", quality=82)
-    return data_uri(buffer.getvalue(), "jpeg")
+    return buffer.getvalue(), "jpeg"
 
 
 # --- environment and filters ----------------------------------------------------------------------------------------

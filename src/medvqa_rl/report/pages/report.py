@@ -12,12 +12,12 @@ from medvqa_rl.core.tables import TextTable
 from medvqa_rl.core.text import number_of
 from medvqa_rl.evaluation.judging.judged_tables import judged_tables, notes
 from medvqa_rl.evaluation.statistics.tables import measured_table
-from medvqa_rl.report.comparisons import accuracy_rows, compare
+from medvqa_rl.report.comparisons import Comparison, accuracy_rows, compare
 from medvqa_rl.report.figures.charts import charts
 from medvqa_rl.report.health import check_health
-from medvqa_rl.report.pages.answers import build_answers, groups_of
+from medvqa_rl.report.pages.answers import PAGE, build_answers, counterpart, groups_of, shown_evaluations
 from medvqa_rl.report.pages.rendering import render_with_script
-from medvqa_rl.report.pages.viewer import build_viewer, section_tags
+from medvqa_rl.report.pages.viewer import Viewer, build_viewer, section_tags
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
 
 LIMITS = (
@@ -72,37 +72,70 @@ def write_report(
     return write_text(out, render_report(runs, images=images, story=story), errors="replace")
 
 
-def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Story | None = None) -> str:
-    """Return the page as HTML."""
-    comparisons, problems = compare(runs)
+@dataclass(frozen=True)
+class Served:
+    """What a page of ``medvqa-rl view`` asks its server for, instead of holding it."""
+
+    answers: str
+    """Address of the evaluated questions; the page adds what is asked for."""
+    groups: str
+    """Address of the groups sampled during training."""
+    ask: str
+    """Address of the page that asks the run's model; empty for several runs."""
+    lines: Sequence[str]
+    """A remark on the progress of each run; may be empty."""
+    compared: tuple[list[Comparison], list[str]]
+    """What :func:`medvqa_rl.report.comparisons.compare` returned for the runs."""
+
+
+def render_report(
+    runs: Sequence[StoredRun], *, images: bool = True, story: Story | None = None, served: Served | None = None
+) -> str:
+    """Return the page as HTML.
+
+    Args:
+        served: make the page of the server; otherwise the page is self-contained.
+    """
+    comparisons, problems = compare(runs) if served is None else served.compared
     by_name = {item.name: item for item in comparisons}
     highlights = {} if story is None else story.comparisons
-    viewer = build_viewer(runs, images=images)
-    evaluations, answers = build_answers(runs, images=images)
     rows = accuracy_rows(runs)
     settings = [{name: _setting(value) for name, value in shareable(run.config).items()} for run in runs]
     all_names = list(dict.fromkeys(name for one in settings for name in one))
+    viewer, answers = Viewer((), {}, ()), Viewer((), {}, ())
+    if served is None:
+        viewer = build_viewer(runs, images=images)
+        evaluations, answers = build_answers(runs, images=images)
+        num_groups = len(viewer.groups)
+    else:
+        evaluations = shown_evaluations(runs, every=True)
+        num_groups = sum(1 for run in runs for _ in run.path.glob("samples/step_*.jsonl"))
     return render_with_script(
         "report.html.j2",
         styles=("_style.css", "_scroll.css", "_report.css"),
-        script="_viewer.js",
+        scripts=("_entries.js", "_viewer.js", *(() if served is None else ("_live.js",))),
+        is_served=served is not None,
         data={
             "runs": [run.name for run in runs],
+            "pageSize": PAGE,
             "groups": viewer.groups,
             "evaluations": list(evaluations),
+            "against": counterpart(runs, list(evaluations)),
             "questions": answers.groups,
             "images": {**viewer.images, **answers.images},
             **section_tags(runs),
+            **({} if served is None else {"answersFrom": served.answers, "groupsFrom": served.groups}),
         },
         runs=runs,
         story=story,
+        served=served,
         highlights=[
             replace(by_name[name], name=title, note=note)
             for name, (title, note) in highlights.items()
             if name in by_name
         ],
-        title=f"Report: {', '.join(run.name for run in runs)}" if story is None else story.title,
-        num_groups=len(viewer.groups),
+        title=_title(runs, story, served),
+        num_groups=num_groups,
         viewer_notes=list(map(without_folders, viewer.notes)),
         evaluations=list(evaluations),
         groups=groups_of(evaluations.values()),
@@ -119,6 +152,11 @@ def render_report(runs: Sequence[StoredRun], *, images: bool = True, story: Stor
         facts=[_facts(run) for run in runs],
         limits=(*(() if story is None else story.limits), *LIMITS),
     )
+
+
+def _title(runs: Sequence[StoredRun], story: Story | None, served: Served | None) -> str:
+    names = ", ".join(run.name for run in runs)
+    return story.title if story is not None else names if served is not None else f"Report: {names}"
 
 
 def _setting(value: object) -> str:

@@ -1,80 +1,8 @@
-"use strict";
 /* Two browsers on one page: answers of evaluations, and groups of completions sampled during training. Their data is
    inside the page, or asked for at an address of the server that the page comes from. */
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const { runs, images, tags, answerTags } = data;
-  const TAG = new RegExp("(" + tags.map((tag) => tag.replace(/[^\w\s]/g, "\\$&")).join("|") + ")");
-  const PAGE = 10;
-  const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer", unscored: "unscored" };
+  const PAGE = data.pageSize;
   const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
-  const number = (value) => (value === null ? "unscored" : String(Math.round(value * 100) / 100).replace("-", "−"));
-  const listed = (parts) => parts.map(([name, value]) => name + " " + number(value)).join(", ");
-  const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
-
-  /* Creates an element with text, which is never parsed as HTML. */
-  function make(tag, className, text) {
-    const element = document.createElement(tag);
-    if (className) element.className = className;
-    if (text !== undefined) element.textContent = text;
-    return element;
-  }
-
-  async function load(address) {
-    const response = await fetch(address);
-    if (!response.ok) throw new Error(await response.text());
-    return response.json();
-  }
-
-  // --- what is shown of a question -----------------------------------------------------------------------------------
-
-  function drawText(text) {
-    const element = make("div", "text");
-    let kind = "";
-    for (const piece of text.split(TAG)) {
-      const isTag = tags.includes(piece);
-      if (isTag) kind = answerTags.includes(piece) ? "answer" : "";
-      if (piece) element.append(make("span", isTag ? "tag" : kind, piece));
-    }
-    return element;
-  }
-
-  function drawBox(outcome, facts, text) {
-    const box = make("div", "completion " + outcome), header = make("header");
-    header.append(make("b", "", OUTCOMES[outcome]), ...facts.map((f) => (f instanceof Node ? f : make("span", "", f))));
-    box.append(header, drawText(text));
-    return box;
-  }
-
-  function drawEntry(question, summary, boxes) {
-    const entry = make("article", "entry");
-    entry.tabIndex = -1;
-    const body = make("div", "group"), side = make("div"), list = make("ol", "options"), answers = make("div");
-    const pictures = make("div", "images");
-    question.images.forEach((key, index) => {
-      const image = make("img");
-      image.src = images[key] ?? key;
-      image.alt = "Image " + (index + 1) + " of the question";
-      pictures.append(image);
-    });
-    if (question.images.length) side.append(pictures);
-    for (const option of question.options) list.append(make("li", option === question.gold ? "gold" : "", option));
-    if (question.options.length) side.append(list);
-    const gold = make("p", "", question.options.length ? "" : "Gold answer: ");
-    if (!question.options.includes(question.gold)) gold.append(make("span", "gold", question.gold));
-    const notes = Object.entries(question.tags).map(([name, value]) => name.replaceAll("_", " ") + ": " + value);
-    if (gold.textContent) side.append(gold);
-    side.append(make("p", "muted tags", [...notes, "id: " + question.id].join(" · ")));
-    if (question.ask) {
-      const link = make("a", "", "Ask about this image");
-      link.href = question.ask;
-      side.append(link);
-    }
-    answers.append(...boxes);
-    body.append(side, answers);
-    entry.append(make("h3", "", question.question), make("p", "muted", summary), body);
-    return entry;
-  }
 
   // --- a browser: its controls, pages and part of the address --------------------------------------------------------
 
@@ -101,6 +29,7 @@
     }
     async function show() {
       const ticket = ++latest;
+      if (!$("where").textContent) $("where").textContent = "Loading …";
       let found, problem = "No question matches: relax the search or the filters.";
       try {
         found = await find(state);
@@ -118,7 +47,7 @@
         : problem;
       $("previous").disabled = page <= 1;
       $("next").disabled = page >= pages;
-      $("notes")?.replaceChildren(...(found.notes ?? []).map((note) => make("p", "muted", note)));
+      if (found.notes) $("notes").replaceChildren(...found.notes.map((note) => make("p", "muted", note)));
     }
     async function turn(by) {
       if ($(by > 0 ? "next" : "previous").disabled) return;
@@ -187,7 +116,7 @@
   }
 
   const lastEvaluation = data.evaluations.at(-1) ?? "";
-  browse("a-", { q: "", eval: lastEvaluation, against: "", outcome: "", flip: "", group: "", answer: "" }, async (state) => {
+  browse("a-", { q: "", eval: lastEvaluation, against: data.against, outcome: "", flip: "", group: "", answer: "" }, async (state) => {
     const flip = document.getElementById("a-flip");
     if (flip) flip.disabled = !state.against;
     if (!data.answersFrom) {
@@ -303,7 +232,19 @@
     const action = (browsers.find(holds) ?? browsers.findLast(seen) ?? browsers[0])?.keys[event.key];
     if (action) { event.preventDefault(); action(); }
   });
-  browseGroups(data.groups);
-  readAddress();
-  browsers.forEach((one) => one.show());
+  async function start() {
+    readAddress();
+    browsers.forEach((one) => one.show());
+    const notes = document.getElementById("notes");
+    if (data.groupsFrom && notes) {
+      const found = await load(data.groupsFrom).catch((error) => ({ groups: [], images: {}, notes: [error.message] }));
+      Object.assign(images, found.images);
+      data.groups = found.groups;
+      notes.append(...found.notes.map((note) => make("p", "muted", note)));
+    }
+    browseGroups(data.groups);
+    readAddress();
+    browsers.at(-1)?.show();
+  }
+  start();
 })();

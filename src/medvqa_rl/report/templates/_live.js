@@ -1,0 +1,46 @@
+/* Keeps a page of the server up to date: what is marked data-live is replaced when the server has newer content. */
+(() => {
+  const SECONDS = 3;
+  let version = "";
+
+  async function refresh() {
+    if (document.hidden) return;
+    let response;
+    try {
+      response = await fetch(location.pathname + location.search, { headers: { "If-None-Match": version } });
+    } catch {
+      response = { ok: false };
+    }
+    document.getElementById("gone").hidden = response.ok || response.status === 304;
+    if (!response.ok) return;
+    version = response.headers.get("ETag");
+    const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+    for (const id of ["entries", "a-entries"]) { // the first samples have come
+      if (fresh.getElementById(id) && !document.getElementById(id)) location.reload();
+    }
+    for (const part of document.querySelectorAll("[data-live]")) replace(part, fresh.getElementById(part.id));
+    for (const select of document.querySelectorAll("select[data-live-options]")) {
+      const value = select.value;
+      select.replaceChildren(...(fresh.getElementById(select.id)?.children ?? []));
+      select.value = value;
+    }
+  }
+
+  /* Replaces a part, and keeps what is checked, unfolded and in focus. */
+  function replace(part, newer) {
+    if (!newer) return;
+    const WITH_STATE = "input, a, summary, details, .scroll";
+    const [before, after] = [part, newer].map((one) => [...one.querySelectorAll(WITH_STATE)]);
+    const checked = new Set(before.filter((one) => one.checked).map((one) => one.value));
+    const focus = before.indexOf(document.activeElement);
+    after.forEach((one, index) => {
+      if (one.type === "checkbox") one.checked = checked.has(one.value);
+      if (one.matches("details")) one.open = before[index]?.open ?? false;
+    });
+    part.replaceWith(newer);
+    after[focus]?.focus({ preventScroll: true });
+    after.forEach((one, index) => { one.scrollLeft = before[index]?.scrollLeft ?? 0; });
+  }
+
+  setInterval(refresh, 1000 * SECONDS);
+})();
