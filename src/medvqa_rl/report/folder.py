@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from medvqa_rl.core.text import is_unicode, shown
-from medvqa_rl.report.runs import StoredRun, holds_run, read_evaluation, read_headline, read_run
+from medvqa_rl.report.runs import StoredRun, holds_run, read_headline, read_run
 
 MAX_DEPTH = 6
 """Folders between the given one and a run; a study has two."""
@@ -66,7 +66,7 @@ class RunsFolder:
             ValueError: see :meth:`path_of`; or it cannot be read.
         """
         path = self.path_of(name)
-        return read_run(path, label=name) if holds_run(path) else read_evaluation(path, label=name)
+        return (read_run if holds_run(path) else read_headline)(path, label=name)
 
     def headlines(self) -> tuple[list[StoredRun], list[str]]:
         """Return all runs with their status and main evaluations only, and a sentence for each that is refused."""
@@ -76,8 +76,7 @@ class RunsFolder:
                 self._check(name, path)
                 version = version_of(path)
                 if self._headlines.get(name, ((), None))[0] != version:
-                    read = read_headline if holds_run(path) else read_evaluation
-                    self._headlines[name] = version, read(path, label=name)
+                    self._headlines[name] = version, read_headline(path, label=name)
                 runs.append(self._headlines[name][1])
             except (ValueError, OSError) as error:
                 problems.append(str(error))

@@ -166,20 +166,15 @@ def read_run(path: Path, evals: Sequence[Path] = (), *, label: str = "") -> Stor
 
 
 def read_headline(path: Path, *, label: str = "") -> StoredRun:
-    """Read the status of a run and its main evaluations only: the first and last of training, and the others."""
+    """Read the status of a run and its main evaluations only: the first and last of training, and the others. The
+    folder of an evaluation is read as a run that has nothing else."""
     problems: list[str] = []
     found = sorted(path.glob("eval/*/results.json"))
     steps = sorted((step, result) for result in found if (step := step_of(result.parent)) is not None)
-    left_out = {result for _, result in steps[1:-1]}
+    kept = [result for result in found if result not in {between for _, between in steps[1:-1]}]
     status = _object(path / "status.json", problems) if (path / "status.json").is_file() else {}
-    evaluations = _stored([result for result in found if result not in left_out], problems)
+    evaluations = _stored(kept if holds_run(path) else [path / "results.json"], problems)
     return StoredRun(path, status=status, evaluations=evaluations, problems=problems, label=label)
-
-
-def read_evaluation(path: Path, *, label: str = "") -> StoredRun:
-    """Read the evaluation in a folder as a run that has nothing else."""
-    problems: list[str] = []
-    return StoredRun(path, evaluations=_stored([path / "results.json"], problems), problems=problems, label=label)
 
 
 class _Status(BaseModel):
