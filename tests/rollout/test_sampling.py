@@ -147,8 +147,8 @@ def test_arguments_are_not_modified():
 
 def test_greedy_skips_suppressed_tokens_and_breaks_ties_by_id():
     logits = torch.tensor([[1.0, 9.0, 5.0, 5.0]])
-    assert pick_greedy(logits).tolist() == [1]
-    assert pick_greedy(logits, suppressed=torch.tensor([1])).tolist() == [2]
+    assert pick_greedy(logits)[0].tolist() == [1]
+    assert pick_greedy(logits, suppressed=torch.tensor([1]))[0].tolist() == [2]
 
 
 def test_uniform_table_is_addressed():

@@ -74,6 +74,22 @@ def parse_completion(
     )
 
 
+def answer_span(
+    text: str, template: Template = "think_answer", wording: Wording = DEFAULT_WORDING
+) -> tuple[int, int] | None:
+    """Where in a completion its parsed answer begins and ends; None without one. ``text[begin:end]`` is the answer of
+    :func:`parse_completion`."""
+    answer = parse_completion(text, template, wording).answer
+    if answer is None:
+        return None
+    if SECTIONS[template]:
+        opening = wording.answer[0]
+        begin = text.index(answer, text.index(opening) + len(opening))
+    else:
+        begin = len(text.rstrip()) - len(answer)
+    return begin, begin + len(answer)
+
+
 def _has_only(tags: Iterable[Tag], text: str) -> bool:
     """Whether a text is these sections, in this order, with only white space around them."""
     for opening, end in tags:

@@ -128,6 +128,25 @@ def is_yes_no(answer: str) -> bool:
     return normalise(answer) in _YES_NO
 
 
+_ABSTENTIONS = {
+    normalise(text)
+    for text in (
+        *("cannot tell", "can't tell", "cannot say", "cannot be determined", "cannot determine", "not sure", "unsure"),
+        *("i do not know", "i don't know", "unknown", "undetermined", "not enough information", "unclear"),
+        *("nicht beurteilbar", "nicht zu beurteilen", "weiß nicht", "ich weiß es nicht", "unklar"),
+        *("je ne sais pas", "impossible à dire", "indéterminé"),
+        *("no sé", "no se puede determinar", "indeterminado"),
+        *("不知道", "无法确定", "无法判断", "不确定"),
+    )
+}
+"""Answers that decline to answer, normalised."""
+
+
+def is_abstention(answer: str) -> bool:
+    """Whether an answer declines to answer, in English, German, French, Spanish or Chinese."""
+    return normalise(answer) in _ABSTENTIONS
+
+
 def number_of(number: int, noun: str, plural: str = "") -> str:
     """A number with its noun: ``1 row``, ``2 rows``, ``1,000 rows``.
 

@@ -207,7 +207,8 @@ class Completion:
     is_truncated: bool
     """Whether the token limit was reached before the end-of-sequence token."""
     logps: tuple[float, ...] | None = None
-    """Log-probabilities reported by another engine (vLLM), NaN where unknown; None if the own engine sampled."""
+    """Log-probabilities of the tokens: at temperature 1 where they were decoded greedily; as reported where another
+    engine (vLLM) sampled them, NaN where unknown; None where the own engine sampled."""
 
 
 @dataclass

@@ -14,7 +14,15 @@ from itertools import chain, islice, tee
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from medvqa_rl.config import EvalConfig, PrefetchConfig, RolloutConfig
-from medvqa_rl.core.answers import ParsedAnswer, compared, is_correct, parse_completion, read_choice, token_f1
+from medvqa_rl.core.answers import (
+    ParsedAnswer,
+    answer_span,
+    compared,
+    is_correct,
+    parse_completion,
+    read_choice,
+    token_f1,
+)
 from medvqa_rl.core.prompts import render_prompt
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import (
@@ -32,12 +40,14 @@ from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.data.phantom.claims import claims, distinct_truths, faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.splits import choose
+from medvqa_rl.evaluation.measures.confidence import answer_probability
 from medvqa_rl.evaluation.measures.metrics import exact_match, rouge_l
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from medvqa_rl.models.processor import Processor
     from medvqa_rl.rollout.decode import RolloutEngine
 
 Progress = Callable[[int, int], None]
@@ -203,10 +213,10 @@ def answer(engine: RolloutEngine, questions: Iterable[Question], settings: Answe
 
     for group in _greedy(engine, usable(), settings):
         while waiting[0].reason is not None:
-            yield make_record(waiting.popleft(), None, (), settings, engine.processor.count_tokens)
-        yield make_record(waiting.popleft(), group, (), settings, engine.processor.count_tokens)
+            yield make_record(waiting.popleft(), None, (), settings, engine.processor)
+        yield make_record(waiting.popleft(), group, (), settings, engine.processor)
     for question in waiting:
-        yield make_record(question, None, (), settings, engine.processor.count_tokens)
+        yield make_record(question, None, (), settings, engine.processor)
 
 
 def _greedy(engine: RolloutEngine, questions: Iterable[Question], settings: AnswerSettings) -> Iterator[Group]:
@@ -249,7 +259,7 @@ def _answer_with_samples(
     for question in batch:
         id = question.sample.id
         more = sampled[id].completions if id in sampled else ()
-        yield make_record(question, greedy.get(id), more, settings, engine.processor.count_tokens)
+        yield make_record(question, greedy.get(id), more, settings, engine.processor)
 
 
 def make_record(
@@ -257,14 +267,14 @@ def make_record(
     group: Group | None,
     sampled: Sequence[Completion],
     settings: AnswerSettings,
-    count_tokens: Callable[[str], int],
+    processor: Processor,
 ) -> EvalRecord:
     """Score one question. Groups and image key are the data set's, everything else is of the question as shown.
 
     Args:
         group: holds the greedy completion; None makes the record unscored.
         sampled: further completions.
-        count_tokens: number of tokens that the policy's tokenizer makes of a text.
+        processor: of the policy, which counts and decodes tokens.
     """
     sample, shown, template = question.sample, question.shown, settings.template
     record = EvalRecord(
@@ -322,11 +332,22 @@ def make_record(
         image_hash=question.image_hash,
         sampled=tuple(_sampled_answer(shown, completion, template, wording) for completion in sampled),
         tags=() if wording.tags == DEFAULT_WORDING.tags else wording.tags,
-        think_tokens=0 if parsed.think is None else count_tokens(think),
+        think_tokens=0 if parsed.think is None else processor.count_tokens(think),
+        answer_probability=_probability(group, processor.decode),
         num_claims=None if scene is None else len(claims(think)),
         faithfulness=None if scene is None else faithfulness(think, scene),
         distinct_truths=None if scene is None else distinct_truths(think, scene),
     )
+
+
+def _probability(group: Group, decode: Callable[[Sequence[int]], str]) -> float | None:
+    """The probability of the greedy answer of a group."""
+    completion = group.completions[0]
+    span = answer_span(completion.text, group.template, group.wording)
+    if span is None or completion.logps is None:
+        return None
+    opened = len(group.prompt.opening)  # by the prompt, so it has no tokens
+    return answer_probability(completion.token_ids, completion.logps, (span[0] - opened, span[1] - opened), decode)
 
 
 def image_hash(images: Iterable[Image]) -> str | None:

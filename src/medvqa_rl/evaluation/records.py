@@ -84,6 +84,9 @@ class EvalRecord:
     """The k sampled answers, if any, besides the greedy one."""
     think_tokens: Count | None = None
     """Tokens of the reasoning under the policy's tokenizer, 0 if the section is unclosed; None if not counted."""
+    answer_probability: Share | None = None
+    """Probability of the answer under the model, given the prompt and the reasoning; None without an answer, or where
+    another engine answered."""
     num_claims: Count | None = None
     """Number of checkable claims in the reasoning; PhantomVQA only."""
     faithfulness: Share | None = None

@@ -246,7 +246,7 @@ class RolloutEngine:
                         num_admitted += 1
                 assert state is not None
                 is_done = self._decode(state, generation)
-                for owner, completion in self._read(state, is_done, running):
+                for owner, completion in self._read(state, is_done, running, is_greedy=generation.uniforms is None):
                     running[owner.prompt].completions[owner.completion] = completion
                 state.remove(is_done)
                 finished = []
@@ -302,17 +302,18 @@ class RolloutEngine:
         return is_done
 
     def _read(
-        self, state: DecodeState, is_done: Sequence[bool], running: Mapping[int, _Running]
+        self, state: DecodeState, is_done: Sequence[bool], running: Mapping[int, _Running], *, is_greedy: bool
     ) -> Iterator[tuple[Owner, Completion]]:
         """The completions of the sequences that are done."""
         rows = [row for row, done in enumerate(is_done) if done]
         index = torch.tensor(rows, device=self._policy.device)
-        found = (values[index].tolist() for values in (state.tokens, state.token_index, state.is_stopped))
+        buffers = (state.tokens, state.token_index, state.is_stopped, state.logps)
+        found = (values[index].tolist() for values in buffers)
         owners = state.owners
-        for row, tokens, last, is_stopped in zip(rows, *found):
+        for row, tokens, last, is_stopped, logps in zip(rows, *found):
             ids = tuple(tokens[: last + 1])
             text = running[owners[row].prompt].request.prompt.opening + self.processor.decode(ids)
-            yield owners[row], Completion(ids, text, not is_stopped)
+            yield owners[row], Completion(ids, text, not is_stopped, tuple(logps[: last + 1]) if is_greedy else None)
 
 
 def _group(prompt: _Running) -> Group:

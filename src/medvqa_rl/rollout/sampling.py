@@ -136,9 +136,16 @@ def _invert(mass: Tensor, u: Tensor) -> Tensor:
     return torch.where(is_beyond.any(dim=-1), is_beyond.to(torch.uint8).argmax(dim=-1), last)
 
 
-def pick_greedy(logits: Tensor, *, suppressed: Tensor | None = None) -> Tensor:
-    """(B,) the most likely token of each row of (B, V) logits that is not suppressed; ties go to the lowest id."""
-    return _suppress(logits, suppressed).argmax(dim=-1)
+def pick_greedy(logits: Tensor, *, suppressed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row of (B, V) logits that is not suppressed; ties go to the lowest id.
+
+    Returns:
+        (B,) token ids, and (B,) float32 their log-probabilities at temperature 1, among the tokens not suppressed.
+    """
+    scores = _suppress(logits, suppressed)
+    picked = scores.argmax(dim=-1)
+    logps = scores.gather(-1, picked.unsqueeze(-1)).squeeze(-1).float() - scores.float().logsumexp(dim=-1)
+    return picked, logps
 
 
 def _suppress(logits: Tensor, suppressed: Tensor | None) -> Tensor:

@@ -159,6 +159,8 @@ class DecodeState:
         """(rows,) index of the newest token in its completion, where the next step writes its keys and values."""
         self.first_position = torch.zeros(rows, **integers)
         """(rows,) the position of the completion's first token."""
+        self.logps = torch.zeros(rows, length, device=device)
+        """(rows, L) log-probabilities of the tokens; written by greedy decoding only."""
         self.is_done = torch.ones(rows, dtype=torch.bool, device=device)
         self.is_stopped = torch.zeros(rows, dtype=torch.bool, device=device)
         """(rows,) True where a stop token ended the completion."""
@@ -277,7 +279,9 @@ class DecodeState:
         longest = self.longest
         for layer in self.layers:
             self._move(moves, layer.own_keys[:, :, :longest], layer.own_values[:, :, :longest])
-        self._move(moves, self.tokens, self.last_token, self.token_index, self.first_position, self.uniforms)
+        self._move(
+            moves, self.tokens, self.last_token, self.token_index, self.first_position, self.uniforms, self.logps
+        )
         self._move(moves, self.is_done, self.is_stopped)
         for target, source in moves.items():
             self._rows[target] = self._rows[source]

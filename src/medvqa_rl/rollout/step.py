@@ -73,7 +73,10 @@ def append_tokens(state: DecodeState, rows: slice, logits: Tensor, picker: Picke
     index = state.token_index[rows] + is_live.long()
     state.is_finite &= (logits.sum(dim=-1).isfinite() | ~is_live).all()
     if picker.sampling is None:
-        picked = pick_greedy(logits, suppressed=picker.suppressed)
+        picked, logps = pick_greedy(logits, suppressed=picker.suppressed)
+        known = state.logps[rows]
+        logps = torch.where(is_live, logps, known.gather(1, index.unsqueeze(1)).squeeze(1))
+        known.scatter_(1, index.unsqueeze(1), logps.unsqueeze(1))
     else:
         uniforms = state.uniforms[rows].gather(1, index.unsqueeze(1)).squeeze(1)
         picked = pick_tokens(logits, uniforms, suppressed=picker.suppressed, **picker.sampling._asdict())

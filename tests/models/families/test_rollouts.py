@@ -49,6 +49,11 @@ def test_greedy_equals_generate(name, attention, mixed_samples):
             assert completion.is_truncated == (expected[-1] not in policy.processor.stop_ids)
             assert completion.text == policy.processor.decode(expected)
             assert group.sample is sample
+            with torch.no_grad():
+                logits = stock_logits(policy, group.prompt, expected)
+            stock = logits.index_fill(-1, torch.tensor(never_sampled(policy)), -torch.inf).log_softmax(-1)
+            chosen = stock.gather(-1, torch.tensor(expected)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logps), chosen, atol=2e-5, rtol=0)
             lengths.add(len(expected))
     assert len(lengths) > 2  # some ended early, so rows were finished at different times
 

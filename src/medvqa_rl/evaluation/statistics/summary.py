@@ -12,6 +12,7 @@ from typing import Any
 from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.answers import compared
 from medvqa_rl.core.text import shown
+from medvqa_rl.evaluation.measures.confidence import confidence_summary
 from medvqa_rl.evaluation.measures.measured import measured_summary
 from medvqa_rl.evaluation.measures.metrics import average, majority_at_k, majority_share, pass_at_k, rate
 from medvqa_rl.evaluation.records import EvalRecord
@@ -111,7 +112,8 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
         frequencies of gold and given letters in choice questions. ``majority_per_type``: accuracy of always giving the
         most frequent gold answer of the question's answer type. ``sampled``: results of the k sampled answers, if any.
         ``lengths``, ``thinking``, ``perplexity``, ``similarity`` and ``faithfulness``: see
-        :func:`medvqa_rl.evaluation.measures.measured.measured_summary`. What does not apply is NaN.
+        :func:`medvqa_rl.evaluation.measures.measured.measured_summary`; ``confidence``: see
+        :func:`medvqa_rl.evaluation.measures.confidence.confidence_summary`. What does not apply is NaN.
 
     Raises:
         ValueError: there are no records.
@@ -146,6 +148,7 @@ def summarise(records: Sequence[EvalRecord], config: EvalConfig) -> dict[str, An
         "majority_per_type": _majority_per_type(records),
         "sampled": _sampled(records, config),
         **measured_summary(records),
+        "confidence": confidence_summary(records, config),
         "by": by,
     }
 

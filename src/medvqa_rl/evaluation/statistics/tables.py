@@ -14,6 +14,9 @@ MEASURES = (
     ("perplexity", "value", "perplexity", ".1f"),
     ("similarity", "value", "similarity", ".2f"),
     ("faithfulness", "value", "true claims", ".1%"),
+    ("confidence", "brier", "Brier score", ".3f"),
+    ("confidence", "ece", "calibration error", ".3f"),
+    ("confidence", "auroc", "AUROC of confidence", ".2f"),
 )
 """Section and key in results.json, column title and format of what is measured besides accuracy and length."""
 
@@ -123,6 +126,17 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     if titles:
         cells = [f"{title} {cell}" for title, cell in zip(titles, rows[0][1:])]
         lines.append("Mean ± standard deviation of token counts, and other measures: " + "; ".join(cells) + ".")
+    confidence = results.get("confidence", {})
+    for by, found in (("the answer's probability", confidence), ("votes", confidence.get("votes", {}))):
+        if at := found.get("accuracy_at"):
+            shares = ", ".join(f"{float(share):.0%}".replace("%", " %") for share in at)
+            accuracies = ", ".join(map(format_points, at.values()))
+            lines.append(
+                f"Accuracy of the surest {shares} by {by}: {accuracies} (AUROC {format_decimal(found['auroc'], 2)})."
+            )
+    if confidence.get("abstained"):
+        declined, answered = format_points(confidence["abstained"]), format_points(confidence["accuracy_answered"])
+        lines.append(f"Declined to answer: {declined} %; accuracy of the other answers: {answered} %.")
     if sampled := results.get("sampled"):
         values = {name: row["value"] for name, row in sampled.items() if isinstance(row, Mapping)}
         cells = [f"{name.replace('_', ' ')} {format_points(value)}" for name, value in values.items()]

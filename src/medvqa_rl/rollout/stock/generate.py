@@ -70,25 +70,28 @@ class GenerateEngine(RolloutEngine):
             eos_token_id=list(self.processor.stop_ids),
             pad_token_id=self.processor.pad_id,
         )
+        pick = _Pick(generation.picker, uniforms, width)
         with _generating(model, settings):
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.long().to(device),
-                logits_processor=[_Pick(generation.picker, uniforms, width)],
+                logits_processor=[pick],
                 synced_gpus=False,
                 **as_generic(self._policy.family).stock_inputs(model, prompts, width, is_left=True),
             )
-        completions = [self._completion(tokens) for tokens in output[:, width:].tolist()]
+        logps = torch.stack(pick.logps, dim=1).tolist() if pick.logps else [None] * len(output)
+        completions = [self._completion(*row) for row in zip(output[:, width:].tolist(), logps, strict=True)]
         return [
             Group(request.sample, request.prompt, completions[index * size : (index + 1) * size])
             for index, request in enumerate(requests)
         ]
 
-    def _completion(self, tokens: Sequence[int]) -> Completion:
+    def _completion(self, tokens: Sequence[int], logps: Sequence[float] | None) -> Completion:
         """A completion up to its first stop token; padding follows it."""
         stops = [index for index, token in enumerate(tokens) if token in self.processor.stop_ids]
         ids = tuple(tokens[: stops[0] + 1] if stops else tokens)
-        return Completion(ids, self.processor.decode(ids), not stops)
+        known = None if logps is None else tuple(logps[: len(ids)])
+        return Completion(ids, self.processor.decode(ids), not stops, known)
 
 
 class _Pick(LogitsProcessor):
@@ -101,13 +104,16 @@ class _Pick(LogitsProcessor):
             width: tokens of the padded prompts.
         """
         self._picker, self._uniforms, self._width = picker, uniforms, width
+        self.logps: list[Tensor] = []
+        """(rows,) of every step, where tokens are picked greedily."""
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if not bool(scores.sum(dim=-1).isfinite().all()):
             raise FloatingPointError(DIVERGED)
         picker = self._picker
         if picker.sampling is None or self._uniforms is None:
-            picked = pick_greedy(scores, suppressed=picker.suppressed)
+            picked, logps = pick_greedy(scores, suppressed=picker.suppressed)
+            self.logps.append(logps)
         else:
             uniforms = self._uniforms[:, input_ids.shape[1] - self._width]
             picked = pick_tokens(scores, uniforms, suppressed=picker.suppressed, **picker.sampling._asdict())
