@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from medvqa_rl.config.yaml import build_config
 from medvqa_rl.core.answers import parse_completion
@@ -19,7 +21,9 @@ from medvqa_rl.evaluation.judging.instrument import rewarding_judges
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.rewards.judges import Grade, JudgeRequest
 from medvqa_rl.rewards.judges.load import caches_folder, load_judge, load_judges
-from medvqa_rl.rewards.judges.rubric import REASONING
+from medvqa_rl.rewards.judges.rubric import REASONING, STEP
+from medvqa_rl.rewards.process import process_score
+from medvqa_rl.rewards.statements import split_statements
 
 
 def settings(folder: Path, **judge: Any) -> dict[str, Any]:
@@ -168,3 +172,38 @@ def test_failed_grades_stop_the_run_above_the_limit(tmp_path: Path, monkeypatch:
         train(build_config(given, purpose="train"))
     assert "check that the judge phantom:judge answers" in str(stopped.value)
     assert str(stopped.value).endswith("continue with --resume.")
+
+
+def test_a_process_reward_moves_the_steps_of_a_run_and_resumes_exactly(tmp_path: Path) -> None:
+    """The judge's verdicts on the steps, as stored, explain the advantages; and a resumed run ends the same."""
+    given = settings(tmp_path)
+    given["rewards"] = {"process": 2.0, "process_discount": 0.5}
+    given["train"] |= {"eval_steps": 0}
+    whole = train(build_config(given, purpose="train"))
+    judge = load_judges(build_config(given).judge, [STEP])["step"]
+    assert json.loads((whole / "judge.json").read_text())["step"] == judge.identity.to_json()
+    rows = lines(whole / "samples" / "step_000002.jsonl")
+    for row in rows:
+        think = parse_completion(row["completion"]).think or ""
+        said = split_statements(think)
+        requests = [
+            JudgeRequest(row["question"], tuple(row["options"]), think[: step.end], step=step.text) for step in said
+        ]
+        verdicts = [int(grade.score) for grade in judge.grade(requests)]
+        assert row["extra"]["process_steps"] == verdicts
+        assert row["rewards"]["process"] == pytest.approx(process_score(verdicts, 0.5))
+        assert row["reward"] == row["rewards"]["format"] + row["rewards"]["correctness"]
+    metrics = lines(whole / "metrics.jsonl")
+    assert metrics[-1]["rewards/process/steps"] == sum(len(row["extra"]["process_steps"]) for row in rows) / 8
+    assert judge.counters["cached"] == judge.counters["asked"], "the run has cached its verdicts"
+
+    again = dict(given, output_dir=str(tmp_path / "again"), train={**given["train"], "steps": 1})
+    train(build_config(again, purpose="train"))
+    again["train"] = given["train"]
+    resumed = train(build_config(again, purpose="train"), resume=True)
+    ends = [load_file(run / "checkpoints" / "step_000002" / "model.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    without = dict(given, output_dir=str(tmp_path / "without"), rewards={})
+    plain = train(build_config(without, purpose="train"))
+    other = load_file(plain / "checkpoints" / "step_000002" / "model.safetensors")
+    assert not all(torch.equal(ends[0][name], other[name]) for name in other), "the process reward changes the weights"

@@ -230,6 +230,15 @@ def test_without_a_weight_no_judge_grades() -> None:
         ({"rewards": {"semantic": 1.0}, "prompt": {"template": "direct"}}, "asks for no reasoning"),
         ({"rewards": {"reasoning_gate": 1.5}}, "rewards.reasoning_gate is 1.5, but must be a number from 0 to 1"),
         ({"rewards": {"reasoning": 1.0}, "prompt": {"template": "direct"}}, "set rewards.reasoning=0 or prompt"),
+        (
+            {"rewards": {"process": 1.0}, "prompt": {"template": "direct"}},
+            "rewards.process is 1, but prompt.template=direct asks for no steps to judge: set rewards.process=0",
+        ),
+        (
+            {"rewards": {"process": 1.0}, "loss": {"type": "dpo"}},
+            "rewards.process is 1, but loss.type is dpo, which prefers whole completions",
+        ),
+        ({"rewards": {"process_discount": 0.0}}, "rewards.process_discount is 0.0, but must be a number above 0"),
         ({"rewards": {"composite": 1.0}, "prompt": {"template": "direct"}}, "it counts the tokens of the reasoning"),
         (
             {"rewards": {"composite": 2.0}, "eval": {"perplexity_model": "phantom:judge"}},

@@ -41,14 +41,20 @@ def build_models(
 @verb
 def build_judges(
     output: Annotated[Path, typer.Option(help="Folder for the judges.")] = Path("runs/judges"),
-    only: Annotated[list[str] | None, typer.Option(help="judge or judge_eval. Defaults to both.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="judge, judge_eval or judge_sees. Defaults to all.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train the embedded reasoning judges from scratch, by the committed recipe."""
+    """Train the embedded judges by the committed recipes: those of text from scratch, and the one that sees."""
     use_threads("phantom:instruct")
+    from medvqa_rl.phantom.judge import SEEING
     from medvqa_rl.phantom.judge import build_judges as build
+    from medvqa_rl.phantom.seeing_judge import build_seeing_judge
 
-    build(output, names=only or (), dry_run=dry_run)
+    of_text = [name for name in only or ("judge", "judge_eval") if name != SEEING]
+    if of_text:
+        build(output, names=of_text, dry_run=dry_run)
+    if SEEING in (only or (SEEING,)):
+        build_seeing_judge(output, dry_run=dry_run)
 
 
 @phantom_app.command("build-lm")

@@ -37,7 +37,7 @@ class Config(Settings):
     vllm: VllmConfig = VllmConfig()
     rewards: RewardsConfig = RewardsConfig()
     judge: JudgeConfig = JudgeConfig()
-    """The reward judge, used by rewards.semantic, reasoning, composite and open_correctness."""
+    """The reward judge, used by rewards.semantic, reasoning, process, composite and open_correctness."""
     eval_judge: Identity[JudgeConfig | None] = None
     """The evaluation judge, which should differ from the reward judge; None disables it."""
     advantage: AdvantageConfig = AdvantageConfig()

@@ -79,6 +79,10 @@ class RewardsConfig(Settings):
     """open_correctness similarity: tfidf (words only), or a sentence-transformers model (folder or Hub id)."""
     similarity_threshold: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.8
     """open_correctness similarity: minimum similarity to the gold answer that counts as correct."""
+    process: Identity[Weight] = 0.0
+    """Process reward: the judge's verdict on each step of the reasoning, in the advantages of the step's tokens."""
+    process_discount: Identity[Annotated[float, Field(gt=0.0, le=1.0)]] = 0.8
+    """process: weight of a step relative to the one before; below 1, earlier invalid steps cost more."""
     ecr: Identity[Weight] = 0.0
     """Extended chain reward: reasoning tokens / length_target, at most 1."""
     cwr: Identity[Weight] = 0.0
@@ -119,7 +123,8 @@ class RewardsConfig(Settings):
     @property
     def judged(self) -> dict[str, float]:
         """Weights above 0 of the parts that a judge scores, by name."""
-        names = ("semantic", "reasoning", "composite", *(("correctness",) if self.open_correctness == "judge" else ()))
+        names = {"semantic", "reasoning", "process", "composite"}
+        names |= {"correctness"} if self.open_correctness == "judge" else set()
         return {name: weight for name, weight in self.weights.items() if name in names and weight > 0}
 
 

@@ -25,9 +25,10 @@ from medvqa_rl.evaluation.measures.similarity import load_similarity
 from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.feed import make_feed
 from medvqa_rl.learning.collector import Collector, StepClock, gather_records
-from medvqa_rl.learning.objective.advantages import group_advantages
+from medvqa_rl.learning.objective.advantages import Advantages, group_advantages
 from medvqa_rl.learning.objective.losses.dpo import preference_pairs
 from medvqa_rl.learning.objective.mismatch import DIFFERENCE
+from medvqa_rl.learning.objective.step_tokens import Decode, with_steps
 from medvqa_rl.learning.run.errors import UnscoredError
 from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.run.step_metrics import (
@@ -113,7 +114,7 @@ def train(
         trained = run.use_trained(wrap(config, accelerator, setup.policy))
         collector = Collector(config, setup, trained, rewards)
         learner = Learner(config, accelerator, setup.policy, reference, trained)
-        steps = range(run.state.step, config.train.steps)
+        steps, decode = range(run.state.step, config.train.steps), setup.policy.processor.decode
         feed = run.enter_context(make_feed(config, accelerator, setup, steps, config.train.prompts_per_step))
         for step in steps:
             clock = StepClock(run.set_phase)
@@ -130,7 +131,7 @@ def train(
             check_unscored(config, groups, scores, metrics["unscored_rate"], step)
 
             clock.start("update")
-            metrics |= learner.update(*learning_signal(config, groups, total, advantages), step)
+            metrics |= learner.update(*learning_signal(config, groups, scores, advantages, decode), step)
             metrics |= mean_over_ranks(gather_object([scores.extras]))
             run.state.num_tokens += sum(record.prompt_length + record.length for record in records)
             run.finish_step(metrics | clock.times(), records, groups)  # log, evaluate, save
@@ -187,14 +188,25 @@ def advantages_of(config: Config, accelerator: Accelerator, rewards: Tensor) -> 
 
 
 def learning_signal(
-    config: Config, groups: Sequence[Group], rewards: Tensor, advantages: Tensor
-) -> tuple[Sequence[Group], Tensor, Tensor]:
-    """Return the groups, (P, G) advantages and (P, G) scored flags that ``Learner.update`` takes.
+    config: Config, groups: Sequence[Group], scores: Scores, advantages: Tensor, decode: Decode
+) -> tuple[Sequence[Group], Advantages, Tensor]:
+    """Return the groups, advantages and (P, G) scored flags that ``Learner.update`` takes.
 
-    With ``loss.type: dpo`` these are preference pairs and their signs.
+    With ``loss.type: dpo`` these are preference pairs and their signs, and with the process reward one advantage per
+    token.
+
+    Args:
+        advantages: (P, G) of the total rewards.
+        decode: of the policy's tokenizer.
     """
+    rewards, own = torch.from_numpy(scores.total), config.rewards
     if config.loss.type == "dpo":
         return preference_pairs(groups, rewards)
+    if own.process:
+        per_token = with_steps(
+            advantages, groups, scores.steps, weight=own.process, discount=own.process_discount, decode=decode
+        )
+        return groups, per_token, ~rewards.isnan()
     return groups, advantages, ~rewards.isnan()
 
 
@@ -244,7 +256,8 @@ def _dry_run(config: Config, accelerator: Accelerator, rewards: Rewards, train_s
         groups, scores = collector.sample(0, prompts, StepClock())
     total = torch.from_numpy(scores.total)
     advantages = advantages_of(config, accelerator, total)
-    experience = learner.prepare(*learning_signal(config, groups, total, advantages))
+    decode = setup.policy.processor.decode
+    experience = learner.prepare(*learning_signal(config, groups, scores, advantages, decode))
     metrics, _ = learner.accumulate(experience)
 
     rows = {

@@ -42,6 +42,8 @@ from medvqa_rl.rewards.judges import JudgeRequest
 from medvqa_rl.rewards.judges.local import load_local_judge
 from medvqa_rl.rollout.decode import RolloutEngine
 
+SEEING = "judge_sees"
+"""The judge of :mod:`medvqa_rl.phantom.seeing_judge`, which has a recipe of its own."""
 PAD, END = "<pad>", "</s>"
 TEMPERATURES = (1.0, 1.15, 1.3)
 """Sampling temperatures of the policies, used equally often."""
@@ -211,7 +213,7 @@ def build_judges(output: Path, *, names: Sequence[str] = (), steps: int | None =
     known = [recipe.name for recipe in RECIPES]
     for name in names:
         if name not in known:
-            raise ValueError(f"There is no recipe for a judge {name!r}: choose from {', '.join(known)}.")
+            raise ValueError(f"There is no recipe for a judge {name!r}: choose from {', '.join([*known, SEEING])}.")
     recipes = [recipe for recipe in RECIPES if not names or recipe.name in names]
     for recipe in recipes:
         refuse_existing(output / recipe.name)

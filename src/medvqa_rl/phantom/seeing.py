@@ -13,20 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 from medvqa_rl.data.phantom.drawing import render
-from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, SIDES, SIZES, Scene, draw_scene
+from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, SIZES, Scene, draw_scene
 from medvqa_rl.models.families.shared import as_shared
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.training import Log, cosine_schedule, train
-
-CELLS = tuple((side, level) for side in SIDES for level in LEVELS)
-_CLASSES = (len(ALL_KINDS) + 1, len(SIZES) + 1, 4)
-"""Number of kinds, sizes and counts per cell; class 0 means an empty cell."""
-_GRID = 4
-"""Image tokens per side."""
+from medvqa_rl.rewards.judges.phantom.sight import CELLS, Probe
 
 
 def labels(scene: Scene) -> list[tuple[int, int, int]]:
@@ -40,49 +34,33 @@ def labels(scene: Scene) -> list[tuple[int, int, int]]:
     ]
 
 
-class Probe(nn.Module):
-    """Linear classifiers on the image tokens."""
+def learn_to_see(
+    policy: Policy,
+    steps: int,
+    rate: float,
+    seed: int,
+    log: Log,
+    *,
+    batch: int = 64,
+    scanners: Sequence[str] = ("home",),
+) -> Probe:
+    """Train the vision tower and the projector through the probe.
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.cells = nn.Linear(_GRID * _GRID * hidden, len(CELLS) * sum(_CLASSES))
-        self.organ = nn.Linear(hidden, len(ALL_ORGANS))
-        self.position = nn.Linear(hidden, 2 * _GRID)
+    Args:
+        scanners: take the images of a step in turn.
 
-    def loss(self, features: Tensor, cells: Tensor, organs: Tensor) -> tuple[Tensor, float]:
-        """
-        Args:
-            features: (N, 16, hidden) image tokens.
-            cells: (N, 6, 3) classes from :func:`labels`.
-            organs: (N,) indices of organs.
-
-        Returns:
-            The weighted sum of the cross-entropies, and the share of findings whose kind, size and count are all
-            predicted correctly.
-        """
-        count = len(features)
-        predictions = self.cells(features.flatten(1)).view(count * len(CELLS), -1).split(_CLASSES, dim=-1)
-        targets = cells.flatten(0, 1)
-        terms = [functional.cross_entropy(logits, targets[:, i]) for i, logits in enumerate(predictions)]
-        terms.append(0.3 * functional.cross_entropy(self.organ(features.mean(dim=1)), organs))
-        token = torch.arange(_GRID * _GRID).repeat(count)
-        row, column = self.position(features).flatten(0, 1).split(_GRID, dim=-1)
-        terms.append(0.3 * functional.cross_entropy(row, token // _GRID))
-        terms.append(0.3 * functional.cross_entropy(column, token % _GRID))
-        is_finding = targets[:, 0] > 0
-        is_right = torch.stack([logits.argmax(-1) == targets[:, i] for i, logits in enumerate(predictions)]).all(dim=0)
-        return torch.stack(terms).sum(), is_right[is_finding].float().mean().item()
-
-
-def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *, batch: int = 64) -> None:
-    """Train the vision tower and the projector through the probe."""
+    Returns:
+        The probe.
+    """
     family, processor = as_shared(policy.family), policy.processor.image_processor
     torch.manual_seed(seed)
     probe = Probe(len(family.blank_features(policy.model, policy.device)[0]))
 
     def backward(step: int) -> dict[str, float]:
         scenes = _scenes(batch, seed, step)
-        images = [Image.fromarray(render(scene)) for scene in scenes]
+        images = [
+            Image.fromarray(render(scene, scanners[index % len(scanners)])) for index, scene in enumerate(scenes)
+        ]
         inputs = family.preprocess(processor, images)
         encoded = family.encode(policy.model, {name: torch.from_numpy(array) for name, array in inputs.items()})
         features = torch.stack(list(encoded))
@@ -96,6 +74,7 @@ def learn_to_see(policy: Policy, steps: int, rate: float, seed: int, log: Log, *
 
     both = nn.ModuleList([*family.vision_modules(policy.model), probe])
     train(both, cosine_schedule(rate, warmup_steps=min(50, steps)), steps, backward, log, stage="seeing")
+    return probe
 
 
 def _scenes(count: int, seed: int, step: int) -> Sequence[Scene]:

@@ -30,6 +30,7 @@ from medvqa_rl.rewards.length import (
     soft_overlong,
 )
 from medvqa_rl.rewards.open_answers import Compare, score_answers
+from medvqa_rl.rewards.process import Step, judge_steps, process_score
 from medvqa_rl.rewards.scores import Scores
 from medvqa_rl.rewards.statements import distinct, split_statements
 
@@ -53,6 +54,11 @@ class Batch:
         """(B,) verdicts of the judge of coherence, who is asked once for all parts that need them."""
         return score_semantic(self.reads, self.judges["coherence"], self.log)
 
+    @cached_property
+    def steps(self) -> list[list[Step]]:
+        """(B) judged steps of each completion."""
+        return judge_steps(self.reads, self.judges["step"], self.log)
+
 
 Part = Callable[[Batch], ArrayLike]
 """Scores a batch: (B,) values, NaN for unscored."""
@@ -64,6 +70,9 @@ PARTS: dict[str, Part] = {
     "reasoning": lambda batch: score_reasoning(
         batch.reads, batch.judges["reasoning"], batch.credit, batch.config.reasoning_gate, batch.log
     ),
+    "process": lambda batch: [
+        process_score([step.validity for step in steps], batch.config.process_discount) for steps in batch.steps
+    ],
     "ecr": lambda batch: [extended_chain(read.think_tokens, batch.config.length_target) for read in batch.reads],
     "cwr": lambda batch: [
         correctness_weighted_length(read.think_tokens, batch.config.length_target, is_correct=read.is_right)
@@ -128,8 +137,8 @@ class Rewards:
         Args:
             config: weights of the parts and their parameters.
             max_completion_length: token limit of a completion.
-            judges: by rubric: ``semantic`` and ``composite`` need ``coherence``, ``reasoning`` needs ``reasoning``,
-                and ``open_correctness: judge`` needs ``correctness``.
+            judges: by rubric: ``semantic`` and ``composite`` need ``coherence``, ``process`` needs ``step``,
+                ``reasoning`` needs ``reasoning``, and ``open_correctness: judge`` needs ``correctness``.
             similarity: compares texts to references; ``open_correctness: similarity`` needs it.
             functions: those of ``rewards.functions`` that a program passes itself, by dotted path; the others are
                 imported.
@@ -172,8 +181,8 @@ class Rewards:
     def score(self, groups: Sequence[Group], *, step: int, count_tokens: Callable[[str], int] | None = None) -> Scores:
         """Score every completion of P groups of G.
 
-        The total is sum(weight * part) over the enabled parts that apply to the completion; it is NaN (unscored) where
-        any of them is NaN, or none applies.
+        The total is sum(weight * part) over the enabled parts that apply to the completion, without ``process``, which
+        counts by the steps; it is NaN (unscored) where any of them is NaN, or none applies.
 
         Args:
             groups: P groups with the same number G of completions.
@@ -204,9 +213,11 @@ class Rewards:
             else:
                 values = PARTS[name](batch)
             parts[name] = np.asarray(values, dtype=np.float64).reshape(shape)
-        total = _total(self._weights, parts, applies)
+        # Steps count by the advantages of their tokens; one that could not be judged still leaves its total unscored.
+        total = _total(self._weights | ({"process": 0.0} if "process" in parts else {}), parts, applies)
         extras = {name: float(np.mean(values)) for name, values in log.metrics.items()}
-        return Scores(total, parts, applies, extras, log.columns, reads)
+        steps = batch.steps if "process" in parts else ()
+        return Scores(total, parts, applies, extras, log.columns, reads, steps)
 
 
 def _total(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvqa_rl.core.answers import Read
+from medvqa_rl.rewards.process import Step
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,5 @@ class Scores:
     """(P * G) values per completion, in prompt order, that reward functions logged through ``log_extra``."""
     reads: Sequence[Read] = ()
     """(P * G) parsed completions, in prompt order."""
+    steps: Sequence[Sequence[Step]] = ()
+    """(P * G) judged steps of each completion, in prompt order; empty unless the process reward is on."""

@@ -14,6 +14,7 @@ from medvqa_rl.learning import collector
 from medvqa_rl.learning.batching.resampling import groups_without_signal, resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_indices
 from medvqa_rl.learning.grpo import train
+from medvqa_rl.rewards.process import Step
 from medvqa_rl.rewards.scores import Scores
 
 NAN = float("nan")
@@ -29,7 +30,8 @@ def scores(*rewards: tuple[float, float], note: str = "") -> Scores:
     total = np.array(rewards)
     columns = {"note": [f"{note}{index}" for index in range(total.size)]} if note else {}
     reads = [Read(SAMPLE, "direct", Completion((1,), f"{note}{index}", False)) for index in range(total.size)]
-    return Scores(total, {"half": total / 2}, {"half": total < 2}, {"metric": 1.0}, columns, reads)
+    steps = [[Step(0, 1, 1.0)] * len(read.completion.text) for read in reads]
+    return Scores(total, {"half": total / 2}, {"half": total < 2}, {"metric": 1.0}, columns, reads, steps)
 
 
 def test_groups_with_equal_rewards_have_no_signal_unless_unscored():
@@ -57,6 +59,7 @@ def test_groups_without_signal_are_replaced():
     assert merged.parts["half"].tolist() == [[0.0, 1.5], [0.0, 0.5], [0.5, 0.0]]
     assert merged.columns["note"] == [None, None, "own2", "own3", "x2", "x3"]
     assert [r.completion.text for r in merged.reads] == ["0", "1", "own2", "own3", "x2", "x3"]
+    assert [len(steps) for steps in merged.steps] == [len(r.completion.text) for r in merged.reads]
     assert merged.extras == {"metric": 1.0, "frac_groups_resampled": pytest.approx(2 / 3)}
 
 

@@ -33,10 +33,18 @@ def judge_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "rewards.open_correctness",
             "judge.model",
         )
-    for name, weight in (("semantic", rewards.semantic), ("reasoning", rewards.reasoning)):
+    if rewards.process and config.loss.type == "dpo":
+        yield (
+            f"rewards.process is {rewards.process:g}, but loss.type is dpo, which prefers whole completions and gives "
+            "tokens no advantages: set rewards.process=0 or another loss.type.",
+            "rewards.process",
+            "loss.type",
+        )
+    for name in ("semantic", "reasoning", "process"):
+        weight, what = rewards.weights[name], "steps" if name == "process" else "reasoning"
         if weight and not any(map(asks_reasoning, config.prompt.templates)):
             yield (
-                f"rewards.{name} is {weight:g}, but {asked_by(config)} for no reasoning to judge: set "
+                f"rewards.{name} is {weight:g}, but {asked_by(config)} for no {what} to judge: set "
                 f"rewards.{name}=0 or prompt.template=think_answer.",
                 f"rewards.{name}",
                 "prompt.template",

@@ -110,5 +110,6 @@ def _replace_rows(scores: Scores, fresh: Scores, pairs: Sequence[tuple[int, int]
         parts={name: merged(values, fresh.parts[name]) for name, values in scores.parts.items()},
         applies={name: merged(values, fresh.applies[name]) for name, values in scores.applies.items()},
         columns={name: merged_lists(own, fresh.columns.get(name, unlogged)) for name, own in scores.columns.items()},
+        steps=merged_lists(scores.steps, fresh.steps),
         reads=merged_lists(scores.reads, fresh.reads),
     )

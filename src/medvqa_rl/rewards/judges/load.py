@@ -7,15 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from medvqa_rl.config import Config, JudgeConfig, RewardsConfig
+from medvqa_rl.config.problems.judge import EMBEDDED_SEEING
 from medvqa_rl.core.files import cache_folder
 from medvqa_rl.core.network import read_key
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.rewards.judges.cache import CachedJudge
 from medvqa_rl.rewards.judges.embedded import EmbeddedJudge
 from medvqa_rl.rewards.judges.endpoint import EndpointJudge, host_of
-from medvqa_rl.rewards.judges.prompts import JudgePrompt
+from medvqa_rl.rewards.judges.prompts import PHANTOM
 from medvqa_rl.rewards.judges.protocol import Judge, JudgeIdentity
-from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, Rubric, seeing
+from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, STEP, Rubric, seeing
 
 
 def load_judges(
@@ -53,9 +54,9 @@ def load_judges(
             remote.check(say)
             judges[rubric.name] = cached(remote, rubric)
         return judges
-    judge, prompt = _local(config)
+    judge, is_embedded = _local(config)
     for rubric in shown:
-        if rubric.is_yes_no or not prompt.is_embedded:
+        if rubric.is_yes_no or not is_embedded:
             judges[rubric.name] = cached(judge(rubric), rubric)
         elif rubric.name == REASONING.name:
             coherence = seeing(COHERENCE, config.sees)
@@ -68,10 +69,12 @@ def load_judges(
     return judges
 
 
-def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], JudgePrompt]:
-    """Makes judges on this machine, which share a model, for any rubric; and the model's prompt."""
+def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], bool]:
+    """Makes judges on this machine, which share a model, for any rubric; and whether it is an embedded one."""
     from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge
-    from medvqa_rl.rewards.judges.local_model import load_judge_model
+    from medvqa_rl.rewards.judges.local_model import folder_of, load_judge_model
+    from medvqa_rl.rewards.judges.phantom.judge import SightJudge
+    from medvqa_rl.rewards.judges.phantom.sight import load_sight
     from medvqa_rl.rewards.judges.vision import SeeingLevelJudge, SeeingYesNoJudge, load_seeing_model
 
     def of_text(rubric: Rubric) -> Judge:
@@ -85,11 +88,14 @@ def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], JudgePrompt]
         return SeeingLevelJudge(looking, rubric)
 
     with waiting(f"loading the judge {config.model}"):
+        if config.model == EMBEDDED_SEEING:
+            sight = load_sight(folder_of(config))
+            return lambda rubric: SightJudge(config.model, sight, rubric, strictness=config.strictness), True
         if config.sees == "image":
             looking = load_seeing_model(config)
-            return of_images, looking.prompt
+            return of_images, False
         loaded = load_judge_model(config)
-        return of_text, loaded.prompt
+        return of_text, loaded.prompt is PHANTOM
 
 
 def caches_folder(config: JudgeConfig) -> Path:
@@ -111,7 +117,12 @@ def rubrics_of(rewards: RewardsConfig) -> list[Rubric]:
     """The rubrics on which the rewards are judged."""
     grades_answers = rewards.open_correctness == "judge" and (rewards.correctness > 0 or rewards.reasoning > 0)
     needs_coherence = rewards.semantic > 0 or rewards.composite > 0
-    needed = {COHERENCE: needs_coherence, REASONING: rewards.reasoning > 0, CORRECTNESS: grades_answers}
+    needed = {
+        COHERENCE: needs_coherence,
+        STEP: rewards.process > 0,
+        REASONING: rewards.reasoning > 0,
+        CORRECTNESS: grades_answers,
+    }
     return [rubric for rubric, is_needed in needed.items() if is_needed]
 
 

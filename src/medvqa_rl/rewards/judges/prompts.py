@@ -15,8 +15,6 @@ from medvqa_rl.core.text import neutralise
 from medvqa_rl.rewards.judges.protocol import JudgeRequest
 from medvqa_rl.rewards.judges.rubric import COHERENCE, Rubric
 
-_ASK_PLAIN = "Is this reasoning clinically coherent, Yes or No?"
-
 
 @dataclass(frozen=True)
 class JudgePrompt:
@@ -49,11 +47,6 @@ class JudgePrompt:
         """:meth:`hash_for` coherence judged by text."""
         return self.hash_for(COHERENCE)
 
-    @property
-    def is_embedded(self) -> bool:
-        """Whether it is that of an embedded judge."""
-        return self is PHANTOM
-
 
 def instruction_prompt(
     name: str,
@@ -80,7 +73,7 @@ def instruction_prompt(
 ENDPOINT = instruction_prompt("endpoint", lambda text, images: text, yes="Yes", no="No", adds_special_tokens=False)
 
 BIOGPT = JudgePrompt(
-    "biogpt", lambda request, rubric: f"{rubric.task}\n{rubric.describe(request)}\n{_ASK_PLAIN}\nAnswer:"
+    "biogpt", lambda request, rubric: f"{rubric.task}\n{rubric.describe(request)}\n{rubric.asks}, Yes or No?\nAnswer:"
 )
 """For models that only continue text, as BioGPT does: the answer follows "Answer:"."""
 

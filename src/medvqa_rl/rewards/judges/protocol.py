@@ -58,6 +58,8 @@ class JudgeRequest:
     """What the data set says about the image, such as a caption; empty if it says nothing."""
     images: tuple[SeenImage, ...] = ()
     """Images of the question, decoded only for judges that see."""
+    step: str = ""
+    """The last step of the reasoning, if that is what is graded."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The embedded judge that sees phantom images."""

@@ -1,0 +1,131 @@
+"""The embedded judge that sees: its probabilities against the oracle of claims, and its verdicts by hand.
+
+Run: pytest tests/rewards/judges/test_sight.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from medvqa_rl.data.images.files import MemoryImage
+from medvqa_rl.data.phantom.claims import claims, is_true
+from medvqa_rl.data.phantom.drawing import PhantomImage
+from medvqa_rl.data.phantom.questions import full_description
+from medvqa_rl.data.phantom.reasonings import draw_reasoning
+from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, SIZES, Finding, Scene, draw_scene
+from medvqa_rl.rewards.judges.phantom.judge import SightJudge
+from medvqa_rl.rewards.judges.phantom.sight import CELLS, CLASSES, Beliefs
+from medvqa_rl.rewards.judges.protocol import JudgeRequest, SeenImage, seen
+from medvqa_rl.rewards.judges.rubric import COHERENCE, seeing
+
+SEES = seeing(COHERENCE, "image")
+
+
+def one_hot(index: int, size: int, sure: float = 1.0) -> list[float]:
+    return [sure if place == index else (1 - sure) / (size - 1) for place in range(size)]
+
+
+def certain(scene: Scene, sure: float = 1.0) -> Beliefs:
+    """What a perfect eye believes, or one that gives the truth a share of ``sure``."""
+    found = {(finding.side, finding.level): finding for finding in scene.findings}
+    kinds, sizes, counts = [], [], []
+    for cell in CELLS:
+        finding = found.get(cell)
+        kinds.append(one_hot(0 if finding is None else 1 + ALL_KINDS.index(finding.kind), CLASSES[0], sure))
+        sizes.append(one_hot(0 if finding is None else 1 + SIZES.index(finding.size), CLASSES[1], sure))
+        counts.append(one_hot(0 if finding is None else finding.count, CLASSES[2], sure))
+    return Beliefs(kinds, sizes, counts, one_hot(ALL_ORGANS.index(scene.organ), len(ALL_ORGANS), sure))
+
+
+class PerfectSight(nn.Module):
+    """Believes what the scene of each image is, recognised by its pixels."""
+
+    def __init__(self, scenes: Sequence[Scene], sure: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.known = {PhantomImage(scene, "home").load().tobytes(): certain(scene, sure) for scene in scenes}
+        self.looks: list[int] = []
+
+    def look(self, images: Sequence[Image.Image]) -> list[Beliefs]:
+        self.looks.append(len(images))
+        return [self.known[image.tobytes()] for image in images]
+
+
+def test_certain_beliefs_agree_with_the_oracle_on_every_claim() -> None:
+    """Claims of texts about other images, of which most are false, and those of the description."""
+    seen_truths = set()
+    for number in range(60):
+        scene = draw_scene(f"sight {number}")
+        beliefs = certain(scene)
+        text = " ".join(draw_reasoning(0, "sight", 7 * number + more).text for more in range(7))
+        text += f" {full_description(scene)} No finding is seen."
+        text += f" There is a {ALL_KINDS[0]}: count four, size small, upper left."
+        for claim in claims(text):
+            assert beliefs.probability(claim) == float(is_true(claim, scene)), (claim, scene)
+            seen_truths.add((claim.topic, is_true(claim, scene)))
+    assert len(seen_truths) == 12, "every topic was true once and false once"
+
+
+SCENE = Scene("s", "MRI", "brain", (Finding("cyst", "left", "upper", "small", 2),))
+OTHER = Scene("t", "CT", "lungs", ())
+
+
+def request(text: str, scene: Scene = SCENE, **more: Any) -> JudgeRequest:
+    return JudgeRequest("?", (), text, images=seen([PhantomImage(scene, "home")]), **more)
+
+
+def test_verdicts_by_hand() -> None:
+    judge = SightJudge("j", PerfectSight([SCENE, OTHER], sure=0.9), SEES)  # type: ignore[arg-type]
+    cyst = "There is a cyst: count two, size small, upper left."
+    texts = {
+        cyst: 0.9**3,
+        f"{cyst} {cyst}": 0.9**3,  # said twice, it is not less likely
+        "The modality is MRI.": 0.9 + 0.1 / 10,  # two organs
+        f"{cyst} The organ is brain.": 0.9**4,
+        "The organ is brain. The image is sharp. So the answer is skin.": 0.9,
+        "The organ is skin.": 0.1 / 10,
+        "The right part is clear.": 0.9**3,
+        "No cyst is seen.": (1 - 0.9) * (1 - 0.1 / 16) ** 5,
+        "The image is sharp.": 0.0,
+    }
+    grades = judge.grade([request(text) for text in texts])
+    for grade, share in zip(grades, texts.values()):
+        share = max(share, 1e-6)
+        assert grade.margin == pytest.approx(math.log(share / (1 - share)))
+        assert grade.score == float(share > 0.5)
+    on_other = judge.grade([request("No finding is seen. The organ is lungs.", OTHER), request(cyst, OTHER)])
+    assert [grade.score for grade in on_other] == [0.0, 0.0] and 0.9**7 < 0.5
+    assert SightJudge("j", PerfectSight([OTHER]), SEES).grade([request("No finding is seen.", OTHER)])[0].score == 1  # type: ignore[arg-type]
+    strict = SightJudge("j", PerfectSight([SCENE], sure=0.9), SEES, strictness=1.0)  # type: ignore[arg-type]
+    assert strict.grade([request(cyst)])[0].score == 0.0 and strict.identity.key != judge.identity.key
+
+
+def test_each_image_is_looked_at_once() -> None:
+    sight = PerfectSight([SCENE, OTHER])
+    judge = SightJudge("j", sight, SEES)  # type: ignore[arg-type]
+    judge.grade([request("The organ is brain.")] * 3 + [request("The organ is lungs.", OTHER), request(" ")])
+    assert sight.looks == [2] and judge.counters == {"asked": 5, "failed": 0}
+
+
+def test_what_is_no_phantom_image_is_unscored() -> None:
+    judge = SightJudge("j", PerfectSight([SCENE]), SEES)  # type: ignore[arg-type]
+    large = SeenImage(MemoryImage("large", Image.new("RGB", (200, 100))))
+    none, many, wrong, sound = judge.grade(
+        [
+            replace(request("The organ is brain."), images=()),
+            replace(request("The organ is brain."), images=request("x").images * 2),
+            replace(request("The organ is brain."), images=(large,)),
+            request("The organ is brain."),
+        ]
+    )
+    assert "has 0 images" in none.reason and "has 2 images" in many.reason and "200 x 100 pixels" in wrong.reason
+    assert not (none.is_scored or many.is_scored or wrong.is_scored) and sound.score == 1.0
+    assert judge.counters == {"asked": 4, "failed": 3}
