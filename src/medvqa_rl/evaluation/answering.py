@@ -36,6 +36,7 @@ from medvqa_rl.core.types import (
     Wording,
 )
 from medvqa_rl.data.images.files import MemoryImage
+from medvqa_rl.data.images.fingerprints import image_hash
 from medvqa_rl.data.images.prefetch import prefetch_map
 from medvqa_rl.data.phantom.claims import claims, distinct_truths, faithfulness
 from medvqa_rl.data.phantom.drawing import PhantomImage
@@ -45,8 +46,6 @@ from medvqa_rl.evaluation.measures.metrics import exact_match, rouge_l
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from medvqa_rl.models.processor import Processor
     from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -348,15 +347,6 @@ def _probability(group: Group, decode: Callable[[Sequence[int]], str]) -> float 
         return None
     opened = len(group.prompt.opening)  # by the prompt, so it has no tokens
     return answer_probability(completion.token_ids, completion.logps, (span[0] - opened, span[1] - opened), decode)
-
-
-def image_hash(images: Iterable[Image]) -> str | None:
-    """Hash the sizes and RGB pixels of images in order: 16 hexadecimal digits of SHA-256; None without images."""
-    digest, pixels = hashlib.sha256(), b""
-    for image in images:
-        pixels = (image if image.mode == "RGB" else image.convert("RGB")).tobytes()
-        digest.update(f"{image.size}".encode() + pixels)
-    return digest.hexdigest()[:16] if pixels else None
 
 
 def explain_score(

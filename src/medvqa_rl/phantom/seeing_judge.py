@@ -11,7 +11,6 @@ same weights on the same machine and package versions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,7 +19,7 @@ from medvqa_rl.core.files import write_json
 from medvqa_rl.data.phantom.drawing import SCANNERS, PhantomImage
 from medvqa_rl.data.phantom.world import ALL_ORGANS, draw_scene
 from medvqa_rl.models.checkpoints import atomic_folder
-from medvqa_rl.models.families.parts import backbone
+from medvqa_rl.models.families.tower import tower_of
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.phantom.judge import SEEING
 from medvqa_rl.phantom.seeing import labels, learn_to_see
@@ -46,7 +45,7 @@ def build_seeing_judge(output: Path, *, steps: int = STEPS, dry_run: bool = Fals
     """
     refuse_existing(output / SEEING)
     policy = load_policy(ModelConfig(path="phantom:instruct", device="cpu", train_vision=True, train_projector=True))
-    tower: Any = backbone(policy.model).visual
+    tower = tower_of(policy.model, policy.processor.image_processor)
     print(f"{SEEING}: {count_parameters(tower):,} parameters of the tower")
     if dry_run:
         return
@@ -54,7 +53,7 @@ def build_seeing_judge(output: Path, *, steps: int = STEPS, dry_run: bool = Fals
     log = curve_log(output / f"{SEEING}.jsonl")
     probe = learn_to_see(policy, steps, LEARNING_RATE, SEED, log, scanners=tuple(SCANNERS))
     with atomic_folder(output / SEEING) as temporary:
-        Sight(tower.to(torch.bfloat16), probe.to(torch.bfloat16), policy.processor.image_processor).save(temporary)
+        Sight(tower, probe).to(torch.bfloat16).save(temporary)
     results = examine(load_sight(output / SEEING))
     log(results)
     write_json(output / f"{SEEING}.json", results)

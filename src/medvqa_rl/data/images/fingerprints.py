@@ -52,6 +52,15 @@ class ImageFacts:
     """All pixels have the same colour."""
 
 
+def image_hash(images: Iterable[Image.Image]) -> str | None:
+    """Hash the sizes and RGB pixels of images in order: 16 hexadecimal digits of SHA-256; None without images."""
+    digest, pixels = hashlib.sha256(), b""
+    for image in images:
+        pixels = (image if image.mode == "RGB" else image.convert("RGB")).tobytes()
+        digest.update(f"{image.size}".encode() + pixels)
+    return digest.hexdigest()[:16] if pixels else None
+
+
 def pixel_hash(image: Image.Image) -> bytes:
     """SHA-256 of size and RGB values: equal if and only if the decoded images are equal."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())

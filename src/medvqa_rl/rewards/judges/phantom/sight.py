@@ -6,22 +6,20 @@ cells, and the organ. A claim is true with the probability that these beliefs gi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from medvqa_rl.data.phantom.claims import Claim
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, LEVELS, MODALITY_OF, SIDES, SIZES
+from medvqa_rl.models.families.tower import VisionTower, load_tower
 
 CELLS = tuple((side, level) for side in SIDES for level in LEVELS)
 CLASSES = (len(ALL_KINDS) + 1, len(SIZES) + 1, 4)
@@ -111,36 +109,26 @@ class Beliefs(NamedTuple):
 class Sight(nn.Module):
     """A tower with its probe."""
 
-    def __init__(self, tower: Any, probe: Probe, images: Any) -> None:
-        """
-        Args:
-            tower: the vision transformer of a Qwen2-VL, projector included.
-            images: its image processor.
-        """
+    def __init__(self, tower: VisionTower, probe: Probe) -> None:
         super().__init__()
-        self.tower, self.probe, self._images = tower, probe, images
+        self.tower, self.probe = tower, probe
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image]) -> list[Beliefs]:
         """What each image shows, independently of the others."""
-        inputs = self._images(images=list(images), return_tensors="pt")
-        tokens = self.tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"], return_dict=True).pooler_output
-        cells, organ = self.probe.read(tokens.view(len(images), _GRID * _GRID, -1))
+        cells, organ = self.probe.read(self.tower(images))
         tables = [logits.double().softmax(-1).tolist() for logits in (*cells, organ)]
         return [Beliefs(*rows) for rows in zip(*tables)]
 
     def save(self, folder: Path) -> None:
-        """Save tower, probe and image settings."""
-        self.tower.save_pretrained(folder)
+        """Save tower and probe."""
+        self.tower.save(folder)
         save_file(self.probe.state_dict(), folder / _PROBE)
-        self._images.save_pretrained(folder)
 
 
 def load_sight(folder: Path) -> Sight:
     """Load what :meth:`Sight.save` wrote, in float32."""
-    tower = Qwen2VisionTransformerPretrainedModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    hidden = json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
-    probe = Probe(hidden)
+    tower = load_tower(folder)
+    probe = Probe(tower.width)
     probe.load_state_dict({name: tensor.float() for name, tensor in load_file(folder / _PROBE).items()})
-    images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    return Sight(tower, probe, images).eval()
+    return Sight(tower, probe).eval()
