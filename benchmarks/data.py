@@ -86,7 +86,8 @@ def write_images(root: Path, count: int) -> None:
 
 def prepare(root: Path, count: int, workers: int) -> dict[str, float]:
     """Prepare the prompts of all images with the training feed, then with the evaluation code."""
-    from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
+    from medvqa_rl.evaluation.answering import answer_all
+    from medvqa_rl.evaluation.scoring import AnswerSettings
     from medvqa_rl.learning.batching.feed import Feed
     from medvqa_rl.models.loading import load_policy
     from medvqa_rl.rollout.decode import RolloutEngine

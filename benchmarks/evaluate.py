@@ -46,8 +46,9 @@ from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, VllmConfig
 from medvqa_rl.core.machine import keep_freed_memory
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.answering import AnswerSettings, answer_all, batches
+from medvqa_rl.evaluation.answering import answer_all, batches
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.rollout.decode import RolloutEngine
 

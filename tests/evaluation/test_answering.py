@@ -20,9 +20,10 @@ from medvqa_rl.data.images.files import FileImage
 from medvqa_rl.data.sets.vqa_rad import FILE, load_vqa_rad
 from medvqa_rl.data.stored import StoredDataset
 from medvqa_rl.evaluation import answering
-from medvqa_rl.evaluation.answering import AnswerSettings, Question, answer_all, make_record
+from medvqa_rl.evaluation.answering import answer_all
 from medvqa_rl.evaluation.evaluate import Evaluation, evaluate, plan_evaluation
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
+from medvqa_rl.evaluation.scoring import AnswerSettings, Question, make_record
 from medvqa_rl.rollout.decode import RolloutEngine
 
 CONFIG = EvalConfig(batch_size=2, bootstrap=20, num_samples=2)

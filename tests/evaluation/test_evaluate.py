@@ -25,7 +25,7 @@ from medvqa_rl.core.prompts import DEFAULT_WORDING
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, ImageSource, Sample
 from medvqa_rl.data.images.files import FileImage, MemoryImage
 from medvqa_rl.data.stored import StoredDataset
-from medvqa_rl.evaluation.answering import _sampled_answer, batches
+from medvqa_rl.evaluation.answering import batches
 from medvqa_rl.evaluation.evaluate import (
     EvaluationFailed,
     check_unscored,
@@ -34,6 +34,7 @@ from medvqa_rl.evaluation.evaluate import (
     write_evaluation,
 )
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, read_records, record_line, write_records
+from medvqa_rl.evaluation.scoring import _sampled_answer
 from medvqa_rl.evaluation.statistics.intervals_and_tests import (
     cluster_bootstrap,
     cluster_permutation,

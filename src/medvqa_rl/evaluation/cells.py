@@ -23,7 +23,7 @@ from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.text import number_of
 from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Sample, Template, Wording
 from medvqa_rl.data import Split, load_dataset
-from medvqa_rl.evaluation.answering import AnswerSettings, View, answer_all, chosen_samples
+from medvqa_rl.evaluation.answering import View, answer_all, chosen_samples
 from medvqa_rl.evaluation.controls import make_controls, summarise_controls
 from medvqa_rl.evaluation.evaluate import (
     Evaluation,
@@ -35,6 +35,7 @@ from medvqa_rl.evaluation.evaluate import (
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge, rewarding_judges
 from medvqa_rl.evaluation.measures.instruments import Instruments, load_instruments, measure, remaining
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, write_comparisons
 from medvqa_rl.evaluation.statistics.comparison_tables import pairs_csv, show_pairs
 from medvqa_rl.evaluation.statistics.tables import controls_table, results_table

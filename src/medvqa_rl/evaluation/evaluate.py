@@ -14,9 +14,10 @@ from medvqa_rl.core.files import write_json
 from medvqa_rl.core.packages import installed
 from medvqa_rl.core.prompts import as_asked
 from medvqa_rl.core.types import Dataset, Sample, Template
-from medvqa_rl.evaluation.answering import AnswerSettings, Progress, answer_all, chosen_samples
+from medvqa_rl.evaluation.answering import Progress, answer_all, chosen_samples
 from medvqa_rl.evaluation.measures.instruments import NOTHING, Instruments, measure
 from medvqa_rl.evaluation.records import EvalRecord, write_records
+from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
 
 if TYPE_CHECKING:

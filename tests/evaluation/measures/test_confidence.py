@@ -21,7 +21,7 @@ from medvqa_rl.core.answers import answer_span, parse_completion
 from medvqa_rl.core.prompts import INSTRUCTIONS
 from medvqa_rl.core.text import is_abstention
 from medvqa_rl.data import load_dataset
-from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
+from medvqa_rl.evaluation.answering import answer_all
 from medvqa_rl.evaluation.measures.confidence import (
     answer_probability,
     auroc,
@@ -31,6 +31,7 @@ from medvqa_rl.evaluation.measures.confidence import (
     vote_share,
 )
 from medvqa_rl.evaluation.records import EvalRecord, SampledAnswer
+from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.rollout.decode import RolloutEngine
 from tests.records import make_record

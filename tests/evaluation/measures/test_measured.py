@@ -32,13 +32,14 @@ from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.phantom.claims import claims, is_true
-from medvqa_rl.evaluation.answering import AnswerSettings, answer_all
+from medvqa_rl.evaluation.answering import answer_all
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.evaluation.measures.fluency import LanguageModel, load_language_model
 from medvqa_rl.evaluation.measures.instruments import Instruments, NamedJudge, load_instruments, measure, remaining
 from medvqa_rl.evaluation.measures.measured import measured_summary, perplexity
 from medvqa_rl.evaluation.measures.similarity import TfidfSimilarity, candidate_text, load_similarity
 from medvqa_rl.evaluation.records import EvalRecord, parse_record, record_line
+from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare
 from medvqa_rl.evaluation.statistics.comparison_tables import reasoning_table
 from medvqa_rl.evaluation.statistics.summary import flat_metrics, summarise
