@@ -178,7 +178,7 @@ def test_answers_are_read_in_the_tags_of_their_prompt(tiny_policy, make_sample):
     def read(text: str) -> EvalRecord:
         completion = Completion((1, 2), text, False)
         group = Group(sample, question.prompt, [completion])
-        record = make_record(question, group, [completion], settings, processor.count_tokens)
+        record = make_record(question, group, [completion], settings, processor)
         assert record.sampled[0].answer == record.answer
         return parse_record(record_line(record), "line")
 
