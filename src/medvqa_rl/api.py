@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from medvqa_rl.core.types import Dataset
     from medvqa_rl.data import Split
     from medvqa_rl.evaluation.evaluate import Evaluation
+    from medvqa_rl.evaluation.measures.protocols import Protocol
 
     Settings = Config | str | PathLike[str]
     """Settings, or the path of a YAML file with them."""
@@ -110,6 +111,7 @@ def evaluate(
     split: Split = "test",
     output: str | PathLike[str] | None = None,
     resume: bool = False,
+    protocols: Sequence[Protocol] = (),
 ) -> Evaluation:
     """Evaluate a model with greedy answers, as ``medvqa-rl eval`` does.
 
@@ -121,6 +123,7 @@ def evaluate(
         split: the split of ``data`` if no samples are given.
         output: a new folder for the results; by default one under ``output_dir``.
         resume: continue an interrupted evaluation in the same folder, or read a complete one.
+        protocols: ``medevalkit`` and ``lmms_eval`` also score the answers by the rules of these harnesses.
 
     Raises:
         MedVQAError: the model, the data or the folder cannot be used, or too many questions could not be scored.
@@ -146,9 +149,13 @@ def evaluate(
         prepare(settings)
         from medvqa_rl.data.stored import NoSuchSplit
         from medvqa_rl.evaluation.cells import run_eval
+        from medvqa_rl.evaluation.measures.protocols import read_protocols
 
         try:
-            found = run_eval(settings, checkpoint=checkpoint, split=split, output=folder, resume=resume)
+            names = read_protocols(",".join(protocols)) if protocols else ()
+            found = run_eval(
+                settings, checkpoint=checkpoint, split=split, output=folder, resume=resume, protocols=names
+            )
         except NoSuchSplit as error:
             error.add_note("Or give the questions as dataset.")
             raise

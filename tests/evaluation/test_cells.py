@@ -73,6 +73,34 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
+def test_a_complete_evaluation_is_scored_by_other_rules_without_the_model(
+    config: Config,
+    questions: StoredDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "out"
+    run_eval(config, output=folder)
+    before = json.loads((folder / "results.json").read_text())
+
+    def load(model: ModelConfig) -> Policy:
+        raise AssertionError("the model is not needed")
+
+    monkeypatch.setattr(cells, "load_policy", load)
+    (evaluation,) = run_eval(config, output=folder, resume=True, protocols=("medevalkit", "lmms_eval"))
+    results = json.loads((folder / "results.json").read_text())
+    both = results.pop("protocols")
+    assert results == before and both.keys() == {"medevalkit", "lmms_eval"} and evaluation.folder == folder
+    # The data set is called "seven", for which neither harness has a rule of its own.
+    assert both["lmms_eval"]["no_rule"] == {"lmms-eval has no task for seven.": 7}
+    lines = (folder / "protocol-medevalkit.jsonl").read_text().splitlines()
+    assert both["medevalkit"]["num_scored"] == 7 and both["medevalkit"]["num_different"] == len(lines)
+    assert "The same answers by the scoring rules of other harnesses" in capsys.readouterr().out
+    run_eval(config, output=folder, resume=True)
+    assert json.loads((folder / "results.json").read_text())["protocols"] == both, "scored again as before"
+
+
 def test_a_killed_evaluation_is_resumed_with_the_same_results(
     config: Config, questions: StoredDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

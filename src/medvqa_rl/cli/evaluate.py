@@ -49,6 +49,9 @@ def evaluate(
         bool,
         typer.Option("--controls", help="Also run the bias controls: without images, and with reordered options."),
     ] = False,
+    protocol: Annotated[
+        str | None, typer.Option(help="Also score the answers by the rules of other harnesses: medevalkit, lmms_eval.")
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(help="Answer only this part of the questions, such as 0/4; the last one to finish merges."),
@@ -65,6 +68,7 @@ def evaluate(
     from medvqa_rl.config import moved
     from medvqa_rl.core.files import find_checkpoint, note_on_best, run_config
     from medvqa_rl.core.prompts import read_templates
+    from medvqa_rl.evaluation.measures.protocols import read_protocols
     from medvqa_rl.evaluation.store import Shard
 
     given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
@@ -84,6 +88,7 @@ def evaluate(
     further = [read_settings(path, (), purpose="eval").config.data for path in data or ()]
     part = None if shard is None else Shard.parse(shard)
     templates = () if prompts is None else read_templates(prompts)
+    protocols = () if protocol is None else read_protocols(protocol)
     folder = Path(settings.output_dir) / "eval" if output is None else output
     records = folder.rglob("evaluation.json") if resume else ()
     use_threads(settings.model.path, processes=1 if part is None else part.count, records=records)
@@ -100,6 +105,7 @@ def evaluate(
         controls=controls,
         shard=part,
         resume=resume,
+        protocols=protocols,
     )
     home = Path(settings.output_dir)
     if not dry_run and (home / "status.json").is_file():

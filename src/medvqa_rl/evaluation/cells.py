@@ -34,11 +34,18 @@ from medvqa_rl.evaluation.evaluate import (
 )
 from medvqa_rl.evaluation.judging.instrument import as_instrument, load_eval_judge, rewarding_judges
 from medvqa_rl.evaluation.measures.instruments import Instruments, load_instruments, measure, remaining
+from medvqa_rl.evaluation.measures.protocols import (
+    DIFFERENCES,
+    TITLES,
+    Protocol,
+    difference_lines,
+    summarise_protocol,
+)
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.scoring import AnswerSettings
 from medvqa_rl.evaluation.statistics.compare import Evaluated, compare, write_comparisons
 from medvqa_rl.evaluation.statistics.comparison_tables import pairs_csv, show_pairs
-from medvqa_rl.evaluation.statistics.tables import controls_table, results_table
+from medvqa_rl.evaluation.statistics.tables import controls_table, protocols_table, results_table
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, hold_shard, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
@@ -79,6 +86,7 @@ class _Run:
     judges: Mapping[str, JudgeIdentity]
     """The judges that rewarded the model, and the one that evaluates it."""
     controls: bool
+    protocols: Sequence[Protocol]
     console: Console
 
     def print(self, text: str) -> None:
@@ -97,6 +105,7 @@ def run_eval(
     controls: bool = False,
     shard: Shard | None = None,
     resume: bool = False,
+    protocols: Sequence[Protocol] = (),
 ) -> list[Evaluation]:
     """Evaluate one or several splits: print accuracy with intervals, write ``samples.jsonl`` and ``results.json``.
 
@@ -110,6 +119,7 @@ def run_eval(
         shard: the part of the questions that this process answers; defaults to this rank's part under a launcher,
             else to all. The process that finds all answers present writes the results.
         resume: continue an interrupted evaluation, or show a complete one.
+        protocols: other harnesses by whose rules the answers are scored too.
 
     Returns:
         The evaluations that are complete.
@@ -153,7 +163,7 @@ def run_eval(
         instruments = load_instruments(config.eval, resolve_device(model.device).type, as_instrument(judge))
         rewarding = rewarding_judges(checkpoint)
         judges = rewarding | ({} if judge is None else {"evaluation": judge.identity})
-        run = _Run(config, model, wording, policy, shard, instruments, judges, controls, console)
+        run = _Run(config, model, wording, policy, shard, instruments, judges, controls, protocols, console)
         for line in _notices(config, judge, rewarding):
             run.print(line)
         complete = {}
@@ -304,9 +314,18 @@ def _make_results(
         results["judges"] = {role: identity.to_json() for role, identity in run.judges.items()}
     if controls:
         results["controls"] = summarise_controls(records, controls, run.config.eval)
+    for protocol in _protocols(cell, run):
+        summary, different = summarise_protocol(protocol, evaluation.records, run.config.eval)
+        results.setdefault("protocols", {})[protocol] = summary
+        write_text(cell.folder / DIFFERENCES.format(protocol), difference_lines(different))
     evaluation = Evaluation(evaluation.records, results, cell.folder)
     write_evaluation(evaluation, cell.folder)
     return evaluation
+
+
+def _protocols(cell: Cell, run: _Run) -> list[Protocol]:
+    """The protocols asked for, and those by which the evaluation was scored before."""
+    return [name for name in TITLES if name in run.protocols or (cell.folder / DIFFERENCES.format(name)).exists()]
 
 
 def _print_results(cell: Cell, run: _Run, evaluation: Evaluation) -> None:
@@ -315,6 +334,8 @@ def _print_results(cell: Cell, run: _Run, evaluation: Evaluation) -> None:
     run.console.print(results_table(evaluation.results, title))
     if "controls" in evaluation.results:
         run.console.print(controls_table(evaluation.results))
+    if "protocols" in evaluation.results:
+        run.console.print(protocols_table(evaluation.results))
     run.print(f"Written: {cell.folder / 'results.json'} and samples.jsonl")
 
 

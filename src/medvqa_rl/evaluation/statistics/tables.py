@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medvqa_rl.core.tables import TextTable
-from medvqa_rl.core.text import format_points, format_range
+from medvqa_rl.core.text import format_points, format_range, number_of
+from medvqa_rl.evaluation.measures.protocols import TITLES
 
 MEASURES = (
     ("thinking", "reward", "thinking reward of 2", ".2f"),
@@ -179,6 +180,25 @@ def controls_table(results: Mapping[str, Any]) -> TextTable:
         drop=("same answer", "questions"),
         notes=["Letters, gold/given: " + ", ".join(shares)] if shares else [],
         rules=rules,
+    )
+
+
+def protocols_table(results: Mapping[str, Any]) -> TextTable:
+    """Format the accuracy by the scoring rules of other harnesses beside ours on the same questions."""
+    rows, notes = [], []
+    for name, row in results["protocols"].items():
+        title, count = TITLES[name], f"{row['num_scored']:,}"
+        theirs = format_points(row["accuracy"]), _range(row, "accuracy")
+        rows.append((title, count, *theirs, format_points(row["ours"]), f"{row['num_different']:,}"))
+        notes += [f"{number_of(count, 'question')} without a rule: {why}" for why, count in row["no_rule"].items()]
+        if row["num_different"]:
+            notes.append(f"protocol-{name}.jsonl lists each question on which {title} differs, and why.")
+    return TextTable(
+        "The same answers by the scoring rules of other harnesses, in percent",
+        ("", "questions", "accuracy", "95 % interval", "ours", "questions that differ"),
+        rows,
+        drop=("questions",),
+        notes=notes,
     )
 
 
