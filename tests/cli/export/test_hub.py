@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from medvqa_rl.cli.app import app
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.models.checkpoints import write_model
+from tests.report.synthetic import make_run
 
 NAME = "clinic/model"
 CARD = "---\nlibrary_name: transformers\n---\n# A model\n"
@@ -157,7 +158,20 @@ def test_what_cannot_be_uploaded_is_refused_before_anything_is_written(
     monkeypatch.setattr("medvqa_rl.cli.export.hub.get_token", lambda: None)
     refused(export(model), "needs a token of the Hugging Face Hub that may write: log in with `hf auth login`")
     monkeypatch.setattr("medvqa_rl.cli.export.hub.is_off", lambda: True)
-    refused(export(model), "--push-to-hub uploads the model, but the network is off: leave it out, or set network=on.")
+    refused(export(model), "--push-to-hub uploads the model, but the network is off: leave it out, or turn")
+
+
+def test_a_run_without_a_network_is_not_uploaded(hub: Any, tiny_policy: Callable[..., Any], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", model={"path": "owner/base"}, network="off")
+    write_model(tiny_policy(), run / "best")
+    result = export(run)
+    assert result.exit_code == 2 and "have network: off, so its model is not uploaded" in " ".join(
+        result.output.split()
+    )
+    assert not hub.requests and not (tmp_path / "new").exists()
+    make_run(tmp_path / "run", model={"path": "owner/base"})
+    assert export(run).exit_code == 0
+    assert b"Weights of `owner/base`" in hub.repositories[NAME]["files"]["README.md"]
 
 
 def test_an_adapter_of_a_model_on_the_hub(hub: Any, tiny_policy: Callable[..., Any], tmp_path: Path) -> None:

@@ -458,7 +458,9 @@ def test_other_machines_are_warned_of_and_refused_without_a_network(monkeypatch:
     assert "Warning: everyone who reaches this machine at 0.0.0.0 can ask it: set MEDVQA_RL_API_KEY to" in printed
     monkeypatch.setattr("medvqa_rl.cli.serve.verb.is_off", lambda: True)
     result = CliRunner().invoke(app, ["serve", "phantom:instruct", "--host", "0.0.0.0", "--port", "0"])
-    assert result.exit_code == 2 and "but the network is off: leave out --host, or set network=on" in result.output
+    assert (
+        result.exit_code == 2 and "but the network is off: leave out --host, or turn the network on" in result.output
+    )
     assert CliRunner().invoke(app, ["serve", "phantom:instruct", "--port", "0"]).exit_code == 0
 
 

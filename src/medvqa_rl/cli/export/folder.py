@@ -43,7 +43,7 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool) -> Path:
             for path in folder.iterdir():
                 if path.is_file() and path.name not in _TRAINING_FILES:
                     shutil.copy2(path, temporary / path.name)
-        run = _run_of(folder)
+        run = run_of(folder)
         if run is not None and not (temporary / CARD).exists():
             card = model_card(read_run(run), folder, is_merged=merge)
             (temporary / CARD).write_text(card, encoding="utf-8", errors="replace")
@@ -62,10 +62,10 @@ def chosen(checkpoint: Path) -> Path:
 
 def has_card(checkpoint: Path, *, merge: bool) -> bool:
     """Whether the export of a checkpoint has a model card. The card of an adapter is not that of a merged model."""
-    return _run_of(checkpoint) is not None or (not merge and (checkpoint / CARD).is_file())
+    return run_of(checkpoint) is not None or (not merge and (checkpoint / CARD).is_file())
 
 
-def _run_of(checkpoint: Path) -> Path | None:
+def run_of(checkpoint: Path) -> Path | None:
     """The run that a checkpoint is in: RUN/best, or RUN/checkpoints/NAME."""
     folder = checkpoint.resolve()
     run = folder.parents[1] if folder.parent.name == "checkpoints" else folder.parent

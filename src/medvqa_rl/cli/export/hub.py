@@ -12,11 +12,12 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError  # type: ignore[attr-defined]
 from pydantic import BaseModel, TypeAdapter
 
-from medvqa_rl.cli.export.folder import CARD, has_card
+from medvqa_rl.cli.export.folder import CARD, has_card, run_of
 from medvqa_rl.config import is_hub_id
 from medvqa_rl.core.files import read_json
 from medvqa_rl.core.network import is_off, unusable_proxy
 from medvqa_rl.core.text import printable, shown
+from medvqa_rl.report.runs import read_run
 
 
 class _Adapter(BaseModel):
@@ -40,7 +41,8 @@ class Upload:
         """
         if is_off():
             raise ValueError(
-                "--push-to-hub uploads the model, but the network is off: leave it out, or set network=on."
+                "--push-to-hub uploads the model, but the network is off: leave it out, or turn the network on "
+                "(--network, MEDVQA_RL_NETWORK)."
             )
         if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository) is None:
             raise ValueError(
@@ -64,9 +66,15 @@ class Upload:
         """Check before anything is written that the checkpoint can be shared, and with whom.
 
         Raises:
-            ValueError: it has no model card, or names its base model by a folder; or the repository is public and
-                that was not asked for, or cannot be used.
+            ValueError: it is of a run with ``network: off``, has no model card, or names its base model by a folder;
+                or the repository is public and that was not asked for, or cannot be used.
         """
+        run = run_of(checkpoint)
+        if run is not None and read_run(run).config.get("network") == "off":
+            raise ValueError(
+                f"The settings of the run {run} have network: off, so its model is not uploaded: leave out "
+                "--push-to-hub, and upload the exported folder yourself if it may leave this machine."
+            )
         if not has_card(checkpoint, merge=merge):
             raise ValueError(
                 f"{checkpoint} has no model card ({CARD}), and is in no run that one could be written from: write one "

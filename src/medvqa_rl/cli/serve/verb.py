@@ -60,8 +60,8 @@ def serve(
     is_local = _is_this_machine(host)
     if not is_local and is_off():
         raise ValueError(
-            f"--host is {host}, which other machines can reach, but the network is off: leave out --host, or set "
-            "network=on."
+            f"--host is {host}, which other machines can reach, but the network is off: leave out --host, or turn "
+            "the network on (--network, MEDVQA_RL_NETWORK, or the settings of the run)."
         )
     with _listen(host, port) as listener:
         use_threads(model.path)
