@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import archives, checkpoints, children, faults, inputs, kills, network, pages, servers
+from . import archives, checkpoints, children, faults, inputs, kills, network, pages, servers, serving
 from .seeds import make_run
 
 ATTACKS = {
@@ -26,6 +26,7 @@ ATTACKS = {
     "kills": kills.main,
     "faults": faults.main,
     "servers": servers.main,
+    "serving": serving.main,
     "checkpoints": checkpoints.main,
     "pages": pages.main,
     "archives": archives.main,
@@ -33,7 +34,7 @@ ATTACKS = {
 }
 
 
-SHORT = ("inputs", "kills", "servers", "pages", "archives", "network")
+SHORT = ("inputs", "kills", "servers", "serving", "pages", "archives", "network")
 
 
 def seed_of_commit() -> int:

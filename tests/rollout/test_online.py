@@ -100,6 +100,12 @@ def test_answers_do_not_depend_on_the_requests_beside_them(make_policy, mixed_sa
 
     alone = [complete(policy, [request])[0] for request in requests()]
     assert len({len(text) for answer in alone for text in answer.texts()}) > 4
+    for settings, answer in zip(VARIOUS, alone):
+        limit = settings.get("max_length", LENGTH)
+        for number in range(settings.get("num_generations", 1)):
+            own = [piece for piece in answer.pieces if piece.completion == number]
+            count = sum(piece.num_tokens for piece in own)
+            assert count <= limit and (own[-1].finish != "length" or count == limit)
     for size in (4, 7, 32):
         together = complete(policy, requests(), max_sequences=size)
         assert [answer.texts() for answer in together] == [answer.texts() for answer in alone]
@@ -264,6 +270,7 @@ def waiting_answer(request: Request) -> Callable[[], Answer]:
 
 def test_a_failure_ends_what_met_it_and_nothing_else(make_policy, mixed_samples, monkeypatch, capsys):
     policy = make_policy()
+    policy.processor.stop_ids = (policy.processor.eos_id,)
     engine = OnlineEngine(policy, max_sequences=4, max_length=LENGTH)
     thread = running(engine)
 
@@ -274,7 +281,7 @@ def test_a_failure_ends_what_met_it_and_nothing_else(make_policy, mixed_samples,
         return wait()
 
     expected = answer()
-    real = online.prefill
+    prefill, next_logits = online.prefill, online.next_logits
     for error, message in (
         (FloatingPointError("The logits are not finite."), "The logits are not finite."),
         (torch.OutOfMemoryError("full"), "The memory of the device is full"),
@@ -284,10 +291,11 @@ def test_a_failure_ends_what_met_it_and_nothing_else(make_policy, mixed_samples,
         def fails(*args: Any, error: Exception = error) -> Any:
             raise error
 
-        monkeypatch.setattr(online, "prefill", fails)
-        assert answer().failed.startswith(message)
-        monkeypatch.setattr(online, "prefill", real)
-        assert answer() == expected
+        for name, real in (("prefill", prefill), ("next_logits", next_logits)):
+            monkeypatch.setattr(online, name, fails)
+            assert answer().failed.startswith(message)
+            monkeypatch.setattr(online, name, real)
+            assert answer() == expected
     assert "KeyError: 'x'" in capsys.readouterr().err
     engine.close()
     thread.join(20)
