@@ -13,6 +13,7 @@ from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.evaluation.controls import make_controls, rotated, summarise_controls
+from medvqa_rl.evaluation.measures.visual_claims import claims_to_see
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import proportion_interval
 from tests.records import make_record
@@ -105,6 +106,12 @@ def test_gain_from_the_image_by_hand() -> None:
     assert summary["drop"] == pytest.approx(5 / 7 - 3 / 7)
     assert summary["drop_low"] < summary["drop"] < summary["drop_high"]
     assert summary["same_answer_rate"] == pytest.approx(3 / 7)  # 0, 1 and 6
+    assert summary["unfounded_claims"] == 0.0, "no reasoning"
+    claiming = [replace(one, think="The image is sharp. A mass is seen.") for one in seen[:2]]
+    claiming += [replace(one, think="I do not know.") for one in seen[2:]]
+    summary = summarise_controls(claiming, {"blank": blind}, CONFIG)["blank"]
+    assert summary["unfounded_claims"] == pytest.approx(2 / 7)  # 0 and 1 keep their answer
+    assert summary["unfounded_claims_low"] < 2 / 7 < summary["unfounded_claims_high"]
     interval = proportion_interval([True, True, False, False, False, False, True], "0134567", resamples=100)
     assert (summary["accuracy_low"], summary["accuracy_high"]) == (interval.low, interval.high)
 
@@ -123,3 +130,24 @@ def test_the_order_of_options_by_hand() -> None:
     missing = [replace(first[0], is_correct=None), *first[1:]]
     order = summarise_controls(base, {"order_1": missing, "order_2": second}, CONFIG)["option_order"]
     assert (order["n"], order["accuracy_all_orders"]) == (3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_claim"),
+    [
+        ("The image shows a mass.", True),
+        ("A mass is seen in the left lung.", True),
+        ("On this chest X-ray, the right lung looks clear.", True),
+        ("There are two nodules.", True),
+        ("I see a fracture.", True),
+        ("The modality is MRI.", True),  # the phantom world's
+        ("No drusen is seen.", True),
+        ("The heart appears enlarged.", True),
+        ("Pneumonia often follows influenza, so the answer is yes.", False),
+        ("The question asks for the organ. So the answer is brain B.", False),
+        ("The image is sharp.", False),
+        ("", False),
+    ],
+)
+def test_claims_to_see_are_recognised(text: str, is_claim: bool) -> None:
+    assert claims_to_see(text) is is_claim

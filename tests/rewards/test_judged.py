@@ -238,6 +238,10 @@ def test_without_a_weight_no_judge_grades() -> None:
             {"rewards": {"process": 1.0}, "loss": {"type": "dpo"}},
             "rewards.process is 1, but loss.type is dpo, which prefers whole completions",
         ),
+        (
+            {"rewards": {"looking": 1.0, "looking_threshold": 5.0}},
+            "rewards.looking_cap is 5 and rewards.looking_threshold 5, but the reward rises from the threshold",
+        ),
         ({"rewards": {"process_discount": 0.0}}, "rewards.process_discount is 0.0, but must be a number above 0"),
         ({"rewards": {"composite": 1.0}, "prompt": {"template": "direct"}}, "it counts the tokens of the reasoning"),
         (
@@ -367,6 +371,8 @@ def test_a_data_set_without_what_the_judge_should_see_is_refused() -> None:
     with pytest.raises(ValueError, match=r"judge\.sees is image, but no training question has one"):
         check_rewardable(config, dataset)
     assert check_rewardable(build_config({"rewards": {"semantic": 1.0}}), dataset) == []
+    with pytest.raises(ValueError, match=r"rewards\.looking is 1, but no training question has an image"):
+        check_rewardable(build_config({"rewards": {"looking": 1.0}}), dataset)
 
 
 class Listed(list[Sample]):

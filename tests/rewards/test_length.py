@@ -24,6 +24,7 @@ from medvqa_rl.rewards.length import (
     correctness_weighted_length,
     cosine_length,
     extended_chain,
+    looking,
     repetition_penalty,
     soft_overlong,
 )
@@ -104,6 +105,24 @@ class AlwaysYes:
 
     def grade(self, requests: Sequence[JudgeRequest]) -> list[Grade]:
         return [Grade(1.0)] * len(requests)
+
+
+@pytest.mark.parametrize(
+    ("gain", "is_correct", "reward"),
+    [
+        (1.0, True, 0.0),  # at the threshold
+        (-3.0, True, 0.0),
+        (3.0, True, 0.5),
+        (2.0, True, 0.25),
+        (5.0, True, 1.0),  # at the cap
+        (99.0, True, 1.0),
+        (99.0, False, 0.0),
+        (math.nan, True, math.nan),
+        (math.nan, False, math.nan),
+    ],
+)
+def test_looking_by_hand(gain: float, is_correct: bool, reward: float) -> None:
+    assert looking(gain, threshold=1.0, cap=5.0, is_correct=is_correct) == pytest.approx(reward, nan_ok=True)
 
 
 HALF = math.sqrt(0.5)

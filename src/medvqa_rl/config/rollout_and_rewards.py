@@ -89,6 +89,16 @@ class RewardsConfig(Settings):
     """Correctness-weighted length reward: as ecr if the answer is correct, else 0."""
     composite: Identity[Weight] = 0.0
     """Composite length reward: for a correct answer and coherent reasoning, longer with more distinct statements."""
+    looking: Identity[Weight] = 0.0
+    """Looking reward: for a correct answer, how much likelier the policy finds it with the image than with another."""
+    looking_of: Identity[Literal["completion", "answer"]] = "completion"
+    """looking: what is likelier: reasoning and answer, or the answer alone, given its reasoning."""
+    looking_against: Identity[Literal["blank", "shuffled"]] = "blank"
+    """looking: the other image: grey, or that of another training question."""
+    looking_threshold: Identity[Annotated[float, Field(ge=0.0)]] = 1.0
+    """looking: nats up to which nothing is paid."""
+    looking_cap: Identity[Annotated[float, Field(gt=0.0)]] = 5.0
+    """looking: nats at which the reward reaches 1."""
     cosine: Identity[Weight] = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""
     overlong: Identity[Weight] = 0.0

@@ -18,6 +18,7 @@ from medvqa_rl.config import EvalConfig
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.types import LETTERS, ImageSource, Sample
 from medvqa_rl.evaluation.answering import View
+from medvqa_rl.evaluation.measures.visual_claims import claims_to_see
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import Interval, proportion_interval
 from medvqa_rl.evaluation.statistics.summary import paired_gain
@@ -64,7 +65,7 @@ def make_controls(samples: Sequence[Sample], seed: int) -> list[Control]:
     controls = []
     with_images = [sample for sample in samples if sample.images]
     if with_images:
-        controls.append(Control("blank", with_images, _blank))
+        controls.append(Control("blank", with_images, blank))
         if len({sample.image_key for sample in with_images}) > 1:
             donors = {sample.id: _donor(sample, with_images, seed) for sample in with_images}
             controls.append(Control("shuffled", with_images, lambda sample: replace(sample, images=donors[sample.id])))
@@ -76,7 +77,8 @@ def make_controls(samples: Sequence[Sample], seed: int) -> list[Control]:
     return controls
 
 
-def _blank(sample: Sample) -> Sample:
+def blank(sample: Sample) -> Sample:
+    """The question with grey images of the same sizes."""
     return replace(sample, images=tuple(BlankImage(image) for image in sample.images))
 
 
@@ -104,7 +106,9 @@ def summarise_controls(
     Returns:
         For each image control ``n``, ``accuracy`` with its interval, ``drop``: the accuracy of the same questions with
         their image minus that (positive if the image helps) with its paired interval and ``permutation_p``, and
-        ``same_answer_rate``: how often the answer is the same as with the image. ``option_order``: see
+        ``same_answer_rate``: how often the answer is the same as with the image, and ``unfounded_claims`` with its
+        interval: how often it is the same although the reasoning with the image claims to see something
+        (:func:`medvqa_rl.evaluation.measures.visual_claims.claims_to_see`). ``option_order``: see
         :func:`order_summary`; absent without choice questions.
     """
     by_id = {record.sample_id: record for record in records}
@@ -124,6 +128,9 @@ def _image_summary(pairs: Sequence[tuple[EvalRecord, EvalRecord]], config: EvalC
     with_image, without = [one for one, _ in pairs], [other for _, other in pairs]
     interval = _share([bool(record.is_correct) for record in without], without, config)
     gain = paired_gain(without, with_image, config)
+    is_same = [_comparable(one) == _comparable(other) for one, other in pairs]
+    claiming = [claims_to_see(record.think or "") and record.has_answer for record in with_image]
+    unfounded = _share([same and claims for same, claims in zip(is_same, claiming)], without, config)
     return {
         "n": len(pairs),
         "num_clusters": gain["num_clusters"],
@@ -134,7 +141,10 @@ def _image_summary(pairs: Sequence[tuple[EvalRecord, EvalRecord]], config: EvalC
         "drop_low": gain["gain_low"],
         "drop_high": gain["gain_high"],
         "permutation_p": gain["permutation_p"],
-        "same_answer_rate": mean(float(_comparable(one) == _comparable(other)) for one, other in pairs),
+        "same_answer_rate": mean(map(float, is_same)),
+        "unfounded_claims": unfounded.estimate,
+        "unfounded_claims_low": unfounded.low,
+        "unfounded_claims_high": unfounded.high,
     }
 
 

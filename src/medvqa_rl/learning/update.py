@@ -25,7 +25,7 @@ from medvqa_rl.learning.objective.logprobs import (
     EntropyUse,
     GroupForward,
     collate,
-    layout_for,
+    layout_of,
     scoring,
 )
 from medvqa_rl.learning.objective.losses import LOSSES
@@ -35,7 +35,6 @@ from medvqa_rl.learning.objective.mismatch import DIFFERENCE, Mismatch, importan
 from medvqa_rl.learning.objective.optimizer import lr_at
 from medvqa_rl.learning.objective.self_check import SelfCheckError, check_first_group
 from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed
-from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.reference import Reference
 
@@ -91,9 +90,7 @@ class Learner:
         self.policy = policy
         self.reference = reference
         self.trained = trained
-        self.layout = Layout.SEPARATE
-        if isinstance(policy.family, SharedFamily):
-            self.layout = layout_for(policy.family.text(policy.model).config._attn_implementation)
+        self.layout = layout_of(policy)
         self._is_dpo = config.loss.type == "dpo"
         self._loss = LOSSES[config.loss.type]
         self._has_bonus = config.loss.entropy_coef > 0

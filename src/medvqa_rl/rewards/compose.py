@@ -26,6 +26,7 @@ from medvqa_rl.rewards.length import (
     correctness_weighted_length,
     cosine_length,
     extended_chain,
+    looking,
     repetition_penalty,
     soft_overlong,
 )
@@ -48,6 +49,8 @@ class Batch:
     credit: NDArray[np.float64]
     """(B,) credit for the answers, 0 to 1; NaN if no enabled part needs it."""
     log: RewardLog
+    gains: NDArray[np.float64] | None = None
+    """(B,) nats by which completions are likelier with their images than with others; None unless known."""
 
     @cached_property
     def coherence(self) -> NDArray[np.float64]:
@@ -79,6 +82,7 @@ PARTS: dict[str, Part] = {
         for read in batch.reads
     ],
     "composite": lambda batch: _composite(batch),
+    "looking": lambda batch: _looking(batch),
     "cosine": lambda batch: [
         cosine_length(
             len(read.completion.token_ids),
@@ -98,6 +102,21 @@ PARTS: dict[str, Part] = {
     "repetition": lambda batch: [repetition_penalty(read.text, batch.config.repetition_ngram) for read in batch.reads],
 }
 """The built-in parts by name; each has a weight of the same name in the settings."""
+
+
+def _looking(batch: Batch) -> list[float]:
+    config, gains = batch.config, batch.gains
+    assert gains is not None, "the looking reward needs what the policy makes of other images: pass gains"
+    right = np.array([read.is_right for read in batch.reads])
+    batch.log.columns["looking_gain"] = [round(gain, 6) for gain in gains.tolist()]
+    batch.log.metrics["rewards/looking/gain"] = [float(gains.mean())]
+    if right.any():
+        ignored = gains[right] <= config.looking_threshold
+        batch.log.metrics["rewards/looking/right_ignoring"] = [float(ignored.mean())]
+    return [
+        looking(gain, threshold=config.looking_threshold, cap=config.looking_cap, is_correct=is_right)
+        for gain, is_right in zip(gains.tolist(), right.tolist(), strict=True)
+    ]
 
 
 def _composite(batch: Batch) -> list[float]:
@@ -178,7 +197,14 @@ class Rewards:
         """The user's functions that score, by dotted path."""
         return dict(self._functions.values())
 
-    def score(self, groups: Sequence[Group], *, step: int, count_tokens: Callable[[str], int] | None = None) -> Scores:
+    def score(
+        self,
+        groups: Sequence[Group],
+        *,
+        step: int,
+        count_tokens: Callable[[str], int] | None = None,
+        gains: NDArray[np.float64] | None = None,
+    ) -> Scores:
         """Score every completion of P groups of G.
 
         The total is sum(weight * part) over the enabled parts that apply to the completion, without ``process``, which
@@ -188,6 +214,7 @@ class Rewards:
             groups: P groups with the same number G of completions.
             step: optimizer steps done, passed on to user functions.
             count_tokens: counts tokens as the policy's tokenizer does; ``ecr``, ``cwr`` and ``composite`` need it.
+            gains: (P * G) nats by which completions are likelier with their images; ``looking`` needs it.
 
         Returns:
             (P, G) totals and parts.
@@ -200,7 +227,7 @@ class Rewards:
         credit = np.full(len(reads), np.nan)
         if {"correctness", "reasoning"} & self._weights.keys():
             credit = score_answers(reads, self._config, log, self._similarity, self._judges.get("correctness"))
-        batch = Batch(reads, self._config, self._limit, self._judges, credit, log)
+        batch = Batch(reads, self._config, self._limit, self._judges, credit, log, gains)
         called = call_functions(self.functions, groups, step=step, log=log)
         parts: dict[str, NDArray[np.float64]] = {}
         applies = {name: np.ones(shape, dtype=np.bool_) for name in self.names}

@@ -115,11 +115,13 @@ def score_reasoning(
 
 
 def unseen(config: RewardsConfig, sees: Sees, samples: Sequence[Sample]) -> tuple[str | None, str | None]:
-    """Check whether questions have what the judge of their reasoning should see.
+    """Check whether questions have what the judge of their reasoning should see, and what looking is paid for.
 
     Returns:
         An error and a warning, each a sentence or None.
     """
+    if config.looking and not any(sample.images for sample in samples):
+        return f"rewards.looking is {config.looking:g}, but no training question has an image: set it to 0.", None
     missing = sum(not (sample.description if sees == "description" else sample.images) for sample in samples)
     if sees == "text" or not missing or not config.judged.keys() - {"correctness"}:
         return None, None

@@ -1,4 +1,4 @@
-"""Length and repetition rewards: pure functions of one completion's counts. Imports no torch."""
+"""Length, repetition and looking rewards: pure functions of one completion's numbers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -116,3 +116,20 @@ def repetition_penalty(text: str, size: int) -> float:
     words = text.lower().split()
     grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+
+def looking(gain: float, *, threshold: float, cap: float, is_correct: bool) -> float:
+    """Looking reward, from 0 to 1, for a correct answer that needs its image.
+
+    correct * min(1, max(0, (gain - threshold) / (cap - threshold))). The policy itself says how much it needs the
+    image; the formula is ours.
+
+    Args:
+        gain: log P(completion | image) - log P(completion | another image) under the policy, in nats; NaN (unscored)
+            gives NaN.
+        threshold: the gain up to which nothing is paid.
+        cap: the gain from which more is not paid more; above the threshold.
+    """
+    if math.isnan(gain):
+        return math.nan
+    return min(1.0, max(0.0, (gain - threshold) / (cap - threshold))) if is_correct else 0.0

@@ -193,6 +193,14 @@ def _rl_problems(config: Config) -> Iterator[tuple[str, ...]]:
                 "prompt.template",
                 "prompt.mix",
             )
+    if rewards.looking_cap <= rewards.looking_threshold:
+        yield (
+            f"rewards.looking_cap is {rewards.looking_cap:g} and rewards.looking_threshold "
+            f"{rewards.looking_threshold:g}, but the reward rises from the threshold to the cap: raise "
+            "rewards.looking_cap.",
+            "rewards.looking_cap",
+            "rewards.looking_threshold",
+        )
     if rollout.max_completion_length > 32768:
         yield (
             f"rollout.max_completion_length is {rollout.max_completion_length}, but it must be at most 32768: "

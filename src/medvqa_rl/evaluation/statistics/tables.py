@@ -157,12 +157,13 @@ def controls_table(results: Mapping[str, Any]) -> TextTable:
             format_points(row["drop"]),
             _range(row, "drop"),
             format_points(row["same_answer_rate"]),
+            format_points(row.get("unfounded_claims", math.nan)),
         )
         for name, title in (("blank", "blank image"), ("shuffled", "shuffled images"), ("no_image", "no image"))
         if (row := controls.get(name))
     ]
     majority = f"{results['num_scored']:,}", format_points(results["majority_per_type"])
-    rows.append(("accuracy, majority answer", *majority, "", "", "", ""))
+    rows.append(("accuracy, majority answer", *majority, "", "", "", "", ""))
     rules = []
     if (order := controls.get("option_order")) and order["n"]:
         rules.append(len(rows))
@@ -170,14 +171,17 @@ def controls_table(results: Mapping[str, Any]) -> TextTable:
             ("consistency", "same option in every order"),
             ("accuracy_all_orders", "correct in every order"),
         ):
-            rows.append((title, f"{order['n']:,}", format_points(order[key]), _range(order, key), "", "", ""))
+            rows.append((title, f"{order['n']:,}", format_points(order[key]), _range(order, key), "", "", "", ""))
     letters = results["letters"]
     shares = [f"{letter} {letters['gold'][letter]}/{letters['given'][letter]}" for letter in letters["gold"]]
     return TextTable(
         "Bias controls, in percent",
-        ("", "questions", "value", "95 % interval", "gain from the image", "95 % of the gain", "same answer"),
+        (
+            *("", "questions", "value", "95 % interval", "gain from the image", "95 % of the gain", "same answer"),
+            "same, yet claims to see",
+        ),
         rows,
-        drop=("same answer", "questions"),
+        drop=("same, yet claims to see", "same answer", "questions"),
         notes=["Letters, gold/given: " + ", ".join(shares)] if shares else [],
         rules=rules,
     )

@@ -30,6 +30,7 @@ from medvqa_rl.models.families.generic import Generic, as_generic
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.group_attention import GroupLayout, group_layout
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.processor import Processor
 
 LOGITS_PER_CHUNK = 2**25
@@ -104,6 +105,13 @@ def layout_for(attention: str) -> Layout:
     """
     layouts: dict[str, Layout] = {group_attention.ATTENTION: Layout.PACKED, "sdpa": Layout.ROWS, "eager": Layout.ROWS}
     return layouts.get(attention, Layout.SEPARATE)
+
+
+def layout_of(policy: Policy) -> Layout:
+    """Return the fastest layout that a policy supports; models without a fast path need separate rows."""
+    if not isinstance(policy.family, SharedFamily):
+        return Layout.SEPARATE
+    return layout_for(policy.family.text(policy.model).config._attn_implementation)
 
 
 def collate(
