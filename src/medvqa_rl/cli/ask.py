@@ -14,9 +14,11 @@ from rich.text import Text
 from medvqa_rl.cli.common import use_threads, verb
 from medvqa_rl.core.progress import open_console
 from medvqa_rl.core.tables import TextTable
+from medvqa_rl.core.text import shown
 
 if TYPE_CHECKING:
-    from medvqa_rl.core.types import Completion, Group, Sample, Template, Wording
+    from medvqa_rl.core.types import Completion, Group, ImageSource, Sample, Template, Wording
+    from medvqa_rl.models.loading import Policy
 
 NO_ANSWER = "(no answer)"
 
@@ -75,49 +77,89 @@ def run_ask(
     sample.images[0].load()  # report an unreadable image before loading the model
 
     use_threads(model)
-    from medvqa_rl.config import RolloutConfig
     from medvqa_rl.models.checkpoints import model_for
     from medvqa_rl.models.loading import load_policy
-    from medvqa_rl.rollout.stock.generate import make_engine
 
     policy = load_policy(model_for(model))
     wording = policy.processor.wording
     if wording.instruction and template != "direct":
         template = wording.template
-    engine = make_engine(policy, template)
-    if samples == 0:
-        (group,) = engine.greedy([sample], max_completion_length=max_length, batch_size=1)
-    else:
-        rollout = RolloutConfig(num_generations=samples, max_completion_length=max_length, temperature=temperature)
-        (group,) = engine.rollout([sample], rollout, seed=seed, stream="ask", step=0)
+    group = sample_answers(
+        policy, sample, template, count=samples, temperature=temperature, seed=seed, max_length=max_length
+    )
     print_group(open_console(), group, template)
 
 
+def sample_answers(
+    policy: Policy,
+    sample: Sample,
+    template: Template,
+    *,
+    count: int,
+    temperature: float,
+    seed: int,
+    max_length: int,
+) -> Group:
+    """Answer one question ``count`` times, or greedily if that is 0."""
+    from medvqa_rl.config import RolloutConfig
+    from medvqa_rl.rollout.stock.generate import make_engine
+
+    engine = make_engine(policy, template)
+    if count == 0:
+        (group,) = engine.greedy([sample], max_completion_length=max_length, batch_size=1)
+    else:
+        rollout = RolloutConfig(num_generations=count, max_completion_length=max_length, temperature=temperature)
+        (group,) = engine.rollout([sample], rollout, seed=seed, stream="ask", step=0)
+    return group
+
+
 def make_question(image: Path, question: str, options: Sequence[str]) -> Sample:
-    """Return a sample whose answer is unknown.
+    """Return a sample about an image file, whose answer is unknown.
 
     Raises:
         ValueError: no image or question, a single option, or more options than letters.
     """
-    from medvqa_rl.core.types import LETTERS, Sample
     from medvqa_rl.data.images.files import FileImage
 
     if not image.is_file():
         what = "is a folder" if image.is_dir() else "does not exist"
         raise ValueError(f"The image {image} {what}: give the path of an image file, then the question in quotes.")
+    return make_sample(f"{image.name}: {question}", question, options, (FileImage(image.name, image.parent),))
+
+
+def make_sample(
+    id: str, question: str, options: Sequence[str], images: Sequence[ImageSource], gold: str = ""
+) -> Sample:
+    """Return a sample.
+
+    Args:
+        gold: the gold answer, as text or as an option's letter; empty if it is unknown.
+
+    Raises:
+        ValueError: no question, a single option, more options than letters, or a gold answer that is no option.
+    """
+    from medvqa_rl.core.answers import read_choice
+    from medvqa_rl.core.types import LETTERS, Sample
+
     if not question.strip():
-        raise ValueError("The question is empty: give it as the second argument, in quotes.")
+        raise ValueError("The question is empty: give its text.")
     if len(options) == 1 or len(options) > len(LETTERS):
         raise ValueError(
-            f"There are {len(options)} options, but a choice question needs 2 to {len(LETTERS)}: repeat --option for "
-            "each."
+            f"There are {len(options)} options, but a choice question needs 2 to {len(LETTERS)}: give one for each "
+            "answer, or none."
         )
+    answer = gold
+    if options:  # no prompt depends on it
+        letter = read_choice(gold, tuple(options)) if gold else LETTERS[0]
+        if letter is None:
+            raise ValueError(f"The gold answer {shown(gold)} is none of the options: give the letter or text of one.")
+        answer = letter
     return Sample(
-        id=f"{image.name}: {question}",
+        id=id,
         question=question,
-        answer=LETTERS[0] if options else "",  # unknown; no prompt depends on it
+        answer=answer,
         answer_type="choice" if options else "open",
-        images=(FileImage(image.name, image.parent),),
+        images=tuple(images),
         options=tuple(options),
     )
 

@@ -1,9 +1,9 @@
 """The server of ``medvqa-rl view``: pages of the runs below a folder, and the samples that they ask for. Imports no
-torch."""
+torch until a model is asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
@@ -12,15 +12,18 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
+from medvqa_rl.cli.view.asking import MAX_COUNT, MAX_TOKENS, Asker, model_choices, read_question, read_upload
 from medvqa_rl.cli.view.guard import Guard
 from medvqa_rl.config.sharing import without_folders
-from medvqa_rl.core.types import Sample
+from medvqa_rl.core.types import ImageSource, Sample
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.report.comparisons import Comparison, compare
 from medvqa_rl.report.folder import RunsFolder, Version, version_of
@@ -34,17 +37,18 @@ from medvqa_rl.report.pages.answers import (
     select,
     shown_evaluations,
 )
+from medvqa_rl.report.pages.ask_page import Chosen, render_ask
 from medvqa_rl.report.pages.images import samples_of_records
 from medvqa_rl.report.pages.overview import MAX_COMPARED, render_overview
 from medvqa_rl.report.pages.rendering import script_json, thumbnail
 from medvqa_rl.report.pages.report import Served, render_report
-from medvqa_rl.report.pages.viewer import build_viewer
+from medvqa_rl.report.pages.viewer import build_viewer, evenly
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
 
 MAX_SIDE = 448
 """Longest side in pixels of an image, twice what a page shows, for sharp displays."""
-
-Page = Callable[[Request], Response]
+NUM_SUGGESTED = 12
+"""Images to choose from, to ask about."""
 
 
 class Pages:
@@ -54,6 +58,7 @@ class Pages:
         self._folder = folder
         self._compare = lru_cache(8)(self._compare_anew)
         self._groups = lru_cache(2)(self._groups_anew)
+        self._asker = Asker()
 
     def overview(self, request: Request) -> Response:
         """All runs."""
@@ -69,7 +74,7 @@ class Pages:
         served = Served(
             answers=f"answers?{address}",
             groups=f"groups?{address}",
-            ask="",
+            ask=f"ask?{address}" if len(runs) == 1 and model_choices(runs[0]) else "",
             lines=[progress_line(run, _now()) for run in runs],
             compared=self._compare(names, versions),
         )
@@ -111,7 +116,10 @@ class Pages:
             for name in question:
                 sample, note = _sample(evaluations[name], question[name].sample_id)
                 if sample is not None:
-                    entry["images"] = _addresses(_run_of(runs, evaluations[name]), evaluations[name], sample)
+                    run = _run_of(runs, evaluations[name])
+                    entry["images"] = _addresses(run, evaluations[name], sample)
+                    if model_choices(run):
+                        entry["ask"] = _ask_address(run, evaluations[name], sample)
                     break
                 notes[f"The images of {name} are not shown: {without_folders(note)}"] = None
             entries.append(entry)
@@ -120,18 +128,65 @@ class Pages:
 
     def image(self, request: Request) -> Response:
         """An image of an evaluated question."""
-        sample = self.sample(request.query_params.get("run", ""), request.query_params)
-        number = _number(request.query_params.get("number", "0"))
+        given = request.query_params
+        _, sample = self._question(self._folder.read(given.get("run", "")), given)
+        number = _number(given.get("number", "0"))
         if sample is None or not 0 <= number < len(sample.images):
             raise HTTPException(404, "There is no such image.")
         data, kind = thumbnail(sample.images[number].load(), MAX_SIDE, lossless_bytes=60_000)
         return Response(data, media_type=f"image/{kind}")
 
-    def sample(self, run: str, given: Any) -> Sample | None:
-        """The sample of a question that was evaluated, with its images; None if there is none."""
-        stored = self._folder.read(run)
-        evaluation = next((one for one in stored.evaluations if one.name == given.get("eval")), None)
-        return None if evaluation is None else _sample(evaluation, given.get("id", ""))[0]
+    def ask_page(self, request: Request) -> Response:
+        """The form that asks a run's model."""
+        given = request.query_params
+        run = self._folder.read(given.get("run", ""))
+        models = model_choices(run)
+        if not models:
+            raise HTTPException(404, f"{run.name} has no settings, so it has no model to ask.")
+        evaluation, sample = self._question(run, given)
+        chosen = None
+        if evaluation is not None and sample is not None:
+            images = _addresses(run, evaluation, sample)
+            chosen = Chosen(evaluation.name, sample.id, sample.question, sample.options, sample.answer, images)
+        address = urlencode({"run": run.name})
+        rollout = run.config.get("rollout", {})
+        page = render_ask(
+            run,
+            back=f"runs?{address}",
+            send=f"ask?{address}",
+            models=models,
+            chosen=chosen,
+            suggested=_suggestions(run),
+            defaults={
+                "max_length": rollout.get("max_completion_length", 256),
+                "temperature": rollout.get("temperature", 1.0),
+            },
+            limits={"count": MAX_COUNT, "max_length": MAX_TOKENS},
+        )
+        return _html(request, page)
+
+    async def ask(self, request: Request) -> Response:
+        """Answer a question."""
+        async with request.form(max_files=1, max_fields=12, max_part_size=100_000) as form:
+            given = {name: value for name, value in form.items() if isinstance(value, str)}
+            upload = form.get("image")
+            data = await upload.read() if isinstance(upload, UploadFile) else b""
+            name = (upload.filename or "") if isinstance(upload, UploadFile) else ""
+        return await run_in_threadpool(self._answer, request.query_params.get("run", ""), given, name, data)
+
+    def _answer(self, name: str, given: Mapping[str, str], upload: str, data: bytes) -> Response:
+        run = self._folder.read(name)
+        if data:
+            images: Sequence[ImageSource] = (read_upload(upload, data),)
+        else:
+            _, sample = self._question(run, given)
+            images = () if sample is None else sample.images
+        return _json(self._asker.ask(run, given.get("model", ""), read_question(given, images)))
+
+    def _question(self, run: StoredRun, given: Mapping[str, str]) -> tuple[StoredEvaluation | None, Sample | None]:
+        """The evaluation and the sample that an address or a form names, as far as they exist."""
+        evaluation = next((one for one in run.evaluations if one.name == given.get("eval")), None)
+        return evaluation, None if evaluation is None else _sample(evaluation, given.get("id", ""))[0]
 
     def _names(self, request: Request) -> tuple[str, ...]:
         """The runs that a request is about."""
@@ -149,15 +204,17 @@ def make_app(folder: RunsFolder, token: str) -> ASGIApp:
         token: the first part of every address; without it nothing is answered.
     """
     pages = Pages(folder)
-    routes: list[tuple[str, Page]] = [
-        ("/", pages.overview),
-        ("/runs", pages.runs),
-        ("/answers", pages.answers),
-        ("/groups", pages.groups),
-        ("/image", pages.image),
+    routes = [
+        Route("/", pages.overview),
+        Route("/runs", pages.runs),
+        Route("/answers", pages.answers),
+        Route("/groups", pages.groups),
+        Route("/image", pages.image),
+        Route("/ask", pages.ask_page, methods=["GET"]),
+        Route("/ask", pages.ask, methods=["POST"]),
     ]
     app = Starlette(
-        routes=[Mount(f"/{token}", routes=[Route(path, page, methods=["GET"]) for path, page in routes])],
+        routes=[Mount(f"/{token}", routes=routes)],
         exception_handlers={ValueError: _refuse, OSError: _refuse},
     )
     return Guard(app, token)
@@ -165,7 +222,8 @@ def make_app(folder: RunsFolder, token: str) -> ASGIApp:
 
 def _refuse(request: Request, error: Exception) -> Response:
     """Answer what cannot be shown with its sentence."""
-    return Response(without_folders(str(error)), status_code=404, media_type="text/plain")
+    status = 404 if request.method == "GET" else 400
+    return Response(without_folders(str(error)), status_code=status, media_type="text/plain")
 
 
 def _html(request: Request, page: str) -> Response:
@@ -231,3 +289,21 @@ def _addresses(run: StoredRun, evaluation: StoredEvaluation, sample: Sample) -> 
     """Addresses of a sample's images."""
     named = {"run": run.name, "eval": evaluation.name, "id": sample.id}
     return [f"image?{urlencode(named | {'number': number})}" for number in range(len(sample.images))]
+
+
+def _ask_address(run: StoredRun, evaluation: StoredEvaluation, sample: Sample) -> str:
+    return f"ask?{urlencode({'run': run.name, 'eval': evaluation.name, 'id': sample.id})}"
+
+
+def _suggestions(run: StoredRun) -> list[tuple[str, str]]:
+    """Addresses of some images of the last evaluation, and of the form with each; an image once."""
+    if not run.evaluations:
+        return []
+    evaluation = run.evaluations[-1]
+    try:
+        samples, _ = _find(_file(evaluation))
+    except (ValueError, OSError):  # its answers cannot be read, as the run's page says
+        return []
+    by_image = {sample.images[0].key: sample for sample in reversed(samples.values()) if len(sample.images) == 1}
+    some = evenly(list(by_image.values()), NUM_SUGGESTED)
+    return [(_addresses(run, evaluation, one)[0], _ask_address(run, evaluation, one)) for one in some]

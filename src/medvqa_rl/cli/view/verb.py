@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
 import secrets
 import socket
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -57,4 +61,16 @@ def view(
     )
     print(f"Runs in {folder}: http://{HOST}:{listening.getsockname()[1]}/{token}/", flush=True)
     print("Open this address in a browser of this machine. Whoever has it sees the data. Ctrl-C ends the server.")
-    uvicorn.Server(settings).run(sockets=[listening])
+
+    class Server(uvicorn.Server):
+        """Says nothing of requests that are dropped when it ends."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            super().handle_exit(sig, frame)
+
+    try:
+        Server(settings).run(sockets=[listening])
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr, flush=True)
+        os._exit(130)  # a thread in which a model answers would have to end first

@@ -3,7 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const { runs, images, tags, answerTags } = data;
 const TAG = new RegExp("(" + tags.map((tag) => tag.replace(/[^\w\s]/g, "\\$&")).join("|") + ")");
-const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer", unscored: "unscored" };
+const OUTCOMES = { right: "correct", wrong: "wrong", none: "no answer", unscored: "unscored", answered: "answer" };
 const number = (value) => (value === null ? "unscored" : String(Math.round(value * 100) / 100).replace("-", "−"));
 const listed = (parts) => parts.map(([name, value]) => name + " " + number(value)).join(", ");
 const wordsOf = (text) => text.toLowerCase().split(/\s+/).filter(Boolean);
@@ -56,11 +56,11 @@ function drawEntry(question, summary, boxes) {
   if (question.images.length) side.append(pictures);
   for (const option of question.options) list.append(make("li", option === question.gold ? "gold" : "", option));
   if (question.options.length) side.append(list);
-  const gold = make("p", "", question.options.length ? "" : "Gold answer: ");
+  const gold = make("p", "", question.options.length || !question.gold ? "" : "Gold answer: ");
   if (!question.options.includes(question.gold)) gold.append(make("span", "gold", question.gold));
   const notes = Object.entries(question.tags).map(([name, value]) => name.replaceAll("_", " ") + ": " + value);
   if (gold.textContent) side.append(gold);
-  side.append(make("p", "muted tags", [...notes, "id: " + question.id].join(" · ")));
+  if (question.id) side.append(make("p", "muted tags", [...notes, "id: " + question.id].join(" · ")));
   if (question.ask) {
     const link = make("a", "", "Ask about this image");
     link.href = question.ask;
