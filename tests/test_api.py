@@ -163,6 +163,10 @@ def test_what_differs_from_the_start_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MedVQAError, match="is not that of the run, which is stored in"):
         train("phantom:instruct", ["correctness", brief], longer, questions(5), resume=True)
 
+    train(config=settings(output_dir="b", steps=1))
+    with pytest.raises(MedVQAError, match="The run in b has no stored samples: resume it without train_dataset"):
+        train(config=settings(output_dir="b", steps=2), train_dataset=questions(2), resume=True)
+    assert not Path("b/data").exists()
     with pytest.raises(MedVQAError, match="already contains a run"):
         train(config=config, train_dataset=questions(4))
     assert Run("a").step == 1
@@ -260,6 +264,7 @@ def test_other_wrong_arguments_are_sentences(tmp_path: Path) -> None:
         evaluate(None)  # type: ignore[arg-type]
     with pytest.raises(MedVQAError, match="dataset is endless"):
         evaluate("phantom:instruct", load_dataset("phantom"))
+    assert not Path("runs/run").exists()
 
 
 def test_a_defect_keeps_its_type(tmp_path: Path) -> None:

@@ -333,6 +333,8 @@ def _run(
         path = Path(config.output_dir) / DATA
         config = config.model_copy(update={"data": stored(path, config.data)})
         check_config(config, kind)
+        if resume and not is_stored(folder):
+            raise ConfigError([f"The run in {run_folder} has no stored samples: resume it without train_dataset."])
         if is_first and not resume:
             from medvqa_rl.learning.run.run_dir import RunDir
 
@@ -347,8 +349,7 @@ def _run(
     except BaseException:
         if is_new and is_first and not (run_folder / "status.json").exists():  # it has not started
             shutil.rmtree(folder, ignore_errors=True)
-            if run_folder.is_dir() and not any(run_folder.iterdir()):
-                run_folder.rmdir()
+            _remove_if_empty(run_folder)
         raise
     if is_first:
         from medvqa_rl.report.card import write_cards
@@ -358,12 +359,22 @@ def _run(
 
 def _store_for_evaluation(dataset: Iterable[object], home: Path, config: Config) -> DataConfig:
     """Store the questions of an evaluation in a folder below ``home`` that is named by their content."""
-    with temporary_folder(home / "new") as temporary:
-        store({"test": dataset}, temporary, config.data)
-        folder = home / digest(temporary)
-        if not folder.exists():
-            temporary.rename(folder)
+    try:
+        with temporary_folder(home / "new") as temporary:
+            store({"test": dataset}, temporary, config.data)
+            folder = home / digest(temporary)
+            if not folder.exists():
+                temporary.rename(folder)
+    except BaseException:
+        for empty in (home, home.parent):
+            _remove_if_empty(empty)
+        raise
     return stored(folder, config.data)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _warn(text: str) -> None:

@@ -143,6 +143,13 @@ def test_a_hugging_face_dataset_is_read(tmp_path: Path) -> None:
         ]
 
 
+def test_a_data_frame_is_read(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([row(image=picture(1), age=7), row(image=picture(2), age=None)])
+    store({"train": frame}, tmp_path, DataConfig())
+    assert [sample.columns["age"] for sample in read(tmp_path).samples] == [7, None]
+
+
 def test_messages_of_trl_are_read(tmp_path: Path) -> None:
     content = [{"type": "image", "image": picture(1)}, {"type": "text", "text": "Is it?"}]
     rows = [
@@ -177,6 +184,15 @@ def test_splits_and_ids_are_kept_apart(tmp_path: Path) -> None:
     assert [sample.id for sample in read(tmp_path, "val").samples] == ["own/data/val/0", "own/data/val/1"]
     assert "1 of 2 images of the evaluation are also trained on" in shared_images(tmp_path, "train", tmp_path, "val")
     assert not shared_images(tmp_path, "train", tmp_path, "test")
+
+
+def test_settings_of_other_data_sets_are_dropped(tmp_path: Path) -> None:
+    config = DataConfig(
+        scanner="unseen", letter_skew=0.5, modalities=("CT",), max_dropped=0.5, answers_as="set", seed=3
+    )
+    found = stored(tmp_path, config)
+    assert (found.scanner, found.letter_skew, found.modalities) == ("home", 0.0, ())
+    assert (found.max_dropped, found.answers_as, found.seed) == (0.5, "set", 3)
 
 
 def test_all_evaluation_samples_are_used_unless_a_number_is_set(tmp_path: Path) -> None:

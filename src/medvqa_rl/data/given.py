@@ -74,10 +74,18 @@ def store(given: Mapping[Split, Iterable[object]], folder: Path, config: DataCon
 
 
 def stored(folder: Path, config: DataConfig) -> DataConfig:
-    """The settings that read what :func:`store` wrote. All of it is used, unless ``num_val`` and so on are set."""
+    """The settings that read what :func:`store` wrote, without those of other data sets. All of it is used, unless
+    ``num_val`` and so on are set."""
+    defaults = DataConfig()
     all_of_it = {name: None for name in ("num_train", "num_val", "num_test") if name not in config.model_fields_set}
-    from_folder = {"name": "own", "path": str(folder), "hub": None, "split": "official", "image_folder": "images"}
-    return config.model_copy(update=from_folder | all_of_it)
+    of_others = ("hub", "revision", "variant", "split", "scanner", "modalities", "letter_skew")
+    return config.model_copy(
+        update={
+            **{name: getattr(defaults, name) for name in of_others},
+            **{"name": "own", "path": str(folder), "image_folder": "images"},
+            **all_of_it,
+        }
+    )
 
 
 def is_stored(folder: Path) -> bool:
@@ -130,16 +138,13 @@ def _each(records: Any, argument: str) -> Iterator[object]:
     wanted = "a list of Samples or of dicts with image, question and answer, or one split of a Hugging Face dataset"
     if getattr(records, "is_endless", False):
         raise ValueError(f"{argument} is endless: give a part of it, or set data.name in the config instead.")
-    is_one = isinstance(records, str | bytes | PathLike | Mapping | Sample) or hasattr(records, "columns")
-    is_one &= not hasattr(records, "features")  # a Hugging Face dataset, which has column_names
-    try:
-        rows = iter(() if is_one else records)
-    except TypeError:
-        is_one = True
-    if is_one:
+    if type(records).__name__ == "DataFrame" and hasattr(records, "to_dict"):
+        records = records.to_dict("records")
+    has_rows = isinstance(records, Iterable) or hasattr(records, "__getitem__")
+    if not has_rows or isinstance(records, str | bytes | PathLike | Mapping):
         raise ValueError(f"{argument} is a {type(records).__name__}, but must be {wanted}.")
     is_empty = True
-    for record in rows:
+    for record in records:
         is_empty = False
         yield record
     if is_empty:
