@@ -158,7 +158,7 @@ class ModelServer:
     def _check(self, request: HttpRequest) -> None:
         """Refuse a request without the key, or for another host than this machine."""
         host = request.headers.get("host", "")
-        if self._is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self._is_local and not _is_this_machine(host):
             raise ApiError(
                 f"The host {printable(host)!r} is not this machine: start the server with --host to serve others.",
                 status=403,
@@ -331,6 +331,14 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._engine.close()
         super().handle_exit(sig, frame)
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether the host that a request names, perhaps with a port, is this machine."""
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
 
 
 async def _read_body(request: HttpRequest) -> bytes:
