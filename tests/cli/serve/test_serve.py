@@ -452,6 +452,14 @@ def test_addresses_that_cannot_be_used_are_named_before_the_model_is_loaded() ->
     assert result.exit_code == 2 and "The API key is empty" in result.output
 
 
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(app, ["serve", "phantom:instruct", "--port", "0"])
+    assert result.exit_code == 2
+    assert f"serve needs the package {package}: install it with `pip install 'medvqa-rl[serve]'`." in result.output
+
+
 def test_other_machines_are_warned_of_and_refused_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelServer, "run", lambda self, listener: None)
     result = CliRunner().invoke(app, ["serve", "phantom:instruct", "--host", "0.0.0.0", "--port", "0"])
