@@ -406,34 +406,41 @@ def test_a_run_is_served_with_its_own_settings(
     assert served_model("owner/name")[0].path == served_model("owner/name")[1] == "owner/name"
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, killed when the block ends if it is still running."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "medvqa_rl", "serve", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | environment,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_ctrl_c_ends_the_command_and_what_it_was_answering() -> None:
-    process = start(NAME, "--port", "0", MEDVQA_RL_API_KEY=KEY)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert "phantom:instruct is served at http://127.0.0.1:" in line and "never use it for a decision" in line
-    where = line.partition("http://")[2].partition("/")[0]
-    key = {"Authorization": f"Bearer {KEY}"}
-    assert post(where, hello())[0] == 401 and post(where, hello(), **key)[0] == 200
-    slow = hello(n=16, max_tokens=1024, messages=conversation(question(0)), temperature=2, stream=True)
-    connection = http.client.HTTPConnection(where, timeout=60)
-    connection.request("POST", "/v1/chat/completions", json.dumps(slow).encode(), JSON | key)
-    reply = connection.getresponse()
-    assert reply.status == 200 and reply.readline().startswith(b"data: ")
-    process.send_signal(signal.SIGINT)
-    assert b"The server was stopped." in reply.read()
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.endswith("Stopped.\n") and "Traceback" not in errors
-    assert KEY not in output + errors
+    with started(NAME, "--port", "0", MEDVQA_RL_API_KEY=KEY) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "phantom:instruct is served at http://127.0.0.1:" in line and "never use it for a decision" in line
+        where = line.partition("http://")[2].partition("/")[0]
+        key = {"Authorization": f"Bearer {KEY}"}
+        assert post(where, hello())[0] == 401 and post(where, hello(), **key)[0] == 200
+        slow = hello(n=16, max_tokens=1024, messages=conversation(question(0)), temperature=2, stream=True)
+        connection = http.client.HTTPConnection(where, timeout=60)
+        connection.request("POST", "/v1/chat/completions", json.dumps(slow).encode(), JSON | key)
+        reply = connection.getresponse()
+        assert reply.status == 200 and reply.readline().startswith(b"data: ")
+        process.send_signal(signal.SIGINT)
+        assert b"The server was stopped." in reply.read()
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and errors.endswith("Stopped.\n") and "Traceback" not in errors
+        assert KEY not in output + errors
 
 
 def test_addresses_that_cannot_be_used_are_named_before_the_model_is_loaded() -> None:
