@@ -6,10 +6,11 @@ Rewards, metrics, judges, the data check and reports all use these functions, so
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
 from medvqa_rl.core.text import as_written, normalise, parts
@@ -88,6 +89,35 @@ def answer_span(
     else:
         begin = len(text.rstrip()) - len(answer)
     return begin, begin + len(answer)
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, as completions are decoded."""
+
+
+def token_span(token_ids: Sequence[int], start: int, end: int, decode: Decode) -> tuple[int, int]:
+    """The tokens that write characters ``start`` to ``end`` of a completion, as a half-open range.
+
+    A token that writes a part of the range, or a part of one of its characters, belongs to it. Prefixes of the tokens
+    are decoded, so this holds for every tokenizer.
+    """
+
+    @cache
+    def text(count: int) -> str:
+        return decode(token_ids[:count])
+
+    def length(count: int) -> int:
+        return len(text(count).rstrip(_PARTIAL))
+
+    counts = range(len(token_ids) + 1)
+    first = max(bisect_right(counts, start, key=length) - 1, 0)
+    while first and text(first).endswith(_PARTIAL):
+        first -= 1
+    return first, min(bisect_left(counts, end, key=length), len(token_ids))
+
+
+_PARTIAL = "\ufffd"
+"""What the first bytes of a character decode to."""
 
 
 def _has_only(tags: Iterable[Tag], text: str) -> bool:

@@ -18,6 +18,7 @@ from accelerate.utils.operations import gather_object
 from torch import Tensor
 
 from medvqa_rl.config import Config
+from medvqa_rl.core.answers import Decode
 from medvqa_rl.core.text import first_few
 from medvqa_rl.core.types import Dataset, Group
 from medvqa_rl.evaluation.judging.calibration import calibration_warnings
@@ -28,7 +29,7 @@ from medvqa_rl.learning.collector import Collector, StepClock, gather_records
 from medvqa_rl.learning.objective.advantages import Advantages, group_advantages
 from medvqa_rl.learning.objective.losses.dpo import preference_pairs
 from medvqa_rl.learning.objective.mismatch import DIFFERENCE
-from medvqa_rl.learning.objective.step_tokens import Decode, with_steps
+from medvqa_rl.learning.objective.step_tokens import with_steps
 from medvqa_rl.learning.run.errors import UnscoredError
 from medvqa_rl.learning.run.run import Run
 from medvqa_rl.learning.run.step_metrics import (

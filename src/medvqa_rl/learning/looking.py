@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from medvqa_rl.config import Config
-from medvqa_rl.core.answers import answer_span
+from medvqa_rl.core.answers import answer_span, token_span
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.types import Completion, Dataset, Group, Sample
 from medvqa_rl.evaluation.controls import blank
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate, layout_of
-from medvqa_rl.learning.objective.step_tokens import token_span
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.decode import evaluating
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.core.answers import token_span
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
-from medvqa_rl.learning.objective.step_tokens import token_span, with_steps
+from medvqa_rl.learning.objective.step_tokens import with_steps
 from medvqa_rl.models.loading import load_policy
 from medvqa_rl.rewards.process import Step
 from medvqa_rl.rewards.statements import split_statements

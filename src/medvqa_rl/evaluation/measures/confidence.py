@@ -6,13 +6,13 @@ The confidence in an answer is its probability under the model, given the prompt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from statistics import fmean
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
-from medvqa_rl.core.answers import compared
+from medvqa_rl.core.answers import Decode, compared, token_span
 from medvqa_rl.core.text import is_abstention
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import cluster_bootstrap
@@ -26,7 +26,7 @@ def answer_probability(
     token_ids: Sequence[int],
     logps: Sequence[float],
     span: tuple[int, int],
-    decode: Callable[[Sequence[int]], str],
+    decode: Decode,
 ) -> float | None:
     """Probability of an answer given what comes before it: the product over the tokens that overlap its text.
 
@@ -40,25 +40,8 @@ def answer_probability(
         The probability, or None if a log-probability is unknown or the tokens cannot be told apart, because the text
         of the first of them is not a beginning of the whole text.
     """
-    whole = decode(token_ids)
-
-    def length(count: int) -> int:
-        """Characters that the first tokens decode to, without a character whose bytes are incomplete."""
-        return len(decode(token_ids[:count]).rstrip("\ufffd"))
-
-    def first(reaches: Callable[[int], bool]) -> int:
-        """The smallest number of tokens that reaches a place; text grows with tokens."""
-        low, high = 0, len(token_ids)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reaches(length(middle)) else (middle + 1, high)
-        return low
-
-    begin, end = span
-    start, stop = first(lambda size: size > begin) - 1, first(lambda size: size >= end)
-    while start > 0 and decode(token_ids[:start]).endswith("\ufffd"):
-        start -= 1  # tokens that hold the first bytes of the answer's first character
-    if not whole.startswith(decode(token_ids[:start])) or not 0 <= start < stop:
+    start, stop = token_span(token_ids, *span, decode)
+    if start >= stop or not decode(token_ids).startswith(decode(token_ids[:start])):
         return None
     total = math.fsum(logps[start:stop])
     return None if math.isnan(total) else min(1.0, math.exp(total))

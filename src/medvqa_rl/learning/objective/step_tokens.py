@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from medvqa_rl.core.answers import Decode, token_span
 from medvqa_rl.core.types import Group
 from medvqa_rl.rewards.process import Step, step_advantages
-
-Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, as completions are decoded."""
-
-
-def token_span(token_ids: Sequence[int], start: int, end: int, decode: Decode) -> tuple[int, int]:
-    """The tokens that write characters ``start`` to ``end`` of a completion, as a half-open range.
-
-    A token that writes a part of the range belongs to it. Prefixes of the tokens are decoded, so this holds for every
-    tokenizer; a character of several tokens is written by its last one.
-    """
-
-    @cache
-    def length(count: int) -> int:
-        return len(decode(token_ids[:count]).rstrip("\ufffd"))  # which stands for a part of a character
-
-    counts = range(len(token_ids) + 1)
-    first = bisect_right(counts, start, key=length) - 1
-    return max(first, 0), min(bisect_left(counts, end, key=length), len(token_ids))
 
 
 def with_steps(
