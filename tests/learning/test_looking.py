@@ -160,10 +160,8 @@ def test_a_run_pays_for_looking_and_resumes_exactly(tmp_path: Path) -> None:
     gains = [row["extra"]["looking_gain"] for row in rows]
     metrics = lines(whole / "metrics.jsonl")[-1]
     assert metrics["rewards/looking/gain"] == pytest.approx(sum(gains) / len(gains), abs=1e-5)
-    right = [row["extra"]["looking_gain"] for row in rows if row["rewards"]["correctness"]]
-    if right:
-        ignoring = sum(gain <= 0.5 for gain in right) / len(right)
-        assert metrics["rewards/looking/right_ignoring"] == pytest.approx(ignoring)
+    ignoring = [bool(row["rewards"]["correctness"]) and row["extra"]["looking_gain"] <= 0.5 for row in rows]
+    assert metrics["rewards/looking/right_ignoring"] == sum(ignoring) / len(rows)
     again = dict(given, output_dir=str(tmp_path / "again"), train={**given["train"], "steps": 1})
     train(build_config(again, purpose="train"))
     again["train"] = given["train"]

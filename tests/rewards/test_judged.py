@@ -239,8 +239,8 @@ def test_without_a_weight_no_judge_grades() -> None:
             "rewards.process is 1, but loss.type is dpo, which prefers whole completions",
         ),
         (
-            {"rewards": {"looking": 1.0, "looking_threshold": 5.0}},
-            "rewards.looking_cap is 5 and rewards.looking_threshold 5, but the reward rises from the threshold",
+            {"rewards": {"looking": 1.0, "looking_threshold": 20.0}},
+            "rewards.looking_cap is 20 and rewards.looking_threshold 20, but the reward rises from the threshold",
         ),
         ({"rewards": {"process_discount": 0.0}}, "rewards.process_discount is 0.0, but must be a number above 0"),
         ({"rewards": {"composite": 1.0}, "prompt": {"template": "direct"}}, "it counts the tokens of the reasoning"),

@@ -75,7 +75,7 @@ def test_every_step_is_judged_behind_those_before_it() -> None:
     assert [step.validity for step in scores.steps[0]] == [1, 0, 1] and not scores.steps[3]
     assert scores.columns["process_steps"] == [[1, 0, 1], [0], [1, None], []]
     assert scores.extras["rewards/process/steps"] == 6 / 4
-    assert scores.extras["rewards/process/valid"] == 3 / 5
+    assert scores.extras["rewards/process/invalid"] == 2 / 4
     assert scores.extras["judge/step/asked"] == 6
     assert rubrics_of(RewardsConfig(process=0.1)) == [STEP]
 

@@ -97,7 +97,7 @@ class RewardsConfig(Settings):
     """looking: the other image: grey, or that of another training question."""
     looking_threshold: Identity[Annotated[float, Field(ge=0.0)]] = 1.0
     """looking: nats up to which nothing is paid."""
-    looking_cap: Identity[Annotated[float, Field(gt=0.0)]] = 5.0
+    looking_cap: Identity[Annotated[float, Field(gt=0.0)]] = 20.0
     """looking: nats at which the reward reaches 1."""
     cosine: Identity[Weight] = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""

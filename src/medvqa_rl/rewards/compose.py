@@ -110,9 +110,8 @@ def _looking(batch: Batch) -> list[float]:
     right = np.array([read.is_right for read in batch.reads])
     batch.log.columns["looking_gain"] = [round(gain, 6) for gain in gains.tolist()]
     batch.log.metrics["rewards/looking/gain"] = [float(gains.mean())]
-    if right.any():
-        ignored = gains[right] <= config.looking_threshold
-        batch.log.metrics["rewards/looking/right_ignoring"] = [float(ignored.mean())]
+    ignoring = right & (gains <= config.looking_threshold)
+    batch.log.metrics["rewards/looking/right_ignoring"] = [float(ignoring.mean())]
     return [
         looking(gain, threshold=config.looking_threshold, cap=config.looking_cap, is_correct=is_right)
         for gain, is_right in zip(gains.tolist(), right.tolist(), strict=True)

@@ -32,8 +32,8 @@ def judge_steps(reads: Sequence[Read], judge: Judge, log: RewardLog) -> list[lis
 
     Args:
         log: gets ``process_steps`` per completion (the verdicts in order, None where the judge failed), the mean
-            number of steps (``rewards/process/steps``), the share of valid ones (``rewards/process/valid``), and the
-            judge's counters as ``judge/step/...``.
+            numbers of steps and of invalid ones per completion (``rewards/process/steps`` and ``.../invalid``), and
+            the judge's counters as ``judge/step/...``.
     """
     requests: list[JudgeRequest] = []
     places: list[list[tuple[int, int]]] = []
@@ -49,10 +49,9 @@ def judge_steps(reads: Sequence[Read], judge: Judge, log: RewardLog) -> list[lis
     log.columns["process_steps"] = [
         [None if math.isnan(step.validity) else int(step.validity) for step in steps] for steps in found
     ]
-    verdicts = [step.validity for steps in found for step in steps if not math.isnan(step.validity)]
+    invalid = sum(step.validity == 0 for steps in found for step in steps)
     log.metrics["rewards/process/steps"] = [sum(map(len, found)) / len(found)]
-    if verdicts:
-        log.metrics["rewards/process/valid"] = [sum(verdicts) / len(verdicts)]
+    log.metrics["rewards/process/invalid"] = [invalid / len(found)]
     for counter, total in judge.counters.items():
         log.metrics[f"judge/step/{counter}"] = [float(total)]
     return found
