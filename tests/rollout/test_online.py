@@ -154,8 +154,9 @@ def test_a_distribution_is_that_of_a_rollout(make_policy, mixed_samples):
     picked = pick_tokens(logits, uniforms, **picker.sampling._asdict())
     for row, (temperature, top_p) in enumerate(settings):
         one, u = logits[row : row + 1], uniforms[row : row + 1]
-        expected = pick_greedy(one) if temperature == 0 else pick_tokens(one, u, temperature=temperature, top_p=top_p)
-        assert picked[row] == expected[0]
+        is_greedy = temperature == 0
+        expected = pick_greedy(one)[0] if is_greedy else pick_tokens(one, u, temperature=temperature, top_p=top_p)
+        assert picked[row] == expected
 
 
 def test_a_streamed_completion_is_the_whole_one(make_policy, mixed_samples):

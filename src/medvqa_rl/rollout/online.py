@@ -129,7 +129,7 @@ class OnlineEngine:
     def __init__(self, policy: Policy, *, max_sequences: int, max_length: int) -> None:
         """
         Args:
-            policy: of a family with the fast path.
+            policy: of a family with the fast path; :class:`GenerateOnline` takes others.
             max_sequences: most completions in the batch.
             max_length: most tokens of a completion.
         """
@@ -184,9 +184,7 @@ class OnlineEngine:
 
     def _step(self) -> None:
         """Let requests join, decode one token of every completion, and send what is new."""
-        for sequences in self._running.values():
-            for sequence in sequences:
-                sequence.is_done |= sequence.request.is_cancelled
+        self._cancel()
         self._remove()
         self._admit()
         state = self._state
@@ -196,24 +194,18 @@ class OnlineEngine:
             state.count_step()
             self._remove()
 
+    def _cancel(self) -> None:
+        """End the completions of requests that are cancelled."""
+        for sequences in self._running.values():
+            for sequence in sequences:
+                sequence.is_done |= sequence.request.is_cancelled
+
     def _admit(self) -> None:
         """Move waiting requests into the batch, in order, while there is room."""
-        new: list[Request] = []
-        rows = self.max_sequences if self._state is None else self._state.free_rows
-        while self._waiting and len(new) < MAX_PREFILL:
-            if self._waiting[0].is_cancelled:
-                self._waiting.popleft()
-                continue
-            rows -= self._waiting[0].num_generations
-            if rows < 0:
-                break
-            new.append(self._waiting.popleft())
+        new = self._next(self.max_sequences if self._state is None else self._state.free_rows)
         if not new:
             return
-        numbers = range(self._num_admitted, self._num_admitted + len(new))
-        self._num_admitted += len(new)
-        for number, request in zip(numbers, new):
-            self._running[number] = [_Sequence(request, index) for index in range(request.num_generations)]
+        numbers = self._start(new)
         try:
             prefilled, _ = prefill(self._policy, [request.prompt for request in new])
         except torch.OutOfMemoryError:
@@ -232,6 +224,27 @@ class OnlineEngine:
         self._append(self._state, added, prefilled.logits.repeat_interleave(repeats, dim=0))
         self._remove()
 
+    def _next(self, rows: int) -> list[Request]:
+        """Take waiting requests whose completions fit a number of rows, at most :data:`MAX_PREFILL`."""
+        new: list[Request] = []
+        while self._waiting and len(new) < MAX_PREFILL:
+            if self._waiting[0].is_cancelled:
+                self._waiting.popleft()
+                continue
+            rows -= self._waiting[0].num_generations
+            if rows < 0:
+                break
+            new.append(self._waiting.popleft())
+        return new
+
+    def _start(self, new: Sequence[Request]) -> range:
+        """Note that requests are running; returns their numbers."""
+        numbers = range(self._num_admitted, self._num_admitted + len(new))
+        self._num_admitted += len(new)
+        for number, request in zip(numbers, new):
+            self._running[number] = [_Sequence(request, index) for index in range(request.num_generations)]
+        return numbers
+
     def _uniforms(self, request: Request) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         """(G, L) uniforms, 0 beyond the request's own limit."""
         count = request.num_generations
@@ -249,12 +262,21 @@ class OnlineEngine:
         append_tokens(state, rows, logits, self._picker(sequences))
         if not bool(state.is_finite):
             raise FloatingPointError(DIVERGED)
-        picked, is_stopped = state.last_token[rows], state.is_stopped[rows].tolist()
+        self._take(sequences, logits, state.last_token[rows])
+
+    def _take(self, sequences: Sequence[_Sequence], logits: Tensor, picked: Tensor) -> None:
+        """Add the next token to each completion that goes on, and send what is new.
+
+        Args:
+            logits: (n, V), from which they were picked.
+            picked: (n,) the tokens.
+        """
         logprobs = _logprobs(logits, picked, [sequence.request.top_logprobs for sequence in sequences])
         for index, (sequence, token) in enumerate(zip(sequences, picked.tolist())):
-            sequence.tokens.append(token)
-            sequence.logprobs += [] if logprobs is None else logprobs[index]
-            self._send(sequence, is_stopped=is_stopped[index])
+            if not sequence.is_done:
+                sequence.tokens.append(token)
+                sequence.logprobs += [] if logprobs is None else logprobs[index]
+                self._send(sequence, is_stopped=token in self._policy.processor.stop_ids)
 
     def _picker(self, sequences: Sequence[_Sequence]) -> Picker:
         """How the tokens of these rows are picked; settings that rows share cost no more than in a rollout."""

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -479,14 +478,3 @@ def test_other_machines_are_warned_of_and_refused_without_a_network(monkeypatch:
         result.exit_code == 2 and "but the network is off: leave out --host, or turn the network on" in result.output
     )
     assert CliRunner().invoke(app, ["serve", "phantom:instruct", "--port", "0"]).exit_code == 0
-
-
-def test_models_without_the_fast_path_are_refused(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
-    class Other:
-        title = "LLaVA-OneVision"
-
-    other = replace(policy)
-    monkeypatch.setattr(Policy, "family", property(lambda self: Other()))
-    monkeypatch.setattr("medvqa_rl.models.loading.load_policy", lambda model: other)
-    result = CliRunner().invoke(app, ["serve", "phantom:instruct", "--port", "0"])
-    assert result.exit_code == 2 and "LLaVA-OneVision has no fast path, which serve needs: serve its" in result.output

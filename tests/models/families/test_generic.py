@@ -34,7 +34,9 @@ from medvqa_rl.models.families.generic import PER_TOKEN, Generic, stock_processo
 from medvqa_rl.models.loading import load_policy, make_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout.decode import RolloutEngine
+from medvqa_rl.rollout.online import Failed, Request
 from medvqa_rl.rollout.stock.generate import GenerateEngine, make_engine
+from medvqa_rl.rollout.stock.online import GenerateOnline, make_online_engine
 from tests.learning.toy import ToyData, checkpoint_bytes, toy_config
 from tests.models.families import tiny
 from tests.models.families.test_updates import gradients
@@ -173,6 +175,62 @@ def test_samples_do_not_depend_on_batching(name, mixed_samples):
     expected = tokens(mixed_samples, 4)
     assert tokens(mixed_samples[::-1], 1) == expected
     assert len({ids for group in expected.values() for ids in group}) > 4
+
+
+SERVED = [
+    {},
+    {"temperature": 0.8, "seed": 4, "num_generations": 3},
+    {"temperature": 1.2, "top_p": 0.7, "seed": 1, "max_length": 5, "is_streamed": True},
+    {"temperature": 1.0, "seed": 2, "stop": ("e",), "top_logprobs": 1},
+]
+
+
+def serve(policy, samples, settings, *, cancelled=(), take=None):
+    """What requests that arrive together are sent; the engine is closed when it has answered them."""
+    engine = make_online_engine(policy, max_sequences=6, max_length=LENGTH)
+    assert isinstance(engine, GenerateOnline)
+    sent = [[] for _ in settings]
+    for number, (sample, given, send) in enumerate(zip(samples, settings, sent)):
+        request = Request(policy.processor.encode(sample), send.append, **({"max_length": LENGTH} | given))
+        request.is_cancelled = number in cancelled
+        engine.submit(request)
+    if take is not None:
+        engine._take = lambda *given: take(engine)
+        engine.run()
+        return sent
+    engine._receive()
+    with torch.no_grad():
+        while engine._waiting:
+            engine._step()
+    return sent
+
+
+def served_texts(pieces):
+    return ["".join(p.text for p in pieces if p.completion == n) for n in range(1 + max(p.completion for p in pieces))]
+
+
+@EVERY
+def test_requests_that_are_served_together_get_what_each_gets_alone(name, mixed_samples):
+    policy = make(name)
+    together = serve(policy, mixed_samples, SERVED)
+    for number, given in enumerate(SERVED):
+        (alone,) = serve(policy, mixed_samples[number:], [given])
+        assert served_texts(together[number]) == served_texts(alone)
+        assert len(served_texts(alone)) == given.get("num_generations", 1)
+        counts = [sum(piece.num_tokens for piece in pieces) for pieces in (alone, together[number])]
+        assert counts[0] == counts[1] <= given.get("max_length", LENGTH) * given.get("num_generations", 1)
+    (group,) = make_engine(policy).greedy(mixed_samples[:1], max_completion_length=LENGTH, batch_size=1)
+    assert served_texts(together[0]) == [group.completions[0].text]
+    assert (len(together[2]) > 1) is (sum(piece.num_tokens for piece in together[2]) > 1), "it is streamed"
+    assert together[3][-1].num_tokens == len(together[3][-1].logprobs) > 0
+
+
+def test_served_requests_that_are_cancelled_or_cut_off(mixed_samples):
+    policy = make("llava_onevision")
+    first, second = serve(policy, mixed_samples, [{}, {"is_streamed": True}], cancelled=[0])
+    assert first == [] and second[-1].finish
+    stopped = [Failed("The server was stopped.", is_closed=True)]
+    assert serve(policy, mixed_samples, [{}, {}], take=lambda engine: engine.close()) == [stopped, stopped]
 
 
 @EVERY

@@ -32,6 +32,7 @@ from medvqa_rl.core.types import EncodedPrompt
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.online import Failed, OnlineEngine, Piece, Request
+from medvqa_rl.rollout.stock.online import make_online_engine
 
 MAX_BODY = 64 * 2**20
 """Most bytes of a request."""
@@ -61,14 +62,15 @@ class ModelServer:
             is_local: the server listens to this machine only, so requests must name it: a page that a browser shows
                 may lead a name of its own to this machine.
         """
-        self.engine = OnlineEngine(policy, max_sequences=max_batch, max_length=max_length)
+        self.engine = make_online_engine(policy, max_sequences=max_batch, max_length=max_length)
         self._policy, self._name, self._is_local = policy, name, is_local
         self._key = None if key is None else key.encode()
         self._started = int(time.time())
         self._pending = 0
         self._bodies = asyncio.Semaphore(MAX_BODIES)
         text: Any = causal_model(policy.model).config.get_text_config()
-        self._context: int = text.max_position_embeddings
+        self._context: int = getattr(text, "max_position_embeddings", 2**31)
+        """Most tokens of a prompt and its answer."""
         self.app = Starlette(
             routes=[
                 Route("/health", self._health),

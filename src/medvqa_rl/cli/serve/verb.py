@@ -66,15 +66,9 @@ def serve(
     with _listen(host, port) as listener:
         use_threads(model.path)
         from medvqa_rl.cli.serve.server import ModelServer
-        from medvqa_rl.models.families.shared import SharedFamily
         from medvqa_rl.models.loading import load_policy
 
         policy = load_policy(model)
-        if not isinstance(policy.family, SharedFamily):
-            raise ValueError(
-                f"{policy.family.title} has no fast path, which serve needs: serve its folder with vLLM, as "
-                "docs/serving.md shows."
-            )
         server = ModelServer(
             policy, name or shown_name, max_batch=max_batch, max_length=max_length, key=api_key, is_local=is_local
         )

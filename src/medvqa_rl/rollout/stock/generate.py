@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from medvqa_rl.core.types import Completion, Group, Template
+from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Template
 from medvqa_rl.models.families.generic import as_generic
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import SharedFamily
@@ -55,12 +55,8 @@ class GenerateEngine(RolloutEngine):
         model, device = causal_model(self._policy.model), self._policy.device
         size = generation.num_generations
         prompts = [request.prompt for request in requests for _ in range(size)]
-        width = max(len(prompt.input_ids) for prompt in prompts)
-        ids = torch.full((len(prompts), width), self.processor.pad_id)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
-        mask = torch.arange(width) >= width - lengths[:, None]
+        ids, mask, inputs = padded_inputs(self._policy, prompts)
+        width = ids.shape[1]
         uniforms = None
         if generation.uniforms is not None:
             uniforms = torch.from_numpy(generation.uniforms(requests)).to(device)
@@ -71,13 +67,9 @@ class GenerateEngine(RolloutEngine):
             pad_token_id=self.processor.pad_id,
         )
         pick = _Pick(generation.picker, uniforms, width)
-        with _generating(model, settings):
+        with generating(model, settings):
             output = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.long().to(device),
-                logits_processor=[pick],
-                synced_gpus=False,
-                **as_generic(self._policy.family).stock_inputs(model, prompts, width, is_left=True),
+                input_ids=ids, attention_mask=mask, logits_processor=[pick], synced_gpus=False, **inputs
             )
         logps = torch.stack(pick.logps, dim=1).tolist() if pick.logps else [None] * len(output)
         completions = [self._completion(*row) for row in zip(output[:, width:].tolist(), logps, strict=True)]
@@ -92,6 +84,22 @@ class GenerateEngine(RolloutEngine):
         ids = tuple(tokens[: stops[0] + 1] if stops else tokens)
         known = None if logps is None else tuple(logps[: len(ids)])
         return Completion(ids, self.processor.decode(ids), not stops, known)
+
+
+def padded_inputs(policy: Policy, prompts: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(R, T) token ids, (R, T) attention mask, and the images of rows that can share a batch, padded on the left.
+
+    Args:
+        prompts: of each row.
+    """
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), policy.processor.pad_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids)
+    lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    mask = torch.arange(width) >= width - lengths[:, None]
+    inputs = as_generic(policy.family).stock_inputs(causal_model(policy.model), prompts, width, is_left=True)
+    return ids.to(policy.device), mask.long().to(policy.device), inputs
 
 
 class _Pick(LogitsProcessor):
@@ -121,7 +129,7 @@ class _Pick(LogitsProcessor):
 
 
 @contextmanager
-def _generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Replace a checkpoint's own settings of generation, such as a penalty of repetition, for the block."""
     own, model.generation_config = model.generation_config, settings
     try:
