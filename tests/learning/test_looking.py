@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from safetensors.torch import load_file
 
 from medvqa_rl.config import Config
 from medvqa_rl.config.yaml import build_config
+from medvqa_rl.core.answers import answer_span
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.types import Completion, Group, Sample
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.learning.grpo import train
-from medvqa_rl.learning.looking import image_gains
+from medvqa_rl.learning.looking import answer_probabilities, image_gains
 from medvqa_rl.models.loading import Policy, load_policy
 from tests.models.families.stock import stock_logps
 from tests.models.families.tiny import tiny_policy
@@ -168,3 +170,41 @@ def test_a_run_pays_for_looking_and_resumes_exactly(tmp_path: Path) -> None:
     resumed = train(build_config(again, purpose="train"), resume=True)
     ends = [load_file(run / "checkpoints" / "step_000002" / "model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_probabilities_of_answers_equal_the_stock_forward(name: str) -> None:
+    policy = tiny_policy(name)
+    groups = groups_of(policy, SAMPLES)
+    found = answer_probabilities(policy, groups, settings())
+    expected = []
+    for row, completion in zip(logps(policy, groups, 1.0), (one for group in groups for one in group.completions)):
+        span = answer_span(completion.text)
+        if span is None:
+            expected.append(1.0)
+            continue
+        texts = [
+            policy.processor.decode(completion.token_ids[:count]) for count in range(len(completion.token_ids) + 1)
+        ]
+        inside = [len(after) > span[0] and len(before) < span[1] for before, after in pairwise(texts)]
+        expected.append(float(row[: len(inside)][inside].double().sum().exp()))
+    assert expected.count(1.0) == 3  # "no form"
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_a_run_is_paid_for_calibration(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": "phantom:instruct", "device": "cpu"},
+        "rollout": {"num_generations": 4, "max_completion_length": 64},
+        "rewards": {"calibration": 0.5},
+        "loss": {"beta": 0.0},
+        "train": {"steps": 1, "prompts_per_step": 2, "eval_steps": 0, "log_completions_steps": 1},
+    }
+    run = train(build_config(given, purpose="train"))
+    rows = lines(run / "samples" / "step_000001.jsonl")
+    for row in rows:
+        error = row["extra"]["confidence"] - row["rewards"]["correctness"]
+        assert row["rewards"]["calibration"] == pytest.approx(1 - error**2, abs=1e-5)
+    mean = sum(row["extra"]["confidence"] for row in rows) / len(rows)
+    assert lines(run / "metrics.jsonl")[-1]["rewards/calibration/confidence"] == pytest.approx(mean, abs=1e-5)

@@ -20,6 +20,7 @@ from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rewards.judges import Grade, JudgeIdentity, JudgeRequest
 from medvqa_rl.rewards.length import (
+    calibration,
     composite_length,
     correctness_weighted_length,
     cosine_length,
@@ -302,3 +303,29 @@ def test_an_unknown_reward_is_refused_with_the_known_ones() -> None:
     ):
         build_config({"rewards": {"novelty": 1.0}}, purpose="train")
     build_config({"rewards": {"format": 0, "correctness": 0, "overlong": 1.0}}, purpose="train")
+
+
+@pytest.mark.parametrize(
+    ("confidence", "is_correct", "reward"),
+    [
+        (1.0, True, 1.0),
+        (1.0, False, 0.0),
+        (0.0, False, 1.0),
+        (0.0, True, 0.0),
+        (0.75, True, 0.9375),
+        (0.5, False, 0.75),
+    ],
+)
+def test_calibration_by_hand(confidence: float, is_correct: bool, reward: float) -> None:
+    assert calibration(confidence, is_correct=is_correct) == reward
+
+
+def test_calibration_pays_best_for_the_share_of_right_answers() -> None:
+    for share in (0.0, 0.3, 0.8, 1.0):
+        grid = np.linspace(0.0, 1.0, 101)
+        paid = [
+            share * calibration(value, is_correct=True) + (1 - share) * calibration(value, is_correct=False)
+            for value in grid.tolist()
+        ]
+        assert grid[int(np.argmax(paid))] == pytest.approx(share)
+    assert math.isnan(calibration(math.nan, is_correct=True))

@@ -99,6 +99,8 @@ class RewardsConfig(Settings):
     """looking: nats up to which nothing is paid."""
     looking_cap: Identity[Annotated[float, Field(gt=0.0)]] = 20.0
     """looking: nats at which the reward reaches 1."""
+    calibration: Identity[Weight] = 0.0
+    """Calibration reward: 1 - (p - correct)^2, with p the policy's probability of its answer given its reasoning."""
     cosine: Identity[Weight] = 0.0
     """Cosine length reward: interpolates cosine_correct or cosine_wrong by completion length."""
     overlong: Identity[Weight] = 0.0

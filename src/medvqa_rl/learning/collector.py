@@ -16,7 +16,7 @@ from medvqa_rl.learning.batching.feed import PreparedPrompt, prepare_prompt
 from medvqa_rl.learning.batching.resampling import resample, resampled_occurrence
 from medvqa_rl.learning.batching.sampler import step_samples
 from medvqa_rl.learning.distributed.trained import TrainedPolicy
-from medvqa_rl.learning.looking import image_gains
+from medvqa_rl.learning.looking import answer_probabilities, image_gains
 from medvqa_rl.learning.run.errors import NonFiniteError, TrainingFailed
 from medvqa_rl.learning.run.step_metrics import CompletionRecord
 from medvqa_rl.learning.setup import Setup
@@ -134,10 +134,11 @@ class Collector:
 
     def score(self, step: int, groups: Sequence[Group]) -> Scores:
         """Score every completion of P groups."""
-        policy, gains = self.setup.policy, None
-        if self.config.rewards.looking:
-            gains = image_gains(policy, groups, self.config, self.setup.datasets["train"])
-        return self.rewards.score(groups, step=step, count_tokens=policy.processor.count_tokens, gains=gains)
+        policy, rewards = self.setup.policy, self.config.rewards
+        gains = image_gains(policy, groups, self.config, self.setup.datasets["train"]) if rewards.looking else None
+        sure = answer_probabilities(policy, groups, self.config) if rewards.calibration else None
+        count_tokens = policy.processor.count_tokens
+        return self.rewards.score(groups, step=step, count_tokens=count_tokens, gains=gains, confidences=sure)
 
     def _roll_out_attempt(self, step: int, attempt: int, indices: Sequence[int]) -> list[Group]:
         """Roll out other prompts than the step's own.

@@ -1,9 +1,10 @@
-"""How much the policy needs the images for what it says: the gains that the looking reward pays."""
+"""What the policy makes of its own completions: how much they need the images, and how sure their answers are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,10 +38,25 @@ def image_gains(policy: Policy, groups: Sequence[Group], config: Config, dataset
     gains = np.zeros((len(groups), len(groups[0].completions)))
     seeing = [index for index, group in enumerate(groups) if group.sample.images]
     others = [_with_other_images(policy, groups[index], config, dataset) for index in seeing]
-    own = _sums(policy, [groups[index] for index in seeing], config)
-    for index, with_images, without in zip(seeing, own, _sums(policy, others, config)):
+    counted = config.rewards.looking_of, config.rollout.temperature
+    own = _sums(policy, [groups[index] for index in seeing], config, *counted)
+    for index, with_images, without in zip(seeing, own, _sums(policy, others, config, *counted)):
         gains[index] = with_images - without
     return gains.reshape(-1)
+
+
+def answer_probabilities(policy: Policy, groups: Sequence[Group], config: Config) -> NDArray[np.float64]:
+    """(P * G) probability of each completion's answer at temperature 1, given the prompt and the reasoning before it;
+    1 where there is no answer. A pass without gradients over the completions.
+
+    Args:
+        policy: holds all weights on this rank.
+        groups: P groups of G completions.
+        config: the sizes of micro-batches.
+    """
+    sums = np.concatenate([*_sums(policy, groups, config, "answer", 1.0)])
+    probabilities: NDArray[np.float64] = np.minimum(np.exp(sums), 1.0)
+    return probabilities
 
 
 def _with_other_images(policy: Policy, group: Group, config: Config, dataset: Dataset) -> Group:
@@ -70,23 +86,27 @@ def _donor(sample: Sample, seed: int, dataset: Dataset) -> Sample:
     )
 
 
-def _sums(policy: Policy, groups: Sequence[Group], config: Config) -> Iterator[NDArray[np.float64]]:
-    """(G,) log-probabilities of what counts of each group's completions."""
+def _sums(
+    policy: Policy, groups: Sequence[Group], config: Config, of: Literal["completion", "answer"], temperature: float
+) -> Iterator[NDArray[np.float64]]:
+    """(G,) log-probabilities of each group's completions, or of their answers."""
     forward, size = GroupForward(policy.model), config.train.prompts_per_micro_batch
     for first in range(0, len(groups), size):
         some = groups[first : first + size]
         batch = collate(some, policy.processor, policy.device, layout=layout_of(policy))
         with torch.no_grad(), evaluating(policy.model):
-            table = forward(batch, temperature=config.rollout.temperature).logps.double().cpu().numpy()
+            table = forward(batch, temperature=temperature).logps.double().cpu().numpy()
         rows = iter(table)
         for group in some:
-            spans = [_span(policy, group, completion, config) for completion in group.completions]
+            spans = [_span(policy, group, completion, of) for completion in group.completions]
             yield np.array([float(next(rows)[begin:end].sum()) for begin, end in spans])
 
 
-def _span(policy: Policy, group: Group, completion: Completion, config: Config) -> tuple[int, int]:
+def _span(
+    policy: Policy, group: Group, completion: Completion, of: Literal["completion", "answer"]
+) -> tuple[int, int]:
     """The tokens that count: all, or those of the answer."""
-    if config.rewards.looking_of == "completion":
+    if of == "completion":
         return 0, len(completion.token_ids)
     span = answer_span(completion.text, group.template, group.wording)
     if span is None:

@@ -22,6 +22,7 @@ from medvqa_rl.rewards.functions import RewardFunction, RewardLog, call_function
 from medvqa_rl.rewards.judged import score_reasoning, score_semantic
 from medvqa_rl.rewards.judges import Judge
 from medvqa_rl.rewards.length import (
+    calibration,
     composite_length,
     correctness_weighted_length,
     cosine_length,
@@ -51,6 +52,9 @@ class Batch:
     log: RewardLog
     gains: NDArray[np.float64] | None = None
     """(B,) nats by which completions are likelier with their images than with others; None unless known."""
+
+    confidences: NDArray[np.float64] | None = None
+    """(B,) the policy's probabilities of its answers; None unless known."""
 
     @cached_property
     def coherence(self) -> NDArray[np.float64]:
@@ -83,6 +87,7 @@ PARTS: dict[str, Part] = {
     ],
     "composite": lambda batch: _composite(batch),
     "looking": lambda batch: _looking(batch),
+    "calibration": lambda batch: _calibration(batch),
     "cosine": lambda batch: [
         cosine_length(
             len(read.completion.token_ids),
@@ -116,6 +121,14 @@ def _looking(batch: Batch) -> list[float]:
         looking(gain, threshold=config.looking_threshold, cap=config.looking_cap, is_correct=is_right)
         for gain, is_right in zip(gains.tolist(), right.tolist(), strict=True)
     ]
+
+
+def _calibration(batch: Batch) -> list[float]:
+    sure = batch.confidences
+    assert sure is not None, "the calibration reward needs the policy's probabilities of its answers: pass confidences"
+    batch.log.columns["confidence"] = [round(value, 6) for value in sure.tolist()]
+    batch.log.metrics["rewards/calibration/confidence"] = [float(sure.mean())]
+    return [calibration(value, is_correct=read.is_right) for value, read in zip(sure.tolist(), batch.reads)]
 
 
 def _composite(batch: Batch) -> list[float]:
@@ -203,6 +216,7 @@ class Rewards:
         step: int,
         count_tokens: Callable[[str], int] | None = None,
         gains: NDArray[np.float64] | None = None,
+        confidences: NDArray[np.float64] | None = None,
     ) -> Scores:
         """Score every completion of P groups of G.
 
@@ -214,6 +228,7 @@ class Rewards:
             step: optimizer steps done, passed on to user functions.
             count_tokens: counts tokens as the policy's tokenizer does; ``ecr``, ``cwr`` and ``composite`` need it.
             gains: (P * G) nats by which completions are likelier with their images; ``looking`` needs it.
+            confidences: (P * G) the policy's probabilities of its answers; ``calibration`` needs it.
 
         Returns:
             (P, G) totals and parts.
@@ -226,7 +241,7 @@ class Rewards:
         credit = np.full(len(reads), np.nan)
         if {"correctness", "reasoning"} & self._weights.keys():
             credit = score_answers(reads, self._config, log, self._similarity, self._judges.get("correctness"))
-        batch = Batch(reads, self._config, self._limit, self._judges, credit, log, gains)
+        batch = Batch(reads, self._config, self._limit, self._judges, credit, log, gains, confidences)
         called = call_functions(self.functions, groups, step=step, log=log)
         parts: dict[str, NDArray[np.float64]] = {}
         applies = {name: np.ones(shape, dtype=np.bool_) for name in self.names}

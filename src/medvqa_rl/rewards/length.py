@@ -1,4 +1,4 @@
-"""Length, repetition and looking rewards: pure functions of one completion's numbers. Imports no torch."""
+"""Length, repetition, looking and calibration rewards: pure functions of a completion's numbers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -133,3 +133,16 @@ def looking(gain: float, *, threshold: float, cap: float, is_correct: bool) -> f
     if math.isnan(gain):
         return math.nan
     return min(1.0, max(0.0, (gain - threshold) / (cap - threshold))) if is_correct else 0.0
+
+
+def calibration(confidence: float, *, is_correct: bool) -> float:
+    """Calibration reward, from 0 to 1: 1 - (confidence - correct)^2, the Brier score turned round.
+
+    Added to the correctness reward with weight 1 it is the reward of RLCR (Damani et al. 2025, arXiv 2507.16806) plus
+    1, where the model writes its confidence; here it is the probability of the answer. The square is smallest on
+    average at the true share of right answers (a proper scoring rule), so neither doubt nor certainty pays by itself.
+
+    Args:
+        confidence: the policy's probability of the answer, 0 to 1; NaN (unscored) gives NaN.
+    """
+    return 1.0 - (confidence - float(is_correct)) ** 2
