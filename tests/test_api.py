@@ -267,6 +267,17 @@ def test_other_wrong_arguments_are_sentences(tmp_path: Path) -> None:
     assert not Path("runs/run").exists()
 
 
+def test_rewards_and_data_are_checked_with_the_other_settings(tmp_path: Path) -> None:
+    """A length target above the default limit of tokens, and answers that are sets, which the phantom's are not."""
+    (image,) = questions(1)[0].images
+    rows = [{"image": image.load(), "question": "Which?", "answer": ["lung", "heart"]}]
+    given = {"data.answers_as": "set", "rewards.open_correctness": "exact", "rewards.length_target": 290}
+    config = settings(output_dir="a", steps=1, **{**given, "max_completion_length": 300})
+    assert train("phantom:instruct", ["format", "ecr"], config, rows).step == 1
+    with pytest.raises(MedVQAError, match=r"data\.answers_as is set, but data\.name is phantom"):
+        train(config=settings(output_dir="b", **given))
+
+
 def test_a_defect_keeps_its_type(tmp_path: Path) -> None:
     def defect(completions: Any, **kwargs: Any) -> list[float]:
         raise KeyError("defect")

@@ -8,7 +8,7 @@ import pytest
 
 from medvqa_rl.config import Config, ConfigError, moved
 from medvqa_rl.config.errors import MedVQAError, sentence
-from medvqa_rl.config.yaml import load_config
+from medvqa_rl.config.yaml import check_config, load_config
 
 
 def test_names_are_found_wherever_they_are() -> None:
@@ -50,6 +50,13 @@ def test_a_shared_name_is_the_one_of_grpo_config() -> None:
 def test_bad_names_and_values_are_sentences(settings: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         Config.from_settings(**settings)
+
+
+def test_contradictions_wait_until_the_settings_are_used() -> None:
+    config = Config.from_settings(**{"data.answers_as": "set"})
+    assert config.data.answers_as == "set"
+    with pytest.raises(ConfigError, match=r"data\.answers_as is set, but data\.name is phantom"):
+        check_config(config, "train")
 
 
 def test_a_file_and_overrides_are_what_the_command_line_reads(tmp_path: Path) -> None:

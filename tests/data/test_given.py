@@ -77,10 +77,10 @@ def test_pixels_are_those_that_the_model_would_have_seen(mode: str, tmp_path: Pa
 
 def test_metadata_of_images_in_memory_is_dropped(tmp_path: Path) -> None:
     image = Image.open(io.BytesIO(encoded(picture(1))))
-    image.info["comment"] = "Patient Miller"
+    image.info["icc_profile"] = b"Patient Miller"  # Pillow writes it into every PNG
     store({"train": [row(image=image)]}, tmp_path, DataConfig())
     (file,) = (tmp_path / "images").iterdir()
-    assert b"Miller" not in file.read_bytes() and not Image.open(file).info
+    assert not Image.open(file).info
 
 
 def test_samples_come_back_as_they_were(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class Config(Settings):
     def from_settings(cls, **settings: Any) -> Config:
         """Build the settings from names: ``steps=100`` or ``train={"steps": 100}``, ``**{"train.steps": 100}``.
 
-        Of several settings with the same name (``seed``), the one that TRL's ``GRPOConfig`` has counts.
+        Of several settings with the same name (``seed``), the one that TRL's ``GRPOConfig`` has counts. Whether they
+        contradict each other is checked when they are used, since data and rewards may be arguments.
 
         Raises:
             ConfigError: with a sentence for every problem.
@@ -70,7 +71,7 @@ class Config(Settings):
         from medvqa_rl.config.named import nest
         from medvqa_rl.config.yaml import build_config
 
-        return build_config(nest(settings))
+        return build_config(nest(settings), is_whole=False)
 
 
 class ConfigError(MedVQAError):

@@ -240,8 +240,13 @@ def _without(given: Mapping[str, Any], path: tuple[str | int, ...]) -> dict[str,
     return result
 
 
-def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) -> Config:
+def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None, is_whole: bool = True) -> Config:
     """Validate nested settings and fill in the defaults. A section without content counts as empty.
+
+    Args:
+        given: the settings.
+        purpose: what they are checked for.
+        is_whole: report contradictions between settings too; False if some are still to come (:func:`check_config`).
 
     Raises:
         ConfigError: with a sentence for every problem, in the order of the settings.
@@ -257,7 +262,7 @@ def build_config(given: Mapping[str, Any], *, purpose: Purpose | None = None) ->
         # The rest is valid, so contradictions between settings can be reported too.
         config = _validate(data)
     bad = [path for problem in problems for path in problem.paths]
-    for problem in cross_checks(config, purpose):
+    for problem in cross_checks(config, purpose) if is_whole else ():
         if not any(path[: len(other)] == other for path in problem.paths for other in bad):
             problems.append(problem)
     if problems:

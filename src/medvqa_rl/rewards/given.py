@@ -49,7 +49,7 @@ def with_rewards(
         if not isinstance(reward, str):
             functions[name] = reward
     given = config.rewards.model_dump(mode="json") | parts | {"functions": paths}
-    checked = build_config({"rewards": given}).rewards
+    checked = build_config({"rewards": given}, is_whole=False).rewards
     return config.model_copy(update={"rewards": checked}), functions
 
 
