@@ -15,16 +15,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+from medvqa_rl.cli.judge.calibrate import phantom_pairs
+from medvqa_rl.config import JudgeConfig
 from medvqa_rl.data.images.files import MemoryImage
 from medvqa_rl.data.phantom.claims import claims, is_true
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.phantom.questions import full_description
 from medvqa_rl.data.phantom.reasonings import draw_reasoning
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, SIZES, Finding, Scene, draw_scene
+from medvqa_rl.rewards.judges.load import load_judges
 from medvqa_rl.rewards.judges.phantom.judge import SightJudge
 from medvqa_rl.rewards.judges.phantom.sight import CELLS, CLASSES, Beliefs
 from medvqa_rl.rewards.judges.protocol import JudgeRequest, SeenImage, seen
-from medvqa_rl.rewards.judges.rubric import COHERENCE, seeing
+from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, STEP, seeing
 
 SEES = seeing(COHERENCE, "image")
 
@@ -129,3 +132,35 @@ def test_what_is_no_phantom_image_is_unscored() -> None:
     assert "has 0 images" in none.reason and "has 2 images" in many.reason and "200 x 100 pixels" in wrong.reason
     assert not (none.is_scored or many.is_scored or wrong.is_scored) and sound.score == 1.0
     assert judge.counters == {"asked": 4, "failed": 3}
+
+
+def test_steps_are_valid_unless_their_own_claim_is_false() -> None:
+    judge = SightJudge("j", PerfectSight([SCENE], sure=0.9), seeing(STEP, "image"))  # type: ignore[arg-type]
+    before = "The organ is skin."  # false, but not the step
+    steps = {
+        "The organ is brain.": 0.9,
+        "So the answer is skin.": 1.0,
+        "The organ is skin.": 0.01,
+        "No cyst is seen.": 0,
+    }
+    grades = judge.grade([request(f"{before} {step}", step=step) for step in steps])
+    assert [grade.score for grade in grades] == [1.0, 1.0, 0.0, 0.0]
+    assert grades[0].margin == pytest.approx(math.log(9))
+    assert grades[1].margin == pytest.approx(math.log(1e6), rel=1e-3)
+    assert judge.identity.key != SightJudge("j", PerfectSight([SCENE], sure=0.9), SEES).identity.key  # type: ignore[arg-type]
+
+
+def test_the_shipped_judge_sees_and_shares_its_model() -> None:
+    config = JudgeConfig(model="phantom:judge_sees", sees="image", cache=False, device="cpu")
+    judges = load_judges(config, [COHERENCE, STEP, REASONING])
+    pairs = phantom_pairs(90, 3, sees="image", with_policies=False)
+    grades = judges["coherence"].grade([pair.request for pair in pairs])
+    right = [grade.score == float(pair.is_coherent) for grade, pair in zip(grades, pairs)]
+    assert sum(right) / len(right) > 0.7, "83 and 77 % of written texts, docs/judges.md"
+    assert not any(grade.score for grade, pair in zip(grades, pairs) if not pair.is_coherent)
+    swapped = [replace(one.request, images=other.request.images) for one, other in zip(pairs, pairs[1:] + pairs[:1])]
+    assert sum(grade.score for grade in judges["coherence"].grade(swapped)) < 0.3 * sum(g.score for g in grades)
+    graded = judges["reasoning"].grade([replace(pair.request, answer="B") for pair in pairs])
+    assert {int(grade.score >= 1) for grade in graded} == {0, 1}
+    with pytest.raises(ValueError, match="only judges reasoning, so it cannot grade correctness"):
+        load_judges(config, [CORRECTNESS])

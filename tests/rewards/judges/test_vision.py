@@ -199,3 +199,9 @@ def test_an_embedded_policy_judges_what_it_sees() -> None:
     for judge in judges.values():
         one, other = judge.grade(requests)
         assert one.is_scored and (one.margin, one.reason) != (other.margin, other.reason)
+
+
+def test_a_model_that_sees_is_not_loaded_to_read_text() -> None:
+    config = JudgeConfig(model=str(ASSETS / "instruct"), device="cpu", cache=False)
+    with pytest.raises(ValueError, match=r"is a qwen2_vl model, which sees images, but judge\.sees is text: set"):
+        load_judges(config, [COHERENCE])

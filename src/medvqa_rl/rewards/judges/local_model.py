@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from medvqa_rl.config import JudgeConfig, is_hub_id
 from medvqa_rl.config.problems.judge import EMBEDDED_JUDGES
 from medvqa_rl.core.embedded import ASSETS, snapshot
 from medvqa_rl.core.text import printable
 from medvqa_rl.models.dimensions import uses_bfloat16
+from medvqa_rl.models.families import family_for
 from medvqa_rl.models.fingerprint import weights_fingerprint
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_size, load_tokenizer
 from medvqa_rl.rewards.judges.prompts import BIOGPT, BIOMISTRAL, PHANTOM, JudgePrompt, chat_prompt
@@ -88,11 +91,25 @@ def load_judge_model(config: JudgeConfig) -> JudgeModel:
             "install the extra with `pip install 'medvqa-rl[judge]'`."
         ) from error
     except FILE_ERRORS as error:
+        kind = _model_type(folder)
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family_for(kind) is not None:
+            raise ValueError(
+                f"The judge {config.model!r} is a {kind} model, which sees images, but judge.sees is {config.sees}: "
+                "set judge.sees=image, or judge.model to a language model."
+            ) from error
         raise ValueError(
             f"The judge {config.model!r} cannot be loaded as a causal language model: {printable(str(error), 400)}"
         ) from error
     prompt = _prompt(config, model, tokenizer)
     return JudgeModel(config.model, model.to(device).eval(), tokenizer, prompt, config.batch_size)
+
+
+def _model_type(folder: Path) -> str:
+    """As config.json names it; empty if it cannot be read."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def device_of(config: JudgeConfig) -> torch.device:
