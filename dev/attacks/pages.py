@@ -141,9 +141,10 @@ def served_ways_to_run(folder: Path) -> Iterator[str]:
     both = urlencode([("run", name) for name in names])
     for bare in (False, True):
         with viewing.serve(folder, without_policy=bare) as address:
-            for path in ("", *(f"runs?{urlencode({'run': name})}" for name in names), f"runs?{both}"):
+            own = [f"{page}?{urlencode({'run': name})}" for name in names for page in ("runs", "ask")]
+            for path in ("", *own, f"runs?{both}"):
                 way = f"at /{path}{', without its policy' if bare else ''}"
-                yield from _ways(address + path, way, has_samples=bool(path))
+                yield from _ways(address + path, way, has_samples=path.startswith("runs"))
 
 
 def _make_pages(out: Path) -> None:

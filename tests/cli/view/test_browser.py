@@ -141,7 +141,14 @@ def test_a_page_follows_its_run(page: Page, tmp_path: Path) -> None:
         assert page.run("document.querySelector('#settings details').open")
         assert page.run("document.getElementById('a-outcome').value") == "wrong"
         assert page.run("document.getElementById('gone').hidden")
+        run.rename(run.with_name("moved"))
+        page.wait_for("!document.getElementById('gone').hidden")
+        assert page.run("document.getElementById('gone').textContent").startswith("There is no run 'live' below")
+        run.with_name("moved").rename(run)
+        page.wait_for("document.getElementById('gone').hidden")
     page.wait_for("!document.getElementById('gone').hidden")
+    assert page.run("document.getElementById('gone').textContent").startswith("The server does not answer: start")
+    page.messages = [message for message in page.messages if "404" not in message]
     assert {message.split(" ")[-1] for message in page.messages} == {"net::ERR_CONNECTION_REFUSED"}
     page.messages.clear()
 

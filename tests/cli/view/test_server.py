@@ -5,6 +5,7 @@ Run: pytest tests/cli/view/test_server.py
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -285,3 +286,21 @@ def test_the_command_serves_until_it_is_stopped(root: Path) -> None:
         assert taken.exit_code == 2 and f"Port {port} of 127.0.0.1 cannot be used (" in taken.output
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130 and "Traceback" not in process.stderr.read()
+
+
+def test_a_missing_extra_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    gone = ["uvicorn"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    result = CliRunner().invoke(app, ["view", str(root)])
+    assert result.exit_code == 2
+    assert "`medvqa-rl view` needs uvicorn, which is not installed: run `pip install 'medvqa-rl[view]'`." in " ".join(
+        result.output.split()
+    )
+    gone.append("python_multipart")
+    assert "needs uvicorn, python_multipart, which are not" in CliRunner().invoke(app, ["view", str(root)]).output
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["view", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2 and "give the folder that holds the runs" in result.output

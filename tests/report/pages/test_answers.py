@@ -100,14 +100,16 @@ def test_what_is_shown_of_an_answer() -> None:
     )
     one = make_record(
         gold="lung", alternatives=("lungs",), output="The lung is.", answer="the lung", is_correct=True,
-        answer_type="open", token_f1=2 / 3, rouge_l=0.5, faithfulness=0.25, verdict=1.0, nll=4.0, nll_tokens=2,
+        answer_type="open",
+        answer_probability=0.75, token_f1=2 / 3, rouge_l=0.5, faithfulness=0.25, verdict=1.0, nll=4.0, nll_tokens=2,
         why="It is the gold answer.", sampled=sampled, is_truncated=True, num_tokens=7,
     )  # fmt: skip
     shown = question_json({"x": one})
     assert shown["gold"] == "lung (also correct: lungs)" and shown["tags"]["answer_type"] == "open"
     answer = shown["answers"]["x"]
     assert answer["parts"] == [
-        ["format", 1.0], ["correctness", 1.0], ["F1", 0.6667], ["ROUGE-L", 0.5], ["coherent", 1.0], ["faithful", 0.25],
+        ["format", 1.0], ["correctness", 1.0], ["probability", 0.75], ["F1", 0.6667], ["ROUGE-L", 0.5],
+        ["coherent", 1.0], ["faithful", 0.25],
         ["perplexity", 7.3891],
     ]  # fmt: skip
     assert answer["sampled"] == "2 of 4 sampled answers correct; votes: lung 2, heart 1, no answer 1"

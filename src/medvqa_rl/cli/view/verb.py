@@ -16,7 +16,7 @@ import typer
 
 from medvqa_rl.cli.common import verb
 from medvqa_rl.core.network import forbid_network
-from medvqa_rl.core.text import first_few
+from medvqa_rl.core.text import first_few, for_terminal
 
 HOST = "127.0.0.1"
 
@@ -59,7 +59,7 @@ def view(
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    print(f"Runs in {folder}: http://{HOST}:{listening.getsockname()[1]}/{token}/", flush=True)
+    print(f"Runs in {for_terminal(str(folder))}: http://{HOST}:{listening.getsockname()[1]}/{token}/", flush=True)
     print("Open this address in a browser of this machine. Whoever has it sees the data. Ctrl-C ends the server.")
 
     class Server(uvicorn.Server):

@@ -166,6 +166,7 @@ def _parts(record: EvalRecord) -> dict[str, float]:
     parts = {
         "format": float(record.is_well_formed),
         "correctness": float(bool(record.is_correct)),
+        "probability": record.answer_probability,
         "F1": record.token_f1,
         "ROUGE-L": record.rouge_l,
         "coherent": record.verdict,

@@ -1,17 +1,20 @@
 /* Keeps a page of the server up to date: what is marked data-live is replaced when the server has newer content. */
 (() => {
   const SECONDS = 3;
+  const GONE = document.getElementById("gone").textContent;
   let version = "";
 
   async function refresh() {
     if (document.hidden) return;
+    const note = document.getElementById("gone");
     let response;
     try {
       response = await fetch(location.pathname + location.search, { headers: { "If-None-Match": version } });
     } catch {
-      response = { ok: false };
+      response = { ok: false, status: 0 };
     }
-    document.getElementById("gone").hidden = response.ok || response.status === 304;
+    note.hidden = response.ok || response.status === 304;
+    if (!note.hidden) note.textContent = response.status ? await response.text() : GONE;
     if (!response.ok) return;
     version = response.headers.get("ETag");
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
@@ -42,5 +45,9 @@
     after.forEach((one, index) => { one.scrollLeft = before[index]?.scrollLeft ?? 0; });
   }
 
-  setInterval(refresh, 1000 * SECONDS);
+  async function follow() {
+    await refresh();
+    setTimeout(follow, 1000 * SECONDS);
+  }
+  setTimeout(follow, 1000 * SECONDS);
 })();
