@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import medvqa_rl
@@ -302,3 +303,28 @@ def test_the_page_shows_the_first_lines_that_a_user_of_trl_writes() -> None:
     block = text.split("```python\n")[1].split("```")[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
     assert "train(" in block and "reward_funcs" in block and "train_dataset" in block
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_run_of_one(tmp_path: Path) -> None:
+    one_step = {"steps": 1, "prompts_per_micro_batch": 1}
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from medvqa_rl import Config, load_dataset, train\n"
+        f"config = Config.from_settings(output_dir='two', **{SMALL | one_step})\n"
+        "questions = list(load_dataset('phantom', split='val', num_val=6))\n"
+        "print(train('phantom:instruct', ['correctness', 'format'], config, questions).state)\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["finished", "finished"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train("phantom:instruct", ["correctness", "format"], settings(output_dir="one", **one_step), questions(6))
+    finally:
+        torch.set_num_threads(threads)
+    assert weights("one") == weights("two")

@@ -159,8 +159,12 @@ def evaluate(
         except NoSuchSplit as error:
             error.add_note("Or give the questions as dataset.")
             raise
-        (evaluation,) = found
-        return evaluation
+        if not found:
+            raise MedVQAError(
+                "Another process of the launcher completes this evaluation and has its results: evaluate in a single "
+                "process, or with `medvqa-rl eval`."
+            )
+        return found[0]
 
 
 def load_dataset(
@@ -346,6 +350,10 @@ def _run(
             store(given, folder, config.data, resume=resume)  # type: ignore[arg-type]
             _warn(shared_images(folder, "train", folder, "val"))
         run(config)
+        if "RANK" in os.environ:  # the first rank writes how the run ended
+            from accelerate.state import PartialState
+
+            PartialState().wait_for_everyone()
     except BaseException:
         if is_new and is_first and not (run_folder / "status.json").exists():  # it has not started
             shutil.rmtree(folder, ignore_errors=True)
