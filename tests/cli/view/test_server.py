@@ -14,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -31,7 +32,8 @@ from medvqa_rl.data import load_dataset
 from medvqa_rl.evaluation.records import write_records
 from medvqa_rl.evaluation.statistics.summary import summarise
 from medvqa_rl.report.pages.answers import PAGE, Query, merge_answers, select, shown_evaluations
-from medvqa_rl.report.runs import read_run
+from medvqa_rl.report.pages.overview import render_overview
+from medvqa_rl.report.runs import StoredRun, read_run
 from tests.cli.view.conftest import TOKEN, Served, serve
 from tests.records import make_record
 
@@ -77,6 +79,24 @@ def test_the_list_has_every_run_with_its_numbers(server: Served) -> None:
         "alone evaluated alone (phantom/home/val): 50.0",
     ]
     assert 'href="runs?run=study%2Fgrpo"' in page.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "now"),
+        (119, "now"),
+        (120, "2 min ago"),
+        (7300, "2.0 h ago"),
+        (172_000, "47.8 h ago"),
+        (259_200, "3 days ago"),
+    ],
+)
+def test_the_age_of_a_run(seconds: int, shown: str) -> None:
+    now = datetime(2026, 1, 10, tzinfo=UTC)
+    status = {"state": "finished", "updated": (now - timedelta(seconds=seconds)).isoformat()}
+    page = render_overview([StoredRun(Path("one"), status=status)], [], folder="runs", now=now)
+    assert f"<td>{shown}</td>" in page
 
 
 def test_the_page_of_a_run_asks_for_its_samples(server: Served) -> None:

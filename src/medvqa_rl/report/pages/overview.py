@@ -78,6 +78,6 @@ def _row(run: StoredRun, age: float | None) -> _Row:
 
 def _age(seconds: float) -> str:
     """A time in the past that changes once a minute at most."""
-    if seconds < 60:
+    if seconds < 120:
         return "now"
     return f"{duration(60 * (seconds // 60))} ago" if seconds < 2 * 86_400 else f"{seconds / 86_400:.0f} days ago"

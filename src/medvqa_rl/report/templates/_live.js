@@ -18,9 +18,8 @@
     if (!response.ok) return;
     version = response.headers.get("ETag");
     const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-    for (const id of ["entries", "a-entries"]) { // the first samples have come
-      if (fresh.getElementById(id) && !document.getElementById(id)) location.reload();
-    }
+    const isNew = (id) => fresh.getElementById(id) && !document.getElementById(id);
+    if (["entries", "a-entries"].some(isNew)) return location.reload(); // the first samples have come
     for (const part of document.querySelectorAll("[data-live]")) replace(part, fresh.getElementById(part.id));
     for (const select of document.querySelectorAll("select[data-live-options]")) {
       const value = select.value;
