@@ -207,9 +207,17 @@ def test_a_second_process_is_refused_and_named(config: Config, questions: Stored
         assert content(folder) == before
     run_eval(config, output=folder, shard=Shard(1, 2))
     assert (folder / "results.json").exists()
-    with hold_shard(tmp_path / "new", Shard()):
-        pass
-    assert not (tmp_path / "new").exists()
+
+
+def test_an_evaluation_that_writes_nothing_leaves_no_folders(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path / "new", tmp_path / "run" / "eval" / "test", tmp_path / "other" / "eval" / "test"):
+        with hold_shard(folder, Shard()):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
+    with hold_shard(tmp_path / "run" / "eval" / "one", Shard()):
+        (tmp_path / "run" / "eval" / "two").mkdir()
+    assert [path.name for path in (tmp_path / "run" / "eval").iterdir()] == ["two"]
 
 
 def test_records_that_are_removed_during_an_evaluation_are_missed(

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,12 @@ class Shard:
 @contextmanager
 def hold_shard(folder: Path, shard: Shard) -> Iterator[None]:
     """Let only this process answer a shard of the evaluation in ``folder``. If nothing is written in the block, a new
-    folder is removed.
+    folder is removed, with the folders above it that were made for it.
 
     Raises:
         ValueError: another process answers it; the message names the process.
     """
-    is_new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = ProcessLock(folder / (".lock" if shard.count == 1 else f".lock-{shard.index}-of-{shard.count}"))
     what = "is evaluating" if shard.count == 1 else f"is answering shard {shard}"
     lock.acquire(f"{what} in {folder}: wait for it, stop it, or choose another folder with --output.")
@@ -71,8 +71,11 @@ def hold_shard(folder: Path, shard: Shard) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if is_new and list(folder.iterdir()) == [lock.path]:
+        if new and list(folder.iterdir()) == [lock.path]:
             shutil.rmtree(folder)
+            with suppress(OSError):  # not empty, such as that of a run that has started
+                for above in new[1:]:
+                    above.rmdir()
 
 
 class RecordFile:
