@@ -81,7 +81,7 @@ clean:
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/installed
 
-.venv/installed-docs: .venv/installed-dev
+.venv/installed-docs: constraints.txt .venv/installed-dev
 	$(PIP) -e '.[docs]'
 	touch $@
 

@@ -40,7 +40,9 @@ def pins() -> dict[str, Version]:
 
 
 @pytest.mark.parametrize(
-    "requirement", [requirement for extra in ("", "dev", "deepspeed") for requirement in project()[extra]], ids=str
+    "requirement",
+    [requirement for extra in ("", "dev", "docs", "deepspeed") for requirement in project()[extra]],
+    ids=str,
 )
 def test_what_ci_installs_is_pinned_within_its_bounds(requirement: Requirement) -> None:
     version = pins().get(canonicalize_name(requirement.name))
@@ -53,7 +55,7 @@ def test_make_installs_the_pinned_versions() -> None:
     (install,) = re.findall(r"^PIP := .*$", makefile, re.MULTILINE)
     assert "-c constraints.txt" in install
     rules = dict(re.findall(r"^\.venv/(installed[\w-]*): (.*)$", makefile, re.MULTILINE))
-    assert rules.keys() == {"installed", "installed-dev", "installed-ranks"}
+    assert rules.keys() == {"installed", "installed-dev", "installed-docs", "installed-ranks"}
     assert all("constraints.txt" in needed.split() for needed in rules.values())
 
 

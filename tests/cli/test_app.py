@@ -160,6 +160,7 @@ def test_eval_hands_over_checkpoint_split_and_output(monkeypatch: pytest.MonkeyP
         "dry_run": False,
         "data": [],
         "prompts": (),
+        "protocols": (),
         "controls": False,
         "shard": None,
         "resume": False,
