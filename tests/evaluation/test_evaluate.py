@@ -62,9 +62,6 @@ class ScriptedEngine:
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
-    def decode(self, ids: Iterable[int]) -> str:
-        raise AssertionError("completions without log-probabilities need no tokens")
-
     def encode(self, sample: Sample) -> EncodedPrompt:
         assert all(isinstance(image, MemoryImage) for image in sample.images)
         self.encoded.append(sample.id)

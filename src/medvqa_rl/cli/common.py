@@ -77,10 +77,17 @@ class _Verb(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """A group whose ``--help`` shows no type."""
+    """A group whose flags show no type."""
 
     def get_help_option(self, ctx: Any) -> TyperOption | None:
         return _without_type(super().get_help_option(ctx))
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters = super().get_params(ctx)
+        for parameter in parameters:
+            if isinstance(parameter, TyperOption) and parameter.name in ("install_completion", "show_completion"):
+                _without_type(parameter)
+        return parameters
 
 
 def _without_type(flag: TyperOption | None) -> TyperOption | None:

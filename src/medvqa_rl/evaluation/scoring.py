@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -126,21 +126,23 @@ def make_record(
         sampled=tuple(_sampled_answer(shown, completion, template, wording) for completion in sampled),
         tags=() if wording.tags == DEFAULT_WORDING.tags else wording.tags,
         think_tokens=0 if parsed.think is None else processor.count_tokens(think),
-        answer_probability=_probability(group, processor.decode),
+        answer_probability=_probability(group, processor),
         num_claims=None if scene is None else len(claims(think)),
         faithfulness=None if scene is None else faithfulness(think, scene),
         distinct_truths=None if scene is None else distinct_truths(think, scene),
     )
 
 
-def _probability(group: Group, decode: Callable[[Sequence[int]], str]) -> float | None:
+def _probability(group: Group, processor: Processor) -> float | None:
     """The probability of the greedy answer of a group."""
     completion = group.completions[0]
     span = answer_span(completion.text, group.template, group.wording)
     if span is None or completion.logps is None:
         return None
     opened = len(group.prompt.opening)  # by the prompt, so it has no tokens
-    return answer_probability(completion.token_ids, completion.logps, (span[0] - opened, span[1] - opened), decode)
+    return answer_probability(
+        completion.token_ids, completion.logps, (span[0] - opened, span[1] - opened), processor.decode
+    )
 
 
 def explain_score(

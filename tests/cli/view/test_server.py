@@ -74,8 +74,8 @@ def test_the_list_has_every_run_with_its_numbers(server: Served) -> None:
     ]
     assert [re.sub(r"\d+ days ago", "AGE", row) for row in rows] == [
         "study/grpo train running, silent 60 of 60 50.0 → 70.0 40.0 to 90.0 AGE",
-        "first train finished 40 of 40 50.0 → 70.0 40.0 to 90.0 before_home (phantom/home/test): 50.0 "
-        f"{HOME}: 50.0 AGE",
+        "first train finished 40 of 40 50.0 → 70.0 40.0 to 90.0 before_home (phantom/home/test): 50.0 50.0 to 50.0 "
+        f"{HOME}: 50.0 50.0 to 50.0 AGE",
         "alone evaluated alone (phantom/home/val): 50.0",
     ]
     assert 'href="runs?run=study%2Fgrpo"' in page.text

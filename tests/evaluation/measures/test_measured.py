@@ -9,7 +9,7 @@ import importlib.util
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,9 +310,6 @@ class ScriptedEngine:
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
-
-    def decode(self, ids: Iterable[int]) -> str:
-        raise AssertionError("completions without log-probabilities need no tokens")
 
 
 def test_claims_are_checked_against_the_scene() -> None:

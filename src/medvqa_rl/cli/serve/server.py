@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from threading import Thread
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -33,6 +32,9 @@ from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.rollout.online import Failed, OnlineEngine, Piece, Request
 from medvqa_rl.rollout.stock.online import make_online_engine
+
+if TYPE_CHECKING:
+    import socket
 
 MAX_BODY = 64 * 2**20
 """Most bytes of a request."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,8 @@ from medvqa_rl.core.network import is_off
 from medvqa_rl.core.progress import open_console, print_line
 
 if TYPE_CHECKING:
+    import socket
+
     from medvqa_rl.config import ModelConfig
 
 KEY_VARIABLE = "MEDVQA_RL_API_KEY"
@@ -120,6 +121,8 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: the address is taken or none of this machine's.
     """
+    import socket
+
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import secrets
-import socket
 import sys
 from pathlib import Path
 from types import FrameType
@@ -35,6 +34,8 @@ def view(
             f"`medvqa-rl view` needs {first_few(missing, 3)}, which {'is' if len(missing) == 1 else 'are'} not "
             "installed: run `pip install 'medvqa-rl[view]'`."
         )
+    import socket
+
     import uvicorn
 
     from medvqa_rl.cli.view.server import make_app
