@@ -210,6 +210,15 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not missing
 
 
+def test_the_loop_in_the_readme_is_that_of_the_code() -> None:
+    (loop,) = re.findall(
+        r"```python\n(for step in steps:\n.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    code = (ROOT / "src" / "medvqa_rl" / "learning" / "grpo.py").read_text("utf-8")
+    lines = [line.strip() for line in loop.splitlines()]
+    assert len(lines) > 5 and not [line for line in lines if f"    {line}\n" not in code]
+
+
 def test_the_demo_runs_the_settings_of_its_file(tmp_path: Path) -> None:
     loaded = load_config(ROOT / "configs" / "phantom_cpu.yaml", [f"output_dir={tmp_path}"], purpose="train")
     assert differences(demo_config(tmp_path, seed=0), loaded.config) == []
