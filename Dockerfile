@@ -20,7 +20,7 @@ RUN pip install -c constraints.txt --index-url "$TORCH_INDEX" torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY src ./src
-RUN pip install -c constraints.txt '.[excel,hub,dicom,nifti,judge]'
+RUN pip install -c constraints.txt '.[excel,hub,dicom,nifti,judge,serve]'
 
 # Runs, settings and data are mounted; nothing in the image is written.
 RUN useradd --create-home --uid 10001 medvqa && mkdir -p /work/runs && chown -R medvqa /work
