@@ -28,8 +28,7 @@ from .data_cases import (
     vqa_rad,
 )
 from .mutations import TEXTS, VALUES, damage_json, damage_rows, mutate_bytes, mutate_json
-from .runs import STUDY
-from .seeds import EVALUATED, STEPS, png, read_lines
+from .seeds import EVALUATED, STEPS, STUDY, png, read_lines
 
 ROOT = Path(__file__).parents[2]
 Case = Callable[[random.Random], None]

@@ -13,8 +13,8 @@ from typing import Any
 
 import typer
 
-from .seeds import PATIENT
-
+PATIENT = "DOE^JANE"
+"""Stands in the DICOM files; no message may show it."""
 SECONDS, LONGEST_WAIT = 10.0, 120.0
 """Seconds of CPU time and of real time that an input may take; the first does not depend on what else is running."""
 LONGEST = 2_000

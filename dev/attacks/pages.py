@@ -25,8 +25,7 @@ from medvqa_rl.report.folder import RunsFolder
 from . import children, viewing
 from .command import Fault, invoke
 from .mutations import json_lines
-from .runs import STUDY
-from .seeds import read_lines, write_pngs
+from .seeds import STUDY, read_lines, write_pngs
 
 _MARK = "ATTACK" + "RAN"
 _RUN = "document.documentElement.setAttribute('data-mark','ATTACK'+'RAN')"

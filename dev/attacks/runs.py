@@ -11,9 +11,8 @@ from typing import Any
 
 from . import children
 from .children import Ended
-from .seeds import CONFIG, SETTINGS
+from .seeds import CONFIG, SETTINGS, STUDY
 
-STUDY = Path(__file__).with_name("study.yaml")
 _STEPS = [
     "train.steps=8",
     "train.save_steps=2",

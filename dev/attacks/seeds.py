@@ -22,9 +22,10 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from .command import PATIENT, invoke
+
 CONFIG = Path(__file__).parents[2] / "configs" / "phantom_cpu.yaml"
-PATIENT = "DOE^JANE"
-"""Stands in the DICOM files; no message may show it."""
+STUDY = Path(__file__).with_name("study.yaml")
 SETTINGS = [
     "data.num_val=8", "data.num_test=8", "eval.bootstrap=20", "eval.batch_size=8", "optimizer.warmup_steps=1",
     "train.prompts_per_step=2", "train.prompts_per_micro_batch=2", "rollout.num_generations=4",
@@ -200,9 +201,6 @@ def make_run(folder: Path) -> None:
     from medvqa_rl.core.embedded import checkpoint_path
     from medvqa_rl.study.plan.recipe import read_recipe
     from medvqa_rl.study.running import commands
-
-    from .command import invoke
-    from .runs import STUDY
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
