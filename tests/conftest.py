@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from medvqa_rl.config import ModelConfig
+from medvqa_rl.core import network
 from medvqa_rl.core.types import Sample
 from medvqa_rl.models.families import family_of
 from medvqa_rl.models.loading import Policy, make_policy
@@ -45,6 +46,13 @@ def limit_files(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(autouse=True)
+def network_stays_on() -> Iterator[None]:
+    """The guard against connections cannot be removed again, so a test that installs it would change later ones."""
+    yield
+    assert not network.is_off(), "turn the network off in a process of its own"
 
 
 @pytest.fixture(scope="session")

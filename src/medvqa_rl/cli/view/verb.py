@@ -42,13 +42,13 @@ def view(
     from medvqa_rl.report.folder import RunsFolder
 
     runs = RunsFolder(folder)
-    forbid_network()
     try:
         listening = socket.create_server((HOST, port))
     except OSError as error:
         raise ValueError(
             f"Port {port} of {HOST} cannot be used ({error.strerror}): choose another with --port, or leave it out."
         ) from error
+    forbid_network()
     token = secrets.token_urlsafe(16)
     settings = uvicorn.Config(
         make_app(runs, token),
