@@ -50,6 +50,12 @@ def test_files_that_are_not_of_a_tokenizer_are_named(model: Path, name: str, con
     [
         ("preprocessor_config.json", {"patch_size": "x"}, "image settings in .* cannot be read"),
         (
+            "preprocessor_config.json",
+            {"size": {"shortest_edge": 10**12, "longest_edge": 10**13}},
+            "image settings in .* cannot be read .*at least 1,000,000,000,000 pixels",
+        ),
+        ("preprocessor_config.json", {"patch_size": 2**70}, "image settings in .* cannot be read"),
+        (
             "generation_config.json",
             {"eos_token_id": "x"},
             "eos_token_id 'x', but a token id or a list of ids is needed",

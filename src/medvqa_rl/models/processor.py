@@ -23,7 +23,7 @@ from medvqa_rl.core.text import number_of, printable, shown
 from medvqa_rl.core.types import DEFAULT_WORDING, EncodedPrompt, Sample, Template, Wording
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import Readers, adds_special_tokens
-from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, load_tokenizer
+from medvqa_rl.models.untrusted import FILE_ERRORS, check_effort, check_image_size, load_tokenizer
 
 WORDING_FILE = "prompt.json"
 """In the folder of a checkpoint that was trained with the user's own words or tags."""
@@ -153,6 +153,7 @@ class Processor:
             trained = Path(adapter or folder).expanduser()
             has_sizes = (trained / "preprocessor_config.json").is_file() and family.pixels_per_token is not None
             image_processor = family.load_image_processor(trained if has_sizes else folder)
+            check_image_size(getattr(image_processor, "size", None))
             family.preprocess(image_processor, [Image.new("RGB", (64, 64))])
             template = folder / "chat_template.json"
             if tokenizer.chat_template is None and template.exists():

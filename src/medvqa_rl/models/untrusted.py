@@ -18,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 FILE_ERRORS = (
+    ArithmeticError,
     AttributeError,
     ImportError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     SafetensorError,
@@ -73,6 +75,27 @@ def load_tokenizer(folder: Path) -> Any:
         raise ValueError(str(error)) from error
     check_effort(tokenizer)
     return tokenizer
+
+
+MAX_PIXELS = 100_000_000
+"""No checkpoint resizes images to more than this."""
+
+
+def check_image_size(size: Any) -> None:
+    """Refuse settings that would resize every image to one that fills the memory.
+
+    Args:
+        size: of an image processor: ``shortest_edge`` (of a side, or the pixels in all), or ``height`` and ``width``.
+
+    Raises:
+        ValueError: they would.
+    """
+    get = getattr(size, "get", None)
+    if get is None:
+        return
+    least = max(get("shortest_edge") or 0, (get("height") or 0) * (get("width") or 0))
+    if least > MAX_PIXELS:
+        raise ValueError(f"images of at least {least:,} pixels, but {MAX_PIXELS:,} are the most that is sensible")
 
 
 def check_size(folder: Path, loader: Any) -> None:

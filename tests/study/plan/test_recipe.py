@@ -21,6 +21,20 @@ from medvqa_rl.study.running import forecast
     [
         ({"baseline": "gpro"}, "has baseline 'gpro', but must name one of its arms: zero_shot, sft, grpo"),
         ({"baseline": ["grpo"]}, "must name one of its arms"),
+        ({"primary": ["unseen"]}, "has primary \\['unseen'\\], but must name one of its tests"),
+        (
+            {
+                "tables": [
+                    {
+                        "title": "T",
+                        "arms": ["grpo"],
+                        "metrics": ["accuracy"],
+                        "published": {"grpo": {"accuracy": {"value": 1, "certain": [["value"]]}}},
+                    }
+                ]
+            },
+            "may list under certain those that the paper's own summary states",
+        ),
         ({"arm": {}}, "has the unknown key 'arm': use one of baseline, .*: did you mean arms"),
         ({"seeds": []}, r"has seeds \[\], but must have a list of whole numbers"),
         ({"seeds": [1, 1]}, "names a seed twice"),

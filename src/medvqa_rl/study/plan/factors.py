@@ -145,7 +145,7 @@ def _figure(where: str, given: Any) -> Published:
     numbers = {key: figure[key] for key in ("value", "change") if key in figure}
     certain = figure.get("certain", [])
     is_valid = numbers and all(type(number) in (int, float) for number in numbers.values())
-    is_valid = is_valid and isinstance(certain, list) and all(name in numbers for name in certain)
+    is_valid = is_valid and isinstance(certain, list) and all(name in list(numbers) for name in certain)
     if not is_valid or not figure.keys() <= {"value", "change", "certain"}:
         raise ValueError(
             f"{where} is {shown(given)}, but must have a number as value, change or both, and may list under "

@@ -204,7 +204,7 @@ def read_recipe(
     for name, test in tests.items():
         _check_path(where, name, base, test)
     primary = given.get("primary", next(iter(tests)))
-    if primary not in tests:
+    if not isinstance(primary, str) or primary not in tests:
         raise ValueError(f"{where} has primary {shown(primary)}, but must name one of its tests: {', '.join(tests)}.")
 
     made: dict[tuple[str, int], Cell] = {}
