@@ -320,7 +320,8 @@ def test_two_processes_train_the_run_of_one(tmp_path: Path) -> None:
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["finished", "finished"]
+    lines = done.stdout.splitlines()  # DeepSpeed, where it is installed, adds its own
+    assert lines.count("finished") == 2, done.stdout
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
