@@ -23,9 +23,9 @@ COPY src ./src
 RUN pip install -c constraints.txt '.[excel,hub,dicom,nifti,judge,serve]'
 
 # Runs, settings and data are mounted; nothing in the image is written.
-RUN useradd --create-home --uid 10001 medvqa && mkdir -p /work/runs && chown -R medvqa /work
-COPY configs /work/configs
+RUN useradd --create-home --uid 10001 medvqa && mkdir /home/medvqa/runs && chown medvqa /home/medvqa/runs
+COPY configs /home/medvqa/configs
 USER 10001
-WORKDIR /work
+WORKDIR /home/medvqa
 ENTRYPOINT ["medvqa-rl"]
 CMD ["--help"]

@@ -145,7 +145,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_pays_for_looking_and_resumes_exactly(tmp_path: Path) -> None:
+def test_a_run_rewards_looking_and_resumes_exactly(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "output_dir": str(tmp_path / "whole"),
         "model": {"path": "phantom:instruct", "device": "cpu"},
@@ -192,7 +192,7 @@ def test_probabilities_of_answers_equal_the_stock_forward(name: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_a_run_is_paid_for_calibration(tmp_path: Path) -> None:
+def test_a_run_rewards_calibration(tmp_path: Path) -> None:
     given: dict[str, Any] = {
         "output_dir": str(tmp_path / "run"),
         "model": {"path": "phantom:instruct", "device": "cpu"},

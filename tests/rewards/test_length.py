@@ -320,12 +320,12 @@ def test_calibration_by_hand(confidence: float, is_correct: bool, reward: float)
     assert calibration(confidence, is_correct=is_correct) == reward
 
 
-def test_calibration_pays_best_for_the_share_of_right_answers() -> None:
+def test_calibration_is_highest_at_the_share_of_correct_answers() -> None:
     for share in (0.0, 0.3, 0.8, 1.0):
         grid = np.linspace(0.0, 1.0, 101)
-        paid = [
+        rewards = [
             share * calibration(value, is_correct=True) + (1 - share) * calibration(value, is_correct=False)
             for value in grid.tolist()
         ]
-        assert grid[int(np.argmax(paid))] == pytest.approx(share)
+        assert grid[int(np.argmax(rewards))] == pytest.approx(share)
     assert math.isnan(calibration(math.nan, is_correct=True))

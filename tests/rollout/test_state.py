@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled, rotary_table
+from medvqa_rl.models.prefix.prefill import Prefilled
+from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, rotary_table
 from medvqa_rl.rollout.step import attend, write
 
 HEADS, KEYS, SIZE, LENGTH = 4, 2, 8, 12  # of the tiny model

@@ -96,7 +96,7 @@ class RewardsConfig(Settings):
     looking_against: Identity[Literal["blank", "shuffled"]] = "blank"
     """looking: the other image: grey, or that of another training question."""
     looking_threshold: Identity[Annotated[float, Field(ge=0.0)]] = 1.0
-    """looking: nats up to which nothing is paid."""
+    """looking: gain in nats at or below which the reward is 0."""
     looking_cap: Identity[Annotated[float, Field(gt=0.0)]] = 20.0
     """looking: nats at which the reward reaches 1."""
     calibration: Identity[Weight] = 0.0

@@ -34,7 +34,7 @@ from medvqa_rl.models.families import family_for, family_of, supported
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import SharedFamily
-from medvqa_rl.models.group_attention import use_group_attention
+from medvqa_rl.models.prefix.group_attention import use_group_attention
 from medvqa_rl.models.processor import WORDING_FILE, Processor
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_size

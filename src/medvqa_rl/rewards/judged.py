@@ -115,7 +115,7 @@ def score_reasoning(
 
 
 def unseen(config: RewardsConfig, sees: Sees, samples: Sequence[Sample]) -> tuple[str | None, str | None]:
-    """Check whether questions have what the judge of their reasoning should see, and what looking is paid for.
+    """Check that the questions provide what the judge is set to see, and images for the looking reward.
 
     Returns:
         An error and a warning, each a sentence or None.

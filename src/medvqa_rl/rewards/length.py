@@ -35,11 +35,11 @@ def composite_length(
     is_correct: bool,
     coherence: float,
 ) -> float:
-    """Composite length reward, from 0 to 1: pays a correct answer whose coherent reasoning is longer *and* says more.
+    """Composite length reward, from 0 to 1, for a correct answer whose coherent reasoning is longer *and* says more.
 
     correct * coherent * min(1, L / L_target, D / D_target) * D / S
 
-    with S statements, of which D are distinct and have L tokens together. The minimum pays neither length without
+    with S statements, of which D are distinct and have L tokens together. The minimum rewards neither length without
     content nor many statements in a few tokens; the last factor takes away the share of statements that repeat
     another, so that a repetition always lowers the reward. arXiv 2505.13973 leaves a length reward that improves
     reasoning as an open question; the formula is ours.
@@ -127,8 +127,8 @@ def looking(gain: float, *, threshold: float, cap: float, is_correct: bool) -> f
     Args:
         gain: log P(completion | image) - log P(completion | another image) under the policy, in nats; NaN (unscored)
             gives NaN.
-        threshold: the gain up to which nothing is paid.
-        cap: the gain from which more is not paid more; above the threshold.
+        threshold: the gain at or below which the reward is 0.
+        cap: the gain at or above which the reward is 1; greater than the threshold.
     """
     if math.isnan(gain):
         return math.nan
@@ -140,7 +140,8 @@ def calibration(confidence: float, *, is_correct: bool) -> float:
 
     Added to the correctness reward with weight 1 it is the reward of RLCR (Damani et al. 2025, arXiv 2507.16806) plus
     1, where the model writes its confidence; here it is the probability of the answer. The square is smallest on
-    average at the true share of right answers (a proper scoring rule), so neither doubt nor certainty pays by itself.
+    average at the true share of right answers (a proper scoring rule), so neither under- nor overconfidence is
+    rewarded.
 
     Args:
         confidence: the policy's probability of the answer, 0 to 1; NaN (unscored) gives NaN.

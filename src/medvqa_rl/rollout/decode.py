@@ -23,10 +23,10 @@ from medvqa_rl.config import RolloutConfig
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample, Template
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.prefix.prefill import Prefilled, prefill
 from medvqa_rl.rollout.cuda_graph import GraphDecoder, capture_graph
-from medvqa_rl.rollout.prefill import prefill
 from medvqa_rl.rollout.sampling import Stream, uniform_table
-from medvqa_rl.rollout.state import Capacity, DecodeState, Owner, Prefilled
+from medvqa_rl.rollout.state import Capacity, DecodeState, Owner
 from medvqa_rl.rollout.step import Picker, Sampling, advance, append_tokens
 
 COMPACT_SHARE = 0.25

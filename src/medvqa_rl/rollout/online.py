@@ -22,8 +22,8 @@ from torch import Tensor
 
 from medvqa_rl.core.types import EncodedPrompt
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.prefix.prefill import prefill
 from medvqa_rl.rollout.decode import DIVERGED, evaluating, stop_tokens, suppressed_tokens
-from medvqa_rl.rollout.prefill import prefill
 from medvqa_rl.rollout.sampling import uniform_table
 from medvqa_rl.rollout.state import Capacity, DecodeState, Owner
 from medvqa_rl.rollout.step import Picker, Sampling, append_tokens, next_logits

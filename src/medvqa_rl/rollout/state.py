@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from medvqa_rl.models.families import shared_family_of
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import FULL
+from medvqa_rl.models.prefix.prefill import Prefilled
 
 
 class Owner(NamedTuple):
@@ -93,19 +94,6 @@ class LayerCache(NamedTuple):
     own_keys: Tensor
     """(rows, K, L, D)."""
     own_values: Tensor
-
-
-class Prefilled(NamedTuple):
-    """Prompts after the prefill, padded on the right."""
-
-    keys: Sequence[Tensor]
-    """Per layer (P, K, T, D)."""
-    values: Sequence[Tensor]
-    logits: Tensor
-    """(P, V) for the first completion token."""
-    lengths: Sequence[int]
-    next_positions: Tensor
-    """(P,) the position of the first completion token."""
 
 
 class _Row(NamedTuple):

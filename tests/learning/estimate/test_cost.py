@@ -43,7 +43,7 @@ from medvqa_rl.learning.objective.logprobs import collate
 from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.costs import read_architecture
 from medvqa_rl.models.families.parts import backbone, causal_model
-from medvqa_rl.models.group_attention import attention_mask
+from medvqa_rl.models.prefix.group_attention import attention_mask
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
 TARGETS = LoraConfig().targets

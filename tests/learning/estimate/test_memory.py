@@ -36,8 +36,8 @@ from medvqa_rl.models.checkpoints import write_model
 from medvqa_rl.models.families.costs import read_architecture
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.qwen2_vl import Qwen2VL
-from medvqa_rl.models.group_attention import ATTENTION
 from medvqa_rl.models.loading import load_policy, make_policy
+from medvqa_rl.models.prefix.group_attention import ATTENTION
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.models.reference import load_reference
 from medvqa_rl.phantom.architectures import QWEN_TOKENS

@@ -13,9 +13,9 @@ from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate, layout_for, token_statistics
-from medvqa_rl.models import group_attention
 from medvqa_rl.models.families.parts import backbone
-from medvqa_rl.models.group_attention import attention_mask
+from medvqa_rl.models.prefix import group_attention
+from medvqa_rl.models.prefix.group_attention import attention_mask
 
 TEMPERATURE = 0.7
 

@@ -13,7 +13,7 @@ from medvqa_rl.learning import update as update_module
 from medvqa_rl.learning.grpo import train
 from medvqa_rl.learning.objective import logprobs
 from medvqa_rl.learning.objective.self_check import TOLERANCES, SelfCheckError, compare
-from medvqa_rl.models.group_attention import group_layout
+from medvqa_rl.models.prefix.group_attention import group_layout
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Log-probabilities of completions under a model: the only forward pass of the update.
 
 A prompt and its images are computed once per group instead of once per completion. By default all groups of a
-micro-batch are packed into one row without padding, and models/group_attention.py keeps the completions apart. Two
-slower layouts serve other attention implementations and tests.
+micro-batch are packed into one row without padding, and models/prefix/group_attention.py keeps the completions apart.
+Two slower layouts serve other attention implementations and tests.
 
 Legend: P prompts, B completions, R rows, T tokens per row, Tc tokens per completion, N completion tokens, V
 vocabulary.
@@ -24,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from medvqa_rl.core.types import EncodedPrompt, Group
 from medvqa_rl.learning.objective.layout import Layout
-from medvqa_rl.models import group_attention
 from medvqa_rl.models.families import family_of
 from medvqa_rl.models.families.generic import Generic, as_generic
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import SharedFamily
-from medvqa_rl.models.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.loading import Policy
+from medvqa_rl.models.prefix import group_attention
+from medvqa_rl.models.prefix.group_attention import GroupLayout, group_layout
 from medvqa_rl.models.processor import Processor
 
 LOGITS_PER_CHUNK = 2**25

@@ -1,7 +1,7 @@
 """A vision-language model on this machine as judge that sees, of any supported family.
 
 Answers are scored as those of a text judge are. Prompts about the same images begin with the same tokens, which go
-through the model once, as in an evaluation (:mod:`medvqa_rl.rollout.prefill`).
+through the model once, as in an evaluation (:mod:`medvqa_rl.models.prefix.prefill`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families.generic import PER_TOKEN, as_generic
 from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.models.prefix.prefill import prefill
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.rewards.judges.local import LevelJudge, LocalJudge, YesNoJudge, common_prefix
 from medvqa_rl.rewards.judges.local_model import FIXED, JudgeModel, device_of, folder_of
 from medvqa_rl.rewards.judges.prompts import JudgePrompt, chat_prompt, defused
 from medvqa_rl.rewards.judges.protocol import JudgeRequest
-from medvqa_rl.rollout.prefill import prefill
 
 
 @dataclass

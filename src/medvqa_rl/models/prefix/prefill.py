@@ -2,7 +2,7 @@
 
 Prompts about the same images begin with the same tokens: system prompt, images, and what the questions have in common.
 If asked to, these are computed once. The tokens are packed into one row, as in the update, and attention computes no
-masked block (:mod:`medvqa_rl.models.group_attention`):
+masked block (:mod:`medvqa_rl.models.prefix.group_attention`):
 
     [shared start 1 | shared start 2 | rest of prompt 1 | rest of prompt 2 | rest of prompt 3]
 
@@ -24,9 +24,21 @@ from medvqa_rl.core.types import EncodedPrompt
 from medvqa_rl.models.cache import cache_argument
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import as_shared
-from medvqa_rl.models.group_attention import ATTENTION, group_layout, mask_argument, unused_mask
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.rollout.state import Prefilled
+from medvqa_rl.models.prefix.group_attention import ATTENTION, group_layout, mask_argument, unused_mask
+
+
+class Prefilled(NamedTuple):
+    """Prompts after the prefill, padded on the right."""
+
+    keys: Sequence[Tensor]
+    """Per layer (P, K, T, D)."""
+    values: Sequence[Tensor]
+    logits: Tensor
+    """(P, V) for the first completion token."""
+    lengths: Sequence[int]
+    next_positions: Tensor
+    """(P,) the position of the first completion token."""
 
 
 class Shared(NamedTuple):

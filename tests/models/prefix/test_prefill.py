@@ -11,9 +11,9 @@ import torch
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import EncodedPrompt
 from medvqa_rl.models.families.shared import SharedFamily
-from medvqa_rl.rollout import prefill as module
+from medvqa_rl.models.prefix import prefill as module
+from medvqa_rl.models.prefix.prefill import Shared, prefill, same_images, shared_starts
 from medvqa_rl.rollout.decode import RolloutEngine
-from medvqa_rl.rollout.prefill import Shared, prefill, same_images, shared_starts
 from tests.models.families.stock import stock_greedy
 from tests.models.families.tiny import BUILDERS, tiny_policy
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from medvqa_rl.config import LoraConfig
 from medvqa_rl.core.types import Completion, Group
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
-from medvqa_rl.models import group_attention
 from medvqa_rl.models.families.parts import backbone
-from medvqa_rl.models.group_attention import attend, attention_mask, group_layout
+from medvqa_rl.models.prefix import group_attention
+from medvqa_rl.models.prefix.group_attention import attend, attention_mask, group_layout
 
 ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl")
 SETTINGS = {

@@ -1,0 +1,1 @@
+"""Prefixes that prompts and completions share, computed once."""
