@@ -15,9 +15,9 @@ MEASURES = (
     ("perplexity", "value", "perplexity", ".1f"),
     ("similarity", "value", "similarity", ".2f"),
     ("faithfulness", "value", "true claims", ".1%"),
-    ("confidence", "brier", "Brier score", ".3f"),
-    ("confidence", "ece", "calibration error", ".3f"),
-    ("confidence", "auroc", "AUROC of confidence", ".2f"),
+    ("confidence", "brier", "Brier", ".3f"),
+    ("confidence", "ece", "ECE", ".3f"),
+    ("confidence", "auroc", "AUROC", ".2f"),
 )
 """Section and key in results.json, column title and format of what is measured besides accuracy and length."""
 
