@@ -22,11 +22,8 @@ Work = Callable[[], object] | Sequence[str]
 
 def import_all() -> None:
     """Import what every verb imports, so that a fork starts at once. Loads no model: threads do not survive a fork."""
-    import torch
-
     from medvqa_rl.cli.common import prepare_process
 
-    torch.set_num_threads(1)
     prepare_process()
     import transformers.models.qwen2_vl.modeling_qwen2_vl  # noqa: F401
 
@@ -84,6 +81,7 @@ def start(
         return pid
     code = 1
     try:
+        _renew_threads()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
@@ -119,6 +117,17 @@ def start(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code & 0xFF)
+
+
+def _renew_threads() -> None:
+    """Replace torch's pool of threads, which a fork leaves without threads.
+
+    Torch does so when a thread first needs the pool. Threads that need it at once, such as those that load weights,
+    race for it, and one gets no pool ("Invalid thread pool!").
+    """
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def wait(pid: int, log: Path, *, limit: float = 300.0) -> Ended:
