@@ -254,7 +254,7 @@ def test_without_a_weight_no_judge_grades() -> None:
         ({"judge": {"sees": "description"}}, "judge.sees is description, but phantom:judge only reads"),
         (
             {"judge": {"model": "phantom:judge_sees"}},
-            "but judge.sees is text: set judge.sees=image",
+            "but judge.sees is text: set judge.sees to image or description",
         ),
         (
             {"judge": {"model": "a/b", "sees": "image", "template": "biogpt"}},

@@ -125,7 +125,7 @@ def collect(recipe: Recipe) -> Collected:
     return Collected(
         recipe=recipe,
         tests={name: _test(recipe, answers[name], index) for index, name in enumerate(recipe.tests)},
-        contrasts=[(contrast, _contrast(contrast, answers, by_arm)) for contrast in recipe.contrasts],
+        contrasts=[(one, found) for one in recipe.contrasts if (found := _contrast(one, answers, by_arm))],
         missing=tuple(cell.label for cell in recipe.cells if cell not in finished),
         signs=signs,
         curves=curves,
@@ -147,11 +147,24 @@ def _contrast(
     answers: Mapping[str, Mapping[Cell, Sequence[EvalRecord]]],
     by_arm: Mapping[str, Sequence[Cell]],
 ) -> tuple[ContrastRow, ...]:
-    of, minus = (
+    if contrast.of_arms:
+        pairs = _pairs(by_arm.get(contrast.minus, ()), by_arm.get(contrast.of, ()))
+        rows: list[ContrastRow] = []
+        for test, found in answers.items() if pairs else ():  # tests have different questions
+            unscored = {record.sample_id for every in found.values() for record in every if record.is_correct is None}
+            scored = {
+                cell: [record for record in found[cell] if record.sample_id not in unscored]
+                for _, *both in pairs
+                for cell in both
+            }
+            of, minus = [scored[cell] for _, _, cell in pairs], [scored[cell] for _, cell, _ in pairs]
+            rows += contrast_rows({test: of}, {test: minus}, resamples=RESAMPLES)
+        return tuple(rows)
+    one, other = (
         {name: [answers[test][cell] for cell in cells] for name, cells in by_arm.items()}
         for test in (contrast.of, contrast.minus)
     )
-    return contrast_rows(of, minus, resamples=RESAMPLES)
+    return contrast_rows(one, other, resamples=RESAMPLES)
 
 
 def _test(recipe: Recipe, answers: Mapping[Cell, Sequence[EvalRecord]], index: int) -> tuple[ArmResult, ...]:
@@ -221,6 +234,8 @@ def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cel
     """Pair cells by seed: (seed, cell of the baseline, cell of the arm). An arm with a single cell is compared with
     every seed of the other."""
     one, other = ({cell.seed: cell for cell in side} for side in (baseline, arm))
+    if not one or not other:
+        return []
     if baseline[0].arm.once and arm[0].arm.once:
         return [(arm[0].seed, baseline[0], arm[0])]
     if baseline[0].arm.once:

@@ -152,7 +152,7 @@ def _markdown(content: Content, folder: Path) -> str:
     for section in content.tests:
         lines += _section_lines(section, "##")
     if content.contrasts:
-        lines.append("## Contrasts: the same questions in two conditions\n")
+        lines.append("## Contrasts: the same questions under two conditions\n")
     for section in content.contrasts:
         lines += _section_lines(section, "###")
     lines += [f"{as_markdown_text(note)}\n" for note in content.notes]

@@ -79,11 +79,18 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
 
 
 def contrast_table(contrast: Contrast, found: Iterable[ContrastRow]) -> tuple[list[str], list[list[str]]]:
-    """Column names and a row for each arm: both accuracies and their difference."""
-    titles = ["arm", contrast.of, contrast.minus, "difference", "95 % interval", "seeds"]
+    """Column names and a row for each arm, or each test: both accuracies and their difference."""
+    titles = [
+        "test" if contrast.of_arms else "arm",
+        contrast.of,
+        contrast.minus,
+        "difference",
+        "95 % interval",
+        "seeds",
+    ]
     body = [
         [
-            row.arm,
+            row.name,
             format_points(row.of),
             format_points(row.minus),
             format_points(row.difference.estimate, "+"),

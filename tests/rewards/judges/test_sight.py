@@ -24,7 +24,7 @@ from medvqa_rl.data.phantom.questions import full_description
 from medvqa_rl.data.phantom.reasonings import draw_reasoning
 from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, SIZES, Finding, Scene, draw_scene
 from medvqa_rl.rewards.judges.load import load_judges
-from medvqa_rl.rewards.judges.phantom.judge import SightJudge
+from medvqa_rl.rewards.judges.phantom.judge import DescriptionJudge, SightJudge
 from medvqa_rl.rewards.judges.phantom.sight import CELLS, CLASSES, Beliefs
 from medvqa_rl.rewards.judges.protocol import JudgeRequest, SeenImage, seen
 from medvqa_rl.rewards.judges.rubric import COHERENCE, CORRECTNESS, REASONING, STEP, seeing
@@ -148,6 +148,34 @@ def test_steps_are_valid_unless_their_own_claim_is_false() -> None:
     assert grades[0].margin == pytest.approx(math.log(9))
     assert grades[1].margin == pytest.approx(math.log(1e6), rel=1e-3)
     assert judge.identity.key != SightJudge("j", PerfectSight([SCENE], sure=0.9), SEES).identity.key  # type: ignore[arg-type]
+
+
+def test_a_description_makes_the_judge_exact() -> None:
+    """Every verdict is the oracle's, and needs no image."""
+    judges = load_judges(JudgeConfig(model="phantom:judge_sees", sees="description", cache=False), [COHERENCE, STEP])
+    scenes = [draw_scene(f"described {number}") for number in range(40)]
+    texts = [draw_reasoning(0, "described", number).text for number in range(40)]
+    requests, expected = [], []
+    for scene in scenes:
+        for text in (*texts, full_description(scene), "The image is sharp."):
+            requests.append(JudgeRequest("?", (), text, description=full_description(scene)))
+            expected.append(float(bool(claims(text)) and all(is_true(claim, scene) for claim in claims(text))))
+    assert [grade.score for grade in judges["coherence"].grade(requests)] == expected
+    assert 40 < sum(expected) < len(expected) / 2
+    first = replace(requests[0], step="The organ is skin.")
+    assert judges["step"].grade([first])[0].score == float(scenes[0].organ == "skin")
+    seeing_image = load_judges(JudgeConfig(model="phantom:judge_sees", sees="image", cache=False), [COHERENCE])
+    assert seeing_image["coherence"].identity.key != judges["coherence"].identity.key
+
+
+@pytest.mark.parametrize("text", ["", "A chest radiograph.", f"{full_description(OTHER)} The organ is brain."])
+def test_another_description_is_unscored(text: str) -> None:
+    judge = DescriptionJudge("j", seeing(COHERENCE, "description"))
+    other, own = judge.grade(
+        [JudgeRequest("?", (), "The organ is lungs.", description=said) for said in (text, full_description(OTHER))]
+    )
+    assert "the description is not that of a phantom" in other.reason and not other.is_scored
+    assert own.score == 1.0 and judge.counters == {"asked": 2, "failed": 1}
 
 
 def test_the_shipped_judge_sees_and_shares_its_model() -> None:

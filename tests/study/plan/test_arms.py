@@ -174,6 +174,25 @@ def test_answer_refuses_other_files(tmp_path: Path) -> None:
     assert found.returncode == 2 and "must have the keys checkpoint and tests" in " ".join(found.stderr.split())
 
 
+def test_an_arm_can_have_the_first_seeds_only(staged: dict[str, Any], tmp_path: Path) -> None:
+    staged["seeds"] = [4, 7, 9]
+    staged["arms"]["alone"]["seeds"] = 2
+    staged["arms"]["after"] = {"verb": "none", "from": "alone", "seeds": 1}
+    path = write(tmp_path / "staged.yaml", staged)
+    recipe = read_recipe(path, tmp_path / "study")
+    assert {name: [cell.seed for cell in recipe.cells if cell.arm.name == name] for name in staged["arms"]} == {
+        "as_is": [4],
+        "grpo": [4, 7, 9],
+        "warm_up": [4],
+        "alone": [4, 7],
+        "after": [4],
+    }
+    assert labels(recipe)[-1] == "after, seed 4", "it belongs to a seed of its start"
+    assert recipe.cells[-1].checkpoint == next(c for c in recipe.cells if c.label == "alone, seed 4").checkpoint
+    quick = read_recipe(path, tmp_path / "study", quick=True)
+    assert [cell.seed for cell in quick.cells if cell.arm.name == "alone"] == [0]
+
+
 def test_an_arm_trained_once_is_compared_with_every_seed(staged: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path / "study")
     store(recipe, {("warm_up", 0): "100000", ("grpo", 0): "111000", ("grpo", 1): "111110"})
@@ -219,6 +238,12 @@ def test_training_images_of_a_start_are_leaks_too(staged: dict[str, Any], tmp_pa
             r"has both from 'warm_up' and model\.path, but can start from one model",
         ),
         ({"warm_up": {"verb": "sft", "once": 1}}, "has once 1, but must have true"),
+        ({"alone": {"verb": "sft", "seeds": 0}}, "has seeds 0, but must have the number of the study's seeds"),
+        ({"alone": {"verb": "sft", "seeds": 1, "once": True}}, "at least 1, and no once"),
+        (
+            {"alone": {"verb": "sft", "seeds": 1}, "after": {"verb": "train", "from": "alone"}},
+            "starts from alone, which is trained with 1 seed only: give it seeds: 1, or fewer",
+        ),
         (
             {"grpo": {"verb": "train", "form": "warm_up"}},
             "arm grpo, has the unknown key 'form': use one of .*: did you mean from",

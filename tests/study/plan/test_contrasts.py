@@ -1,4 +1,4 @@
-"""Contrasts of two tests of the same questions, computed by hand.
+"""Contrasts of two tests of the same questions, and of two arms, computed by hand.
 
 Run: pytest tests/study/plan/test_contrasts.py
 """
@@ -67,12 +67,38 @@ def test_contrasts_appear_on_the_pages(given: dict[str, Any], tmp_path: Path) ->
     assert read_recipe(path, tmp_path, overrides=["tests.home_direct=null"]).contrasts == ()
 
 
+def test_two_arms_are_compared_on_every_test(given: dict[str, Any], tmp_path: Path) -> None:
+    contrast = {"title": "GRPO, minus SFT", "of": "grpo", "minus": "sft"}
+    path = write(tmp_path / "tiny.yaml", both(given) | {"contrasts": [contrast]})
+    recipe = read_recipe(path, tmp_path / "study")
+    store(recipe, OUTCOMES)
+    collected = collect(recipe)
+    ((_, rows),) = collected.contrasts
+    assert [row.name for row in rows] == list(recipe.tests)
+    home = rows[0]
+    by_name = {arm.name: arm for arm in collected.tests["home"]}
+    assert home.of == pytest.approx(by_name["grpo"].accuracy.estimate)
+    assert home.minus == pytest.approx(by_name["sft"].accuracy.estimate)
+    assert home.differences == tuple(
+        pytest.approx(one - other)
+        for one, other in zip(by_name["grpo"].accuracies, by_name["sft"].accuracies, strict=True)
+    )
+    text = (write_study(collected, tmp_path / "tables"), (tmp_path / "tables/contrast-1.csv").read_text())[1]
+    assert text.startswith("test,grpo,sft,difference,") and "\nhome," in text
+    assert read_recipe(path, tmp_path, only=["zero_shot"]).contrasts == ()
+
+
 @pytest.mark.parametrize(
     ("contrasts", "message"),
     [
         ({"of": "home"}, r"as contrasts, but it must be a list of sections with title, of and minus"),
         ([{"of": "home", "minus": "far"}], r"contrast 1, has of, minus, but must have a text as title, of and minus"),
-        ([GIVEN[0] | {"of": "hme"}], r"contrast 1, has the unknown test 'hme': use one of .*: did you mean home\?"),
+        (
+            [GIVEN[0] | {"of": "hme"}],
+            r"contrast 1, has the unknown test or arm 'hme': use one of .*: did you mean home\?",
+        ),
+        ([GIVEN[0] | {"minus": "sft"}], "compares home with sft, but a test and an arm cannot be compared"),
+        ([GIVEN[0] | {"of": "sft", "minus": "sft"}], "compares the arm sft with itself: name two arms"),
         ([*GIVEN, GIVEN[0] | {"of": "far"}], r"contrast 2, compares far with home_direct, but must compare two tests"),
         ([GIVEN[0] | {"of": "home_direct"}], "compares home_direct with home_direct, but must compare two tests"),
     ],

@@ -165,16 +165,16 @@ def _problems(name: str, judge: JudgeConfig) -> Iterator[tuple[str, ...]]:
 def _sight_problems(name: str, judge: JudgeConfig, *, is_embedded: bool) -> Iterator[tuple[str, ...]]:
     """Judges that are shown what they cannot see, or that are not shown what they need."""
     settings = (f"{name}.sees", f"{name}.model")
-    if judge.model == EMBEDDED_SEEING and judge.sees != "image":
+    if judge.model == EMBEDDED_SEEING and judge.sees == "text":
         yield (
-            f"{name}.model is {judge.model}, which looks at the image, but {name}.sees is {judge.sees}: set "
-            f"{name}.sees=image, or {name}.model=phantom:judge.",
+            f"{name}.model is {judge.model}, which compares the reasoning with the image or its description, but "
+            f"{name}.sees is text: set {name}.sees to image or description, or {name}.model=phantom:judge.",
             *settings,
         )
     elif is_embedded and judge.model != EMBEDDED_SEEING and judge.sees != "text":
         yield (
             f"{name}.sees is {judge.sees}, but {judge.model} only reads the reasoning: set {name}.sees=text, or "
-            f"{name}.model={EMBEDDED_SEEING} and {name}.sees=image.",
+            f"{name}.model={EMBEDDED_SEEING}.",
             *settings,
         )
     if judge.sees == "image" and judge.template in ("biogpt", "biomistral"):

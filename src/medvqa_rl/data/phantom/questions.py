@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args
 
 from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
-from medvqa_rl.data.phantom.claims import REMARKS
+from medvqa_rl.data.phantom.claims import REMARKS, claims
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.phantom.world import (
     ALL_KINDS,
@@ -65,6 +65,15 @@ def full_description(scene: Scene) -> str:
     """Describe modality, organ and all findings of a scene."""
     findings = [describe(finding) for finding in scene.findings] or ["No finding is seen."]
     return " ".join([f"The modality is {scene.modality}.", f"The organ is {scene.organ}.", *findings])
+
+
+def described_scene(text: str) -> Scene | None:
+    """The scene of a :func:`full_description`; its key, which no description has, is empty. None for another text."""
+    found = claims(text)
+    named = {claim.topic: claim.value for claim in found}
+    findings = tuple(claim.finding for claim in found if claim.finding is not None)
+    scene = Scene("", named.get("modality", ""), named.get("organ", ""), findings)
+    return scene if full_description(scene) == text else None
 
 
 def _is_yes(truth: bool) -> str:

@@ -73,7 +73,7 @@ def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], bool]:
     """Makes judges on this machine, which share a model, for any rubric; and whether it is an embedded one."""
     from medvqa_rl.rewards.judges.local import LevelJudge, YesNoJudge
     from medvqa_rl.rewards.judges.local_model import folder_of, load_judge_model
-    from medvqa_rl.rewards.judges.phantom.judge import SightJudge
+    from medvqa_rl.rewards.judges.phantom.judge import DescriptionJudge, SightJudge
     from medvqa_rl.rewards.judges.phantom.sight import load_sight
     from medvqa_rl.rewards.judges.vision import SeeingLevelJudge, SeeingYesNoJudge, load_seeing_model
 
@@ -88,6 +88,8 @@ def _local(config: JudgeConfig) -> tuple[Callable[[Rubric], Judge], bool]:
         return SeeingLevelJudge(looking, rubric)
 
     with waiting(f"loading the judge {config.model}"):
+        if config.model == EMBEDDED_SEEING and config.sees == "description":
+            return lambda rubric: DescriptionJudge(config.model, rubric, strictness=config.strictness), True
         if config.model == EMBEDDED_SEEING:
             sight = load_sight(folder_of(config))
             return lambda rubric: SightJudge(config.model, sight, rubric, strictness=config.strictness), True

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from medvqa_rl.core.text import shown
+from medvqa_rl.core.text import number_of, shown
 from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, section
 
 Verb = Literal["none", "train", "sft"]
 """``none`` evaluates the model without training it."""
 VERBS: tuple[Verb, ...] = ("none", "train", "sft")
-_KEYS = ("verb", "from", "once", "settings", "published")
+_KEYS = ("verb", "from", "once", "seeds", "settings", "published")
 _OWN_WEIGHTS = ("path", "adapter", "revision")
 """Model settings that select the weights."""
 
@@ -31,6 +31,12 @@ class Arm:
     once: bool
     """Whether it has a single cell, with the first seed, that is compared with every seed of the others: an untrained
     model, or a start that the other arms share."""
+    num_seeds: int | None = None
+    """How many of the study's seeds it is trained with, the first ones; None is all."""
+
+    def own(self, seeds: Sequence[int]) -> Sequence[int]:
+        """Its seeds among those of the study."""
+        return seeds[:1] if self.once else seeds[: self.num_seeds]
 
 
 def read_arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
@@ -57,6 +63,9 @@ def read_arms(where: str, given: Mapping[str, Any]) -> dict[str, Arm]:
                     f"{where} has arms that start from each other ({' from '.join(path)}), so none can be trained "
                     "first: remove from in one of them."
                 )
+    for name, arm in arms.items():
+        if arm.verb == "none" and arm.start is not None and arms[arm.start].once:
+            arms[name] = replace(arm, once=True)
     return arms
 
 
@@ -64,16 +73,23 @@ def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
     check_folder_name(where, "an arm", name)
     check_keys(f"{where}, arm {name},", given, _KEYS)
     verb, published, start, once = (given.get(key) for key in ("verb", "published", "from", "once"))
+    num_seeds = given.get("seeds")
     if verb not in VERBS:
         raise ValueError(f"{where}, arm {name}, has verb {shown(verb)}, but must have one of {', '.join(VERBS)}.")
     if published is not None and type(published) not in (int, float):
         raise ValueError(f"{where}, arm {name}, has published {shown(published)}, but must have a number in percent.")
     if once is not None and type(once) is not bool:
         raise ValueError(f"{where}, arm {name}, has once {shown(once)}, but must have true (one seed only) or false.")
+    if num_seeds is not None and (type(num_seeds) is not int or num_seeds < 1 or once):
+        raise ValueError(
+            f"{where}, arm {name}, has seeds {shown(num_seeds)}, but must have the number of the study's seeds to use, "
+            "at least 1, and no once."
+        )
     if start is not None and not isinstance(start, str):
         raise ValueError(f"{where}, arm {name}, has from {shown(start)}, but must name one arm to start from.")
     settings = section(where, f"arms.{name}.settings", given.get("settings"))
-    return Arm(name, cast(Verb, verb), settings, published, start, bool(once) or verb == "none")
+    is_once = bool(once) or (verb == "none" and start is None)
+    return Arm(name, cast(Verb, verb), settings, published, start, is_once, num_seeds)
 
 
 def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
@@ -85,6 +101,11 @@ def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
             f"{where}, arm {arm.name}, has from {shown(arm.start)}, but that arm is not trained (verb none) and "
             "has no "
             "checkpoint: set model.path instead, or name an arm with verb train or sft."
+        )
+    if not arms[arm.start].once and (most := arms[arm.start].num_seeds) and (arm.num_seeds or most + 1) > most:
+        raise ValueError(
+            f"{where}, arm {arm.name}, starts from {arm.start}, which is trained with {number_of(most, 'seed')} only: "
+            f"give it seeds: {most}, or fewer."
         )
     own = section(where, f"arms.{arm.name}.settings.model", arm.settings.get("model"))
     if given := [f"model.{key}" for key in _OWN_WEIGHTS if own.get(key) is not None]:

@@ -1,14 +1,16 @@
-"""Contrasts: two tests of the same questions, such as two prompts, compared within every arm. Imports no torch.
+"""Contrasts: two tests of the same questions, such as two prompts, compared within every arm; or two arms, of which
+none is the baseline, compared on every test. Imports no torch.
 
 ```yaml
 contrasts:
   - {title: "With minus without reasoning", of: unseen, minus: unseen_direct}
+  - {title: "A judge that sees, minus one of text", of: image, minus: text}
 ```
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
@@ -23,19 +25,21 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two tests to compare."""
+    """Two tests or two arms to compare."""
 
     title: str
     of: str
     minus: str
-    """Names of the tests; their questions are the same."""
+    """Names of the tests, whose questions are the same, or of the arms."""
+    of_arms: bool = False
 
 
 @dataclass(frozen=True)
 class ContrastRow:
-    """The contrast of one arm."""
+    """The contrast of two tests within one arm, or of two arms on one test."""
 
-    arm: str
+    name: str
+    """Of the arm or the test."""
     of: float
     minus: float
     """Mean accuracies over seeds."""
@@ -45,16 +49,20 @@ class ContrastRow:
     """Of each seed."""
 
 
-def read_contrasts(where: str, given: Any, tests: Mapping[str, Mapping[str, Any]]) -> tuple[Contrast, ...]:
+def read_contrasts(
+    where: str, given: Any, tests: Mapping[str, Mapping[str, Any]], arms: Collection[str]
+) -> tuple[Contrast, ...]:
     """Read the contrasts of a recipe.
 
     Args:
         where: the recipe, for messages.
         given: the value of ``contrasts``; may be None.
         tests: settings of each test.
+        arms: names of the arms. A name that is also that of a test is taken for the test.
 
     Raises:
-        ValueError: a contrast has no title, an unknown test, or two tests with different data.
+        ValueError: a contrast has no title, an unknown name, a test and an arm, one thing twice, or two tests with
+            different data.
     """
     contrasts = []
     for number, entry in enumerate(sections(where, "contrasts", given, "title, of and minus"), start=1):
@@ -65,7 +73,14 @@ def read_contrasts(where: str, given: Any, tests: Mapping[str, Mapping[str, Any]
             )
         one, other = entry["of"], entry["minus"]
         for name in (one, other):
-            check_name(here, "test", name, tests)
+            check_name(here, "test or arm", name, [*tests, *arms])
+        if (one in tests) != (other in tests):
+            raise ValueError(f"{here} compares {one} with {other}, but a test and an arm cannot be compared.")
+        if one not in tests:
+            if one == other:
+                raise ValueError(f"{here} compares the arm {one} with itself: name two arms.")
+            contrasts.append(Contrast(entry["title"], one, other, of_arms=True))
+            continue
         if tests[one].get("data") != tests[other].get("data") or one == other:
             raise ValueError(
                 f"{here} compares {one} with {other}, but must compare two tests of the same questions: give both the "
@@ -81,44 +96,44 @@ def contrast_rows(
     *,
     resamples: int,
 ) -> tuple[ContrastRow, ...]:
-    """Subtract the accuracies on two tests, for each arm, over the questions that are scored in every cell.
+    """Subtract accuracies under two conditions, for each row, over the questions that are scored in every cell.
 
     Args:
-        of: arm -> the records of each of its seeds on the one test.
-        minus: the same arms and seeds on the other.
+        of: name of the row -> the records of each seed under the one condition.
+        minus: the same rows and seeds under the other.
         resamples: of the bootstrap.
 
     Raises:
-        ValueError: the tests have different questions, or none is scored everywhere.
+        ValueError: the cells have different questions, or none is scored everywhere.
     """
     cells = {
-        (side, arm, index): records
-        for side, arms in enumerate((of, minus))
-        for arm, seeds in arms.items()
+        (side, name, index): records
+        for side, rows in enumerate((of, minus))
+        for name, seeds in rows.items()
         for index, records in enumerate(seeds)
     }
     if len({frozenset(record.sample_id for record in records) for records in cells.values()}) > 1:
-        raise ValueError("Two tests of a contrast have different questions: run both again on the same data.")
+        raise ValueError("The cells of a contrast have different questions: run them again on the same data.")
     outcomes, clusters = shared_outcomes(cells, "a contrast")
     pairs = {
-        arm: [(outcomes[0, arm, index], outcomes[1, arm, index]) for index in range(len(seeds))]
-        for arm, seeds in of.items()
+        name: [(outcomes[0, name, index], outcomes[1, name, index]) for index in range(len(seeds))]
+        for name, seeds in of.items()
     }
     values = {
-        arm: [[a - b for a, b in zip(one, other, strict=True)] for one, other in seeds] for arm, seeds in pairs.items()
+        name: [[a - b for a, b in zip(one, other, strict=True)] for one, other in seeds]
+        for name, seeds in pairs.items()
     }
     intervals = seeds_and_clusters_bootstrap(values, clusters, resamples=resamples)
-    rows = [
+    return tuple(
         ContrastRow(
-            arm=arm,
+            name=name,
             of=fmean(fmean(one) for one, _ in seeds),
             minus=fmean(fmean(other) for _, other in seeds),
-            difference=intervals[arm],
-            differences=tuple(map(fmean, values[arm])),
+            difference=intervals[name],
+            differences=tuple(map(fmean, values[name])),
         )
-        for arm, seeds in pairs.items()
-    ]
-    return tuple(rows)
+        for name, seeds in pairs.items()
+    )
 
 
 def shared_outcomes(answers: Mapping[K, Sequence[EvalRecord]], what: str) -> tuple[dict[K, list[bool]], list[str]]:

@@ -2,7 +2,7 @@
 
 ```yaml
 baseline: grpo                     # the arm that all others are compared to
-seeds: [0, 1, 2]                   # train.seed; every arm is run once per seed
+seeds: [0, 1, 2]                   # train.seed; every arm is run once per seed, or with its first seeds only
 settings: {...}                    # for every run, as in configs/
 arms:
   zero_shot: {verb: none}          # evaluate the model without training
@@ -12,7 +12,7 @@ arms:
 tests:
   home: {data: {scanner: home}}    # settings applied when the test split is evaluated
 primary: home                      # the test whose table shows the published figures; defaults to the first
-contrasts: [...]                   # two tests of the same questions compared, see contrasts.py
+contrasts: [...]                   # two tests of the same questions, or two arms, compared; see contrasts.py
 tables: [...]                      # the paper's tables, see factors.py
 quick: {seeds: [0], settings: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
@@ -199,7 +199,7 @@ def read_recipe(
     tests = {
         name: _overlay(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()
     }
-    contrasts = read_contrasts(where, given.get("contrasts"), tests)
+    contrasts = read_contrasts(where, given.get("contrasts"), tests, arms)
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
         _check_path(where, name, base, test)
@@ -225,15 +225,10 @@ def read_recipe(
         seeds=seeds,
         tests=tuple(tests),
         primary=primary,
-        contrasts=tuple(one for one in contrasts if one.of in tests and one.minus in tests),
+        contrasts=tuple(one for one in contrasts if {one.of, one.minus} <= (chosen if one.of_arms else tests.keys())),
         tables=read_tables(where, given.get("tables"), list(arms)),
         forecast=_forecast(where, given.get("forecast")),
-        cells=tuple(
-            cell(arm, seed)
-            for arm in arms.values()
-            if arm.name in chosen
-            for seed in (seeds[:1] if arm.once else seeds)
-        ),
+        cells=tuple(cell(arm, seed) for arm in arms.values() if arm.name in chosen for seed in arm.own(seeds)),
     )
     for one in recipe.cells:
         _check_results(one)
