@@ -207,6 +207,8 @@ CROSS = [
     ("eval", {"data": {"name": "vqa_rad"}}, "data.path is missing, but data.name is vqa_rad"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "scanner": "unseen"}}, "data.scanner is unseen, but only"),
     ("eval", {"data": {"name": "vqa_rad", "path": "x", "letter_skew": 0.5}}, "data.letter_skew is 0.5, but only"),
+    ("eval", {"data": {"name": "vqa_rad", "path": "x", "reasoning": "wrong"}}, "data.reasoning is wrong, but only"),
+    ("train", {"data": {"reasoning": "wrong"}}, "RL rewards correct answers: use it with `medvqa-rl sft`"),
     ("eval", {"data": {"path": "x"}}, "data.path is x, but data.name is phantom, which reads no files"),
     ("eval", {"data": {"split": "image"}}, "data.split is image, but data.name is phantom"),
     ("eval", {"data": {"name": "own"}}, "data.path is missing, but data.name is own, which is read from disk"),

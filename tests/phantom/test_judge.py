@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BioGptForCausalLM
 from medvqa_rl.cli.judge.calibrate import phantom_pairs, run_calibrate
 from medvqa_rl.config import JudgeConfig
 from medvqa_rl.core.embedded import ASSETS
+from medvqa_rl.core.types import Sample
+from medvqa_rl.data.phantom.misreadings import misread
+from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.evaluation.judging.agreement import by_group
 from medvqa_rl.phantom.judge import RECIPES, build_judges, build_model, build_tokenizer, sample_texts
 from medvqa_rl.phantom.judge_lessons import Lessons, Probes, lesson_loss
@@ -53,6 +56,19 @@ def test_the_judges_differ_in_size_seed_and_data() -> None:
     assert first["hidden_size"] != second["hidden_size"]
     assert first["num_hidden_layers"] != second["num_hidden_layers"]
     assert RECIPES[0].seed != RECIPES[1].seed and RECIPES[0].mixture != RECIPES[1].mixture
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_misreadings_are_as_fluent_as_reference_reasoning(name: str) -> None:
+    """A judge of text cannot tell that they are wrong of the image."""
+    judge = load_local_judge(JudgeConfig(model=f"phantom:{name}", device="cpu"))
+    samples = [draw_sample(seed=3, split="misread", index=index) for index in range(100)]
+
+    def accepted(chosen: list[Sample]) -> float:
+        requests = [JudgeRequest(one.question, one.options, one.reasoning) for one in chosen]
+        return sum(grade.score for grade in judge.grade(requests)) / len(chosen)
+
+    assert accepted([misread(sample) for sample in samples]) >= 0.97 > accepted(samples)  # an eighth is flawed
 
 
 @pytest.mark.parametrize("name", JUDGES)

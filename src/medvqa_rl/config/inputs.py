@@ -137,6 +137,8 @@ class DataConfig(Settings):
     """phantom: modalities to keep; empty keeps all."""
     letter_skew: Identity[Share] = 0.0
     """phantom: share of choice questions whose answer is moved to B or C, the skew of PMC-VQA."""
+    reasoning: Identity[Literal["reference", "wrong"]] = "reference"
+    """phantom: SFT targets; wrong takes reasoning and answer of another image, fluent and false (a control)."""
     allow_text_only: Identity[bool] = False
     """own: keep questions without an image, and report them apart (group input); otherwise they are unusable rows."""
     answers_as: Identity[AnswersAs] = "text"

@@ -25,6 +25,7 @@ from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows,
 from medvqa_rl.study.plan.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
 from medvqa_rl.study.signs import cell_signs
+from medvqa_rl.study.trends import Answered, TrendResult, trend_result
 
 RESAMPLES = 2000
 
@@ -70,6 +71,7 @@ class Collected:
     recipe: Recipe
     tests: Mapping[str, tuple[ArmResult, ...]]
     contrasts: Sequence[tuple[Contrast, tuple[ContrastRow, ...]]]
+    trends: tuple[TrendResult, ...]
     missing: tuple[str, ...]
     """Labels of unfinished cells, which no table includes."""
     signs: Mapping[str, Mapping[int, tuple[Check, ...]]]
@@ -126,6 +128,21 @@ def collect(recipe: Recipe) -> Collected:
         recipe=recipe,
         tests={name: _test(recipe, answers[name], index) for index, name in enumerate(recipe.tests)},
         contrasts=[(one, found) for one in recipe.contrasts if (found := _contrast(one, answers, by_arm))],
+        trends=tuple(
+            trend_result(
+                trend,
+                {
+                    name: [
+                        Answered(cell.seed, cell.arm.once, answers[trend.test][cell], rows)
+                        for cell, rows in zip(cells, curves.get(name, ((),) * len(cells)))
+                    ]
+                    for name, cells in by_arm.items()
+                },
+                resamples=RESAMPLES,
+            )
+            for trend in recipe.trends
+            if trend.test in answers
+        ),
         missing=tuple(cell.label for cell in recipe.cells if cell not in finished),
         signs=signs,
         curves=curves,

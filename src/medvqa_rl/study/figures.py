@@ -19,6 +19,7 @@ from medvqa_rl.report.figures.plots import save_figure
 from medvqa_rl.report.figures.style import Palette, Theme, number, spread, styled
 from medvqa_rl.report.runs import Row
 from medvqa_rl.study.collect import ArmResult, Collected
+from medvqa_rl.study.trend_figure import plot_trend
 
 ROW = 0.36
 """Height of an arm in a list of arms, in inches."""
@@ -37,6 +38,8 @@ def write_figures(collected: Collected, folder: Path, theme: Theme = "light", su
         Files by title, in reading order.
     """
     drawn = {"Accuracy": plot_accuracy(collected, folder / f"accuracy{suffix}.png", theme)}
+    for index, found in enumerate(collected.trends, start=1):
+        drawn[found.trend.title] = plot_trend(found, folder / f"trend-{index}{suffix}.png", theme)
     if any("reward" in row for runs in collected.curves.values() for rows in runs for row in rows):
         drawn["Training"] = plot_curves(collected, folder / f"curves{suffix}.png", theme)
     drawn["Length and accuracy"] = plot_lengths(collected, folder / f"length{suffix}.png", theme)

@@ -28,6 +28,7 @@ from medvqa_rl.study.tables import (
     factor_rows,
     rows,
 )
+from medvqa_rl.study.trend_tables import trend_csv, trend_note, trend_rows, worth_note, worth_rows
 
 CAPTIONS = {
     "Accuracy": "Mean over seeds with its 95 % interval over seeds and images; circles are seeds.",
@@ -37,6 +38,7 @@ CAPTIONS = {
     "Reward parts and correctness": "Pearson's r within a step, averaged over the steps in which neither is constant; "
     "bars are means over seeds.",
 }
+TREND_CAPTION = "Means over seeds with 95 % intervals over seeds and images; the numbers are evenly spaced."
 MAX_SHOWN = 1200
 """Longest completion to show, in characters."""
 
@@ -69,6 +71,8 @@ class Content:
     tests: Sequence[Section]
     contrasts: Sequence[Section]
     """Two tests of the same questions compared."""
+    trends: Sequence[Section]
+    """Measures against a number in which arms differ."""
     factors: Sequence[Section]
     """The paper's tables beside ours."""
     figures: Sequence[FigureFile]
@@ -86,8 +90,9 @@ class Content:
 
 
 def write_study(collected: Collected, folder: Path) -> list[Path]:
-    """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv`` and
-    ``factor-NAME.csv`` (each also as ``.tex``), and the figures in ``figures/``, in a light and a dark version.
+    """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv``,
+    ``trend-NUMBER.csv`` (one number per line), ``worth-NUMBER.csv`` and ``factor-NAME.csv`` (each also as ``.tex``),
+    and the figures in ``figures/``, in a light and a dark version.
 
     Returns:
         The files.
@@ -103,7 +108,7 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         write(f"{name}.tex", as_latex(section.titles, section.body, caption))
         return section
 
-    tests, factors, contrasts = [], [], []
+    tests, factors, contrasts, trends = [], [], [], list[Section]()
     for name, arms in collected.tests.items():
         caption = f"{name}: {arms[0].num_questions} questions about {arms[0].num_clusters} images."
         tests.append(write_table(name, Section(caption, *rows(arms, recipe.baseline)), caption))
@@ -116,6 +121,15 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
     for number, (contrast, found) in enumerate(collected.contrasts, start=1):
         section = Section(contrast.title, *contrast_table(contrast, found))
         contrasts.append(write_table(f"contrast-{number}", section, f"{contrast.title}."))
+    for number, trend in enumerate(collected.trends, start=1):
+        section = Section(f"{trend.trend.title} ({trend.trend.test})", *trend_rows(trend), [trend_note(trend)])
+        trends.append(
+            write_table(f"trend-{number}", section, f"{trend.trend.title}. {trend_note(trend)}", trend_csv(trend))
+        )
+        if trend.worths:
+            title = f"{trend.trend.title}: worth in RL steps"
+            section = Section(title, *worth_rows(trend), worth_note(trend))
+            trends.append(write_table(f"worth-{number}", section, " ".join([f"{title}.", *worth_note(trend)])))
     light = write_figures(collected, folder / "figures")
     dark = write_figures(collected, folder / "figures", "dark", "-dark")
     written += [*light.values(), *dark.values()]
@@ -129,8 +143,11 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         title=recipe.title,
         tests=tests,
         contrasts=contrasts,
+        trends=trends,
         factors=factors,
-        figures=[FigureFile(title, path, dark[title], CAPTIONS[title]) for title, path in light.items()],
+        figures=[
+            FigureFile(title, path, dark[title], CAPTIONS.get(title, TREND_CAPTION)) for title, path in light.items()
+        ],
         parts=_correlation_section(collected.correlations),
         notes=_notes(collected),
         longest_wrong={
@@ -155,6 +172,8 @@ def _markdown(content: Content, folder: Path) -> str:
         lines.append("## Contrasts: the same questions under two conditions\n")
     for section in content.contrasts:
         lines += _section_lines(section, "###")
+    for section in content.trends:
+        lines += _section_lines(section, "##")
     lines += [f"{as_markdown_text(note)}\n" for note in content.notes]
     if content.factors:
         lines.append("## The paper's tables\n")

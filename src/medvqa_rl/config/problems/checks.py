@@ -215,6 +215,12 @@ def _rl_problems(config: Config) -> Iterator[tuple[str, ...]]:
             "data.answer_types",
             "rewards.open_correctness",
         )
+    if config.data.reasoning == "wrong":
+        yield (
+            "data.reasoning is wrong, which replaces the correct answers, but RL rewards correct answers: use it with "
+            "`medvqa-rl sft`, or set data.reasoning=reference.",
+            "data.reasoning",
+        )
     if not any(rewards.weights.values()) and not any(rewards.functions.values()):
         yield (
             "All reward weights are 0, so every completion would get the same reward: set rewards.format, "

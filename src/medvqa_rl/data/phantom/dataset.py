@@ -9,6 +9,7 @@ from typing import Literal
 from medvqa_rl.config import DataConfig
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.types import Sample
+from medvqa_rl.data.phantom.misreadings import misread
 from medvqa_rl.data.phantom.questions import FAMILIES, draw_sample
 from medvqa_rl.data.phantom.world import MODALITIES, VERSION
 
@@ -33,6 +34,7 @@ class PhantomDataset:
         config = self.config
         recipe = (VERSION, config.seed, self.split, config.scanner, *config.answer_types, *config.families)
         recipe += config.modalities
+        recipe += ("wrong reasoning",) if self._is_misread else ()
         return f"{address('phantom data set', *recipe, str(config.letter_skew), len(self)):016x}"
 
     @property
@@ -43,6 +45,10 @@ class PhantomDataset:
     def is_endless(self) -> bool:
         return len(self) == _ENDLESS
 
+    @property
+    def _is_misread(self) -> bool:
+        return self.config.reasoning == "wrong" and self.split == "train"
+
     def __len__(self) -> int:
         asked = {"train": self.config.num_train, "val": self.config.num_val, "test": self.config.num_test}
         return asked[self.split] or _SIZES[self.split]
@@ -50,7 +56,7 @@ class PhantomDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return draw_sample(
+        sample = draw_sample(
             seed=self.config.seed,
             split=self.split,
             index=index,
@@ -61,6 +67,7 @@ class PhantomDataset:
             letter_skew=self.config.letter_skew,
             questions_per_image=QUESTIONS_PER_IMAGE[self.split],
         )
+        return misread(sample) if self._is_misread else sample
 
 
 def load_phantom(config: DataConfig, split: Literal["train", "val", "test"]) -> PhantomDataset:

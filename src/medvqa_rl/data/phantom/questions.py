@@ -182,6 +182,11 @@ _ASK: dict[str, Callable[[Scene, AnswerType, Draws], Question | None]] = {
 }
 
 
+def ask(family: str, scene: Scene, answer_type: AnswerType, draws: Draws) -> Question | None:
+    """Draw a question of a family about a scene; None if the scene allows none with this type of answer."""
+    return _ASK[family](scene, answer_type, draws)
+
+
 def reason(scene: Scene, question: Question, letter: str | None, draws: Draws) -> str:
     """Write a reference reasoning of two to eight sentences: context, the supporting facts, optional remarks on normal
     parts, and the conclusion. With probability :data:`FLAW_RATE` it gets a flaw, but the conclusion stays correct."""
@@ -244,7 +249,7 @@ def draw_sample(
             continue
         for _ in range(20):
             family, answer_type = draws.pick(weighted_families), draws.pick(weighted_types)
-            question = _ASK[family](scene, answer_type, draws)
+            question = ask(family, scene, answer_type, draws)
             if question is not None:
                 break
         if question is not None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from medvqa_rl.core.text import number_of, shown
-from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, section
+from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, overlay, section
 
 Verb = Literal["none", "train", "sft"]
 """``none`` evaluates the model without training it."""
 VERBS: tuple[Verb, ...] = ("none", "train", "sft")
-_KEYS = ("verb", "from", "once", "seeds", "settings", "published")
+_KEYS = ("verb", "from", "once", "seeds", "settings", "published", "traces", "data_by_seed")
 _OWN_WEIGHTS = ("path", "adapter", "revision")
 """Model settings that select the weights."""
 
@@ -33,6 +33,20 @@ class Arm:
     model, or a start that the other arms share."""
     num_seeds: int | None = None
     """How many of the study's seeds it is trained with, the first ones; None is all."""
+    traces: int | None = None
+    """Number of questions with reference reasoning that a supervised arm learns; None takes all of its data."""
+    data_by_seed: bool = False
+    """Whether the cell's seed is added to ``data.seed`` of its training, so that each seed draws its own questions."""
+
+    def settings_of(self, base: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """The settings of the cell with a seed: those of the recipe, overlaid by the arm's."""
+        settings = overlay(overlay(base, self.settings), {"train": {"seed": seed}})
+        data = settings.get("data", {})
+        if self.traces is not None:
+            settings = overlay(settings, {"data": {"num_train": self.traces}})
+        if self.data_by_seed and isinstance(data, dict) and type(own := data.get("seed", 0)) is int:
+            settings = overlay(settings, {"data": {"seed": own + seed}})
+        return settings
 
     def own(self, seeds: Sequence[int]) -> Sequence[int]:
         """Its seeds among those of the study."""
@@ -82,14 +96,22 @@ def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
         raise ValueError(f"{where}, arm {name}, has once {shown(once)}, but must have true (one seed only) or false.")
     if num_seeds is not None and (type(num_seeds) is not int or num_seeds < 1 or once):
         raise ValueError(
-            f"{where}, arm {name}, has seeds {shown(num_seeds)}, but must have the number of the study's seeds to use, "
-            "at least 1, and no once."
+            f"{where}, arm {name}, has seeds {shown(num_seeds)}, but must have the number of the study's seeds to "
+            "use, at least 1, and no once."
         )
     if start is not None and not isinstance(start, str):
         raise ValueError(f"{where}, arm {name}, has from {shown(start)}, but must name one arm to start from.")
+    traces, by_seed = given.get("traces"), given.get("data_by_seed")
+    if traces is not None and (type(traces) is not int or traces < 1 or verb != "sft"):
+        raise ValueError(
+            f"{where}, arm {name}, has traces {shown(traces)}, but only an arm with verb sft learns reasoning, from a "
+            "whole number of questions of at least 1: remove traces, or set both."
+        )
+    if by_seed is not None and type(by_seed) is not bool:
+        raise ValueError(f"{where}, arm {name}, has data_by_seed {shown(by_seed)}, but must have true or false.")
     settings = section(where, f"arms.{name}.settings", given.get("settings"))
     is_once = bool(once) or (verb == "none" and start is None)
-    return Arm(name, cast(Verb, verb), settings, published, start, is_once, num_seeds)
+    return Arm(name, cast(Verb, verb), settings, published, start, is_once, num_seeds, traces, bool(by_seed))
 
 
 def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:

@@ -70,3 +70,12 @@ def sections(where: str, key: str, value: Any, content: str) -> list[Mapping[str
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise ValueError(f"{where} has {shown(value)} as {key}, but it must be a list of sections with {content}.")
     return value
+
+
+def overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Put nested settings over others; lists are replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result

@@ -14,7 +14,8 @@ tests:
 primary: home                      # the test whose table shows the published figures; defaults to the first
 contrasts: [...]                   # two tests of the same questions, or two arms, compared; see contrasts.py
 tables: [...]                      # the paper's tables, see factors.py
-quick: {seeds: [0], settings: {...}, tests: {...}}
+trends: [...]                      # measures against a number that arms differ in, see trends.py
+quick: {seeds: [0], settings: {...}, arms: {...}, tests: {...}}
 forecast: {seconds_per_step: {train: 0.6, sft: 0.5}, seconds_per_question: 0.05, seconds_per_start: 10}
 ```
 
@@ -38,16 +39,18 @@ from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
 from medvqa_rl.core.files import checkpoint_folder
 from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.arms import Arm, Verb, read_arms, with_starts
-from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, section
+from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, overlay, section
 from medvqa_rl.study.plan.contrasts import Contrast, read_contrasts
 from medvqa_rl.study.plan.factors import FactorTable, read_tables
 from medvqa_rl.study.plan.leaks import Pair, check_names
 from medvqa_rl.study.plan.names import check_made, settings_hash
+from medvqa_rl.study.plan.traces import check_traces
+from medvqa_rl.study.plan.trends import Trend, read_trends
 
 _PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
 _KEYS = (
-    *("baseline", "seeds", "settings", "arms", "tests", "primary", "contrasts", "tables", "quick", "forecast"),
-    *("title", "note"),
+    *("baseline", "seeds", "settings", "arms", "tests", "primary", "contrasts", "tables"),
+    *("trends", "quick", "forecast", "title", "note"),
 )
 _FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
 
@@ -118,6 +121,7 @@ class Recipe:
     """The test that the paper's tables show."""
     contrasts: tuple[Contrast, ...]
     tables: tuple[FactorTable, ...]
+    trends: tuple[Trend, ...]
     forecast: Forecast
     cells: tuple[Cell, ...]
 
@@ -164,7 +168,7 @@ def read_recipe(
     Args:
         path: the YAML file.
         output: folder of the study, which holds the cells.
-        quick: apply the seeds, settings and tests under ``quick``.
+        quick: apply the seeds, settings, arms and tests under ``quick``.
         overrides: ``key=value`` settings of every run; ``tests.NAME.key=value`` of one test, ``tests.NAME=null``
             leaves it out.
         only: names of arms, to which the baseline and the arms that they start from are added; defaults to all.
@@ -176,8 +180,12 @@ def read_recipe(
     where = f"The recipe {path}"
     check_keys(where, given, _KEYS)
     small = section(where, "quick", given.get("quick")) if quick else {}
-    check_keys(f"{where} under quick", small, ("seeds", "settings", "tests"))
-    arms = read_arms(where, section(where, "arms", given.get("arms")))
+    check_keys(f"{where} under quick", small, ("seeds", "settings", "arms", "tests"))
+    named = section(where, "arms", given.get("arms"))
+    small_arms = section(where, "quick.arms", small.get("arms"))
+    for name in small_arms:
+        check_name(f"{where} under quick", "arm", name, named)
+    arms = read_arms(where, overlay(named, small_arms))
     for name in only:
         check_name("--arms", "arm", name, arms)
     baseline = given.get("baseline")
@@ -186,7 +194,7 @@ def read_recipe(
     seeds = _seeds(where, small.get("seeds", given.get("seeds")))
 
     of_tests = [text for text in overrides if _key(text).startswith("tests.")]
-    base = _overlay(
+    base = overlay(
         section(where, "settings", given.get("settings")), section(where, "quick.settings", small.get("settings"))
     )
     base = merge(base, [parse_override(text) for text in overrides if text not in of_tests])
@@ -196,10 +204,11 @@ def read_recipe(
     for name in tests:
         check_folder_name(where, "a test", name)
     small_tests = section(where, "quick.tests", small.get("tests"))
-    tests = {
-        name: _overlay(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()
-    }
+    tests = {name: overlay(section(where, f"tests.{name}", settings), small_tests) for name, settings in tests.items()}
     contrasts = read_contrasts(where, given.get("contrasts"), tests, arms)
+    trends = read_trends(
+        where, given.get("trends"), list(arms), list(tests), str(given.get("primary", next(iter(tests))))
+    )
     tests = _override_tests(where, tests, of_tests)
     for name, test in tests.items():
         _check_path(where, name, base, test)
@@ -227,11 +236,14 @@ def read_recipe(
         primary=primary,
         contrasts=tuple(one for one in contrasts if {one.of, one.minus} <= (chosen if one.of_arms else tests.keys())),
         tables=read_tables(where, given.get("tables"), list(arms)),
+        trends=trends,
         forecast=_forecast(where, given.get("forecast")),
         cells=tuple(cell(arm, seed) for arm in arms.values() if arm.name in chosen for seed in arm.own(seeds)),
     )
     for one in recipe.cells:
         _check_results(one)
+    for one in {(one.arm.name, one.config.data): one for one in recipe.cells if one.arm.traces}.values():
+        check_traces(f"{where}, arm {one.arm.name},", one.arm.traces or 0, one.config)
     check_names(recipe.pairs)
     return recipe
 
@@ -290,21 +302,12 @@ def _check_path(where: str, name: str, base: Mapping[str, Any], test: Mapping[st
     own = test.get("data")
     if not isinstance(own, dict) or own.get("name", "phantom") == "phantom":
         return
-    data = _overlay(base, test)["data"]
+    data = overlay(base, test)["data"]
     if data.get("path") is None and data.get("hub") is None:
         raise ValueError(
             f"{where} tests on {name} (data.name {own['name']}), whose folder is not given: add "
             f"tests.{name}.data.path=FOLDER, or leave the test out with tests.{name}=null."
         )
-
-
-def _overlay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Put nested settings over others; lists are replaced."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        result[key] = _overlay(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def _forecast(where: str, given: Any) -> Forecast:
@@ -334,7 +337,7 @@ def _cell(
     tests: Mapping[str, Mapping[str, Any]],
     start: Cell | None,
 ) -> Cell:
-    settings = _overlay(_overlay(base, arm.settings), {"train": {"seed": seed}})
+    settings = arm.settings_of(base, seed)
     config = _build(f"{where}, arm {arm.name}", settings, _PURPOSES[arm.verb])
     if not config.train.eval_steps:
         # Tests do not affect training, so changing their settings must not rename the cell and train it again.
@@ -349,7 +352,7 @@ def _cell(
     made = []
     test_settings = settings | {"data": base.get("data") or {}}
     for name, change in tests.items():
-        test = _build(f"{where}, arm {arm.name}, test {name}", _overlay(test_settings, change), "eval")
+        test = _build(f"{where}, arm {arm.name}, test {name}", overlay(test_settings, change), "eval")
         made.append(Test(name, with_folder(test), folder / "eval" / f"{name}-{settings_hash(test, after)}"))
     return Cell(arm, seed, with_folder(config), folder, tuple(made), start)
 

@@ -1,0 +1,197 @@
+"""Compute the trends of a study: measures of series of arms, with intervals over seeds and images.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.intervals_and_tests import LEVELS, SeededInterval
+from medvqa_rl.report.runs import Row
+from medvqa_rl.study.plan.trends import Trend
+from medvqa_rl.study.steps_worth import Worth, accuracy_curve, steps_worth
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a finished cell gives to a trend."""
+
+    seed: int
+    is_once: bool
+    """Whether the arm has a single cell, which every seed of the others is compared with."""
+    records: Sequence[EvalRecord]
+    """Of the trend's test."""
+    rows: Sequence[Row]
+    """Of metrics.jsonl; empty if untrained."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The measures at one number of a series, or of a difference of two series."""
+
+    series: str
+    x: float
+    values: Mapping[str, SeededInterval]
+    """By metric; NaN where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class TrendResult:
+    """A trend with its numbers."""
+
+    trend: Trend
+    points: tuple[Point, ...]
+    differences: tuple[Point, ...]
+    worths: Mapping[float, Worth]
+    """Number -> worth in RL steps; empty unless asked for."""
+
+
+def _judged(record: EvalRecord) -> float | None:
+    return None if record.verdict is None else record.is_well_formed + record.verdict
+
+
+_VALUES: Mapping[str, Callable[[EvalRecord], float | None]] = {
+    "accuracy": lambda record: record.is_correct,
+    "faithfulness": lambda record: record.faithfulness,
+    "thinking": _judged,
+    "length": lambda record: record.num_tokens,
+    "format": lambda record: record.is_well_formed,
+    "length_wrong": lambda record: None if record.is_correct else record.num_tokens,
+    "length_right": lambda record: record.num_tokens if record.is_correct else None,
+}
+"""The value of an answer; None where it has none, which its mean leaves out."""
+
+_TERMS: Mapping[str, tuple[tuple[str, int], ...]] = {
+    **{name: ((name, 1),) for name in _VALUES},
+    "length_bias": (("length_wrong", 1), ("length_right", -1)),
+}
+"""Metric -> the means that it adds up, with their signs."""
+
+
+def late_entropy(rows: Sequence[Row]) -> float:
+    """Mean entropy per token in nats over the last fifth of the steps that logged it; NaN if none did."""
+    logged = [row["entropy"] for row in rows if "entropy" in row]
+    return fmean(logged[-max(1, len(logged) // 5) :]) if logged else math.nan
+
+
+def trend_result(
+    trend: Trend, arms: Mapping[str, Sequence[Answered]], *, resamples: int, seed: int = 0
+) -> TrendResult:
+    """Compute a trend from the finished cells; numbers whose arm has none are left out.
+
+    A metric of a cell is a mean over its answers, ``length_bias`` the mean tokens of wrong minus those of right
+    answers, and ``entropy`` :func:`late_entropy` of its training. A point is the mean over seeds. Differences are
+    paired by seed; an arm with one cell is paired with every seed of the other. Intervals are 95 % percentiles over
+    resamples of seeds and, independently, of images (Owen 2007), with the same draws for all points.
+
+    Args:
+        trend: the series.
+        arms: the finished cells of every arm that has one; all answered the same questions.
+        resamples: of the bootstrap.
+        seed: of NumPy's PCG64 generator.
+    """
+    found = [cell for cells in arms.values() for cell in cells]
+    keys = list(dict.fromkeys(record.image_key for record in found[0].records))
+    generator = np.random.Generator(np.random.PCG64(seed))
+    drawn = generator.multinomial(len(keys), [1 / len(keys)] * len(keys), size=resamples).astype(np.float64)
+    every = np.vstack([np.ones(len(keys)), drawn])  # the first row is the sample itself
+
+    def means(cell: Answered, metric: str) -> Floats:
+        """(1 + R,) the metric of a cell, then of its resampled images."""
+        if metric == "entropy":
+            return np.full(len(every), late_entropy(cell.rows))
+        total = np.zeros(len(every))
+        for name, sign in _TERMS[metric]:
+            sums = dict.fromkeys(keys, (0.0, 0))
+            for record in cell.records:
+                value = _VALUES[name](record) if record.is_scored else None
+                if value is not None:
+                    added, counted = sums[record.image_key]
+                    sums[record.image_key] = (added + value, counted + 1)
+            added_up, counts = (every @ np.array(column, dtype=np.float64) for column in zip(*sums.values()))
+            with np.errstate(invalid="ignore"):
+                total += sign * added_up / counts
+        return total
+
+    @cache
+    def of(arm: str, index: int, metric: str) -> Floats:
+        return means(arms[arm][index], metric)
+
+    @cache
+    def weights(num_seeds: int) -> Floats:
+        """(1 + R, S) how often each seed is drawn; once in the first row."""
+        seeds = np.random.Generator(np.random.PCG64([seed, num_seeds]))
+        counts = seeds.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=resamples)
+        return np.vstack([np.ones(num_seeds), counts])
+
+    def interval(columns: Sequence[Floats]) -> SeededInterval:
+        values = (weights(len(columns)) * np.stack(columns, axis=1)).sum(axis=1) / len(columns)
+        resampled = values[1:][~np.isnan(values[1:])]
+        if math.isnan(values[0]) or len(resampled) < 2 or len(keys) < 2:
+            return SeededInterval(float(values[0]), math.nan, math.nan, math.nan)
+        low, high = np.quantile(resampled, LEVELS)
+        return SeededInterval(float(values[0]), float(low), float(high), float(resampled.std(ddof=1)))
+
+    def point(name: str, x: float, arm: str) -> Point:
+        indices = range(len(arms[arm]))
+        return Point(name, x, {m: interval([of(arm, index, m) for index in indices]) for m in trend.metrics})
+
+    def difference(name: str, x: float, one: str, other: str) -> Point:
+        pairs = _pairs(arms[one], arms[other])
+        values = {m: interval([of(one, a, m) - of(other, b, m) for a, b in pairs]) for m in trend.metrics}
+        return Point(name, x, values)
+
+    differences = [
+        (f"{one} minus {other}", x, arm, trend.series[other][x])
+        for one, other in trend.differences
+        for x, arm in trend.series[one].items()
+        if x in trend.series[other]
+    ]
+    return TrendResult(
+        trend=trend,
+        points=tuple(
+            point(name, x, arm) for name, series in trend.series.items() for x, arm in series.items() if arm in arms
+        ),
+        differences=tuple(
+            difference(name, x, arm, other)
+            for name, x, arm, other in differences
+            if arm in arms and other in arms and _pairs(arms[arm], arms[other])
+        ),
+        worths=_worths(trend, arms, resamples),
+    )
+
+
+def _pairs(one: Sequence[Answered], other: Sequence[Answered]) -> list[tuple[int, int]]:
+    """Indices of the cells of two arms with the same seed."""
+    if one[0].is_once or other[0].is_once:
+        last = len(one) - 1, len(other) - 1
+        return [(min(index, last[0]), min(index, last[1])) for index in range(1 + max(last))]
+    seeds = {cell.seed: index for index, cell in enumerate(other)}
+    return [(index, seeds[cell.seed]) for index, cell in enumerate(one) if cell.seed in seeds]
+
+
+def _worths(trend: Trend, arms: Mapping[str, Sequence[Answered]], resamples: int) -> dict[float, Worth]:
+    if trend.steps_worth is None:
+        return {}
+    found = {}
+    for x, arm in trend.series[trend.steps_worth.series].items():
+        if arm not in arms or trend.steps_worth.reference not in arms:
+            continue
+        cells, reference = arms[arm], arms[trend.steps_worth.reference]
+        pairs = _pairs(cells, reference)
+        curves = [(accuracy_curve(cells[a].rows), accuracy_curve(reference[b].rows)) for a, b in pairs]
+        worth = steps_worth([one for one, _ in curves], [other for _, other in curves], resamples=resamples)
+        if worth is not None and x > 0:
+            found[x] = worth
+    return found

@@ -1,0 +1,129 @@
+"""Trends against numbers computed by hand, and their files.
+
+Run: pytest tests/study/test_trends.py
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cells import OUTCOMES, store, write
+from PIL import Image
+
+from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.intervals_and_tests import seeds_and_clusters_bootstrap
+from medvqa_rl.study.collect import Collected, collect
+from medvqa_rl.study.output import write_study
+from medvqa_rl.study.plan.recipe import Cell, read_recipe
+from medvqa_rl.study.trends import Answered, late_entropy, trend_result
+from tests.records import make_record
+
+TREND: dict[str, Any] = {
+    "title": "Cold start",
+    "x": "reasonings",
+    "metrics": ["accuracy", "faithfulness", "thinking", "length_bias", "entropy"],
+    "series": {"warm-up": {"50": "sft", "0": "zero_shot"}, "GRPO": {"50": "grpo"}},
+    "differences": [["GRPO", "warm-up"]],
+    "steps_worth": {"series": "GRPO", "reference": "grpo"},
+}
+
+
+def varied(cell: Cell, record: EvalRecord) -> EvalRecord:
+    """Claims in two of three answers, verdicts, and lengths that depend on the question and the seed."""
+    number = int(record.sample_id)
+    share = None if number % 3 == 0 else (0.25 if cell.arm.name == "sft" else 0.5)
+    verdict = float(number % 2)
+    return replace(record, faithfulness=share, verdict=verdict, verdict_by="j", num_tokens=10 + number + cell.seed)
+
+
+def logged(cell: Cell) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"step": step, "step_time": 2.0, "entropy": 0.1 * step} for step in range(1, 6)]
+    return [{"step": 0, "eval/accuracy": 0.5}, *rows, {"step": 5, "eval/accuracy": 0.7 + 0.1 * cell.seed}]
+
+
+@pytest.fixture
+def collected(given: dict[str, Any], tmp_path: Path) -> Collected:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given | {"trends": [TREND]}), tmp_path / "study")
+    store(recipe, OUTCOMES, change=varied, rows=logged)
+    return collect(recipe)
+
+
+def test_points_are_means_over_seeds(collected: Collected) -> None:
+    (found,) = collected.trends
+    points = {(point.series, point.x): point.values for point in found.points}
+    assert list(points) == [("warm-up", 0), ("warm-up", 50), ("GRPO", 50)]
+    sft = points["warm-up", 50]
+    assert sft["accuracy"].estimate == pytest.approx((6 / 11 + 6 / 11) / 2)
+    assert sft["faithfulness"].estimate == 0.25 and points["GRPO", 50]["faithfulness"].estimate == 0.5
+    assert sft["thinking"].estimate == pytest.approx(5 / 11)  # not well-formed; odd questions are coherent
+    biases = []
+    for seed in (0, 1):
+        lengths: dict[str, list[int]] = {"0": [], "1": []}
+        for number, flag in enumerate(OUTCOMES["sft", seed]):
+            lengths[flag].append(10 + number + seed)
+        biases.append(np.mean(lengths["0"]) - np.mean(lengths["1"]))
+    assert sft["length_bias"].estimate == pytest.approx(np.mean(biases))
+    assert sft["entropy"].estimate == pytest.approx(0.5) and math.isnan(points["warm-up", 0]["entropy"].estimate)
+    assert points["warm-up", 0]["accuracy"].estimate == pytest.approx(0.2)  # one answer is unscored
+
+
+def test_differences_are_paired_by_seed(collected: Collected) -> None:
+    (found,) = collected.trends
+    (point,) = found.differences
+    assert (point.series, point.x) == ("GRPO minus warm-up", 50)
+    expected = [(OUTCOMES["grpo", seed].count("1") - OUTCOMES["sft", seed].count("1")) / 11 for seed in (0, 1)]
+    assert point.values["accuracy"].estimate == pytest.approx(np.mean(expected))
+    assert point.values["faithfulness"].estimate == point.values["faithfulness"].low == 0.25  # in every resample
+
+
+def test_intervals_agree_with_the_bootstrap_of_the_tables(collected: Collected) -> None:
+    """The same resampling in two implementations with different draws."""
+    generator = np.random.default_rng(0)
+    flags = generator.random((3, 200)) < np.array([[0.5], [0.6], [0.7]])
+    records = [
+        [make_record(sample_id=str(i), image_key=str(i // 2), is_correct=bool(flag)) for i, flag in enumerate(row)]
+        for row in flags
+    ]
+    cells = [Answered(seed, False, row, ()) for seed, row in enumerate(records)]
+    trend = replace(collected.trends[0].trend, metrics=("accuracy",), differences=(), steps_worth=None)
+    found = trend_result(trend, {"grpo": cells}, resamples=4000).points[0].values["accuracy"]
+    table = seeds_and_clusters_bootstrap({"a": flags}, [str(i // 2) for i in range(200)], resamples=4000, seed=5)["a"]
+    assert found.estimate == pytest.approx(table.estimate)
+    assert found.standard_error == pytest.approx(table.standard_error, rel=0.06)
+    assert found.low == pytest.approx(table.low, abs=0.01) and found.high == pytest.approx(table.high, abs=0.01)
+
+
+def test_late_entropy_is_that_of_the_last_fifth() -> None:
+    assert late_entropy([{"step": step, "entropy": float(step)} for step in range(10)]) == 8.5
+    assert late_entropy([{"step": 0, "entropy": 0.3}]) == 0.3 and math.isnan(late_entropy([{"step": 0}]))
+
+
+def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> None:
+    written = {path.name: path for path in write_study(collected, tmp_path / "tables")}
+    lines = list(csv.DictReader(written["trend-1.csv"].open(encoding="utf-8")))
+    assert len(lines) == 5 * 4
+    (line,) = [one for one in lines if (one["series"], one["metric"]) == ("GRPO minus warm-up", "faithfulness")]
+    assert [line["reasonings"], line["value"], line["low"], line["high"]] == ["50", "25", "25", "25"]
+    (worth,) = csv.DictReader(written["worth-1.csv"].open(encoding="utf-8"))
+    # Both seeds start at 50 %, where the same curves begin: 0 steps.
+    assert [worth["reasonings"], worth["worth in RL steps"]] == ["50", "0 [0, 0]"]
+    with Image.open(written["trend-1.png"]) as light, Image.open(written["trend-1-dark.png"]) as dark:
+        assert light.size == dark.size and light.width > 1000
+    for page in (written["study.md"].read_text(), written["study.html"].read_text()):
+        assert (
+            "Cold start (home)" in page and "Cold start: worth in RL steps" in page and "+25.0 [+25.0, +25.0]" in page
+        )
+
+
+def test_arms_without_a_finished_cell_are_left_out(given: dict[str, Any], tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path / "tiny.yaml", given | {"trends": [TREND]}), tmp_path / "study")
+    store(recipe, {key: flags for key, flags in OUTCOMES.items() if key[0] != "sft"}, change=varied, rows=logged)
+    (found,) = collect(recipe).trends
+    assert [(point.series, point.x) for point in found.points] == [("warm-up", 0), ("GRPO", 50)]
+    assert found.differences == ()
