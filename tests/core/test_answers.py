@@ -18,7 +18,7 @@ from medvqa_rl.core.prompts import (
     as_asked,
     render_answer,
 )
-from medvqa_rl.core.text import neutralise, normalise
+from medvqa_rl.core.text import neutralise, normalise, without_invisible
 from medvqa_rl.core.types import LETTERS, AnswerType, Sample
 
 OPTIONS = ("pleural effusion", "no finding", "mass", "mass")
@@ -261,9 +261,19 @@ def test_any_text_is_parsed_without_contradiction(text: str) -> None:
 def test_rendered_completions_are_parsed_back(think: str, answer: str) -> None:
     parsed = parse_completion(render_answer(think, answer))
     expected = neutralise(think.strip())[0], neutralise(answer.strip())[0]
-    assert (parsed.think or "", parsed.answer or "") == expected
-    assert parsed.is_well_formed == all(expected)
     assert parse_completion(render_answer(think, answer, "direct"), "direct").answer == (expected[1] or None)
+    shown = tuple(text if without_invisible(text).strip() else "" for text in expected)
+    assert (parsed.think or "", parsed.answer or "") == shown
+    assert parsed.is_well_formed == all(shown)
+
+
+@pytest.mark.parametrize("nothing", ["\u200b", "\u00ad \u2060", "\u202e\u202c", "\u2066\n\u2069", "\ufeff"])
+def test_a_section_of_invisible_characters_is_empty(nothing: str) -> None:
+    """They cost tokens, and would be rewarded as reasoning in the right format."""
+    parsed = parse_completion(f"<think>{nothing}</think><answer>B</answer>")
+    assert parsed.think is None and parsed.answer == "B" and not parsed.is_well_formed
+    assert parse_completion(f"<think>x</think><answer>{nothing}</answer>").answer is None
+    assert parse_completion(f"<think>x{nothing}</think><answer>B</answer>").think == f"x{nothing}".strip()
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,8 @@ def test_ranges() -> None:
         ("hypertension", "hyper\u00adtension"),
         ("yes", "\u201cYes\u201d"),
         ("yes", "Yes\u200b"),
+        ("yes", "\u200fYes\u200e"),
+        ("no", "\u2066no\u2069"),
         ("肺", "肺。"),
         ("left lung", "ｌｅｆｔ　ｌｕｎｇ"),
         ("strasse", "Straße"),

@@ -187,6 +187,7 @@ def test_the_overlong_penalty_by_hand(length: int, limit: int, buffer: float, re
         ("yes yes yes yes", 2, -2 / 3),
         ("no mass. no mass. no cyst.", 2, -2 / 5),  # of five pairs "no mass." and "mass. no" come twice
         ("a\nb\ta  b", 2, -1 / 3),
+        ("y\u200bes \u202dyes\u202c yes\u200f ye\u00ads", 1, -0.75),  # invisible characters make no word new
     ],
 )
 def test_the_repetition_penalty_by_hand(text: str, size: int, penalty: float) -> None:

@@ -27,6 +27,7 @@ from medvqa_rl.rewards.statements import distinct, split_statements
         ("Step 1: look.\nStep 2. See a mass.", ["look.", "See a mass."], 2),
         ("- A mass\n* **a mass**\n\u2022 The mass;", ["A mass", "**a mass**", "The mass;"], 1),
         ("The mass is left. Left is the mass.", ["The mass is left.", "Left is the mass."], 2),
+        ("A mass. A ma\u200ess. A m\u2060ass.", ["A mass.", "A ma\u200ess.", "A m\u2060ass."], 1),
         ("A cyst, small. Small cyst.", ["A cyst, small.", "Small cyst."], 1),  # the order of words does not count
         (
             "\u9aa8\u6298\u3067\u3059\u3002\u6b63\u5e38\u3002",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from medvqa_rl.core.prompts import ALL_TAGS, SECTIONS, as_asked
-from medvqa_rl.core.text import as_written, normalise, parts
+from medvqa_rl.core.text import as_written, normalise, parts, without_invisible
 from medvqa_rl.core.types import (
     DEFAULT_WORDING,
     LETTERS,
@@ -42,12 +42,13 @@ class ParsedAnswer:
 
 
 def _section(text: str, tag: Tag) -> str | None:
-    """Return the stripped, non-empty text between two tags that occur exactly once and in order, else None."""
+    """Return the stripped text between two tags that occur exactly once and in order; None if it shows nothing."""
     opening, closing = tag
     if text.count(opening) != 1 or text.count(closing) != 1:
         return None
     start, end = text.index(opening) + len(opening), text.index(closing)
-    return text[start:end].strip() or None if start <= end else None
+    found = text[start:end].strip() if start <= end else ""
+    return found if without_invisible(found).strip() else None
 
 
 def parse_completion(

@@ -30,12 +30,17 @@ def neutralise(text: str) -> tuple[str, int]:
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
+_INVISIBLE = dict.fromkeys(
+    (0xAD, 0x61C, 0x180E, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF)
+)
+"""Soft hyphen, zero-width characters and marks of direction, to be deleted by ``str.translate``."""
 _TYPOGRAPHY = str.maketrans(
     {
         **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u02bc\u00b4", "'"),
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"),
-        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff*`"),  # invisible characters and markup: deleted
+        **dict.fromkeys(_INVISIBLE),
+        **dict.fromkeys("*`"),  # markup
     }
 )
 _EDGES = " .,;:!?\"'()[]{}$_\u3001\u3002\u3010\u3011\u300c\u300d\u300e\u300f\u300a\u300b\u3008\u3009\u30fb"
@@ -43,12 +48,17 @@ _EDGES = " .,;:!?\"'()[]{}$_\u3001\u3002\u3010\u3011\u300c\u300d\u300e\u300f\u30
 _LATEX = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)(?![a-z])")
 
 
+def without_invisible(text: str) -> str:
+    """Text without zero-width characters, soft hyphens and marks of direction."""
+    return text.translate(_INVISIBLE)
+
+
 def plain(text: str) -> str:
     """Fold what is typography and not meaning, and neutralise control strings as in the prompt.
 
     Unicode NFKC with case folding (full-width forms, ligatures, composed accents, the micro sign), straight quotes and
-    hyphens for typographic ones, no zero-width characters and soft hyphens, no Markdown emphasis, no LaTeX commands
-    such as ``\\boxed`` (their braces are punctuation). White space becomes single spaces.
+    hyphens for typographic ones, no invisible characters (:func:`without_invisible`), no Markdown emphasis, no LaTeX
+    commands such as ``\\boxed`` (their braces are punctuation). White space becomes single spaces.
     """
     previous = None
     while text != previous:  # folding one character may compose it with the next

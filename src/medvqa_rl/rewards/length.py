@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from medvqa_rl.core.text import without_invisible
+
 
 def extended_chain(num_tokens: int, target: int) -> float:
     """ECR, extended chain reward: min(1, L / L_target), from 0 to 1, whether or not the answer is correct.
@@ -106,14 +108,14 @@ def repetition_penalty(text: str, size: int) -> float:
     """N-gram repetition penalty (arXiv 2502.03373, appendix): minus the share of n-grams that repeat an earlier one,
     -(1 - distinct n-grams / n-grams), from -1 to 0.
 
-    Words are separated by white space and compared in lower case; a text with fewer than ``size`` words gets 0. Unlike
-    in the paper, correct answers are not exempt: repetition is padding in any case.
+    Words are separated by white space and compared in lower case, without invisible characters; a text with fewer
+    than ``size`` words gets 0. Unlike in the paper, correct answers are not exempt: repetition is padding in any case.
 
     Args:
         text: the completion without its tags.
         size: n, words per n-gram.
     """
-    words = text.lower().split()
+    words = without_invisible(text).lower().split()
     grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
