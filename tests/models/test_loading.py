@@ -13,7 +13,7 @@ from medvqa_rl.config import LoraConfig, ModelConfig
 from medvqa_rl.core.types import Wording
 from medvqa_rl.models.checkpoints import model_for, write_model
 from medvqa_rl.models.families.parts import backbone
-from medvqa_rl.models.loading import load_policy, resolve_device, resolve_folder
+from medvqa_rl.models.loading import load_policy, load_processor, resolve_device, resolve_folder
 from medvqa_rl.models.reference import load_reference
 
 BOTH = pytest.mark.parametrize("arch", ["qwen2_vl", "qwen2_5_vl"])
@@ -225,6 +225,22 @@ def test_missing_folder(tmp_path):
             resolve_folder(path)
     with pytest.raises(ValueError, match=r"has no config.json"):
         load_policy(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_processor_loads_without_weights(tiny_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("qwen2_vl"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = []
+    monkeypatch.setattr("medvqa_rl.models.loading.snapshot", lambda *args, **kwargs: asked.append(args) or folder)
+    stored = load_policy(ModelConfig(path=str(tiny_folder("qwen2_vl")), device="cpu")).processor
+    for path in (str(folder), "someone/model"):
+        found = load_processor(ModelConfig(path=path))
+        assert found.encode_completion("<think>x</think>") == stored.encode_completion("<think>x</think>")
+    assert asked == [("someone/model", ("*.json", "*.txt", "*.jinja"))]  # no weights are downloaded
+    (folder / "prompt.json").write_text('{"system": "Be brief."}')
+    assert load_processor(ModelConfig(path=str(folder))).wording == Wording(system="Be brief.")
+    with pytest.raises(ValueError, match=r"no such folder"):
+        load_processor(ModelConfig(path="absent"))
 
 
 def test_an_unreachable_hub_is_reported(monkeypatch, tmp_path):

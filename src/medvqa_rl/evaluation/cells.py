@@ -49,7 +49,8 @@ from medvqa_rl.evaluation.statistics.tables import controls_table, protocols_tab
 from medvqa_rl.evaluation.store import RecordFile, Shard, agree, hold_shard, read_identity
 from medvqa_rl.models.checkpoints import with_checkpoint
 from medvqa_rl.models.fingerprint import weights_fingerprint
-from medvqa_rl.models.loading import Policy, load_policy, resolve_device, trained_wording
+from medvqa_rl.models.loading import Policy, load_policy, resolve_device
+from medvqa_rl.models.processor import trained_wording
 from medvqa_rl.models.summary import describe
 from medvqa_rl.rewards.judges import Judge, JudgeIdentity
 from medvqa_rl.rewards.judges.load import notices, overlap

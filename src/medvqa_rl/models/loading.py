@@ -6,6 +6,7 @@ A policy is a plain Hugging Face model, or a PEFT model around it, with the untr
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -28,19 +29,19 @@ from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snap
 from medvqa_rl.core.files import read_json
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
-from medvqa_rl.core.types import DEFAULT_WORDING, Wording
 from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families import family_for, family_of, supported
 from medvqa_rl.models.families.family import Family
 from medvqa_rl.models.families.parts import causal_model
 from medvqa_rl.models.families.shared import SharedFamily
 from medvqa_rl.models.prefix.group_attention import use_group_attention
-from medvqa_rl.models.processor import WORDING_FILE, Processor
+from medvqa_rl.models.processor import Processor, trained_wording
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_size
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+_TEXTS = ("*.json", "*.txt", "*.jinja")
+_HUB_FILES = (*_TEXTS, "*.safetensors")
 
 
 @dataclass
@@ -85,32 +86,28 @@ def load_policy(config: ModelConfig) -> Policy:
                 "model.attention is flash_attention_2, which cannot let the tokens of an image attend to each other "
                 f"as {family.title} does: set it to sdpa."
             )
-        # Before the weights, which take longest: a wrong chat template is found at once.
-        processor = Processor.from_folder(
-            folder, family, adapter=config.adapter, min_pixels=config.min_pixels, max_pixels=config.max_pixels
-        )
-        processor.use(trained_wording(config.adapter, folder))
+        processor = _processor(folder, family, config)  # before the weights: a wrong chat template is found at once
         model = _load_weights(folder, settings, family, config, device)
         return make_policy(model, processor, config, device)
 
 
-def trained_wording(*folders: str | Path | None) -> Wording:
-    """The words and tags that a checkpoint was trained with: of the first folder that records them, else the default.
+def load_processor(config: ModelConfig) -> Processor:
+    """Load the processor of the configured model, without weights and without downloading any.
 
     Raises:
-        ValueError: the file that records them is damaged.
+        ValueError: as :func:`load_policy`.
     """
-    for folder in folders:
-        file = Path(folder or "") / WORDING_FILE
-        if folder is not None and file.is_file():
-            try:
-                return TypeAdapter(Wording).validate_json(file.read_bytes())
-            except ValidationError as error:
-                raise ValueError(
-                    f"{file}, which records the prompt that this model was trained with, is damaged: restore it, or "
-                    "remove it and set prompt.system, prompt.instruction and prompt.tags."
-                ) from error
-    return DEFAULT_WORDING
+    with waiting(f"loading the tokenizer of {config.path}"):
+        folder = resolve_folder(config.path, config.revision, files=_TEXTS)
+        return _processor(folder, _read_architecture(folder)[1], config)
+
+
+def _processor(folder: Path, family: Family, config: ModelConfig) -> Processor:
+    processor = Processor.from_folder(
+        folder, family, adapter=config.adapter, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+    )
+    processor.use(trained_wording(config.adapter, folder))
+    return processor
 
 
 def make_policy(
@@ -155,7 +152,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
 
 
-def resolve_folder(path: str, revision: str | None = None) -> Path:
+def resolve_folder(path: str, revision: str | None = None, *, files: Sequence[str] = _HUB_FILES) -> Path:
     """The local folder of a checkpoint: an embedded ``phantom:NAME``, a folder, or a snapshot of a Hub repository.
 
     Hub files come from the local cache if the Hub cannot be reached.
@@ -170,7 +167,7 @@ def resolve_folder(path: str, revision: str | None = None) -> Path:
         return folder
     refuse_missing_folder(path)
     try:
-        return snapshot(path, _HUB_FILES, revision=revision)
+        return snapshot(path, files, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ValueError(

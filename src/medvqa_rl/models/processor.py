@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from medvqa_rl.core.prompts import render_prompt
@@ -356,3 +357,22 @@ class Processor:
         if self.wording != DEFAULT_WORDING:
             words = json.dumps(asdict(self.wording), indent=2, ensure_ascii=False)
             (folder / WORDING_FILE).write_text(words + "\n", encoding="utf-8")
+
+
+def trained_wording(*folders: str | Path | None) -> Wording:
+    """The words and tags that a checkpoint was trained with: of the first folder that records them, else the default.
+
+    Raises:
+        ValueError: the file that records them is damaged.
+    """
+    for folder in folders:
+        file = Path(folder or "") / WORDING_FILE
+        if folder is not None and file.is_file():
+            try:
+                return TypeAdapter(Wording).validate_json(file.read_bytes())
+            except ValidationError as error:
+                raise ValueError(
+                    f"{file}, which records the prompt that this model was trained with, is damaged: restore it, or "
+                    "remove it and set prompt.system, prompt.instruction and prompt.tags."
+                ) from error
+    return DEFAULT_WORDING

@@ -160,7 +160,8 @@ class Asker:
         settings = config.model
         use_threads(settings.path)
         from medvqa_rl.models.checkpoints import with_checkpoint
-        from medvqa_rl.models.loading import load_policy, trained_wording
+        from medvqa_rl.models.loading import load_policy
+        from medvqa_rl.models.processor import trained_wording
 
         if model != "initial":
             settings = with_checkpoint(settings, folder)
