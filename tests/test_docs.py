@@ -37,6 +37,7 @@ SMALL = {
     "rollout.num_generations=2 rollout.max_completion_length=16 data.num_val=4",
     "eval": "rollout.max_completion_length=16 data.num_test=6 data.num_val=4 eval.bootstrap=50",
     "calibrate": "--count 8",
+    "rewards": "--questions 2",
 }
 """What is added to a command, by verb, so that it ends within seconds."""
 

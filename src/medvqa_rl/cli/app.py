@@ -26,6 +26,7 @@ from medvqa_rl.cli.init.verb import init
 from medvqa_rl.cli.judge.verbs import judge_app
 from medvqa_rl.cli.phantom import phantom_app
 from medvqa_rl.cli.report import report
+from medvqa_rl.cli.rewards import rewards_app
 from medvqa_rl.cli.serve.verb import serve
 from medvqa_rl.cli.study import study_app
 from medvqa_rl.cli.train import sft, train
@@ -64,6 +65,7 @@ for function, name in (
 for group, name in (
     (data_app, "data"),
     (config_app, "config"),
+    (rewards_app, "rewards"),
     (judge_app, "judge"),
     (study_app, "study"),
     (phantom_app, "phantom"),

@@ -209,6 +209,22 @@ def read_settings(path: Path, overrides: Sequence[str], *, purpose: Purpose) -> 
     return loaded
 
 
+def run_folder(path: Path) -> Path | None:
+    """The run directory that an argument names; None for a config.
+
+    Raises:
+        ValueError: it is a folder, but not that of a run.
+    """
+    if not path.is_dir():
+        return None
+    if not (path / "config.yaml").is_file():
+        raise ValueError(
+            f"The folder {path} is not a run directory, because it has no config.yaml: give the output_dir of a "
+            "training run, or a YAML config."
+        )
+    return path
+
+
 def use_threads(model: str | None, *, processes: int = 1, records: Iterable[Path] = ()) -> None:
     """Before torch is loaded: check the releases of the packages that compute, choose the number of CPU threads and
     print it. A number that the user set is used as is.

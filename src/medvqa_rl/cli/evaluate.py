@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, use_threads, verb
+from medvqa_rl.cli.common import DryRun, Overrides, Split, read_settings, run_folder, use_threads, verb
 from medvqa_rl.core.progress import open_console, print_line
 
 RunOrConfig = Annotated[
@@ -72,12 +72,7 @@ def evaluate(
     from medvqa_rl.evaluation.store import Shard
 
     given = [*(overrides or ()), *([] if samples is None else [f"eval.num_samples={samples}"])]
-    run = config if config.is_dir() else None
-    if run is not None and not (run / "config.yaml").is_file():
-        raise ValueError(
-            f"The folder {run} is not a run directory, because it has no config.yaml: give the output_dir of a "
-            "training run, or a YAML config."
-        )
+    run = run_folder(config)
     if run is not None and checkpoint is None:
         checkpoint = find_checkpoint(run)
         if note := note_on_best(run):

@@ -1,0 +1,1 @@
+"""How much a wrong answer can get from the rewards. Imports no torch."""
