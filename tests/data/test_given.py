@@ -188,10 +188,16 @@ def test_splits_and_ids_are_kept_apart(tmp_path: Path) -> None:
 
 def test_settings_of_other_data_sets_are_dropped(tmp_path: Path) -> None:
     config = DataConfig(
-        scanner="unseen", letter_skew=0.5, modalities=("CT",), max_dropped=0.5, answers_as="set", seed=3
+        scanner="unseen",
+        home_share=0.1,
+        letter_skew=0.5,
+        modalities=("CT",),
+        max_dropped=0.5,
+        answers_as="set",
+        seed=3,
     )
     found = stored(tmp_path, config)
-    assert (found.scanner, found.letter_skew, found.modalities) == ("home", 0.0, ())
+    assert (found.scanner, found.home_share, found.letter_skew, found.modalities) == ("home", 0.0, 0.0, ())
     assert (found.max_dropped, found.answers_as, found.seed) == (0.5, "set", 3)
 
 

@@ -219,6 +219,37 @@ def test_an_incompatible_adapter_is_refused(tiny_policy, tiny_folder, tmp_path):
             load()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_weights_are_averaged(share, tiny_policy, tiny_folder, tmp_path):
+    """Every weight once, also tied ones, and in float32."""
+    trained = tiny_policy(train_vision=True, train_projector=True)
+    shake(trained)
+    write_model(trained, tmp_path / "trained")
+    start = load_policy(ModelConfig(path=str(tiny_folder("qwen2_vl")), device="cpu"))
+    config = ModelConfig(
+        path=str(tmp_path / "trained"), average_with=str(tiny_folder("qwen2_vl")), average_weight=share, device="cpu"
+    )
+    averaged = dict(load_policy(config).model.named_parameters())
+    others = dict(start.model.named_parameters())
+    assert any(not torch.equal(others[name], own) for name, own in trained.model.named_parameters())
+    for name, own in trained.model.named_parameters():
+        expected = share * own.double() + (1 - share) * others[name].double()
+        assert torch.allclose(averaged[name].double(), expected, atol=1e-6), name
+        if share in (0, 1):
+            assert torch.equal(averaged[name], own if share else others[name]), name
+
+
+def test_what_cannot_be_averaged_is_refused(tiny_policy, tiny_folder, tmp_path):
+    path = str(tiny_folder("qwen2_vl"))
+    write_model(tiny_policy(lora=LORA), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"averages whole models, but .*adapter is a LoRA adapter: merge it first"):
+        load_policy(ModelConfig(path=path, adapter=str(tmp_path / "adapter"), average_with=path, device="cpu"))
+    with pytest.raises(ValueError, match=r"phantom:instruct \(model.average_with\) do not fit .*of another shape"):
+        load_policy(ModelConfig(path=path, average_with="phantom:instruct", device="cpu"))
+    with pytest.raises(ValueError, match=r"model\.average_with is .*there is no such folder"):
+        load_policy(ModelConfig(path=path, average_with=str(tmp_path / "none" / "such"), device="cpu"))
+
+
 def test_missing_folder(tmp_path):
     for path in (str(tmp_path / "absent"), "./absent", "~/absent-folder", "absent", "tests/absent/model"):
         with pytest.raises(ValueError, match=r"no such folder"):

@@ -33,6 +33,10 @@ class ModelConfig(Settings):
     """Commit or tag on the Hub; None uses the latest."""
     adapter: Identity[str | None] = None
     """Folder of a trained LoRA adapter to load on top of path."""
+    average_with: Identity[str | None] = None
+    """Evaluation: average the weights with those of this model, such as the one that training started from."""
+    average_weight: Identity[Share] = 0.5
+    """The share of path in that average; 1 - average_weight is that of average_with."""
     device: Identity[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto uses the GPU if there is one, else the CPU."""
     dtype: Identity[Literal["auto", "float32", "bfloat16"]] = "auto"
@@ -129,6 +133,8 @@ class DataConfig(Settings):
     """official is the data set's own split; image splits by image, so that no image is in two splits."""
     scanner: Identity[Literal["home", "unseen", "worn"]] = "home"
     """phantom: the simulated scanner; the embedded checkpoints were trained on ``home``."""
+    home_share: Identity[Share] = 0.0
+    """phantom: share of the training questions about images of the home scanner, so that it is not forgotten."""
     answer_types: Identity[tuple[Literal["choice", "closed", "open"], ...]] = ("choice", "closed", "open")
     """Answer types to keep."""
     families: Identity[tuple[str, ...]] = ()

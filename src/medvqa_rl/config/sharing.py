@@ -22,7 +22,7 @@ FOLDERS = {"output_dir", "model.adapter", "data.path", "data.image_folder", "dat
 FOLDERS |= {"judge.cache_dir", "data.pass_rate_from"}
 """Shown by their last part."""
 MODELS = {"model.path", "data.hub", "rewards.similarity_model", "judge.model", "eval.perplexity_model"}
-MODELS |= {"eval.similarity"}
+MODELS |= {"eval.similarity", "model.average_with"}
 """Hub ids and names are shown, folders by their last part."""
 ADDRESSES = {"vllm.server_url", "judge.endpoint"}
 """Shown by host and port, without user, password, path and query."""

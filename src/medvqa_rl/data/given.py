@@ -78,7 +78,8 @@ def stored(folder: Path, config: DataConfig) -> DataConfig:
     ``num_val`` and so on are set."""
     defaults = DataConfig()
     all_of_it = {name: None for name in ("num_train", "num_val", "num_test") if name not in config.model_fields_set}
-    of_others = ("hub", "revision", "variant", "split", "scanner", "modalities", "letter_skew", "reasoning")
+    of_others = ["hub", "revision", "variant", "split", "scanner", "home_share", "modalities"]
+    of_others += ["letter_skew", "reasoning"]
     return config.model_copy(
         update={
             **{name: getattr(defaults, name) for name in of_others},

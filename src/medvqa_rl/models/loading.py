@@ -5,19 +5,15 @@ A policy is a plain Hugging Face model, or a PEFT model around it, with the untr
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import BaseModel, TypeAdapter
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -26,9 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import checkpoint_path, refuse_missing_folder, snapshot
-from medvqa_rl.core.files import read_json
 from medvqa_rl.core.progress import waiting
 from medvqa_rl.core.text import printable
+from medvqa_rl.models.adapters import add_adapter, refuse_misfits
 from medvqa_rl.models.dimensions import uses_bfloat16
 from medvqa_rl.models.families import family_for, family_of, supported
 from medvqa_rl.models.families.family import Family
@@ -39,7 +35,6 @@ from medvqa_rl.models.processor import Processor, trained_wording
 from medvqa_rl.models.quantized import loading_arguments, refuse_stored, use_unpacked
 from medvqa_rl.models.untrusted import FILE_ERRORS, check_size
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _TEXTS = ("*.json", "*.txt", "*.jinja")
 _HUB_FILES = (*_TEXTS, "*.safetensors")
 
@@ -88,6 +83,8 @@ def load_policy(config: ModelConfig) -> Policy:
             )
         processor = _processor(folder, family, config)  # before the weights: a wrong chat template is found at once
         model = _load_weights(folder, settings, family, config, device)
+        if config.average_with is not None:
+            _average(model, config, device)
         return make_policy(model, processor, config, device)
 
 
@@ -123,7 +120,7 @@ def make_policy(
     if isinstance(family, SharedFamily):
         use_group_attention(family.text(model))
     if config.lora is not None or config.adapter is not None:
-        model = _add_adapter(model, config)
+        model = add_adapter(model, config)
     elif not config.load_in_4bit:  # 4-bit weights are for inference only
         family.text(model).requires_grad_(True)
         causal_model(model).lm_head.requires_grad_(True)
@@ -247,21 +244,50 @@ def _load_weights(folder: Path, settings: Any, family: Family, config: ModelConf
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": sorted(str(item[0]) for item in info["mismatched_keys"]),
     }
-    _refuse(wrong, f"The weights in {folder} do not fit its config.json", "take both from the same checkpoint")
+    refuse_misfits(wrong, f"The weights in {folder} do not fit its config.json", "take both from the same checkpoint")
     if config.load_in_4bit:
         use_unpacked(model)
     return model
 
 
-def _refuse(wrong: dict[str, list[str]], what: str, remedy: str) -> None:
-    """Raise a ValueError that counts the wrong weights and names the first of each kind, if there are any."""
-    parts = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
-        for kind, names in wrong.items()
-        if names
-    ]
-    if parts:
-        raise ValueError(f"{what}: {'; '.join(parts)}. Please {remedy}.")
+def _average(model: nn.Module, config: ModelConfig, device: torch.device) -> None:
+    """Average the weights with those of ``model.average_with``, in float32: w * own + (1 - w) * other.
+
+    The average of a fine-tuned model and the one that it was fine-tuned from often keeps most of what was gained and
+    forgets less (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903).
+
+    Raises:
+        ValueError: the other model cannot be loaded, or has other weights.
+    """
+    assert config.average_with is not None
+    if config.adapter is not None:
+        raise ValueError(
+            f"model.average_with averages whole models, but {config.adapter} is a LoRA adapter: merge it first "
+            "(medvqa-rl export --merge), and set model.path to the merged folder."
+        )
+    try:
+        folder = resolve_folder(config.average_with)
+        settings, family = _read_architecture(folder)
+        others = dict(_load_weights(folder, settings, family, config, device).named_parameters())
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.path", "model.average_with")) from error
+    own = dict(model.named_parameters())
+    misfits = {
+        "missing": sorted(own.keys() - others.keys()),
+        "unexpected": sorted(others.keys() - own.keys()),
+        "of another shape": sorted(
+            name for name in own.keys() & others.keys() if own[name].shape != others[name].shape
+        ),
+    }
+    refuse_misfits(
+        misfits,
+        f"The weights of {config.average_with} (model.average_with) do not fit those of {config.path}",
+        "average a model with the one that it was trained from",
+    )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            mean = torch.lerp(others[name].float(), parameter.float(), config.average_weight)
+            parameter.copy_(mean)
 
 
 def _checkpoint_layers(module: nn.Module) -> None:
@@ -274,123 +300,3 @@ def _checkpoint_layers(module: nn.Module) -> None:
         if isinstance(layer, GradientCheckpointingLayer):
             layer.gradient_checkpointing = True
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
-
-
-def _trained_alongside(model: nn.Module, config: ModelConfig) -> list[str]:
-    """Modules outside the language model that are fully trained and saved with the adapter."""
-    family = family_of(model)
-    names = family.projector_modules(model) if config.train_projector else []
-    return names + (family.tower_modules(model) if config.train_vision else [])
-
-
-def _new_adapter(model: nn.Module, config: ModelConfig) -> PeftLoraConfig:
-    """LoRA on linear layers of the language model only; the pattern excludes the tower's layers of the same name."""
-    assert config.lora is not None
-    text = family_of(model).text(model)
-    linear = {name.rsplit(".", 1)[-1] for name, module in text.named_modules() if isinstance(module, nn.Linear)}
-    unknown = sorted(set(config.lora.targets) - linear)
-    if unknown or not config.lora.targets:
-        raise ValueError(
-            f"model.lora.targets names {', '.join(unknown) or 'nothing'}, but the linear layers of this language "
-            f"model are {', '.join(sorted(linear))}: choose among these."
-        )
-    targets = "|".join(re.escape(name) for name in config.lora.targets)
-    place = next(name for name, module in model.named_modules() if module is text).rpartition(".")[2]
-    return PeftLoraConfig(
-        r=config.lora.rank,
-        lora_alpha=cast(int, config.lora.alpha),
-        lora_dropout=config.lora.dropout,
-        target_modules=rf".*{place}\..*\.({targets})",
-        modules_to_save=_trained_alongside(model, config) or None,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _add_adapter(model: nn.Module, config: ModelConfig) -> PeftModel:
-    """Wrap the model with a new adapter, or with the configured trained one."""
-    if config.adapter is None:
-        return _wrap(model, _new_adapter(model, config), config)
-    folder = Path(config.adapter).expanduser()
-    settings = read_adapter(folder)
-    if config.lora is not None and (settings.r, settings.lora_alpha) != (config.lora.rank, config.lora.alpha):
-        raise ValueError(
-            f"model.lora asks for rank {config.lora.rank} and alpha {config.lora.alpha:g}, but the adapter in "
-            f"{folder} has rank {settings.r} and alpha {settings.lora_alpha:g}: leave model.lora out to "
-            "continue with the adapter."
-        )
-    expected, saved = set(_trained_alongside(model, config)), set(settings.modules_to_save or ())
-    if not expected <= saved:
-        raise ValueError(
-            f"The adapter in {folder} was trained without {', '.join(sorted(expected - saved))}, so "
-            "model.train_vision and model.train_projector cannot be switched on for it: switch them off or "
-            "start a new adapter."
-        )
-    try:
-        wrapped = _wrap(model, settings, config)
-    except FILE_ERRORS as error:
-        why = printable(str(error), 400)
-        raise ValueError(f"The adapter in {folder} does not fit the model {config.path!r}: {why}") from error
-    fill_adapter(wrapped, folder)
-    return wrapped
-
-
-def _wrap(model: nn.Module, settings: PeftLoraConfig, config: ModelConfig) -> PeftModel:
-    """Add the adapter to the model; its saved settings name the base model by ``model.path``, not by its folder."""
-    settings.base_model_name_or_path = None
-    wrapped = get_peft_model(cast(Any, model), settings)
-    settings.base_model_name_or_path, settings.revision = config.path, config.revision
-    return cast(PeftModel, wrapped)
-
-
-class _AdapterFile(BaseModel):
-    """Settings in adapter_config.json that are used before PEFT checks them; it has more."""
-
-    r: int = 8
-    lora_alpha: float = 8.0
-    lora_dropout: float = 0.0
-    modules_to_save: list[str] | None = None
-
-
-_ADAPTER = TypeAdapter(_AdapterFile)
-
-
-def read_adapter(folder: Path) -> PeftLoraConfig:
-    """Read the settings of a saved LoRA adapter.
-
-    Raises:
-        ValueError: they are missing, damaged, or those of another kind of adapter.
-    """
-    if not (folder / "adapter_config.json").exists() or not (folder / ADAPTER_FILE).exists():
-        raise ValueError(
-            f"model.adapter is {str(folder)!r}, but that folder does not hold adapter_config.json and {ADAPTER_FILE}: "
-            "give the folder of a checkpoint that was trained with model.lora."
-        )
-    read_json(_ADAPTER, folder / "adapter_config.json", "copy the adapter again, or give another")
-    try:
-        settings = PeftLoraConfig.from_pretrained(str(folder))
-    except FILE_ERRORS as error:
-        why = printable(str(error), 400)
-        raise ValueError(f"{folder / 'adapter_config.json'} cannot be read: {why}") from error
-    if not isinstance(settings, PeftLoraConfig):
-        raise ValueError(f"The adapter in {folder} is of type {settings.peft_type}, but only LoRA is supported.")
-    settings.inference_mode = False
-    return settings
-
-
-def fill_adapter(model: PeftModel, folder: Path, name: str = "default") -> None:
-    """Load an adapter's weights into the named adapter of the model.
-
-    Raises:
-        ValueError: the weights do not fit exactly.
-    """
-    try:
-        result: Any = set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE), adapter_name=name)
-    except FILE_ERRORS as error:
-        raise ValueError(
-            f"The adapter in {folder} does not fit the model: {printable(str(error), 400)} It was trained on another "
-            "model: set model.path to the one in its adapter_config.json."
-        ) from error
-    own = (".lora_A.", ".lora_B.", "modules_to_save.")
-    missing = sorted(key for key in result.missing_keys if any(part in key for part in own) and name in key.split("."))
-    wrong = {"missing": missing, "unexpected": sorted(result.unexpected_keys)}
-    _refuse(wrong, f"The adapter in {folder} does not fit the model", "set model.path to the model it was trained on")

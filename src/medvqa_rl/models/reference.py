@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from medvqa_rl.models.loading import Policy, fill_adapter, read_adapter
+from medvqa_rl.models.adapters import fill_adapter, read_adapter
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.shards import Shards
 
 REFERENCE_ADAPTER = "reference"

@@ -57,11 +57,12 @@ def write_cards(run: Path) -> list[Path]:
     return written
 
 
-def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False) -> str:
+def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, average: float | None = None) -> str:
     """Return the card of a checkpoint as Markdown with the front matter of the Hugging Face Hub.
 
     Args:
         is_merged: the checkpoint is an adapter, and the card is of the model that it was merged into.
+        average: the card is of the average of this share of the checkpoint with the model that training started from.
     """
     settings = leaves(run.config)
     is_best, step = checkpoint.name == "best", _step(checkpoint)
@@ -82,6 +83,7 @@ def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False) -> 
             if is_best
             else ", the last checkpoint of the run."
         ),
+        *([] if average is None else ["", _averaged(base, average)]),
         "",
         "## Use",
         "",
@@ -111,6 +113,13 @@ def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def _averaged(base: str, share: float) -> str:
+    return (
+        f"They were then averaged with those of `{base}`: {share:g} of the trained weights plus {1 - share:g} of the "
+        "others. **The results below are those before the average**; evaluate these weights before using them."
+    )
 
 
 def _step(checkpoint: Path) -> int | None:

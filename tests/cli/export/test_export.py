@@ -113,6 +113,31 @@ def test_a_merged_model_of_a_run_has_a_card_of_its_own(tiny_policy, tmp_path):
     assert "LoRA adapter for `owner/base`, fine-tuned" in (tmp_path / "last" / "README.md").read_text(encoding="utf-8")
 
 
+def test_a_run_is_averaged_with_its_start(tiny_policy, tiny_folder, tmp_path):
+    policy, start = tiny_policy(), str(tiny_folder("qwen2_vl"))
+    run = make_run(tmp_path / "run", model={"path": start})
+    (run / "config.yaml").write_text(f"model: {{path: {start}}}\n", encoding="utf-8")
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(1.0)
+    write_model(policy, run / "checkpoints" / "step_000040")
+    result = export(run, tmp_path / "averaged", "--average", 0.75)
+    assert result.exit_code == 0, result.output
+    first = AutoModelForImageTextToText.from_pretrained(start, dtype=torch.float32).state_dict()
+    for name, averaged in AutoModelForImageTextToText.from_pretrained(tmp_path / "averaged").state_dict().items():
+        assert torch.allclose(averaged, first[name] + 0.75, atol=1e-6), name
+    card = (tmp_path / "averaged" / "README.md").read_text(encoding="utf-8")
+    assert "0.75 of the trained weights plus 0.25 of the others" in card
+    assert "results below are those before the average" in card
+    alone = export(tmp_path / "averaged", tmp_path / "new", "--average", 0.5)
+    assert alone.exit_code == 2 and "averaged is not in a run" in alone.output and not (tmp_path / "new").exists()
+    both = export(run, tmp_path / "new", "--average", 0.5, "--merge")
+    assert both.exit_code == 2 and "--merge and --average are given together" in both.output
+    write_model(tiny_policy(lora=LoraConfig(rank=2)), run / "best")
+    adapter = export(run / "best", tmp_path / "new", "--average", 0.5)
+    assert adapter.exit_code == 2 and "holds a LoRA adapter, but --average takes a whole model" in adapter.output
+
+
 def test_an_adapter_keeps_the_image_sizes_of_its_training_when_merged(tmp_path):
     model = ModelConfig(
         path="phantom:instruct", device="cpu", lora=LoraConfig(rank=2), max_pixels=6272, min_pixels=3136

@@ -137,6 +137,21 @@ def test_options_are_distinct_and_letters_spread():
     assert letters["D"] > 90 and letters["A"] < 350
 
 
+def test_a_share_of_training_questions_is_about_the_home_scanner():
+    """The same questions; only the scanner differs, for the share and nowhere but in training."""
+    plain = DataConfig(name="phantom", scanner="unseen", num_test=50)
+    mixed = plain.model_copy(update={"home_share": 0.25})
+    one, other = (load_phantom(config, "train") for config in (plain, mixed))
+    scanners = [other[index].groups["scanner"] for index in range(800)]
+    assert set(scanners) == {"home", "unseen"}
+    assert 0.25 - 0.05 < scanners.count("home") / 800 < 0.25 + 0.05, "3 standard errors"
+    assert [one[index].question for index in range(50)] == [other[index].question for index in range(50)]
+    assert other[scanners.index("home")].image_key.startswith("home:")
+    tests = [load_phantom(config, "test") for config in (plain, mixed)]
+    assert {sample.groups["scanner"] for sample in map(tests[1].__getitem__, range(50))} == {"unseen"}
+    assert tests[0].fingerprint == tests[1].fingerprint and one.fingerprint != other.fingerprint
+
+
 def test_letter_skew_moves_answers_to_b_and_c():
     skewed = [draw_sample(seed=0, split="skew", index=i, letter_skew=1.0, answer_types=("choice",)) for i in range(60)]
     assert {sample.answer for sample in skewed} <= {"B", "C"}

@@ -19,6 +19,16 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge a LoRA adapter into its base model, in full precision.")
     ] = False,
+    average: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Average the weights with those that training started from: SHARE * trained + (1 - SHARE) * start. "
+            "Often keeps most of the gain and forgets less.",
+        ),
+    ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Also upload the folder to this repository of the Hugging Face Hub."),
@@ -35,10 +45,14 @@ def export(
         raise ValueError(
             "--public says who may read an uploaded model: add --push-to-hub OWNER/NAME, or leave it out."
         )
+    if merge and average is not None:
+        raise ValueError(
+            "--merge and --average are given together, but each writes another model: leave one of them out."
+        )
     upload = None if push_to_hub is None else Upload(push_to_hub, is_public=public)
     if upload is not None:
         upload.check(chosen(checkpoint), merge=merge)
-    print(export_model(checkpoint, output, merge=merge))
+    print(export_model(checkpoint, output, merge=merge, average=average))
     if merge:
         typer.echo(
             "The adapter was merged into the base model's original weights, in full precision, even if it was trained "

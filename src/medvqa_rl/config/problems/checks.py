@@ -18,8 +18,8 @@ from medvqa_rl.config.problems.data import data_problems, unused_pass_rates
 from medvqa_rl.config.problems.judge import asked_by, judge_problems, network_problems
 from medvqa_rl.config.problems.loss import loss_problems
 from medvqa_rl.config.problems.prompt import prompt_problems
-from medvqa_rl.config.problems.quantized import quantized_problems
 from medvqa_rl.config.problems.vllm import vllm_problems
+from medvqa_rl.config.problems.weights import weight_problems
 from medvqa_rl.config.schema import all_settings, allowed, did_you_mean, dotted, locate, one_of, resolve, show
 from medvqa_rl.core.prompts import asks_reasoning
 
@@ -98,7 +98,7 @@ def cross_checks(config: Config, purpose: Purpose | None) -> Iterator[Problem]:
         *loss_problems(config),
         *network_problems(config),
         *judge_problems(config),
-        *quantized_problems(config, trains=is_training),
+        *weight_problems(config, trains=is_training),
     ]
     if is_training:
         found += [*_schedule_problems(config), *unused_pass_rates(config.data)]

@@ -151,6 +151,7 @@ def _stored_data_problems(data: DataConfig) -> Iterator[tuple[str, ...]]:
         ("modalities", data.modalities, (), "phantom"),
         ("letter_skew", data.letter_skew, 0.0, "phantom"),
         ("reasoning", data.reasoning, "reference", "phantom"),
+        ("home_share", data.home_share, 0.0, "phantom"),
         ("variant", data.variant, "v1", "pmc_vqa"),
         ("columns", data.columns.given, {}, "own"),
         ("allow_text_only", data.allow_text_only, False, "own"),

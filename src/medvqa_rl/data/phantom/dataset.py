@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from medvqa_rl.config import DataConfig
-from medvqa_rl.core.randomness import address
+from medvqa_rl.core.randomness import Draws, address
 from medvqa_rl.core.types import Sample
 from medvqa_rl.data.phantom.misreadings import misread
 from medvqa_rl.data.phantom.questions import FAMILIES, draw_sample
@@ -35,6 +35,8 @@ class PhantomDataset:
         recipe = (VERSION, config.seed, self.split, config.scanner, *config.answer_types, *config.families)
         recipe += config.modalities
         recipe += ("wrong reasoning",) if self._is_misread else ()
+        if self.split == "train" and config.home_share:
+            recipe += ("home", str(config.home_share))
         return f"{address('phantom data set', *recipe, str(config.letter_skew), len(self)):016x}"
 
     @property
@@ -56,11 +58,13 @@ class PhantomDataset:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        share = self.config.home_share if self.split == "train" else 0.0
+        is_home = share > 0 and Draws("phantom home", VERSION, self.config.seed, index).chance(share)
         sample = draw_sample(
             seed=self.config.seed,
             split=self.split,
             index=index,
-            scanner=self.config.scanner,
+            scanner="home" if is_home else self.config.scanner,
             answer_types=self.config.answer_types,
             families=self.config.families or FAMILIES,
             modalities=self.config.modalities or MODALITIES,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from medvqa_rl.config import Config, TrainEngine
-from medvqa_rl.config.problems.quantized import refuse_sharded
+from medvqa_rl.config.problems.weights import refuse_sharded
 from medvqa_rl.core.text import number_of, shown
 
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from medvqa_rl.core.files import checkpoint_folder, list_checkpoints, parse_json, step_of, write_json
 from medvqa_rl.learning.distributed.trained import LazyTensors, TrainedPolicy
+from medvqa_rl.models.adapters import fill_adapter
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
-from medvqa_rl.models.loading import Policy, fill_adapter, load_policy
+from medvqa_rl.models.loading import Policy, load_policy
 
 BYTES_PER_FILE = 4 * 2**30
 """Size limit of an optimizer file, and of the optimizer state that the writing process holds in memory."""

@@ -30,8 +30,9 @@ from medvqa_rl.core.packages import TESTED, is_too_old, was_tested
 from medvqa_rl.core.randomness import address
 from medvqa_rl.core.text import shown
 from medvqa_rl.core.types import Completion, EncodedPrompt, Group, Sample
+from medvqa_rl.models.adapters import ADAPTER_FILE
 from medvqa_rl.models.families.shared import as_shared
-from medvqa_rl.models.loading import ADAPTER_FILE, Policy
+from medvqa_rl.models.loading import Policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.rollout.decode import evaluating
 from medvqa_rl.rollout.sampling import Stream
