@@ -28,7 +28,7 @@ from PIL import Image
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.study import figures
 from medvqa_rl.study.collect import Collected, collect
-from medvqa_rl.study.findings import correlations, longest_wrong
+from medvqa_rl.study.findings import correlations, course, longest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
@@ -361,6 +361,24 @@ def test_correlations_are_means_over_halves_of_the_run(collected: Collected) -> 
     assert collected.correlations["sft"] == ()
     (constant,) = correlations([[{"step": 1.0}, {"step": 2.0, "rewards/x/corr_correctness": 0.5}]])
     assert math.isnan(constant.first[0]) and constant.last == (0.5,)
+
+
+def test_the_course_of_training_by_hand(collected: Collected, tmp_path: Path) -> None:
+    """Fifths of the steps, means over seeds, and the worst seed for what went wrong."""
+    steady = [{"step": float(s), "reward": 1.0, "entropy": 0.5, "completions/mean_length": 20.0} for s in range(1, 21)]
+    falling = [row | {"reward": 2.0 - row["step"] / 20, "entropy": row["step"], "grad_norm": 0.1} for row in steady]
+    falling[7]["grad_norm"] = 0.4
+    found = course([steady, falling])
+    # Steps 1 to 4 and 17 to 20: (0.5 + 2.5) / 2 and (0.5 + 18.5) / 2.
+    assert found.entropy == (pytest.approx(1.5), pytest.approx(9.5)) and found.length == (20.0, 20.0)
+    assert found.fall == pytest.approx(0.5), "means over ten steps fall from 1.725 to 1.225"
+    assert found.spike == pytest.approx(4.0)
+    short = course([[{"step": 1.0, "reward": 1.0}]])
+    assert math.isnan(short.fall) and math.isnan(short.spike) and math.isnan(short.entropy[0])
+    write_study(collected, tmp_path / "tables")
+    header, *rows = (tmp_path / "tables/training.csv").read_text().splitlines()
+    assert header.startswith('arm,"entropy, first"') and [row.split(",")[0] for row in rows] == ["grpo"]
+    assert "### Course of training" in (tmp_path / "tables/study.md").read_text()
 
 
 @pytest.fixture

@@ -1,15 +1,16 @@
-"""Findings besides accuracies: training budgets, the longest wrong answers, and correlations of reward parts with
-correctness. Imports no torch."""
+"""Findings besides accuracies: training budgets, the course of training, the longest wrong answers, and correlations
+of reward parts with correctness. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.report.runs import Row
+from medvqa_rl.report.stability import largest_drop, window_for
 from medvqa_rl.study.plan.recipe import Cell
 
 NUM_SHOWN = 3
@@ -85,6 +86,50 @@ def correlations(runs: Sequence[Sequence[Row]]) -> tuple[PartCorrelation, ...]:
         first, last = (tuple(_mean(half[side], key) for half in halves) for side in (0, 1))
         found.append(PartCorrelation(key.removeprefix("rewards/").removesuffix(_CORRELATION), first, last))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the training of an arm went. NaN where nothing was logged."""
+
+    entropy: tuple[float, float]
+    """Mean token entropy in nats over the first and the last fifth of the steps, averaged over seeds."""
+    length: tuple[float, float]
+    """Mean tokens of a completion, likewise."""
+    fall: float
+    """Largest fall of the moving average of the reward (:func:`medvqa_rl.report.stability.largest_drop`), of the seed
+    where it is largest."""
+    spike: float
+    """Largest gradient norm divided by the median one, of the seed where it is largest."""
+
+
+def course(runs: Sequence[Sequence[Row]]) -> Course:
+    """Summarise the training of an arm.
+
+    Args:
+        runs: metrics.jsonl of each seed.
+    """
+
+    def ends(key: str) -> tuple[float, float]:
+        fifths = [(rows[: max(1, len(rows) // 5)], rows[-max(1, len(rows) // 5) :]) for rows in runs]
+        first, last = (fmean(_mean(fifth[side], key) for fifth in fifths) for side in (0, 1))
+        return first, last
+
+    falls, spikes = [], []
+    for rows in runs:
+        rewards = [row["reward"] for row in rows if "reward" in row]
+        norms = sorted(row["grad_norm"] for row in rows if row.get("grad_norm"))
+        window = window_for(len(rewards))
+        if len(rewards) >= window:
+            falls.append(largest_drop(range(len(rewards)), rewards, window).size)
+        if norms:
+            spikes.append(norms[-1] / median(norms))
+    return Course(
+        ends("entropy"),
+        ends("completions/mean_length"),
+        max(falls, default=math.nan),
+        max(spikes, default=math.nan),
+    )
 
 
 def _mean(rows: Sequence[Row], key: str) -> float:

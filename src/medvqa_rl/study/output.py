@@ -12,11 +12,13 @@ from medvqa_rl.core.files import write_text
 from medvqa_rl.core.tables import as_csv, as_markdown
 from medvqa_rl.core.text import as_markdown_text, number_of
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.tables import format_number
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.pages.rendering import render
+from medvqa_rl.report.runs import Row
 from medvqa_rl.study.collect import Collected
 from medvqa_rl.study.figures import write_figures
-from medvqa_rl.study.findings import PartCorrelation
+from medvqa_rl.study.findings import PartCorrelation, course
 from medvqa_rl.study.tables import (
     NOTES,
     PUBLISHED,
@@ -38,6 +40,10 @@ CAPTIONS = {
     "Reward parts and correctness": "Pearson's r within a step, averaged over the steps in which neither is constant; "
     "bars are means over seeds.",
 }
+COURSE_CAPTION = (
+    "Entropy in nats per token and tokens per completion: means over the first and the last fifth of the steps and "
+    "over seeds. The fall of the reward's moving average, and the largest gradient norm: those of the worst seed."
+)
 TREND_CAPTION = "Means over seeds with 95 % intervals over seeds and images; the numbers are evenly spaced."
 MAX_SHOWN = 1200
 """Longest completion to show, in characters."""
@@ -77,6 +83,8 @@ class Content:
     """The paper's tables beside ours."""
     figures: Sequence[FigureFile]
     """Accuracy first."""
+    course: Section | None
+    """How training went."""
     parts: Section | None
     """Correlations of reward parts with correctness."""
     notes: Sequence[str]
@@ -91,7 +99,8 @@ class Content:
 
 def write_study(collected: Collected, folder: Path) -> list[Path]:
     """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv``,
-    ``trend-NUMBER.csv`` (one number per line), ``worth-NUMBER.csv`` and ``factor-NAME.csv`` (each also as ``.tex``),
+    ``training.csv``, ``trend-NUMBER.csv`` (one number per line), ``worth-NUMBER.csv`` and ``factor-NAME.csv`` (each
+    also as ``.tex``),
     and the figures in ``figures/``, in a light and a dark version.
 
     Returns:
@@ -130,6 +139,8 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
             title = f"{trend.trend.title}: worth in RL steps"
             section = Section(title, *worth_rows(trend), worth_note(trend))
             trends.append(write_table(f"worth-{number}", section, " ".join([f"{title}.", *worth_note(trend)])))
+    if training := _course_section(collected.curves):
+        write_table("training", training, f"{training.heading}. {COURSE_CAPTION}")
     light = write_figures(collected, folder / "figures")
     dark = write_figures(collected, folder / "figures", "dark", "-dark")
     written += [*light.values(), *dark.values()]
@@ -148,6 +159,7 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         figures=[
             FigureFile(title, path, dark[title], CAPTIONS.get(title, TREND_CAPTION)) for title, path in light.items()
         ],
+        course=training,
         parts=_correlation_section(collected.correlations),
         notes=_notes(collected),
         longest_wrong={
@@ -181,6 +193,8 @@ def _markdown(content: Content, folder: Path) -> str:
         lines += _section_lines(section, "###")
     for figure in others:
         lines += [f"## {figure.title}\n", *_figure_lines(figure, folder)]
+        if figure.title == "Training" and content.course is not None:
+            lines += _section_lines(content.course, "###")
     if content.parts is not None:
         lines.append(as_markdown(content.parts.titles, content.parts.body))
     lines += ["## Longest wrong answers\n", *_answer_lines(content.longest_wrong), "## Signs of failure\n"]
@@ -207,6 +221,27 @@ def _section_lines(section: Section, level: str) -> list[str]:
 
 def _figure_lines(figure: FigureFile, folder: Path) -> list[str]:
     return [f"![{figure.title}]({figure.light.relative_to(folder).as_posix()})\n", f"{figure.caption}\n"]
+
+
+def _course_section(curves: Mapping[str, Sequence[Sequence[Row]]]) -> Section | None:
+    """A row for each arm that sampled completions."""
+    titles = ["arm", "entropy, first", "entropy, last", "tokens, first", "tokens, last"]
+    titles += ["largest fall of the reward", "gradient norm, largest / median"]
+    body = []
+    for arm, runs in curves.items():
+        if not any("reward" in row for rows in runs for row in rows):
+            continue
+        found = course(runs)
+        body.append(
+            [
+                arm,
+                *(format_number(value, ".2f") for value in found.entropy),
+                *(format_number(value, ".0f") for value in found.length),
+                format_number(found.fall, ".2f"),
+                format_number(found.spike, ".1f"),
+            ]
+        )
+    return Section("Course of training", titles, body, [COURSE_CAPTION]) if body else None
 
 
 def _correlation_section(found: Mapping[str, Sequence[PartCorrelation]]) -> Section | None:
