@@ -11,6 +11,7 @@ from pathlib import Path
 
 from medvqa_rl.core.text import is_unicode, shown
 from medvqa_rl.report.runs import StoredRun, holds_run, read_headline, read_run
+from medvqa_rl.rewards.attack.results import FILE as ATTACK
 
 MAX_DEPTH = 6
 """Folders between the given one and a run; a study has two."""
@@ -98,7 +99,7 @@ def version_of(run: Path, *, only_evaluations: bool = False) -> Version:
     paths = [run / "results.json", run / "samples.jsonl", *sorted(run.glob("eval/*/*.json*"))]
     if only_evaluations:
         return tuple((path.relative_to(run).as_posix(), *_state(path)) for path in paths)
-    names = ("status.json", "metrics.jsonl", "config.resolved.json", "data.json", "env.json", "resumes.jsonl")
+    names = ("status.json", "metrics.jsonl", "config.resolved.json", "data.json", "env.json", "resumes.jsonl", ATTACK)
     paths += [*(run / name for name in names), run / "best" / "best.json"]
     samples = sorted(run.glob("samples/step_*.jsonl"))
     return (len(samples), *((path.relative_to(run).as_posix(), *_state(path)) for path in [*paths, *samples[-1:]]))

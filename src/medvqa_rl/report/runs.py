@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
-
 from medvqa_rl.core.files import parse_json, step_of
 from medvqa_rl.core.text import first_few, is_unicode, shown
-from medvqa_rl.evaluation.judging.judged_results import JUDGED
 from medvqa_rl.evaluation.records import EvalRecord, read_records
 from medvqa_rl.evaluation.results import check_results
+from medvqa_rl.report.schemas import COMPLETION, SCHEMAS
+from medvqa_rl.rewards.attack.results import FILE as ATTACK
 
 Row = Mapping[str, float]
 """The finite numbers in a line of metrics.jsonl, including ``step``."""
@@ -99,6 +98,8 @@ class StoredRun:
     """Lines of metrics.jsonl in order."""
     evaluations: Sequence[StoredEvaluation] = ()
     """Evaluations during training in order of steps, then the others by name."""
+    attack: Mapping[str, Any] = field(default_factory=dict)
+    """reward_attack.json; empty if the rewards were not attacked."""
     problems: Sequence[str] = ()
     """Sentences about what could not be read."""
     label: str = ""
@@ -160,6 +161,7 @@ def read_run(path: Path, evals: Sequence[Path] = (), *, label: str = "") -> Stor
         status=_object(path / "status.json", problems),
         metrics=_metrics(path / "metrics.jsonl", problems),
         evaluations=[*_evaluations(path / "eval", problems), *_outside(evals, problems)],
+        attack=_object(path / ATTACK, problems) if (path / ATTACK).is_file() else {},
         problems=problems,
         label=label,
     )
@@ -177,57 +179,6 @@ def read_headline(path: Path, *, label: str = "") -> StoredRun:
     return StoredRun(path, status=status, evaluations=evaluations, problems=problems, label=label)
 
 
-class _Status(BaseModel):
-    kind: str = ""
-    state: str = ""
-    step: int = 0
-    steps: int = 0
-    updated: str = ""
-    best_accuracy: float | None = None
-    best_step: int | None = None
-    reason: str | None = None
-
-
-class _Environment(BaseModel):
-    packages: dict[str, str] = {}
-    git: dict[str, Any] | None = None
-
-
-class _Data(BaseModel):
-    name: str
-    fingerprint: str
-    samples: int | None = None
-    notes: dict[str, int] = {}
-
-
-class _CompletionLine(BaseModel):
-    step: int
-    sample_id: str
-    index: int
-    question: str
-    options: list[str]
-    gold: str
-    completion: str
-    is_correct: bool
-    has_answer: bool
-    is_truncated: bool
-    length: int
-    rewards: dict[str, float | None]
-    reward: float | None
-    advantage: float
-    groups: dict[str, Any] = {}
-
-
-_SCHEMAS: dict[str, TypeAdapter[Any]] = {
-    "status.json": TypeAdapter(_Status),
-    "env.json": TypeAdapter(_Environment),
-    "config.resolved.json": TypeAdapter(dict[str, Any]),
-    "data.json": TypeAdapter(dict[str, _Data]),
-    "judged.json": JUDGED,
-}
-_COMPLETION = TypeAdapter(_CompletionLine)
-
-
 def _object(path: Path, problems: list[str], name: str = "") -> dict[str, Any]:
     """Read a JSON object; if that fails, or a field has another type, note the problem and return an empty one.
 
@@ -240,7 +191,7 @@ def _object(path: Path, problems: list[str], name: str = "") -> dict[str, Any]:
         return {}
     try:
         content = path.read_bytes()
-        parse_json(_SCHEMAS[path.name], content, name, "it is left out")
+        parse_json(SCHEMAS[path.name], content, name, "it is left out")
     except OSError as error:
         problems.append(f"{name} cannot be read ({error.strerror}).")
     except ValueError as error:
@@ -351,7 +302,7 @@ def read_groups(run: StoredRun) -> tuple[list[StoredGroup], list[str]]:
         bad = []
         for number, line in _lines(path, problems):
             try:
-                _COMPLETION.validate_python(line, strict=True)
+                COMPLETION.validate_python(line, strict=True)
                 completion, position = _completion(line), (str(line["sample_id"]), int(line["index"]))
                 # A prompt can occur twice in a step, at the boundary of two epochs.
                 if previous is None or previous[0] != position[0] or position[1] <= previous[1]:

@@ -19,6 +19,8 @@ from medvqa_rl.report.pages.answers import PAGE, build_answers, counterpart, gro
 from medvqa_rl.report.pages.rendering import render_with_script
 from medvqa_rl.report.pages.viewer import Viewer, build_viewer, section_tags
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun, read_run
+from medvqa_rl.rewards.attack.results import RESULT
+from medvqa_rl.rewards.attack.tables import attack_lines, attack_tables
 
 LIMITS = (
     "Research software, not for clinical use: nothing here may inform the care of a patient.",
@@ -146,6 +148,7 @@ def render_report(
         accuracy=rows,
         measured=measured_table([(f"{run}: {name}", item.results) for run, name, item in rows]),
         judged=[(f"{run}: {name}", *judged) for run, name, item in rows if (judged := _judged(item))],
+        attacked=[(run.name, *_attacked(run)) for run in runs if run.attack],
         charts=charts(runs),
         health=[(run, check_health(run.metrics)) for run in runs],
         setting_rows=[(name, [one.get(name, "–") for one in settings]) for name in all_names],
@@ -171,6 +174,12 @@ def _judged(evaluation: StoredEvaluation) -> tuple[list[TextTable], list[str]] |
     if not evaluation.judged:
         return None
     return judged_tables(evaluation.judged), notes(evaluation.judged)
+
+
+def _attacked(run: StoredRun) -> tuple[list[TextTable], list[str]]:
+    """Return the attack on a run's rewards as tables and sentences."""
+    result = RESULT.validate_python(run.attack)
+    return attack_tables(result), attack_lines(result)
 
 
 def _facts(run: StoredRun) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from medvqa_rl.rewards.attack.texts import RIGHT, WRONG
 
@@ -102,9 +102,9 @@ class AttackResult(BaseModel):
     excess: float
     """The most that it does."""
     left_out: list[str]
-    rewards: list[RewardRow]
+    rewards: list[RewardRow] = Field(min_length=1)
     """The total last."""
-    attacks: list[AttackRow]
+    attacks: list[AttackRow] = Field(min_length=1)
     """The highest mean first."""
     worst: Worst
     cure: Number

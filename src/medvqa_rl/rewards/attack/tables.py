@@ -125,10 +125,12 @@ def _remedy(result: AttackResult) -> str:
     """What to do about the reward that contributes most."""
     weights = {row.name: row.weight or 0.0 for row in result.rewards}
     lead = {
-        name: weights[name] * ((result.worst.scores[name] or 0.0) - (result.worst.right[name] or 0.0))
+        name: weights[name] * ((result.worst.scores.get(name) or 0.0) - (result.worst.right.get(name) or 0.0))
         for name in weights
         if name not in (TOTAL, "process")
     }
+    if not lead:
+        return "process alone rewards nothing but steps: set another reward."
     name = max(lead, key=lambda name: (lead[name], name not in _REMEDIES, name != "format"))
     how = "more than the right one" if lead[name] > TOLERANCE else "as much as the right one"
     text = f"{name} rewards it {how}: {_REMEDIES.get(name, _REMEDY_OF_FUNCTION)}."
