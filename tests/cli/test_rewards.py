@@ -6,6 +6,7 @@ Run: pytest tests/cli/test_rewards.py
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from medvqa_rl.cli.app import app
+from medvqa_rl.core.embedded import checkpoint_path
 from medvqa_rl.core.progress import TerminalConsole
 from medvqa_rl.rewards.attack.results import FILE, RESULT
 
@@ -116,6 +118,16 @@ def test_a_moved_run_brings_its_data(folder: Path) -> None:
     assert RESULT.validate_json((folder / "moved" / FILE).read_bytes()).questions == 2
 
 
+def test_the_tags_of_the_checkpoint_are_used(folder: Path) -> None:
+    """A model that was trained with tags of its own is asked with them, unless the config sets others."""
+    shutil.copytree(checkpoint_path("instruct"), folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "model" / "prompt.json").write_text('{"think": ["[why]", "[/why]"], "answer": ["[so]", "[/so]"]}')
+    result = run("model.path=model", "--output", "out.json")
+    assert result.exit_code == 0, result.output
+    found = RESULT.validate_json(Path("out.json").read_bytes())
+    assert "[so]" in found.worst.text and found.rewards[-1].right == 2.0
+
+
 def test_rewards_of_the_policy_are_left_out() -> None:
     result = run("rewards.looking=1", "rewards.calibration=1")
     assert "Left out, because the policy's own probabilities decide it: looking and calibration." in result.stdout
@@ -161,6 +173,7 @@ ONE_OPEN = '{"image": "scan.png", "question": "Where is it?", "answer": "left"}\
         ),
         (("rewards.functions.attacked_rewards.nothing=1",), "and that reward functions return finite numbers."),
         (("rewards.functions.absent.f=1",), "there is no module 'absent'"),
+        (("rollout.max_completion_length=16",), "No right answer fits into rollout.max_completion_length=16 tokens"),
         (("--output", "."), "--output is the folder .: give the path of a JSON file"),
         (("data.name=own", "data.path=one"), "No wrong answer is known"),
     ],

@@ -8,7 +8,7 @@ from medvqa_rl.config import Config
 from medvqa_rl.core.progress import progress_bar
 from medvqa_rl.core.randomness import Draws, address, permutation
 from medvqa_rl.core.text import number_of
-from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Sample
+from medvqa_rl.core.types import DEFAULT_WORDING, Dataset, Sample, Wording
 from medvqa_rl.evaluation.judging.calibration import calibration_warnings
 from medvqa_rl.evaluation.pass_rates import load_training_set
 from medvqa_rl.learning.batching.mixing import template_for
@@ -18,6 +18,7 @@ from medvqa_rl.models.loading import load_processor
 from medvqa_rl.rewards.attack.attack import Policy, make_group, most_requests, score_group
 from medvqa_rl.rewards.attack.question import Target, make_target
 from medvqa_rl.rewards.attack.results import AttackResult, summarise
+from medvqa_rl.rewards.attack.texts import RIGHT
 from medvqa_rl.rewards.judges.endpoint import host_of
 from medvqa_rl.rewards.judges.load import caches_folder, load_rewarding, notices, rubrics_of
 
@@ -60,13 +61,21 @@ def run_attack(config: Config, *, questions: int, seed: int, bound: float, say: 
     limit = config.rollout.max_completion_length
     room = int(limit * (1 - config.rewards.overlong_buffer)) if rewards.overlong else limit
     policy = Policy(processor.encode_completion, processor.decode, limit, max(room, 1))
-    targets, skipped = _targets(config, dataset, questions, seed)
+    targets, skipped = _targets(config, dataset, processor.wording, questions, seed)
     written = []
     with progress_bar("questions written") as show:
         for place, target in enumerate(targets):
             show(place, len(targets))
             prompt = processor.encode(target.sample, target.template)
-            written.append(make_group(target, prompt, policy))
+            names, group = make_group(target, prompt, policy)
+            if not group.completions[names.index(RIGHT)].is_truncated:
+                written.append((names, group))
+    if not written:
+        raise ValueError(
+            f"No right answer fits into rollout.max_completion_length={limit} tokens, even after a single sentence: "
+            "raise it."
+        )
+    skipped += len(targets) - len(written)
     groups = [group for _, group in written]
     rubrics = rubrics_of(rewards)
     if rubrics and config.judge.endpoint is not None:
@@ -99,7 +108,7 @@ def _functions(config: Config) -> dict[str, float]:
     return {path.rpartition(".")[2]: weight for path, weight in config.rewards.functions.items()}
 
 
-def _targets(config: Config, dataset: Dataset, count: int, seed: int) -> tuple[list[Target], int]:
+def _targets(config: Config, dataset: Dataset, wording: Wording, count: int, seed: int) -> tuple[list[Target], int]:
     """Draw questions with a known wrong answer, and count those without one that were drawn.
 
     Raises:
@@ -110,7 +119,6 @@ def _targets(config: Config, dataset: Dataset, count: int, seed: int) -> tuple[l
     skipped = 0
     for sample in pool:
         template = template_for(sample, config.prompt, seed=seed, step=0, occurrence=0)
-        wording = config.prompt.wording
         target = make_target(sample, pool, template=template, wording=wording, seed=seed)
         if target is None:
             skipped += 1

@@ -135,6 +135,8 @@ def test_no_wrong_answer_is_known() -> None:
     assert found is not None and found.wrong == "the right side"
     all_right = Sample("c", "Which?", "A", "choice", options=("mass", "cyst"), alternatives=("B",))
     assert make(all_right) is None
+    groups = Sample("c", "Which blood group?", "A", "choice", options=("B", "A"))  # an option that reads as a letter
+    assert target_of(groups).wrong == "B"
     twice = Sample("c", "Which?", "A", "choice", options=("mass", "a mass", "cyst"))
     assert (make(twice) or target_of(twice)).wrong == "C"  # the same text under another letter is not wrong
 

@@ -83,12 +83,12 @@ def make_target(
     given = [*original.options, *(donor.answer_text for donor in donors if donor.answer_type == sample.answer_type)]
     texts = list(dict.fromkeys(text.strip() for text in given if _is_wrong(sample, text)))
     if sample.answer_type == "choice":
-        letters = [letter for letter, text in zip(LETTERS, sample.options) if _is_wrong(sample, text)]
+        golds = _gold_options(sample)
+        letters = [letter for letter, text in zip(LETTERS, sample.options) if normalise(text) not in golds]
         wrong = draws.pick(letters) if letters else None
     else:
-        if sample.answer_type == "closed" or is_yes_no(sample.answer):
-            opposite = [text for text in ("no", "yes") if is_yes_no(sample.answer) and _is_wrong(sample, text)]
-            texts = list(dict.fromkeys([*opposite, *texts]))
+        if is_yes_no(sample.answer):
+            texts = list(dict.fromkeys([*(text for text in ("no", "yes") if _is_wrong(sample, text)), *texts]))
         wrong = min(texts, key=lambda text: token_f1(text, *sample.answers), default=None)
     if wrong is None:
         return None
@@ -100,10 +100,12 @@ def make_target(
 
 def _is_wrong(sample: Sample, text: str) -> bool:
     """Whether a text is an answer, and a wrong one: not that of a right option under another letter either."""
-    if not normalise(text) or is_correct(sample, text):
-        return False
-    golds = [sample.options[LETTERS.index(letter)] for letter in sample.answers] if sample.options else ()
-    return normalise(text) not in map(normalise, golds)
+    return bool(normalise(text)) and not is_correct(sample, text) and normalise(text) not in _gold_options(sample)
+
+
+def _gold_options(sample: Sample) -> list[str]:
+    """The texts of the right options, normalised; none without options."""
+    return [normalise(sample.options[LETTERS.index(letter)]) for letter in sample.answers if sample.options]
 
 
 def _borrow(sample: Sample, donor: Sample) -> Borrowed | None:

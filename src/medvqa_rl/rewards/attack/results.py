@@ -94,7 +94,7 @@ class AttackResult(BaseModel):
     dataset: str
     questions: int
     skipped: int
-    """Questions without a known wrong answer."""
+    """Questions without a known wrong answer, or whose right one does not fit the token limit."""
     seed: int
     max_completion_length: int
     bound: float

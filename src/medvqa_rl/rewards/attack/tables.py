@@ -102,7 +102,10 @@ def attack_lines(result: AttackResult) -> list[str]:
     if result.left_out:
         lines.append(f"Left out, because the policy's own probabilities decide it: {' and '.join(result.left_out)}.")
     if result.skipped:
-        lines.append(f"Skipped, because no wrong answer is known: {number_of(result.skipped, 'question')}.")
+        lines.append(
+            f"Skipped, because no wrong answer is known or the right one does not fit the token limit: "
+            f"{number_of(result.skipped, 'question')}."
+        )
     return lines
 
 
