@@ -19,20 +19,30 @@ def build_models(
     family: Annotated[
         str, typer.Option(help="Architecture: qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3 or internvl.")
     ] = "qwen2_vl",
-    base_steps: Annotated[int, typer.Option(min=1, help="Steps of the stage base.")] = 1400,
-    instruct_steps: Annotated[int, typer.Option(min=1, help="Steps of the stage instruct.")] = 1000,
+    size: Annotated[str, typer.Option(help="small, base or large: 0.4, 1.5 or 6 million weights.")] = "base",
+    base_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the stage base. Defaults to the size's.")
+    ] = None,
+    instruct_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the stage instruct. Defaults to the size's.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted build after its last finished stage.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train the embedded checkpoints, or those of another family, from scratch, by the committed recipe."""
+    """Train the embedded checkpoints, or those of another family or size, from scratch, by the committed recipe."""
     use_threads("phantom:instruct")
     from medvqa_rl.phantom.build import build
 
     build(
         output,
         family=family,
+        size=size,
         seed=seed,
         steps={"base": base_steps, "instruct": instruct_steps},
+        resume=resume,
         dry_run=dry_run,
     )
 

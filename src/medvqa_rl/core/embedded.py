@@ -16,6 +16,9 @@ ASSETS = Path(__file__).parents[1] / "phantom" / "assets"
 
 CHECKPOINTS = ("base", "instruct")
 
+SIZES = ("small", "base", "large")
+"""Sizes of phantom models that the recipe knows; the embedded ones are base."""
+
 
 def checkpoint_path(name: str) -> Path:
     """Return the folder of an embedded checkpoint.

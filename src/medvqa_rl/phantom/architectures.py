@@ -1,11 +1,11 @@
-"""Phantom VLMs of each family: the same size, words and images in another architecture.
+"""Phantom VLMs of each family: the same sizes, words and images in another architecture.
 
 An image has 112 x 112 pixels and 16 tokens in all of them (Qwen3-VL resizes it to 128 x 128).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,37 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from medvqa_rl.core.embedded import SIZES
 from medvqa_rl.data.phantom.drawing import SIZE
 
-_HIDDEN, _INTERMEDIATE, _LAYERS, _HEADS = 128, 384, 4, 4
+
+class Size(NamedTuple):
+    """Dimensions of a phantom VLM, and the number of its tower's parts. Every head of the language model has 32."""
+
+    hidden: int
+    layers: int
+    width: int
+    """Of the vision tower."""
+    depth: int
+    """Of the vision tower."""
+    rate: float
+    """Factor of the learning rates that train it, those of the size base being 1: about 1 / hidden, which is ours."""
+    base_steps: int
+    instruct_steps: int
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // 32
+
+
+DIMENSIONS: Mapping[str, Size] = {
+    "small": Size(hidden=64, layers=4, width=48, depth=3, rate=1.0, base_steps=1400, instruct_steps=1000),
+    "base": Size(hidden=128, layers=4, width=96, depth=3, rate=1.0, base_steps=1400, instruct_steps=1000),
+    "large": Size(hidden=256, layers=5, width=144, depth=4, rate=0.5, base_steps=1400, instruct_steps=1000),
+}
+"""0.4, 1.5 and 6 million weights as a Qwen2-VL."""
+assert tuple(DIMENSIONS) == SIZES
+
 _SIDE = 4
 """Image tokens along a side of an image."""
 
@@ -73,32 +101,33 @@ class Phantom(NamedTuple):
     """Ends a completion."""
     template: str
     image_processor: Callable[[], Any]
-    config: Callable[[dict[str, int]], PretrainedConfig]
-    """Takes the ids of the special tokens, and under "" the number of words."""
+    config: Callable[[dict[str, int], Size], PretrainedConfig]
+    """Takes the ids of the special tokens, and under "" the number of words; and the size."""
     named_tokens: dict[str, str] = {}
     """Special tokens that the stock processor asks the tokenizer for by name."""
     eos: str | None = None
     """The tokenizer's end-of-sequence token, if another."""
 
 
-def _text(ids: dict[str, int], **more: Any) -> dict[str, Any]:
+def _text(ids: dict[str, int], size: Size, **more: Any) -> dict[str, Any]:
     """The language model's settings."""
     return {
         "vocab_size": ids[""],
-        "hidden_size": _HIDDEN,
-        "intermediate_size": _INTERMEDIATE,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _HEADS,
-        "num_key_value_heads": _HEADS,
+        "hidden_size": size.hidden,
+        "intermediate_size": 3 * size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
         **more,
     }
 
 
-def _qwen_text(ids: dict[str, int], rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+def _qwen_text(ids: dict[str, int], size: Size, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
     return _text(
         ids,
+        size,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **rope},
         bos_token_id=ids["<|im_start|>"],
         eos_token_id=ids["<|im_end|>"],
@@ -119,30 +148,43 @@ def _qwen(kind: Any, ids: dict[str, int], text: dict[str, Any], vision: dict[str
     )
 
 
-def _qwen2_vl(ids: dict[str, int]) -> Any:
-    vision = {"depth": 3, "embed_dim": 96, "hidden_size": _HIDDEN, "mlp_ratio": 3, "patch_size": 14}
-    return _qwen(Qwen2VLConfig, ids, _qwen_text(ids, {"mrope_section": [4, 6, 6]}), vision)
+def _tower(size: Size, ratio: int) -> dict[str, int]:
+    """The vision tower's settings; ``ratio`` is that of its feed-forward layers."""
+    dimensions = {"depth": size.depth, "hidden_size": size.width, "intermediate_size": ratio * size.width}
+    return {**dimensions, "out_hidden_size": size.hidden}
 
 
-def _qwen2_5_vl(ids: dict[str, int]) -> Any:
-    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 192, "out_hidden_size": _HIDDEN, "patch_size": 14}
-    windows = {"window_size": 56, "fullatt_block_indexes": [2]}
-    return _qwen(Qwen2_5_VLConfig, ids, _qwen_text(ids, {"mrope_section": [4, 6, 6]}), vision | windows)
+def _qwen2_vl(ids: dict[str, int], size: Size) -> Any:
+    vision = {
+        "depth": size.depth,
+        "embed_dim": size.width,
+        "hidden_size": size.hidden,
+        "mlp_ratio": 3,
+        "patch_size": 14,
+    }
+    return _qwen(Qwen2VLConfig, ids, _qwen_text(ids, size, {"mrope_section": [4, 6, 6]}), vision)
 
 
-def _qwen3_vl(ids: dict[str, int]) -> Any:
-    vision = {"depth": 3, "hidden_size": 96, "intermediate_size": 288, "out_hidden_size": _HIDDEN, "patch_size": 16}
+def _qwen2_5_vl(ids: dict[str, int], size: Size) -> Any:
+    vision = {**_tower(size, 2), "patch_size": 14}
+    windows = {"window_size": 56, "fullatt_block_indexes": [size.depth - 1]}
+    return _qwen(Qwen2_5_VLConfig, ids, _qwen_text(ids, size, {"mrope_section": [4, 6, 6]}), vision | windows)
+
+
+def _qwen3_vl(ids: dict[str, int], size: Size) -> Any:
+    vision = {**_tower(size, 3), "patch_size": 16}
     levels = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     rope = {"mrope_section": [4, 6, 6], "mrope_interleaved": True}
-    text = _qwen_text(ids, rope, head_dim=_HIDDEN // _HEADS, attention_bias=True)
+    text = _qwen_text(ids, size, rope, head_dim=32, attention_bias=True)
     return _qwen(Qwen3VLConfig, ids, text, vision | levels)
 
 
-def _internvl(ids: dict[str, int]) -> Any:
+def _internvl(ids: dict[str, int], size: Size) -> Any:
     return InternVLConfig(
-        text_config=_qwen_text(ids, {}, model_type="qwen2"),
+        text_config=_qwen_text(ids, size, {}, model_type="qwen2"),
         vision_config={
-            **{"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4},
+            **{"hidden_size": size.width, "intermediate_size": 3 * size.width, "num_hidden_layers": size.depth},
+            "num_attention_heads": 4,
             **{"image_size": [SIZE, SIZE], "patch_size": [14, 14], "attention_bias": True},
             "layer_scale_init_value": 1.0,
         },
@@ -152,14 +194,15 @@ def _internvl(ids: dict[str, int]) -> Any:
     )
 
 
-def _gemma3(ids: dict[str, int]) -> Any:
+def _gemma3(ids: dict[str, int], size: Size) -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    kinds = ["full_attention" if layer % 4 == 2 else "sliding_attention" for layer in range(size.layers)]
     return Gemma3Config(
         text_config=_text(
             ids,
-            head_dim=_HIDDEN // _HEADS,
-            query_pre_attn_scalar=_HIDDEN // _HEADS,
+            size,
+            head_dim=32,
+            query_pre_attn_scalar=32,
             attention_bias=True,
             layer_types=kinds,
             sliding_window=256,
@@ -169,8 +212,8 @@ def _gemma3(ids: dict[str, int]) -> Any:
             pad_token_id=ids["<pad>"],
         ),
         vision_config={
-            **{"model_type": "siglip_vision_model", "hidden_size": 96, "intermediate_size": 288},
-            **{"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIZE, "patch_size": 14},
+            **{"hidden_size": size.width, "intermediate_size": 3 * size.width, "num_hidden_layers": size.depth},
+            **{"num_attention_heads": 4, "image_size": SIZE, "patch_size": 14, "model_type": "siglip_vision_model"},
             "vision_use_head": False,
         },
         mm_tokens_per_image=_SIDE**2,

@@ -1,6 +1,7 @@
 """The recipe for the embedded checkpoints: from random weights to ``base`` and ``instruct``.
 
     medvqa-rl phantom build --output runs/phantom_build
+    medvqa-rl phantom build --size large --output runs/phantom_large
 
 Four supervised stages, on the home scanner only:
 
@@ -15,20 +16,27 @@ Training data is endless. The same seed gives the same weights on the same machi
 
 from __future__ import annotations
 
+import copy
+import shutil
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 
 from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.core.answers import parse_completion
-from medvqa_rl.core.files import write_json
+from medvqa_rl.core.files import read_json, write_json, write_whole
+from medvqa_rl.core.machine import ProcessLock
 from medvqa_rl.core.prompts import render_answer
 from medvqa_rl.core.randomness import Draws, address
 from medvqa_rl.core.text import shown
@@ -46,7 +54,7 @@ from medvqa_rl.models.checkpoints import atomic_folder, write_model
 from medvqa_rl.models.families import shared_family_of
 from medvqa_rl.models.families.parts import Embedded
 from medvqa_rl.models.loading import Policy
-from medvqa_rl.phantom.architectures import PHANTOMS
+from medvqa_rl.phantom.architectures import DIMENSIONS, PHANTOMS
 from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.training import Log, cosine_schedule, count_parameters, curve_log, train
 from medvqa_rl.phantom.vlm import build_model, build_processor
@@ -59,7 +67,7 @@ FORMAT_RATE = 0.1
 DESCRIBE_RATE = 0.35
 """Share of the base model's training samples that ask for a description of the image."""
 BATCH = 32
-STEPS: dict[Stage, int] = {"base": 1400, "instruct": 1000}
+STAGES: tuple[Stage, ...] = ("base", "instruct")
 STEPS_SEEING = 1000
 LEARNING_RATES: dict[str, float] = {"seeing": 2e-3, "binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
 WORDS = tuple(dict.fromkeys((*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "equal")))
@@ -71,54 +79,119 @@ def build(
     output: Path,
     *,
     family: str = "qwen2_vl",
+    size: str = "base",
     seed: int = 0,
-    steps: Mapping[Stage, int] | None = None,
+    steps: Mapping[Stage, int | None] | None = None,
+    resume: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Train both checkpoints and evaluate them on both scanners.
 
     Args:
         output: folder for ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (learning curves) and
-            ``build.json`` (accuracy of both on both scanners).
+            ``build.json`` (accuracy of both on both scanners, written last).
         family: ``model_type`` of the architecture, one of :data:`PHANTOMS`.
+        size: one of :data:`DIMENSIONS`, which sets dimensions and the factor of the learning rates.
         seed: seed of weights and data.
-        steps: number of optimizer steps of the stages ``base`` and ``instruct``; defaults to :data:`STEPS`.
+        steps: number of optimizer steps of the stages ``base`` and ``instruct``; None takes those of the size.
+        resume: continue an interrupted build after its last finished stage, with the same weights as an uninterrupted
+            one; starts one if there is none.
         dry_run: print the shapes of one step of each kind and stop; nothing is written.
 
     Raises:
-        ValueError: the family is unknown, or the output folder is not empty.
+        ValueError: the family or size is unknown, the output folder is not empty, or another process builds in it.
     """
     if family not in PHANTOMS:
         raise ValueError(f"--family is {shown(family)}, but the families are {', '.join(PHANTOMS)}.")
-    if not dry_run and output.exists() and any(output.iterdir()):
-        raise ValueError(f"The folder {output} is not empty: choose another with --output, or remove it.")
+    if size not in DIMENSIONS:
+        raise ValueError(
+            f"--size is {shown(size)}, but the sizes are {', '.join(DIMENSIONS)}"
+            + (did_you_mean(size, DIMENSIONS) or ".")
+        )
+    if not dry_run and not resume and output.exists() and any(output.iterdir()):
+        raise ValueError(
+            f"The folder {output} is not empty: choose another with --output, remove it, or continue the build in it "
+            "with --resume."
+        )
+    planned: dict[Stage, int] = {"base": DIMENSIONS[size].base_steps, "instruct": DIMENSIONS[size].instruct_steps}
+    planned |= {stage: count for stage, count in (steps or {}).items() if count is not None}
     processor = build_processor(family)
-    model = build_model(processor, seed)
+    model = build_model(processor, seed, size)
     policy = Policy(model, processor, torch.device("cpu"), ModelConfig(train_vision=True, train_projector=True))
+    settings = {"family": family, "size": size, "seed": seed, "steps": planned, "parameters": count_parameters(model)}
     if dry_run:
-        _show_one_step(policy, seed)
+        _show_one_step(policy, seed, planned)
         return output
-    output.mkdir(parents=True, exist_ok=True)
-    began, log = time.perf_counter(), curve_log(output / "build.jsonl")
-    results: dict[str, Any] = {"family": family, "parameters": count_parameters(model)}
-    learn_to_see(policy, STEPS_SEEING, LEARNING_RATES["seeing"], seed, log)
-    learn_binding(policy, seed, log)
-    for stage in STEPS:
-        learn(policy, stage, steps[stage] if steps else STEPS[stage], seed, log)
-        save(policy, output / stage)
-        results[stage] = examine(policy, stage)
-        log({"stage": stage, **results[stage]})
-    results["seconds"] = round(time.perf_counter() - began)
-    write_json(output / "build.json", results)
+    lock = ProcessLock(output / ".lock")
+    lock.acquire(f"builds a model in {output}: wait for it, or choose another folder with --output.")
+    try:
+        _refuse_other_settings(output / "settings.json", settings)
+        if (output / "build.json").is_file():
+            print(f"The build in {output} is finished.")
+            return output
+        log, began, rate = curve_log(output / "build.jsonl"), time.perf_counter(), DIMENSIONS[size].rate
+        results: dict[str, Any] = dict(settings)
+        with _stage(policy, output, "seeing") as is_due:
+            if is_due:
+                learn_to_see(policy, STEPS_SEEING, rate * LEARNING_RATES["seeing"], seed, log)
+        with _stage(policy, output, "binding") as is_due:
+            if is_due:
+                learn_binding(policy, seed, log, rate=rate * LEARNING_RATES["binding"])
+        for stage in STAGES:
+            with _stage(policy, output, stage) as is_due:
+                if is_due:
+                    learn(policy, stage, planned[stage], seed, log, rate=rate * LEARNING_RATES[stage])
+                    save(policy, output / stage)
+            results[stage] = examine(policy, stage)
+            log({"stage": stage, **results[stage]})
+        results["seconds"] = round(time.perf_counter() - began)
+        write_json(output / "build.json", results)
+        shutil.rmtree(output / "stages")
+    finally:
+        lock.release()
     return output
 
 
-def _show_one_step(policy: Policy, seed: int) -> None:
+def _refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Record the settings of a build, or compare them with those recorded.
+
+    Raises:
+        ValueError: the build was started with other settings.
+    """
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    remedy = f"remove the folder {path.parent} to build again"
+    before = read_json(TypeAdapter(dict[str, Any]), path, remedy)
+    if changed := [name for name, value in settings.items() if before.get(name) != value]:
+        raise ValueError(
+            f"The build in {path.parent} was started with {changed[0]} {before.get(changed[0])}, but it is now "
+            f"{settings[changed[0]]}: {remedy}, or choose another folder with --output."
+        )
+
+
+@contextmanager
+def _stage(policy: Policy, output: Path, name: str) -> Iterator[bool]:
+    """Yield whether a stage is due, and store the weights after it; those of a finished stage are loaded.
+
+    Every stage has its own optimizer and addressed data, so nothing but weights is carried over.
+    """
+    path = output / "stages" / f"{name}.safetensors"
+    if path.is_file():
+        load_model(policy.model, path)
+        yield False
+        return
+    yield True
+    with write_whole(path) as temporary:
+        save_model(policy.model, str(temporary))
+
+
+def _show_one_step(policy: Policy, seed: int, steps: Mapping[Stage, int]) -> None:
     """Print the shapes of one step of each kind."""
-    print(f"{count_parameters(policy.model):,} parameters, {STEPS} steps")
+    print(f"{count_parameters(policy.model):,} parameters, {dict(steps)} steps")
     ids, positions = Binding(policy, seed).draw(64, 8, _MAX_DISTANCE, use_words=True)
     print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {positions.tolist()}")
-    for stage in STEPS:
+    for stage in STAGES:
         batch = collate(
             _lesson_groups(policy, stage, seed, 0), policy.processor, policy.device, layout=Layout.SEPARATE
         )
@@ -187,9 +260,10 @@ class Binding:
         return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
 
 
-def learn_binding(policy: Policy, seed: int, log: Log, *, max_steps: int = 3000) -> None:
+def learn_binding(
+    policy: Policy, seed: int, log: Log, *, rate: float = LEARNING_RATES["binding"], max_steps: int = 3000
+) -> None:
     """Train until 95 % of the letters are predicted correctly at the maximum distance."""
-    rate = LEARNING_RATES["binding"]
     optimizer = Optimizer(policy.model, OptimizerConfig(learning_rate=rate, weight_decay=0.05, betas=(0.9, 0.98)))
     practice, distance, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
     for step in range(max_steps):
@@ -223,8 +297,12 @@ def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
     return sample, render_answer(sample.reasoning, sample.answer) if has_format else sample.reasoning
 
 
-def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None:
-    """Run one stage of supervised fine-tuning, mixed with some binding data so that binding is not forgotten."""
+def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log, *, rate: float | None = None) -> None:
+    """Run one stage of supervised fine-tuning, mixed with some binding data so that binding is not forgotten.
+
+    Args:
+        rate: peak learning rate; None takes that of the size base.
+    """
     forward, practice = GroupForward(policy.model), Binding(policy, seed + 1)
 
     def backward(step: int) -> dict[str, float]:
@@ -238,7 +316,7 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log) -> None
         return values
 
     policy.model.train()
-    settings = cosine_schedule(LEARNING_RATES[stage], warmup_steps=min(100, steps // 4), min_lr_ratio=0.05)
+    settings = cosine_schedule(rate or LEARNING_RATES[stage], warmup_steps=min(100, steps // 4), min_lr_ratio=0.05)
     train(policy.model, settings, steps, backward, log, stage=stage)
 
 
@@ -253,11 +331,18 @@ def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[G
     return groups
 
 
+@torch.no_grad()
 def save(policy: Policy, folder: Path) -> None:
-    """Save a checkpoint in bfloat16 and continue with the rounded weights, which are what users load."""
+    """Save a checkpoint in bfloat16 and continue with the rounded weights, which are what users load.
+
+    Only weights are rounded: a checkpoint does not hold the frequencies of rotary embeddings, so who loads it has the
+    exact ones.
+    """
     with atomic_folder(folder) as temporary:
-        write_model(Policy(policy.model.to(torch.bfloat16), policy.processor, policy.device, policy.config), temporary)
-    policy.model.to(torch.float32)
+        stored = copy.deepcopy(policy.model).to(torch.bfloat16)
+        write_model(Policy(stored, policy.processor, policy.device, policy.config), temporary)
+    for parameter in policy.model.parameters():
+        parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def examine(policy: Policy, stage: Stage, count: int = 400) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from medvqa_rl.core.types import LETTERS
 from medvqa_rl.data.phantom.questions import draw_sample
 from medvqa_rl.models.families import family_for, family_of
 from medvqa_rl.models.processor import Processor
-from medvqa_rl.phantom.architectures import PHANTOMS, sharpen
+from medvqa_rl.phantom.architectures import DIMENSIONS, PHANTOMS, sharpen
 from medvqa_rl.phantom.training import byte_level_bpe
 
 
@@ -60,12 +60,12 @@ def build_processor(family: str = "qwen2_vl") -> Processor:
     return Processor(own, build_tokenizer(family), PHANTOMS[family].image_processor())
 
 
-def build_model(processor: Processor, seed: int = 0) -> Any:
-    """Build the phantom VLM of the processor's family with random float32 weights, about 1.5 million parameters."""
+def build_model(processor: Processor, seed: int = 0, size: str = "base") -> Any:
+    """Build the phantom VLM of the processor's family with random float32 weights, in one of :data:`DIMENSIONS`."""
     (family,) = processor.family.model_types
     phantom, tokenizer = PHANTOMS[family], processor.tokenizer
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in phantom.special_tokens}
-    config = phantom.config(ids | {"": -(-len(tokenizer) // 16) * 16})
+    config = phantom.config(ids | {"": -(-len(tokenizer) // 16) * 16}, DIMENSIONS[size])
     torch.manual_seed(seed)
     model: Any = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +85,7 @@ def _initialise_for_copying(model: Any, generator: torch.Generator) -> None:
     the word again. With the usual initialisation both must be learned before either helps, and training stays at
     chance for thousands of steps. Therefore:
 
-    - Half the heads of layer 0 start by attending 1 and 2 tokens back. Rotary embeddings turn constant query and key
+    - Two heads of layer 0 start by attending 1 and 2 tokens back. Rotary embeddings turn constant query and key
       biases into a function of distance: the sum over the fast frequencies f of cos(f * (distance - offset)), which
       peaks at the offset.
     - Half the heads of layers 1 and 2 start with equal query and key projections on the slow frequencies, which hardly
@@ -103,7 +103,7 @@ def _initialise_for_copying(model: Any, generator: torch.Generator) -> None:
     half, fast, strength = width // 2, 5, 7.0
     frequency = 10000.0 ** (-torch.arange(fast) / half)  # of all phantoms
     first = text.layers[0].self_attn
-    for head in range(heads // 2):
+    for head in range(2):
         rows, offset = slice(head * width, (head + 1) * width), head + 1
         query, key = torch.zeros(width), torch.zeros(width)
         key[:fast] = strength
