@@ -131,7 +131,7 @@ def test_exit_code_2_if_not_even_one_group_fits():
     ("args", "message"),
     [
         ((PAPER, "data.path=x", "model.path=some/model-nobody-has"), "no config.json of it is on this machine"),
-        ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b, 2.5-32b"),
+        ((PAPER, "data.path=x", "--model-size", "3b"), "the known sizes are 2b, 7b, 2.5-3b, 2.5-7b, 2.5-32b, 2.5-72b"),
         ((PHANTOM, "--card", "gtx"), "There is no card 'gtx' in the table: choose one of h200"),
         ((PHANTOM, "--image-size", "big"), "give WIDTHxHEIGHT in pixels"),
         ((PHANTOM, "--image-size", "10000x10", "--card", "l4"), "200 times the other"),
@@ -186,6 +186,7 @@ def test_known_sizes_are_the_published_ones():
         "2.5-3b": 3_754_622_976,
         "2.5-7b": 8_292_166_656,
         "2.5-32b": 33_452_718_336,
+        "2.5-72b": 73_410_777_344,
         "qwen3-2b": 2_127_532_032,
         "qwen3-4b": 4_437_815_808,
         "qwen3-8b": 8_767_123_696,

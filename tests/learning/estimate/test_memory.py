@@ -323,6 +323,28 @@ def test_devices_share_the_prompts(work):
         plan(Config(), model, question_tokens=110, grids=(), on_gpu=True, ranks=3)
 
 
+@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 4), ("zero2", 4), ("zero3", 4), ("fsdp2", 8)])
+def test_ranks_share_what_their_engine_shards(work, engine, ranks):
+    model = work().model
+    weights, trained = 2_208_985_600, 1_543_714_304  # of 2B, and of its language model
+
+    def step(engine: str, ranks: int, **sections):
+        config = Config(train=TrainConfig(engine=engine), loss=LossConfig(beta=0.04), **sections)
+        half = plan(config, model, question_tokens=110, grids=((36, 36),), on_gpu=True, ranks=ranks)
+        return step_memory(half, process=0)
+
+    found = step(engine, ranks)["update: optimizer"]
+    share = 1 if engine == "ddp" else ranks
+    assert found["weights"] == 2 * weights / (ranks if engine in ("zero3", "fsdp2") else 1)
+    assert found["reference"] == 2 * trained / share and found["gradients"] == 2 * trained // share
+    # AdamW: two moments and master weights, then float32 gradients twice, less their own bytes, and square roots.
+    assert found["optimizer"] == pytest.approx((12 + 4 + 4) * trained / share)
+    alone = step("ddp", ranks)["rollout: decode"]
+    gathered = step(engine, ranks)["rollout: decode"]["weights"]
+    assert gathered == alone["weights"] * (1 + 1 / ranks if engine in ("zero3", "fsdp2") else 1)
+    assert step(engine, 1) == step("ddp", 1)  # nothing to share
+
+
 def test_a_token_budget_limits_the_groups(work):
     group = 434 + 8 * 256
     assert work(train=TrainConfig(max_tokens_per_micro_batch=3 * group)).groups_per_micro_batch == 3

@@ -126,7 +126,8 @@ def _show(console: Console, result: Estimate, advice: Advice, completion_tokens:
     console.print(
         f"{sum(counts) / 1e6:,.1f} M parameters (language model {counts.language / 1e6:,.1f}, vision "
         f"{counts.vision / 1e6:,.1f}), {trained_parameters(work) / 1e6:,.1f} M trained, in "
-        f"{'bfloat16' if work.is_bfloat16 else 'float32'}{' and 4 bits' if work.is_4bit else ''}. "
+        f"{'bfloat16' if work.is_bfloat16 else 'float32'}{' and 4 bits' if work.is_4bit else ''}"
+        f"{f', shared by {work.ranks} devices under {work.engine}' if work.shards_state else ''}. "
         f"A step: {work.prompts} prompts of {work.prompt_tokens} "
         f"tokens x {work.generations} completions of {work.completion_tokens}; "
         f"{work.prompts_per_rollout_batch} prompts at a time in the rollout, {work.groups_per_micro_batch} in the "

@@ -2,7 +2,8 @@
 
 The tensors saved by autograd were counted one by one (``saved_tensors_hooks``), and the moments at which memory peaks
 were found with torch's allocation profiler, on a CPU in float32 and bfloat16; docs/estimate.md has the comparison.
-What a GPU adds (AdamW's batched temporaries, the CUDA context) is derived from torch's code, not measured.
+What a GPU adds (AdamW's batched temporaries, the CUDA context) and what sharding saves are derived from the code, not
+measured.
 
 Legend: h hidden size, i intermediate size, d and m the same of the vision tower; e bytes per weight.
 """
@@ -41,11 +42,22 @@ def _static(work: Workload) -> dict[str, float]:
     masters = 4 * whole if work.is_bfloat16 else 0
     # In full fine-tuning the reference copies the trained weights; with LoRA it is the model without adapters.
     reference = e * whole if work.has_reference and not trained.lora_rank else 0
+    share = 1 / work.ranks if work.shards_state else 1
     return {
-        "weights": weights,
-        "reference": reference,
-        "optimizer": 8 * trained_parameters(work) + masters,
+        "weights": weights / work.ranks if work.shards_weights else weights,
+        "reference": share * reference,
+        "optimizer": share * (8 * trained_parameters(work) + masters),
     }
+
+
+def _gathered(work: Workload) -> tuple[float, float]:
+    """Bytes of the weights that a rank gathers: all of them where nothing needs gradients, and in the update those of
+    a decoder layer and the next one, or of the embedding."""
+    if not work.shards_weights:
+        return 0.0, 0.0
+    model, e = work.model, work.bytes
+    layers = 2 * layer_weights(model) / model.layers
+    return float(sum(model.parameters) * e), max(layers, model.vocabulary * model.hidden) * e
 
 
 def _largest_trained(work: Workload) -> int:
@@ -59,11 +71,12 @@ def _largest_trained(work: Workload) -> int:
 
 
 def _gradient_bytes(work: Workload) -> int:
-    """Bytes of all gradients, each in the dtype of its parameter."""
+    """Bytes of the gradients, each in the dtype of its parameter; a rank's part if they are sharded."""
     adapters = (
         lora_parameters(work.model, work.trained.lora_rank, work.trained.lora_targets) if work.trained.lora_rank else 0
     )
-    return 4 * adapters + work.bytes * (trained_parameters(work) - adapters)
+    whole = 4 * adapters + work.bytes * (trained_parameters(work) - adapters)
+    return whole // work.ranks if work.shards_state else whole
 
 
 def saved_per_layer(work: Workload) -> int:
@@ -209,26 +222,34 @@ def step_memory(work: Workload, *, process: float) -> dict[str, dict[str, float]
     # The current layer has no gradients yet. If the embedding is also the output layer, the gradients of both uses and
     # their sum exist at once.
     nearly_all = carried + head if carried else gradients - is_full * gradients / model.layers
-    all_but_embedding = carried or gradients - head
-    step = 2 * (4 * trained_parameters(work) - gradients)  # float32 copies of bfloat16 gradients
+    all_but_embedding = carried or max(0, gradients - head)
+    updated = trained_parameters(work) / (work.ranks if work.shards_state else 1)
+    step = 2 * (4 * updated - gradients)  # float32 copies of bfloat16 gradients
     # AdamW's square roots: of all parameters at once on a GPU, two of one parameter at a time on a CPU.
-    step += 4 * trained_parameters(work) if work.on_gpu else 2 * 4 * _largest_trained(work)
+    step += 4 * updated if work.on_gpu else 2 * 4 * _largest_trained(work)
+    everything, some = _gathered(work)
 
-    def moment(kv: float = work.keeps_cache * cache, **parts: float) -> dict[str, float]:
+    def moment(kv: float = work.keeps_cache * cache, gathered: float = some, **parts: float) -> dict[str, float]:
         named = {"gradients": 0.0, "KV cache": kv, "activations": 0.0, "logits": 0.0, **static, **held}
-        for name, value in parts.items():
+        for name, value in (*parts.items(), ("weights", gathered)):
             named[name] += value
         return {name: float(named[name]) for name in PARTS}
 
     return {
-        "rollout: vision": moment(vision=_vision_pass(work, batch)),
+        "rollout: vision": moment(gathered=everything, vision=_vision_pass(work, batch)),
         "rollout: prefill": moment(
+            gathered=everything,
             kv=prefilled + work.keeps_cache * cache,
             activations=_pass_bytes(work, batch * work.prompt_tokens) + dequantized,
         ),
-        "rollout: decode": moment(kv=prefilled + cache, logits=max(sampling, dequantized)),  # not at the same time
-        "update: self-check": moment(activations=work.checks_itself * (_pass_bytes(work, plain) + dequantized)),
+        "rollout: decode": moment(
+            gathered=everything, kv=prefilled + cache, logits=max(sampling, dequantized)
+        ),  # not at the same time
+        "update: self-check": moment(
+            gathered=everything, activations=work.checks_itself * (_pass_bytes(work, plain) + dequantized)
+        ),
         "update: reference": moment(
+            gathered=everything,
             activations=work.has_reference * (_pass_bytes(work, tokens, joined) + _mask_bytes(work) + dequantized),
             vision=0 if work.vision_is_frozen else _vision_pass(work, work.groups_per_micro_batch),
         ),
@@ -256,7 +277,7 @@ def step_memory(work: Workload, *, process: float) -> dict[str, dict[str, float]
             activations=tokens * h * e,
             vision=tower,
         ),
-        "update: optimizer": moment(gradients=gradients, optimizer=step),
+        "update: optimizer": moment(gathered=0.0, gradients=gradients, optimizer=step),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field, TypeAdapter
 
 from medvqa_rl.config import Config, LoraConfig
+from medvqa_rl.config.learning import TrainEngine
 from medvqa_rl.core.files import read_json
 from medvqa_rl.core.text import shown
 from medvqa_rl.learning.estimate.cost import Trained, image_tokens, lora_parameters
@@ -53,6 +54,20 @@ class Workload:
     """The KV cache stays allocated during the update, because CUDA graphs were captured on it."""
     checks_itself: bool
     """The first update also computes a group with a row per completion."""
+    ranks: int
+    """Devices that share the prompts of a step."""
+    engine: TrainEngine
+    """How they share the model; ddp for one device."""
+
+    @property
+    def shards_state(self) -> bool:
+        """Gradients, optimizer state and reference are divided among the ranks."""
+        return self.engine != "ddp"
+
+    @property
+    def shards_weights(self) -> bool:
+        """Weights are divided too, and gathered for rollouts and, layer by layer, in the update."""
+        return self.engine in ("zero3", "fsdp2")
 
     @property
     def bytes(self) -> int:
@@ -103,7 +118,7 @@ def plan(
         question_tokens: prompt tokens besides the image: template, question, options.
         grids: patches of a resized image or of its tiles, or empty.
         on_gpu: the device is a GPU.
-        ranks: devices that share the prompts of a step.
+        ranks: devices that share the prompts of a step, under ``train.engine``; auto counts as ddp.
 
     Raises:
         ValueError: the ranks cannot share the prompts evenly, LoRA targets unknown layers, or a group exceeds
@@ -154,6 +169,8 @@ def plan(
         prefetch_bytes=config.prefetch.max_mib * 2**20 if config.prefetch.workers else 0,
         keeps_cache=rollout.engine == "graph",
         checks_itself=config.train.self_check,
+        ranks=ranks,
+        engine="ddp" if config.train.engine == "auto" or ranks == 1 else config.train.engine,
     )
 
 

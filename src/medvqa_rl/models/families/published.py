@@ -45,6 +45,12 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
         **{"num_attention_heads": 40, "num_key_value_heads": 8, "tie_word_embeddings": False},
         "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 5120},
     },
+    "2.5-72b": {
+        "model_type": "qwen2_5_vl",
+        **{"vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3456, "out_hidden_size": 8192},
+    },
     "qwen3-2b": {
         "model_type": "qwen3_vl",
         "text_config": {**_QWEN3, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
@@ -148,6 +154,7 @@ CHECKPOINTS = (
     Checkpoint("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", "2.5-3b", "Qwen Research"),
     Checkpoint("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "2.5-7b", "Apache-2.0"),
     Checkpoint("Qwen/Qwen2.5-VL-32B-Instruct", "qwen2_5_vl", "2.5-32b", "Apache-2.0"),
+    Checkpoint("Qwen/Qwen2.5-VL-72B-Instruct", "qwen2_5_vl", "2.5-72b", "Qwen"),
     Checkpoint("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", "qwen3-2b", "Apache-2.0"),
     Checkpoint("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", "qwen3-4b", "Apache-2.0"),
     Checkpoint("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", "qwen3-8b", "Apache-2.0"),
