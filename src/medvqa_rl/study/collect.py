@@ -103,7 +103,7 @@ def collect(recipe: Recipe) -> Collected:
         }
     primary, primary_answers = recipe.tests.index(recipe.primary), answers[recipe.primary]
     by_arm = _by_arm(finished)
-    trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.verb != "none"}
+    trained = {name: cells for name, cells in by_arm.items() if cells[0].arm.is_run}
     curves = {name: tuple(read_run(cell.folder).metrics for cell in cells) for name, cells in trained.items()}
     untrained = next((cells[0] for cells in by_arm.values() if cells[0].arm.verb == "none"), None)
 

@@ -31,7 +31,7 @@ def budget(cell: Cell) -> Budget:
     """The budget of a cell that ran all its steps."""
     train, rollout = cell.config.train, cell.config.rollout
     match cell.arm.verb:
-        case "none":
+        case "none" | "build":
             return Budget(0, 0)
         case "sft":
             return Budget(train.steps * cell.config.sft.batch_size, train.steps)

@@ -55,13 +55,15 @@ _STATUS, _ROW = TypeAdapter(_Status), TypeAdapter(_Row)
 
 
 def steps_done(cell: Cell) -> int:
-    """Completed training steps according to the cell's status."""
+    """Completed training steps according to the cell's status; 0 for builds."""
     status = _status(cell)
     return 0 if status is None else status.step
 
 
 def is_trained(cell: Cell) -> bool:
     """Whether a cell's training is finished, or it needs none."""
+    if cell.arm.verb == "build":
+        return (cell.folder / "build.json").is_file()  # written last
     return cell.arm.verb == "none" or ((status := _status(cell)) is not None and status.state == "finished")
 
 
@@ -85,18 +87,20 @@ def _status(cell: Cell) -> _Status | None:
 
 
 def step_seconds(recipe: Recipe) -> dict[str, float]:
-    """Seconds per step of each arm: measured in its finished cells, else in those of its verb, else the recipe's."""
+    """Seconds per step of each arm: measured in its finished cells, else the recipe's for this arm, else measured in
+    cells of its verb, else the recipe's for the verb."""
     by_arm: dict[str, list[float]] = {}
     by_verb: dict[str, list[float]] = {}
     for cell in recipe.cells:
-        if cell.arm.verb != "none" and is_trained(cell):
+        if cell.arm.is_run and is_trained(cell):
             times = _step_times(cell)
             by_arm.setdefault(cell.arm.name, []).extend(times)
             by_verb.setdefault(cell.arm.verb, []).extend(times)
     rates = {}
     for arm in recipe.arms:
-        measured = by_arm.get(arm.name) or by_verb.get(arm.verb)
-        rates[arm.name] = fmean(measured) if measured else recipe.forecast.seconds_per_step.get(arm.verb, 0.0)
+        stated = recipe.forecast.seconds_per_step
+        measured = by_arm.get(arm.name) or ([] if arm.name in stated else by_verb.get(arm.verb))
+        rates[arm.name] = fmean(measured) if measured else stated.get(arm.name, stated.get(arm.verb, 0.0))
     return rates
 
 
@@ -115,7 +119,9 @@ def forecast(recipe: Recipe) -> dict[Cell, float]:
         seconds = 0.0
         if not is_trained(cell):
             seconds += recipe.forecast.seconds_per_start
-            seconds += (cell.config.train.steps - steps_done(cell)) * rates[cell.arm.name]
+            seconds += recipe.forecast.seconds_per_build.get(cell.arm.size or "", 0.0)
+            if cell.arm.is_run:
+                seconds += (cell.config.train.steps - steps_done(cell)) * rates[cell.arm.name]
         if not all(map(is_tested, cell.tests)):
             seconds += recipe.forecast.seconds_per_start
         for test in cell.tests:
@@ -135,15 +141,16 @@ def plan_table(recipe: Recipe) -> TextTable:
     from_title = ["from"] if has_starts else []
     rows = []
     for cell in recipe.cells:
-        done = steps_done(cell) if cell.arm.verb != "none" else 0
+        done = steps_done(cell) if cell.arm.is_run else 0
         tested = sum(map(is_tested, cell.tests))
-        state = "finished" if is_finished(cell) else "started" if done or tested else "not started"
+        is_started = done or tested or (cell.arm.verb == "build" and cell.folder.exists())
+        state = "finished" if is_finished(cell) else "started" if is_started else "not started"
         rows.append(
             (
                 cell.label,
                 *([cell.start.label if cell.start else ""] if has_starts else []),
                 "" if cell.arm.verb == "none" else cell.arm.verb,
-                "" if cell.arm.verb == "none" else f"{done}/{cell.config.train.steps}",
+                f"{done}/{cell.config.train.steps}" if cell.arm.is_run else "",
                 f"{tested}/{len(cell.tests)}",
                 state,
                 f"{left[cell] / 60:.1f}",
@@ -173,6 +180,8 @@ def progress_line(cell: Cell, log: Path, first_step: int, seconds: float) -> str
         return ""
     if is_trained(cell):
         return f"{cell.label}: {sum(map(is_tested, cell.tests))} of {len(cell.tests)} tests done, see {log}"
+    if cell.arm.verb == "build":
+        return f"{cell.label}: building, see {log}"
     done, steps = steps_done(cell), cell.config.train.steps
     left = f", {duration(seconds / (done - first_step) * (steps - done))} left" if done > first_step else ""
     return f"{cell.label}: step {done} of {steps}{left}, see {log}"
@@ -188,7 +197,9 @@ def commands(cell: Cell, configs: Path) -> list[list[str]]:
     """
     todo = []
     name = f"{cell.arm.name}-{cell.folder.name}"
-    if not is_trained(cell):
+    if not is_trained(cell) and cell.arm.size is not None:
+        todo.append(["phantom", "build", "--size", cell.arm.size, "--output", str(cell.folder), "--resume"])
+    elif not is_trained(cell):
         path = _write(configs / f"{name}.yaml", cell.config.model_dump(mode="json"))
         resume = ["--resume"] if (cell.folder / "status.json").is_file() else []
         todo.append([cell.arm.verb, str(path), *resume])
@@ -227,7 +238,6 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
             f"{processes} GPUs: leave one of the two at 1."
         )
     launcher = ["accelerate.commands.launch", "--num_processes", str(processes), "-m"] if processes > 1 else []
-    program = [sys.executable, "-m", *launcher, "medvqa_rl"]
     environment = os.environ | {PARENT: str(os.getpid())} | ({SHARE: str(own_share(jobs))} if jobs > 1 else {})
     output.mkdir(parents=True, exist_ok=True)
     stop, printing = Event(), Lock()
@@ -285,6 +295,8 @@ def run_study(recipe: Recipe, output: Path, *, jobs: int = 1, processes: int = 1
             report(f"{cell.label}: medvqa-rl {' '.join(words)}, log in {log}")
             line = partial(progress_line, cell, log, steps_done(cell))
             with log.open("ab") as file, heartbeat(line, report):
+                prefix = [] if words[0] == "phantom" else launcher  # a build is one process
+                program = [sys.executable, "-m", *prefix, "medvqa_rl"]
                 code = subprocess.call([*program, *words], stdout=file, stderr=file, env=environment)
             if code:
                 lines = log.read_text("utf-8", "replace").splitlines() or [""]

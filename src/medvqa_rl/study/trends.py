@@ -138,7 +138,8 @@ def trend_result(
     def interval(columns: Sequence[Floats]) -> SeededInterval:
         values = (weights(len(columns)) * np.stack(columns, axis=1)).sum(axis=1) / len(columns)
         resampled = values[1:][~np.isnan(values[1:])]
-        if math.isnan(values[0]) or len(resampled) < 2 or len(keys) < 2:
+        is_constant = len(columns) == 1 and len(resampled) > 0 and not np.ptp(resampled)  # one seed of a seed's value
+        if math.isnan(values[0]) or len(resampled) < 2 or len(keys) < 2 or is_constant:
             return SeededInterval(float(values[0]), math.nan, math.nan, math.nan)
         low, high = np.quantile(resampled, LEVELS)
         return SeededInterval(float(values[0]), float(low), float(high), float(resampled.std(ddof=1)))

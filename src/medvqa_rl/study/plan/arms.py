@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from medvqa_rl.core.embedded import SIZES
 from medvqa_rl.core.text import number_of, shown
 from medvqa_rl.study.plan.checks import check_folder_name, check_keys, check_name, overlay, section
 
-Verb = Literal["none", "train", "sft"]
-"""``none`` evaluates the model without training it."""
-VERBS: tuple[Verb, ...] = ("none", "train", "sft")
-_KEYS = ("verb", "from", "once", "seeds", "settings", "published", "traces", "data_by_seed")
+Verb = Literal["none", "train", "sft", "build"]
+"""``none`` evaluates the model without training it; ``build`` makes a phantom model of another size."""
+VERBS: tuple[Verb, ...] = ("none", "train", "sft", "build")
+_KEYS = ("verb", "from", "once", "seeds", "settings", "published", "traces", "data_by_seed", "size")
 _OWN_WEIGHTS = ("path", "adapter", "revision")
 """Model settings that select the weights."""
 
@@ -37,6 +38,13 @@ class Arm:
     """Number of questions with reference reasoning that a supervised arm learns; None takes all of its data."""
     data_by_seed: bool = False
     """Whether the cell's seed is added to ``data.seed`` of its training, so that each seed draws its own questions."""
+    size: str | None = None
+    """Of the phantom model to build; None for other verbs."""
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its cells are training runs."""
+        return self.verb in ("train", "sft")
 
     def settings_of(self, base: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """The settings of the cell with a seed: those of the recipe, overlaid by the arm's."""
@@ -110,8 +118,16 @@ def _arm(where: str, name: str, given: Mapping[str, Any]) -> Arm:
     if by_seed is not None and type(by_seed) is not bool:
         raise ValueError(f"{where}, arm {name}, has data_by_seed {shown(by_seed)}, but must have true or false.")
     settings = section(where, f"arms.{name}.settings", given.get("settings"))
-    is_once = bool(once) or (verb == "none" and start is None)
-    return Arm(name, cast(Verb, verb), settings, published, start, is_once, num_seeds, traces, bool(by_seed))
+    size = given.get("size")
+    if (verb == "build") != (size is not None) or (verb == "build" and not given.keys() <= {"verb", "size", "once"}):
+        raise ValueError(
+            f"{where}, arm {name}, has {', '.join(given)}, but an arm with verb build has a size and nothing else, "
+            f"and no other arm has one: write {{verb: build, size: {SIZES[0]}}}, with one of {', '.join(SIZES)}."
+        )
+    if verb == "build":
+        check_name(f"{where}, arm {name},", "size", str(size), SIZES)
+    is_once = bool(once) or verb == "build" or (verb == "none" and start is None)
+    return Arm(name, cast(Verb, verb), settings, published, start, is_once, num_seeds, traces, bool(by_seed), size)
 
 
 def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
@@ -122,7 +138,7 @@ def _check_start(where: str, arm: Arm, arms: Mapping[str, Arm]) -> None:
         raise ValueError(
             f"{where}, arm {arm.name}, has from {shown(arm.start)}, but that arm is not trained (verb none) and "
             "has no "
-            "checkpoint: set model.path instead, or name an arm with verb train or sft."
+            "checkpoint: set model.path instead, or name an arm with verb train, sft or build."
         )
     if not arms[arm.start].once and (most := arms[arm.start].num_seeds) and (arm.num_seeds or most + 1) > most:
         raise ValueError(

@@ -9,6 +9,7 @@ arms:
   grpo: {verb: train, settings: {...}, published: 58.04}
   warm_up: {verb: sft, once: true} # trained with the first seed only; a start for other arms
   staged: {verb: train, from: warm_up}
+  small: {verb: build, size: small}  # a phantom model of another size, which medvqa-rl phantom build trains; a start
 tests:
   home: {data: {scanner: home}}    # settings applied when the test split is evaluated
 primary: home                      # the test whose table shows the published figures; defaults to the first
@@ -36,6 +37,7 @@ from typing import Any
 from medvqa_rl.config import Config, ConfigError, EvalConfig, ModelConfig, Purpose
 from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.config.yaml import build_config, merge, parse_override, read_file
+from medvqa_rl.core.embedded import SIZES
 from medvqa_rl.core.files import checkpoint_folder
 from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.arms import Arm, Verb, read_arms, with_starts
@@ -47,12 +49,12 @@ from medvqa_rl.study.plan.names import check_made, settings_hash
 from medvqa_rl.study.plan.traces import check_traces
 from medvqa_rl.study.plan.trends import Trend, read_trends
 
-_PURPOSES: dict[Verb, Purpose] = {"none": "eval", "train": "train", "sft": "sft"}
+_PURPOSES: dict[Verb, Purpose] = {"none": "eval", "build": "eval", "train": "train", "sft": "sft"}
 _KEYS = (
     *("baseline", "seeds", "settings", "arms", "tests", "primary", "contrasts", "tables"),
     *("trends", "quick", "forecast", "title", "note"),
 )
-_FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start")
+_FORECAST_KEYS = ("seconds_per_step", "seconds_per_question", "seconds_per_start", "seconds_per_build")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Cell:
         its start; None is the configured model."""
         if self.arm.verb == "none":
             return None if self.start is None else self.start.checkpoint
+        if self.arm.verb == "build":
+            return self.folder / "instruct"
         return checkpoint_folder(self.folder, self.config.train.steps)
 
 
@@ -101,9 +105,11 @@ class Forecast:
     """Durations to assume until finished cells provide measured ones."""
 
     seconds_per_step: Mapping[str, float]
-    """By verb."""
+    """By verb, or by arm."""
     seconds_per_question: float
     seconds_per_start: float
+    seconds_per_build: Mapping[str, float]
+    """By size."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Recipe:
         return [
             Pair(cell.arm.name, cell.config.data, test.name, test.config.data)
             for cell in self.cells
-            if cell.arm.verb != "none"
+            if cell.arm.is_run
             for test in cell.tests
         ]
 
@@ -314,11 +320,13 @@ def _forecast(where: str, given: Any) -> Forecast:
     stated = section(where, "forecast", given)
     check_keys(f"{where} under forecast", stated, _FORECAST_KEYS)
     rates = {"train": 1.0, "sft": 1.0} | section(where, "forecast.seconds_per_step", stated.get("seconds_per_step"))
-    others = [stated.get("seconds_per_question", 0.1), stated.get("seconds_per_start", 10.0)]
-    for rate in (*rates.values(), *others):
+    question, start = stated.get("seconds_per_question", 0.1), stated.get("seconds_per_start", 10.0)
+    builds = dict.fromkeys(SIZES, 0.0) | section(where, "forecast.seconds_per_build", stated.get("seconds_per_build"))
+    check_keys(f"{where} under forecast.seconds_per_build", builds, SIZES)
+    for rate in (*rates.values(), question, start, *builds.values()):
         if type(rate) not in (int, float) or rate < 0:
             raise ValueError(f"{where} forecasts {shown(rate)} seconds, but must forecast a number of at least 0.")
-    return Forecast(rates, *others)
+    return Forecast(rates, question, start, builds)
 
 
 def _build(where: str, settings: Mapping[str, Any], purpose: Purpose) -> Config:
@@ -343,7 +351,8 @@ def _cell(
         # Tests do not affect training, so changing their settings must not rename the cell and train it again.
         config = config.model_copy(update={"eval": EvalConfig(), "eval_judge": None})
     after = "" if start is None else f"{start.arm.name}/{start.folder.name}"
-    folder = output / arm.name / f"seed{seed}-{settings_hash(config, after)}"
+    # What is built depends on the size only, and takes too long to be repeated when other settings change.
+    folder = output / arm.name / (arm.size or f"seed{seed}-{settings_hash(config, after)}")
 
     def with_folder(config: Config) -> Config:
         model = config.model if start is None else _starting(config.model, start)
