@@ -105,7 +105,7 @@ def test_cells_start_from_the_same_seed(staged: dict[str, Any], tmp_path: Path) 
     recipe = read_recipe(write(tmp_path / "tiny.yaml", staged), tmp_path)
     starts = {cell.label: [start.label for start in cell.starts] for cell in recipe.cells}
     assert starts["later, seed 1"] == ["grpo, seed 1", "warm_up, seed 1"]
-    assert starts["as_is"] == ["warm_up, seed 0"]
+    assert starts["as_is, seed 1"] == ["warm_up, seed 1"]
     only = read_recipe(tmp_path / "tiny.yaml", tmp_path, only=["later"])
     assert {cell.arm.name for cell in only.cells} == {"later", "grpo", "warm_up"}
     assert [cell.folder for cell in only.cells] == [
