@@ -176,6 +176,8 @@ def test_the_demo_writes_all_documented_files(tmp_path, monkeypatch):
     assert summary["gain"] == pytest.approx(summary["accuracy_after"] - summary["accuracy_before"])
     assert summary["gain_low"] <= summary["gain"] <= summary["gain_high"]
     assert summary["seconds"] > 0
+    card = (tmp_path / "run/checkpoints/step_000003/README.md").read_text(encoding="utf-8")
+    assert "the same 64 questions" in card and f"{100 * summary['accuracy_after']:.1f}" in card
     for name in ("page.html", "metrics.jsonl"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
     with pytest.raises(ValueError, match="is not empty"):

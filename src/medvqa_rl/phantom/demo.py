@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def demo_config(output: Path, seed: int = 0) -> Config:
         advantage=AdvantageConfig(scale="none"),
         loss=LossConfig(type="dr_grpo", beta=0.0),
         optimizer=OptimizerConfig(
-            learning_rate=2e-4,
+            learning_rate=5e-5,
             lr_scheduler_type="linear",
             min_lr_ratio=0.1,
             warmup_steps=40,
@@ -109,8 +110,10 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
     after = _evaluate_both(config, adapted)
     _print_accuracy(console, after)
     for scanner in NUM_QUESTIONS:
-        write_evaluation(before[scanner], run_dir / "eval" / f"before_{scanner}")
-        write_evaluation(after[scanner], run_dir / "eval" / f"after_{scanner}")
+        for name, model, evaluations in (("before", config.model, before), ("after", adapted, after)):
+            found = evaluations[scanner]
+            results = {**found.results, "model": model.model_dump(mode="json")}
+            write_evaluation(replace(found, results=results), run_dir / "eval" / f"{name}_{scanner}")
 
     console.print("[bold]4/4[/bold]  Writing the report.")
     gains = {name: paired_gain(before[name].records, after[name].records, config.eval) for name in NUM_QUESTIONS}

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medvqa_rl.config import Config, EvalConfig, is_hub_id, leaves
 from medvqa_rl.config.sharing import shareable, without_folders
@@ -41,6 +41,15 @@ _METHODS = {
 }
 
 
+class Average(NamedTuple):
+    """Weights of a checkpoint that were averaged with those that training started from."""
+
+    share: float
+    """Of the checkpoint, 0 to 1."""
+    folder: Path
+    """Where the average is."""
+
+
 def write_cards(run: Path) -> list[Path]:
     """Write cards into the best and the last checkpoint, if they exist.
 
@@ -57,12 +66,12 @@ def write_cards(run: Path) -> list[Path]:
     return written
 
 
-def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, average: float | None = None) -> str:
+def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, average: Average | None = None) -> str:
     """Return the card of a checkpoint as Markdown with the front matter of the Hugging Face Hub.
 
     Args:
         is_merged: the checkpoint is an adapter, and the card is of the model that it was merged into.
-        average: the card is of the average of this share of the checkpoint with the model that training started from.
+        average: the card is of this average of the checkpoint.
     """
     settings = leaves(run.config)
     is_best, step = checkpoint.name == "best", _step(checkpoint)
@@ -83,7 +92,7 @@ def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, ave
             if is_best
             else ", the last checkpoint of the run."
         ),
-        *([] if average is None else ["", _averaged(base, average)]),
+        *([] if average is None else ["", _averaged(base, average.share)]),
         "",
         "## Use",
         "",
@@ -91,7 +100,11 @@ def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, ave
         "",
         "## Results",
         "",
-        *_results(run, checkpoint, step, is_best),
+        *(
+            _results(run, checkpoint, step, is_best)
+            if average is None
+            else _results(run, average.folder, None, False, is_average=True)
+        ),
         "",
         "## Data",
         "",
@@ -118,7 +131,7 @@ def model_card(run: StoredRun, checkpoint: Path, *, is_merged: bool = False, ave
 def _averaged(base: str, share: float) -> str:
     return (
         f"They were then averaged with those of `{base}`: {share:g} of the trained weights plus {1 - share:g} of the "
-        "others. **The results below are those before the average**; evaluate these weights before using them."
+        "others, which often keeps most of what was gained and forgets less. The results below are of the average."
     )
 
 
@@ -202,21 +215,22 @@ def _method(run: StoredRun, settings: Mapping[str, Any]) -> str:
     )
 
 
-def _results(run: StoredRun, checkpoint: Path, step: int | None, is_best: bool) -> list[str]:
+def _results(
+    run: StoredRun, checkpoint: Path, step: int | None, is_best: bool, *, is_average: bool = False
+) -> list[str]:
     """Tabulate the evaluations of these weights and of the initial model, with their paired difference."""
     steps = {evaluation.step: evaluation for evaluation in run.evaluations if evaluation.step is not None}
-    start, own = steps.get(0), steps.get(step) if step is not None else None
+    start, own = None if is_average else steps.get(0), steps.get(step) if step is not None else None
     rows = [("before training", start)] if start is not None and own is not start else []
     rows += [("these weights", own)] if own is not None else []
     rows += [("these weights", evaluation) for evaluation in run.evaluations if _is_of(evaluation, checkpoint)]
     pairs = [(start, own)] if start is not None and own is not None and own is not start else []
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    if not is_best:  # written by a demo: the initial model and the last weights
-        for name, after in named.items():
-            before = named.get("before_" + name.removeprefix("after_"))
-            if name.startswith("after_") and before is not None:
-                rows += [("before training", before), ("these weights", after)]
-                pairs.append((before, after))
+    for name, after in named.items():  # written by a demo: of the initial model and of the average
+        before = named.get("before_" + name.removeprefix("after_"))
+        if name.startswith("after_") and before is not None and _is_of(after, checkpoint):
+            rows.insert(rows.index(("these weights", after)), ("before training", before))
+            pairs.append((before, after))
     if not rows:
         return ["No evaluation of these weights is stored in the run."]
     lines = [

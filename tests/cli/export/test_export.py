@@ -128,7 +128,7 @@ def test_a_run_is_averaged_with_its_start(tiny_policy, tiny_folder, tmp_path):
         assert torch.allclose(averaged, first[name] + 0.75, atol=1e-6), name
     card = (tmp_path / "averaged" / "README.md").read_text(encoding="utf-8")
     assert "0.75 of the trained weights plus 0.25 of the others" in card
-    assert "results below are those before the average" in card
+    assert "No evaluation of these weights is stored in the run." in card, "that of step 40 is of others"
     alone = export(tmp_path / "averaged", tmp_path / "new", "--average", 0.5)
     assert alone.exit_code == 2 and "averaged is not in a run" in alone.output and not (tmp_path / "new").exists()
     both = export(run, tmp_path / "new", "--average", 0.5, "--merge")

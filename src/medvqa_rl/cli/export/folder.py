@@ -10,7 +10,7 @@ from medvqa_rl.config import ModelConfig
 from medvqa_rl.config.yaml import load_config
 from medvqa_rl.core.files import find_checkpoint, run_config
 from medvqa_rl.core.machine import claimed
-from medvqa_rl.report.card import model_card
+from medvqa_rl.report.card import Average, model_card
 from medvqa_rl.report.runs import is_run, read_run
 
 CARD = "README.md"
@@ -53,7 +53,8 @@ def export_model(checkpoint: Path, output: Path, *, merge: bool, average: float 
                     shutil.copy2(path, temporary / path.name)
         run = run_of(folder)
         if run is not None and not (temporary / CARD).exists():
-            card = model_card(read_run(run), folder, is_merged=merge, average=average)
+            averaged = None if average is None else Average(average, output)
+            card = model_card(read_run(run), folder, is_merged=merge, average=averaged)
             (temporary / CARD).write_text(card, encoding="utf-8", errors="replace")
     return output
 
