@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +109,8 @@ def run_demo(output: Path, seed: int = 0, *, dry_run: bool = False) -> dict[str,
     after = _evaluate_both(config, adapted)
     _print_accuracy(console, after)
     for scanner in NUM_QUESTIONS:
-        for name, model, evaluations in (("before", config.model, before), ("after", adapted, after)):
-            found = evaluations[scanner]
-            results = {**found.results, "model": model.model_dump(mode="json")}
-            write_evaluation(replace(found, results=results), run_dir / "eval" / f"{name}_{scanner}")
+        write_evaluation(before[scanner], run_dir / "eval" / f"before_{scanner}")
+        write_evaluation(after[scanner], run_dir / "eval" / f"after_{scanner}")
 
     console.print("[bold]4/4[/bold]  Writing the report.")
     gains = {name: paired_gain(before[name].records, after[name].records, config.eval) for name in NUM_QUESTIONS}

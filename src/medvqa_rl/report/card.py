@@ -226,11 +226,12 @@ def _results(
     rows += [("these weights", evaluation) for evaluation in run.evaluations if _is_of(evaluation, checkpoint)]
     pairs = [(start, own)] if start is not None and own is not None and own is not start else []
     named = {evaluation.name: evaluation for evaluation in run.evaluations}
-    for name, after in named.items():  # written by a demo: of the initial model and of the average
-        before = named.get("before_" + name.removeprefix("after_"))
-        if name.startswith("after_") and before is not None and _is_of(after, checkpoint):
-            rows.insert(rows.index(("these weights", after)), ("before training", before))
-            pairs.append((before, after))
+    if not (is_best or is_average):  # written by a demo: the initial model and the last weights
+        for name, after in named.items():
+            before = named.get("before_" + name.removeprefix("after_"))
+            if name.startswith("after_") and before is not None:
+                rows += [("before training", before), ("these weights", after)]
+                pairs.append((before, after))
     if not rows:
         return ["No evaluation of these weights is stored in the run."]
     lines = [
