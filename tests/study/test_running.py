@@ -66,7 +66,7 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
 
     written = write_study(collect(changed), output / "tables")
     files = {file.name: file.read_text() for file in written if file.suffix != ".png"}
-    assert set(files) == {"home.csv", "home.tex", "study.md", "study.html"}
+    assert set(files) == {"home.csv", "home.tex", "training.csv", "training.tex", "study.md", "study.html"}
     table = list(csv.DictReader(files["home.csv"].splitlines()))
     assert [row["arm"] for row in table] == ["zero_shot", "sft", "grpo"]
     assert [row["published, other data and model"] for row in table] == ["", "52", "58.04"]
