@@ -126,7 +126,11 @@ def test_evaluations_apart_from_training_belong_to_their_weights(run: Path) -> N
         results = write_eval(run / "eval" / name, [True] * 20)
         model = {"path": "x", "adapter": str(run / folder)}
         write(run / "eval" / name / "results.json", results | {"dataset": {"name": f"{name} set"}, "model": model})
+    results = write_eval(run / "eval" / "averaged", [True] * 20)
+    model = {"path": "x", "adapter": str(run / "best"), "average_with": "x", "average_weight": 0.6}
+    write(run / "eval" / "averaged" / "results.json", results | {"dataset": {"name": "averaged"}, "model": model})
     best, last = (path.read_text(encoding="utf-8") for path in write_cards(run))
+    assert "averaged" not in best, "an average is another model"
     assert "| these weights | test-best set | 20 |" in best and "test-last" not in best
     assert "| these weights | test-last set | 20 |" in last and "test-best" not in last
 

@@ -266,7 +266,7 @@ _SHOWN = ("accuracy", "accuracy_low", "accuracy_high", "majority_baseline", "no_
 def _is_of(evaluation: StoredEvaluation, checkpoint: Path) -> bool:
     """Whether a standalone evaluation is of these weights."""
     model = evaluation.results.get("model")
-    if evaluation.step is not None or not isinstance(model, dict):
+    if evaluation.step is not None or not isinstance(model, dict) or model.get("average_with"):
         return False
     folder = model.get("adapter") or model.get("path")
     return isinstance(folder, str) and Path(folder).resolve() == checkpoint.resolve()

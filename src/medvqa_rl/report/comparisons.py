@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medvqa_rl.config import EvalConfig
+from medvqa_rl.config.sharing import shareable
 from medvqa_rl.evaluation.statistics.compare import is_same_model
 from medvqa_rl.evaluation.statistics.summary import paired_gain
 from medvqa_rl.report.runs import StoredEvaluation, StoredRun
@@ -103,8 +104,17 @@ def _standalone(run: StoredRun, label: str) -> Iterator[Pair]:
     for after in own:
         if earlier := before.get(_questions(after)):
             same = is_same_model(earlier.results, after.results)
-            note = "Both are evaluations of the same weights." if same else ""
+            note = "Both are evaluations of the same weights." if same else _average_note(after)
             yield Pair(f"{label}{_data_name(after)}, {after.name}", ("before", "after"), earlier, after, note)
+
+
+def _average_note(evaluation: StoredEvaluation) -> str:
+    """Say whose average was evaluated; empty for weights as they are."""
+    model = evaluation.results["model"]
+    if not model.get("average_with"):
+        return ""
+    other = shareable({"model": {"average_with": model["average_with"]}})["model.average_with"]
+    return f"After: {model['average_weight']:g} of the trained weights, the rest of {other}."
 
 
 def _questions(evaluation: StoredEvaluation) -> tuple[object, ...]:

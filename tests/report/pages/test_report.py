@@ -314,6 +314,12 @@ def test_evaluations_outside_the_run_give_before_and_after(tmp_path: Path) -> No
     standalone(before, [True] * 5 + [False] * 15, model, "new")
     (made,) = [item for item in compare([read_run(run, [before, after])])[0] if "test" in item.name]
     assert made.note == "Both are evaluations of the same weights."
+    standalone(before, [True] * 5 + [False] * 15, model, "old")
+    results = json.loads((after / "results.json").read_text())
+    results["model"] |= {"average_with": "/secret/start", "average_weight": 0.6}
+    write(after / "results.json", results)
+    (made,) = [item for item in compare([read_run(run, [before, after])])[0] if "test" in item.name]
+    assert made.note == "After: 0.6 of the trained weights, the rest of start."
 
 
 def test_evals_need_one_run_and_an_evaluation(run: Path, tmp_path: Path) -> None:
