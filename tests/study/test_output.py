@@ -28,7 +28,7 @@ from PIL import Image
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.study import figures
 from medvqa_rl.study.collect import Collected, collect
-from medvqa_rl.study.findings import correlations, course, longest_wrong
+from medvqa_rl.study.findings import correlations, course, ends, longest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
 from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
@@ -361,6 +361,12 @@ def test_correlations_are_means_over_halves_of_the_run(collected: Collected) -> 
     assert collected.correlations["sft"] == ()
     (constant,) = correlations([[{"step": 1.0}, {"step": 2.0, "rewards/x/corr_correctness": 0.5}]])
     assert math.isnan(constant.first[0]) and constant.last == (0.5,)
+
+
+def test_ends_are_the_first_and_the_last_fifth_of_what_was_logged() -> None:
+    assert ends([{"step": step, "entropy": float(step)} for step in range(10)], "entropy") == (0.5, 8.5)
+    assert ends([{"step": 0, "entropy": 0.3}, {"step": 1}], "entropy") == (0.3, 0.3)
+    assert all(map(math.isnan, ends([{"step": 0}], "entropy")))
 
 
 def test_the_course_of_training_by_hand(collected: Collected, tmp_path: Path) -> None:

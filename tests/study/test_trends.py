@@ -21,7 +21,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import seeds_and_cluste
 from medvqa_rl.study.collect import Collected, collect
 from medvqa_rl.study.output import write_study
 from medvqa_rl.study.plan.recipe import Cell, read_recipe
-from medvqa_rl.study.trends import Answered, late_entropy, trend_result
+from medvqa_rl.study.trends import Answered, trend_result
 from tests.records import make_record
 
 TREND: dict[str, Any] = {
@@ -97,11 +97,6 @@ def test_intervals_agree_with_the_bootstrap_of_the_tables(collected: Collected) 
     assert found.estimate == pytest.approx(table.estimate)
     assert found.standard_error == pytest.approx(table.standard_error, rel=0.06)
     assert found.low == pytest.approx(table.low, abs=0.01) and found.high == pytest.approx(table.high, abs=0.01)
-
-
-def test_late_entropy_is_that_of_the_last_fifth() -> None:
-    assert late_entropy([{"step": step, "entropy": float(step)} for step in range(10)]) == 8.5
-    assert late_entropy([{"step": 0, "entropy": 0.3}]) == 0.3 and math.isnan(late_entropy([{"step": 0}]))
 
 
 def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> None:

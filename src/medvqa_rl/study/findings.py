@@ -103,6 +103,13 @@ class Course:
     """Largest gradient norm divided by the median one, of the seed where it is largest."""
 
 
+def ends(rows: Sequence[Row], key: str) -> tuple[float, float]:
+    """Means of a value over the first and the last fifth of the steps that logged it; NaN if none did."""
+    logged = [row[key] for row in rows if key in row]
+    size = max(1, len(logged) // 5)
+    return (fmean(logged[:size]), fmean(logged[-size:])) if logged else (math.nan, math.nan)
+
+
 def course(runs: Sequence[Sequence[Row]]) -> Course:
     """Summarise the training of an arm.
 
@@ -110,9 +117,8 @@ def course(runs: Sequence[Sequence[Row]]) -> Course:
         runs: metrics.jsonl of each seed.
     """
 
-    def ends(key: str) -> tuple[float, float]:
-        fifths = [(rows[: max(1, len(rows) // 5)], rows[-max(1, len(rows) // 5) :]) for rows in runs]
-        first, last = (fmean(_mean(fifth[side], key) for fifth in fifths) for side in (0, 1))
+    def mean_ends(key: str) -> tuple[float, float]:
+        first, last = map(fmean, zip(*(ends(rows, key) for rows in runs)))
         return first, last
 
     falls, spikes = [], []
@@ -125,8 +131,8 @@ def course(runs: Sequence[Sequence[Row]]) -> Course:
         if norms:
             spikes.append(norms[-1] / median(norms))
     return Course(
-        ends("entropy"),
-        ends("completions/mean_length"),
+        mean_ends("entropy"),
+        mean_ends("completions/mean_length"),
         max(falls, default=math.nan),
         max(spikes, default=math.nan),
     )

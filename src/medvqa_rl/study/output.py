@@ -100,8 +100,7 @@ class Content:
 def write_study(collected: Collected, folder: Path) -> list[Path]:
     """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv``,
     ``training.csv``, ``trend-NUMBER.csv`` (one number per line), ``worth-NUMBER.csv`` and ``factor-NAME.csv`` (each
-    also as ``.tex``),
-    and the figures in ``figures/``, in a light and a dark version.
+    also as ``.tex``), and the figures in ``figures/``, in a light and a dark version.
 
     Returns:
         The files.

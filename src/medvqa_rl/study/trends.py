@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import LEVELS, SeededInterval
 from medvqa_rl.report.runs import Row
+from medvqa_rl.study.findings import ends
 from medvqa_rl.study.plan.trends import Trend
 from medvqa_rl.study.steps_worth import Worth, accuracy_curve, steps_worth
 
@@ -79,21 +79,16 @@ _TERMS: Mapping[str, tuple[tuple[str, int], ...]] = {
 """Metric -> the means that it adds up, with their signs."""
 
 
-def late_entropy(rows: Sequence[Row]) -> float:
-    """Mean entropy per token in nats over the last fifth of the steps that logged it; NaN if none did."""
-    logged = [row["entropy"] for row in rows if "entropy" in row]
-    return fmean(logged[-max(1, len(logged) // 5) :]) if logged else math.nan
-
-
 def trend_result(
     trend: Trend, arms: Mapping[str, Sequence[Answered]], *, resamples: int, seed: int = 0
 ) -> TrendResult:
     """Compute a trend from the finished cells; numbers whose arm has none are left out.
 
     A metric of a cell is a mean over its answers, ``length_bias`` the mean tokens of wrong minus those of right
-    answers, and ``entropy`` :func:`late_entropy` of its training. A point is the mean over seeds. Differences are
-    paired by seed; an arm with one cell is paired with every seed of the other. Intervals are 95 % percentiles over
-    resamples of seeds and, independently, of images (Owen 2007), with the same draws for all points.
+    answers, and ``entropy`` the mean per token over the last fifth of its training, in nats. A point is the mean over
+    seeds. Differences are paired by seed; an arm with one cell is paired with every seed of the other. Intervals are
+    95 % percentiles over resamples of seeds and, independently, of images (Owen 2007), with the same draws for all
+    points.
 
     Args:
         trend: the series.
@@ -110,7 +105,7 @@ def trend_result(
     def means(cell: Answered, metric: str) -> Floats:
         """(1 + R,) the metric of a cell, then of its resampled images."""
         if metric == "entropy":
-            return np.full(len(every), late_entropy(cell.rows))
+            return np.full(len(every), ends(cell.rows, "entropy")[1])
         total = np.zeros(len(every))
         for name, sign in _TERMS[metric]:
             sums = dict.fromkeys(keys, (0.0, 0))
