@@ -21,7 +21,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import (
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.runs import Row, read_run
 from medvqa_rl.study.findings import Budget, LabelledRecord, PartCorrelation, budget, correlations, longest_wrong
-from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows, shared_outcomes
+from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows, paired_by_seed, shared_outcomes
 from medvqa_rl.study.plan.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
 from medvqa_rl.study.signs import cell_signs
@@ -248,15 +248,7 @@ def _by_arm(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 
 def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cell, Cell]]:
-    """Pair cells by seed: (seed, cell of the baseline, cell of the arm). An arm with a single cell is compared with
-    every seed of the other."""
+    """Pair cells by seed: (seed, cell of the baseline, cell of the arm)."""
     one, other = ({cell.seed: cell for cell in side} for side in (baseline, arm))
-    if not one or not other:
-        return []
-    if baseline[0].arm.once and arm[0].arm.once:
-        return [(arm[0].seed, baseline[0], arm[0])]
-    if baseline[0].arm.once:
-        return [(seed, baseline[0], cell) for seed, cell in other.items()]
-    if arm[0].arm.once:
-        return [(seed, cell, arm[0]) for seed, cell in one.items()]
-    return [(seed, one[seed], other[seed]) for seed in one if seed in other]
+    once = [any(cell.arm.once for cell in side) for side in (baseline, arm)]
+    return paired_by_seed(one, other, one_is_once=once[0], other_is_once=once[1])

@@ -17,6 +17,7 @@ from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import LEVELS, SeededInterval
 from medvqa_rl.report.runs import Row
 from medvqa_rl.study.findings import ends
+from medvqa_rl.study.plan.contrasts import paired_by_seed
 from medvqa_rl.study.plan.trends import Trend
 from medvqa_rl.study.steps_worth import Worth, accuracy_curve, steps_worth
 
@@ -170,11 +171,9 @@ def trend_result(
 
 def _pairs(one: Sequence[Answered], other: Sequence[Answered]) -> list[tuple[int, int]]:
     """Indices of the cells of two arms with the same seed."""
-    if one[0].is_once or other[0].is_once:
-        last = len(one) - 1, len(other) - 1
-        return [(min(index, last[0]), min(index, last[1])) for index in range(1 + max(last))]
-    seeds = {cell.seed: index for index, cell in enumerate(other)}
-    return [(index, seeds[cell.seed]) for index, cell in enumerate(one) if cell.seed in seeds]
+    first, last = ({cell.seed: index for index, cell in enumerate(side)} for side in (one, other))
+    once = [any(cell.is_once for cell in side) for side in (one, other)]
+    return [(a, b) for _, a, b in paired_by_seed(first, last, one_is_once=once[0], other_is_once=once[1])]
 
 
 def _worths(trend: Trend, arms: Mapping[str, Sequence[Answered]], resamples: int) -> dict[float, Worth]:

@@ -14,7 +14,7 @@ from cells import OUTCOMES, records_of, store, write
 
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
-from medvqa_rl.study.plan.contrasts import contrast_rows
+from medvqa_rl.study.plan.contrasts import contrast_rows, paired_by_seed
 from medvqa_rl.study.plan.recipe import read_recipe
 
 GIVEN = [{"title": "Reasons, minus not", "of": "home", "minus": "home_direct"}]
@@ -45,6 +45,21 @@ def test_differences_are_paired_by_seed_and_question() -> None:
     assert (same.difference.low, same.difference.high) == (1.0, 1.0)
     (none,) = contrast_rows({"a": [records_of("1100")]}, {"a": [records_of("1100")]}, resamples=200)
     assert (none.difference.low, none.difference.high) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("once", "expected"),
+    [
+        ((False, False), [(1, "b", "y")]),
+        ((True, False), [(1, "a", "y"), (2, "a", "z")]),
+        ((False, True), [(0, "a", "y"), (1, "b", "y")]),
+        ((True, True), [(1, "a", "y")]),
+    ],
+)
+def test_cells_are_paired_by_seed(once: tuple[bool, bool], expected: list[tuple[int, str, str]]) -> None:
+    one, other = {0: "a", 1: "b"}, {1: "y", 2: "z"}
+    assert paired_by_seed(one, other, one_is_once=once[0], other_is_once=once[1]) == expected
+    assert paired_by_seed({}, other, one_is_once=once[0], other_is_once=once[1]) == []
 
 
 def test_other_questions_are_refused() -> None:

@@ -21,6 +21,7 @@ from medvqa_rl.study.plan.checks import check_name, sections
 
 _KEYS = ("title", "of", "minus")
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,28 @@ def contrast_rows(
         )
         for name, seeds in pairs.items()
     )
+
+
+def paired_by_seed(
+    one: Mapping[int, T], other: Mapping[int, T], *, one_is_once: bool, other_is_once: bool
+) -> list[tuple[int, T, T]]:
+    """Pair the cells of two arms by seed: (seed, of the one, of the other). The single cell of an arm that is trained
+    once is paired with every seed of the other arm.
+
+    Args:
+        one: seed -> cell; may be empty.
+        other: likewise.
+    """
+    if not one or not other:
+        return []
+    (first, *_), (last, *_) = one.values(), other.values()
+    if one_is_once and other_is_once:
+        return [(next(iter(other)), first, last)]
+    if one_is_once:
+        return [(seed, first, cell) for seed, cell in other.items()]
+    if other_is_once:
+        return [(seed, cell, last) for seed, cell in one.items()]
+    return [(seed, one[seed], other[seed]) for seed in one if seed in other]
 
 
 def shared_outcomes(answers: Mapping[K, Sequence[EvalRecord]], what: str) -> tuple[dict[K, list[bool]], list[str]]:
