@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -203,9 +205,15 @@ def test_requests_that_come_together_get_what_each_gets_alone(where: str) -> Non
         numbers = [*range(6)] * 2
         together = list(pool.map(lambda n: texts(chat(where, question(n), **settings[n])), numbers))
     assert together == alone * 2
-    assert texts(chat(where, question(1))) != texts(chat(where, question(1))) or texts(
-        chat(where, question(1))
-    ) != texts(chat(where, question(1))), "no seed draws a new one"
+
+
+def test_a_request_without_a_seed_draws_a_new_one(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter((11, 12))
+    token = SimpleNamespace(randbits=lambda bits: next(drawn), token_hex=secrets.token_hex)
+    monkeypatch.setattr("medvqa_rl.cli.serve.server.secrets", token)
+    without = [texts(chat(where, question(1), n=8)) for _ in range(2)]
+    assert without == [texts(chat(where, question(1), n=8, seed=seed)) for seed in (11, 12)]
+    assert without[0] != without[1]
 
 
 def test_the_openai_client_reads_whole_and_streamed_answers(client: openai.OpenAI) -> None:
