@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_equal_answers_have_no_detectable_difference(given: dict[str, Any], tmp_
 
 def test_tables_agree_with_scipy_and_computation_by_hand(given: dict[str, Any], tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path / "tiny.yaml", given), tmp_path / "study")
-    store(recipe, OUTCOMES)
+    store(recipe, OUTCOMES, change=lambda cell, record: replace(record, distinct_truths=1 + int(record.sample_id) % 2))
     arms = {arm.name: arm for arm in collect(recipe).tests["home"]}
     assert arms["sft"].num_questions == 10 and arms["sft"].num_clusters == 5  # one is unscored somewhere
     assert arms["grpo"].accuracies == (0.9, 0.9) and arms["zero_shot"].accuracies == (0.2,)
@@ -60,6 +61,7 @@ def test_tables_agree_with_scipy_and_computation_by_hand(given: dict[str, Any], 
     (head, *body) = list(csv.reader(text.splitlines()))
     columns = {row[0]: dict(zip(head, row)) for row in body}
     assert columns["grpo"]["seeds"] == "90.0, 90.0" and columns["sft"]["minus grpo"] == "-35.0"
+    assert columns["sft"]["true claims per reasoning"] == "1.45"  # of questions 0 to 10
     # Similarities of two instruments never share a column.
     assert (columns["grpo"]["similarity (tfidf)"], columns["grpo"]["similarity (other)"]) == ("0.50", "")
     assert (columns["sft"]["similarity (tfidf)"], columns["sft"]["similarity (other)"]) == ("", "0.50")

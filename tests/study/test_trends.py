@@ -27,7 +27,7 @@ from tests.records import make_record
 TREND: dict[str, Any] = {
     "title": "Cold start",
     "x": "reasonings",
-    "metrics": ["accuracy", "faithfulness", "thinking", "length_bias", "entropy"],
+    "metrics": ["accuracy", "faithfulness", "distinct_truths", "thinking", "length_bias", "entropy"],
     "series": {"warm-up": {"50": "sft", "0": "zero_shot"}, "GRPO": {"50": "grpo"}},
     "differences": [["GRPO", "warm-up"]],
     "steps_worth": {"series": "GRPO", "reference": "grpo"},
@@ -39,7 +39,8 @@ def varied(cell: Cell, record: EvalRecord) -> EvalRecord:
     number = int(record.sample_id)
     share = None if number % 3 == 0 else (0.25 if cell.arm.name == "sft" else 0.5)
     verdict = float(number % 2)
-    return replace(record, faithfulness=share, verdict=verdict, verdict_by="j", num_tokens=10 + number + cell.seed)
+    record = replace(record, faithfulness=share, distinct_truths=0 if share is None else number % 3)
+    return replace(record, verdict=verdict, verdict_by="j", num_tokens=10 + number + cell.seed)
 
 
 def logged(cell: Cell) -> list[dict[str, Any]]:
@@ -61,6 +62,7 @@ def test_points_are_means_over_seeds(collected: Collected) -> None:
     sft = points["warm-up", 50]
     assert sft["accuracy"].estimate == pytest.approx((6 / 11 + 6 / 11) / 2)
     assert sft["faithfulness"].estimate == 0.25 and points["GRPO", 50]["faithfulness"].estimate == 0.5
+    assert sft["distinct_truths"].estimate == pytest.approx((4 * 1 + 3 * 2) / 11)  # of questions 1, 4, 7, 10; 2, 5, 8
     assert sft["thinking"].estimate == pytest.approx(5 / 11)  # not well-formed; odd questions are coherent
     biases = []
     for seed in (0, 1):
@@ -102,7 +104,7 @@ def test_intervals_agree_with_the_bootstrap_of_the_tables(collected: Collected) 
 def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> None:
     written = {path.name: path for path in write_study(collected, tmp_path / "tables")}
     lines = list(csv.DictReader(written["trend-1.csv"].open(encoding="utf-8")))
-    assert len(lines) == 5 * 4
+    assert len(lines) == 6 * 4
     (line,) = [one for one in lines if (one["series"], one["metric"]) == ("GRPO minus warm-up", "faithfulness")]
     assert [line["reasonings"], line["value"], line["low"], line["high"]] == ["50", "25", "25", "25"]
     (worth,) = csv.DictReader(written["worth-1.csv"].open(encoding="utf-8"))

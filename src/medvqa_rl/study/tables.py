@@ -67,6 +67,7 @@ def rows(arms: Iterable[ArmResult], baseline: str) -> tuple[list[str], list[list
             "length, right": format_number(_mean(arm.results, "lengths", "think", "right", "mean"), ".0f"),
             "length, wrong": format_number(_mean(arm.results, "lengths", "think", "wrong", "mean"), ".0f"),
             "true claims": format_points(_mean(arm.results, "faithfulness", "value")),
+            "true claims per reasoning": format_number(_mean(arm.results, "faithfulness", "distinct_truths"), ".2f"),
         }
         for section, key, title, spec in MEASURES:
             if by := _by(arm.results, section):

@@ -33,6 +33,7 @@ class Shown(NamedTuple):
 METRICS = {
     "accuracy": Shown("accuracy, %", 100.0, ".1f"),
     "faithfulness": Shown("true claims, %", 100.0, ".1f"),
+    "distinct_truths": Shown("true claims per reasoning", 1.0, ".2f"),
     "thinking": Shown("thinking reward, of 2", 1.0, ".2f"),
     "length": Shown("length, tokens", 1.0, ".1f"),
     "length_bias": Shown("length bias, tokens", 1.0, ".1f"),

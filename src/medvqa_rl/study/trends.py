@@ -65,6 +65,7 @@ def _judged(record: EvalRecord) -> float | None:
 _VALUES: Mapping[str, Callable[[EvalRecord], float | None]] = {
     "accuracy": lambda record: record.is_correct,
     "faithfulness": lambda record: record.faithfulness,
+    "distinct_truths": lambda record: record.distinct_truths,
     "thinking": _judged,
     "length": lambda record: record.num_tokens,
     "format": lambda record: record.is_well_formed,

@@ -15,6 +15,7 @@ MEASURES = (
     ("perplexity", "value", "perplexity", ".1f"),
     ("similarity", "value", "similarity", ".2f"),
     ("faithfulness", "value", "true claims", ".1%"),
+    ("faithfulness", "distinct_truths", "true claims per reasoning", ".2f"),
     ("confidence", "brier", "Brier", ".3f"),
     ("confidence", "ece", "ECE", ".3f"),
     ("confidence", "auroc", "AUROC", ".2f"),

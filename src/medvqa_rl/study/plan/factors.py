@@ -51,6 +51,7 @@ METRICS: Mapping[str, Metric] = {
     "thinking": Metric("thinking reward, of 2", ("thinking", "reward"), instrument="thinking"),
     "format": Metric("in form, %", ("format_rate",), 100.0, 1),
     "faithfulness": Metric("true claims, %", ("faithfulness", "value"), 100.0, 1),
+    "distinct_truths": Metric("true claims per reasoning", ("faithfulness", "distinct_truths"), decimals=2),
 }
 """The metrics by their names in recipes."""
 

@@ -27,7 +27,7 @@ from typing import Any
 from medvqa_rl.core.text import shown
 from medvqa_rl.study.plan.checks import check_keys, check_name, section, sections
 
-METRICS = ("accuracy", "faithfulness", "thinking", "length", "length_bias", "format", "entropy")
+METRICS = ("accuracy", "faithfulness", "distinct_truths", "thinking", "length", "length_bias", "format", "entropy")
 """What a trend can show; :mod:`medvqa_rl.study.trends` defines them."""
 _KEYS = ("title", "x", "test", "metrics", "series", "differences", "steps_worth")
 
