@@ -31,7 +31,7 @@ from medvqa_rl.study.collect import Collected, collect
 from medvqa_rl.study.findings import correlations, course, ends, longest_wrong
 from medvqa_rl.study.output import MAX_SHOWN, _answer_lines, _shortened, write_study
 from medvqa_rl.study.plan.recipe import Cell, Recipe, read_recipe
-from medvqa_rl.study.signs import perplexity_on_test, thinking_on_test, verbose_on_test
+from medvqa_rl.study.signs import cut_off_on_test, perplexity_on_test, thinking_on_test, verbose_on_test
 from medvqa_rl.study.tables import factor_cells, factor_rows, rows
 from tests.records import make_record
 
@@ -339,6 +339,12 @@ def test_perplexity(value: float | None, by: str | None, verdict: str) -> None:
     assert perplexity_on_test(found, results()).verdict == verdict
     if value == 3.0:
         assert perplexity_on_test(found, None).verdict == "fine"
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.0, "fine"), (0.099, "fine"), (0.1, "look"), (1.0, "look")])
+def test_greedy_answers_that_are_cut_off(share: float, verdict: str) -> None:
+    found = cut_off_on_test(results(truncated_rate=share))
+    assert found.verdict == verdict and found.figure == f"{100 * share:.1f} % of the answers were cut off."
 
 
 def test_every_trained_cell_is_checked_for_signs(collected: Collected, tmp_path: Path) -> None:

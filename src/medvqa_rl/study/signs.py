@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from medvqa_rl.evaluation.records import EvalRecord
+from medvqa_rl.evaluation.statistics.tables import CUT_OFF
 from medvqa_rl.report.health import (
     HIGH_ACCURACY,
     HIGH_PERPLEXITY,
@@ -56,6 +57,7 @@ def cell_signs(
         verbose_on_test(results, records, untrained),
         thinking_on_test(results),
         perplexity_on_test(results, untrained),
+        cut_off_on_test(results),
         no_rise(rows),
         replace(verbose_and_wrong(rows), name="Verbose and wrong in training"),
         broken_curve(rows),
@@ -132,3 +134,15 @@ def perplexity_on_test(results: Results, untrained: Results | None) -> Check:
         figure += f", {before:.1f} untrained"
     verdict: Verdict = "look" if is_high else "fine"
     return Check(name, verdict, rule, f"{figure}.")
+
+
+def cut_off_on_test(results: Results) -> Check:
+    """Greedy decoding that repeats itself up to the limit: sampled answers of the same model can be fine."""
+    name = "Greedy answers cut off"
+    rule = (
+        f"At least {100 * CUT_OFF:.0f} % of the greedy answers reach the token limit. Greedy decoding can repeat "
+        "itself where sampling does not: compare with sampled answers (`medvqa-rl eval --samples 4`)."
+    )
+    share = results["truncated_rate"]
+    figure = f"{100 * share:.1f} % of the answers were cut off."
+    return Check(name, "look" if share >= CUT_OFF else "fine", rule, figure)

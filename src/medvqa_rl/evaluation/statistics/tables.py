@@ -23,6 +23,10 @@ MEASURES = (
 """Section and key in results.json, column title and format of what is measured besides accuracy and length."""
 
 
+CUT_OFF = 0.1
+"""Share of answers at the token limit that needs a look."""
+
+
 def results_table(results: Mapping[str, Any], title: str = "") -> TextTable:
     """Format results, as computed or as read from ``results.json``: percentages with 95 % intervals."""
     named: list[tuple[str, Mapping[str, Any]]] = [("all", results)]
@@ -121,6 +125,11 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     }
     if cells := [f"{name} {value}" for name, value in macro.items() if value]:
         lines.append("Macro-averaged accuracy, over " + ", ".join(cells) + ".")
+    if (cut_off := results.get("truncated_rate") or 0.0) >= CUT_OFF:
+        lines.append(
+            f"{format_points(cut_off)} % of the answers were cut off at the token limit. Greedy decoding can repeat "
+            "itself where sampling does not: compare with sampled answers (`--samples 4`)."
+        )
     names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
     if cells := [f"{name} {value}" for key, name in names.items() if (value := format_points(results.get(key)))]:
         lines.append("Open answers: " + ", ".join(cells) + ".")
