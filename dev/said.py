@@ -34,6 +34,7 @@ def said(records: Sequence[EvalRecord]) -> dict[str, float]:
     wrong = [record.text for record in records if not record.is_correct]
     repeats = [-repetition_penalty(text, REPETITION) for text in wrong]
     defects = [flaws(text) for text in thoughts]
+    imitated = [any(_imitates(sentence) for sentence in text.split(".")) for text in thoughts]
     percent = 100 / len(records)
     return {
         "claims per reasoning": fmean(map(len, found)),
@@ -42,8 +43,14 @@ def said(records: Sequence[EvalRecord]) -> dict[str, float]:
         "repetition": percent * sum("repetition" in defect for defect in defects),
         "contradiction": percent * sum(bool(CONTRADICTIONS & {*defect}) for defect in defects),
         **{f"names {topic}": percent * topics[topic] for topic in TOPICS},
+        "imitates finding": percent * sum(imitated),
         f"repeated {REPETITION}-grams in wrong answers": 100 * fmean(repeats) if repeats else float("nan"),
     }
+
+
+def _imitates(sentence: str) -> bool:
+    """Whether a sentence looks like a finding, but cannot be read as one."""
+    return sentence.strip().startswith(("There is a ", "There is an ")) and not claims(sentence)
 
 
 CONTRADICTIONS = {

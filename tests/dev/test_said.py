@@ -36,6 +36,7 @@ def test_what_answers_say() -> None:
             "names finding": 25,
             "names absent": 0,
             "names clear": 0,
+            "imitates finding": 25,
             # 14 words have 11 sequences, of which "the modality is ct." occurs twice; the other text repeats none.
             "repeated 4-grams in wrong answers": 100 * (1 / 11 + 0) / 2,
         }
