@@ -253,8 +253,10 @@ def test_sampled_answers_by_hand() -> None:
     shown = " ".join(results_table(evaluation.results).notes)
     assert "Of 4 sampled answers: mean accuracy 50.0, pass@1 50.0, majority@1 50.0, pass@2 70.0," in shown
     assert "cut off" not in " ".join(results_table({**evaluation.results, "truncated_rate": 0.099}).notes)
-    cut_off = " ".join(results_table({**evaluation.results, "truncated_rate": 0.1}).notes)
-    assert "10.0 % of the answers were cut off at the token limit. Greedy decoding can repeat itself" in cut_off
+    for results, where in ((evaluation.results, "below"), (run().results, "(`--samples 4`)")):
+        cut_off = " ".join(results_table({**results, "truncated_rate": 0.1}).notes)
+        assert "10.0 % of the greedy answers were cut off at the token limit. Greedy decoding can repeat" in cut_off
+        assert f"compare with the sampled answers {where}." in cut_off
     assert sampled["pass@2"]["low"] < sampled["pass@2"]["value"] < sampled["pass@2"]["high"]
     record = evaluation.records[1]
     assert [answer.vote for answer in record.sampled] == ["A", "A", "B", None]

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from medvqa_rl.evaluation.records import EvalRecord
-from medvqa_rl.evaluation.statistics.tables import CUT_OFF
+from medvqa_rl.evaluation.statistics.tables import CUT_OFF, WHY_CUT_OFF
 from medvqa_rl.report.health import (
     HIGH_ACCURACY,
     HIGH_PERPLEXITY,
@@ -140,8 +140,8 @@ def cut_off_on_test(results: Results) -> Check:
     """Greedy decoding that repeats itself up to the limit: sampled answers of the same model can be fine."""
     name = "Greedy answers cut off"
     rule = (
-        f"At least {100 * CUT_OFF:.0f} % of the greedy answers reach the token limit. Greedy decoding can repeat "
-        "itself where sampling does not: compare with sampled answers (`medvqa-rl eval --samples 4`)."
+        f"At least {100 * CUT_OFF:.0f} % of the greedy answers reach the token limit. {WHY_CUT_OFF}: compare with "
+        "sampled answers (`medvqa-rl eval --samples 4`)."
     )
     share = results["truncated_rate"]
     figure = f"{100 * share:.1f} % of the answers were cut off."

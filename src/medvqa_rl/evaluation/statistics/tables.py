@@ -24,7 +24,9 @@ MEASURES = (
 
 
 CUT_OFF = 0.1
-"""Share of answers at the token limit that needs a look."""
+"""Share of greedy answers at the token limit that needs a look."""
+WHY_CUT_OFF = "Greedy decoding can repeat itself where sampling does not"
+"""Why a model with sound sampled answers may have such ones."""
 
 
 def results_table(results: Mapping[str, Any], title: str = "") -> TextTable:
@@ -126,9 +128,10 @@ def _further(results: Mapping[str, Any]) -> list[str]:
     if cells := [f"{name} {value}" for name, value in macro.items() if value]:
         lines.append("Macro-averaged accuracy, over " + ", ".join(cells) + ".")
     if (cut_off := results.get("truncated_rate") or 0.0) >= CUT_OFF:
+        remedy = "below" if results.get("sampled") else "(`--samples 4`)"
         lines.append(
-            f"{format_points(cut_off)} % of the answers were cut off at the token limit. Greedy decoding can repeat "
-            "itself where sampling does not: compare with sampled answers (`--samples 4`)."
+            f"{format_points(cut_off)} % of the greedy answers were cut off at the token limit. {WHY_CUT_OFF}: "
+            f"compare with the sampled answers {remedy}."
         )
     names = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
     if cells := [f"{name} {value}" for key, name in names.items() if (value := format_points(results.get(key)))]:
