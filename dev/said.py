@@ -3,13 +3,14 @@
     python -m dev.said runs/studies/hacking_phantom --test unseen > docs/study/hacking/said.csv
 
 Means over seeds, percentages of the answers unless the column names another unit. Coherent texts and flaws are those
-of the oracle that reads text only; what a text claims includes false claims.
+of the oracle that reads text only; what a text claims includes false claims. The last columns are of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections import Counter
@@ -19,8 +20,12 @@ from statistics import fmean
 
 from medvqa_rl.data.phantom.claims import claims, flaws
 from medvqa_rl.evaluation.records import EvalRecord, read_records
+from medvqa_rl.report.runs import Row, read_run
 from medvqa_rl.rewards.length import repetition_penalty
 from medvqa_rl.study.signs import REPETITION
+
+WINDOW = 10
+"""Steps that are averaged for the speed of training."""
 
 TOPICS = ("modality", "organ", "finding", "absent", "clear")
 """What a claim can be about."""
@@ -44,7 +49,7 @@ def said(records: Sequence[EvalRecord]) -> dict[str, float]:
         "contradiction": percent * sum(bool(CONTRADICTIONS & {*defect}) for defect in defects),
         **{f"names {topic}": percent * topics[topic] for topic in TOPICS},
         "imitates finding": percent * sum(imitated),
-        f"repeated {REPETITION}-grams in wrong answers": 100 * fmean(repeats) if repeats else float("nan"),
+        f"repeated {REPETITION}-grams in wrong answers": 100 * fmean(repeats) if repeats else math.nan,
     }
 
 
@@ -60,6 +65,24 @@ CONTRADICTIONS = {
 """Flaws of texts that cannot be true of any image."""
 
 
+def speed(rows: Sequence[Row]) -> dict[str, float]:
+    """How fast the reward part beside format and correctness was learned, if there is one: its mean in the first and
+    the last ten steps, and the steps after which a mean over ten of them has passed the middle between the two."""
+    parts = {key.split("/")[1] for row in rows for key in row if re.fullmatch(r"rewards/\w+/mean", key)}
+    added = sorted(parts - {"format", "correctness"})
+    values = [float(row[f"rewards/{added[0]}/mean"]) for row in rows] if len(added) == 1 else []
+    if len(values) < 2 * WINDOW:
+        return {"reward, first steps": math.nan, "reward, last steps": math.nan, "steps to the middle": math.nan}
+    means = [fmean(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
+    middle = (means[0] + means[-1]) / 2
+    passed = next(index for index, mean in enumerate(means) if (mean >= middle) == (means[-1] >= middle))
+    return {
+        "reward, first steps": means[0],
+        "reward, last steps": means[-1],
+        "steps to the middle": float(WINDOW + passed),
+    }
+
+
 def cells(study: Path, test: str) -> dict[str, list[Path]]:
     """Arm -> files with the answers of its seeds."""
     found: dict[str, list[Path]] = {}
@@ -72,7 +95,7 @@ def cells(study: Path, test: str) -> dict[str, list[Path]]:
 def table(study: Path, test: str) -> Iterable[dict[str, object]]:
     """A row for each arm, by name."""
     for arm, paths in cells(study, test).items():
-        measured = [said(read_records(path)) for path in paths]
+        measured = [said(read_records(path)) | speed(read_run(path.parents[2]).steps) for path in paths]
         means = {column: f"{fmean(one[column] for one in measured):.2f}" for column in measured[0]}
         yield {"arm": arm, "seeds": len(paths), **means}
 

@@ -9,7 +9,7 @@ import math
 
 import pytest
 
-from dev.said import said
+from dev.said import said, speed
 from tests.records import make_record
 
 RIGHT = "The modality is MRI. There is a cyst: count one, size small, lower left. So the answer is cyst A."
@@ -42,3 +42,16 @@ def test_what_answers_say() -> None:
         }
     )
     assert math.isnan(said(records[:1])["repeated 4-grams in wrong answers"])
+
+
+def test_how_fast_a_reward_part_was_learned() -> None:
+    # Ten steps at 0, ten at 0.2 and twenty at 1: the middle, 0.5, is passed by the mean of ten steps that has four of
+    # 1 and six of 0.2 (0.52), which ends at step 24.
+    values = [0.0] * 10 + [0.2] * 10 + [1.0] * 20
+    rows = [{"step": step, "rewards/ecr/mean": value} for step, value in enumerate(values, start=1)]
+    found = speed([{"rewards/format/mean": 1.0, **row} for row in rows])
+    assert list(found.values()) == pytest.approx([0, 1, 24])
+    falling = speed([{**row, "rewards/ecr/mean": 1 - row["rewards/ecr/mean"]} for row in rows])
+    assert list(falling.values()) == pytest.approx([1, 0, 24])
+    two = speed([{**row, "rewards/cosine/mean": 1.0} for row in rows])
+    assert all(math.isnan(value) for value in [*two.values(), *speed([]).values()])
