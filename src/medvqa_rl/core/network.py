@@ -11,6 +11,7 @@ inherit it through the environment.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import ipaddress
 import os
@@ -211,3 +212,32 @@ def _check_host(host: Any) -> None:
         f"A connection to {name} was refused because the network is off: put the files on this machine, or set "
         "network=on."
     )
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Take this address for a server, which may begin to listen later.
+
+    Raises:
+        ValueError: the address is taken or none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(
+                f"Port {port} of {host} is in use by another program: end that, or choose another with --port "
+                f"{port + 1 if port < 65535 else 0}."
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ValueError(f"Port {port} needs more rights than you have: choose one above 1023 with --port.") from (
+                error
+            )
+        raise ValueError(
+            f"--host is {host!r}, which is no address of this machine ({error.strerror or error}): leave it out, or "
+            "give 0.0.0.0 for all of them."
+        ) from error
+    return listener

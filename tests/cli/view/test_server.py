@@ -303,7 +303,7 @@ def test_the_command_serves_until_it_is_stopped(root: Path) -> None:
             assert b"study/grpo" in found.read()
         port = address.split(":")[2].split("/")[0]
         taken = CliRunner().invoke(app, ["view", str(root), "--port", port])
-        assert taken.exit_code == 2 and f"Port {port} of 127.0.0.1 cannot be used (" in taken.output
+        assert taken.exit_code == 2 and f"Port {port} of 127.0.0.1 is in use by another program: " in taken.output
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130 and "Traceback" not in process.stderr.read()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medvqa_rl.cli.common import read_settings, use_threads, verb
-from medvqa_rl.core.network import is_off
+from medvqa_rl.core.network import bound_socket, is_off
 from medvqa_rl.core.progress import open_console, print_line
 
 if TYPE_CHECKING:
-    import socket
-
     from medvqa_rl.config import ModelConfig
 
 KEY_VARIABLE = "MEDVQA_RL_API_KEY"
@@ -64,7 +61,7 @@ def serve(
             f"--host is {host}, which other machines can reach, but the network is off: leave out --host, or turn "
             "the network on (--network, MEDVQA_RL_NETWORK, or the settings of the run)."
         )
-    with _listen(host, port) as listener:
+    with bound_socket(host, port) as listener:
         use_threads(model.path)
         from medvqa_rl.cli.serve.server import ModelServer
         from medvqa_rl.models.loading import load_policy
@@ -113,34 +110,3 @@ def _is_this_machine(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket with this address, before a model is loaded.
-
-    Raises:
-        ValueError: the address is taken or none of this machine's.
-    """
-    import socket
-
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ValueError(
-                f"Port {port} of {host} is in use by another program: end that, or choose another with --port "
-                f"{port + 1 if port < 65535 else 0}."
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ValueError(f"Port {port} needs more rights than you have: choose one above 1023 with --port.") from (
-                error
-            )
-        raise ValueError(
-            f"--host is {host!r}, which is no address of this machine ({error.strerror or error}): leave it out, or "
-            "give 0.0.0.0 for all of them."
-        ) from error
-    return listener

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from medvqa_rl.cli.common import verb
-from medvqa_rl.core.network import forbid_network
+from medvqa_rl.core.network import bound_socket, forbid_network
 from medvqa_rl.core.text import first_few, for_terminal
 
 HOST = "127.0.0.1"
@@ -34,20 +34,14 @@ def view(
             f"`medvqa-rl view` needs {first_few(missing, 3)}, which {'is' if len(missing) == 1 else 'are'} not "
             "installed: run `pip install 'medvqa-rl[view]'`."
         )
-    import socket
-
     import uvicorn
 
     from medvqa_rl.cli.view.server import make_app
     from medvqa_rl.report.folder import RunsFolder
 
     runs = RunsFolder(folder)
-    try:
-        listening = socket.create_server((HOST, port))
-    except OSError as error:
-        raise ValueError(
-            f"Port {port} of {HOST} cannot be used ({error.strerror}): choose another with --port, or leave it out."
-        ) from error
+    listener = bound_socket(HOST, port)
+    listener.listen()  # before its address is printed
     forbid_network()
     token = secrets.token_urlsafe(16)
     settings = uvicorn.Config(
@@ -60,7 +54,7 @@ def view(
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    print(f"Runs in {for_terminal(str(folder))}: http://{HOST}:{listening.getsockname()[1]}/{token}/", flush=True)
+    print(f"Runs in {for_terminal(str(folder))}: http://{HOST}:{listener.getsockname()[1]}/{token}/", flush=True)
     print("Open this address in a browser of this machine. Whoever has it sees the data. Ctrl-C ends the server.")
 
     class Server(uvicorn.Server):
@@ -71,7 +65,7 @@ def view(
             super().handle_exit(sig, frame)
 
     try:
-        Server(settings).run(sockets=[listening])
+        Server(settings).run(sockets=[listener])
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr, flush=True)
         os._exit(130)  # a thread in which a model answers would have to end first
