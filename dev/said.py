@@ -66,21 +66,29 @@ CONTRADICTIONS = {
 
 
 def speed(rows: Sequence[Row]) -> dict[str, float]:
-    """How fast the reward part beside format and correctness was learned, if there is one: its mean in the first and
-    the last ten steps, and the steps after which a mean over ten of them has passed the middle between the two."""
+    """How fast training changed the completions, by means over ten steps: steps until they are twice as long, and
+    until the reward part beside format and correctness, if there is one, has passed the middle of its change."""
+    lengths = _means([row["completions/mean_length"] for row in rows if "completions/mean_length" in row])
     parts = {key.split("/")[1] for row in rows for key in row if re.fullmatch(r"rewards/\w+/mean", key)}
     added = sorted(parts - {"format", "correctness"})
-    values = [float(row[f"rewards/{added[0]}/mean"]) for row in rows] if len(added) == 1 else []
-    if len(values) < 2 * WINDOW:
-        return {"reward, first steps": math.nan, "reward, last steps": math.nan, "steps to the middle": math.nan}
-    means = [fmean(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
-    middle = (means[0] + means[-1]) / 2
-    passed = next(index for index, mean in enumerate(means) if (mean >= middle) == (means[-1] >= middle))
+    part = _means([row[f"rewards/{added[0]}/mean"] for row in rows] if len(added) == 1 else [])
+    middle = (part[0] + part[-1]) / 2 if part else math.nan
     return {
-        "reward, first steps": means[0],
-        "reward, last steps": means[-1],
-        "steps to the middle": float(WINDOW + passed),
+        "reward, first steps": part[0] if part else math.nan,
+        "reward, last steps": part[-1] if part else math.nan,
+        "steps to the middle": _steps((mean >= middle) == (part[-1] >= middle) for mean in part),
+        "steps to twice the tokens": _steps(mean >= 2 * lengths[0] for mean in lengths),
     }
+
+
+def _means(values: Sequence[float]) -> list[float]:
+    """Means over each :data:`WINDOW` values."""
+    return [fmean(values[end - WINDOW : end]) for end in range(WINDOW, len(values) + 1)]
+
+
+def _steps(reached: Iterable[bool]) -> float:
+    """The last step of the first mean for which this is so, NaN if none."""
+    return next((float(WINDOW + index) for index, is_so in enumerate(reached) if is_so), math.nan)
 
 
 def cells(study: Path, test: str) -> dict[str, list[Path]]:

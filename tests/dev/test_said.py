@@ -44,14 +44,16 @@ def test_what_answers_say() -> None:
     assert math.isnan(said(records[:1])["repeated 4-grams in wrong answers"])
 
 
-def test_how_fast_a_reward_part_was_learned() -> None:
+def test_how_fast_training_changed_the_completions() -> None:
     # Ten steps at 0, ten at 0.2 and twenty at 1: the middle, 0.5, is passed by the mean of ten steps that has four of
-    # 1 and six of 0.2 (0.52), which ends at step 24.
+    # 1 and six of 0.2 (0.52), which ends at step 24. Tokens double from 30 when five of ten steps have 90: step 35.
     values = [0.0] * 10 + [0.2] * 10 + [1.0] * 20
-    rows = [{"step": step, "rewards/ecr/mean": value} for step, value in enumerate(values, start=1)]
-    found = speed([{"rewards/format/mean": 1.0, **row} for row in rows])
-    assert list(found.values()) == pytest.approx([0, 1, 24])
-    falling = speed([{**row, "rewards/ecr/mean": 1 - row["rewards/ecr/mean"]} for row in rows])
-    assert list(falling.values()) == pytest.approx([1, 0, 24])
-    two = speed([{**row, "rewards/cosine/mean": 1.0} for row in rows])
-    assert all(math.isnan(value) for value in [*two.values(), *speed([]).values()])
+    rows = [
+        {"rewards/format/mean": 1.0, "rewards/ecr/mean": value, "completions/mean_length": 90.0 if step > 30 else 30.0}
+        for step, value in enumerate(values, start=1)
+    ]
+    assert list(speed(rows).values()) == pytest.approx([0, 1, 24, 35])
+    falling = [{**row, "rewards/ecr/mean": 1 - row["rewards/ecr/mean"]} for row in rows]
+    assert list(speed(falling).values()) == pytest.approx([1, 0, 24, 35])
+    two = [{**row, "rewards/cosine/mean": 1.0, "completions/mean_length": 30.0} for row in rows]
+    assert all(math.isnan(value) for value in [*speed(two).values(), *speed([]).values()])
