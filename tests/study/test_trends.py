@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cells import OUTCOMES, store, write
+from matplotlib.figure import Figure
 from PIL import Image
 
 from medvqa_rl.evaluation.records import EvalRecord
@@ -21,6 +22,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import seeds_and_cluste
 from medvqa_rl.study.collect import Collected, collect
 from medvqa_rl.study.output import write_study
 from medvqa_rl.study.plan.recipe import Cell, read_recipe
+from medvqa_rl.study.trend_figure import plot_trend
 from medvqa_rl.study.trends import Answered, trend_result
 from tests.records import make_record
 
@@ -116,6 +118,16 @@ def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> 
         assert (
             "Cold start (home)" in page and "Cold start: worth in RL steps" in page and "+25.0 [+25.0, +25.0]" in page
         )
+
+
+def test_no_difference_has_the_look_of_a_series(collected: Collected, tmp_path: Path, monkeypatch: Any) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("medvqa_rl.study.trend_figure.save_figure", lambda figure, path: drawn.append(figure))
+    plot_trend(collected.trends[0], tmp_path / "trend.png")
+    lines = [line for axes in drawn[0].axes for line in axes.lines if not line.get_label().startswith("_")]
+    looks = {(line.get_label(), line.get_color(), line.get_marker()) for line in lines}
+    assert {name for name, _, _ in looks} == {"warm-up", "GRPO", "GRPO minus warm-up"}
+    assert len(looks) == len({(color, marker) for _, color, marker in looks}) == 3
 
 
 def test_arms_without_a_finished_cell_are_left_out(given: dict[str, Any], tmp_path: Path) -> None:
