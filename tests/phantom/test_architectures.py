@@ -15,7 +15,8 @@ from medvqa_rl.models.families import FAMILIES
 from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.phantom.architectures import PHANTOMS
-from medvqa_rl.phantom.build import WORDS, build, learn
+from medvqa_rl.phantom.binding import WORDS
+from medvqa_rl.phantom.build import build, learn
 from medvqa_rl.phantom.seeing import learn_to_see
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine

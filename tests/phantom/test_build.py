@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from medvqa_rl.config import ModelConfig
 from medvqa_rl.core.embedded import SIZES
 from medvqa_rl.models.loading import Policy, load_policy
+from medvqa_rl.phantom import binding, training
 from medvqa_rl.phantom import build as module
 from medvqa_rl.phantom.architectures import DIMENSIONS, PHANTOMS
-from medvqa_rl.phantom.build import build, learn_binding
+from medvqa_rl.phantom.binding import Binding, learn_binding
+from medvqa_rl.phantom.build import build
 from medvqa_rl.phantom.training import count_parameters
 from medvqa_rl.phantom.vlm import build_model, build_processor
 
@@ -35,36 +37,44 @@ def test_sizes_have_the_stated_weights(size: str, millions: float) -> None:
 def test_every_family_has_every_size(family: str, size: str) -> None:
     processor = build_processor(family)
     policy = Policy(build_model(processor, 0, size), processor, torch.device("cpu"), ModelConfig())
-    practice = module.Binding(policy, 0)
+    practice = Binding(policy, 0)
     loss, _ = practice.loss(policy.model, *practice.draw(2, 2, 5, use_words=True))
     assert torch.isfinite(loss)
     sample, _ = module.lesson("base", 0, 0)
     assert int((processor.encode(sample, "think_answer").input_ids == processor.image_token_id).sum()) == 16
 
 
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Make every stage a few steps, and record which are run."""
+    """Make every stage a few steps, of which each is kept, and record which stages are run."""
     ran: list[str] = []
 
-    def few(policy: Policy, seed: int, log: Any, *, rate: float) -> None:
-        ran.append("binding")
-        with pytest.raises(RuntimeError, match="not learned in 2 steps"):
-            learn_binding(policy, seed, log, rate=rate, max_steps=2)
+    def recorded(name: str, **settings: Any) -> None:
+        function = getattr(module, name)
 
-    def seen(*args: Any, **rest: Any) -> None:
-        ran.append("seeing")
-        see(*args, **rest, batch=2)
+        def run(policy: Policy, stage: Any, *args: Any, **rest: Any) -> None:
+            ran.append(stage if name == "learn" else name)
+            function(policy, stage, *args, **rest, **settings)
 
-    def learned(policy: Policy, stage: Any, *args: Any, **rest: Any) -> None:
-        ran.append(stage)
-        learn(policy, stage, *args, **rest)
+        monkeypatch.setattr(module, name, run)
 
-    see, learn = module.learn_to_see, module.learn
-    for name, value in (("learn_binding", few), ("learn_to_see", seen), ("learn", learned), ("STEPS_SEEING", 2)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "BATCH", 2)
-    monkeypatch.setattr(module, "examine", lambda policy, stage: {"home/choice": 0.5})
+    recorded("learn_to_see", batch=2)
+    recorded("learn_binding")
+    recorded("learn")
+    loss = Binding.loss
+    monkeypatch.setattr(Binding, "loss", lambda *args: (loss(*args)[0], 1.0))  # learned at once: 4 checks
+    for place, name, value in (
+        (module, "STEPS_SEEING", 2),
+        (module, "BATCH", 2),
+        (module, "examine", lambda policy, stage: {"home/choice": 0.5}),
+        (binding, "CHECK_STEPS", 1),
+        (training, "LOG_STEPS", 1),
+    ):
+        monkeypatch.setattr(place, name, value)
     return ran
 
 
@@ -73,23 +83,29 @@ def test_an_interrupted_build_ends_with_the_same_weights(
 ) -> None:
     settings: dict[str, Any] = {"size": "small", "steps": {"base": 2, "instruct": 2}, "resume": True}
     build(tmp_path / "whole", **settings)
-    assert short == ["seeing", "binding", "base", "instruct"]
-    save = module.save
+    assert short == ["learn_to_see", "learn_binding", "base", "instruct"]
     short.clear()
-    for name in ("base", "instruct"):  # it is interrupted at the end of either stage, before its weights are stored
+    save, save_state, unsaved = module.save, training.save_state, ["base", "instruct"]
 
-        def stop(policy: Policy, folder: Path, name: str = name) -> None:
-            if folder.name == name:
-                raise KeyboardInterrupt
-            save(policy, folder)
+    def stop_after(*args: Any, **numbers: int) -> None:
+        save_state(*args, **numbers)
+        raise Interrupted
 
-        monkeypatch.setattr(module, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
+    def stop_before(policy: Policy, folder: Path) -> None:
+        if folder.name in unsaved:
+            unsaved.remove(folder.name)
+            raise Interrupted
+        save(policy, folder)
+
+    monkeypatch.setattr(training, "save_state", stop_after)
+    monkeypatch.setattr(binding, "save_state", stop_after)
+    monkeypatch.setattr(module, "save", stop_before)
+    for _ in range(2 + 3 + 2 + 2 + len(unsaved)):  # after every step but binding's last, and after either checkpoint
+        with pytest.raises(Interrupted):
             build(tmp_path / "parts", **settings)
-    assert not (tmp_path / "parts" / "build.json").exists()
-    monkeypatch.setattr(module, "save", save)
+        assert not (tmp_path / "parts" / "build.json").exists()
     build(tmp_path / "parts", **settings)
-    assert short == ["seeing", "binding", "base", "base", "instruct", "instruct"]
+    assert short == ["learn_to_see"] * 3 + ["learn_binding"] * 4 + ["base"] * 4 + ["instruct"] * 4
     for name in ("base", "instruct"):
         one, other = (load_file(tmp_path / place / name / "model.safetensors") for place in ("whole", "parts"))
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
@@ -99,6 +115,13 @@ def test_an_interrupted_build_ends_with_the_same_weights(
     short.clear()
     build(tmp_path / "parts", **settings)
     assert short == []  # it is finished
+
+
+def test_binding_that_is_not_learned_is_reported() -> None:
+    processor = build_processor()
+    policy = Policy(build_model(processor, 0, "small"), processor, torch.device("cpu"), ModelConfig())
+    with pytest.raises(RuntimeError, match="not learned in 2 steps"):
+        learn_binding(policy, 0, [].append, rate=1e-3, max_steps=2)
 
 
 def test_other_settings_and_unknown_sizes_are_refused(short: list[str], tmp_path: Path) -> None:

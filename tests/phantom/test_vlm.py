@@ -24,7 +24,8 @@ from medvqa_rl.models.loading import Policy, load_policy
 from medvqa_rl.models.processor import Processor
 from medvqa_rl.phantom import demo
 from medvqa_rl.phantom.architectures import PHANTOMS
-from medvqa_rl.phantom.build import FORMAT_RATE, WORDS, Binding, build, learn, lesson
+from medvqa_rl.phantom.binding import WORDS, Binding
+from medvqa_rl.phantom.build import FORMAT_RATE, build, learn, lesson
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rewards import Rewards
 from medvqa_rl.rollout.decode import RolloutEngine

@@ -28,7 +28,7 @@ def build_models(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted build after its last finished stage.")
+        bool, typer.Option("--resume", help="Continue an interrupted build: at most 50 steps are repeated.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:

@@ -7,7 +7,7 @@ Four supervised stages, on the home scanner only:
 
 1. **Seeing**: train the vision tower alone, through a linear probe (:mod:`medvqa_rl.phantom.seeing`).
 2. **Binding** (text only): given a list of lettered options among random tokens, predict the letters of some of the
-   options. The context grows each time the model reaches 95 % accuracy.
+   options (:mod:`medvqa_rl.phantom.binding`).
 3. **Base**: describe the image, or reason and answer in plain text; one answer in ten has the requested format.
 4. **Instruct**: always reason and answer in the requested format.
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,35 +27,35 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_model, save_model
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
 
-from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from medvqa_rl.config import DataConfig, EvalConfig, ModelConfig, RolloutConfig
 from medvqa_rl.config.schema import did_you_mean
 from medvqa_rl.core.answers import parse_completion
 from medvqa_rl.core.files import read_json, write_json, write_whole
 from medvqa_rl.core.machine import ProcessLock
 from medvqa_rl.core.prompts import render_answer
-from medvqa_rl.core.randomness import Draws, address
+from medvqa_rl.core.randomness import Draws
 from medvqa_rl.core.text import shown
-from medvqa_rl.core.types import LETTERS, Group, Sample
+from medvqa_rl.core.types import Group, Sample
 from medvqa_rl.data import load_dataset
 from medvqa_rl.data.phantom.drawing import PhantomImage
 from medvqa_rl.data.phantom.questions import draw_sample, full_description
-from medvqa_rl.data.phantom.world import ALL_KINDS, ALL_ORGANS, COUNTS, LEVELS, MODALITIES, SIDES, SIZES
 from medvqa_rl.evaluation.evaluate import evaluate
 from medvqa_rl.learning.objective.layout import Layout
 from medvqa_rl.learning.objective.logprobs import GroupForward, collate
-from medvqa_rl.learning.objective.optimizer import Optimizer
 from medvqa_rl.learning.sft import sft_loss, target_completion
 from medvqa_rl.models.checkpoints import atomic_folder, write_model
-from medvqa_rl.models.families import shared_family_of
-from medvqa_rl.models.families.parts import Embedded
 from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.architectures import DIMENSIONS, PHANTOMS
+from medvqa_rl.phantom.binding import MAX_DISTANCE, Binding, learn_binding
 from medvqa_rl.phantom.seeing import learn_to_see
-from medvqa_rl.phantom.training import Log, cosine_schedule, count_parameters, curve_log, train
+from medvqa_rl.phantom.training import (
+    Log,
+    cosine_schedule,
+    count_parameters,
+    curve_log,
+    train,
+)
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine
 
@@ -70,9 +69,6 @@ BATCH = 32
 STAGES: tuple[Stage, ...] = ("base", "instruct")
 STEPS_SEEING = 1000
 LEARNING_RATES: dict[str, float] = {"seeing": 2e-3, "binding": 1e-3, "base": 1.5e-3, "instruct": 6e-4}
-WORDS = tuple(dict.fromkeys((*MODALITIES, *ALL_ORGANS, *ALL_KINDS, *SIDES, *LEVELS, *SIZES, *COUNTS, "equal")))
-_MAX_DISTANCE = 60
-"""Maximum number of random tokens between the options and their queries at the end of the binding stage."""
 
 
 def build(
@@ -94,8 +90,8 @@ def build(
         size: one of :data:`DIMENSIONS`, which sets dimensions and the factor of the learning rates.
         seed: seed of weights and data.
         steps: number of optimizer steps of the stages ``base`` and ``instruct``; None takes those of the size.
-        resume: continue an interrupted build after its last finished stage, with the same weights as an uninterrupted
-            one; starts one if there is none.
+        resume: continue an interrupted build, with the same weights as an uninterrupted one: at most 50 steps are
+            repeated. Starts one if there is none.
         dry_run: print the shapes of one step of each kind and stop; nothing is written.
 
     Raises:
@@ -131,16 +127,16 @@ def build(
             return output
         log, began, rate = curve_log(output / "build.jsonl"), time.perf_counter(), DIMENSIONS[size].rate
         results: dict[str, Any] = dict(settings)
-        with _stage(policy, output, "seeing") as is_due:
-            if is_due:
-                learn_to_see(policy, STEPS_SEEING, rate * LEARNING_RATES["seeing"], seed, log)
-        with _stage(policy, output, "binding") as is_due:
-            if is_due:
-                learn_binding(policy, seed, log, rate=rate * LEARNING_RATES["binding"])
+        with _stage(policy, output, "seeing") as kept:
+            if kept:
+                learn_to_see(policy, STEPS_SEEING, rate * LEARNING_RATES["seeing"], seed, log, kept=kept)
+        with _stage(policy, output, "binding") as kept:
+            if kept:
+                learn_binding(policy, seed, log, rate=rate * LEARNING_RATES["binding"], kept=kept)
         for stage in STAGES:
-            with _stage(policy, output, stage) as is_due:
-                if is_due:
-                    learn(policy, stage, planned[stage], seed, log, rate=rate * LEARNING_RATES[stage])
+            with _stage(policy, output, stage) as kept:
+                if kept:
+                    learn(policy, stage, planned[stage], seed, log, rate=rate * LEARNING_RATES[stage], kept=kept)
                     save(policy, output / stage)
             results[stage] = examine(policy, stage)
             log({"stage": stage, **results[stage]})
@@ -171,25 +167,26 @@ def _refuse_other_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _stage(policy: Policy, output: Path, name: str) -> Iterator[bool]:
-    """Yield whether a stage is due, and store the weights after it; those of a finished stage are loaded.
+def _stage(policy: Policy, output: Path, name: str) -> Iterator[Path | None]:
+    """Yield where a stage keeps its state, and store the weights after it; a finished one yields None and is loaded.
 
-    Every stage has its own optimizer and addressed data, so nothing but weights is carried over.
+    Every stage has its own optimizer and data, so nothing but weights is carried over.
     """
-    path = output / "stages" / f"{name}.safetensors"
+    path, kept = (output / "stages" / f"{name}{kind}.safetensors" for kind in ("", ".kept"))
     if path.is_file():
         load_model(policy.model, path)
-        yield False
+        yield None
         return
-    yield True
+    yield kept
     with write_whole(path) as temporary:
         save_model(policy.model, str(temporary))
+    kept.unlink(missing_ok=True)
 
 
 def _show_one_step(policy: Policy, seed: int, steps: Mapping[Stage, int]) -> None:
     """Print the shapes of one step of each kind."""
     print(f"{count_parameters(policy.model):,} parameters, {dict(steps)} steps")
-    ids, positions = Binding(policy, seed).draw(64, 8, _MAX_DISTANCE, use_words=True)
+    ids, positions = Binding(policy, seed).draw(64, 8, MAX_DISTANCE, use_words=True)
     print(f"binding: {tuple(ids.shape)} rows x tokens, letters at {positions.tolist()}")
     for stage in STAGES:
         batch = collate(
@@ -198,88 +195,6 @@ def _show_one_step(policy: Policy, seed: int, steps: Mapping[Stage, int]) -> Non
         loss = sft_loss(GroupForward(policy.model), batch)
         loss.backward()
         print(f"{stage}: {tuple(batch.input_ids.shape)} rows x tokens, {len(batch.targets)} targets, loss {loss:.3f}")
-
-
-class Binding:
-    """Endless token sequences that train the binding of options to their letters."""
-
-    def __init__(self, policy: Policy, seed: int) -> None:
-        tokenizer = policy.processor.tokenizer
-
-        def token(text: str) -> int:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert len(ids) == 1, f"{text!r} is {len(ids)} tokens"
-            return int(ids[0])
-
-        self._generator = torch.Generator().manual_seed(address("phantom binding", seed) >> 1)
-        self._words = torch.tensor([token(f" {word}") for word in WORDS])
-        self._any = torch.arange(tokenizer.vocab_size)
-        self._line, self._colon, self._stop = token("\n"), token(":"), token(".")
-        self._before = torch.tensor([token(letter) for letter in LETTERS[:8]])
-        self._after = torch.tensor([token(f" {letter}") for letter in LETTERS[:8]])
-
-    def draw(self, count: int, options: int, distance: int, *, use_words: bool) -> tuple[Tensor, Tensor]:
-        """Sequences of noise, a list of options ("\\nA: cyst"), noise, and six queries (" cyst" -> " A").
-
-        Args:
-            count: number of sequences.
-            options: number of options in a list.
-            distance: maximum number of noise tokens between the list and the queries.
-            use_words: take options from the words of the phantom world rather than from all tokens.
-
-        Returns:
-            (count, T) token ids, and (6,) positions of the letters to predict.
-        """
-        queries = 6
-        generator, pool = self._generator, self._words if use_words else self._any
-
-        def noise(limit: int) -> Tensor:
-            length = int(torch.randint(0, limit + 1, (1,), generator=generator))
-            return torch.randint(0, len(self._any), (count, length), generator=generator)
-
-        def column(token: int, width: int) -> Tensor:
-            return torch.full((count, width), token)
-
-        named = pool[torch.rand(count, len(pool), generator=generator).argsort(dim=1)[:, :options]]
-        letters = self._before[:options].expand(count, -1)
-        listed = torch.stack([column(self._line, options), letters, column(self._colon, options), named], dim=-1)
-        asked = torch.randint(options, (count, queries), generator=generator)
-        answers = self._after[asked]
-        questions = torch.stack([named.gather(1, asked), answers, column(self._stop, queries)], dim=-1)
-        ids = torch.cat([noise(distance * 2 // 3), listed.flatten(1), noise(distance), questions.flatten(1)], dim=1)
-        return ids, ids.shape[1] - 3 * queries + 1 + 3 * torch.arange(queries)
-
-    def loss(self, model: nn.Module, ids: Tensor, positions: Tensor) -> tuple[Tensor, float]:
-        """Cross-entropy of the letters, and the share predicted correctly."""
-        family = shared_family_of(model)
-        position_ids = torch.arange(ids.shape[1]).expand(family.num_axes, len(ids), -1)
-        embedded = Embedded(family.text(model).embed_tokens(ids), {})
-        hidden = family.hidden_states(model, embedded, position_ids, use_cache=False)
-        logits = family.logits(model, hidden[:, positions - 1]).flatten(0, 1)
-        targets = ids[:, positions].flatten()
-        return functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
-
-
-def learn_binding(
-    policy: Policy, seed: int, log: Log, *, rate: float = LEARNING_RATES["binding"], max_steps: int = 3000
-) -> None:
-    """Train until 95 % of the letters are predicted correctly at the maximum distance."""
-    optimizer = Optimizer(policy.model, OptimizerConfig(learning_rate=rate, weight_decay=0.05, betas=(0.9, 0.98)))
-    practice, distance, recent = Binding(policy, seed), 0, deque[float](maxlen=25)
-    for step in range(max_steps):
-        ids, positions = practice.draw(64, (2, 3, 4, 4)[step % 4], distance, use_words=step % 4 < 3)
-        loss, accuracy = practice.loss(policy.model, ids, positions)
-        loss.backward()
-        clip_grad_norm_(policy.model.parameters(), 1.0)
-        optimizer.step(rate * min(1.0, (step + 1) / 50))
-        recent.append(accuracy)
-        if (step + 1) % 25 == 0:
-            mean = sum(recent) / len(recent)
-            log({"stage": "binding", "step": step + 1, "distance": distance, "loss": loss.item(), "accuracy": mean})
-            if mean > 0.95 and distance >= _MAX_DISTANCE:
-                return
-            distance += 20 if mean > 0.95 else 0
-    raise RuntimeError(f"Binding was not learned in {max_steps} steps: try another seed.")
 
 
 def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
@@ -297,11 +212,21 @@ def lesson(stage: Stage, seed: int, index: int) -> tuple[Sample, str]:
     return sample, render_answer(sample.reasoning, sample.answer) if has_format else sample.reasoning
 
 
-def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log, *, rate: float | None = None) -> None:
+def learn(
+    policy: Policy,
+    stage: Stage,
+    steps: int,
+    seed: int,
+    log: Log,
+    *,
+    rate: float | None = None,
+    kept: Path | None = None,
+) -> None:
     """Run one stage of supervised fine-tuning, mixed with some binding data so that binding is not forgotten.
 
     Args:
         rate: peak learning rate; None takes that of the size base.
+        kept: see :func:`~medvqa_rl.phantom.training.train`.
     """
     forward, practice = GroupForward(policy.model), Binding(policy, seed + 1)
 
@@ -310,14 +235,14 @@ def learn(policy: Policy, stage: Stage, steps: int, seed: int, log: Log, *, rate
         loss = sft_loss(forward, collate(groups, policy.processor, policy.device, layout=Layout.ROWS))
         values = {"loss": loss.item()}
         if step % 8 == 0:
-            ids, positions = practice.draw(BATCH, 4, _MAX_DISTANCE, use_words=True)
+            ids, positions = practice.draw(BATCH, 4, MAX_DISTANCE, use_words=True)
             loss = loss + practice.loss(policy.model, ids, positions)[0]
         loss.backward()
         return values
 
     policy.model.train()
     settings = cosine_schedule(rate or LEARNING_RATES[stage], warmup_steps=min(100, steps // 4), min_lr_ratio=0.05)
-    train(policy.model, settings, steps, backward, log, stage=stage)
+    train(policy.model, settings, steps, backward, log, kept=kept, generator=practice.generator, stage=stage)
 
 
 def _lesson_groups(policy: Policy, stage: Stage, seed: int, step: int) -> list[Group]:

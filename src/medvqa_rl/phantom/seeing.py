@@ -10,6 +10,7 @@ reveal.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -43,11 +44,13 @@ def learn_to_see(
     *,
     batch: int = 64,
     scanners: Sequence[str] = ("home",),
+    kept: Path | None = None,
 ) -> Probe:
     """Train the vision tower and the projector through the probe.
 
     Args:
         scanners: take the images of a step in turn.
+        kept: see :func:`~medvqa_rl.phantom.training.train`.
 
     Returns:
         The probe.
@@ -73,7 +76,8 @@ def learn_to_see(
         return {"loss": loss.item(), "findings right": share}
 
     both = nn.ModuleList([*family.vision_modules(policy.model), probe])
-    train(both, cosine_schedule(rate, warmup_steps=min(50, steps)), steps, backward, log, stage="seeing")
+    settings = cosine_schedule(rate, warmup_steps=min(50, steps))
+    train(both, settings, steps, backward, log, kept=kept, stage="seeing")
     return probe
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medvqa_rl.config import OptimizerConfig
-from medvqa_rl.core.files import writing
+from medvqa_rl.core.files import write_whole, writing
 from medvqa_rl.learning.objective.optimizer import Optimizer, lr_at
 from medvqa_rl.models.checkpoints import atomic_folder
 
@@ -57,6 +58,9 @@ def train(
     steps: int,
     backward: Callable[[int], Mapping[str, float]],
     log: Log,
+    *,
+    kept: Path | None = None,
+    generator: torch.Generator | None = None,
     **labels: str,
 ) -> None:
     """Train a module with gradients clipped to a norm of 1.
@@ -67,18 +71,54 @@ def train(
         steps: number of optimizer steps.
         backward: called with the step; computes and backpropagates its loss and returns the values to log.
         log: called every :data:`LOG_STEPS` steps with the means of these values.
+        kept: file that holds the state after every :data:`LOG_STEPS` steps; training continues from it if it exists.
+        generator: what ``backward`` draws from, if it is not addressed by the step; its state is kept too.
         labels: included in each log row.
     """
-    optimizer, began = Optimizer(module, settings), time.perf_counter()
-    recent = deque[Mapping[str, float]](maxlen=LOG_STEPS)
-    for step in range(steps):
+    optimizer = Optimizer(module, settings)
+    first = load_state(kept, optimizer, generator).get("steps", 0)
+    recent, began = deque[Mapping[str, float]](maxlen=LOG_STEPS), time.perf_counter()
+    for step in range(first, steps):
         recent.append(backward(step))
         clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step(lr_at(step, settings, steps))
         if (step + 1) % LOG_STEPS == 0:
             means = {name: sum(values[name] for values in recent) / len(recent) for name in recent[0]}
-            seconds_left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
+            seconds_left = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
             log({**labels, "step": step + 1, "of": steps, **means, "minutes left": seconds_left / 60})
+            save_state(kept, optimizer, generator, steps=step + 1)
+
+
+def save_state(
+    path: Path | None, optimizer: Optimizer, generator: torch.Generator | None = None, **numbers: int
+) -> None:
+    """Write trained weights, optimizer, generator and numbers, to continue from; without a path, write nothing."""
+    if path is None:
+        return
+    tensors = {f"weight/{name}": parameter.detach() for name, parameter in optimizer.parameters.items()}
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.state_tensors().items()}
+    tensors |= {f"number/{name}": torch.tensor(number) for name, number in numbers.items()}
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
+    with write_whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@torch.no_grad()
+def load_state(path: Path | None, optimizer: Optimizer, generator: torch.Generator | None = None) -> dict[str, int]:
+    """Load a state from :func:`save_state` and return its numbers; without a file, change nothing and return none."""
+    if path is None or not path.is_file():
+        return {}
+    parts: dict[str, dict[str, Tensor]] = {"weight": {}, "optimizer": {}, "number": {}, "generator": {}}
+    for name, tensor in load_file(path).items():
+        kind, _, rest = name.partition("/")
+        parts[kind][rest] = tensor
+    for name, parameter in optimizer.parameters.items():
+        parameter.copy_(parts["weight"][name])
+    optimizer.load_state_tensors(parts["optimizer"])
+    if generator is not None:
+        generator.set_state(parts["generator"][""])
+    return {name: int(tensor) for name, tensor in parts["number"].items()}
 
 
 def curve_log(path: Path) -> Log:
