@@ -103,12 +103,58 @@ def test_intervals_agree_with_the_bootstrap_of_the_tables(collected: Collected) 
     assert found.low == pytest.approx(table.low, abs=0.01) and found.high == pytest.approx(table.high, abs=0.01)
 
 
+def test_a_change_of_differences_is_paired_by_seed_and_image(collected: Collected) -> None:
+    """Four arms of three seeds, against a bootstrap of question differences written out here."""
+    generator = np.random.default_rng(1)
+    flags = {name: generator.random((3, 120)) < rate for name, rate in zip("abcd", (0.4, 0.5, 0.5, 0.8))}
+    arms = {
+        name: [
+            Answered(
+                seed,
+                False,
+                [make_record(sample_id=str(i), image_key=str(i // 2), is_correct=bool(f)) for i, f in enumerate(row)],
+                (),
+            )
+            for seed, row in enumerate(rows)
+        ]
+        for name, rows in flags.items()
+    }
+    trend = replace(
+        collected.trends[0].trend,
+        metrics=("accuracy",),
+        series={"before": {0.4: "a", 6: "c", 1.5: "a"}, "after": {6: "d", 1.5: "b", 0.4: "b"}},
+        differences=(("after", "before"),),
+        steps_worth=None,
+    )
+    changes = {change.series: change for change in trend_result(trend, arms, resamples=4000).changes}
+    assert list(changes) == ["before", "after", "after minus before"]
+    assert {(change.first, change.last) for change in changes.values()} == {(0.4, 6)}
+    found = changes["after minus before"].values["accuracy"]
+    of_question = (flags["d"].astype(float) - flags["c"]) - (flags["b"].astype(float) - flags["a"])
+    assert found.estimate == pytest.approx(of_question.mean())
+    of_image = of_question.reshape(3, 60, 2).mean(axis=2)
+    means = [of_image[np.ix_(*(generator.integers(n, size=n) for n in (3, 60)))].mean() for _ in range(4000)]
+    assert found.standard_error == pytest.approx(np.std(means), rel=0.06)
+    assert [found.low, found.high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.015)
+    before = changes["before"].values["accuracy"].estimate
+    assert before == pytest.approx(flags["c"].mean() - flags["a"].mean())
+
+
+def test_changes_of_arms_that_are_trained_once(collected: Collected) -> None:
+    (change,) = collected.trends[0].changes  # GRPO and the difference have one number
+    assert (change.series, change.first, change.last) == ("warm-up", 0, 50)
+    assert change.values["accuracy"].estimate == pytest.approx(6 / 11 - 0.2)
+    assert math.isnan(change.values["entropy"].estimate)
+
+
 def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> None:
     written = {path.name: path for path in write_study(collected, tmp_path / "tables")}
     lines = list(csv.DictReader(written["trend-1.csv"].open(encoding="utf-8")))
     assert len(lines) == 6 * 4
     (line,) = [one for one in lines if (one["series"], one["metric"]) == ("GRPO minus warm-up", "faithfulness")]
     assert [line["reasonings"], line["value"], line["low"], line["high"]] == ["50", "25", "25", "25"]
+    (change,) = csv.DictReader(written["change-1.csv"].open(encoding="utf-8"))
+    assert (change["series"], change["reasonings"], change["accuracy, %"][:5]) == ("warm-up", "0 to 50", "+34.5")
     (worth,) = csv.DictReader(written["worth-1.csv"].open(encoding="utf-8"))
     # Both seeds start at 50 %, where the same curves begin: 0 steps.
     assert [worth["reasonings"], worth["worth in RL steps"]] == ["50", "0 [0, 0]"]
@@ -116,7 +162,10 @@ def test_trends_are_tables_and_figures(collected: Collected, tmp_path: Path) -> 
         assert light.size == dark.size and light.width > 1000
     for page in (written["study.md"].read_text(), written["study.html"].read_text()):
         assert (
-            "Cold start (home)" in page and "Cold start: worth in RL steps" in page and "+25.0 [+25.0, +25.0]" in page
+            "Cold start (home)" in page
+            and "Cold start (home): change" in page
+            and "worth in RL steps" in page
+            and "+25.0 [+25.0, +25.0]" in page
         )
 
 

@@ -30,7 +30,15 @@ from medvqa_rl.study.tables import (
     factor_rows,
     rows,
 )
-from medvqa_rl.study.trend_tables import trend_csv, trend_note, trend_rows, worth_note, worth_rows
+from medvqa_rl.study.trend_tables import (
+    CHANGE_NOTE,
+    change_rows,
+    trend_csv,
+    trend_note,
+    trend_rows,
+    worth_note,
+    worth_rows,
+)
 
 CAPTIONS = {
     "Accuracy": "Mean over seeds with its 95 % interval over seeds and images; circles are seeds.",
@@ -99,8 +107,8 @@ class Content:
 
 def write_study(collected: Collected, folder: Path) -> list[Path]:
     """Write the pages ``study.md`` and ``study.html``, the tables ``TEST.csv``, ``contrast-NUMBER.csv``,
-    ``training.csv``, ``trend-NUMBER.csv`` (one number per line), ``worth-NUMBER.csv`` and ``factor-NAME.csv`` (each
-    also as ``.tex``), and the figures in ``figures/``, in a light and a dark version.
+    ``training.csv``, ``trend-NUMBER.csv`` (one number per line), ``change-NUMBER.csv``, ``worth-NUMBER.csv`` and
+    ``factor-NAME.csv`` (each also as ``.tex``), and the figures in ``figures/``, in a light and a dark version.
 
     Returns:
         The files.
@@ -134,6 +142,10 @@ def write_study(collected: Collected, folder: Path) -> list[Path]:
         trends.append(
             write_table(f"trend-{number}", section, f"{trend.trend.title}. {trend_note(trend)}", trend_csv(trend))
         )
+        if trend.changes:
+            title = f"{trend.trend.title} ({trend.trend.test}): change"
+            section = Section(title, *change_rows(trend), [CHANGE_NOTE])
+            trends.append(write_table(f"change-{number}", section, f"{title}. {CHANGE_NOTE}"))
         if trend.worths:
             title = f"{trend.trend.title}: worth in RL steps"
             section = Section(title, *worth_rows(trend), worth_note(trend))

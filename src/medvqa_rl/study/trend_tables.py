@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from medvqa_rl.core.tables import as_csv
+from medvqa_rl.evaluation.statistics.intervals_and_tests import SeededInterval
 from medvqa_rl.evaluation.statistics.tables import format_number
 from medvqa_rl.study.trends import Point, TrendResult
 
+CHANGE_NOTE = "The value at the largest number minus that at the smallest, paired by seed and question."
 NOTES = {
     "": "In brackets 95 % intervals over seeds and images; differences are paired by seed and question.",
     "length_bias": "Length bias: mean tokens of wrong minus right answers.",
@@ -51,13 +53,26 @@ def trend_rows(found: TrendResult) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def change_rows(found: TrendResult) -> tuple[list[str], list[list[str]]]:
+    """Column names, and a row for the change of each series and difference."""
+    titles = ["series", found.trend.x, *(METRICS[name].title for name in found.trend.metrics)]
+    return titles, [
+        [change.series, f"{change.first:,g} to {change.last:,g}", *_cells(found, change.values, "+")]
+        for change in found.changes
+    ]
+
+
 def _row(found: TrendResult, point: Point, sign: str) -> list[str]:
+    return [point.series, f"{point.x:,g}", *_cells(found, point.values, sign)]
+
+
+def _cells(found: TrendResult, values: Mapping[str, SeededInterval], sign: str) -> list[str]:
     cells = []
     for name in found.trend.metrics:
-        value, (_, scale, spec) = point.values[name], METRICS[name]
+        value, (_, scale, spec) = values[name], METRICS[name]
         numbers = [format_number(scale * one, sign + spec) for one in (value.estimate, value.low, value.high)]
         cells.append(_with_interval(*numbers))
-    return [point.series, f"{point.x:,g}", *cells]
+    return cells
 
 
 def _with_interval(estimate: str, low: str, high: str) -> str:

@@ -6,7 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,11 +17,12 @@ from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import LEVELS, SeededInterval
 from medvqa_rl.report.runs import Row
 from medvqa_rl.study.findings import ends
-from medvqa_rl.study.plan.contrasts import paired_by_seed
 from medvqa_rl.study.plan.trends import Trend
 from medvqa_rl.study.steps_worth import Worth, accuracy_curve, steps_worth
 
 Floats = NDArray[np.float64]
+_Terms = tuple[tuple[str, int], ...]
+"""Arms to add up, with their signs."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,25 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Change:
+    """The measures at the largest number of a series, or of a difference, minus those at the smallest."""
+
+    series: str
+    first: float
+    last: float
+    values: Mapping[str, SeededInterval]
+    """By metric; NaN where nothing was measured."""
+
+
+@dataclass(frozen=True)
 class TrendResult:
     """A trend with its numbers."""
 
     trend: Trend
     points: tuple[Point, ...]
     differences: tuple[Point, ...]
+    changes: tuple[Change, ...]
+    """Of every series and difference with two numbers or more."""
     worths: Mapping[float, Worth]
     """Number -> worth in RL steps; empty unless asked for."""
 
@@ -88,9 +102,9 @@ def trend_result(
 
     A metric of a cell is a mean over its answers, ``length_bias`` the mean tokens of wrong minus those of right
     answers, and ``entropy`` the mean per token over the last fifth of its training, in nats. A point is the mean over
-    seeds. Differences are paired by seed; an arm with one cell is paired with every seed of the other. Intervals are
-    95 % percentiles over resamples of seeds and, independently, of images (Owen 2007), with the same draws for all
-    points.
+    seeds. Differences, and changes of points and differences from the smallest number to the largest, are paired by
+    seed; an arm with one cell is paired with every seed of the others. Intervals are 95 % percentiles over resamples
+    of seeds and, independently, of images (Owen 2007), with the same draws for all points.
 
     Args:
         trend: the series.
@@ -141,40 +155,63 @@ def trend_result(
         low, high = np.quantile(resampled, LEVELS)
         return SeededInterval(float(values[0]), float(low), float(high), float(resampled.std(ddof=1)))
 
-    def point(name: str, x: float, arm: str) -> Point:
-        indices = range(len(arms[arm]))
-        return Point(name, x, {m: interval([of(arm, index, m) for index in indices]) for m in trend.metrics})
+    def measure(terms: _Terms) -> dict[str, SeededInterval] | None:
+        together = _of_the_same_seeds([arms.get(arm, ()) for arm, _ in terms])
 
-    def difference(name: str, x: float, one: str, other: str) -> Point:
-        pairs = _pairs(arms[one], arms[other])
-        values = {m: interval([of(one, a, m) - of(other, b, m) for a, b in pairs]) for m in trend.metrics}
-        return Point(name, x, values)
+        def column(metric: str, indices: Sequence[int]) -> Floats:
+            parts = [sign * of(arm, index, metric) for (arm, sign), index in zip(terms, indices)]
+            added_up: Floats = np.sum(parts, axis=0)
+            return added_up
 
-    differences = [
-        (f"{one} minus {other}", x, arm, trend.series[other][x])
+        if not together:
+            return None
+        return {metric: interval([column(metric, indices) for indices in together]) for metric in trend.metrics}
+
+    series: dict[str, dict[float, _Terms]] = {
+        name: {x: ((arm, 1),) for x, arm in line.items()} for name, line in trend.series.items()
+    }
+    differences: dict[str, dict[float, _Terms]] = {
+        f"{one} minus {other}": {
+            x: ((arm, 1), (trend.series[other][x], -1))
+            for x, arm in trend.series[one].items()
+            if x in trend.series[other]
+        }
         for one, other in trend.differences
-        for x, arm in trend.series[one].items()
-        if x in trend.series[other]
-    ]
+    }
+
+    def points(lines: Mapping[str, Mapping[float, _Terms]]) -> tuple[Point, ...]:
+        measured = [(name, x, measure(terms)) for name, line in lines.items() for x, terms in line.items()]
+        return tuple(Point(name, x, values) for name, x, values in measured if values is not None)
+
+    def changes() -> Iterator[Change]:
+        for name, line in (series | differences).items():
+            first, last = min(line, default=0.0), max(line, default=0.0)
+            if first == last:
+                continue
+            values = measure((*line[last], *((arm, -sign) for arm, sign in line[first])))
+            if values is not None:
+                yield Change(name, first, last, values)
+
     return TrendResult(
         trend=trend,
-        points=tuple(
-            point(name, x, arm) for name, series in trend.series.items() for x, arm in series.items() if arm in arms
-        ),
-        differences=tuple(
-            difference(name, x, arm, other)
-            for name, x, arm, other in differences
-            if arm in arms and other in arms and _pairs(arms[arm], arms[other])
-        ),
+        points=points(series),
+        differences=points(differences),
+        changes=tuple(changes()),
         worths=_worths(trend, arms, resamples),
     )
 
 
-def _pairs(one: Sequence[Answered], other: Sequence[Answered]) -> list[tuple[int, int]]:
-    """Indices of the cells of two arms with the same seed."""
-    first, last = ({cell.seed: index for index, cell in enumerate(side)} for side in (one, other))
-    once = [any(cell.is_once for cell in side) for side in (one, other)]
-    return [(a, b) for _, a, b in paired_by_seed(first, last, one_is_once=once[0], other_is_once=once[1])]
+def _of_the_same_seeds(arms: Sequence[Sequence[Answered]]) -> list[tuple[int, ...]]:
+    """Indices of the cells of some arms that have the same seed, one row per seed that all of them have.
+
+    The single cell of an arm that is trained once belongs to every seed; if all are, there is one row.
+    """
+    if not all(arms):
+        return []
+    found = [{cell.seed: index for index, cell in enumerate(cells) if not cell.is_once} for cells in arms]
+    trained = [seeds for seeds in found if seeds]
+    common = [seed for seed in trained[0] if all(seed in seeds for seeds in trained)] if trained else [0]
+    return [tuple(seeds.get(seed, 0) for seeds in found) for seed in common]
 
 
 def _worths(trend: Trend, arms: Mapping[str, Sequence[Answered]], resamples: int) -> dict[float, Worth]:
@@ -185,7 +222,7 @@ def _worths(trend: Trend, arms: Mapping[str, Sequence[Answered]], resamples: int
         if arm not in arms or trend.steps_worth.reference not in arms:
             continue
         cells, reference = arms[arm], arms[trend.steps_worth.reference]
-        pairs = _pairs(cells, reference)
+        pairs = _of_the_same_seeds([cells, reference])
         curves = [(accuracy_curve(cells[a].rows), accuracy_curve(reference[b].rows)) for a, b in pairs]
         worth = steps_worth([one for one, _ in curves], [other for _, other in curves], resamples=resamples)
         if worth is not None and x > 0:
