@@ -85,7 +85,7 @@ def build(
 
     Args:
         output: folder for ``base`` and ``instruct`` (model folders, bfloat16), ``build.jsonl`` (learning curves) and
-            ``build.json`` (accuracy of both on both scanners, written last).
+            ``build.json`` (accuracy of both on both scanners and the seconds since the last start; written last).
         family: ``model_type`` of the architecture, one of :data:`PHANTOMS`.
         size: one of :data:`DIMENSIONS`, which sets dimensions and the factor of the learning rates.
         seed: seed of weights and data.
