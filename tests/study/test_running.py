@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def test_a_quick_study_runs_once_and_only_what_changed_runs_again(
     assert [cell.label for cell in recipe.cells] == ["zero_shot", "sft, seed 0", "grpo, seed 0"]
     # Four questions each at 15 s, and two steps at 30 s and at 60 s.
     assert list(forecast(recipe).values()) == [60.0, 120.0, 180.0]
+    assert plan_table(recipe).notes == ["6 minutes left, one cell after the other."]
+    alone = replace(recipe, cells=recipe.cells[:1])
+    assert plan_table(alone).notes == ["1 minute left, one cell after the other."]
     assert run_study(recipe, output, console=QUIET) == []
     assert [words[0] for words in in_process] == ["study", "sft", "study", "train", "study"]
     assert all(map(is_finished, recipe.cells)) and sum(forecast(recipe).values()) == 0

@@ -163,7 +163,7 @@ def plan_table(recipe: Recipe) -> TextTable:
         rows,
         drop=("folder", "verb", *from_title, "tests"),
         prose=(*from_title, "verb", "state", "folder"),
-        notes=[f"{sum(left.values()) / 60:.0f} minutes left, one cell after the other."],
+        notes=[f"{number_of(round(sum(left.values()) / 60), 'minute')} left, one cell after the other."],
     )
 
 
