@@ -49,13 +49,7 @@ from medvqa_rl.models.loading import Policy
 from medvqa_rl.phantom.architectures import DIMENSIONS, PHANTOMS
 from medvqa_rl.phantom.binding import MAX_DISTANCE, Binding, learn_binding
 from medvqa_rl.phantom.seeing import learn_to_see
-from medvqa_rl.phantom.training import (
-    Log,
-    cosine_schedule,
-    count_parameters,
-    curve_log,
-    train,
-)
+from medvqa_rl.phantom.training import Log, cosine_schedule, count_parameters, curve_log, train
 from medvqa_rl.phantom.vlm import build_model, build_processor
 from medvqa_rl.rollout.decode import RolloutEngine
 

@@ -27,8 +27,6 @@ ACROSS = 4
 """Maximal number of tests side by side."""
 _SEED: dict[str, Any] = {"markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.9}
 _DASHED: Any = (0, (3, 3))
-_MARKERS = "osD^v"
-"""The next marker is used whenever all colours are."""
 
 
 def write_figures(collected: Collected, folder: Path, theme: Theme = "light", suffix: str = "") -> dict[str, Path]:
@@ -214,7 +212,7 @@ def plot_lengths(collected: Collected, path: Path, theme: Theme = "light") -> Pa
         named: list[tuple[str, float, float, Any]] = []
         for index, arm in enumerate(collected.tests[recipe.primary]):
             points = _lengths(arm)
-            color, marker = palette.series[index % len(palette.series)], _MARKERS[index // len(palette.series) % 5]
+            color, marker = palette.look(index)
             x, y = (fmean(values) for values in zip(*points))
             for length, accuracy in points:
                 axes.plot([x, length], [y, accuracy], color=color, linewidth=0.7, alpha=0.5)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from medvqa_rl.report.figures.plots import save_figure
-from medvqa_rl.report.figures.style import Palette, Theme, styled
+from medvqa_rl.report.figures.style import Theme, styled
 from medvqa_rl.study.trend_tables import METRICS
 from medvqa_rl.study.trends import Point, TrendResult
-
-_MARKERS = "osD^v"
 
 
 def plot_trend(found: TrendResult, path: Path, theme: Theme = "light") -> Path:
@@ -27,7 +24,7 @@ def plot_trend(found: TrendResult, path: Path, theme: Theme = "light") -> Path:
     with styled(theme) as palette:
         figure = Figure(figsize=(1.0 + 3.1 * len(metrics), 0.6 + 3.1 * len(rows)), layout="constrained")
         names = list(dict.fromkeys(point.series for points in rows for point in points))
-        looks = {name: _look(index, palette) for index, name in enumerate(names)}
+        looks = {name: palette.look(index) for index, name in enumerate(names)}
         for part, points in zip(figure.subfigures(len(rows), 1, squeeze=False).ravel(), rows):
             panels = part.subplots(1, len(metrics), squeeze=False).ravel()
             for axes, metric in zip(panels, metrics):
@@ -41,13 +38,7 @@ def plot_trend(found: TrendResult, path: Path, theme: Theme = "light") -> Path:
         return save_figure(figure, path)
 
 
-def _look(index: int, palette: Palette) -> dict[str, Any]:
-    """Colour and marker of the line with this index: the next marker is used whenever all colours are."""
-    again, color = divmod(index, len(palette.series))
-    return {"color": palette.series[color], "marker": _MARKERS[again % len(_MARKERS)]}
-
-
-def _panel(axes: Axes, points: Sequence[Point], metric: str, looks: Mapping[str, dict[str, Any]]) -> None:
+def _panel(axes: Axes, points: Sequence[Point], metric: str, looks: Mapping[str, tuple[str, str]]) -> None:
     shown = METRICS[metric]
     axes.set_title(shown.title)
     numbers = sorted({point.x for point in points})
@@ -56,15 +47,15 @@ def _panel(axes: Axes, points: Sequence[Point], metric: str, looks: Mapping[str,
         own = [point for point in points if point.series == name and not math.isnan(point.values[metric].estimate)]
         # Series are moved apart, so that their intervals do not hide each other.
         places = [numbers.index(point.x) + 0.08 * (index - (len(names) - 1) / 2) for point in own]
-        values = [point.values[metric] for point in own]
+        values, (color, marker) = [point.values[metric] for point in own], looks[name]
         axes.vlines(
             places,
             [shown.scale * value.low for value in values],
             [shown.scale * value.high for value in values],
-            color=looks[name]["color"],
+            color=color,
             linewidth=1.4,
             alpha=0.6,
         )
         heights = [shown.scale * value.estimate for value in values]
-        axes.plot(places, heights, markersize=4.5, linewidth=1.4, label=name, **looks[name])
+        axes.plot(places, heights, marker=marker, markersize=4.5, color=color, linewidth=1.4, label=name)
     axes.set_xticks(range(len(numbers)), [f"{number:,g}" for number in numbers])

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Theme = Literal["light", "dark", "print"]
 """print is for papers: white, in colours that colour-blind readers can tell apart."""
+_MARKERS = "osD^v"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Palette:
     wrong: str
     series: tuple[str, ...]
     """For any other lines, in order of use."""
+
+    def look(self, index: int) -> tuple[str, str]:
+        """Colour and marker of the line with this index: the next marker is used whenever all colours are."""
+        again, color = divmod(index, len(self.series))
+        return self.series[color], _MARKERS[again % len(_MARKERS)]
 
 
 PALETTES: dict[Theme, Palette] = {
