@@ -21,7 +21,7 @@ from medvqa_rl.evaluation.statistics.intervals_and_tests import (
 from medvqa_rl.report.health import Check
 from medvqa_rl.report.runs import Row, read_run
 from medvqa_rl.study.findings import Budget, LabelledRecord, PartCorrelation, budget, correlations, longest_wrong
-from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows, paired_by_seed, shared_outcomes
+from medvqa_rl.study.plan.contrasts import Contrast, ContrastRow, contrast_rows, matched_by_seed, shared_outcomes
 from medvqa_rl.study.plan.recipe import Cell, Recipe
 from medvqa_rl.study.running import is_finished
 from medvqa_rl.study.signs import cell_signs
@@ -249,6 +249,6 @@ def _by_arm(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
 
 def _pairs(baseline: Sequence[Cell], arm: Sequence[Cell]) -> list[tuple[int, Cell, Cell]]:
     """Pair cells by seed: (seed, cell of the baseline, cell of the arm)."""
-    one, other = ({cell.seed: cell for cell in side} for side in (baseline, arm))
+    sides = [{cell.seed: cell for cell in side} for side in (baseline, arm)]
     once = [any(cell.arm.once for cell in side) for side in (baseline, arm)]
-    return paired_by_seed(one, other, one_is_once=once[0], other_is_once=once[1])
+    return [(seed, one, other) for seed, (one, other) in matched_by_seed(sides, once)]

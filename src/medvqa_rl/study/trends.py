@@ -17,6 +17,7 @@ from medvqa_rl.evaluation.records import EvalRecord
 from medvqa_rl.evaluation.statistics.intervals_and_tests import LEVELS, SeededInterval
 from medvqa_rl.report.runs import Row
 from medvqa_rl.study.findings import ends
+from medvqa_rl.study.plan.contrasts import matched_by_seed
 from medvqa_rl.study.plan.trends import Trend
 from medvqa_rl.study.steps_worth import Worth, accuracy_curve, steps_worth
 
@@ -202,16 +203,10 @@ def trend_result(
 
 
 def _of_the_same_seeds(arms: Sequence[Sequence[Answered]]) -> list[tuple[int, ...]]:
-    """Indices of the cells of some arms that have the same seed, one row per seed that all of them have.
-
-    The single cell of an arm that is trained once belongs to every seed; if all are, there is one row.
-    """
-    if not all(arms):
-        return []
-    found = [{cell.seed: index for index, cell in enumerate(cells) if not cell.is_once} for cells in arms]
-    trained = [seeds for seeds in found if seeds]
-    common = [seed for seed in trained[0] if all(seed in seeds for seeds in trained)] if trained else [0]
-    return [tuple(seeds.get(seed, 0) for seeds in found) for seed in common]
+    """Indices of the cells of some arms that have the same seed, one row per seed that all of them have."""
+    indices = [{cell.seed: index for index, cell in enumerate(cells)} for cells in arms]
+    once = [any(cell.is_once for cell in cells) for cells in arms]
+    return [row for _, row in matched_by_seed(indices, once)]
 
 
 def _worths(trend: Trend, arms: Mapping[str, Sequence[Answered]], resamples: int) -> dict[float, Worth]:

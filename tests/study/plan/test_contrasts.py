@@ -14,7 +14,7 @@ from cells import OUTCOMES, records_of, store, write
 
 from medvqa_rl.study.collect import collect
 from medvqa_rl.study.output import write_study
-from medvqa_rl.study.plan.contrasts import contrast_rows, paired_by_seed
+from medvqa_rl.study.plan.contrasts import contrast_rows, matched_by_seed
 from medvqa_rl.study.plan.recipe import read_recipe
 
 GIVEN = [{"title": "Reasons, minus not", "of": "home", "minus": "home_direct"}]
@@ -48,18 +48,21 @@ def test_differences_are_paired_by_seed_and_question() -> None:
 
 
 @pytest.mark.parametrize(
-    ("once", "expected"),
+    ("once", "two", "three"),
     [
-        ((False, False), [(1, "b", "y")]),
-        ((True, False), [(1, "a", "y"), (2, "a", "z")]),
-        ((False, True), [(0, "a", "y"), (1, "b", "y")]),
-        ((True, True), [(1, "a", "y")]),
+        ((False, False), [(1, "by")], [(1, "byp")]),
+        ((True, False), [(1, "ay"), (2, "az")], [(1, "ayp")]),
+        ((False, True), [(0, "ay"), (1, "by")], [(0, "ayq"), (1, "byp")]),
+        ((True, True), [(1, "ay")], [(1, "ayp"), (0, "ayq")]),
     ],
 )
-def test_cells_are_paired_by_seed(once: tuple[bool, bool], expected: list[tuple[int, str, str]]) -> None:
-    one, other = {0: "a", 1: "b"}, {1: "y", 2: "z"}
-    assert paired_by_seed(one, other, one_is_once=once[0], other_is_once=once[1]) == expected
-    assert paired_by_seed({}, other, one_is_once=once[0], other_is_once=once[1]) == []
+def test_cells_are_matched_by_seed(
+    once: tuple[bool, bool], two: list[tuple[int, str]], three: list[tuple[int, str]]
+) -> None:
+    one, other, third = {0: "a", 1: "b"}, {1: "y", 2: "z"}, {1: "p", 0: "q"}
+    assert matched_by_seed([one, other], once) == [(seed, tuple(cells)) for seed, cells in two]
+    assert matched_by_seed([one, other, third], [*once, False]) == [(seed, tuple(cells)) for seed, cells in three]
+    assert matched_by_seed([{}, other], once) == []
 
 
 def test_other_questions_are_refused() -> None:

@@ -137,26 +137,24 @@ def contrast_rows(
     )
 
 
-def paired_by_seed(
-    one: Mapping[int, T], other: Mapping[int, T], *, one_is_once: bool, other_is_once: bool
-) -> list[tuple[int, T, T]]:
-    """Pair the cells of two arms by seed: (seed, of the one, of the other). The single cell of an arm that is trained
-    once is paired with every seed of the other arm.
+def matched_by_seed(arms: Sequence[Mapping[int, T]], once: Sequence[bool]) -> list[tuple[int, tuple[T, ...]]]:
+    """Match the cells of several arms by seed: the seed, and the cell of each arm, for every seed that all have.
+
+    The single cell of an arm that is trained once belongs to every seed of the others; if all are, the seed is that of
+    the last arm.
 
     Args:
-        one: seed -> cell; may be empty.
-        other: likewise.
+        arms: seed -> cell; may be empty, and then there is no match.
+        once: whether each arm is trained once.
     """
-    if not one or not other:
+    if not all(arms):
         return []
-    (first, *_), (last, *_) = one.values(), other.values()
-    if one_is_once and other_is_once:
-        return [(next(iter(other)), first, last)]
-    if one_is_once:
-        return [(seed, first, cell) for seed, cell in other.items()]
-    if other_is_once:
-        return [(seed, cell, last) for seed, cell in one.items()]
-    return [(seed, one[seed], other[seed]) for seed in one if seed in other]
+    trained = [cells for cells, is_once in zip(arms, once) if not is_once]
+    seeds = [seed for seed in trained[0] if all(seed in cells for cells in trained)] if trained else [*arms[-1]][:1]
+    return [
+        (seed, tuple(next(iter(cells.values())) if is_once else cells[seed] for cells, is_once in zip(arms, once)))
+        for seed in seeds
+    ]
 
 
 def shared_outcomes(answers: Mapping[K, Sequence[EvalRecord]], what: str) -> tuple[dict[K, list[bool]], list[str]]:
